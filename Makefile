@@ -1,0 +1,59 @@
+# One command does it all, on a fresh machine too:
+#   make demo    which training images made the model say that, and which labels are wrong?
+#   make test    the tests
+#   make check   everything CI runs
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Installed with these versions of these files: remade only when one of them changes.
+STAMP := .venv/.installed
+
+.PHONY: help install demo test lint format types layers docs bench check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo | test | check | lint | format | types | layers | docs | bench | clean"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into .venv (the first time, torch takes a few minutes) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+# torch by itself and first: whichever build of this version the machine offers, then kept.
+	$(INSTALL) torch==2.13.0
+# The build's own tools are pinned like the rest, hence no build isolation.
+	$(INSTALL) hatchling editables
+	$(INSTALL) --no-build-isolation --editable '.[all,test,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/ptif demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+layers: $(STAMP)
+	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	$(BIN)/python scripts/run_snippets.py
+	$(BIN)/python -m pytest --doctest-modules --durations=0 src
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+check: test lint types layers docs
+
+clean:
+	rm -rf .venv demo outdir dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

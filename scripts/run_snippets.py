@@ -1,0 +1,96 @@
+"""Run the Python examples in README.md and docs/*.md, so that no page shows code that does not work.
+
+Each file's ```python blocks run in order, in one namespace, in a temporary working folder. A block whose
+preceding line is `<!-- no-run -->` is skipped, and the number skipped is printed. A failure names the file
+and line in the page, as if the page were the program.
+
+    python scripts/run_snippets.py              # README.md and docs/*.md
+    python scripts/run_snippets.py page.md …    # these
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import textwrap
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIP = "<!-- no-run -->"
+FENCE = "```"
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """One block of a page: the 1-based line its code begins on, the code, and whether to run it."""
+
+    line: int
+    code: str
+    run: bool
+
+
+def snippets(text: str) -> Iterator[Snippet]:
+    """Yield the ```python blocks of a page, in order. Blocks in other languages are passed over."""
+    lines = text.splitlines()
+    opened: int | None = None
+    language = ""
+    for number, line in enumerate(lines):
+        stripped = line.strip()
+        if opened is None and stripped.startswith(FENCE):
+            opened, language = number, stripped.removeprefix(FENCE).strip()
+        elif opened is not None and stripped == FENCE:
+            if language == "python":
+                code = textwrap.dedent("\n".join(lines[opened + 1 : number]))
+                before = lines[opened - 1].strip() if opened else ""
+                yield Snippet(opened + 2, code, before != SKIP)
+            opened = None
+    if opened is not None:
+        raise ValueError(f"the block opened on line {opened + 1} is never closed")
+
+
+def run_page(page: Path) -> tuple[int, int]:
+    """Run one page's snippets in a fresh folder; returns (run, skipped). Exceptions pass through."""
+    found = list(snippets(page.read_text(encoding="utf-8")))
+    namespace: dict[str, object] = {"__name__": "__snippet__"}
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for snippet in found:
+                if snippet.run:
+                    # Empty lines in front make the line numbers in a traceback those of the page.
+                    code = "\n" * (snippet.line - 1) + snippet.code
+                    exec(compile(code, str(page), "exec"), namespace)
+        finally:
+            os.chdir(before)
+    run = sum(snippet.run for snippet in found)
+    return run, len(found) - run
+
+
+def main(pages: list[Path]) -> int:
+    """Run the pages; returns the number that failed."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    failed = 0
+    for page in pages:
+        start = time.perf_counter()
+        name = page.relative_to(ROOT) if page.is_relative_to(ROOT) else page
+        try:
+            run, skipped = run_page(page)
+        except Exception:
+            failed += 1
+            traceback.print_exc()
+            print(f"FAILED {name}")
+        else:
+            note = f", {skipped} SKIPPED" if skipped else ""
+            print(f"ok     {name}: {run} snippets run{note}, {time.perf_counter() - start:.1f} s")
+    return failed
+
+
+if __name__ == "__main__":
+    given = [Path(argument).resolve() for argument in sys.argv[1:]]
+    sys.exit(1 if main(given or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]) else 0)

@@ -1,0 +1,62 @@
+"""Influence functions for PyTorch: which training examples made my model do this, and how sure are you?
+
+One formula: `score[q, i] = (1/N) <(C + lambda)^-1 grad m(q), grad loss(i)>`, the predicted change of the measure `m(q)`
+when training example i is removed and the model retrained. Shape (queries, training examples); indices are positions in
+the training *dataset*. For a loss, positive means helpful.
+
+    scores = ptif.attribute(model, train, queries)
+    scores.helpful(0, k=10)
+"""
+
+from ._version import __version__ as __version__
+from .attribute import attribute as attribute
+from .attribution import Attribution as Attribution
+from .attribution import Influence as Influence
+from .curvature import GGN as GGN
+from .curvature import EmpiricalFisher as EmpiricalFisher
+from .curvature import Fisher as Fisher
+from .curvature import Hessian as Hessian
+from .curvature import Identity as Identity
+from .damping import Absolute as Absolute
+from .damping import FromTraining as FromTraining
+from .damping import Relative as Relative
+from .diagnostics import Diagnostics as Diagnostics
+from .errors import InfluenceError as InfluenceError
+from .errors import InvalidInput as InvalidInput
+from .errors import MissingExtra as MissingExtra
+from .errors import NonFinite as NonFinite
+from .errors import NotLikelihood as NotLikelihood
+from .errors import SolveFailed as SolveFailed
+from .errors import TooLarge as TooLarge
+from .errors import TrainingDataWarning as TrainingDataWarning
+from .errors import UnknownName as UnknownName
+from .methods import dual as dual
+from .methods import exact as exact
+from .methods import gauss_newton as gauss_newton
+from .methods import grad_dot as grad_dot
+from .methods import koh_liang as koh_liang
+from .methods import lissa as lissa
+from .methods import one_step_newton as one_step_newton
+from .objectives import Bernoulli as Bernoulli
+from .objectives import CrossEntropy as CrossEntropy
+from .objectives import FromFunction as FromFunction
+from .objectives import Logit as Logit
+from .objectives import Margin as Margin
+from .objectives import SquaredError as SquaredError
+from .objectives import TokenCrossEntropy as TokenCrossEntropy
+from .problem import Problem as Problem
+from .problem import WeightDecay as WeightDecay
+from .progress import progress as progress
+from .rows import Route as Route
+from .scaling import Leverage as Leverage
+from .scaling import Raw as Raw
+from .scores import Scores as Scores
+from .solvers import CG as CG
+from .solvers import Auto as Auto
+from .solvers import Cholesky as Cholesky
+from .solvers import Forecast as Forecast
+from .solvers import Neumann as Neumann
+from .solvers import Spectral as Spectral
+from .solvers import Woodbury as Woodbury
+
+__all__ = [name for name in dir() if not name.startswith("_")] + ["__version__"]

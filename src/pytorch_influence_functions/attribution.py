@@ -1,0 +1,447 @@
+"""From a problem to scores: `Influence(...).fit(problem) -> Attribution`, `.score(queries) -> Scores`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .curvature import AbstractCurvature, Budget, EmpiricalFisher
+from .damping import AbstractDamping, Relative, Shift, as_damping
+from .data import Source
+from .diagnostics import Diagnostics
+from .errors import InvalidInput, NonFinite, name_ids
+from .forward_mode import Products
+from .gradients import Derivatives, Slab
+from .objectives import AbstractObjective, FromFunction, as_objective, inputs_and_targets
+from .operators import AbstractOperator, AbstractSymmetric, Expansion, Gram
+from .problem import Checkpoint, Problem, at_checkpoint, sweep
+from .rows import Route, Rows
+from .ledger import Ledger, Standing, batch_norm_words
+from .scaling import AbstractScaling, Raw, leverage_corrected, rowwise
+from .scores import Scores, stacked
+from .solvers import AbstractSolver, Auto, Choice, Facts, Forecast, Solution, choose, forecast, form_for, inverse_of
+from .topk import TopK
+from .world import World, current
+
+Solved: TypeAlias = Rows | Expansion
+
+# Share of the memory budget that solved queries may take: the solver's own vectors take the rest.
+_QUERY_SHARE = 1 / 8
+# Up to this many queries one forward-mode pass per query is cheaper than rows for layers without a rule.
+_FORWARD_QUERIES = 8
+
+
+@final
+@dataclass(frozen=True)
+class Influence:
+    r"""A method: `score[q, i] = (1/N) <(C + lambda)^-1 grad m(q), grad loss(i)>`.
+
+    Args:
+        curvature: which matrix C is; `None` lets `Auto` choose.
+        solver: how (C + lambda) x = b is solved.
+        damping: `Relative(share)` of the mean eigenvalue, `Absolute(value)`, `FromTraining(lr, steps)` or a number.
+        preconditioner: a curvature whose damped inverse speeds up `CG` or `Neumann`.
+        scaling: what becomes of the raw scores; `Leverage()` corrects the first-order underestimate.
+        memory: the most bytes that curvature and solved queries may take.
+        route: force one route for inner products; see `Route`.
+
+    The record's `repr` is the provenance carried by every result. Making one computes nothing.
+
+    Reference: Koh & Liang (2017), "Understanding Black-box Predictions via Influence Functions".
+
+    >>> Influence(damping=0.01).damping
+    Absolute(value=0.01)
+    """
+
+    curvature: AbstractCurvature | None = None
+    solver: AbstractSolver[Any] | Auto = field(default_factory=Auto)
+    damping: AbstractDamping | float = field(default_factory=Relative)
+    preconditioner: AbstractCurvature | None = None
+    scaling: AbstractScaling = field(default_factory=Raw)
+    memory: Budget = field(default_factory=Budget)
+    route: Route | str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "damping", as_damping(self.damping))
+        object.__setattr__(self, "route", Route.of(self.route))
+
+    def fit(self, problem: Problem, queries: int = 1) -> Attribution:
+        """Do the work that does not depend on the queries, once per checkpoint.
+
+        `queries` is how many are expected; it only guides `Auto`.
+        """
+        start = time.perf_counter()
+        members = tuple(_fit_member(self, problem, c, queries) for c in (problem.checkpoints or (None,)))
+        return Attribution(self, problem, members, time.perf_counter() - start)
+
+    def forecast(self, problem: Problem, queries: int = 1) -> Forecast:
+        """What `fit` and `score` would cost; runs one batch."""
+        with _weights_of(problem, problem.checkpoints[0] if problem.checkpoints else None):
+            derivatives = Derivatives.of(problem, _gradient_route(self))
+            facts = Facts.of(derivatives, queries)
+        choice = _choice(self, facts)
+        times = max(1, len(problem.checkpoints))
+        one = forecast(choice, facts, _words(self, choice))
+        return replace(one, passes=one.passes * times, seconds=one.seconds * times)
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One fitted model: the problem's own weights, or one checkpoint's."""
+
+    checkpoint: Checkpoint | None
+    derivatives: Derivatives
+    choice: Choice
+    operator: AbstractSymmetric
+    shift: Shift
+    state: Any
+    preconditioner: AbstractOperator | None
+    standing: Standing
+
+    @property
+    def stored(self) -> Rows | None:
+        """All training gradients, when the curvature is made of them and keeps them."""
+        kept = isinstance(self.choice.curvature, EmpiricalFisher) and isinstance(self.operator, Gram)
+        return self.operator.rows if kept and isinstance(self.operator, Gram) else None
+
+    def solve(self, rows: Rows) -> Solution:
+        return self.choice.solver.solve(self.state, rows)
+
+
+def _fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None, queries: int) -> Member:
+    with _weights_of(problem, checkpoint):
+        derivatives = Derivatives.of(problem, _gradient_route(spec))
+        standing = Standing.of(derivatives)
+        choice = _choice(spec, Facts.of(derivatives, queries) if isinstance(spec.solver, Auto) else None)
+        operator = choice.curvature.of(derivatives, form_for(choice.solver, choice.curvature), spec.memory)
+        return _initialised(spec, Member(checkpoint, derivatives, choice, operator, Shift(0.0), None, None, standing))
+
+
+def _initialised(spec: Influence, member: Member) -> Member:
+    """The solver made ready for the damping of `spec`; the curvature is not computed again."""
+    space = member.derivatives.space
+    shift = Shift(as_damping(spec.damping).of(member.operator), space.decay)
+    inverse = None
+    if spec.preconditioner is not None:
+        inverse = inverse_of(spec.preconditioner, member.derivatives, shift, spec.memory)
+    state = member.choice.solver.init(member.operator, shift, inverse)
+    return replace(member, shift=shift, state=state, preconditioner=inverse)
+
+
+def _choice(spec: Influence, facts: Facts | None) -> Choice:
+    if isinstance(spec.solver, Auto):
+        assert facts is not None
+        return choose(spec.curvature, facts)
+    if spec.curvature is None:
+        raise InvalidInput(
+            f"Influence(solver={spec.solver!r}) does not say which curvature it solves with; "
+            "add curvature=GGN(), Hessian() or EmpiricalFisher(), or leave the solver to Auto()."
+        )
+    return Choice(spec.curvature, spec.solver, "asked for")
+
+
+def _gradient_route(spec: Influence) -> Route:
+    return Route.of(spec.route) if spec.route in (Route.VMAP, Route.LOOP) else Route.AUTO
+
+
+def _words(spec: Influence, choice: Choice) -> str:
+    parts = [f"{choice.curvature!r}", f"{choice.solver!r}", f"damping={spec.damping!r}"]
+    if spec.preconditioner is not None:
+        parts.append(f"preconditioner={spec.preconditioner!r}")
+    if spec.scaling != Raw():
+        parts.append(f"scaling={spec.scaling!r}")
+    return f"Influence({', '.join(parts)})"
+
+
+@contextmanager
+def _weights_of(problem: Problem, checkpoint: Checkpoint | None) -> Iterator[None]:
+    with nullcontext() if checkpoint is None else at_checkpoint(problem.model, checkpoint):
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """A fitted method: curvature and solver are ready, any number of queries may follow."""
+
+    spec: Influence
+    problem: Problem
+    members: tuple[Member, ...]
+    fit_seconds: float = 0.0
+
+    @property
+    def why(self) -> str:
+        """Why this curvature and solver: `Auto`'s reason, or that they were asked for."""
+        return self.members[0].choice.why
+
+    @property
+    def method(self) -> str:
+        """The composition in use, as it would be written."""
+        return _words(self.spec, self.members[0].choice)
+
+    def redamped(self, damping: AbstractDamping | float) -> Attribution:
+        """The same fit under another damping: nothing but the solver's own preparation is repeated."""
+        spec = replace(self.spec, damping=damping)
+        members = []
+        for m in self.members:
+            with _weights_of(self.problem, m.checkpoint):
+                members.append(_initialised(spec, m))
+        return Attribution(spec, self.problem, tuple(members), self.fit_seconds)
+
+    def path(self, queries: Any, lambdas: Any, measure: Any = None) -> dict[float, Scores]:
+        """Scores for every damping value in `lambdas` (absolute), without refitting."""
+        return {float(x): self.redamped(float(x)).score(queries, measure) for x in lambdas}
+
+    def score(
+        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None
+    ) -> Scores:
+        """Predicted change of the measure on every query when each training example is removed.
+
+        Args:
+            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
+            measure: what is measured on a query, an objective or loss; `None`: the training objective.
+            top: keep only the k most helpful and k most harmful examples per query.
+
+        Returns:
+            `Scores` of shape (queries, N), averaged over the problem's checkpoints.
+
+        Raises:
+            SolveFailed: a solve did not converge; the message says why and what to change.
+            NonFinite: a gradient or score is NaN or infinite; the indices are named.
+        """
+        start = time.perf_counter()
+        source = Source.of(queries, batch_size or self.problem.batch_size)
+        if top is not None and top < 1:
+            raise InvalidInput(f"top={top} keeps nothing; give at least 1, or None for all scores.")
+        objective = self._measure(measure, source)
+        alone = len(self.members) == 1 and current().size == 1
+        merged = TopK(len(source), top) if top is not None and alone else None
+        total = None if merged is not None else torch.zeros(len(source), len(self.problem), dtype=torch.float64)
+        ledger = Ledger()
+        for member in self.members:
+            with _weights_of(self.problem, member.checkpoint):
+                for at, ids, values in self._blocks(member, source, objective, ledger):
+                    _refuse_nonfinite(values, at, ids)
+                    if merged is not None:
+                        merged.add(at, ids, values)
+                    elif total is not None:
+                        total[at[:, None], ids[None]] += values.double().cpu() / len(self.members)
+        if total is not None:
+            total = current().all_sum(total)
+        ledger.seconds = self.fit_seconds + time.perf_counter() - start
+        return self._scores(total, merged, objective, source, ledger, top)
+
+    def self_scores(self) -> Float[Tensor, " n"]:
+        """Self-influence of every training example, (1/N) g_i^T (C + lambda)^-1 g_i, shape [N]; large = suspicious.
+
+        Always >= 0 for a positive semidefinite curvature. Averaged over checkpoints.
+        """
+        total = torch.zeros(len(self.problem), dtype=torch.float64)
+        for member in self.members:
+            with _weights_of(self.problem, member.checkpoint):
+                total += self._own(member) / len(self.members)
+        return total
+
+    # ---------------------------------------------------------------- inner workings
+
+    def _own(self, member: Member) -> Tensor:
+        n = len(self.problem)
+        out = torch.zeros(n, dtype=torch.float64)
+        stored = member.stored
+        if stored is not None:
+            leverages = getattr(member.choice.solver, "leverages", None)
+            if leverages is not None:
+                return torch.as_tensor(leverages(member.state)).double().cpu()
+        for slab in member.derivatives.stream(label="self-influence", world=World()):
+            for part in torch.split(torch.arange(len(slab.ids)), self._room(member)):
+                rows = slab.rows.take(part)
+                solved = member.solve(rows).unwrap()
+                own = solved.quadratic() if isinstance(solved, Expansion) else rowwise(solved, rows)
+                out[slab.ids[part]] = own.double().cpu() / n
+        return out
+
+    def _measure(self, measure: Any, source: Source) -> AbstractObjective:
+        trained = self.members[0].derivatives.objective
+        if measure is None:
+            return trained
+        objective = as_objective(measure)
+        if isinstance(objective, FromFunction):
+            ids = torch.arange(min(2, len(source)))
+            _, batch = next(iter(sweep(self.problem, source, ids, world=World())))
+            with torch.no_grad():
+                outputs = objective.outputs(self.problem.model, batch)
+            objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
+        return objective
+
+    def _room(self, member: Member) -> int:
+        """How many solved vectors fit the memory budget at once."""
+        space = member.derivatives.space
+        each = space.size * 8
+        return max(1, int(self.spec.memory.bytes * _QUERY_SHARE / each))
+
+    def _blocks(
+        self, member: Member, source: Source, objective: AbstractObjective, ledger: Ledger
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(query indices, training ids, scores) piece by piece: queries are solved once, the data streams past."""
+        n = len(self.problem)
+        for at, solved in self._solved(member, source, objective, ledger):
+            constant = self._decay_term(member, solved)
+            for ids, values in self._against_training(member, solved, len(at), ledger):
+                yield at, ids, (values if constant is None else values + constant[:, None]) / n
+
+    def _solved(
+        self, member: Member, source: Source, objective: AbstractObjective, ledger: Ledger
+    ) -> Iterator[tuple[Tensor, Solved]]:
+        """Query rows, solved in groups as large as memory allows."""
+        room = self._room(member)
+        held: list[Slab] = []
+        for slab in member.derivatives.stream(source, objective, label="query gradients", world=World()):
+            ledger.see_queries(slab)
+            held.append(slab)
+            if sum(len(s.ids) for s in held) >= room:
+                yield from self._solve_group(member, held, room, ledger)
+                held = []
+        if held:
+            yield from self._solve_group(member, held, room, ledger)
+
+    def _solve_group(
+        self, member: Member, held: list[Slab], room: int, ledger: Ledger
+    ) -> Iterator[tuple[Tensor, Solved]]:
+        at, rows = torch.cat([s.ids for s in held]), Rows.cat([s.rows for s in held])
+        for part in torch.split(torch.arange(len(at)), room):
+            solution = member.solve(rows if len(part) == len(at) else rows.take(part))
+            ledger.see_solution(solution, member)
+            yield at[part], solution.unwrap()
+
+    def _decay_term(self, member: Member, solved: Solved) -> Tensor | None:
+        """<x, weight decay * theta>: only where every example carries its own penalty."""
+        if not self.problem.weight_decay.per_example or self.problem.weight_decay.is_zero:
+            return None
+        space = member.derivatives.space
+        values = space.values(self.problem.model)
+        here = space.from_parameters({k: v.detach()[None] for k, v in values.items()})
+        return solved.inner(here.scaled(space.decay))[:, 0]
+
+    def _against_training(
+        self, member: Member, solved: Solved, queries: int, ledger: Ledger
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(training ids, <solved, training rows> [q, n]) over the training data, once."""
+        stored, route, d = member.stored, Route.of(self.spec.route), member.derivatives
+        world = current()
+        if stored is not None and self.spec.scaling == Raw():
+            self._see_labels(member, ledger)
+            ids = torch.arange(len(stored))
+            # Every rank holds all stored rows; one of them speaks.
+            if world.rank == 0:
+                yield ids, solved.inner(stored)
+        elif isinstance(solved, Rows) and self._by_forward_mode(d, route, queries):
+            yield from self._forward(d, solved, ledger)
+        else:
+            for slab in self._training_rows(member):
+                ledger.see_training(slab.ids, slab.batch)
+                if isinstance(solved, Expansion):
+                    yield slab.ids, solved.inner(slab.rows, route)
+                else:
+                    yield slab.ids, slab.rows.inner(solved, route).T
+
+    def _see_labels(self, member: Member, ledger: Ledger) -> None:
+        if not ledger.train_labels:
+            for ids, batch in sweep(self.problem, label="labels", world=World()):
+                ledger.see_training(ids, batch)
+
+    def _training_rows(self, member: Member) -> Iterator[Slab]:
+        d = member.derivatives
+        if self.spec.scaling == Raw():
+            return d.stream(label="scoring")
+        return leverage_corrected(d, member.solve, len(self.problem))
+
+    def _by_forward_mode(self, d: Derivatives, route: Route, queries: int) -> bool:
+        if route is Route.FORWARD:
+            if self.spec.scaling != Raw():
+                raise InvalidInput("route='forward' makes no rows, which Leverage() needs; leave the route to 'auto'.")
+            return True
+        ruleless = bool(d.vmapped or d.looped)
+        return route is Route.AUTO and ruleless and queries <= _FORWARD_QUERIES and self.spec.scaling == Raw()
+
+    def _forward(self, d: Derivatives, solved: Rows, ledger: Ledger) -> Iterator[tuple[Tensor, Tensor]]:
+        products: Products | None = None
+        for ids, batch in sweep(self.problem, label="scoring (forward mode)"):
+            products = products or Products.of(d, batch, len(ids))
+            ledger.see_training(ids, batch)
+            yield ids, products.losses_along(ids, batch, solved).T
+
+    def _scores(
+        self,
+        total: Tensor | None,
+        merged: TopK | None,
+        objective: AbstractObjective,
+        source: Source,
+        ledger: Ledger,
+        top: int | None,
+    ) -> Scores:
+        if merged is not None:
+            values, indices = merged.result()
+        else:
+            assert total is not None
+            values, indices = total, None
+        train = ledger.train_labels
+        scores = Scores(
+            values.to(_result_dtype(self.members[0])),
+            lower_is_better=objective.lower_is_better,
+            n_train=len(self.problem),
+            indices=indices,
+            train_labels=stacked([train.get(i) for i in range(len(self.problem))]),
+            query_labels=stacked(ledger.query_labels),
+            class_names=self.problem.data.class_names or source.class_names,
+            diagnostics=self._diagnostics(ledger, len(source)),
+            train_source=self.problem.data,
+            query_source=source,
+        )
+        return scores if top is None or merged is not None else scores.top(top)
+
+    def _diagnostics(self, ledger: Ledger, queries: int) -> Diagnostics:
+        first = self.members[0]
+        look = first.standing
+        return Diagnostics(
+            method=self.method,
+            why=self.why,
+            damping=sum(m.shift.damping for m in self.members) / len(self.members),
+            residual_max=ledger.residual_max,
+            residual_mean=ledger.residual_mean,
+            steps=ledger.steps,
+            smallest_curvature=ledger.smallest_curvature,
+            n_train=len(self.problem),
+            n_queries=queries,
+            parameters_used=look.used,
+            parameters_total=look.total,
+            gradient_shares=look.shares,
+            relative_gradient=look.relative_gradient,
+            gradient_examples=look.looked_at,
+            mode=batch_norm_words(self.problem),
+            deterministic=self.problem.data.determinism,
+            routes=first.derivatives.routes,
+            members=len(self.members),
+            seconds=ledger.seconds,
+        )
+
+
+def _result_dtype(member: Member) -> torch.dtype:
+    """Scores in the model's precision, at least float32."""
+    dtype = next(iter(member.derivatives.space.values(member.derivatives.problem.model).values())).dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _refuse_nonfinite(values: Tensor, at: Tensor, ids: Tensor) -> None:
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad):
+        raise NonFinite(
+            f"Scores of queries {name_ids(sorted(set(at[bad[:, 0].cpu()].tolist())))} are NaN or infinite at training "
+            f"indices {name_ids(sorted(set(ids[bad[:, 1].cpu()].tolist())))}; look at these examples or raise the damping."
+        )

@@ -1,0 +1,358 @@
+"""One block of per-example gradients, kept in its cheapest exact form.
+
+A block is one row per example over one parameter matrix. Weight sharing, repeated calls, sequence
+positions and convolution patches are all just more terms on the `t` axis; nothing is written out
+until a route asks for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class AbstractBlock(ABC):
+    """`n` rows over one parameter block of shape `shape`."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter block, without the row axis."""
+
+    @property
+    @abstractmethod
+    def reference(self) -> Tensor:
+        """Any floating tensor of the block: tells dtype and device."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> int:
+        """How many numbers are held: what storing this block costs."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The rows written out, shape [n, *shape]."""
+
+    @abstractmethod
+    def take(self, index: Tensor | slice) -> AbstractBlock:
+        """The rows `index`, in that order."""
+
+    @abstractmethod
+    def scale(self, factor: Tensor | float) -> AbstractBlock:
+        """Rows times a number, or times one number per row."""
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """Squared norm of every row; by default through the written-out rows."""
+        return self.dense().flatten(1).square().sum(1)
+
+    @abstractmethod
+    def sums(self) -> Float[Tensor, " n"]:
+        """One number per row that is NaN or infinite if anything held for the row is: what a check needs, and cheap.
+
+        Sums of what is held, not of the gradient; nothing is written out.
+        """
+
+    def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
+        """sum_n weights[q, n] G_n, shape [q, *shape]; by default through the written-out rows."""
+        return (weights @ self.dense().flatten(1)).reshape(-1, *self.shape)
+
+
+def _rowwise(factor: Tensor | float, like: Tensor) -> Tensor | float:
+    if isinstance(factor, Tensor) and factor.dim() == 1:
+        return factor.to(like).reshape(-1, *[1] * (like.dim() - 1))
+    return factor
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(AbstractBlock):
+    """Rows written out."""
+
+    values: Float[Tensor, "n *shape"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[1:])
+
+    @property
+    def reference(self) -> Tensor:
+        return self.values
+
+    @property
+    def numbers(self) -> int:
+        return self.values.numel()
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def take(self, index: Tensor | slice) -> Dense:
+        return Dense(self.values[index])
+
+    def scale(self, factor: Tensor | float) -> Dense:
+        return Dense(self.values * _rowwise(factor, self.values))
+
+    def sums(self) -> Float[Tensor, " n"]:
+        return self.values.flatten(1).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Outer(AbstractBlock):
+    """G_n = sum_t left[n, t] right[n, t]^T, never written out unless asked."""
+
+    left: Float[Tensor, "n t o"]
+    right: Float[Tensor, "n t i"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left.shape[2], self.right.shape[2])
+
+    @property
+    def terms(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def reference(self) -> Tensor:
+        return self.left
+
+    @property
+    def numbers(self) -> int:
+        return self.left.numel() + self.right.numel()
+
+    def __len__(self) -> int:
+        return self.left.shape[0]
+
+    def dense(self) -> Tensor:
+        if self.terms == 1:
+            return self.left[:, 0, :, None] * self.right[:, 0, None, :]
+        return torch.bmm(self.left.transpose(1, 2), self.right)
+
+    def take(self, index: Tensor | slice) -> Outer:
+        return Outer(self.left[index], self.right[index])
+
+    def scale(self, factor: Tensor | float) -> Outer:
+        return Outer(self.left * _rowwise(factor, self.left), self.right)
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        t, (o, i) = self.terms, self.shape
+        if t * (o + i) > o * i:
+            return self.dense().flatten(1).square().sum(1)
+        grams = torch.bmm(self.left, self.left.mT) * torch.bmm(self.right, self.right.mT)
+        return grams.sum((1, 2))
+
+    def sums(self) -> Float[Tensor, " n"]:
+        return self.left.flatten(1).sum(1) + self.right.flatten(1).sum(1)
+
+    def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
+        right = self.right.flatten(0, 1)
+        out = right.new_empty(weights.shape[0], *self.shape)
+        for q, w in enumerate(weights):  # one [o, n t] x [n t, i] product each: nothing of size [n, o, i] is made
+            torch.matmul((self.left * w[:, None, None]).flatten(0, 1).T, right, out=out[q])
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Indexed(AbstractBlock):
+    """G_n[index[n, t]] += values[n, t]: an embedding's gradient; `size` rows in the table."""
+
+    index: Int[Tensor, "n t"]
+    values: Float[Tensor, "n t d"]
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size, self.values.shape[2])
+
+    @property
+    def reference(self) -> Tensor:
+        return self.values
+
+    @property
+    def numbers(self) -> int:
+        return self.values.numel() + self.index.numel()
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def dense(self) -> Tensor:
+        out = self.values.new_zeros(len(self), *self.shape)
+        return out.scatter_add_(1, self.index[:, :, None].expand_as(self.values), self.values)
+
+    def take(self, index: Tensor | slice) -> Indexed:
+        return Indexed(self.index[index], self.values[index], self.size)
+
+    def scale(self, factor: Tensor | float) -> Indexed:
+        return Indexed(self.index, self.values * _rowwise(factor, self.values), self.size)
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        same = self.index[:, :, None] == self.index[:, None, :]
+        return (torch.bmm(self.values, self.values.mT) * same).sum((1, 2))
+
+    def sums(self) -> Float[Tensor, " n"]:
+        return self.values.flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a convolution looks: everything a patch needs besides the (already padded) input."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    bias: bool
+
+    def patches(self, x: Float[Tensor, "n i *space"]) -> Float[Tensor, "n t k"]:
+        """Padded input [n, i, *space] -> patches [n, positions, i * kernel (+1)]."""
+        d = len(self.kernel)
+        for axis, (k, s, r) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            x = x.unfold(2 + axis, r * (k - 1) + 1, s)[..., ::r]
+        # now [n, i, *positions, *kernel]
+        order = [0, *range(2, 2 + d), 1, *range(2 + d, 2 + 2 * d)]
+        x = x.permute(order)
+        x = x.reshape(x.shape[0], int(torch.Size(x.shape[1 : 1 + d]).numel()), -1)
+        return torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2) if self.bias else x
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(AbstractBlock):
+    """A convolution's rows: an `Outer` over patches that is not unfolded until a route needs it.
+
+    `left` is the gradient at the layer's output, `x` its padded input (one group).
+    """
+
+    left: Float[Tensor, "n o *positions"]
+    x: Float[Tensor, "n i *space"]
+    window: Window
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        per = self.x.shape[1] * int(torch.Size(self.window.kernel).numel())
+        return (self.left.shape[1], per + int(self.window.bias))
+
+    @property
+    def terms(self) -> int:
+        return int(torch.Size(self.left.shape[2:]).numel())
+
+    @property
+    def reference(self) -> Tensor:
+        return self.left
+
+    @property
+    def numbers(self) -> int:
+        return self.left.numel() + self.x.numel()
+
+    def __len__(self) -> int:
+        return self.left.shape[0]
+
+    def outer(self) -> Outer:
+        return Outer(self.left.flatten(2).mT.contiguous(), self.window.patches(self.x))
+
+    def dense(self) -> Tensor:
+        return torch.bmm(self.left.flatten(2), self.window.patches(self.x))
+
+    def take(self, index: Tensor | slice) -> Conv:
+        return Conv(self.left[index], self.x[index], self.window)
+
+    def scale(self, factor: Tensor | float) -> Conv:
+        return Conv(self.left * _rowwise(factor, self.left), self.x, self.window)
+
+    def sums(self) -> Float[Tensor, " n"]:
+        return self.left.flatten(1).sum(1) + self.x.flatten(1).sum(1)
+
+    def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
+        return self.outer().combine(weights)
+
+    def apply(self, v: Float[Tensor, "m o *k"]) -> Float[Tensor, "n m"]:
+        """<G_n, V_m> by convolving the input with V: no patches, no per-example gradient."""
+        m, o = v.shape[:2]
+        v = v.reshape(m, o, -1)
+        weight = v[..., :-1] if self.window.bias else v
+        weight = weight.reshape(m * o, self.x.shape[1], *self.window.kernel)
+        bias = v[..., -1].reshape(-1) if self.window.bias else None
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.window.kernel) - 1]
+        y = conv(self.x, weight, bias, self.window.stride, 0, self.window.dilation)
+        y = y.reshape(y.shape[0], m, o, -1)
+        return torch.einsum("nmot,not->nm", y, self.left.flatten(2))
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(AbstractBlock):
+    """A parameter used in unlike places (a tied embedding and head): the sum of its parts."""
+
+    parts: tuple[AbstractBlock, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    @property
+    def reference(self) -> Tensor:
+        return self.parts[0].reference
+
+    @property
+    def numbers(self) -> int:
+        return sum(p.numbers for p in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def dense(self) -> Tensor:
+        total = self.parts[0].dense().clone()
+        for part in self.parts[1:]:
+            total += part.dense().view_as(total)
+        return total
+
+    def take(self, index: Tensor | slice) -> Sum:
+        return Sum(tuple(p.take(index) for p in self.parts))
+
+    def scale(self, factor: Tensor | float) -> Sum:
+        return Sum(tuple(p.scale(factor) for p in self.parts))
+
+    def sums(self) -> Float[Tensor, " n"]:
+        return torch.stack([p.sums() for p in self.parts]).sum(0)
+
+    def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
+        total = self.parts[0].combine(weights)
+        for part in self.parts[1:]:
+            total = total + part.combine(weights).view_as(total)
+        return total
+
+
+def add(a: AbstractBlock, b: AbstractBlock) -> AbstractBlock:
+    """The block of a parameter used twice: terms side by side where the forms agree."""
+    if isinstance(a, Dense) and isinstance(b, Dense):
+        return Dense(a.values + b.values.view_as(a.values))
+    if isinstance(a, Outer) and isinstance(b, Outer):
+        return Outer(torch.cat([a.left, b.left], 1), torch.cat([a.right, b.right], 1))
+    if isinstance(a, Indexed) and isinstance(b, Indexed):
+        return Indexed(torch.cat([a.index, b.index], 1), torch.cat([a.values, b.values], 1), a.size)
+    parts = [p for x in (a, b) for p in (x.parts if isinstance(x, Sum) else (x,))]
+    return Sum(tuple(parts))
+
+
+def cat(blocks: Sequence[AbstractBlock]) -> AbstractBlock:
+    """Rows of several batches, one after the other; unlike forms are written out."""
+    first = blocks[0]
+    if len(blocks) == 1:
+        return first
+    if isinstance(first, Outer) and all(isinstance(b, Outer) and b.terms == first.terms for b in blocks):
+        outers = [b for b in blocks if isinstance(b, Outer)]
+        return Outer(torch.cat([b.left for b in outers]), torch.cat([b.right for b in outers]))
+    if isinstance(first, Indexed) and all(
+        isinstance(b, Indexed) and b.index.shape[1] == first.index.shape[1] for b in blocks
+    ):
+        tables = [b for b in blocks if isinstance(b, Indexed)]
+        return Indexed(torch.cat([b.index for b in tables]), torch.cat([b.values for b in tables]), first.size)
+    if isinstance(first, Conv) and all(isinstance(b, Conv) and b.x.shape[1:] == first.x.shape[1:] for b in blocks):
+        convs = [b for b in blocks if isinstance(b, Conv)]
+        return Conv(torch.cat([b.left for b in convs]), torch.cat([b.x for b in convs]), first.window)
+    return Dense(torch.cat([b.dense().reshape(len(b), *first.shape) for b in blocks]))

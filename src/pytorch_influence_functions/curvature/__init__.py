@@ -1,0 +1,10 @@
+"""Which matrix stands for the curvature of the training loss."""
+
+from .base import AbstractCurvature as AbstractCurvature
+from .base import Budget as Budget
+from .base import Form as Form
+from .exact import GGN as GGN
+from .exact import EmpiricalFisher as EmpiricalFisher
+from .exact import Fisher as Fisher
+from .exact import Hessian as Hessian
+from .exact import Identity as Identity

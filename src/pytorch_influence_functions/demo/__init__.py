@@ -1,0 +1,1 @@
+"""The demonstration behind `ptif demo`, and the images it runs on."""

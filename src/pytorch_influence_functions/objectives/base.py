@@ -1,0 +1,325 @@
+"""What every objective is, and how a batch is read: inputs, target, outputs, and checks of their values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import InvalidInput, name_ids
+
+#: Where a batch that is a mapping keeps its target.
+LABELS = ("labels", "label")
+
+Batch = Any
+Model = Callable[..., Any]
+
+
+# --------------------------------------------------------------------------- batches
+
+
+def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Take a batch apart into the model's arguments and the target.
+
+    Args:
+        batch: what the collate function gives. A tuple or list is `(inputs..., target)`; a mapping as its
+            first member holds keyword arguments. A mapping (tokenizer output) holds the target under "labels"
+            or "label", everything else are keyword arguments.
+
+    Returns:
+        `(args, kwargs, targets)`, so that the outputs are `model(*args, **kwargs)`.
+
+    Raises:
+        InvalidInput: the batch has no target.
+
+    Example:
+        >>> inputs_and_targets({"input_ids": 1, "labels": 2})
+        ((), {'input_ids': 1}, 2)
+        >>> inputs_and_targets((1, 2, 3))
+        ((1, 2), {}, 3)
+    """
+    if isinstance(batch, Mapping):
+        key = label_key(batch)
+        if key is None:
+            raise InvalidInput(
+                f"A batch with keys {', '.join(map(repr, batch))} has no target; expected it under "
+                "'labels' or 'label', so rename it in the dataset or the collate function."
+            )
+        return (), {k: v for k, v in batch.items() if k != key}, batch[key]
+    if not isinstance(batch, (tuple, list)):
+        raise InvalidInput(
+            f"A batch of type {type(batch).__name__} has no target; expected (inputs, target) "
+            "or a mapping with 'labels', so let the dataset return both."
+        )
+    if len(batch) < 2:
+        raise InvalidInput(
+            f"A batch of {len(batch)} member{'' if len(batch) == 1 else 's'} has no target; expected "
+            "(inputs, target), so let the dataset return both."
+        )
+    first, *rest = batch[:-1]
+    if isinstance(first, Mapping):
+        return tuple(rest), dict(first), batch[-1]
+    return (first, *rest), {}, batch[-1]
+
+
+def label_key(batch: Mapping[str, Any]) -> str | None:
+    """The key of a batch's target, if it has one."""
+    return next((key for key in LABELS if key in batch), None)
+
+
+def with_targets(batch: Batch, targets: Tensor) -> Batch:
+    """The batch with its target replaced (or added, where a mapping has none)."""
+    if isinstance(batch, Mapping):
+        return {**batch, label_key(batch) or LABELS[0]: targets}
+    members = [*batch[:-1], targets]
+    if hasattr(batch, "_fields"):
+        return type(batch)(*members)
+    return members if isinstance(batch, list) else tuple(members)
+
+
+def tensor_targets(batch: Batch) -> Tensor:
+    """The target of a batch, which must be a tensor.
+
+    Raises:
+        InvalidInput: it is not.
+    """
+    return as_tensor_targets(inputs_and_targets(batch)[2])
+
+
+def as_tensor_targets(targets: Any) -> Tensor:
+    """`targets`, refused unless it is a tensor."""
+    if not isinstance(targets, Tensor):
+        raise InvalidInput(
+            f"The targets are of type {type(targets).__name__}, expected a tensor; let the dataset return a "
+            "number or a tensor as target."
+        )
+    return targets
+
+
+def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The model's outputs as one tensor: `.logits` of an output object, the first member of a tuple.
+
+    Raises:
+        InvalidInput: there is no tensor to be found.
+    """
+    found = model(*args, **kwargs)
+    result = found
+    if not isinstance(result, Tensor):
+        if isinstance(result, Mapping) and "logits" in result:
+            result = result["logits"]
+        elif isinstance(getattr(result, "logits", None), Tensor):
+            result = result.logits
+        elif isinstance(result, (tuple, list)) and result:
+            result = result[0]
+    if not isinstance(result, Tensor):
+        raise InvalidInput(
+            f"The model returned {type(found).__name__}, expected a tensor, an object with .logits, or a "
+            "tuple starting with a tensor; wrap the model so that it returns its outputs."
+        )
+    return result
+
+
+# ----------------------------------------------------------------- checks of values, never under transforms
+
+
+def check_batch(outputs: Tensor, targets: Any, ids: Tensor) -> Tensor:
+    """The target as a tensor, after what every objective expects of outputs and targets.
+
+    Raises:
+        InvalidInput: outputs or targets are not one per example, not tensors, or of the wrong type or device.
+    """
+    n = len(ids)
+    check_outputs(outputs, ids)
+    found = as_tensor_targets(targets)
+    if found.dim() == 0 or found.shape[0] != n:
+        raise InvalidInput(
+            f"The targets have shape {tuple(found.shape)} for {n} examples (dataset indices "
+            f"{name_ids(ids.tolist())}); expected one target per example along the first axis."
+        )
+    if found.device != outputs.device:
+        raise InvalidInput(
+            f"The targets lie on {found.device} and the outputs on {outputs.device}; move both to one device."
+        )
+    return found
+
+
+def check_outputs(outputs: Tensor, ids: Tensor) -> None:
+    """Refuse outputs that are not floating point numbers, one row per example."""
+    if outputs.dim() == 0 or outputs.shape[0] != len(ids):
+        raise InvalidInput(
+            f"The model gave outputs of shape {tuple(outputs.shape)} for {len(ids)} examples; the first axis "
+            "must run over the examples, so return one output per example."
+        )
+    if not outputs.is_floating_point():
+        raise InvalidInput(
+            f"The model gave outputs of type {outputs.dtype}, expected floating point numbers; "
+            "return what comes before argmax or rounding."
+        )
+
+
+def offenders(bad: Tensor, ids: Tensor) -> str:
+    """Dataset indices, in words, of the examples where `bad` ([n, ...]) is true anywhere."""
+    found = bad.reshape(len(ids), -1).any(1).to(ids.device)
+    named = ids[found].tolist()
+    return f"dataset {'index' if len(named) == 1 else 'indices'} {name_ids(named)}"
+
+
+def check_labels(targets: Tensor, classes: int, ids: Tensor, ignore_index: int | None = None) -> None:
+    """Refuse class numbers outside 0..classes-1, naming index and label.
+
+    Raises:
+        InvalidInput: the offending labels.
+    """
+    bad = (targets < 0) | (targets >= classes)
+    if ignore_index is not None:
+        bad &= targets != ignore_index
+    if bool(bad.any()):
+        raise InvalidInput(
+            f"Label {int(targets[bad][0])} at {offenders(bad, ids)} is out of range: the model has {classes} "
+            f"classes, so labels must lie in 0..{classes - 1}; relabel from 0 or widen the last layer."
+        )
+
+
+def is_integer(targets: Tensor) -> bool:
+    """Whether targets can be class numbers."""
+    return not (targets.is_floating_point() or targets.is_complex())
+
+
+def draw(outputs: Tensor, generator: torch.Generator | None, normal: bool = False) -> Tensor:
+    """Uniform or normal numbers shaped like `outputs`, drawn where the generator lives, then moved."""
+    device = outputs.device if generator is None else generator.device
+    make = torch.randn if normal else torch.rand
+    # Half precision has too few uniform numbers for rare classes.
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    made: Tensor = make(outputs.shape, generator=generator, dtype=dtype, device=device)
+    return made.to(outputs.device)
+
+
+# --------------------------------------------------------------------------- objectives
+
+
+class AbstractObjective(ABC):
+    """What is differentiated: outputs f(x; θ), and one number per example that is a function of them.
+
+    A frozen record: equal settings compare equal, and `repr` shows what differs from the defaults. Everything
+    but `check` works under `torch.func` transforms: no branch depends on a value. Wrap one to tweak it.
+    """
+
+    @property
+    @abstractmethod
+    def lower_is_better(self) -> bool:
+        """True for a loss: removing an example with positive score makes it worse."""
+
+    @abstractmethod
+    def outputs(self, model: Model, batch: Batch) -> Tensor:
+        """The model's outputs, shape [n, *out].
+
+        Args:
+            model: the model, or any callable with its arguments.
+            batch: see `inputs_and_targets`.
+
+        Raises:
+            InvalidInput: the batch has no target, or the model returned no tensor.
+        """
+
+    @abstractmethod
+    def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
+        """One number per example, differentiable in `outputs`; example n's own outputs only."""
+
+    @abstractmethod
+    def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
+        """Refuse outputs and targets this objective cannot mean.
+
+        Args:
+            outputs: from `outputs`.
+            batch: the batch they came from.
+            ids: [n] dataset indices, named in messages.
+
+        Raises:
+            InvalidInput: labels out of range, wrong shapes or types; one sentence, naming dataset indices.
+        """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AbstractObjective) and _key(self) == _key(other)
+
+    def __hash__(self) -> int:
+        return hash(_key(self))
+
+    def __repr__(self) -> str:
+        shown = []
+        for name, value, default in _settings(self):
+            if isinstance(value, Tensor):
+                shown.append(f"{name}={_short(value)}")
+            elif default is MISSING or value != default:
+                called = getattr(value, "__name__", None) if callable(value) else None
+                shown.append(f"{name}={called or repr(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _settings(objective: AbstractObjective) -> list[tuple[str, Any, Any]]:
+    """Name, value and default of every field; an objective that is no dataclass has its attributes."""
+    found: Any = objective
+    if is_dataclass(found):
+        return [(f.name, getattr(found, f.name), f.default) for f in fields(found)]
+    return [(name, value, MISSING) for name, value in vars(objective).items()]
+
+
+def _key(objective: AbstractObjective) -> tuple[Any, ...]:
+    values = [value for _, value, _ in _settings(objective)]
+    return type(objective), *(
+        (tuple(v.shape), str(v.dtype), *v.flatten().tolist()) if isinstance(v, Tensor) else v for v in values
+    )
+
+
+def _short(value: Tensor) -> str:
+    numbers = [f"{x:g}" for x in value.flatten()[:6].tolist()]
+    return f"[{', '.join(numbers)}{', …' if value.numel() > 6 else ''}]"
+
+
+class AbstractLikelihood(AbstractObjective):
+    """An objective that is -log p(y | f), up to scale: unlocks GGN, Fisher and K-FAC.
+
+    H_n below is the Hessian of example n's loss in its outputs; it is positive semi-definite.
+    """
+
+    @abstractmethod
+    def sample(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+    ) -> Batch:
+        """The batch with targets drawn from the model's own distribution p(y | f)."""
+
+    @abstractmethod
+    def sample_cotangent(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "n *out"]:
+        """Random c_n with mean 0 and E[c_n c_nᵀ] = H_n: rows Jᵀc are rows of the sampled Fisher."""
+
+    @abstractmethod
+    def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
+        """Columns with Σ_k root[k, n] root[k, n]ᵀ = H_n exactly (classes are enumerated)."""
+
+    @abstractmethod
+    def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
+        """The k of `root`, without building it."""
+
+    @abstractmethod
+    def hessian_product(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
+    ) -> Float[Tensor, "n *out"]:
+        """H_n v_n in closed form."""
+
+    @final
+    def output_hessian(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "n c c"]:
+        """H_n written out, over the outputs of an example flattened."""
+        size = outputs[0].numel()
+        units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+        columns = [
+            self.hessian_product(outputs, batch, unit.expand(len(outputs), size).reshape(outputs.shape))
+            for unit in units
+        ]
+        return torch.stack(columns, -1).reshape(len(outputs), size, size)

@@ -1,0 +1,104 @@
+"""From what people train with, `torch.nn` losses and functions, to objectives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InvalidInput
+from .base import AbstractObjective
+from .bernoulli import Bernoulli
+from .likelihoods import CrossEntropy, SquaredError
+from .measures import FromFunction
+
+
+def as_objective(loss: Any) -> AbstractObjective:
+    """An objective from an objective, a `torch.nn` loss, a loss of `torch.nn.functional`, or a function.
+
+    `CrossEntropyLoss`, `NLLLoss`, `MSELoss`, `BCEWithLogitsLoss` and `BCELoss` become likelihoods with the
+    same settings; every other loss module or function of (outputs, targets) is wrapped in `FromFunction`.
+    Whatever the module's reduction, the result speaks of single examples; with several outputs per example
+    "sum" adds them up, "mean" and "none" average them.
+
+    `NLLLoss` becomes `CrossEntropy`: log-probabilities have logsumexp 0, whatever the parameters, so
+    log-softmax leaves them, and hence value and parameter gradient, as they are; the Gauss-Newton matrix
+    becomes that of the softmax before them, where NLL itself, linear in its outputs, would give 0.
+
+    Raises:
+        InvalidInput: it is none of these, or a class where an instance is needed.
+
+    Example:
+        >>> as_objective(nn.MSELoss())
+        SquaredError(average=True, half=False)
+        >>> as_objective(nn.L1Loss())
+        FromFunction(function=L1Loss())
+    """
+    if isinstance(loss, AbstractObjective):
+        return loss
+    if isinstance(loss, type):
+        known = issubclass(loss, (nn.Module, AbstractObjective))
+        hint = f"pass an instance, {loss.__name__}(...)" if known else "pass a loss"
+        raise InvalidInput(f"The loss is the class {loss.__name__}; {hint}.")
+    if isinstance(loss, nn.Module):
+        # Subclasses may compute something else, so the type must be the very one.
+        made = _MODULES.get(type(loss))
+        return made(loss) if made is not None else FromFunction(_averaged(loss))
+    if not callable(loss):
+        raise InvalidInput(
+            f"The loss is {loss!r} of type {type(loss).__name__}; expected an objective such as "
+            "CrossEntropy(), a torch.nn loss, or a function of (outputs, targets)."
+        )
+    return _FUNCTIONS.get(loss) or FromFunction(loss)
+
+
+def _averaged(loss: nn.Module) -> nn.Module:
+    """The module, returning one number: without reduction it would return one per output, not per example."""
+    if not isinstance(loss, nn.modules.loss._Loss) or getattr(loss, "reduction", None) != "none":
+        return loss
+    made = copy.copy(loss)
+    made.reduction = "mean"
+    return made
+
+
+def _value(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _cross_entropy(loss: Any) -> AbstractObjective:
+    return CrossEntropy(_value(loss.weight), loss.label_smoothing, loss.ignore_index)
+
+
+def _nll(loss: Any) -> AbstractObjective:
+    return CrossEntropy(_value(loss.weight), 0.0, loss.ignore_index, from_log_probabilities=True)
+
+
+def _squared(loss: Any) -> AbstractObjective:
+    return SquaredError(average=loss.reduction != "sum", half=False)
+
+
+def _bce(loss: Any) -> AbstractObjective:
+    average = loss.reduction != "sum"
+    if type(loss) is nn.BCELoss:
+        return Bernoulli(_value(loss.weight), average=average, from_probabilities=True)
+    return Bernoulli(_value(loss.weight), _value(loss.pos_weight), average=average)
+
+
+_MODULES: dict[type[nn.Module], Callable[[Any], AbstractObjective]] = {
+    nn.CrossEntropyLoss: _cross_entropy,
+    nn.NLLLoss: _nll,
+    nn.MSELoss: _squared,
+    nn.BCEWithLogitsLoss: _bce,
+    nn.BCELoss: _bce,
+}
+
+_FUNCTIONS: dict[Any, AbstractObjective] = {
+    F.cross_entropy: CrossEntropy(),
+    F.nll_loss: CrossEntropy(from_log_probabilities=True),
+    F.mse_loss: SquaredError(average=True, half=False),
+    F.binary_cross_entropy_with_logits: Bernoulli(average=True),
+    F.binary_cross_entropy: Bernoulli(average=True, from_probabilities=True),
+}

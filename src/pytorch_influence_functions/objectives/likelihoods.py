@@ -1,0 +1,469 @@
+"""Losses whose Hessian in the outputs is known in closed form: classes, tokens, real numbers, yes or no."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+from ..errors import InvalidInput
+from .base import (
+    AbstractLikelihood,
+    Batch,
+    Model,
+    call_model,
+    check_batch,
+    check_labels,
+    draw,
+    inputs_and_targets,
+    is_integer,
+    label_key,
+    offenders,
+    tensor_targets,
+    with_targets,
+)
+
+# ----------------------------------------------------------------- the softmax, position by position
+# z [n, l, c]: logits; s [n, l]: the factor of each position. H = s (diag p - p pᵀ), zero between positions.
+
+
+def _softmax_root(z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"]) -> Float[Tensor, "k n l c"]:
+    """sqrt(s p_c) (e_c - p) for every position and class: Σ_c p_c (e_c - p)(e_c - p)ᵀ = diag p - p pᵀ."""
+    p = z.softmax(-1)
+    n, length, classes = z.shape
+    unit = torch.eye(classes, dtype=z.dtype, device=z.device)
+    columns = (s[..., None] * p).sqrt()[..., None] * (unit - p[..., None, :])  # n l k c
+    place = torch.eye(length, dtype=z.dtype, device=z.device)
+    spread = torch.einsum("nakc,ab->aknbc", columns, place)
+    return spread.reshape(length * classes, n, length, classes)
+
+
+def _softmax_product(
+    z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"], v: Float[Tensor, "n l c"]
+) -> Float[Tensor, "n l c"]:
+    p = z.softmax(-1)
+    return s[..., None] * p * (v - (p * v).sum(-1, keepdim=True))
+
+
+def _softmax_sample(z: Float[Tensor, "n l c"], generator: torch.Generator | None) -> Int[Tensor, "n l"]:
+    """Classes drawn from the softmax: the largest of logit + Gumbel noise, for any number of classes."""
+    tiny = torch.finfo(torch.float32).tiny
+    uniform = draw(z, generator).clamp_min(tiny)
+    noise = -(-uniform.log()).clamp_min(tiny).log()
+    return (z + noise).argmax(-1)
+
+
+def _softmax_cotangent(
+    z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"], generator: torch.Generator | None
+) -> Float[Tensor, "n l c"]:
+    drawn = F.one_hot(_softmax_sample(z, generator), z.shape[-1])
+    return s.sqrt()[..., None] * (z.softmax(-1) - drawn.to(z.dtype))
+
+
+# --------------------------------------------------------------------------- classes
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class CrossEntropy(AbstractLikelihood):
+    """-Σ_c a_c log softmax(f)_c, as `torch.nn.CrossEntropyLoss` means it, one number per example.
+
+    The coefficients a_c come from the target (a class number, or probabilities), `label_smoothing` and the
+    class `weight`. The Hessian in the outputs is S (diag p - p pᵀ), p = softmax(f), S = Σ_c a_c; zero where
+    ignored.
+
+    Outputs are [n, C] with targets [n] (integers) or [n, C] (probabilities), or dense, [n, C, d1, ...] with
+    [n, d1, ...] (segmentation): then the loss is the mean over the example's own positions, ignored ones
+    counted. torch's own mean divides by the total weight (or the count not ignored) instead: one factor for
+    all examples alike, which scales the whole objective and cancels in a score up to damping. Dividing by
+    each example's own count would not.
+
+    Args:
+        weight: [C] factor of each class.
+        label_smoothing: share of the target spread evenly over the classes, in [0, 1].
+        ignore_index: class number of targets that do not count.
+        from_log_probabilities: the outputs are log-probabilities (a model trained with `NLLLoss`), which
+            `check` makes sure of. Nothing else changes: log-softmax leaves normalised values as they are.
+
+    Raises:
+        InvalidInput: a setting out of its range.
+
+    Example:
+        >>> batch = (torch.zeros(1, 2), torch.tensor([1]))
+        >>> CrossEntropy().losses(torch.zeros(1, 2), batch)
+        tensor([0.6931])
+    """
+
+    weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    from_log_probabilities: bool = False
+    lower_is_better: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise InvalidInput(f"label_smoothing is {self.label_smoothing:g}, expected a number from 0 to 1.")
+        if self.weight is not None:
+            if self.weight.dim() != 1:
+                raise InvalidInput(
+                    f"The class weights have shape {tuple(self.weight.shape)}, expected [C], one number per "
+                    "class."
+                )
+            _check_weight("class", self.weight)
+
+    def outputs(self, model: Model, batch: Batch) -> Tensor:
+        args, kwargs, _ = inputs_and_targets(batch)
+        return call_model(model, args, kwargs)
+
+    def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
+        targets = self._targets(outputs, batch)
+        logp = _last(outputs).log_softmax(-1)
+        weight, classes = self._weight(outputs), outputs.shape[1]
+        if targets.dtype.is_floating_point:
+            return -(self._coefficients(outputs, targets) * logp).sum(-1).mean(1)
+        counts, label = self._labels(targets)
+        hard = -logp.gather(-1, label[..., None])[..., 0]
+        loss = hard if weight is None else hard * weight[label]
+        if self.label_smoothing:
+            even = -(logp if weight is None else logp * weight).sum(-1) / classes
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * even
+        return torch.where(counts, loss, torch.zeros_like(loss)).mean(1)
+
+    def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
+        targets = check_batch(outputs, inputs_and_targets(batch)[2], ids)
+        self._targets(outputs, batch)
+        classes = outputs.shape[1]
+        if self.weight is not None and len(self.weight) != classes:
+            raise InvalidInput(
+                f"There are {len(self.weight)} class weights and {classes} classes; give one weight per "
+                "class."
+            )
+        if is_integer(targets):
+            check_labels(targets, classes, ids, self.ignore_index)
+        elif bool((bad := ~(targets >= 0)).any()):
+            raise InvalidInput(
+                f"The target probabilities at {offenders(bad, ids)} are negative or NaN; "
+                "expected numbers from 0 to 1."
+            )
+        if self.from_log_probabilities:
+            # What rounding allows: three digits in single precision.
+            room = max(torch.finfo(outputs.dtype).eps ** 0.5, 1e-3)
+            if bool((bad := ~(outputs.logsumexp(1).abs() <= room)).any()):
+                raise InvalidInput(
+                    f"The outputs at {offenders(bad, ids)} are not log-probabilities, which NLLLoss and "
+                    "from_log_probabilities=True expect; end the model with log_softmax, or use "
+                    "CrossEntropy()."
+                )
+
+    def sample(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+    ) -> Batch:
+        targets = tensor_targets(batch)
+        drawn = _softmax_sample(_last(outputs), generator).reshape(outputs.shape[:1] + outputs.shape[2:])
+        if targets.is_floating_point():
+            return with_targets(batch, F.one_hot(drawn, outputs.shape[1]).movedim(-1, 1).to(targets.dtype))
+        return with_targets(
+            batch, torch.where(targets == self.ignore_index, targets, drawn.to(targets.dtype))
+        )
+
+    def sample_cotangent(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "n *out"]:
+        made = _softmax_cotangent(_last(outputs), self._factor(outputs, batch), generator)
+        return made.movedim(-1, 1).reshape(outputs.shape)
+
+    def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
+        made = _softmax_root(_last(outputs), self._factor(outputs, batch))
+        return made.movedim(-1, 2).reshape(-1, *outputs.shape)
+
+    def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
+        return math.prod(outputs.shape[1:])
+
+    def hessian_product(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
+    ) -> Float[Tensor, "n *out"]:
+        made = _softmax_product(_last(outputs), self._factor(outputs, batch), _last(v))
+        return made.movedim(-1, 1).reshape(outputs.shape)
+
+    def _weight(self, outputs: Tensor) -> Tensor | None:
+        return None if self.weight is None else self.weight.to(outputs)
+
+    def _labels(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, l]: which positions count, and their class numbers (0 elsewhere)."""
+        flat = targets.long().reshape(targets.shape[0], -1)
+        counts = flat != self.ignore_index
+        return counts, torch.where(counts, flat, torch.zeros_like(flat))
+
+    def _coefficients(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "n l c"]:
+        """a_c where targets are probabilities."""
+        even = self.label_smoothing / outputs.shape[1]
+        a = _last(targets.to(outputs.dtype)) * (1 - self.label_smoothing) + even
+        weight = self._weight(outputs)
+        return a if weight is None else a * weight
+
+    def _factor(self, outputs: Tensor, batch: Batch) -> Float[Tensor, "n l"]:
+        """S of each position, divided by the number of positions."""
+        targets = self._targets(outputs, batch)
+        if targets.dtype.is_floating_point:
+            total = self._coefficients(outputs, targets).sum(-1)
+        else:
+            counts, label = self._labels(targets)
+            weight = self._weight(outputs)
+            if weight is None:
+                total = torch.ones_like(label, dtype=outputs.dtype)
+            else:
+                total = (1 - self.label_smoothing) * weight[label] + self.label_smoothing * weight.mean()
+            total = torch.where(counts, total, torch.zeros_like(total))
+        return total / total.shape[1]
+
+    def _targets(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The targets, if their shape fits; shapes are known even under transforms."""
+        targets = tensor_targets(batch)
+        shape, seen = tuple(outputs.shape), tuple(targets.shape)
+        if len(shape) < 2 or shape[1] < 2:
+            raise InvalidInput(
+                f"CrossEntropy() got outputs of shape {shape}, expected [n, C] with two classes or more; "
+                "for one logit per example use Bernoulli()."
+            )
+        if is_integer(targets) and seen == shape[:1] + shape[2:]:
+            return targets
+        if not is_integer(targets) and seen == shape:
+            return targets
+        raise InvalidInput(_misfit(shape, seen, targets))
+
+
+def _misfit(shape: tuple[int, ...], seen: tuple[int, ...], targets: Tensor) -> str:
+    """Why CrossEntropy cannot read these targets, with the way out that fits."""
+    what = f"CrossEntropy() got targets of shape {seen} and type {targets.dtype} for outputs of shape {shape}"
+    labels = shape[:1] + shape[2:]
+    if seen == labels:
+        return f"{what}; class numbers must be integers, so convert them with .long()."
+    if seen == shape:
+        return f"{what}; one-hot targets must be floating point, so convert them with .float()."
+    if len(shape) == 3 and seen == shape[:2]:
+        return f"{what}; for one class per token, outputs [n, T, C], use TokenCrossEntropy()."
+    if seen == (*labels, 1):
+        return f"{what}; remove the last axis of the targets with .squeeze(-1)."
+    return f"{what}; expected class numbers of shape {labels} or probabilities of shape {shape}."
+
+
+def _last(outputs: Tensor) -> Float[Tensor, "n l c"]:
+    """[n, C, d1, ...] as [n, positions, C]."""
+    return outputs.reshape(*outputs.shape[:2], -1).movedim(1, -1)
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+        raise InvalidInput(f"A {name} weight is negative or not finite; weights must be 0 or more.")
+
+
+# --------------------------------------------------------------------------- tokens
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenCrossEntropy(AbstractLikelihood):
+    """Cross entropy of a sequence: outputs [n, T, C], targets [n, T], averaged over the example's own tokens.
+
+    Args:
+        ignore_index: class number of tokens that do not count (padding, prompt).
+        average: the mean over an example's own tokens that count; False: their sum, -log p(sequence).
+        shift: for causal language models, whose outputs at position t predict token t + 1 and whose labels
+            are the input ids. A batch without "labels" then takes "input_ids", where "attention_mask" is not
+            0.
+
+    Note:
+        A training loop that averages over all tokens of a batch weights a sequence by its length: that is
+        `average=False` (up to one factor for all examples).
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[0, 1, 1]])}
+        >>> TokenCrossEntropy(shift=True).losses(torch.zeros(1, 3, 2), batch)
+        tensor([0.6931])
+    """
+
+    ignore_index: int = -100
+    average: bool = True
+    shift: bool = False
+    lower_is_better: ClassVar[bool] = True
+
+    def outputs(self, model: Model, batch: Batch) -> Tensor:
+        args, kwargs, _ = self._split(batch)
+        return call_model(model, args, kwargs)
+
+    def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
+        label, factor = self._labels(outputs, batch)
+        picked = outputs.log_softmax(-1).gather(-1, label[..., None])[..., 0]
+        # `where` rather than a product: 0 · inf would be NaN at a token that does not count.
+        return -torch.where(factor > 0, picked * factor, torch.zeros_like(picked)).sum(1)
+
+    def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
+        targets = check_batch(outputs, self._split(batch)[2], ids)
+        _, factor = self._labels(outputs, batch)
+        used = targets[:, 1:] if self.shift else targets
+        check_labels(used, outputs.shape[-1], ids, self.ignore_index)
+        if bool((bad := factor.sum(1) == 0).any()):
+            raise InvalidInput(
+                f"The sequences at {offenders(bad, ids)} have no token to predict (all are ignore_index="
+                f"{self.ignore_index}{' after the shift' if self.shift else ''}); remove them from the "
+                "dataset."
+            )
+
+    def sample(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+    ) -> Batch:
+        targets: Tensor = self._split(batch)[2]
+        drawn = _softmax_sample(outputs, generator).to(targets.dtype)
+        if self.shift:
+            # Position t speaks of token t + 1; of the first token nothing speaks.
+            drawn = torch.cat([targets[:, :1], drawn[:, :-1]], 1)
+        return with_targets(batch, torch.where(targets == self.ignore_index, targets, drawn))
+
+    def sample_cotangent(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "n *out"]:
+        return _softmax_cotangent(outputs, self._labels(outputs, batch)[1], generator)
+
+    def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
+        return _softmax_root(outputs, self._labels(outputs, batch)[1])
+
+    def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
+        return math.prod(outputs.shape[1:])
+
+    def hessian_product(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
+    ) -> Float[Tensor, "n *out"]:
+        return _softmax_product(outputs, self._labels(outputs, batch)[1], v)
+
+    def _split(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        bare = isinstance(batch, Mapping) and label_key(batch) is None
+        if self.shift and bare and "input_ids" in batch:
+            targets, mask = batch["input_ids"], batch.get("attention_mask")
+            if mask is not None:
+                targets = torch.where(mask == 0, torch.full_like(targets, self.ignore_index), targets)
+            return (), dict(batch), targets
+        return inputs_and_targets(batch)
+
+    def _labels(self, outputs: Tensor, batch: Batch) -> tuple[Int[Tensor, "n l"], Float[Tensor, "n l"]]:
+        """The class number each position predicts, and its factor in the loss (0 where it does not count)."""
+        targets = self._split(batch)[2]
+        shape = tuple(outputs.shape)
+        if len(shape) != 3:
+            raise InvalidInput(
+                f"TokenCrossEntropy() got outputs of shape {shape}, expected [n, T, C], one row of logits "
+                "per token; for one label per example use CrossEntropy()."
+            )
+        if not isinstance(targets, Tensor) or not is_integer(targets) or tuple(targets.shape) != shape[:2]:
+            seen = (
+                f"{tuple(targets.shape)} and type {targets.dtype}" if isinstance(targets, Tensor) else "none"
+            )
+            raise InvalidInput(
+                f"TokenCrossEntropy() got targets of shape {seen} for outputs of shape {shape}; "
+                f"expected integers of shape {shape[:2]}, one class number per token."
+            )
+        label = targets.long()
+        if self.shift:
+            last = torch.full_like(label[:, :1], self.ignore_index)
+            label = torch.cat([label[:, 1:], last], 1)
+        counts = label != self.ignore_index
+        factor = counts.to(outputs.dtype)
+        if self.average:
+            factor = factor / factor.sum(1, keepdim=True).clamp_min(1.0)
+        return torch.where(counts, label, torch.zeros_like(label)), factor
+
+
+# --------------------------------------------------------------------------- real numbers
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class SquaredError(AbstractLikelihood):
+    """½ ‖f - y‖², i.e. -log N(y; f, I) up to a constant; the Hessian in the outputs is the identity.
+
+    Targets are given the shape of the outputs when an example has as many numbers ([n] and [n, 1], which
+    torch's own loss would broadcast to [n, n]).
+
+    Args:
+        average: divide by the number of outputs per example.
+        half: the factor ½. `torch.nn.MSELoss()` is `SquaredError(average=True, half=False)`.
+
+    Example:
+        >>> SquaredError().losses(torch.tensor([[3.0]]), (None, torch.tensor([1.0])))
+        tensor([2.])
+    """
+
+    average: bool = False
+    half: bool = True
+    lower_is_better: ClassVar[bool] = True
+
+    def outputs(self, model: Model, batch: Batch) -> Tensor:
+        args, kwargs, _ = inputs_and_targets(batch)
+        return call_model(model, args, kwargs)
+
+    def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
+        error = outputs - fitted(outputs, tensor_targets(batch), "SquaredError()")
+        total: Tensor = error.pow(2).reshape(len(outputs), -1).sum(1)
+        return 0.5 * self._scale(outputs) * total
+
+    def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
+        fitted(outputs, check_batch(outputs, inputs_and_targets(batch)[2], ids), "SquaredError()")
+
+    def sample(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+    ) -> Batch:
+        shape = tensor_targets(batch).shape
+        noise = draw(outputs, generator, normal=True).to(outputs.dtype) / math.sqrt(self._scale(outputs))
+        return with_targets(batch, (outputs + noise).reshape(shape))
+
+    def sample_cotangent(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "n *out"]:
+        return draw(outputs, generator, normal=True).to(outputs.dtype) * math.sqrt(self._scale(outputs))
+
+    def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
+        return _diagonal_root(torch.full_like(outputs, math.sqrt(self._scale(outputs))))
+
+    def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
+        return math.prod(outputs.shape[1:])
+
+    def hessian_product(
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
+    ) -> Float[Tensor, "n *out"]:
+        return self._scale(outputs) * v
+
+    def _scale(self, outputs: Tensor) -> float:
+        """The second derivative in one output."""
+        return (1.0 if self.half else 2.0) / (math.prod(outputs.shape[1:]) if self.average else 1)
+
+
+def fitted(outputs: Tensor, targets: Num[Tensor, "..."] | Tensor, name: str) -> Tensor:
+    """Targets with the shape and type of the outputs, where an example has as many numbers.
+
+    Raises:
+        InvalidInput: it has not, or its axes are in another order.
+    """
+    shape, seen = tuple(outputs.shape), tuple(targets.shape)
+    long, wide = [d for d in shape[1:] if d != 1], [d for d in seen[1:] if d != 1]
+    transposed = len(long) == len(wide) > 1 and long != wide
+    if not seen or seen[0] != shape[0] or math.prod(seen) != math.prod(shape) or transposed:
+        hint = (
+            "; for one class number per example use CrossEntropy()"
+            if len(shape) == 2 and len(seen) == 1
+            else ""
+        )
+        raise InvalidInput(
+            f"{name} got targets of shape {seen} for outputs of shape {shape}; expected as many numbers per "
+            f"example, in the same order{hint}."
+        )
+    return targets.to(outputs.dtype).reshape(shape)
+
+
+def _diagonal_root(values: Float[Tensor, "n *out"]) -> Float[Tensor, "k n *out"]:
+    """Column k holds the k-th number of every example, at its place."""
+    return torch.diag_embed(values.reshape(len(values), -1)).movedim(1, 0).reshape(-1, *values.shape)

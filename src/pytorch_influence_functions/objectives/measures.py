@@ -1,0 +1,353 @@
+"""What is looked at rather than trained on: margins, logits, and any function of outputs and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..errors import InfluenceError, InvalidInput, NonFinite
+from .base import (
+    AbstractObjective,
+    Batch,
+    Model,
+    call_model,
+    check_batch,
+    check_labels,
+    check_outputs,
+    inputs_and_targets,
+    is_integer,
+    tensor_targets,
+)
+
+Reduction = Literal["none", "mean", "sum"]
+_REDUCTIONS = ("none", "mean", "sum")
+
+# --------------------------------------------------------------------------- classes
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Margin(AbstractObjective):
+    """f_y - log Σ_{c≠y} exp f_c = log(p_y / (1 - p_y)), the log-odds of the target: TRAK's output function.
+
+    Unlike a loss it does not flatten where the model is sure. Outputs are [n, C] with class numbers [n], or
+    one logit per example ([n] or [n, 1]) with targets 0 or 1, where the log-odds are -f or f. (Park et al.
+    2023, "TRAK: Attributing Model Behavior at Scale".)
+
+    Example:
+        >>> Margin().losses(torch.tensor([[2.0, 0.5]]), (None, torch.tensor([0])))
+        tensor([1.5000])
+    """
+
+    lower_is_better: ClassVar[bool] = False
+
+    def outputs(self, model: Model, batch: Batch) -> Tensor:
+        args, kwargs, _ = inputs_and_targets(batch)
+        return call_model(model, args, kwargs)
+
+    def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
+        y = _plain_labels(outputs, tensor_targets(batch), "Margin()")
+        if _is_single(outputs):
+            return _signed(outputs, y)
+        # The target is masked out before logsumexp: log(1 - p) from p would lose all digits where p is near
+        # 1.
+        own = torch.arange(outputs.shape[1], device=y.device) == y[:, None]
+        others = torch.where(own, torch.full_like(outputs, -torch.inf), outputs)
+        return _picked(outputs, y) - others.logsumexp(1)
+
+    def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
+        _check_plain(outputs, batch, ids, "Margin()")
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Logit(AbstractObjective):
+    """f_y, the target's own output: [n, C] with class numbers [n], or ±f for one logit per example.
+
+    Example:
+        >>> Logit().losses(torch.tensor([[2.0, 0.5]]), (None, torch.tensor([0])))
+        tensor([2.])
+    """
+
+    lower_is_better: ClassVar[bool] = False
+
+    def outputs(self, model: Model, batch: Batch) -> Tensor:
+        args, kwargs, _ = inputs_and_targets(batch)
+        return call_model(model, args, kwargs)
+
+    def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
+        y = _plain_labels(outputs, tensor_targets(batch), "Logit()")
+        return _signed(outputs, y) if _is_single(outputs) else _picked(outputs, y)
+
+    def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
+        _check_plain(outputs, batch, ids, "Logit()")
+
+
+def _is_single(outputs: Tensor) -> bool:
+    return outputs.dim() == 1 or (outputs.dim() == 2 and outputs.shape[1] == 1)
+
+
+def _signed(outputs: Tensor, y: Tensor) -> Tensor:
+    return outputs.reshape(-1) * (2 * y - 1).to(outputs.dtype)
+
+
+def _picked(outputs: Tensor, y: Tensor) -> Tensor:
+    return outputs.gather(1, y[:, None])[:, 0]
+
+
+def _plain_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
+    """Class numbers [n], if outputs and targets are one decision per example."""
+    shape, seen, n = tuple(outputs.shape), tuple(targets.shape), outputs.shape[0]
+    if len(shape) > 2:
+        raise InvalidInput(
+            f"{name} got outputs of shape {shape}, expected [n, C] or one logit per example; for tokens or "
+            "dense outputs measure the loss (measure=None), or write FromFunction(...)."
+        )
+    single = _is_single(outputs)
+    if seen != (n,) and not (single and seen == (n, 1)):
+        raise InvalidInput(
+            f"{name} got targets of shape {seen} for outputs of shape {shape}, expected one class number per "
+            f"example, ({n},); use argmax on one-hot targets."
+        )
+    if not single and not is_integer(targets):
+        raise InvalidInput(
+            f"{name} got targets of type {targets.dtype}, expected integer class numbers; "
+            "convert them with .long()."
+        )
+    return targets.long().reshape(-1)
+
+
+def _check_plain(outputs: Tensor, batch: Batch, ids: Tensor, name: str) -> None:
+    targets = check_batch(outputs, inputs_and_targets(batch)[2], ids)
+    y = _plain_labels(outputs, targets, name)
+    single = _is_single(outputs)
+    if single and bool((targets.reshape(-1) != y).any()):
+        raise InvalidInput(f"{name} got soft targets for one logit per example, expected 0 or 1; round them.")
+    check_labels(y, 2 if single else outputs.shape[1], ids)
+
+
+# --------------------------------------------------------------------------- any function
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class FromFunction(AbstractObjective):
+    """`function(outputs, targets)`, taken one example at a time.
+
+    On a batch the function may return one number per example ("none"), their "mean" or their "sum": on a
+    single example all three agree, so each example is given alone (by `torch.func.vmap`; in a loop, if the
+    function cannot be vectorised). Nothing is known of its Hessian in the outputs: GGN, Fisher and K-FAC need
+    a likelihood.
+
+    Args:
+        function: from outputs and targets of a batch to a tensor.
+        lower_is_better: False for a score such as accuracy-like margins.
+        reduction: what the function does to a batch; `None`: not looked at yet, see `resolved`.
+
+    Raises:
+        InvalidInput: not a function, an unknown reduction, or (when used) a result that is no number per
+            example.
+
+    Example:
+        >>> loss = FromFunction(lambda f, y: (f - y).abs().mean())
+        >>> loss.losses(torch.tensor([1.0, 3.0]), (None, torch.tensor([0.0, 0.0])))
+        tensor([1., 3.])
+    """
+
+    # Checked below, in words a type checker at run time would not find.
+    function: Any
+    lower_is_better: bool = True
+    reduction: str | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise InvalidInput(
+                f"FromFunction needs a function of (outputs, targets), got {type(self.function).__name__}."
+            )
+        if self.reduction is not None and self.reduction not in _REDUCTIONS:
+            raise InvalidInput(
+                f"The reduction is {self.reduction!r}, expected 'none', 'mean', 'sum', or None to find out."
+            )
+
+    def outputs(self, model: Model, batch: Batch) -> Tensor:
+        args, kwargs, _ = inputs_and_targets(batch)
+        return call_model(model, args, kwargs)
+
+    def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Num[Tensor, " n"]:
+        targets = inputs_and_targets(batch)[2]
+        if self.reduction == "none":
+            return _one_each(_result(self.function(outputs, targets)), len(outputs))
+        return _apart(self.function, outputs, targets)
+
+    def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
+        targets = inputs_and_targets(batch)[2]
+        if isinstance(targets, Tensor):
+            check_batch(outputs, targets, ids)
+        else:
+            check_outputs(outputs, ids)
+
+    def resolved(self, outputs: Tensor, targets: Any) -> FromFunction:
+        """The same with its reduction found on the first two examples, and its derivative seen to exist.
+
+        Raises:
+            InvalidInput: see `detect_reduction`; or the result does not depend differentiably on the outputs.
+        """
+        with torch.enable_grad():
+            leaf = outputs.detach()[:2].requires_grad_()
+            first = _part(targets, len(outputs), slice(0, 2))
+            found = self.reduction or detect_reduction(self.function, leaf, first)
+            made = replace(self, reduction=found)
+            losses = made.losses(leaf, (None, first))
+        if not losses.requires_grad:
+            raise InvalidInput(
+                f"The loss {_name(self.function)} has no derivative in the model's outputs; it was probably "
+                "detached or computed through argmax, .item() or numpy, so use a differentiable loss."
+            )
+        return made
+
+
+def detect_reduction(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Reduction:
+    """What a loss does to a batch: the first two examples together, against each alone.
+
+    Where both losses are 0, or cancel, mean and sum cannot be told apart, and "mean" is answered: on one
+    example at a time, which is how the function is used, the two are the same. The same holds for a batch of
+    one example.
+
+    Args:
+        function: a loss of (outputs, targets).
+        outputs: [n, *out].
+        targets: n targets, possibly nested.
+
+    Returns:
+        "none" if there is one number per example, else "mean" or "sum".
+
+    Raises:
+        InvalidInput: it is none of these (the three numbers are printed), not a tensor, or cannot be
+            computed.
+        NonFinite: a loss is NaN or infinite.
+
+    Example:
+        >>> detect_reduction(torch.nn.functional.l1_loss, torch.ones(2), torch.zeros(2))
+        'mean'
+    """
+    n = min(2, len(outputs))
+    parts = [slice(0, n), slice(0, 1), slice(1, 2)][: n + 1]
+    values = [_call(function, outputs[p], _part(targets, len(outputs), p)) for p in parts]
+    together, alone = values[0], [v.detach() for v in values[1:]]
+    if any(v.numel() != 1 for v in alone):
+        raise InvalidInput(_not_scalar(function, alone[0]))
+    precise = together.dtype if together.dtype.is_floating_point else outputs.dtype
+    whole, each = together.detach().cpu().double(), torch.stack([v.reshape(()) for v in alone]).cpu().double()
+    if not bool(torch.isfinite(whole).all() and torch.isfinite(each).all()):
+        raise NonFinite(
+            f"The loss {_name(function)} is NaN or infinite on the first two examples "
+            f"({_numbers(whole, each)}); look at their outputs and targets."
+        )
+    room = min(1e3 * torch.finfo(precise).eps, 2e-2) * float(each.abs().max()) * n
+    if whole.dim() > 0 and whole.numel() == n:
+        if bool(((whole.reshape(-1) - each).abs() <= room).all()):
+            return "none"
+    elif whole.numel() == 1:
+        if abs(float(whole) - float(each.mean())) <= room:
+            return "mean"
+        if abs(float(whole) - float(each.sum())) <= room:
+            return "sum"
+    else:
+        raise InvalidInput(_not_scalar(function, together))
+    raise InvalidInput(
+        f"The loss {_name(function)} of two examples is neither the mean nor the sum of their own "
+        f"({_numbers(whole, each)}), so no loss per example can be read from it; for a mean over tokens of "
+        "sequences of unequal length use TokenCrossEntropy(), for class weights CrossEntropy(weight=...), "
+        "otherwise return one number per example."
+    )
+
+
+def _numbers(whole: Tensor, each: Tensor) -> str:
+    seen = ", ".join(f"{x:.6g}" for x in whole.reshape(-1).tolist())
+    return f"together {seen}; apart {' and '.join(f'{x:.6g}' for x in each.tolist())}"
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _not_scalar(function: Callable[..., Any], value: Tensor) -> str:
+    return (
+        f"The loss {_name(function)} returned shape {tuple(value.shape)}, expected one number, or one per "
+        "example; reduce over everything but the first axis, e.g. .flatten(1).mean(1)."
+    )
+
+
+def _call(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
+    try:
+        value = function(outputs, targets)
+    except InfluenceError:
+        raise
+    except Exception as cause:
+        seen = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise InvalidInput(
+            f"The loss {_name(function)} failed on outputs of shape {tuple(outputs.shape)} and targets of "
+            f"shape {seen} ({reason}); it must take (outputs, targets) of any number of examples."
+        ) from cause
+    return _result(value)
+
+
+def _result(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise InvalidInput(
+            f"The loss returned {type(value).__name__}, expected a tensor that can be differentiated; "
+            "leave out .item(), float() and numpy."
+        )
+    return value
+
+
+def _one_each(value: Tensor, n: int) -> Tensor:
+    if value.dim() == 0 or value.shape[0] != n or value.numel() != n:
+        raise InvalidInput(
+            f"The loss with reduction 'none' returned shape {tuple(value.shape)} for {n} examples; expected "
+            "one number per example, so reduce over everything but the first axis."
+        )
+    return value.reshape(n)
+
+
+def _part(targets: Any, n: int, index: slice) -> Any:
+    """The targets of some of `n` examples."""
+    leaves, spec = tree_flatten(targets)
+    return tree_unflatten([x[index] if _runs_over(x, n) else x for x in leaves], spec)
+
+
+def _runs_over(leaf: Any, n: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
+
+
+def _apart(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
+    """The function's value on each example alone, [n]."""
+    n = len(outputs)
+    leaves, spec = tree_flatten(targets)
+    moving = [_runs_over(x, n) for x in leaves]
+
+    def one(f: Tensor, *parts: Tensor) -> Tensor:
+        taken = iter(parts)
+        own = [next(taken)[None] if m else x for x, m in zip(leaves, moving, strict=True)]
+        value = _result(function(f[None], tree_unflatten(own, spec)))
+        if value.numel() != 1:
+            raise InvalidInput(_not_scalar(function, value))
+        return value.reshape(())
+
+    parts = [x for x, m in zip(leaves, moving, strict=True) if m]
+    try:
+        return vmap(one, randomness="different")(outputs, *parts)
+    except InfluenceError:
+        raise
+    except Exception:
+        # Branches on values, or an operator without a batching rule; a fault of the function itself shows
+        # again here.
+        return torch.stack([one(outputs[e], *(x[e] for x in parts)) for e in range(n)])

@@ -1,0 +1,100 @@
+"""How pictures look: colours that survive colour blindness and a grey printer, and numbers in few characters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import require
+from ..scores_io import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:
+    Figure = Any  # matplotlib is optional; annotations may be looked at when it is absent
+
+# Okabe & Ito (2008). Blue is dark and vermillion light in greyscale; words and line styles say it again.
+HELPFUL, HARMFUL = "#0072B2", "#D55E00"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, FAINT, PAPER, CARD = "#1A1A1A", "#666666", "#FFFFFF", "#F5F5F2"
+
+_SETTINGS = {
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so pictures are the same everywhere
+    "font.size": 9.0,
+    "text.color": INK,
+    "text.usetex": False,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "figure.facecolor": PAPER,
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+    "savefig.facecolor": PAPER,
+    "savefig.bbox": None,
+    "svg.hashsalt": "pytorch_influence_functions",
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Our settings within, the user's untouched outside."""
+    matplotlib = require("matplotlib", "plot")
+    with matplotlib.rc_context(_SETTINGS):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure in inches with a canvas of its own: no window, no global list of figures."""
+    figures = require("matplotlib.figure", "plot")
+    canvas = require("matplotlib.backends.backend_agg", "plot")
+    figure = figures.Figure(figsize=(width, height), dpi=150)
+    canvas.FigureCanvasAgg(figure)
+    found: Figure = figure
+    return found
+
+
+def save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
+    """Write the figure where asked, whole or not at all; the ending says the format."""
+    if path is None:
+        return
+    import io
+
+    name = os.fspath(path)
+    buffer = io.BytesIO()
+    kind = os.path.splitext(name)[1][1:].lower() or "png"
+    # No dates inside: the same picture is the same file.
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+    figure.savefig(buffer, format=kind, metadata=undated)
+    write_bytes(name, buffer.getvalue())
+
+
+def number(value: float) -> str:
+    """A signed number of three digits, with a minus sign as wide as the plus.
+
+    >>> number(0.00312), number(-31250000.0), number(0.0)
+    ('+0.00312', '\N{MINUS SIGN}3.12e+07', '0')
+    """
+    if value == 0:
+        return "0"
+    plain = 1e-4 <= abs(value) < 1e5
+    digits = f"{value:+.3g}" if plain or abs(value) >= 1e5 else f"{value:+.2e}"
+    return digits.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else digits
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters on one line, the rest as an ellipsis.
+
+    >>> shorten("a rather long label", 9)
+    'a rather…'
+    """
+    text = " ".join(str(text).split())
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"

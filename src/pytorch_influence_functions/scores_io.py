@@ -1,0 +1,122 @@
+"""Result files: safetensors without pickle, written aside, synced and renamed; the same bytes for the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import InvalidInput
+
+FORMAT = 1
+"""Version of the file layout. A reader refuses files of a later one."""
+# One key only: the library writes several keys in random order, and equal results must be equal bytes.
+_KEY = "pytorch_influence_functions"
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Put `content` at `path` so that a reader finds the old file or the whole new one, never a part.
+
+    Missing folders are made. On any failure the temporary file is removed and the old file kept.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a result is as readable as any file its owner writes.
+        os.chmod(aside, 0o666 & ~_umask())
+        os.replace(aside, target)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself last through a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> None:
+    """Write named tensors and one record of plain values as a file of the given kind.
+
+    Raises:
+        InvalidInput: the record holds something that is not a number, word, list or dictionary of these.
+    """
+    try:
+        words = json.dumps({"format": FORMAT, "kind": kind, "record": dict(record)}, sort_keys=True)
+    except TypeError as cause:
+        raise InvalidInput(
+            f"These {kind} cannot be saved: {cause}; labels and names must be numbers, words or lists of them."
+        ) from cause
+    # Copies: tensors may be views that share memory, which the format refuses.
+    held = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    write_bytes(path, safetensors.torch.save(held, metadata={_KEY: words}))
+
+
+def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the record of a file of the given kind.
+
+    Raises:
+        InvalidInput: another kind of file, a damaged one, or one of a later version.
+        FileNotFoundError: there is no such file.
+    """
+    name = os.fspath(path)
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"There is no file {name!r}.")
+    try:
+        with safe_open(name, framework="pt") as file:
+            words = (file.metadata() or {}).get(_KEY)
+            header = None if words is None else json.loads(words)
+            if header is not None:
+                _check(header, name, kind)
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, json.JSONDecodeError, OSError) as cause:
+        raise InvalidInput(
+            f"{name!r} is not a file of saved {kind}, or is damaged ({cause}); save it anew."
+        ) from cause
+    if header is None:
+        raise InvalidInput(
+            f"{name!r} is a safetensors file, but not one of saved {kind}; give a file written by save()."
+        )
+    return tensors, header["record"]
+
+
+def _check(header: Any, name: str, kind: str) -> None:
+    if (
+        not isinstance(header, dict)
+        or header.get("kind") != kind
+        or not isinstance(header.get("record"), dict)
+    ):
+        found = header.get("kind") if isinstance(header, dict) else type(header).__name__
+        raise InvalidInput(f"{name!r} holds {found}, not {kind}; give a file written by their save().")
+    if header.get("format") != FORMAT:
+        raise InvalidInput(
+            f"{name!r} has file format {header.get('format')} and this version reads {FORMAT}; "
+            "read it with the version of pytorch_influence_functions that wrote it."
+        )

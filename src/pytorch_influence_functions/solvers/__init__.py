@@ -1,0 +1,21 @@
+"""(C + D) x = b, for all rows at once."""
+
+from __future__ import annotations
+
+from .auto import Auto as Auto
+from .auto import Choice as Choice
+from .auto import Facts as Facts
+from .auto import Forecast as Forecast
+from .auto import choose as choose
+from .auto import forecast as forecast
+from .auto import form_for as form_for
+from .base import AbstractSolver as AbstractSolver
+from .base import Result as Result
+from .base import Solution as Solution
+from .cg import CG as CG
+from .direct import Cholesky as Cholesky
+from .direct import Spectral as Spectral
+from .dual import Woodbury as Woodbury
+from .neumann import Neumann as Neumann
+from .neumann import Start as Start
+from .precondition import inverse_of as inverse_of

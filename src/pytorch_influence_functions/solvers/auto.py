@@ -1,0 +1,187 @@
+"""`Auto`: which curvature and which solver, by size; it always says why, and forecasts what it will cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..curvature import GGN, AbstractCurvature, EmpiricalFisher, Form, Hessian, Identity
+from ..gradients import Derivatives
+from ..objectives import AbstractLikelihood
+from ..problem import sweep
+from ..world import World
+from .base import AbstractSolver
+from .cg import CG
+from .direct import Cholesky, Spectral
+from .dual import Woodbury
+from .neumann import Neumann
+
+# Above these a method's cost stops being a matter of seconds on two cores.
+_DENSE_PARAMETERS = 2000
+_DUAL_ROWS = 5000
+_DUAL_EXAMPLES = 20_000
+_CG_OPERATIONS = 3e12
+_CG_STEPS = 40
+
+
+@final
+@dataclass(frozen=True)
+class Auto:
+    """Choose the solver (and, in `ptif.attribute`, the curvature) by the size of the problem.
+
+    | situation | choice |
+    |---|---|
+    | at most 2,000 parameters | dense GGN or Hessian, eigendecomposed in float64: every damping is free |
+    | N x outputs at most 5,000 | GGN in its dual form: exact over all parameters |
+    | curvature products affordable | conjugate gradients on the exact GGN, all queries at once |
+    | N at most 20,000 | empirical Fisher in its dual form: nearly free, a little less faithful |
+    | more | LiSSA with self-tuned step, batch and depth: cost does not grow with N |
+    """
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The sizes a choice depends on."""
+
+    parameters: int
+    examples: int
+    outputs: int | None
+    """Columns of H^(1/2) per example; None when the objective is no likelihood."""
+    queries: int
+    row_numbers: float
+    """Numbers kept per example when its gradient row is stored in its cheapest exact form."""
+    operations: float
+    """Floating-point operations of one example's forward pass."""
+    seconds: float
+    """Measured seconds for one example's gradient row."""
+    number_bytes: int = 4
+
+    @staticmethod
+    def of(derivatives: Derivatives, queries: int) -> Facts:
+        """Count on one small batch."""
+        problem, objective = derivatives.problem, derivatives.objective
+        some = torch.arange(min(len(problem), problem.batch_size))
+        ids, batch = next(iter(sweep(problem, ids=some, world=World())))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            outputs = objective.outputs(problem.model, batch)
+        derivatives.loss_rows(ids, batch)
+        start = time.perf_counter()
+        rows = derivatives.loss_rows(ids, batch).rows
+        seconds = time.perf_counter() - start
+        return Facts(
+            parameters=derivatives.space.size,
+            examples=len(problem),
+            outputs=objective.root_size(outputs) if isinstance(objective, AbstractLikelihood) else None,
+            queries=queries,
+            row_numbers=rows.compact().numbers / len(ids),
+            operations=max(counter.get_total_flops() / len(ids), 2.0 * derivatives.space.size),
+            seconds=seconds / len(ids),
+            number_bytes=rows.blocks[next(iter(rows.blocks))].reference.element_size(),
+        )
+
+    @property
+    def cg_operations(self) -> float:
+        """Conjugate gradients on the GGN: each product pushes and pulls every query through the model."""
+        return _CG_STEPS * self.queries * self.examples * 4.0 * self.operations
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A curvature, a solver, and the reason in words."""
+
+    curvature: AbstractCurvature
+    solver: AbstractSolver[Any]
+    why: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will cost, before it is paid for: method, passes over the data, memory, seconds."""
+
+    method: str
+    why: str
+    passes: float
+    memory_bytes: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"method   {self.method}\nwhy      {self.why}\n"
+            f"passes   {self.passes:,.0f} forward+backward passes over the training data\n"
+            f"memory   {self.memory_bytes / 2**20:,.0f} MiB beside the model\n"
+            f"time     about {self.seconds:,.1f} s on this machine (measured on one batch)"
+        )
+
+
+def form_for(solver: object, curvature: AbstractCurvature) -> Form:
+    """The form of the curvature that a solver needs."""
+    if isinstance(curvature, Identity):
+        return Form.SPECTRAL
+    declared = getattr(solver, "form", None)
+    if isinstance(declared, Form):
+        return declared
+    if isinstance(solver, (Spectral, Cholesky)):
+        return Form.MATRIX
+    return Form.GRAM if isinstance(solver, Woodbury) else Form.IMPLICIT
+
+
+def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
+    """By size alone, so that the same problem always gets the same method."""
+    if isinstance(curvature, Identity):
+        return Choice(curvature, Spectral(), "no curvature was asked for")
+    likelihood = facts.outputs is not None
+    second = curvature or (GGN() if likelihood else Hessian())
+    if facts.parameters <= _DENSE_PARAMETERS:
+        why = f"{facts.parameters:,} parameters are few enough for the dense {_name(second)}, exactly"
+        return Choice(second, Spectral(), why)
+    duals = {EmpiricalFisher: 1, GGN: facts.outputs or 1}
+    per = duals.get(type(second))
+    if per is not None and facts.examples * per <= _DUAL_ROWS:
+        why = (
+            f"{facts.examples:,} examples x {per} outputs are few enough for the dual of the {_name(second)}: exact over "
+            f"all {facts.parameters:,} parameters"
+        )
+        return Choice(second, Woodbury(), why)
+    if not isinstance(second, EmpiricalFisher) and facts.cg_operations <= _CG_OPERATIONS and (likelihood or curvature):
+        why = (
+            f"{facts.queries} quer{'y' if facts.queries == 1 else 'ies'} x {facts.examples:,} examples make conjugate "
+            f"gradients on the exact {_name(second)} affordable"
+        )
+        return Choice(second, CG(rtol=1e-3, max_steps=300), why)
+    if curvature in (None, EmpiricalFisher()) and facts.examples <= _DUAL_EXAMPLES:
+        why = (
+            f"{facts.queries} queries x {facts.parameters:,} parameters are many for iterative solves, and {facts.examples:,} "
+            "examples few enough for the dual of the empirical Fisher"
+        )
+        return Choice(EmpiricalFisher(), Woodbury(), why)
+    why = f"{facts.examples:,} examples are too many for full products: LiSSA on mini-batches, its cost independent of N"
+    return Choice(second, Neumann(), why)
+
+
+def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
+    """Passes, memory and seconds of a choice, from counts and one measured batch."""
+    n, p, q = facts.examples, facts.parameters, facts.queries
+    size, k = facts.number_bytes, facts.outputs or 1
+    passes, memory = 1.0, 4.0 * q * p * size
+    solver = choice.solver
+    if isinstance(solver, (Spectral, Cholesky)) and not isinstance(choice.curvature, Identity):
+        passes += k if not isinstance(choice.curvature, Hessian) else 2 * p
+        memory += 32.0 * p * p
+    elif isinstance(solver, Woodbury):
+        per = k if isinstance(choice.curvature, GGN) else 1
+        passes = float(per) + (0 if isinstance(choice.curvature, EmpiricalFisher) else 1)
+        memory = n * per * facts.row_numbers * size + 3 * 8.0 * (n * per) ** 2
+    elif isinstance(solver, CG):
+        passes += _CG_STEPS * 2 * q
+    elif isinstance(solver, Neumann):
+        passes += 2 * q * (solver.steps or 1000) * (solver.batch_size or 16) / n
+    return Forecast(method, choice.why, passes, memory, passes * n * facts.seconds)
+
+
+def _name(curvature: AbstractCurvature) -> str:
+    names = {"GGN": "Gauss-Newton matrix", "EmpiricalFisher": "empirical Fisher"}
+    return names.get(type(curvature).__name__, type(curvature).__name__)

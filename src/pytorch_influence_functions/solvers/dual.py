@@ -1,0 +1,193 @@
+"""The dual: C = G^T G / N is inverted through the Gram matrix of its rows, exactly, over all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..damping import Shift
+from ..errors import InvalidInput, NonFinite, TooLarge
+from ..operators.base import AbstractOperator, Gram
+from ..operators.expansion import Expansion
+from ..rows import Rows
+from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite_rows, refuse_input, relative
+
+
+@dataclass(frozen=True, eq=False)
+class DualState:
+    """(N + K_D)^-1 for K_D = G D^-1 G^T, as a Cholesky factor or in the eigenbasis of K_D."""
+
+    operator: Gram
+    shift: Shift
+    scaled: Float[Tensor, "m m"] | None
+    factor: Float[Tensor, "m m"] | None
+    values: Float[Tensor, " m"] | None
+    vectors: Float[Tensor, "m m"] | None
+
+    def dual_gram(self, w: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """w K_D."""
+        if self.scaled is not None:
+            return w @ self.scaled
+        assert self.shift.uniform is not None
+        return (w @ self.operator.gram()) / self.shift.uniform
+
+    def solve(self, b: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """b (N + K_D)^-1."""
+        if self.factor is not None:
+            return torch.cholesky_solve(b.T, self.factor).T
+        assert self.values is not None and self.vectors is not None
+        return (b @ self.vectors / (self.operator.count + self.values)) @ self.vectors.T
+
+
+def _scaled_gram(operator: Gram, shift: Shift) -> Tensor:
+    """K_D where blocks have different D: one Gram per distinct number, each cached by the operator."""
+    groups = shift.over(operator.rows.blocks)
+    total = torch.zeros(
+        len(operator.rows), len(operator.rows), dtype=torch.float64, device=operator.rows.device
+    )
+    for d, k in operator.gram_by(groups).items():
+        total.add_(k, alpha=1.0 / d)
+    return total
+
+
+@dataclass(frozen=True)
+class Woodbury(AbstractSolver[DualState]):
+    """x = D^-1 (b - G^T w), w = (N + G D^-1 G^T)^-1 G D^-1 b: solve in m dimensions instead of P.
+
+    The value is an `Expansion`: scoring against it builds no vector of length P. The first damping costs one
+    Cholesky factor of the Gram matrix; the second, or `sweep=True`, one eigendecomposition, after which
+    every damping is m^2 work. D must be positive. The residual is exact Gram algebra plus an estimate of
+    what rounding in the rows' own precision adds. `init` raises `InvalidInput` for an operator without
+    rows or D <= 0, `TooLarge` when the Gram matrix is above `max_bytes`, `NonFinite` naming
+    rows that hold NaN.
+
+    >>> state = Woodbury().init(gram, Shift(1e-3))  # doctest: +SKIP
+    >>> Woodbury().leverages(state)  # doctest: +SKIP
+    """
+
+    max_bytes: int = 8 << 30
+    sweep: bool = False
+    rtol: float = 1e-2
+
+    def init(
+        self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
+    ) -> DualState:
+        no_preconditioner("Woodbury()", preconditioner)
+        self._check(operator, shift)
+        assert isinstance(operator, Gram)
+        k = operator.gram() if shift.uniform is not None else None
+        scaled = None if k is not None else _scaled_gram(operator, shift)
+        if bad := nonfinite_rows((k if scaled is None else scaled).diagonal()):  # type: ignore[union-attr]
+            raise NonFinite(f"Rows {', '.join(map(str, bad[:8]))} of the curvature hold NaN or infinity.")
+        if scaled is None:
+            assert k is not None and shift.uniform is not None
+            known = operator._known
+            again = known.setdefault("first damping", shift.uniform) != shift.uniform
+            if not (self.sweep or again or operator.has_eigen):
+                factor = _factor(k / shift.uniform, operator.count)
+                if factor is not None:
+                    return DualState(operator, shift, None, factor, None, None)
+            values, vectors = operator.eigen()
+            return DualState(operator, shift, None, None, values / shift.uniform, vectors)
+        factor = _factor(scaled.clone(), operator.count)
+        if factor is not None:
+            return DualState(operator, shift, scaled, factor, None, None)
+        values, vectors = torch.linalg.eigh(scaled)
+        return DualState(operator, shift, scaled, None, values.clamp_min(0.0), vectors)
+
+    def _check(self, operator: AbstractOperator, shift: Shift) -> None:
+        if not isinstance(operator, Gram):
+            raise InvalidInput(
+                f"Woodbury() needs the rows of C = G^T G / N and got {type(operator).__name__}; "
+                "use GGN() or EmpiricalFisher() kept as rows, or another solver such as CG()."
+            )
+        shift.over(operator.space.blocks)
+        if shift.smallest <= 0:
+            raise InvalidInput(
+                f"Woodbury() divides by the damping plus weight decay, which is {shift.smallest} "
+                "for some block; use a positive damping such as Relative(0.1)."
+            )
+        m = len(operator.rows)
+        need = 3 * 8 * m * m
+        if need > self.max_bytes:
+            raise TooLarge(
+                f"The Gram matrix of {m} rows needs {need / 2**30:.2f} GiB, above the bound of "
+                f"{self.max_bytes / 2**30:.2f} GiB; use CG() or EKFAC(), or raise max_bytes."
+            )
+
+    def solve(self, state: DualState, rows: Rows) -> Solution:
+        basis, shift, count = state.operator.rows, state.shift, state.operator.count
+        size = rows.squared_norms().double()
+        if bad := nonfinite_rows(size):
+            return refuse_input(rows, bad, shift)
+        overlaps = self._overlaps(state, rows)
+        w = state.solve(overlaps)
+        value = Expansion(rows, basis, w, overlaps, shift, count)
+        residual = relative(_residual(state, w, overlaps), size.sqrt())
+        notes = {"damping": shift.damping, "rows": len(basis), "smallest_curvature": 0.0}
+        if len(basis) >= state.operator.size:
+            del notes[
+                "smallest_curvature"
+            ]  # with fewer rows than parameters C is singular; otherwise unknown
+        if bad := nonfinite_rows(w):
+            return Solution(value, residual, Result.nonfinite_output, 1, notes, bad)
+        failed = tuple(int(i) for i in (~(residual <= self.rtol)).nonzero().flatten())
+        return Solution(value, residual, Result.inaccurate if failed else Result.successful, 1, notes, failed)
+
+    def _overlaps(self, state: DualState, rows: Rows) -> Tensor:
+        operator, shift = state.operator, state.shift
+        if rows is operator.rows:
+            return state.scaled if state.scaled is not None else operator.gram() / shift.smallest
+        if shift.uniform is not None:
+            return rows.inner(operator.rows).double() / shift.uniform
+        return shift.inverse(rows).inner(operator.rows).double()
+
+    def leverages(self, state: DualState) -> Float[Tensor, " m"]:
+        """h_i = (1/N) g_i^T (C + D)^-1 g_i for every row of the curvature, in [0, 1): exact, from K alone.
+
+        Where the rows are the examples' loss gradients this is each example's self-influence.
+        """
+        count = state.operator.count
+        if state.values is not None and state.vectors is not None:
+            return state.vectors.square() @ (state.values / (state.values + count))
+        assert state.factor is not None
+        return (1.0 - count * torch.cholesky_inverse(state.factor).diagonal()).clamp_min(0.0)
+
+    def leverage_path(self, operator: Gram, dampings: Sequence[float]) -> Float[Tensor, "l m"]:
+        """All leverages for every uniform damping, from one eigendecomposition."""
+        for d in dampings:
+            self._check(operator, Shift(d))
+        values, vectors = operator.eigen()
+        lam = torch.as_tensor(list(dampings), dtype=torch.float64, device=values.device)[:, None]
+        return (values / (values + operator.count * lam)) @ vectors.square().T
+
+
+def _factor(k: Tensor, count: int) -> Tensor | None:
+    """Cholesky factor of N + K, or None where rounding has left K too negative. Overwrites k."""
+    k.diagonal().add_(count)
+    factor, info = torch.linalg.cholesky_ex(k)
+    return None if int(info) else factor
+
+
+def _residual(state: DualState, w: Tensor, overlaps: Tensor) -> Tensor:
+    """|(C + D) x - b| per row. It is G^T e with e = G x / N - w, so its square is e K e^T.
+
+    K and the overlaps carry the rounding of the rows' own dtype, which this algebra cannot see: the last
+    line adds its expected size, eps * |G| * |overlaps + w K| / N.
+    """
+    operator = state.operator
+    k, count = operator.gram(), operator.count
+    seen = state.dual_gram(w)
+    e = (overlaps - seen) / count - w
+    exact = ((e @ k) * e).sum(1).clamp_min(0.0)
+    eps = torch.finfo(operator.rows.dtype).eps
+    v = k.diagonal().sqrt()
+    for _ in range(6):
+        v = k @ (v / v.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    rounding = eps * (overlaps.norm(dim=1) + seen.norm(dim=1)) * v.norm().sqrt() / count
+    total: Tensor = (exact + rounding.square()).sqrt()
+    return total

@@ -1,0 +1,443 @@
+"""The Neumann series on random batches: LiSSA (Agarwal et al. 2017; Koh & Liang 2017), tuned by measurement.
+
+The paper's recursion `h <- v + (1 - d) h - H_B h / s` is this one with step 1/s, lambda = d s and x = h / s.
+It is stochastic gradient descent on x^T (C + D) x / 2 - b^T x, whose rate and stability follow from the
+largest eigenvalue and the trace of C alone (Klochkov & Liu 2024).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..damping import Shift
+from ..errors import InvalidInput
+from ..operators.base import AbstractOperator, AbstractSampled, AbstractSymmetric
+from ..operators.spectrum import hutchinson_trace, lanczos
+from ..rows import Rows
+from .base import (
+    AbstractSolver,
+    Result,
+    Solution,
+    System,
+    apply_flat,
+    damping_that_works,
+    nonfinite_rows,
+    refuse_input,
+)
+
+# The measured largest eigenvalue is a lower bound; this much is added before it sets a step.
+_SAFETY = 1.1
+# Depth in time constants of the weakest direction: its error is exp(-3), 5 %.
+_DEPTH = 3.0
+_SMALLEST_BATCH = 16
+# Steps between two looks at the norm: each look costs a synchronisation on a GPU.
+_LOOK = 10
+
+
+class Start(enum.Enum):
+    """Where the series starts."""
+
+    B = "b"
+    """At step * M b, as the paper does: zero with the first step taken."""
+    ZERO = "zero"
+    SOLVED = "solved"
+    """At M b, the preconditioner's own answer."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured, and the step, batch and depth that follow from it.
+
+    `largest`, `smallest` and `trace` are of C, or of M (C + D) when there is a preconditioner M.
+    """
+
+    step: float
+    steps: int
+    batch: int
+    largest: float
+    smallest: float
+    trace: float
+    rate: float
+    """Decay rate of the weakest direction: its error after t steps is exp(-step * rate * t)."""
+    products: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class NeumannState:
+    """The system, the preconditioner, and the tuning once it has been measured."""
+
+    system: System
+    preconditioner: AbstractOperator | None
+    known: dict[tuple[torch.dtype, torch.device], Tuning] = field(default_factory=dict)
+
+    def precondition(self, x: Tensor) -> Tensor:
+        return x if self.preconditioner is None else apply_flat(self.preconditioner, x)
+
+    @property
+    def examples(self) -> int:
+        """How many examples can be sampled from; 0 when the operator is whole."""
+        operator = self.system.operator
+        return operator.examples if isinstance(operator, AbstractSampled) else 0
+
+
+@dataclass(frozen=True)
+class Neumann(AbstractSolver[NeumannState]):
+    """x <- x + step * M (b - (C_B + D) x) on random batches B, all rows at once.
+
+    What is left None is measured, on the first solve (20 products of Lanczos, and the operator's own trace):
+    `batch = max(16, ceil(trace / largest))`, `1 / step = 1.1 (largest + D + trace / batch)`,
+    `steps = ceil(3 / (step * D))`. With a batch of all examples, or an operator that cannot be sampled,
+    every product is the full one and the trace term is dropped.
+
+    **Stops early** when, over a window of k steps (a quarter of the weakest direction's time constant), the
+    estimate moved by no more than `tolerance * (exp(step * D * k) - 1)` of its norm: with full products the
+    remaining error is then at most `tolerance`. The estimate is the last iterate; with random batches and a
+    measured step, the mean over the last windows. `repeats` runs with different batches are averaged. `rtol`
+    judges the final, full, true residual, which random batches keep large in strong directions even where
+    the answer is good; left None, a row fails only when it is no closer to the answer than zero is, in the
+    norm of C + D: depth is a choice here.
+
+    >>> state = Neumann(step=1 / 25, steps=5000, batch_size=1).init(operator, Shift(0.01))  # doctest: +SKIP
+    >>> Neumann().solve(Neumann().init(operator, Shift(0.01)), rows).unwrap()  # doctest: +SKIP
+    """
+
+    step: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    repeats: int = 1
+    seed: int = 0
+    tolerance: float = 1e-3
+    start: Start | str = Start.B
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("step", "steps", "batch_size", "repeats", "rtol"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InvalidInput(f"Neumann({name}={value}) must be positive and finite.")
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise InvalidInput(
+                f"Neumann(tolerance={self.tolerance}) must not be negative; 0 runs every step."
+            )
+        known = ", ".join(repr(s.value) for s in Start)
+        if not isinstance(self.start, Start) and self.start not in [s.value for s in Start]:
+            raise InvalidInput(f"Neumann(start={self.start!r}): choose one of {known}.")
+
+    def init(
+        self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
+    ) -> NeumannState:
+        state = NeumannState(System.of(operator, shift), preconditioner)
+        if self.batch_size is not None and not state.examples:
+            raise InvalidInput(
+                f"{type(operator).__name__} is not a mean over examples that can be sampled; "
+                "leave batch_size unset."
+            )
+        if shift.smallest <= 0 and self.steps is None:
+            raise InvalidInput(
+                "Neumann() takes its depth from the damping, which is 0 here; "
+                "give a positive damping or `steps`."
+            )
+        return state
+
+    def tuning(self, state: NeumannState, dtype: torch.dtype, device: torch.device) -> Tuning:
+        """Step, batch and depth for rows of this dtype on this device; measured once per state."""
+        key = (dtype, device)
+        if key not in state.known:
+            measure = _measure if state.preconditioner is None else _measure_preconditioned
+            state.known[key] = measure(self, state, dtype, device)
+        return state.known[key]
+
+    def solve(self, state: NeumannState, rows: Rows) -> Solution:
+        b = rows.flat()
+        if bad := nonfinite_rows(b):
+            return refuse_input(rows, bad, state.system.shift)
+        fixed = self.step is not None and self.steps is not None
+        if self.step is not None and self.steps is not None and (self.batch_size or not state.examples):
+            rate = state.system.shift.smallest
+            batch = min(self.batch_size or 0, state.examples)
+            plan = Tuning(self.step, self.steps, batch, math.nan, math.nan, math.nan, rate)
+        else:
+            plan = self.tuning(state, b.dtype, b.device)
+        if not fixed and state.preconditioner is None and _bends_down(plan, state, b.dtype):
+            return self._negative(state, rows, b, plan)
+        run = _Series(self, state, plan, b)
+        total = torch.zeros_like(b)
+        for repeat in range(self.repeats):
+            x = run.once(self.seed + repeat)
+            if run.grew:
+                return self._diverged(state, x, b, run)
+            total.add_(x, alpha=1.0 / self.repeats)
+        return self._finish(state, total, b, run)
+
+    def _notes(self, state: NeumannState, plan: Tuning) -> dict[str, Any]:
+        notes: dict[str, Any] = {"damping": state.system.shift.damping, "step": plan.step}
+        notes |= {"batch_size": plan.batch, "depth": plan.steps}
+        if state.preconditioner is None and math.isfinite(plan.largest):
+            notes |= {
+                "largest_curvature": plan.largest,
+                "smallest_curvature": plan.smallest,
+                "trace": plan.trace,
+            }
+        return notes
+
+    def _finish(self, state: NeumannState, x: Tensor, b: Tensor, run: _Series) -> Solution:
+        residual = state.system.residual(x, b)
+        notes = self._notes(state, run.plan) | {"stopped_early": run.early}
+        value = state.system.operator.space.rows(x)
+        steps = run.taken + run.plan.products
+        if bad := nonfinite_rows(residual):
+            return Solution(value, residual, Result.nonfinite_output, steps, notes, bad)
+        if self.rtol is None:
+            # |x - x*|_A >= |x*|_A in the norm of A = C + D: no closer than zero is
+            wrong = ((x * state.system.product(x)).sum(1) >= 2 * (x * b).sum(1)) & (b != 0).any(1)
+        else:
+            wrong = residual > self.rtol
+        failed = tuple(int(i) for i in wrong.nonzero().flatten())
+        return Solution(
+            value, residual, Result.unsettled if failed else Result.successful, steps, notes, failed
+        )
+
+    def _negative(self, state: NeumannState, rows: Rows, b: Tensor, plan: Tuning) -> Solution:
+        """Growth is certain whatever the depth: say so before spending it."""
+        x = torch.zeros_like(b)
+        detail = (
+            f"The smallest eigenvalue of C is about {plan.smallest:.3g}, below minus the damping: "
+            f"Absolute({damping_that_works(plan.smallest, plan.largest):.3g}) would do."
+        )
+        residual = state.system.residual(x, b)
+        everything = tuple(range(len(rows)))
+        value = state.system.operator.space.rows(x)
+        notes = self._notes(state, plan)
+        return Solution(value, residual, Result.negative_curvature, plan.products, notes, everything, detail)
+
+    def _diverged(self, state: NeumannState, x: Tensor, b: Tensor, run: _Series) -> Solution:
+        """Measure what the step should have been, or find the negative curvature that no step survives."""
+        system = state.system
+        residual = system.residual(x, b)
+        failed = tuple(int(i) for i in (~(residual < 1.0)).nonzero().flatten()) or tuple(range(len(b)))
+        value, notes = system.operator.space.rows(x), self._notes(state, run.plan)
+        automatic = Neumann(batch_size=self.batch_size, steps=run.plan.steps)
+        try:
+            measured = automatic.tuning(NeumannState(system, state.preconditioner), b.dtype, b.device)
+        except InvalidInput as cause:
+            return Solution(value, residual, Result.nonfinite_output, run.taken, notes, failed, str(cause))
+        if state.preconditioner is None and _bends_down(measured, state, b.dtype):
+            negative = self._negative(state, system.operator.space.rows(b), b, measured)
+            return Solution(value, residual, negative.result, run.taken, notes, failed, negative.detail)
+        detail = (
+            f"The step was {run.plan.step:.3g} (scale {1 / run.plan.step:.3g}); "
+            f"with batches of {measured.batch or 'all'}, step={measured.step:.3g} "
+            f"(scale {1 / measured.step:.3g}) is stable: "
+            f"largest eigenvalue {measured.largest:.3g}, trace {measured.trace:.3g}."
+        )
+        notes["step_that_works"] = measured.step
+        return Solution(value, residual, Result.diverged, run.taken, notes, failed, detail)
+
+
+@dataclass
+class _Series:
+    """One solve's moving parts."""
+
+    options: Neumann
+    state: NeumannState
+    plan: Tuning
+    b: Float[Tensor, "n p"]
+    taken: int = 0
+    early: bool = False
+    grew: bool = False
+
+    def _batches(self, seed: int) -> Callable[[], Tensor | None]:
+        """Batches without replacement, reshuffled when used up; None stands for all examples."""
+        examples, size = self.state.examples, self.plan.batch
+        if not size or size >= examples:
+            return lambda: None
+        generator = torch.Generator().manual_seed(seed)
+        order, at = torch.randperm(examples, generator=generator), 0
+
+        def draw() -> Tensor:
+            nonlocal order, at
+            if at + size > examples:
+                order, at = torch.randperm(examples, generator=generator), 0
+            at += size
+            return order[at - size : at]
+
+        return draw
+
+    def _begin(self) -> Tensor:
+        start = Start(self.options.start)
+        if start is Start.ZERO:
+            return torch.zeros_like(self.b)
+        first = self.state.precondition(self.b)
+        return first.clone() if start is Start.SOLVED else first * self.plan.step
+
+    def once(self, seed: int) -> Tensor:
+        """One run of the series; sets `grew` when it diverges."""
+        plan, operator, rows = self.plan, self.state.system.operator, self.state.system.operator.space.rows
+        draw, x, watch = self._batches(seed), self._begin(), _Watch(self)
+        shift = self.state.system.diagonal(self.b)
+        keep = 1.0 - shift * plan.step if self.state.preconditioner is None else None
+        bound = self._bound(x)
+        watch.begin(x)
+        for t in range(1, plan.steps + 1):
+            ids = draw()
+            product = (operator.apply(rows(x)) if ids is None else _sampled(operator, rows(x), ids)).flat()
+            if keep is not None:
+                x.mul_(keep).add_(self.b, alpha=plan.step).sub_(product, alpha=plan.step)
+            else:
+                r = self.b - product - x * shift
+                x.add_(self.state.precondition(r), alpha=plan.step)
+            self.taken += 1
+            if t % _LOOK == 0 or t == plan.steps:
+                self.grew = not bool((x.norm(dim=1) <= bound).all())
+                if self.grew:
+                    return x
+            if watch.settled(x, t):
+                self.early = t < plan.steps
+                break
+        return watch.estimate(x)
+
+    def _bound(self, x: Tensor) -> Tensor:
+        """No stable run leaves this ball: the answer is at most |b| / D long, and errors only shrink.
+
+        Preconditioned, errors shrink in another norm, so room is left for that; a D of 0 leaves only
+        overflow.
+        """
+        d = self.state.system.shift.smallest
+        room = 10.0 if self.state.preconditioner is None else 1e3
+        if d <= 0:
+            return torch.full_like(self.b[:, 0], torch.finfo(self.b.dtype).max ** 0.5)
+        radius: Tensor = room * (self.b.norm(dim=1) / d + x.norm(dim=1))
+        return radius
+
+
+class _Watch:
+    """Decides when the running estimate has settled, and what it is: the iterate, or its mean over a tail.
+
+    With random batches and a measured step the estimate is the mean over windows of a quarter time constant
+    each, of which the last three make the answer: their noise averages out, at the price of 7 % instead of 5
+    % left in the very weakest direction. With a step of the user's own, or full products, it is the iterate
+    itself.
+    """
+
+    def __init__(self, series: _Series) -> None:
+        options, plan = series.options, series.plan
+        noisy = 0 < plan.batch < series.state.examples
+        reach = plan.step * plan.rate
+        self.window = max(_LOOK, math.ceil(0.25 / reach)) if reach > 0 else plan.steps + 1
+        self.allowed = options.tolerance * math.expm1(min(reach * self.window, 50.0))
+        self.averaged = noisy and options.step is None
+        self.means: list[Tensor] = []
+
+    def begin(self, x: Tensor) -> None:
+        self.before = x.clone()
+        self.sum = torch.zeros_like(x) if self.averaged else x
+
+    def settled(self, x: Tensor, t: int) -> bool:
+        """Whether, over the last window, the estimate moved by no more than the tolerance allows."""
+        if self.averaged:
+            self.sum.add_(x)
+        if t % self.window:
+            return False
+        now = x
+        if self.averaged:
+            now = self.sum / self.window
+            self.means = [*self.means[-2:], now]
+            self.sum.zero_()
+        moved = (now - self.before).norm(dim=1)
+        self.before = now if self.averaged else now.clone()
+        return bool((moved <= self.allowed * now.norm(dim=1)).all())
+
+    def estimate(self, x: Tensor) -> Tensor:
+        return torch.stack(self.means).mean(0) if self.means else x
+
+
+def _sampled(operator: AbstractOperator, rows: Rows, ids: Tensor) -> Rows:
+    assert isinstance(operator, AbstractSampled)
+    return operator.apply(rows, ids)
+
+
+def _trace(operator: AbstractOperator, dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
+    """trace(C): what the operator knows, or Hutchinson's estimate where it knows nothing."""
+    if isinstance(operator, AbstractSymmetric):
+        mean = operator.mean_eigenvalue()
+        if math.isfinite(mean):
+            return mean * operator.size, 0
+    return hutchinson_trace(operator, 8, dtype=dtype, device=device), 8
+
+
+def _batch(options: Neumann, examples: int, ratio: float, at_least: int = _SMALLEST_BATCH) -> int:
+    if not examples:
+        return 0
+    asked = options.batch_size or max(at_least, math.ceil(ratio))
+    return min(asked, examples)
+
+
+def _bends_down(plan: Tuning, state: NeumannState, dtype: torch.dtype) -> bool:
+    """Whether C + D has a negative eigenvalue for certain: only rounding takes Lanczos below the true one."""
+    return plan.smallest + state.system.shift.smallest < -10 * torch.finfo(dtype).eps * abs(plan.largest)
+
+
+def _check_measured(*numbers: float) -> None:
+    if not all(math.isfinite(v) for v in numbers):
+        raise InvalidInput("The curvature's products are not finite, so no step can be measured.")
+
+
+def _measure(options: Neumann, state: NeumannState, dtype: torch.dtype, device: torch.device) -> Tuning:
+    """theory §6.3: the contraction needs 1 / step > largest + D + trace / batch."""
+    operator, shift = state.system.operator, state.system.shift
+    largest, smallest = lanczos(operator, 20, options.seed, dtype=dtype, device=device)
+    trace, cost = _trace(operator, dtype, device)
+    _check_measured(largest, smallest, trace)
+    size = max(largest, abs(smallest))
+    # A Hessian's trace can be small or negative by cancellation, which says nothing about its noise.
+    trace = max(trace, size)
+    batch = _batch(options, state.examples, trace / size if size > 0 else 1.0)
+    noise = trace / batch if 0 < batch < state.examples else 0.0
+    step = options.step or 1.0 / (_SAFETY * (size + shift.largest + noise))
+    rate = shift.smallest
+    steps = options.steps or math.ceil(_DEPTH / (step * rate))
+    return Tuning(step, steps, batch, largest, smallest, trace, rate, min(20, operator.size) + cost)
+
+
+def _measure_preconditioned(
+    options: Neumann, state: NeumannState, dtype: torch.dtype, device: torch.device
+) -> Tuning:
+    """The same for M (C + D), whose spectrum is real and positive but which is not symmetric."""
+    system, p, budget = state.system, state.system.operator.size, 20
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def probe(n: int) -> Tensor:
+        return torch.randn(n, p, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+    def power(f: Callable[[Tensor], Tensor]) -> float:
+        v, found = probe(1), 0.0
+        for _ in range(budget):
+            v = f(v / v.norm().clamp_min(torch.finfo(dtype).tiny))
+            found = float(v.norm())
+        return found
+
+    def full(v: Tensor) -> Tensor:
+        return state.precondition(system.product(v))
+
+    largest = power(full)
+    smallest = largest - power(lambda v: largest * v - full(v))
+    z = probe(8)
+    trace = max(float((z * state.precondition(system.curvature(z))).sum()) / 8, largest)
+    _check_measured(largest, smallest, trace)
+    # All directions converge at about one rate here, so few steps remain to average the noise of small
+    # batches.
+    batch = _batch(options, state.examples, trace / largest, 8 * _SMALLEST_BATCH)
+    noise = trace / batch if 0 < batch < state.examples else 0.0
+    step = options.step or 1.0 / (_SAFETY * (largest + noise))
+    # Power iteration may miss the weakest direction; a preconditioner that bad is not assumed.
+    rate = max(smallest, 0.05 * largest)
+    steps = options.steps or max(4 * _LOOK, math.ceil(_DEPTH / (step * rate)))
+    return Tuning(step, steps, batch, largest, smallest, trace, rate, 2 * budget + 8)

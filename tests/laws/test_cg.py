@@ -1,0 +1,269 @@
+"""Conjugate gradients: equal to the dense solve, row by row, and honest when they are not."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytorch_influence_functions.damping import Shift
+from pytorch_influence_functions.errors import InvalidInput, NonFinite, SolveFailed
+from pytorch_influence_functions.operators import AbstractOperator, Gram, Identity, Implicit, Matrix
+from pytorch_influence_functions.rows import Rows
+from pytorch_influence_functions.solvers.base import Result
+from pytorch_influence_functions.solvers.cg import CG
+from tests.laws.solver_cases import (
+    F64,
+    a_space,
+    dense_gram,
+    dense_residual,
+    dense_solve,
+    implicit,
+    outer_rows,
+    some_rows,
+    spectrum_matrix,
+    uneven,
+    worst,
+)
+
+SHIFTS = {"uniform": Shift(1e-4), "uneven": uneven(a_space(), 1e-4)}
+
+
+def counted(matrix: Matrix) -> tuple[Implicit, list[int]]:
+    """A matrix-free operator that writes down how many rows each product had."""
+    sizes: list[int] = []
+
+    def product(rows: Rows, ids: Tensor | None) -> Rows:
+        sizes.append(len(rows))
+        return matrix.apply(rows)
+
+    return Implicit(matrix.space, product, matrix.mean_eigenvalue, 1), sizes
+
+
+@pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
+@pytest.mark.parametrize("n", [1, 7, 60])  # 60 rows are more than the 39 parameters
+def test_equals_the_dense_solve(shift: Shift, n: int) -> None:
+    space, solver = a_space(), CG(rtol=1e-11, max_steps=1000)
+    matrix, b = spectrum_matrix(space), outer_rows(space, n)
+    solution = solver.solve(solver.init(implicit(matrix), shift), b)
+    value = solution.unwrap()
+    expected = dense_solve(space, matrix.matrix, shift, b.flat())
+    assert worst(value.flat(), expected) < 1e-8
+    scale = (expected * b.flat()).sum(1, keepdim=True) / b.flat().square().sum(1, keepdim=True)
+    assert worst(scale * b.flat(), expected) > 0.3  # a plain gradient would not do
+    true = dense_residual(space, matrix.matrix, shift, value.flat(), b.flat())
+    torch.testing.assert_close(solution.residual, true, rtol=1e-2, atol=1e-14)
+
+
+def test_on_a_gram_with_fewer_rows_than_parameters() -> None:
+    space, solver = a_space(), CG(rtol=1e-10)
+    gram = Gram(space, outer_rows(space, 8), 8)
+    b = some_rows(space, 3, 4)
+    solution = solver.solve(solver.init(gram, Shift(1e-3)), b)
+    assert worst(solution.unwrap().flat(), dense_solve(space, dense_gram(gram), Shift(1e-3), b.flat())) < 1e-8
+    assert solution.steps < 20  # nine distinct eigenvalues
+
+
+@pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
+def test_a_preconditioner_changes_the_work_and_not_the_answer(shift: Shift) -> None:
+    space, solver = a_space(), CG(rtol=1e-11, max_steps=1000)
+    matrix, b = spectrum_matrix(space), some_rows(space, 5)
+    rough = spectrum_matrix(space).matrix + 0.02 * torch.eye(space.size, dtype=F64)
+    inverse = Matrix(space, rough).shifted(shift.over(space.blocks)).function(lambda lam: 1 / lam)
+    plain = solver.solve(solver.init(matrix, shift), b)
+    helped = solver.solve(solver.init(matrix, shift, inverse), b)
+    assert worst(helped.unwrap().flat(), plain.unwrap().flat()) < 1e-7
+    assert helped.steps < plain.steps
+    exact = matrix.shifted(shift.over(space.blocks)).function(lambda lam: 1 / lam)
+    assert solver.solve(solver.init(matrix, shift, exact), b).steps <= 3
+
+
+def test_rows_are_solved_independently_in_any_order() -> None:
+    space, solver = a_space(), CG(rtol=1e-9, max_steps=1000)
+    matrix, b = spectrum_matrix(space, 1e-3), some_rows(space, 6)
+    state = solver.init(matrix, Shift(1e-3))
+    together = solver.solve(state, b).unwrap().flat()
+    for i in range(6):
+        assert worst(solver.solve(state, b.take(slice(i, i + 1))).unwrap().flat(), together[i : i + 1]) < 1e-6
+    order = torch.tensor([5, 2, 0, 1, 4, 3])
+    assert worst(solver.solve(state, b.take(order)).unwrap().flat(), together[order]) < 1e-6
+
+
+def test_done_rows_drop_out_of_the_product() -> None:
+    space = a_space()
+    matrix = spectrum_matrix(space, 1e-4)
+    operator, sizes = counted(matrix)
+    flat = some_rows(space, 3).flat().clone()
+    flat[1] = matrix.eigen().vectors[:, -1]  # an eigenvector: one step
+    flat[2] = 0.0
+    solver = CG(rtol=1e-8, max_steps=500)
+    solution = solver.solve(solver.init(operator, Shift(1e-3)), space.rows(flat))
+    assert sizes[0] == 2  # the zero row never enters
+    assert sizes[5] == 1  # the eigenvector has left
+    assert solution.residual[2] == 0 and not solution.unwrap().flat()[2].any()
+    assert worst(solution.value.flat()[1:2], flat[1:2] / (1 + 1e-3)) < 1e-10
+
+
+def test_starts_where_it_is_told() -> None:
+    space, solver = a_space(), CG(rtol=1e-9, max_steps=1000)
+    matrix, b, shift = spectrum_matrix(space), some_rows(space, 3), Shift(1e-3)
+    exact = space.rows(dense_solve(space, matrix.matrix, shift, b.flat()))
+    solution = solver.solve(solver.init(matrix, shift), b, start=exact)
+    assert solution.steps == 1 and worst(solution.unwrap().flat(), exact.flat()) == 0
+    other = solver.solve(solver.init(matrix, shift), b, start=some_rows(space, 3, 8))
+    assert worst(other.unwrap().flat(), exact.flat()) < 1e-5
+
+
+def test_stopped_early_says_so_with_the_true_residual() -> None:
+    space, solver = a_space(), CG(rtol=1e-8, max_steps=5)
+    matrix, b, shift = spectrum_matrix(space), some_rows(space, 3), Shift(1e-4)
+    solution = solver.solve(solver.init(matrix, shift), b)
+    assert (solution.result, solution.steps) == (Result.max_steps_reached, 5)
+    true = dense_residual(space, matrix.matrix, shift, solution.value.flat(), b.flat())
+    torch.testing.assert_close(solution.residual, true)
+    assert float(true.min()) > 1e-3
+    with pytest.raises(SolveFailed, match=r"Raise max_steps.* in row \d.* after 5 steps \(damping 0.0001\)"):
+        solution.unwrap()
+
+
+def test_only_the_slow_rows_fail() -> None:
+    space, solver = a_space(), CG(rtol=1e-8, max_steps=5)
+    matrix = spectrum_matrix(space)
+    flat = some_rows(space, 3).flat().clone()
+    flat[1] = matrix.eigen().vectors[:, -1]
+    solution = solver.solve(solver.init(matrix, Shift(1e-4)), space.rows(flat))
+    assert solution.failed == (0, 2)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_negative_curvature_is_named_with_a_damping_that_works(preconditioned: bool) -> None:
+    space, solver = a_space(), CG(rtol=1e-8, max_steps=500)
+    matrix = spectrum_matrix(space, -0.2)
+    b = some_rows(space, 3)
+    inverse = Identity(space, 2.0) if preconditioned else None
+    solution = solver.solve(solver.init(implicit(matrix), Shift(0.01), inverse), b)
+    assert solution.result is Result.negative_curvature
+    assert -0.2 <= solution.notes["smallest_curvature"] < -0.01
+    with pytest.raises(SolveFailed, match=r"GGN\(\) instead of Hessian.*In row \d, p\^T C p") as caught:
+        solution.unwrap()
+    works = float(re.search(r"Absolute\((.*?)\)", str(caught.value)).group(1))  # type: ignore[union-attr]
+    assert 0.2 < works < 0.25
+    solver.solve(solver.init(implicit(matrix), Shift(works)), b).unwrap()
+
+
+def test_a_row_that_meets_negative_curvature_leaves_the_others_alone() -> None:
+    space, solver = a_space(), CG(rtol=1e-8, max_steps=500)
+    values = torch.linspace(0.1, 1.0, space.size, dtype=F64)
+    values[0] = -0.5
+    matrix = Matrix(space, values.diag())
+    flat = some_rows(space, 3).flat().clone()
+    flat[0, 0] = flat[2, 0] = 0.0  # these two never see the negative direction
+    solution = solver.solve(solver.init(matrix, Shift(0.1)), space.rows(flat))
+    assert solution.failed == (1,)
+    for i in (0, 2):
+        assert float(solution.residual[i]) < 1e-8
+        assert torch.allclose(solution.value.flat()[i, 1:], flat[i, 1:] / (values[1:] + 0.1), rtol=1e-6)
+
+
+def test_the_smallest_curvature_seen_is_a_rayleigh_quotient() -> None:
+    space, solver = a_space(), CG(rtol=1e-10, max_steps=1000)
+    matrix = spectrum_matrix(space, 1e-3)
+    solution = solver.solve(solver.init(matrix, uneven(space, 0.0)), some_rows(space, 3))
+    solution.unwrap()
+    assert 1e-3 <= solution.notes["smallest_curvature"] < 0.05
+
+
+@pytest.mark.parametrize(("rtol", "result"), [(None, Result.successful), (1e-9, Result.stagnated)])
+def test_float32_stops_when_rounding_stops_it(rtol: float | None, result: Result) -> None:
+    space, solver = a_space(), CG(rtol=rtol, max_steps=5000)
+    single = Matrix(space, spectrum_matrix(space, 1e-4).matrix.float())
+    b = some_rows(space, 4, dtype=torch.float32)
+    solution = solver.solve(solver.init(single, Shift(1e-3)), b)
+    assert solution.result is result
+    assert solution.steps < 1000
+    true = dense_residual(space, single.matrix, Shift(1e-3), solution.value.flat(), b.flat())
+    assert float(true.max()) < 1e-3
+    assert float(solution.residual.max()) == pytest.approx(float(true.max()), rel=0.5)
+    if result is Result.stagnated:
+        with pytest.raises(SolveFailed, match="Use a float64 model, a larger rtol, or more damping"):
+            solution.unwrap()
+
+
+def test_a_residual_that_lies_would_be_caught() -> None:
+    """The recursion's own residual says 'done' while the product is biased: the true one must win."""
+    space = a_space()
+    matrix, b = spectrum_matrix(space, 1e-2), some_rows(space, 2)
+    calls = []
+
+    def product(rows: Rows, ids: Tensor | None) -> Rows:
+        calls.append(1)
+        right = matrix.apply(rows)
+        return right.scaled(0.5) if len(calls) == 1 else right  # one wrong product, then honest ones
+
+    operator = Implicit(space, product, matrix.mean_eigenvalue, 1)
+    solver = CG(rtol=1e-9, max_steps=2000)
+    solution = solver.solve(solver.init(operator, Shift(1e-2)), b)
+    solution.unwrap()
+    assert (
+        float(dense_residual(space, matrix.matrix, Shift(1e-2), solution.value.flat(), b.flat()).max()) < 1e-9
+    )
+
+
+def test_what_is_not_finite_is_told_apart() -> None:
+    space, solver = a_space(), CG()
+    flat = some_rows(space, 3).flat().clone()
+    flat[1, 5] = math.inf
+    bad = solver.solve(solver.init(Identity(space), Shift(0.1)), space.rows(flat))
+    assert (bad.result, bad.failed, bad.steps) == (Result.nonfinite_input, (1,), 0)
+    with pytest.raises(NonFinite, match=r"before any solving.*Rows: 1\."):
+        bad.unwrap()
+
+    def product(rows: Rows, ids: Tensor | None) -> Rows:
+        return rows.scaled(math.nan)
+
+    operator: AbstractOperator = Implicit(space, product, lambda: 1.0, 1)
+    broken = solver.solve(solver.init(operator, Shift(0.1)), some_rows(space, 2))
+    assert broken.result is Result.nonfinite_output
+    with pytest.raises(SolveFailed, match="right-hand side is finite, but the curvature's product is not"):
+        broken.unwrap()
+
+
+def test_an_indefinite_preconditioner_is_named() -> None:
+    space, solver = a_space(), CG()
+    matrix = spectrum_matrix(space, 1e-2)
+    solution = solver.solve(solver.init(matrix, Shift(0.1), Identity(space, -1.0)), some_rows(space, 2))
+    with pytest.raises(SolveFailed, match="preconditioner is not positive definite"):
+        solution.unwrap()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"rtol": 0.0}, r"CG\(rtol=0.0\) must lie in \(0, 1\)"),
+        ({"rtol": 2.0}, "must lie in"),
+        ({"max_steps": 0}, "both must be at least 1"),
+        ({"patience": 0}, "both must be at least 1"),
+    ],
+)
+def test_nonsense_options_are_refused(kwargs, match) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InvalidInput, match=match):
+        CG(**kwargs)
+
+
+def test_a_decay_of_unknown_blocks_is_refused() -> None:
+    space = a_space()
+    with pytest.raises(InvalidInput, match="must name every block"):
+        CG().init(Identity(space), Shift(0.1, {"nowhere": 1.0}))
+
+
+def test_rounding_is_not_mistaken_for_negative_curvature() -> None:
+    space, solver = a_space(), CG(rtol=1e-6, max_steps=300)
+    g = some_rows(space, 5, dtype=torch.float32)
+    b = some_rows(space, 20, 3, dtype=torch.float32)
+    solution = solver.solve(
+        solver.init(Gram(space, g, 5), Shift(0.0)), b
+    )  # singular, and b is not in its range
+    assert solution.result in (Result.stagnated, Result.max_steps_reached)

@@ -1,0 +1,93 @@
+"""Damping rules and the diagonal they make."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pytorch_influence_functions.damping import Absolute, FromTraining, Relative, Shift, as_damping
+from pytorch_influence_functions.errors import InvalidInput, NonFinite
+from pytorch_influence_functions.operators import Identity, Matrix
+from tests.laws.solver_cases import F64, a_space, dense_shift, outer_rows, some_rows, spectrum_matrix, uneven
+
+
+class _Mean:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def mean_eigenvalue(self) -> float:
+        return self.value
+
+
+def test_relative_follows_the_scale_of_the_curvature() -> None:
+    space = a_space()
+    one = spectrum_matrix(space)
+    ten = Matrix(space, 10 * one.matrix)
+    assert Relative(0.3).of(one) == pytest.approx(0.3 * float(one.matrix.trace()) / space.size, rel=1e-12)
+    assert Relative(0.3).of(ten) == pytest.approx(10 * Relative(0.3).of(one), rel=1e-12)
+    assert Relative(0.3).of(Identity(space, 2.0)) == pytest.approx(0.6)
+
+
+def test_from_training_is_the_inverse_of_the_distance_travelled() -> None:
+    assert FromTraining(lr=0.1, steps=200).of(_Mean(1.0)) == pytest.approx(0.05)
+    assert FromTraining(lr=0.1, steps=200, momentum=0.9).of(_Mean(1.0)) == pytest.approx(0.005)
+
+
+def test_a_number_is_absolute_damping() -> None:
+    assert as_damping(0.25) == Absolute(0.25)
+    assert as_damping(Relative(0.2)) == Relative(0.2)
+    assert Absolute(0.25).of(_Mean(7.0)) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Relative(0.0), r"Relative\(share=0.0\) must be positive"),
+        (lambda: Relative(-1.0), "must be positive"),
+        (lambda: Relative(math.nan), "must be finite"),
+        (lambda: Absolute(-0.1), "must not be negative"),
+        (lambda: Absolute(math.inf), "must be finite"),
+        (lambda: FromTraining(0.0, 10), r"FromTraining\(lr=0.0\) must be positive"),
+        (lambda: FromTraining(0.1, 0), "at least 1"),
+        (lambda: FromTraining(0.1, 10, 1.0), r"must lie in \[0, 1\)"),
+        (lambda: Relative(0.1).of(_Mean(-2.0)), "which is -2 here; use GGN"),
+        (lambda: Relative(0.1).of(_Mean(0.0)), "which is 0 here"),
+        (lambda: Shift(-1.0), "must not be negative"),
+        (lambda: Shift(math.nan), "must be finite"),
+        (lambda: Shift(0.1, {"0": -0.5}), "weight decay of '0' is -0.5"),
+        (lambda: Shift(0.1, {"0": 0.5, "typo": 0.5}).over(["0", "2"]), r"check \['2', 'typo'\]"),
+        (lambda: Shift(0.0).inverse(some_rows(a_space(), 1)), "zero on its diagonal"),
+    ],
+)
+def test_nonsense_is_refused_in_words(make, match) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InvalidInput, match=match):
+        make()
+
+
+def test_a_curvature_of_nan_is_named() -> None:
+    with pytest.raises(NonFinite, match="mean eigenvalue of the curvature is nan"):
+        Relative(0.1).of(_Mean(math.nan))
+
+
+def test_shift_is_the_dense_diagonal() -> None:
+    space = a_space()
+    shift = uneven(space)
+    for rows in (some_rows(space, 4), outer_rows(space, 4, terms=3)):
+        expected = rows.flat() @ dense_shift(space, shift)
+        torch.testing.assert_close(shift.apply(rows).flat(), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            shift.inverse(shift.apply(rows)).flat(), rows.flat(), rtol=1e-12, atol=1e-14
+        )
+
+
+def test_shift_knows_when_it_is_one_number() -> None:
+    space = a_space()
+    assert Shift(0.1).uniform == 0.1
+    assert Shift(0.1, dict.fromkeys(space.blocks, 0.2)).uniform == pytest.approx(0.3)
+    assert uneven(space).uniform is None
+    assert uneven(space, 0.5).smallest == pytest.approx(0.55)
+    assert uneven(space, 0.5).largest == pytest.approx(0.6)
+    assert uneven(space, 0.5).redamped(1.0) == uneven(space, 1.0)
+    assert torch.equal(dense_shift(space, Shift(0.0)), torch.zeros(space.size, space.size, dtype=F64))

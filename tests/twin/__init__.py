@@ -1,0 +1,1 @@
+"""Slow, obvious, float64 references. Nothing here imports the library."""
