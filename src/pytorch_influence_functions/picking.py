@@ -74,6 +74,6 @@ def positions(picked: Any, size: int, what: str, twice: bool = False) -> Int[Ten
     if not len(found):
         raise InvalidInput(f"No {what} was picked; pick at least one.")
     found = found % size
-    if not twice and len(found.unique()) != len(found):
+    if not twice and len(set(found.tolist())) != len(found):
         raise InvalidInput(f"A {what} was picked twice; pick each once.")
     return found

@@ -1,4 +1,4 @@
-"""Result files: safetensors without pickle, written aside, synced and renamed; the same bytes for the same result."""
+"""Result files: safetensors, no pickle; written aside, synced, renamed; equal results are equal bytes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write(
         words = json.dumps({"format": FORMAT, "kind": kind, "record": dict(record)}, sort_keys=True)
     except TypeError as cause:
         raise InvalidInput(
-            f"These {kind} cannot be saved: {cause}; labels and names must be numbers, words or lists of them."
+            f"These {kind} cannot be saved: {cause}; labels and names must be numbers, words or lists."
         ) from cause
     # Copies: tensors may be views that share memory, which the format refuses.
     held = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -83,12 +83,11 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     """The tensors and the record of a file of the given kind.
 
     Raises:
-        InvalidInput: another kind of file, a damaged one, or one of a later version.
-        FileNotFoundError: there is no such file.
+        InvalidInput: no such file, another kind of file, a damaged one, or one of a later version.
     """
     name = os.fspath(path)
     if not os.path.exists(name):
-        raise FileNotFoundError(f"There is no file {name!r}.")
+        raise InvalidInput(f"There is no file {name!r}; give the path that save() wrote.")
     try:
         with safe_open(name, framework="pt") as file:
             words = (file.metadata() or {}).get(_KEY)

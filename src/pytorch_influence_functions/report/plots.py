@@ -112,13 +112,13 @@ def _tiles(
         )
     item = queries.item(at)
     label = target_of(item) if one.query_labels is None else one.query_labels[0]
-    shown, captions = [see(item, at, denormalize)], [(one.query_words(0), (scores.label_words(label), ""))]
+    shown, captions = [see(item, at, denormalize)], [(one.query_words(0), (scores.label_name(label), ""))]
     for index, score in found[0] + found[1]:
         item = train.item(index)
         label = target_of(item) if scores.train_labels is None else scores.train_labels[index]
         name = "" if scores.train_names is None else f" {scores.train_names[index]}"
         shown.append(see(item, index, denormalize))
-        captions.append((style.number(score), (scores.label_words(label), f"#{index}{name}")))
+        captions.append((style.number(score), (scores.label_name(label), f"#{index}{name}")))
     shown, note = exposed(shown)
     return [_Tile(s, above, below) for s, (above, below) in zip(shown, captions, strict=True)], note
 
