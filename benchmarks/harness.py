@@ -102,9 +102,7 @@ class Timing:
         )
 
 
-def compare(
-    ours: Side, theirs: Side, threads: int, repetitions: int, keep: Path | None = None
-) -> dict[str, Any]:
+def compare(ours: Side, theirs: Side, threads: int, repetitions: int, keep: Path | None = None) -> dict[str, Any]:
     """Both sides in turn, `repetitions` times after one warm-up each.
 
     The ratio reported is the median of the ratios of neighbouring runs (theirs / ours), so that a machine

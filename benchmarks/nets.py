@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class CifarNet(nn.Module):
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -110,7 +111,14 @@ def load_fashion(folder: str) -> tuple[nn.Sequential, dict[str, Tensor]]:
     return model.eval(), {k: v for k, v in arrays.items() if not k.startswith("w.")}
 
 
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0; equal values share their mean rank, which matters: fitted examples have scores of zero."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts + 1) / 2)[inverse]
+
+
 def spearman(a: Any, b: Any) -> float:
     """Rank correlation per query, averaged over queries."""
-    ranks = [np.argsort(np.argsort(np.asarray(v, dtype=np.float64), axis=1), axis=1) for v in (a, b)]
-    return float(np.mean([np.corrcoef(p, q)[0, 1] for p, q in zip(*ranks, strict=True)]))
+    pairs = zip(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64), strict=True)
+    return float(np.mean([np.corrcoef(_ranks(p), _ranks(q))[0, 1] for p, q in pairs]))

@@ -47,9 +47,7 @@ def fashion_dual(options: dict[str, Any]) -> Run:
 
     def run() -> np.ndarray:
         model, a = load_fashion(options["folder"])
-        problem = Problem(
-            model, CrossEntropy(), (a["train_x"], a["train_y"]), batch_size=options["batch_size"]
-        )
+        problem = Problem(model, CrossEntropy(), (a["train_x"], a["train_y"]), batch_size=options["batch_size"])
         attribution = Influence(EmpiricalFisher(), Woodbury(), DUAL_DAMPING).fit(problem)
         return np.asarray(attribution.score((a["query_x"], a["query_y"])).values)
 
@@ -86,15 +84,17 @@ def fashion_prepare(options: dict[str, Any]) -> Run:
 
 
 def fashion_exact(options: dict[str, Any]) -> Run:
-    """Conjugate gradients on the exact Gauss-Newton matrix for some queries, and how the others' ranks agree."""
+    """Conjugate gradients on the exact Gauss-Newton matrix in float64, and how the others' ranks agree with it."""
 
     def run() -> dict[str, Any]:
         folder = Path(options["folder"])
         model, a = load_fashion(options["folder"])
-        problem = Problem(model, CrossEntropy(), (a["train_x"], a["train_y"]), batch_size=500)
+        model = model.double()
+        data = (a["train_x"].double(), a["train_y"])
+        problem = Problem(model, CrossEntropy(), data, batch_size=500)
         some = slice(0, options["exact_queries"])
-        method = Influence(GGN(), CG(rtol=1e-2, max_steps=1000), EXACT_DAMPING)
-        scores = method.fit(problem).score((a["query_x"][some], a["query_y"][some]))
+        method = Influence(GGN(), CG(rtol=1e-3, max_steps=1000), EXACT_DAMPING)
+        scores = method.fit(problem).score((a["query_x"][some].double(), a["query_y"][some]))
         exact = np.asarray(scores.values)
         found = {p.stem: spearman(exact, np.load(p)[some]) for p in sorted(folder.glob("*.npy"))}
         return {"queries": len(exact), "damping": EXACT_DAMPING, "spearman": found}

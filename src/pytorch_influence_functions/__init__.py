@@ -12,7 +12,18 @@ from ._version import __version__ as __version__
 from .attribute import attribute as attribute
 from .attribution import Attribution as Attribution
 from .attribution import Influence as Influence
+from .classic import Config as Config
+from .classic import InfluenceResult as InfluenceResult
+from .classic import calc_all_grad_then_test as calc_all_grad_then_test
+from .classic import calc_img_wise as calc_img_wise
+from .classic import calc_s_test_single as calc_s_test_single
+from .classic import display_progress as display_progress
+from .classic import get_default_config as get_default_config
+from .classic import influential_loader as influential_loader
+from .classic import init_logging as init_logging
+from .classic import plot_influences as plot_influences
 from .curvature import GGN as GGN
+from .curvature import Budget as Budget
 from .curvature import EmpiricalFisher as EmpiricalFisher
 from .curvature import Fisher as Fisher
 from .curvature import Hessian as Hessian
@@ -59,4 +70,66 @@ from .solvers import Neumann as Neumann
 from .solvers import Spectral as Spectral
 from .solvers import Woodbury as Woodbury
 
-__all__ = [name for name in dir() if not name.startswith("_")] + ["__version__"]
+__all__ = [
+    "Absolute",
+    "Attribution",
+    "Auto",
+    "Bernoulli",
+    "Budget",
+    "CG",
+    "Cholesky",
+    "Config",
+    "CrossEntropy",
+    "Diagnostics",
+    "EmpiricalFisher",
+    "Fisher",
+    "Forecast",
+    "FromFunction",
+    "FromTraining",
+    "GGN",
+    "Hessian",
+    "Identity",
+    "Influence",
+    "InfluenceError",
+    "InfluenceResult",
+    "InvalidInput",
+    "Leverage",
+    "Logit",
+    "Margin",
+    "MissingExtra",
+    "Neumann",
+    "NonFinite",
+    "NotLikelihood",
+    "Problem",
+    "Raw",
+    "Relative",
+    "Route",
+    "Scores",
+    "SolveFailed",
+    "Spectral",
+    "SquaredError",
+    "TokenCrossEntropy",
+    "TooLarge",
+    "TrainingDataWarning",
+    "UnknownName",
+    "WeightDecay",
+    "Woodbury",
+    "__version__",
+    "attribute",
+    "calc_all_grad_then_test",
+    "calc_img_wise",
+    "calc_s_test_single",
+    "display_progress",
+    "dual",
+    "exact",
+    "gauss_newton",
+    "get_default_config",
+    "grad_dot",
+    "influential_loader",
+    "init_logging",
+    "koh_liang",
+    "lissa",
+    "one_step_newton",
+    "plot_influences",
+    "progress",
+]

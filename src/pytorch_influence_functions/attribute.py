@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from .attribution import Influence
+from .attribution import Influence, check_top, in_queries
+from .damping import AbstractDamping
 from .data import Source, to_device
 from .errors import InvalidInput
 from .objectives import (
@@ -19,10 +21,15 @@ from .objectives import (
     TokenCrossEntropy,
     inputs_and_targets,
 )
-from .problem import Problem, WeightDecay, model_device
+from .objectives.base import check_outputs
+from .problem import Checkpoint, Problem, WeightDecay, check_model, check_weights, model_device
+from .scores import Scores
+from .solvers import Forecast
+from .space import Selection
 from .guard import undisturbed
 
 
+@overload
 def attribute(
     model: nn.Module,
     train: Any,
@@ -31,16 +38,72 @@ def attribute(
     loss: Any = None,
     method: Influence | None = None,
     measure: Any = None,
-    parameters: Any = None,
+    parameters: Selection = None,
     weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
-    damping: Any = None,
-    checkpoints: Sequence[Any] = (),
+    damping: AbstractDamping | float | None = None,
+    checkpoints: Sequence[Checkpoint] | Checkpoint = (),
+    top: int | None = None,
+    batch_size: int | None = None,
+    deterministic: str = "warn",
+    device: torch.device | str | None = None,
+    dry_run: Literal[False] = False,
+) -> Scores: ...
+@overload
+def attribute(
+    model: nn.Module,
+    train: Any,
+    queries: Any,
+    *,
+    loss: Any = None,
+    method: Influence | None = None,
+    measure: Any = None,
+    parameters: Selection = None,
+    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
+    damping: AbstractDamping | float | None = None,
+    checkpoints: Sequence[Checkpoint] | Checkpoint = (),
+    top: int | None = None,
+    batch_size: int | None = None,
+    deterministic: str = "warn",
+    device: torch.device | str | None = None,
+    dry_run: Literal[True],
+) -> Forecast: ...
+@overload
+def attribute(
+    model: nn.Module,
+    train: Any,
+    queries: Any,
+    *,
+    loss: Any = None,
+    method: Influence | None = None,
+    measure: Any = None,
+    parameters: Selection = None,
+    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
+    damping: AbstractDamping | float | None = None,
+    checkpoints: Sequence[Checkpoint] | Checkpoint = (),
+    top: int | None = None,
+    batch_size: int | None = None,
+    deterministic: str = "warn",
+    device: torch.device | str | None = None,
+    dry_run: bool,
+) -> Scores | Forecast: ...
+def attribute(
+    model: nn.Module,
+    train: Any,
+    queries: Any,
+    *,
+    loss: Any = None,
+    method: Influence | None = None,
+    measure: Any = None,
+    parameters: Selection = None,
+    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
+    damping: AbstractDamping | float | None = None,
+    checkpoints: Sequence[Checkpoint] | Checkpoint = (),
     top: int | None = None,
     batch_size: int | None = None,
     deterministic: str = "warn",
     device: torch.device | str | None = None,
     dry_run: bool = False,
-) -> Any:
+) -> Scores | Forecast:
     r"""Predict, for every query and every training example, what removing that example would change.
 
     `score[q, i] = (1/N) <(C + lambda)^-1 grad m(q), grad loss(i)>` is the predicted change of the measure `m(q)` when
@@ -79,8 +142,11 @@ def attribute(
         torch.Size([2, 40])
         >>> index, score = scores.helpful(0, k=1)[0]
     """
+    check_model(model)
+    check_top(top)
     source = Source.of(train, batch_size)
-    asked = Source.of(queries, batch_size)
+    with in_queries():
+        asked = Source.of(queries, batch_size)
     objective = infer_objective(model, source, device) if loss is None else loss
     problem = Problem(
         model,
@@ -88,18 +154,17 @@ def attribute(
         source,
         parameters=parameters,
         weight_decay=weight_decay,
-        checkpoints=tuple(checkpoints),
+        checkpoints=checkpoints,
         batch_size=batch_size,
         deterministic=deterministic,
         device=device,
     )
     spec = Influence() if method is None else method
     if not isinstance(spec, Influence):
-        raise InvalidInput(f"method must be an Influence such as ptif.dual(), got {type(spec).__name__}.")
+        hint = f"; did you mean {spec.__name__}()?" if callable(spec) and hasattr(spec, "__name__") else "."
+        raise InvalidInput(f"method must be an Influence such as ptif.dual(), got {type(spec).__name__}{hint}")
     if damping is not None:
-        spec = Influence(
-            spec.curvature, spec.solver, damping, spec.preconditioner, spec.scaling, spec.memory, spec.route
-        )
+        spec = replace(spec, damping=damping)
     if dry_run:
         return spec.forecast(problem, len(asked))
     return spec.fit(problem, queries=len(asked)).score(asked, measure, top=top)
@@ -107,11 +172,14 @@ def attribute(
 
 def infer_objective(model: nn.Module, source: Source, device: torch.device | str | None = None) -> AbstractObjective:
     """The training loss, guessed from two examples' outputs and targets; refused when it could be more than one."""
+    check_weights(model)
     ids, batch = next(iter(source.batches(torch.arange(min(2, len(source))))))
+    source.check_finite(ids, batch)
     batch = to_device(batch, model_device(model, device))
     with undisturbed(model), torch.no_grad():
         outputs = CrossEntropy().outputs(model, batch)
     targets = inputs_and_targets(batch)[2]
+    check_outputs(outputs, ids)
     seen = f"outputs {tuple(outputs.shape)} and targets {_describe(targets)}"
     if not isinstance(targets, Tensor):
         raise InvalidInput(f"The loss cannot be told from {seen}; pass loss=, e.g. torch.nn.CrossEntropyLoss().")

@@ -50,7 +50,7 @@ class Influence:
         damping: `Relative(share)` of the mean eigenvalue, `Absolute(value)`, `FromTraining(lr, steps)` or a number.
         preconditioner: a curvature whose damped inverse speeds up `CG` or `Neumann`.
         scaling: what becomes of the raw scores; `Leverage()` corrects the first-order underestimate.
-        memory: the most bytes that curvature and solved queries may take.
+        memory: the most bytes that curvature and solved queries may take, `Budget(bytes)` or a number.
         route: force one route for inner products; see `Route`.
 
     The record's `repr` is the provenance carried by every result. Making one computes nothing.
@@ -63,13 +63,15 @@ class Influence:
 
     curvature: AbstractCurvature | None = None
     solver: AbstractSolver[Any] | Auto = field(default_factory=Auto)
-    damping: AbstractDamping | float = field(default_factory=Relative)
+    damping: AbstractDamping | float = field(default_factory=lambda: Relative(1.0))
     preconditioner: AbstractCurvature | None = None
     scaling: AbstractScaling = field(default_factory=Raw)
     memory: Budget = field(default_factory=Budget)
     route: Route | str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "memory", Budget.of(self.memory))
+        _check_parts(self)
         object.__setattr__(self, "damping", as_damping(self.damping))
         object.__setattr__(self, "route", Route.of(self.route))
 
@@ -79,11 +81,13 @@ class Influence:
         `queries` is how many are expected; it only guides `Auto`.
         """
         start = time.perf_counter()
+        _check_problem(problem)
         members = tuple(_fit_member(self, problem, c, queries) for c in (problem.checkpoints or (None,)))
         return Attribution(self, problem, members, time.perf_counter() - start)
 
     def forecast(self, problem: Problem, queries: int = 1) -> Forecast:
         """What `fit` and `score` would cost; runs one batch."""
+        _check_problem(problem)
         with _weights_of(problem, problem.checkpoints[0] if problem.checkpoints else None):
             derivatives = Derivatives.of(problem, _gradient_route(self))
             facts = Facts.of(derivatives, queries)
@@ -91,6 +95,76 @@ class Influence:
         times = max(1, len(problem.checkpoints))
         one = forecast(choice, facts, _words(self, choice))
         return replace(one, passes=one.passes * times, seconds=one.seconds * times)
+
+
+def _check_parts(spec: Influence) -> None:
+    """Refuse classes and names where an instance is needed: they would fail later, far from here."""
+    expected: dict[str, tuple[type | tuple[type, ...], str]] = {
+        "curvature": (AbstractCurvature, "a curvature such as GGN()"),
+        "solver": ((AbstractSolver, Auto), "a solver such as CG() or Auto()"),
+        "preconditioner": (AbstractCurvature, "a curvature such as GGN()"),
+        "scaling": (AbstractScaling, "Raw() or Leverage()"),
+    }
+    for name, (kinds, words) in expected.items():
+        given = getattr(spec, name)
+        if isinstance(given, kinds) or (given is None and name in ("curvature", "preconditioner")):
+            continue
+        if isinstance(given, type):
+            raise InvalidInput(f"{name}= is the class {given.__name__}; write {given.__name__}(), an instance.")
+        raise InvalidInput(f"{name}= must be {words}, got {given!r} of type {type(given).__name__}.")
+
+
+def _check_problem(problem: Any) -> None:
+    if not isinstance(problem, Problem):
+        raise InvalidInput(
+            f"fit() and forecast() take a Problem, got {type(problem).__name__}; write "
+            "Problem(model, loss, train), or call ptif.attribute(model, train, queries)."
+        )
+    if len(problem) < 2:
+        raise InvalidInput(
+            f"The training data hold {len(problem)} example, expected at least 2: removing the only one leaves nothing "
+            "to train on; give the whole training set."
+        )
+
+
+def check_top(top: Any) -> None:
+    """Refuse a `top` that is no whole number of at least 1.
+
+    Raises:
+        InvalidInput: it is not.
+    """
+    if top is None:
+        return
+    if isinstance(top, bool) or not isinstance(top, int):
+        raise InvalidInput(f"top={top!r} is no whole number; give how many examples to keep, or None for all scores.")
+    if top < 1:
+        raise InvalidInput(f"top={top} keeps nothing; give at least 1, or None for all scores.")
+
+
+_SMALL = ("The", "A", "Label", "Target", "Item", "Array", "Arrays", "Reading", "Index")
+
+
+@contextmanager
+def in_queries() -> Iterator[None]:
+    """Say that an index or shape speaks of the queries: the same sentence would be read as the training data's."""
+    try:
+        yield
+    except (InvalidInput, NonFinite) as error:
+        words = str(error)
+        if not words.startswith("In the queries"):
+            plain = words.split(" ", 1)[0] in _SMALL
+            error.args = (f"In the queries, {words[0].lower() + words[1:] if plain else words}",)
+        raise
+
+
+@contextmanager
+def _of_measure() -> Iterator[None]:
+    """What is wrong with a measure is not said of the loss."""
+    try:
+        yield
+    except (InvalidInput, NonFinite) as error:
+        error.args = (str(error).replace("The loss", "The measure", 1),)
+        raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +271,13 @@ class Attribution:
 
     def path(self, queries: Any, lambdas: Any, measure: Any = None) -> dict[float, Scores]:
         """Scores for every damping value in `lambdas` (absolute), without refitting."""
-        return {float(x): self.redamped(float(x)).score(queries, measure) for x in lambdas}
+        try:
+            values = [float(x) for x in lambdas]
+        except (TypeError, ValueError) as cause:
+            raise InvalidInput(
+                f"path() takes several damping values, numbers such as [0.01, 0.1], got {lambdas!r}."
+            ) from cause
+        return {x: self.redamped(x).score(queries, measure) for x in values}
 
     def score(
         self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None
@@ -217,9 +297,9 @@ class Attribution:
             NonFinite: a gradient or score is NaN or infinite; the indices are named.
         """
         start = time.perf_counter()
-        source = Source.of(queries, batch_size or self.problem.batch_size)
-        if top is not None and top < 1:
-            raise InvalidInput(f"top={top} keeps nothing; give at least 1, or None for all scores.")
+        check_top(top)
+        with in_queries():
+            source = Source.of(queries, self.problem.batch_size if batch_size is None else batch_size)
         objective = self._measure(measure, source)
         alone = len(self.members) == 1 and current().size == 1
         merged = TopK(len(source), top) if top is not None and alone else None
@@ -271,13 +351,16 @@ class Attribution:
         trained = self.members[0].derivatives.objective
         if measure is None:
             return trained
-        objective = as_objective(measure)
+        with _of_measure():
+            objective = as_objective(measure)
         if isinstance(objective, FromFunction):
             ids = torch.arange(min(2, len(source)))
-            _, batch = next(iter(sweep(self.problem, source, ids, world=World())))
-            with torch.no_grad():
-                outputs = objective.outputs(self.problem.model, batch)
-            objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
+            with in_queries():
+                _, batch = next(iter(sweep(self.problem, source, ids, world=World())))
+                with torch.no_grad():
+                    outputs = objective.outputs(self.problem.model, batch)
+            with _of_measure():
+                objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
         return objective
 
     def _room(self, member: Member) -> int:
@@ -302,7 +385,12 @@ class Attribution:
         """Query rows, solved in groups as large as memory allows."""
         room = self._room(member)
         held: list[Slab] = []
-        for slab in member.derivatives.stream(source, objective, label="query gradients", world=World()):
+        slabs = member.derivatives.stream(source, objective, label="query gradients", world=World())
+        while True:
+            with in_queries():
+                slab = next(slabs, None)
+            if slab is None:
+                break
             ledger.see_queries(slab)
             held.append(slab)
             if sum(len(s.ids) for s in held) >= room:

@@ -17,6 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+# Largest piece of written-out rows, in numbers, while rows are combined.
+_PIECE = 1 << 25
+
+
 class AbstractBlock(ABC):
     """`n` rows over one parameter block of shape `shape`."""
 
@@ -61,8 +65,14 @@ class AbstractBlock(ABC):
         """
 
     def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
-        """sum_n weights[q, n] G_n, shape [q, *shape]; by default through the written-out rows."""
-        return (weights @ self.dense().flatten(1)).reshape(-1, *self.shape)
+        """sum_n weights[q, n] G_n, shape [q, *shape]; by default through written-out rows, a piece at a time."""
+        width = int(torch.Size(self.shape).numel())
+        total = self.reference.new_zeros(weights.shape[0], width)
+        step = max(1, _PIECE // max(1, width))
+        for at in range(0, len(self), step):
+            piece = slice(at, min(at + step, len(self)))
+            total.addmm_(weights[:, piece], self.take(piece).dense().flatten(1))
+        return total.reshape(-1, *self.shape)
 
 
 def _rowwise(factor: Tensor | float, like: Tensor) -> Tensor | float:
@@ -280,8 +290,9 @@ class Conv(AbstractBlock):
         bias = v[..., -1].reshape(-1) if self.window.bias else None
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.window.kernel) - 1]
         y = conv(self.x, weight, bias, self.window.stride, 0, self.window.dilation)
-        y = y.reshape(y.shape[0], m, o, -1)
-        return torch.einsum("nmot,not->nm", y, self.left.flatten(2))
+        if m == 1:
+            return y.mul_(self.left).flatten(1).sum(1, keepdim=True)
+        return torch.bmm(y.reshape(y.shape[0], m, -1), self.left.reshape(len(self), -1, 1))[..., 0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .blocks import AbstractBlock, add
 from .errors import InfluenceError
+from .functional import grads
 from .layers import Layout, Part, Rule, fold, rows_first
 
 
@@ -54,12 +55,9 @@ class Recording:
         """Blocks of J_n^T c_n for every site; `cotangent` has the shape of `outputs`."""
         if not self.calls:
             return {}
-        edges = [c.edge for c in self.calls]
-        grads = torch.autograd.grad(
-            outputs, edges, cotangent.to(outputs.dtype), retain_graph=keep_graph, allow_unused=True
-        )
+        found = grads(outputs, [c.edge for c in self.calls], cotangent.to(outputs.dtype), retain_graph=keep_graph)
         blocks: dict[str, AbstractBlock] = {}
-        for call, g in zip(self.calls, grads, strict=True):
+        for call, g in zip(self.calls, found, strict=True):
             if g is None:
                 continue
             if call.x._version != call.version:

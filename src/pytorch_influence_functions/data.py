@@ -170,6 +170,11 @@ def _check_dataset(dataset: Any) -> None:
         raise InvalidInput(f"The dataset ({kind}) is empty; at least one example is needed.")
 
 
+def _is_count(value: Any) -> bool:
+    number = isinstance(value, (int, float, np.integer)) and not isinstance(value, bool)
+    return number and value >= 1 and float(value).is_integer()
+
+
 def check_policy(policy: str) -> None:
     """Refuse anything but `"warn"`, `"error"` or `"ignore"`.
 
@@ -219,7 +224,8 @@ class _NamingCollate:
             return self.collate(items)
         except Exception as cause:
             raise InvalidInput(
-                f"The collate function failed on {len(items)} examples with {type(cause).__name__}: {cause}."
+                f"The collate function failed on {len(items)} examples with {type(cause).__name__}: {cause}; "
+                "give examples of one shape, tensors or arrays (x, y), or a DataLoader whose collate_fn pads them."
             ) from cause
 
 
@@ -268,10 +274,8 @@ class Source:
             InvalidInput: data that can only be iterated, has no length or is empty; arrays of different
                 lengths or without numbers; a loader without batches.
         """
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1
-        ):
-            raise InvalidInput(f"batch_size must be a whole number of at least 1, got {batch_size}.")
+        if batch_size is not None and not _is_count(batch_size):
+            raise InvalidInput(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
         if isinstance(data, Source):
             return data if batch_size is None else replace(data, batch_size=int(batch_size))
         if not isinstance(data, DataLoader):
@@ -303,7 +307,9 @@ class Source:
     def item(self, index: int) -> Any:
         """One example as the dataset gives it, not collated."""
         self.plan([index])
-        return _NamingDataset(self.dataset)[int(index)]
+        found = _NamingDataset(self.dataset)[int(index)]
+        _refuse_meta(found, f"Item {int(index)} of the dataset")
+        return found
 
     def subset(self, ids: IdsLike) -> Source:
         """The examples `ids` as a source of their own, renumbered from 0 in the order given."""
@@ -417,6 +423,7 @@ class Source:
         Raises:
             NonFinite: names the dataset indices.
         """
+        _refuse_meta(batch, "The batch")
         for where, tensor in tensors_of(batch):
             if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.shape[:1] != ids.shape:
                 continue
@@ -431,6 +438,15 @@ class Source:
 
 
 # --------------------------------------------------------------------------- looking at examples
+
+
+def _refuse_meta(found: Any, what: str) -> None:
+    for where, tensor in tensors_of(found):
+        if tensor.is_meta:
+            raise InvalidInput(
+                f"{what} lies on the meta device{f' (in {where})' if where else ''}, which holds no values; load the "
+                "data on the CPU or on the model's device."
+            )
 
 
 def same(a: Any, b: Any) -> bool:

@@ -159,7 +159,7 @@ class Diagnostics:
             )
         read = {n: float(v) if "float" in fields[n] and isinstance(v, str) else v for n, v in values.items()}
         shares = {name: float(share) for name, share in values.get("gradient_shares", {}).items()}
-        return cls(**(read | {"gradient_shares": shares}))
+        return cls(**(read | {"gradient_shares": shares, "notes": tuple(values.get("notes", ()))}))
 
 
 def _written(value: Any) -> Any:

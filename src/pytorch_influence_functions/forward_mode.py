@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from .errors import InvalidInput
-from .functional import at, detached, quiet
+from .functional import at, detached, grads, quiet
 from .gradients import Derivatives, tolerance
 from .guard import double_backward_safe, undisturbed
 from .objectives import AbstractLikelihood, AbstractObjective
@@ -230,8 +230,8 @@ def _pull(f: Callable[[Tree], Tensor], here: Tree, cotangent: Tensor) -> Tree:
     """J^T c by one backward pass."""
     leaves = _leaves(here)
     with torch.enable_grad():
-        grads = torch.autograd.grad(f(leaves), list(leaves.values()), cotangent, allow_unused=True)
-    return _filled(leaves, grads)
+        found = grads(f(leaves), list(leaves.values()), cotangent)
+    return _filled(leaves, found)
 
 
 def _push_by_reverse(f: Callable[[Tree], Tensor], here: Tree, v: Tree) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ def _push_by_reverse(f: Callable[[Tree], Tensor], here: Tree, v: Tree) -> tuple[
     with torch.enable_grad():
         out = f(leaves)
         dummy = torch.zeros_like(out, requires_grad=True)
-        pulled = torch.autograd.grad(out, list(leaves.values()), dummy, create_graph=True, allow_unused=True)
+        pulled = grads(out, list(leaves.values()), dummy, create_graph=True)
         inner = [(g * v[k]).sum() for k, g in zip(leaves, pulled, strict=True) if g is not None]
         moved = torch.autograd.grad(torch.stack(inner).sum(), dummy)[0]
     return out.detach(), moved.detach()
@@ -249,15 +249,15 @@ def _push_by_reverse(f: Callable[[Tree], Tensor], here: Tree, v: Tree) -> tuple[
 def _hessian_by_reverse(total: Callable[[Tree], Tensor], here: Tree, v: Tree) -> Tree:
     leaves = _leaves(here)
     with torch.enable_grad():
-        first = torch.autograd.grad(total(leaves), list(leaves.values()), create_graph=True, allow_unused=True)
+        first = grads(total(leaves), list(leaves.values()), create_graph=True)
         inner = [(g * v[k]).sum() for k, g in zip(leaves, first, strict=True) if g is not None and g.requires_grad]
         if not inner:
             return {k: torch.zeros_like(x) for k, x in here.items()}
-        grads = torch.autograd.grad(torch.stack(inner).sum(), list(leaves.values()), allow_unused=True)
-    return _filled(leaves, grads)
+        found = grads(torch.stack(inner).sum(), list(leaves.values()))
+    return _filled(leaves, found)
 
 
-def _filled(leaves: Tree, grads: tuple[Tensor | None, ...]) -> Tree:
+def _filled(leaves: Tree, found: tuple[Tensor | None, ...]) -> Tree:
     return {
-        k: torch.zeros_like(leaves[k]) if g is None else g.detach() for k, g in zip(leaves, grads, strict=True)
+        k: torch.zeros_like(leaves[k]) if g is None else g.detach() for k, g in zip(leaves, found, strict=True)
     }

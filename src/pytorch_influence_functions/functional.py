@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,21 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def grads(
+    outputs: Tensor,
+    inputs: Sequence[Any],
+    cotangent: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` over tensors or graph edges; None where an input plays no part."""
+    found = torch.autograd.grad(
+        outputs, list(inputs), cotangent, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+    )
+    return cast("tuple[Tensor | None, ...]", found)
+
+
 def weighted_gradient(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
     """J^T c over the parameters; zeros where a parameter plays no part."""
-    grads = torch.autograd.grad(outputs, list(parameters), cotangent, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, grads, strict=True)]
+    found = grads(outputs, parameters, cotangent)
+    return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]

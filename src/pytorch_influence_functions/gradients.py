@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from .blocks import AbstractBlock, Dense
 from .capture import Recording, Site, recording
 from .data import Source, batch_slice
-from .errors import InvalidInput, NonFinite, name_ids
+from .errors import InvalidInput, NonFinite
 from .functional import detached, per_example_vjp, weighted_gradient
 from .guard import double_backward_safe, undisturbed
 from .layers import Layout, Part, find_rule, layout_of
 from .objectives import AbstractObjective, FromFunction, inputs_and_targets
+from .objectives.base import check_outputs, offenders
 from .problem import Problem, check_weights, sweep
 from .rows import Route, Rows
 from .space import Space
@@ -187,7 +188,7 @@ def _refuse_nonfinite(values: Tensor, ids: Tensor, what: str) -> None:
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         raise NonFinite(
-            f"The {what} is NaN or infinite at dataset indices {name_ids(ids.to(bad.device)[bad].tolist())}; "
+            f"The {what} is NaN or infinite at {offenders(bad, ids)}; "
             "look at these examples, or remove them with torch.utils.data.Subset."
         )
 
@@ -207,10 +208,23 @@ def one_by_one(
                     f"The model gave outputs of shape {tuple(outputs.shape)} for one example alone, but "
                     f"{tuple(cotangent.shape)} for {n} together; each example needs an output of its own."
                 )
+            _refuse_detached(outputs, model, names)
             grads = weighted_gradient(outputs, parameters, cotangent[e].reshape(outputs.shape))
         for k, g in zip(names, grads, strict=True):
             rows[k].append(g)
     return {k: torch.stack(v) for k, v in rows.items()}
+
+
+def _refuse_detached(outputs: Tensor, model: nn.Module, names: list[str]) -> None:
+    """Outputs without a graph have no gradient to explain anything with."""
+    if outputs.requires_grad:
+        return
+    few = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    raise InvalidInput(
+        f"The outputs of {type(model).__name__} have no derivative in the parameters {few}: forward detaches them, runs "
+        "under torch.no_grad() or numpy, or does not use these parameters; make it differentiable, or select others with "
+        "parameters=."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,14 +249,10 @@ class _Probe:
         batch = batch_slice(batch, count, picked)
         with torch.no_grad():
             outputs = problem.objective.outputs(model, batch)
+        check_outputs(outputs, picked)
         objective = problem.objective
         if isinstance(objective, FromFunction):
             objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
-        if outputs.dim() == 0 or outputs.shape[0] != 3:
-            raise InvalidInput(
-                f"The model gave outputs of shape {tuple(outputs.shape)} for a batch of 3 examples; the first axis "
-                "must run over the examples, so return one output per example."
-            )
         _refuse_mixing(model, objective, batch, outputs)
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
@@ -282,7 +292,7 @@ def _refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, o
                 alone = objective.outputs(model, batch_slice(batch, n, slice(e, e + 1)))
         except (RuntimeError, ValueError, IndexError, TypeError) as failure:
             raise InvalidInput(
-                f"The model runs on a batch of {n} examples but not on one alone ({_first_line(failure)}); every example "
+                f"The model runs on a batch of {n} examples but not on one alone ({_first_line(failure.__cause__ or failure)}); every example "
                 "needs an output of its own, so use running statistics or GroupNorm and keep the batch axis."
             ) from failure
         if alone.numel() != outputs[e].numel():

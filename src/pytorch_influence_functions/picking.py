@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ def value(label: Any) -> Any:
     return label.tolist() if hasattr(label, "tolist") else label
 
 
-def plain(labels: Sequence[Any]) -> list[Any]:
-    """A list of labels as plain Python."""
+def plain(labels: Any) -> list[Any]:
+    """A tensor, array or list of labels as a list of plain Python."""
     return [value(label) for label in labels]
 
 

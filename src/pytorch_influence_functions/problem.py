@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .data import IdsLike, Source, check_policy, to_device
 from .errors import InvalidInput, NonFinite, nearest
@@ -183,8 +184,7 @@ class Problem:
         deterministic: str = "warn",
         device: torch.device | str | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InvalidInput(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
+        check_model(model)
         check_policy(deterministic)
         source = Source.of(data, batch_size)
         # An iterator of parameters would be used up by the first look at it.
@@ -231,6 +231,28 @@ class Problem:
         return Problem(**(kept | changes))
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        InvalidInput: something else was given.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise InvalidInput(
+            f"The model must be a torch.nn.Module, got {what}; pass the trained module itself, the model before the data."
+        )
+
+
+def _device(asked: Any) -> torch.device:
+    try:
+        return torch.device(asked)
+    except (RuntimeError, TypeError) as cause:
+        raise InvalidInput(
+            f"device={asked!r} is no device; write 'cpu', 'cuda' or 'cuda:0', or leave it out to compute where the model is."
+        ) from cause
+
+
 def model_device(model: nn.Module, asked: torch.device | str | None = None) -> torch.device:
     """The one device of a model.
 
@@ -245,7 +267,7 @@ def model_device(model: nn.Module, asked: torch.device | str | None = None) -> t
         raise InvalidInput(
             f"The model's parameters lie on several devices ({where}); move it to one with .to()."
         )
-    wanted = None if asked is None else torch.device(asked)
+    wanted = None if asked is None else _device(asked)
     if not found:
         return wanted or torch.device("cpu")
     device = next(iter(found))
@@ -266,7 +288,16 @@ _WRAPPED = ("state_dict", "model_state_dict", "model")
 def _checkpoints(given: Sequence[Checkpoint] | Checkpoint) -> tuple[Checkpoint, ...]:
     if isinstance(given, (str, PathLike, Mapping)):
         return (given,)
-    return tuple(given)
+    kinds = (str, PathLike, Mapping)
+    odd = given if isinstance(given, nn.Module) or not isinstance(given, Iterable) else None
+    several = () if odd is not None else tuple(given)
+    odd = next((one for one in several if not isinstance(one, kinds)), odd)
+    if odd is not None:
+        hint = "pass model.state_dict()" if isinstance(odd, nn.Module) else "pass a list of them, or () for none"
+        raise InvalidInput(
+            f"checkpoints= takes state dicts (tensors by name) or paths, not {type(odd).__name__}; {hint}."
+        )
+    return several
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -323,7 +354,8 @@ def _check_fits(what: str, state: Mapping[str, Tensor], model: nn.Module) -> Non
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise InvalidInput(
-                f"{what} has shape {list(tensor.shape)} for {name!r}, the model {list(own[name].shape)}."
+                f"{what} has shape {list(tensor.shape)} for {name!r}, the model {list(own[name].shape)}; "
+                "give a checkpoint of this very model."
             )
 
 
@@ -367,7 +399,13 @@ def check_weights(model: nn.Module) -> None:
 
     Raises:
         NonFinite: names the parameters or buffers that hold NaN or infinity.
+        InvalidInput: a parameter has no values yet.
     """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InvalidInput(
+                f"Parameter {name!r} is not initialised yet (a lazy module); run the model once on a batch first."
+            )
     bad = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # The sum is one cheap pass; only if it is not finite (which overflow can also cause) look closer.

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import picking, scores_io
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 else:
     Figure = Any  # matplotlib is optional; annotations may be looked at when it is absent
 
-Labels: TypeAlias = Tensor | Sequence[Any] | None
+Labels: TypeAlias = Tensor | NDArray[Any] | Sequence[Any] | None
 
 MEAN = -1
 """The query index of a row that is a mean over queries and belongs to no single one."""
@@ -70,15 +71,16 @@ class Scores:
     ([2, 0], 1)
     """
 
-    values: Float[Tensor, "q m"]
+    # Shapes are checked below, in words: these fields are filled by hand too.
+    values: Tensor
     lower_is_better: bool = True
     train_labels: Labels = None
     query_labels: Labels = None
-    train_names: list[str] | None = None
-    query_names: list[str] | None = None
-    class_names: list[str] | None = None
-    query_ids: Int[Tensor, " q"] = None  # type: ignore[assignment]  # filled in by __post_init__
-    indices: Int[Tensor, "q m"] | None = None
+    train_names: Sequence[str] | None = None
+    query_names: Sequence[str] | None = None
+    class_names: Sequence[str] | None = None
+    query_ids: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__
+    indices: Tensor | None = None
     n_train: int = None  # type: ignore[assignment]  # filled in by __post_init__
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
     provenance: str = ""
@@ -273,7 +275,7 @@ class Scores:
         label = picking.value(label)
         whole = isinstance(label, int) and not isinstance(label, bool)
         if whole and self.class_names is not None and 0 <= label < len(self.class_names):
-            return self.class_names[label]
+            return str(self.class_names[label])
         return f"{label:.4g}" if isinstance(label, float) else "" if label is None else str(label)
 
     def query_words(self, q: int = 0) -> str:
@@ -399,7 +401,8 @@ class Scores:
         tensors, record = scores_io.read(path, _KIND)
         try:
             diagnostics = Diagnostics.from_dict(record.pop("diagnostics"))
-            return cls(**tensors, **record, diagnostics=diagnostics)
+            fields: dict[str, Any] = tensors | record
+            return cls(**fields, diagnostics=diagnostics)
         except (KeyError, TypeError) as cause:
             raise InvalidInput(
                 f"{os.fspath(path)!r} does not hold what scores are made of; save the scores anew."

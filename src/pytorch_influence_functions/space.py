@@ -263,12 +263,22 @@ def _match(model: nn.Module, names: _Names, selector: Selector) -> set[str]:
                 f"A selected tensor of shape {list(selector.shape)} is no parameter of the model."
             )
     elif callable(selector):
-        return {name for name, p in names.parameters.items() if selector(name, p)}
+        return {name for name, p in names.parameters.items() if _wanted(selector, name, p)}
     else:
         raise InvalidInput(
             f"parameters= takes patterns, modules, parameters or a predicate, not {type(selector).__name__}."
         )
     return {name for name, p in names.parameters.items() if id(p) in wanted}
+
+
+def _wanted(predicate: Callable[[str, nn.Parameter], bool], name: str, parameter: nn.Parameter) -> bool:
+    try:
+        return bool(predicate(name, parameter))
+    except Exception as cause:
+        raise InvalidInput(
+            f"The predicate given as parameters= failed on {name!r} ({type(cause).__name__}: {cause}); it must take "
+            "(name, parameter) and return True or False."
+        ) from cause
 
 
 def _match_pattern(model: nn.Module, names: _Names, pattern: str) -> set[str]:
@@ -279,7 +289,10 @@ def _match_pattern(model: nn.Module, names: _Names, pattern: str) -> set[str]:
             ids = {id(p) for p in module.parameters()}
             found |= {first for first, p in names.parameters.items() if id(p) in ids}
     if not found:
-        hint = nearest(pattern, [*names.canonical, *modules])
+        known = [*names.canonical, *(name for name, m in modules.items() if any(True for _ in m.parameters()))]
+        hint = nearest(pattern, known)
+        if not hint:
+            hint = f" There are {', '.join(map(repr, known[:6]))}{', ...' if len(known) > 6 else ''}."
         raise UnknownName(
             f"The pattern {pattern!r} matches no parameter and no module with parameters.{hint}"
         )

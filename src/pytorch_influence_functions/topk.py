@@ -52,4 +52,5 @@ def _extremes(values: Tensor, index: Tensor, k: int) -> Tensor:
         return torch.arange(len(values))
     descending = _order(values, index)
     ascending = _order(-values, index)
-    return torch.unique(torch.cat([descending[:k], ascending[:k]]))
+    both: Tensor = torch.unique(torch.cat([descending[:k], ascending[:k]]))
+    return both

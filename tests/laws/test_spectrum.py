@@ -15,7 +15,6 @@ from pytorch_influence_functions.operators import (
     Implicit,
     Matrix,
     check_dense,
-    combination,
     hutchinson_trace,
     lanczos,
 )
@@ -61,8 +60,8 @@ def test_gram_by_group_sums_to_the_whole() -> None:
 def test_combination_in_pieces_is_the_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
     space = a_space()
     rows, c = outer_rows(space, 11, terms=2), torch.randn(4, 11, dtype=F64)
-    monkeypatch.setattr("pytorch_influence_functions.operators.base._PIECE", 60)
-    assert worst(combination(c, rows).flat(), c @ rows.flat()) < 1e-12
+    monkeypatch.setattr("pytorch_influence_functions.blocks._PIECE", 60)
+    assert worst(rows.combine(c).flat(), c @ rows.flat()) < 1e-12
 
 
 def test_rows_that_are_not_examples_cannot_be_sampled() -> None:

@@ -31,12 +31,34 @@ class Budget:
 
     bytes: int = 4 << 30
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.bytes, (int, float)) or isinstance(self.bytes, bool) or not self.bytes > 0:
+            raise InvalidInput(f"The memory bound must be a positive number of bytes, got {self.bytes!r}.")
+
+    @staticmethod
+    def of(given: Budget | float) -> Budget:
+        """A budget from a number of bytes."""
+        return given if isinstance(given, Budget) else Budget(given)  # type: ignore[arg-type]
+
     def check(self, wanted: float, what: str, way_out: str) -> None:
         """Raise `TooLarge` when `wanted` bytes are above the bound."""
         if wanted > self.bytes:
             raise TooLarge(
-                f"{what} would take {wanted / 2**30:.1f} GiB and the bound is {self.bytes / 2**30:.1f} GiB; {way_out}."
+                f"{what} would take {_size(wanted)} and the bound is {_size(self.bytes)}; {way_out}, or raise the bound "
+                "with Influence(memory=bytes)."
             )
+
+
+def _size(amount: float) -> str:
+    """Bytes in words.
+
+    >>> _size(3 * 2**20)
+    '3.0 MiB'
+    """
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if amount >= 2**power:
+            return f"{amount / 2**power:.1f} {unit}"
+    return f"{amount:.0f} bytes"
 
 
 class AbstractCurvature(ABC):

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InvalidInput, name_ids
+from .failure import model_failed
 
 #: Where a batch that is a mapping keeps its target.
 LABELS = ("labels", "label")
@@ -105,9 +106,15 @@ def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """The model's outputs as one tensor: `.logits` of an output object, the first member of a tuple.
 
     Raises:
-        InvalidInput: there is no tensor to be found.
+        InvalidInput: the model failed, or there is no tensor to be found.
     """
-    found = model(*args, **kwargs)
+    try:
+        found = model(*args, **kwargs)
+    except Exception as cause:
+        error = model_failed(cause, args, kwargs)
+        if error is cause:
+            raise
+        raise error from cause
     result = found
     if not isinstance(result, Tensor):
         if isinstance(result, Mapping) and "logits" in result:

@@ -23,6 +23,7 @@ from .base import (
     check_outputs,
     inputs_and_targets,
     is_integer,
+    offenders,
     tensor_targets,
 )
 
@@ -128,8 +129,11 @@ def _check_plain(outputs: Tensor, batch: Batch, ids: Tensor, name: str) -> None:
     targets = check_batch(outputs, inputs_and_targets(batch)[2], ids)
     y = _plain_labels(outputs, targets, name)
     single = _is_single(outputs)
-    if single and bool((targets.reshape(-1) != y).any()):
-        raise InvalidInput(f"{name} got soft targets for one logit per example, expected 0 or 1; round them.")
+    if single and bool((bad := targets.reshape(-1) != y).any()):
+        raise InvalidInput(
+            f"{name} got soft targets for one logit per example ({float(targets.reshape(-1)[bad][0]):g} at "
+            f"{offenders(bad, ids)}), expected 0 or 1; round them, or for a regression measure the loss (measure=None)."
+        )
     check_labels(y, 2 if single else outputs.shape[1], ids)
 
 

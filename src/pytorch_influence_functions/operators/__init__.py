@@ -12,7 +12,6 @@ from .base import Identity as Identity
 from .base import Implicit as Implicit
 from .base import Matrix as Matrix
 from .base import check_dense as check_dense
-from .base import combination as combination
 from .base import dense_bytes as dense_bytes
 from .expansion import Expansion as Expansion
 from .spectrum import Extremes as Extremes

@@ -17,11 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import InvalidInput, NonFinite, TooLarge
-from ..rows import Dense, Rows
+from ..rows import Rows
 from ..space import Space
-
-# Largest piece of written-out rows, in numbers, while rows are combined.
-_PIECE = 1 << 25
 
 Cache = dict[Any, Any]
 
@@ -100,23 +97,6 @@ def check_dense(size: int, max_bytes: int, what: str) -> None:
             f"{max_bytes / 2**30:.2f} GiB; use CG() or Woodbury(), select fewer parameters, "
             "or raise max_bytes."
         )
-
-
-def combination(coefficients: Float[Tensor, "n m"], rows: Rows) -> Rows:
-    """sum_m coefficients[n, m] rows_m, written out, a piece of the rows at a time."""
-
-    def one(name: str) -> Dense:
-        block = rows.blocks[name]
-        like, width = block.reference, int(torch.Size(block.shape).numel())
-        c = coefficients.to(like)
-        total = like.new_zeros(c.shape[0], width)
-        step = max(1, _PIECE // max(1, width))
-        for at in range(0, len(block), step):
-            piece = slice(at, min(at + step, len(block)))
-            total.addmm_(c[:, piece], block.take(piece).dense().flatten(1))
-        return Dense(total.reshape(-1, *block.shape))
-
-    return Rows({name: one(name) for name in rows.blocks})
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +243,7 @@ class Gram(AbstractSampled):
                     "so a few examples cannot be picked; leave batch_size unset."
                 )
             basis, count = self.rows.take(ids), len(ids)
-        return combination(rows.inner(basis) / count, basis)
+        return basis.combine(rows.inner(basis) / count)
 
     def mean_eigenvalue(self) -> float:
         if "mean" not in self._known:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..damping import Shift
 from ..rows import Dense, Route, Rows
-from .base import combination
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ class Expansion:
 
     def rows(self) -> Rows:
         """The solution written out as `Dense` blocks: n * P numbers."""
-        removed = combination(self.coefficients, self.basis)
+        removed = self.basis.combine(self.coefficients)
         scale = dict(zip(self.base.blocks, self._diagonal(), strict=True))
 
         def one(name: str) -> Dense:

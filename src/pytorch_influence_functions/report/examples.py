@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InvalidInput, NonFinite
@@ -27,7 +28,7 @@ _THINNEST = 5
 class Shown:
     """One example made visible: `pixels` [H, W] or [H, W, 3 or 4] as given, or `words` for a card."""
 
-    pixels: np.ndarray[Any, Any] | None = None
+    pixels: NDArray[Any] | None = None
     words: str = ""
 
 
@@ -48,19 +49,17 @@ def see(item: Any, index: int, denormalize: Denormalize = None) -> Shown:
     if pixels is None:
         return Shown(words=_words(held))
     if not np.isfinite(pixels).all():
-        raise NonFinite(
-            f"The picture of example {index} holds NaN or infinity; repair it, or look at denormalize=."
-        )
+        raise NonFinite(f"The picture of example {index} holds NaN or infinity; repair it, or look at denormalize=.")
     if isinstance(denormalize, tuple):
         pixels = _undo(pixels, denormalize)
     return Shown(pixels=pixels)
 
 
 def exposed(examples: Sequence[Shown]) -> tuple[list[Shown], str]:
-    """All pictures on one scale from 0 to 1, so that they can be compared, and a note when that took a stretch.
+    """All pictures on one scale from 0 to 1, so that they compare, and a note when that took a stretch.
 
-    Bytes are divided by 255. Floats in 0 to 1 are kept; 0 to 255 are divided; any other range is stretched from
-    the smallest to the largest value over all pictures.
+    Bytes are divided by 255. Floats in 0 to 1 are kept; 0 to 255 are divided; any other range is
+    stretched from the smallest to the largest value over all pictures.
     """
     pictures = [e.pixels for e in examples if e.pixels is not None]
     if not pictures:
@@ -104,19 +103,17 @@ def _from_mapping(held: Mapping[Any, Any]) -> Any:
     return (pictures + words + [rest])[0]
 
 
-def _array(held: Any) -> np.ndarray[Any, Any] | None:
+def _array(held: Any) -> NDArray[Any] | None:
     if isinstance(held, Tensor):
         held = held.detach().cpu()
         held = held.float() if held.is_floating_point() else held
-    elif not isinstance(held, np.ndarray) and not hasattr(
-        held, "__array_interface__"
-    ):  # PIL images have that
+    elif not isinstance(held, np.ndarray) and not hasattr(held, "__array_interface__"):  # PIL images have that
         return None
     found = np.asarray(held)
     return found if found.dtype.kind in "biuf" else None
 
 
-def _pixels(held: Any) -> np.ndarray[Any, Any] | None:
+def _pixels(held: Any) -> NDArray[Any] | None:
     """[H, W] or [H, W, 3 or 4] from any usual layout, or None where the thing is no picture."""
     found = _array(held)
     if found is None:
@@ -141,18 +138,18 @@ def _pixels(held: Any) -> np.ndarray[Any, Any] | None:
     return found if found.shape[2] in _CHANNELS else found.mean(-1)
 
 
-def _undo(pixels: np.ndarray[Any, Any], statistics: tuple[Any, Any]) -> np.ndarray[Any, Any]:
+def _undo(pixels: NDArray[Any], statistics: tuple[Any, Any]) -> NDArray[Any]:
     mean, std = (np.asarray(s, dtype=np.float64) for s in statistics)
     colours = 1 if pixels.ndim == 2 else pixels.shape[2]
     for name, values in (("mean", mean), ("std", std)):
         if values.size not in (1, colours):
             raise InvalidInput(
-                f"denormalize=(mean, std) has a {name} of {values.size} numbers and the pictures have {colours} "
-                "channels; give one number per channel."
+                f"denormalize=(mean, std) has a {name} of {values.size} numbers and the pictures "
+                f"have {colours} channels; give one number per channel."
             )
     if pixels.ndim == 2:
         mean, std = mean.reshape(()), std.reshape(())
-    undone: np.ndarray[Any, Any] = pixels * std + mean
+    undone: NDArray[Any] = pixels * std + mean
     # Rounding leaves the range by a hair, which must not call for a stretch.
     return undone.clip(0, 1) if undone.min() > -1e-3 and undone.max() < 1 + 1e-3 else undone
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import Source
-from ..errors import InvalidInput
+from ..errors import InvalidInput, require
 from ..scores import Scores
 from . import style
 from .examples import Denormalize, Shown, exposed, see, target_of, wrapped
@@ -25,8 +26,10 @@ else:
     Axes = Figure = Any  # matplotlib is optional; annotations may be looked at when it is absent
 
 _PER_ROW = 10  # examples in one row; more go to further rows
-_CELL, _GAP, _ABOVE, _BELOW = 1.22, 0.14, 0.25, 0.40  # inches: picture, gap, and the text around it
-_QUERY, _MARGIN, _HEAD, _FOOT = 2.5, 0.25, 0.62, 0.42
+# Inches: a cell's width, the gap beside it, the text around it, the titles, the page.
+_CELL, _GAP, _ABOVE, _BELOW, _TITLE = 1.22, 0.14, 0.25, 0.40, 0.30
+_WIDEST, _MARGIN, _HEAD, _FOOT = 3.4, 0.25, 0.10, 0.26
+_TITLES, _COLOURS = ("Most helpful", "Most harmful"), (style.HELPFUL, style.HARMFUL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ def plot_influences(
     Args:
         scores: whose row `q` is shown.
         k: examples per row, fewer where fewer are held; the two rows share examples where there are few.
-        train, queries: the data scored, in any form that `attribute` takes; by default what the scores remember.
+        train, queries: the data scored, in any form `attribute` takes; by default what the scores remember.
         denormalize: a function applied to an input before it is shown (undo a normalisation, reshape a flat
             picture, decode tokens), or `(mean, std)` per channel. Without it, values outside 0 to 1 are
             stretched, on one scale for the whole picture.
@@ -71,8 +74,6 @@ def plot_influences(
         training = _data(train if train is not None else scores.train_source, scores.n_train, "train")
         asked = _data(queries if queries is not None else scores.query_source, None, "queries")
         if class_names is not None:
-            from dataclasses import replace
-
             scores = replace(scores, class_names=list(class_names))
         found = [scores.helpful(q, k), scores.harmful(q, k)]
         tiles, note = _tiles(scores, q, found, training, asked, denormalize)
@@ -107,9 +108,7 @@ def _tiles(
     if at < 0:
         raise InvalidInput("A mean over queries has no example to show; plot one query.")
     if at >= len(queries):
-        raise InvalidInput(
-            f"queries= has {len(queries)} examples and the scores are of query {at}; pass theirs."
-        )
+        raise InvalidInput(f"queries= has {len(queries)} examples and the scores are of query {at}; pass theirs.")
     item = queries.item(at)
     label = target_of(item) if one.query_labels is None else one.query_labels[0]
     shown, captions = [see(item, at, denormalize)], [(one.query_words(0), (scores.label_name(label), ""))]
@@ -126,91 +125,104 @@ def _tiles(
 def _laid_out(scores: Scores, query: _Tile, helpful: list[_Tile], harmful: list[_Tile], note: str) -> Figure:
     """Everything placed in inches from the top left, so that nothing depends on what the texts measure."""
     rows = [
-        (tiles[i : i + _PER_ROW], kind)
-        for tiles, kind in ((helpful, 0), (harmful, 1))
+        (tiles[i : i + _PER_ROW], kind, i == 0)
+        for kind, tiles in enumerate((helpful, harmful))
         for i in range(0, len(tiles), _PER_ROW)
     ]
-    columns = max(len(tiles) for tiles, _ in rows)
-    step = _ABOVE + _CELL + _BELOW
-    heads = 2 * 0.30
-    left = _MARGIN + _QUERY + 0.45
-    # Not narrower than the sentence at the foot.
-    width = max(left + columns * (_CELL + _GAP) + _MARGIN - _GAP, 7.4)
-    height = _HEAD + heads + len(rows) * step + _FOOT
-    figure = style.new_figure(width, height)
-
-    def axes(x: float, y: float, size: float) -> Axes:
-        return figure.add_axes((x / width, 1 - (y + size) / height, size / width, size / height))
-
-    def text(x: float, y: float, words: str, **kw: Any) -> None:
-        # parse_math=False: a dollar sign in the data is a dollar sign.
-        figure.text(x / width, 1 - y / height, words, **{"va": "baseline", "parse_math": False} | kw)
-
-    top = _HEAD + 0.30 + _ABOVE
-    text(_MARGIN, 0.38, style.shorten(_heading(query), int(width * 9)), fontsize=12, fontweight="bold")
-    _draw(axes(_MARGIN, top, _QUERY), query.shown, style.INK, "solid", (28, 13), 10)
-    y, before = _HEAD, -1
-    for tiles, kind in rows:
-        colour, line = ((style.HELPFUL, "solid"), (style.HARMFUL, "dashed"))[kind]
-        if kind != before:
-            words = ("Most helpful", "Most harmful")[kind]
-            text(left, y + 0.2, words, color=colour, fontsize=10.5, fontweight="bold")
-            y, before = y + 0.30, kind
+    aspect = _aspect([query, *helpful, *harmful])
+    cell = _CELL * aspect
+    # The query reaches from the top of the first row to the foot of the second, unless that is too wide.
+    large = min((2 * cell + _BELOW + _TITLE + _ABOVE) / aspect, _WIDEST)
+    left = _MARGIN + large + 0.4
+    width = left + max(max(len(tiles) for tiles, *_ in rows) * (_CELL + _GAP) - _GAP + _MARGIN, 2.6)
+    height = max(2 * _TITLE + len(rows) * (_ABOVE + cell + _BELOW), _TITLE + _ABOVE + large * aspect) + 2 * _FOOT
+    page = _Page(style.new_figure(width, height), width, height)
+    page.heading(query, large)
+    page.draw(query.shown, (_MARGIN, _HEAD + _TITLE + _ABOVE, large, large * aspect), style.INK, "solid", 10.0)
+    y = _HEAD
+    for tiles, kind, first in rows:
+        if first:
+            page.text(left, y + 0.2, _TITLES[kind], color=_COLOURS[kind], fontsize=10.5, fontweight="bold")
+            y += _TITLE
         for i, tile in enumerate(tiles):
-            x = left + i * (_CELL + _GAP)
-            text(x + _CELL / 2, y + _ABOVE - 0.07, tile.above, ha="center", color=colour, fontsize=9)
-            _draw(axes(x, y + _ABOVE, _CELL), tile.shown, colour, line, (18, 8), 7.5)
-            for n, words in enumerate(part for part in tile.below if part):
-                text(
-                    x + _CELL / 2,
-                    y + _ABOVE + _CELL + 0.15 + 0.145 * n,
-                    style.shorten(words, 17),
-                    ha="center",
-                    fontsize=8,
-                    color=(style.INK, style.FAINT)[words.startswith("#")],
-                )
-        y += step
-    text(_MARGIN, height - 0.16, _footnote(scores, note), fontsize=7.5, color=style.FAINT)
-    return figure
+            page.tile(tile, kind, left + i * (_CELL + _GAP), y, cell)
+        y += _ABOVE + cell + _BELOW
+    page.text(_MARGIN, height - 0.1, _footnote(scores, note), fontsize=7, color=style.FAINT, va="bottom")
+    return page.figure
 
 
-def _heading(query: _Tile) -> str:
-    name, label = query.above, query.below[0]
-    name = name[:1].upper() + name[1:]
-    return f"{name}: {label}" if label else name
+def _aspect(tiles: list[_Tile]) -> float:
+    """Height over width of the cells: the tallest picture's, within reason; cards are square."""
+    shapes = [1.0 if t.shown.pixels is None else t.shown.pixels.shape[0] / t.shown.pixels.shape[1] for t in tiles]
+    return min(max(*shapes, 0.5), 1.6)
+
+
+@dataclass(frozen=True, eq=False)
+class _Page:
+    """A figure whose unit is the inch, from the top left."""
+
+    figure: Figure
+    width: float
+    height: float
+
+    def text(self, x: float, y: float, words: str, room: float = math.inf, **kw: Any) -> None:
+        """Words at a place, cut with an ellipsis to `room` inches."""
+        # parse_math=False: a dollar sign in the data is a dollar sign.
+        options: dict[str, Any] = {"va": "baseline", "parse_math": False} | kw
+        made = self.figure.text(x / self.width, 1 - y / self.height, words, **options)
+        if math.isinf(room):
+            return
+        words = style.shorten(words, 80)
+        made.set_text(words)
+        while (wide := made.get_window_extent().width / self.figure.dpi) > room and len(words) > 2:
+            # In proportion, and at least by one letter.
+            words = style.shorten(words, max(2, min(len(words) - 1, int(len(words) * room / wide) + 1)))
+            made.set_text(words)
+
+    def heading(self, query: _Tile, room: float) -> None:
+        """The query's name, level with the first row's title, and its label, level with the scores."""
+        name, label = query.above, query.below[0]
+        room += 0.2
+        self.text(_MARGIN, _HEAD + 0.2, name[:1].upper() + name[1:], room, fontsize=10.5, fontweight="bold")
+        if label:
+            self.text(_MARGIN, _HEAD + _TITLE + _ABOVE - 0.07, f"label: {label}", room, fontsize=9)
+
+    def tile(self, tile: _Tile, kind: int, x: float, y: float, cell: float) -> None:
+        """One training example: score above, label and index below."""
+        middle, colour, room = x + _CELL / 2, _COLOURS[kind], _CELL + 0.6 * _GAP
+        self.text(middle, y + _ABOVE - 0.07, tile.above, ha="center", color=colour, fontsize=9)
+        self.draw(tile.shown, (x, y + _ABOVE, _CELL, cell), colour, ("solid", "dashed")[kind], 7.5)
+        label, place = tile.below
+        at = y + _ABOVE + cell + 0.15
+        if label:
+            self.text(middle, at, label, room, ha="center", fontsize=8)
+            at += 0.145
+        self.text(middle, at, place, room, ha="center", fontsize=8, color=style.FAINT)
+
+    def draw(self, shown: Shown, box: tuple[float, float, float, float], colour: str, line: str, size: float) -> None:
+        """A picture or a card of words in a frame; `box` is x, y, width, height."""
+        x, y, width, height = box
+        place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
+        axes = self.figure.add_axes(place)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set(visible=True, edgecolor=colour, linewidth=1.4, linestyle=line)
+        if shown.pixels is not None:
+            axes.imshow(shown.pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+            return
+        axes.set_facecolor(style.CARD)
+        # An average letter is 0.58 of the font size wide, a line 1.45 of it high.
+        columns, lines = int(0.92 * width * 72 / size / 0.58), int(0.93 * height * 72 / size / 1.45)
+        words = wrapped(shown.words, columns, lines)
+        options: dict[str, Any] = {"parse_math": False, "clip_on": True, "linespacing": 1.25}
+        axes.text(0.05, 0.95, words, transform=axes.transAxes, va="top", fontsize=size, **options)
 
 
 def _footnote(scores: Scores, note: str) -> str:
     measure = "loss" if scores.lower_is_better else "measure"
     words = f"Numbers: predicted change of the query's {measure} when the example is removed and the model retrained."
     return f"{words}\n{note[:1].upper()}{note[1:]}." if note else words
-
-
-def _draw(axes: Axes, shown: Shown, colour: str, line: str, card: tuple[int, int], size: float) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(visible=True, edgecolor=colour, linewidth=1.4, linestyle=line)
-    if shown.pixels is None:
-        axes.set_facecolor(style.CARD)
-        words = wrapped(shown.words, *card)
-        axes.text(
-            0.05,
-            0.95,
-            words,
-            transform=axes.transAxes,
-            va="top",
-            fontsize=size,
-            parse_math=False,
-            clip_on=True,
-            linespacing=1.25,
-            family="sans-serif",
-        )
-        return
-    picture = shown.pixels
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
-    # imshow shrinks the axes of a picture that is not square; they stay centred in their cell.
-    axes.set_anchor("C")
 
 
 # --------------------------------------------------------------------------- agreement
@@ -239,78 +251,60 @@ def plot_agreement(
     """
     x, y = _numbers(predicted, "predicted"), _numbers(actual, "actual")
     if len(x) != len(y) or len(x) < 2:
-        raise InvalidInput(
-            f"There are {len(x)} predicted and {len(y)} actual changes; give equally many, at least 2."
-        )
+        raise InvalidInput(f"There are {len(x)} predicted and {len(y)} actual changes; give equally many, at least 2.")
+    words, exponent = _fit_words(x, y), style.power(float(max(abs(x).max(), abs(y).max())))
+    x, y = x / 10.0**exponent, y / 10.0**exponent
     low, high = min(x.min(), y.min(), 0.0), max(x.max(), y.max(), 0.0)
     margin = 0.06 * ((high - low) or 1.0)
     limits = (low - margin, high + margin)
     with style.styled():
         figure = style.new_figure(4.6, 4.8)
-        axes = figure.add_axes((0.19, 0.13, 0.77, 0.74))
-        axes.plot(limits, limits, color=style.FAINT, linewidth=1, linestyle="dashed", zorder=1)
-        axes.text(
-            *_along(limits),
-            "predicted = actual",
-            rotation=45,
-            rotation_mode="anchor",
-            ha="right",
-            va="bottom",
-            fontsize=7.5,
-            color=style.FAINT,
+        axes = figure.add_axes((0.16, 0.12, 0.79, 0.757))
+        axes.plot(
+            limits, limits, color=style.FAINT, linewidth=1, linestyle="dashed", zorder=1, label="predicted = actual"
         )
         alpha = 0.85 if len(x) < 200 else 0.4
-        axes.scatter(
-            x, y, s=26, color=style.HELPFUL, alpha=alpha, edgecolor=style.PAPER, linewidth=0.5, zorder=2
-        )
+        dots: dict[str, Any] = {"edgecolor": style.PAPER, "linewidth": 0.5, "alpha": alpha, "zorder": 2}
+        axes.scatter(x, y, s=26, color=style.HELPFUL, **dots)
         if names is not None and len(x) <= 20:
-            for point in zip(x, y, names, strict=True):
-                axes.annotate(
-                    style.shorten(point[2], 20),
-                    point[:2],
-                    (4, 4),
-                    textcoords="offset points",
-                    fontsize=7,
-                    parse_math=False,
-                )
+            _name_points(axes, x, y, names)
         axes.set(xlim=limits, ylim=limits, aspect="equal")
-        axes.set_xlabel(xlabel, parse_math=False)
-        axes.set_ylabel(ylabel, parse_math=False)
-        figure.text(0.19, 0.945, title, fontsize=11, fontweight="bold", parse_math=False)
-        figure.text(0.19, 0.9, _fit_words(x, y), fontsize=9, color=style.FAINT)
-        _plain_ticks(axes)
+        axes.set_xlabel(xlabel + style.times_ten(exponent), parse_math=False)
+        axes.set_ylabel(ylabel + style.times_ten(exponent), parse_math=False)
+        axes.tick_params(labelsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(require("matplotlib.ticker", "plot").MaxNLocator(5))
+        axes.legend(loc="lower right", frameon=False, fontsize=8, handlelength=1.8)
+        figure.text(0.16, 0.95, title, fontsize=11, fontweight="bold", parse_math=False)
+        figure.text(0.16, 0.905, words, fontsize=9, color=style.FAINT)
         style.save(figure, path)
     return figure
 
 
-def _along(limits: tuple[float, float]) -> tuple[float, float]:
-    at = limits[0] + 0.97 * (limits[1] - limits[0])
-    return at, at
+def _name_points(axes: Axes, x: NDArray[Any], y: NDArray[Any], names: list[str]) -> None:
+    middle = (x.min() + x.max()) / 2
+    for at, height, name in zip(x, y, names, strict=True):
+        # Away from the diagonal, and never over the right edge.
+        right = at < middle
+        axes.annotate(
+            style.shorten(name, 20),
+            (at, height),
+            (5, -3) if right else (-5, -2),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            fontsize=7,
+            parse_math=False,
+        )
 
 
-def _plain_ticks(axes: Axes) -> None:
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_tick_params(labelsize=8)
-        axis.get_offset_text().set_fontsize(8)
-        if hasattr(axis.get_major_formatter(), "set_powerlimits"):
-            axis.get_major_formatter().set_powerlimits((-3, 4))
-        axis.set_major_locator(_locator())
-
-
-def _locator() -> Any:
-    from ..errors import require
-
-    return require("matplotlib.ticker", "plot").MaxNLocator(5)
-
-
-def _fit_words(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> str:
+def _fit_words(x: NDArray[Any], y: NDArray[Any]) -> str:
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return f"n = {len(x)}, r undefined: one side is constant"
     r, slope = float(np.corrcoef(x, y)[0, 1]), float(np.polyfit(x, y, 1)[0])
-    return f"n = {len(x)}, r = {style.number(r)[0:6]}, slope = {style.number(slope)}"
+    return f"n = {len(x)}, r = {r:.3f}, slope = {slope:.3g}".replace("-", "−")
 
 
-def _numbers(values: Any, name: str) -> np.ndarray[Any, Any]:
+def _numbers(values: Any, name: str) -> NDArray[Any]:
     held = values.detach().cpu() if isinstance(values, Tensor) else values
     found = np.asarray(held, dtype=np.float64).reshape(-1)
     bad = np.flatnonzero(~np.isfinite(found))
@@ -351,7 +345,7 @@ def plot_damping_path(
     shares = at / at.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     ends = [(i, 0) for i, _ in given[middle].helpful(q, k)]
     ends += [(i, 1) for i, _ in given[middle].harmful(q, k) if (i, 0) not in ends]
-    ranks = at.argsort(1, stable=True).argsort(1, stable=True).double()
+    ranks = torch.stack([_ranks(row) for row in at])
     agreement = torch.corrcoef(ranks)[len(lambdas) // 2] if at.shape[1] > 1 else torch.ones(len(lambdas))
     with style.styled():
         figure = style.new_figure(8.4, 3.9)
@@ -372,11 +366,16 @@ def plot_damping_path(
     return figure
 
 
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 1, equal values sharing the mean of theirs."""
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    shared: Tensor = counts.cumsum(0) - (counts - 1) / 2
+    return shared[place].double()
+
+
 def _draw_paths(axes: Axes, lambdas: list[float], shares: Tensor, ends: list[tuple[int, int]]) -> None:
     styles = ((style.HELPFUL, "solid", "helpful"), (style.HARMFUL, "dashed", "harmful"))
-    heights = _spread(
-        [float(shares[-1, i]) for i, _ in ends], 0.085 * max(1.0, float(shares.max() - shares.min()))
-    )
+    heights = _spread([float(shares[-1, i]) for i, _ in ends], 0.085 * max(1.0, float(shares.max() - shares.min())))
     for (index, kind), height in zip(ends, heights, strict=True):
         colour, line, word = styles[kind]
         axes.plot(lambdas, shares[:, index].tolist(), color=colour, linestyle=line, marker="o", markersize=3)

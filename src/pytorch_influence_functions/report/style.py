@@ -1,7 +1,9 @@
-"""How pictures look: colours that survive colour blindness and a grey printer, and numbers in few characters."""
+"""How pictures look: colours that survive colour blindness and grey printers, numbers in few characters."""
 
 from __future__ import annotations
 
+import io
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,8 +68,6 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
     """Write the figure where asked, whole or not at all; the ending says the format."""
     if path is None:
         return
-    import io
-
     name = os.fspath(path)
     buffer = io.BytesIO()
     kind = os.path.splitext(name)[1][1:].lower() or "png"
@@ -81,13 +81,31 @@ def number(value: float) -> str:
     """A signed number of three digits, with a minus sign as wide as the plus.
 
     >>> number(0.00312), number(-31250000.0), number(0.0)
-    ('+0.00312', '\N{MINUS SIGN}3.12e+07', '0')
+    ('+0.00312', '−3.12e+07', '0')
     """
     if value == 0:
         return "0"
-    plain = 1e-4 <= abs(value) < 1e5
-    digits = f"{value:+.3g}" if plain or abs(value) >= 1e5 else f"{value:+.2e}"
-    return digits.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else digits
+    size = abs(value)
+    digits = (
+        f"{size:#.3g}".rstrip(".") if 1e-4 <= size < 999.5 else f"{size:.0f}" if 999 < size < 1e5 else f"{size:.2e}"
+    )
+    return ("−" if value < 0 else "+") + digits
+
+
+def power(largest: float) -> int:
+    """The power of ten to take out of numbers up to `largest`, so that what is left is easy to read; often 0.
+
+    >>> power(0.0021), power(35.0)
+    (-3, 0)
+    """
+    exponent = math.floor(math.log10(largest)) if largest > 0 else 0
+    return 0 if -2 <= exponent <= 3 else exponent
+
+
+def times_ten(exponent: int) -> str:
+    """`" (×10⁻³)"`, or nothing for 0."""
+    raised = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f" (×10{raised})" if exponent else ""
 
 
 def shorten(text: str, limit: int) -> str:

@@ -17,6 +17,10 @@ from ..rows import Rows
 from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite_rows, refuse_input, relative
 
 
+# Above this share of D, the Gram matrix's rounding is no longer small beside it.
+_ROUNDING = 0.1
+
+
 @dataclass(frozen=True, eq=False)
 class DualState:
     """(N + K_D)^-1 for K_D = G D^-1 G^T, as a Cholesky factor or in the eigenbasis of K_D."""
@@ -128,7 +132,8 @@ class Woodbury(AbstractSolver[DualState]):
         w = state.solve(overlaps)
         value = Expansion(rows, basis, w, overlaps, shift, count)
         residual = relative(_residual(state, w, overlaps), size.sqrt())
-        notes = {"damping": shift.damping, "rows": len(basis), "smallest_curvature": 0.0}
+        rounding = _rounding(state)
+        notes = {"damping": shift.damping, "rows": len(basis), "smallest_curvature": 0.0, "rounding": rounding}
         if len(basis) >= state.operator.size:
             del notes[
                 "smallest_curvature"
@@ -136,6 +141,9 @@ class Woodbury(AbstractSolver[DualState]):
         if bad := nonfinite_rows(w):
             return Solution(value, residual, Result.nonfinite_output, 1, notes, bad)
         failed = tuple(int(i) for i in (~(residual <= self.rtol)).nonzero().flatten())
+        if rounding > _ROUNDING:
+            failed = tuple(range(len(rows)))
+        residual = torch.where(size > 0, (residual.square() + rounding**2).sqrt(), residual)
         return Solution(value, residual, Result.inaccurate if failed else Result.successful, 1, notes, failed)
 
     def _overlaps(self, state: DualState, rows: Rows) -> Tensor:
@@ -174,20 +182,25 @@ def _factor(k: Tensor, count: int) -> Tensor | None:
 
 
 def _residual(state: DualState, w: Tensor, overlaps: Tensor) -> Tensor:
-    """|(C + D) x - b| per row. It is G^T e with e = G x / N - w, so its square is e K e^T.
+    """|(C + D) x - b| per row, by Gram algebra: it is G^T e with e = G x / N - w, so its square is e K e^T.
 
-    K and the overlaps carry the rounding of the rows' own dtype, which this algebra cannot see: the last
-    line adds its expected size, eps * |G| * |overlaps + w K| / N.
+    K carries the rounding of the rows' own dtype, which this algebra cannot see: `_rounding` looks at that.
     """
     operator = state.operator
-    k, count = operator.gram(), operator.count
-    seen = state.dual_gram(w)
-    e = (overlaps - seen) / count - w
-    exact = ((e @ k) * e).sum(1).clamp_min(0.0)
-    eps = torch.finfo(operator.rows.dtype).eps
+    e = (overlaps - state.dual_gram(w)) / operator.count - w
+    return ((e @ operator.gram()) * e).sum(1).clamp_min(0.0).sqrt()
+
+
+def _rounding(state: DualState) -> float:
+    """Error of the Gram matrix in the rows' precision over what is added to its diagonal, eps |K_D| / N.
+
+    Far below 1 the weakest directions are still decided by D and not by rounding.
+    """
+    k = state.operator.gram()
     v = k.diagonal().sqrt()
+    if float(v.norm()) == 0.0:
+        return 0.0
     for _ in range(6):
-        v = k @ (v / v.norm().clamp_min(torch.finfo(torch.float64).tiny))
-    rounding = eps * (overlaps.norm(dim=1) + seen.norm(dim=1)) * v.norm().sqrt() / count
-    total: Tensor = (exact + rounding.square()).sqrt()
-    return total
+        v = k @ (v / v.norm())
+    eps = torch.finfo(state.operator.rows.dtype).eps
+    return float(v.norm()) * eps / (state.operator.count * state.shift.smallest)

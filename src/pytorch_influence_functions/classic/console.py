@@ -1,0 +1,81 @@
+"""What the seed showed while it ran: log lines, and a line that counts up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOGGER = "pytorch_influence_functions"
+log = logging.getLogger(LOGGER)
+
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_MINE = "_ptif_classic"
+
+
+def _handler(handler: logging.Handler) -> logging.Handler:
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    setattr(handler, _MINE, True)
+    return handler
+
+
+def _close(handler: logging.Handler) -> None:
+    log.removeHandler(handler)
+    handler.close()
+
+
+def init_logging(filename: str | os.PathLike[str] | None = None) -> logging.Logger:
+    """Show this library's log on stdout and, if `filename` is given, write it there too.
+
+    Only the library's own logger is touched, never the root. Calling it again replaces what it set up before.
+
+    >>> init_logging().name
+    'pytorch_influence_functions'
+    """
+    for handler in list(log.handlers):
+        if getattr(handler, _MINE, False):
+            _close(handler)
+    log.setLevel(logging.INFO)
+    log.addHandler(_handler(logging.StreamHandler(sys.stdout)))
+    if filename is not None:
+        Path(filename).parent.mkdir(parents=True, exist_ok=True)
+        log.addHandler(_handler(logging.FileHandler(filename, encoding="utf-8")))
+    return log
+
+
+@contextmanager
+def logged_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Within, also write the library's log to `filename`; `None` changes nothing."""
+    if filename is None:
+        yield
+        return
+    Path(filename).parent.mkdir(parents=True, exist_ok=True)
+    handler, level = logging.FileHandler(filename, encoding="utf-8"), log.level
+    log.addHandler(_handler(handler))
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _close(handler)
+        log.setLevel(level)
+
+
+def display_progress(
+    text: str, current_step: int, last_step: int, enabled: bool = True, fix_zero_start: bool = True
+) -> None:
+    """Print `text current/last` on one line of stdout, overwriting the line before; ends it after the last step.
+
+    Args:
+        text: what is counted.
+        current_step: counted from 0 if `fix_zero_start`, else from 1.
+        last_step: how many steps there are.
+        enabled: False prints nothing. The environment variable `PTIF_PROGRESS=0` does the same everywhere.
+    """
+    if not enabled or os.environ.get("PTIF_PROGRESS", "1").lower() in ("0", "false", "no", "off"):
+        return
+    step = current_step + 1 if fix_zero_start else current_step
+    sys.stdout.write(f"\r{text} {step}/{last_step}" + ("\n" if step == last_step else ""))
+    sys.stdout.flush()

@@ -1,0 +1,352 @@
+"""The translation: the seed's words on one side, `Influence` on the other. What is computed is computed there.
+
+The seed's recursion `h <- v + (1 - damp) h - H_B h / scale` with `s_test = h / scale` is
+`Influence(Hessian(), Neumann(step=1 / scale, steps=recursion_depth, repeats=r), Absolute(damp * scale))`,
+whose fixed point is `(H + damp * scale)^-1 v`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..attribution import Attribution, Influence
+from ..curvature import Budget, Form, Hessian
+from ..damping import Absolute, Shift
+from ..data import Source
+from ..errors import InvalidInput, SolveFailed
+from ..forward_mode import Products
+from ..gradients import Derivatives
+from ..guard import double_backward_safe, undisturbed
+from ..objectives import CrossEntropy, inputs_and_targets
+from ..problem import Problem, model_device, sweep
+from ..progress import progress as progress_setting
+from ..rows import Rows
+from ..scores import Scores
+from ..solvers import Neumann
+from ..solvers.base import Result, Solution
+from ..solvers.neumann import Tuning
+from ..world import World
+from .console import log
+from .selection import picked_tensor, split
+
+# A loader's batch size is made for LiSSA's mini-batches; passes over all data may take more at a time.
+_AT_LEAST = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one calculation needs to know, under the README's names."""
+
+    damp: float = 0.01
+    scale: float = 25.0
+    recursion_depth: int = 5000
+    r: int = 1
+    seed: int = 42
+    gpu: int = -1
+    solver: str = "lissa"
+    batch_size: int | None = None
+    tolerance: float = 1e-4
+    weight_decay: Any = 0.0
+    deterministic: Any = "warn"
+    loss_fn: Any = None
+    params: Any = None
+    progress: Any = None
+
+    @staticmethod
+    def of(
+        config: Mapping[str, Any],
+        loss_fn: Any = None,
+        params: Any = None,
+        generator: torch.Generator | None = None,
+        progress: Any = None,
+    ) -> Settings:
+        """From a complete config and the keyword-only extras."""
+        names = (
+            "damp", "scale", "recursion_depth", "r", "gpu", "solver", "batch_size", "tolerance", "weight_decay",
+            "deterministic",
+        )  # fmt: skip
+        return Settings(
+            **{name: config[name] for name in names},
+            seed=drawn_seed(generator, config["seed"]),
+            loss_fn=loss_fn,
+            params=params,
+            progress=config["progress"] if progress is None else progress,
+        )
+
+
+def drawn_seed(generator: torch.Generator | None, otherwise: int = 42) -> int:
+    """A seed from a generator if there is one: its draws, not its identity, decide the result."""
+    if generator is None:
+        return otherwise
+    return int(torch.randint(2**31, (), generator=generator, device=generator.device))
+
+
+# --------------------------------------------------------------------------- around a calculation
+
+
+@contextmanager
+def on_device(model: nn.Module, gpu: int) -> Iterator[None]:
+    """The model on GPU number `gpu` for a while; -1 leaves it where it is.
+
+    Raises:
+        InvalidInput: there is no such GPU.
+    """
+    if gpu < 0:
+        yield
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu >= count:
+        raise InvalidInput(f"gpu={gpu} was asked for and there are {count} CUDA devices; use gpu=-1 for the CPU.")
+    before, wanted = model_device(model), torch.device("cuda", gpu)
+    if before == wanted:
+        yield
+        return
+    try:
+        model.to(wanted)
+        yield
+    finally:
+        model.to(before)
+
+
+@contextmanager
+def reports(setting: Any) -> Iterator[None]:
+    """Progress as asked: `None` or True as set for the whole library, False silent, or a callback."""
+    with nullcontext() if setting is None or setting is True else progress_setting(setting):
+        yield
+
+
+@contextmanager
+def calculation(model: nn.Module, settings: Settings) -> Iterator[None]:
+    """Everything around a calculation: device, seeds, progress; the model and all random states come back as they were.
+
+    Holding the model still here also spares every step of the recursion from doing it again.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
+    with ExitStack() as stack:
+        stack.enter_context(reports(settings.progress))
+        stack.enter_context(on_device(model, settings.gpu))
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(double_backward_safe(model))
+        random.seed(settings.seed)
+        np.random.seed(settings.seed % 2**32)
+        torch.manual_seed(settings.seed)
+        yield
+
+
+@dataclass(eq=False)
+class Remembering(Dataset[Any]):
+    """A dataset whose items stay as they were first read: one draw of a random augmentation, kept."""
+
+    dataset: Any
+    _kept: dict[int, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index not in self._kept:
+            self._kept[index] = self.dataset[index]
+        return self._kept[index]
+
+
+def source_of(data: Any, deterministic: Any) -> Source:
+    """The data by index; with `deterministic=True` every item is kept as first read."""
+    source = Source.of(data)
+    if deterministic is True:
+        # Kept here, in this process: a worker's memory of an item is lost with the worker.
+        source = replace(source, dataset=Remembering(source.dataset), num_workers=0, worker_options={}, _seen={})
+    return source
+
+
+# --------------------------------------------------------------------------- the calculation itself
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The s_test of some queries, and what is written down about them."""
+
+    rows: Rows
+    labels: list[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """One model, one training set, one way to solve; made within `calculation`."""
+
+    problem: Problem
+    settings: Settings
+    loader_batch: int
+
+    @staticmethod
+    def of(model: nn.Module, train: Any, settings: Settings) -> Engine:
+        """Translate; nothing is computed yet."""
+        source = source_of(train, settings.deterministic)
+        policy = settings.deterministic if isinstance(settings.deterministic, str) else "ignore"
+        loss = CrossEntropy() if settings.loss_fn is None else settings.loss_fn
+        problem = Problem(
+            model,
+            loss,
+            replace(source, batch_size=max(source.batch_size, _AT_LEAST)),
+            parameters=settings.params,
+            weight_decay=settings.weight_decay,
+            deterministic=policy,
+        )
+        return Engine(problem, settings, source.batch_size)
+
+    @property
+    def method(self) -> Influence:
+        """The composition that stands for the settings."""
+        s = self.settings
+        if s.solver == "auto":
+            return Influence()
+        solver = Neumann(
+            step=1.0 / s.scale,
+            steps=s.recursion_depth,
+            batch_size=s.batch_size or self.loader_batch,
+            repeats=s.r,
+            seed=s.seed,
+            tolerance=s.tolerance,
+        )
+        return Influence(Hessian(), solver, Absolute(s.damp * s.scale))
+
+    @cached_property
+    def attribution(self) -> Attribution:
+        """The fitted method."""
+        if self.settings.solver == "lissa":
+            log.info(
+                "LiSSA: scale %g, damp %g, so the effective damping of the Hessian is %g; depth %d, r %d, batch %d.",
+                self.settings.scale, self.settings.damp, self.settings.damp * self.settings.scale,
+                self.settings.recursion_depth, self.settings.r, self.settings.batch_size or self.loader_batch,
+            )  # fmt: skip
+        return self.method.fit(self.problem)
+
+    @cached_property
+    def derivatives(self) -> Derivatives:
+        fitted = "attribution" in vars(self)
+        return self.attribution.members[0].derivatives if fitted else Derivatives.of(self.problem)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The selected parameters in the model's own order: the order of every list of tensors."""
+        selected = set(self.derivatives.space.names)
+        return [name for name, _ in self.problem.model.named_parameters() if name in selected]
+
+    def __len__(self) -> int:
+        return len(self.problem)
+
+    def gradients(self, source: Source, ids: Sequence[int]) -> Solved:
+        """The gradients of some items of `source`, one row each."""
+        at = picked_tensor(ids)
+        slabs = list(self.derivatives.stream(source, ids=at, label="query gradients", world=World()))
+        labels = [x for s in slabs for x in split(inputs_and_targets(s.batch)[2], len(s.ids))]
+        return Solved(Rows.cat([s.rows for s in slabs]), labels)
+
+    def gradient_of(self, batch: Any, n: int) -> Rows:
+        """One row: the gradient of the mean loss over a batch."""
+        rows = self.derivatives.loss_rows(torch.arange(n), batch).rows
+        return rows.combine(torch.full((1, n), 1.0 / n, dtype=rows.dtype, device=rows.device))
+
+    def s_test(self, rows: Rows) -> Rows:
+        """(H + damp * scale)^-1 v for every row v, by the recursion.
+
+        Raises:
+            SolveFailed: it diverges; the message names a scale that works.
+        """
+        solution = self.attribution.members[0].solve(rows)
+        if solution.result is not Result.successful:
+            self._refuse(solution)
+        found = solution.unwrap()
+        assert isinstance(found, Rows), "the series works on rows"
+        return found
+
+    def _refuse(self, solution: Solution) -> None:
+        """The solver's own words, in those of the config."""
+        s, works = self.settings, solution.notes.get("step_that_works")
+        if works is not None:
+            raise SolveFailed(
+                f"The s_test recursion diverged with scale={s.scale:g}: scale must be above the largest eigenvalue "
+                "plus damping plus the noise of mini-batches. Set "
+                f"config['scale'] to at least {1.0 / works:.4g} (and damp to "
+                f"{s.damp * s.scale * works:.3g} for the same damping), or call config.auto_tune(model, train_loader)."
+            )
+        if solution.result is Result.negative_curvature:
+            raise SolveFailed(
+                f"{solution.detail} The effective damping is damp * scale = {s.damp * s.scale:g}: raise "
+                "config['damp'], train the model to a minimum, or use config['solver'] = 'auto'."
+            )
+        solution.unwrap()
+
+    def influence(self, solved: Rows) -> Tensor:
+        """(1/N) <s_test, gradient i> for every row and every training item: [n, N], positive = helpful."""
+        d, n = self.derivatives, len(self.problem)
+        out = torch.empty(len(solved), n, dtype=solved.dtype)
+        products: Products | None = None
+        for ids, batch in sweep(self.problem, label="scoring", world=World()):
+            if d.vmapped or d.looped:  # no layer rule for some parameter: one forward-mode pass beats rows
+                products = products or Products.of(d, batch, len(ids))
+                values = products.losses_along(ids, batch, solved)
+            else:
+                values = d.loss_rows(ids, batch).rows.inner(solved)
+            out[:, ids] = values.T.cpu() / n
+        return out
+
+    def scored_by_engine(self, source: Source, ids: Sequence[int]) -> Scores:
+        """The engine's own choice of method, all queries at once."""
+        return self.method.fit(self.problem, len(ids)).score(source.subset(picked_tensor(ids)))
+
+    def to_lists(self, rows: Rows) -> list[list[Tensor]]:
+        """One list of tensors per row, in parameter order, on the CPU."""
+        tree = self.derivatives.space.to_parameters(rows.dense())
+        return [[tree[name][k].detach().cpu().clone() for name in self.names] for k in range(len(rows))]
+
+    def from_list(self, vectors: Sequence[Tensor]) -> Rows:
+        """A row from a list of tensors in parameter order.
+
+        Raises:
+            InvalidInput: not one tensor per selected parameter, in its shape.
+        """
+        found = self.derivatives.space.values(self.problem.model)
+        want = [tuple(found[name].shape) for name in self.names]
+        got = [tuple(v.shape) for v in vectors]
+        if want != got:
+            raise InvalidInput(
+                f"The vector holds tensors of shapes {got}; expected one per selected parameter, {want}, in order."
+            )
+        like = found[self.names[0]]
+        tree = {k: v.detach().to(like)[None] for k, v in zip(self.names, vectors, strict=True)}
+        return self.derivatives.space.from_parameters(tree)
+
+
+def measured(model: nn.Module, train: Any, settings: Settings, damping: float) -> Tuning:
+    """Largest eigenvalue, trace, and the step and batch that follow from them.
+
+    Raises:
+        InvalidInput: the damping is not positive, or the curvature is negative beyond it.
+    """
+    if not damping > 0:
+        raise InvalidInput(f"auto_tune needs a positive damping (damp * scale), got {damping:g}.")
+    with calculation(model, settings):
+        engine = Engine.of(model, train, settings)
+        derivatives = engine.derivatives
+        operator = Hessian().of(derivatives, Form.IMPLICIT, Budget())
+        solver = Neumann(seed=settings.seed)
+        state = solver.init(operator, Shift(damping, derivatives.space.decay))
+        like = next(iter(derivatives.space.values(model).values()))
+        tuning = solver.tuning(state, like.dtype, like.device)
+    if tuning.smallest + damping <= 0:
+        raise InvalidInput(
+            f"The Hessian's smallest eigenvalue is about {tuning.smallest:.3g} and the damping {damping:.3g}, so no "
+            f"scale makes the recursion converge; pass damping={-1.1 * tuning.smallest:.3g}, or train further."
+        )
+    return tuning

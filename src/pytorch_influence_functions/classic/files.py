@@ -1,0 +1,257 @@
+"""The seed's files: JSON with names that never collide, and vectors that load without unpickling code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput, name_ids
+from ..scores_io import write_bytes
+from .config import DEFAULTS
+from .console import log
+
+Vectors = list[Tensor]
+Folder = str | os.PathLike[str]
+
+S_TEST: str = DEFAULTS["s_test_pattern"]
+GRAD_Z: str = DEFAULTS["grad_z_pattern"]
+
+
+# --------------------------------------------------------------------------- JSON
+
+
+def save_json(
+    json_obj: Any,
+    json_path: str | os.PathLike[str],
+    append_if_exists: bool = False,
+    overwrite_if_exists: bool = False,
+    unique_fn_if_exists: bool = True,
+) -> Path:
+    """Write `json_obj` to `json_path`, whole or not at all, and return where it went.
+
+    Where the file exists, the first of these decides: `overwrite_if_exists` replaces it; `append_if_exists` adds the
+    object on a line of its own; `unique_fn_if_exists` writes to `name_YEAR-MONTH-DAY-HOUR-MINUTE-SECOND.json` instead;
+    otherwise it is refused.
+
+    Raises:
+        InvalidInput: the object holds something JSON has no word for, NaN included; nothing is written.
+        FileExistsError: the file exists and no flag says what to do.
+    """
+    path = Path(json_path)
+    try:
+        text = json.dumps(json_obj, allow_nan=False)
+    except (TypeError, ValueError) as cause:
+        raise InvalidInput(f"{path.name} cannot be written as JSON: {cause}.") from cause
+    if path.exists() and not overwrite_if_exists:
+        if append_if_exists:
+            before = path.read_text(encoding="utf-8")
+            text = before + ("" if before.endswith("\n") or not before else "\n") + text + "\n"
+        elif unique_fn_if_exists:
+            path = _unused(path)
+        else:
+            raise FileExistsError(f"{path} exists; pass overwrite_if_exists=True, or another name.")
+    write_bytes(path, text.encode("utf-8"))
+    return path
+
+
+def _unused(path: Path) -> Path:
+    stamp = datetime.now().strftime("_%Y-%m-%d-%H-%M-%S")
+    found, count = path.with_name(f"{path.stem}{stamp}{path.suffix}"), 1
+    while found.exists():  # twice within one second
+        count += 1
+        found = path.with_name(f"{path.stem}{stamp}-{count}{path.suffix}")
+    return found
+
+
+@dataclass(eq=False)
+class Names:
+    """Where one run's results go. `num` is what the config said; all test items is called "all"."""
+
+    outdir: Path
+    start: int
+    num: int
+    results_name: str | None = None
+    keep_tmp: bool = False
+    _last: Path | None = field(default=None, init=False)
+
+    @property
+    def _num(self) -> str:
+        return str(self.num) if self.num else "all"
+
+    def meta(self, content: Any) -> Path:
+        """Write the meta file."""
+        return save_json(content, self.outdir / f"influences_results_meta_{self.start}-{self._num}.json")
+
+    def partial(self, content: Any, i: int) -> Path:
+        """Write what there is after item `i`, then remove what was written before it."""
+        path = self.outdir / f"influence_results_tmp_{self.start}_{self._num}_last-i_{i}.json"
+        save_json(content, path, overwrite_if_exists=True)
+        before, self._last = self._last, path
+        if before is not None and before != path and not self.keep_tmp:
+            before.unlink(missing_ok=True)
+        return path
+
+    def result(self, content: Any, all_at_once: bool = False) -> Path:
+        """Write the results; the partial file is no longer needed."""
+        name = "influence_results.json" if all_at_once else f"influence_results_{self.start}_{self._num}.json"
+        if self.results_name is not None:
+            name = self.results_name.replace("{start}", str(self.start)).replace("{num}", self._num)
+            name = name if name.endswith(".json") else name + ".json"
+        path = save_json(content, self.outdir / name)
+        if self._last is not None and not self.keep_tmp:
+            self._last.unlink(missing_ok=True)
+        return path
+
+
+# --------------------------------------------------------------------------- vectors
+
+
+def named(pattern: str, i: int, d: int = 0, r: int = 0) -> str:
+    """A file name from a pattern with the fields {i}, {d} (recursion depth) and {r}.
+
+    >>> named("{i}_recdep{d}_r{r}.s_test", 3, 5000, 1)
+    '3_recdep5000_r1.s_test'
+    """
+    return pattern.replace("{i}", str(i)).replace("{d}", str(d)).replace("{r}", str(r))
+
+
+def _read_name(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{[idr]\})", pattern)
+    seen: set[str] = set()
+    out = ""
+    for part in parts:
+        if part in ("{i}", "{d}", "{r}"):
+            out += rf"(?P={part[1]})" if part in seen else rf"(?P<{part[1]}>\d+)"
+            seen.add(part)
+        else:
+            out += re.escape(part)
+    return re.compile(out + r"\Z")
+
+
+def save_vectors(vectors: Sequence[Tensor], path: Path) -> None:
+    """Write a list of tensors, on the CPU and each with memory of its own, for `torch.load(weights_only=True)`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not synced to the disk one by one: there is one file per training example.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        torch.save([v.detach().cpu().contiguous().clone() for v in vectors], aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def load_vectors(path: Path) -> Vectors:
+    """Read a list of tensors.
+
+    Raises:
+        InvalidInput: the file is damaged or holds something else.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as cause:
+        raise InvalidInput(f"{path} cannot be read as a list of tensors ({type(cause).__name__}).") from cause
+    if not isinstance(found, list) or not all(isinstance(v, Tensor) for v in found):
+        raise InvalidInput(f"{path} holds {type(found).__name__}, expected a list of tensors.")
+    return found
+
+
+@dataclass(frozen=True)
+class Stored(Sequence[Vectors]):
+    """Lists of tensors on disk, read when they are asked for: a folder may be larger than memory."""
+
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, at: int) -> Vectors: ...
+    @overload
+    def __getitem__(self, at: slice) -> Stored: ...
+    def __getitem__(self, at: int | slice) -> Vectors | Stored:
+        return Stored(self.paths[at]) if isinstance(at, slice) else load_vectors(self.paths[at])
+
+    def __iter__(self) -> Iterator[Vectors]:
+        return map(load_vectors, self.paths)
+
+
+def _found(folder: Folder, pattern: str) -> list[tuple[dict[str, int], Path]]:
+    where = Path(folder)
+    if not where.is_dir():
+        raise InvalidInput(f"There is no folder {str(where)!r}; give the one the vectors were saved in.")
+    reader = _read_name(pattern)
+    hits = [(reader.match(p.name), p) for p in where.iterdir()]
+    found = [({k: int(v) for k, v in m.groupdict().items()}, p) for m, p in hits if m is not None]
+    return sorted(found, key=lambda pair: (*pair[0].values(), pair[1].name))
+
+
+def load_grad_z(grad_z_dir: Folder = "grad_z", train_dataset_size: int = -1, *, pattern: str = GRAD_Z) -> Stored:
+    """The training gradients saved in a folder, by index: a sequence of lists of tensors, each read when used.
+
+    Args:
+        grad_z_dir: the folder.
+        train_dataset_size: how many are expected, -1 for as many as there are.
+        pattern: how they are named.
+
+    Raises:
+        InvalidInput: no folder, no file, or missing indices (named).
+    """
+    by_index = {fields["i"]: path for fields, path in _found(grad_z_dir, pattern)}
+    size = train_dataset_size if train_dataset_size != -1 else max(by_index, default=-1) + 1
+    missing = [i for i in range(size) if i not in by_index]
+    if missing or not size:
+        what = f"lacks training gradients {name_ids(missing)}" if missing else f"holds no file like {pattern!r}"
+        raise InvalidInput(f"The folder {str(grad_z_dir)!r} {what}; save them with calc_grad_z(..., save_pth=folder).")
+    return Stored(tuple(by_index[i] for i in range(size)))
+
+
+def load_s_test(
+    s_test_dir: Folder = "s_test",
+    s_test_id: int = 0,
+    r_sample_size: int = 10,
+    train_dataset_size: int = -1,
+    *,
+    pattern: str = S_TEST,
+) -> tuple[Vectors, list[Vectors]]:
+    """The saved s_test vectors of one test example.
+
+    Each file already is a mean over its `r` runs. Files of the greatest recursion depth are used, at most
+    `r_sample_size` of them.
+
+    Args:
+        s_test_dir: the folder.
+        s_test_id: index of the test example.
+        r_sample_size: the most files to read.
+        train_dataset_size: kept for old calls; s_test vectors do not depend on it.
+        pattern: how the files are named.
+
+    Returns:
+        `(mean, list)`: the mean over the files, and each of them.
+
+    Raises:
+        InvalidInput: there is none for this example.
+    """
+    mine = [(f, p) for f, p in _found(s_test_dir, pattern) if f["i"] == s_test_id]
+    if not mine:
+        raise InvalidInput(
+            f"The folder {str(s_test_dir)!r} holds no s_test of test example {s_test_id} (named like {pattern!r}); "
+            "save it with calc_s_test(..., save=folder)."
+        )
+    deepest = max(f.get("d", 0) for f, _ in mine)
+    used = [p for f, p in mine if f.get("d", 0) == deepest][:r_sample_size]
+    if len(used) < len(mine):
+        log.info("load_s_test: %d of %d files of test example %d are used.", len(used), len(mine), s_test_id)
+    every = list(map(load_vectors, used))
+    return [torch.stack(parts).mean(0) for parts in zip(*every, strict=True)], every

@@ -1,0 +1,117 @@
+"""What to do with a result: pictures, and a loader of the examples that mattered."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from ..data import Source
+from ..errors import InvalidInput
+from .results import InfluenceResult
+
+_WHICH = ("helpful", "harmful")
+
+
+def plot_influences(
+    result: InfluenceResult,
+    train_ds: Any,
+    test_ds: Any,
+    test_index: int,
+    k: int = 5,
+    path: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Any:
+    """The README's picture: the test image, its helpful and its harmful training images, values above, labels below.
+
+    Args:
+        result: from `calc_img_wise`, `calc_all_grad_then_test` or `InfluenceResult.load`.
+        train_ds, test_ds: the datasets or loaders of the run.
+        test_index: position in the test data.
+        k: examples per row.
+        path: also write the picture there.
+        options: `denormalize`, `class_names`: see `pytorch_influence_functions.report.plot_influences`.
+
+    Raises:
+        InvalidInput: the test example was not part of the run.
+        MissingExtra: matplotlib is not installed.
+    """
+    # Found by name when called: without a picture nothing of it is loaded.
+    plots = importlib.import_module("pytorch_influence_functions.report")
+    train, test = Source.of(train_ds), Source.of(test_ds)
+    scores = replace(result.scores, train_source=train, query_source=test)
+    names = {"class_names": scores.class_names or train.class_names or test.class_names} | options
+    return plots.plot_influences(scores, result.position(test_index), k, train=train, queries=test, path=path, **names)
+
+
+def plot_loo_scatter(
+    predicted: Sequence[float],
+    actual: Sequence[float],
+    path: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Any:
+    """Predicted against actual change of the test loss after leaving examples out and retraining.
+
+    Args:
+        predicted: values of the result, in the order of `actual`.
+        actual: loss after retraining without the example, minus the loss before.
+        path: also write the picture there.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    plots = importlib.import_module("pytorch_influence_functions.report")
+    return plots.plot_agreement(predicted, actual, path=path, **options)
+
+
+def influential_loader(
+    result: InfluenceResult,
+    train_ds: Any,
+    k: int | None = None,
+    *,
+    fraction: float | None = None,
+    which: str = "helpful",
+    drop: bool = False,
+    **options: Any,
+) -> DataLoader[Any]:
+    """A loader of the `k` most helpful (or most harmful) training examples, or of all others with `drop=True`.
+
+    Args:
+        result: the run.
+        train_ds: the training dataset, or a loader, whose batch size and collate function are taken over.
+        k: how many examples; or
+        fraction: which share of the training data.
+        which: "helpful" or "harmful", by the mean over the run's test examples.
+        drop: leave these examples out instead.
+        options: for the `DataLoader`; `shuffle=True` unless said otherwise.
+
+    Raises:
+        InvalidInput: not exactly one of `k` and `fraction`, or one out of range, or data of another length.
+    """
+    if which not in _WHICH:
+        raise InvalidInput(f"which={which!r} must be 'helpful' or 'harmful'.")
+    source, n = Source.of(train_ds), len(result.helpful)
+    if len(source) != n:
+        raise InvalidInput(f"The training data have {len(source)} examples and the result is of {n}; pass its data.")
+    if (k is None) == (fraction is None):
+        raise InvalidInput("Give either k or fraction: how many examples, or which share of them.")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise InvalidInput(f"fraction={fraction} must lie above 0 and at most at 1.")
+    count = round(fraction * n) if fraction is not None else int(k or 0)
+    if not 1 <= count <= n or (drop and count == n):
+        raise InvalidInput(f"{count} of {n} training examples cannot be picked{' and dropped' if drop else ''}.")
+    ranked = result.helpful if which == "helpful" else result.harmful
+    picked = ranked[:count]
+    if drop:
+        out = set(picked)
+        picked = [i for i in range(n) if i not in out]
+    settings: dict[str, Any] = {
+        "batch_size": source.batch_size,
+        "collate_fn": source.collate,
+        "shuffle": True,
+    } | options
+    return DataLoader(Subset(source.dataset, picked), **settings)

@@ -1,0 +1,115 @@
+"""What a calculation gives back: three things to unpack, and a dictionary for those who knew it as one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from ..errors import InvalidInput
+from ..scores import Scores
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class InfluenceResult:
+    """`influences, harmful, helpful = result`; also `result["0"]`, `result.items()`, and `result.scores`.
+
+    `influences[str(test index)]` holds `label`, `num_in_dataset`, `time_calc_influence_s`, `influence` (one number per
+    training example, in training order), and the example's own `harmful` and `helpful` lists, cut at `top_k`.
+
+    **Sign.** A value is the predicted *increase of the test loss* if that training example were removed and the model
+    retrained: positive = helpful. `helpful` is in descending, `harmful` in ascending order, equal values by index.
+
+    `harmful` and `helpful` at the top hold all training indices, ordered by the mean value over the test examples.
+    """
+
+    influences: dict[str, dict[str, Any]]
+    harmful: list[int]
+    helpful: list[int]
+    scores: Scores
+    path: Path | None = None
+    """The file with the influences."""
+
+    @staticmethod
+    def of(influences: dict[str, dict[str, Any]], scores: Scores, path: Path | None = None) -> InfluenceResult:
+        """Order all training examples by the mean over the queries."""
+        return InfluenceResult(
+            influences, scores.harmful_order(None).tolist(), scores.helpful_order(None).tolist(), scores, path
+        )
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> InfluenceResult:
+        """Read a result file, or any JSON in its layout.
+
+        Raises:
+            InvalidInput: it has another layout.
+        """
+        try:
+            influences: dict[str, dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = torch.tensor([entry["influence"] for entry in influences.values()], dtype=torch.float64)
+            ids = torch.tensor([int(key) for key in influences])
+            labels = [entry["label"] for entry in influences.values()]
+        except (ValueError, TypeError, KeyError, AttributeError) as cause:
+            raise InvalidInput(
+                f"{os.fspath(path)!r} is not a result of calc_img_wise (an object with 'influence' per test index)."
+            ) from cause
+        return InfluenceResult.of(influences, Scores(values, query_ids=ids, query_labels=labels), Path(path))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Exactly three: influences, harmful, helpful."""
+        return iter((self.influences, self.harmful, self.helpful))
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, key: str | int) -> Any:
+        if isinstance(key, int):
+            return (self.influences, self.harmful, self.helpful)[key]
+        return self.influences[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.influences
+
+    def keys(self) -> KeysView[str]:
+        return self.influences.keys()
+
+    def values(self) -> ValuesView[dict[str, Any]]:
+        return self.influences.values()
+
+    def items(self) -> ItemsView[str, dict[str, Any]]:
+        return self.influences.items()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The entry of a test index, or `default`."""
+        return self.influences.get(key, default)
+
+    def position(self, test_index: int | str) -> int:
+        """Which row of `scores` belongs to a test index.
+
+        Raises:
+            InvalidInput: it was not part of the run.
+        """
+        keys = list(self.influences)
+        if str(test_index) not in keys:
+            raise InvalidInput(
+                f"Test example {test_index} is not in this result, which has {', '.join(keys[:8])}"
+                f"{' and more' if len(keys) > 8 else ''}."
+            )
+        return keys.index(str(test_index))
+
+    def __repr__(self) -> str:
+        rows, n = self.scores.shape
+        where = "" if self.path is None else f", {str(self.path)!r}"
+        return f"InfluenceResult({rows} test examples x {n:,} training examples{where})"
+
+
+def entry(scores: Scores, q: int, label: Any, seconds: float, top_k: int | None) -> dict[str, Any]:
+    """One test example in the seed's layout."""
+    made: Mapping[str, Any] = next(iter(scores[q].to_dict(top_k).values()))
+    return {**made, "label": label, "time_calc_influence_s": seconds}

@@ -1,0 +1,113 @@
+"""The user's own model failed: one sentence saying where, on what, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InfluenceError, InvalidInput
+
+# What torch writes when numbers of two types meet.
+_TYPE_WORDS = ("dtype", "same type", "scalar type", "expected scalar")
+
+
+def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exception:
+    """The error to raise for `cause`, met in the model's forward pass.
+
+    Names the innermost layer that was running and the shapes it all began with. Out of memory, and what is a sentence
+    already, stays as it is: those who can act on it look for its type.
+    """
+    if isinstance(cause, (InfluenceError, torch.OutOfMemoryError, MemoryError)):
+        return cause
+    layer, where = _innermost(cause.__traceback__)
+    floats = _first_float(layer)
+    given = next((t for _, t in _tensors(args, kwargs)), None)
+    reason = _first_line(cause)
+    seen = _shapes(args, kwargs)
+    if (
+        floats is not None
+        and given is not None
+        and given.dtype != floats.dtype
+        and any(word in str(cause) for word in _TYPE_WORDS)
+        and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
+    ):
+        there = f"the model's {where}" if where else "the model"
+        return InvalidInput(
+            f"The data are {given.dtype} (inputs of shape {seen}) and {there} is {floats.dtype}; "
+            f"{_conversion(given.dtype, floats.dtype)}."
+        )
+    return InvalidInput(
+        f"The model failed{f' at {where}' if where else ''} on inputs of shape {seen} ({type(cause).__name__}: {reason}); "
+        f"{_way_out(cause, layer)}."
+    )
+
+
+def _way_out(cause: Exception, layer: nn.Module | None) -> str:
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        return (
+            f"the embedding takes whole numbers from 0 to {layer.num_embeddings - 1}, so check the ids and convert them "
+            "with .long()"
+        )
+    if isinstance(cause, NotImplementedError) and "forward" in str(cause):
+        return "give the model a forward method that takes the inputs of a batch"
+    if isinstance(cause, TypeError) and ("argument" in str(cause) or "keyword" in str(cause)):
+        return (
+            "a batch (a, ..., y) is used as model(a, ...) and a mapping as model(**batch) without its labels, so let the "
+            "dataset give what forward takes"
+        )
+    return "give examples as the model was trained on, or try model(x) on one batch of them by hand"
+
+
+def _innermost(trace: TracebackType | None) -> tuple[nn.Module | None, str]:
+    """The last module that was running, and its name in the outermost one."""
+    running: list[nn.Module] = []
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        # The first argument of a method is the module itself, whatever it is called.
+        mine = trace.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(mine, nn.Module):
+            running.append(mine)
+        trace = trace.tb_next
+    if not running:
+        return None, ""
+    last = running[-1]
+    name = next((name for name, module in running[0].named_modules() if module is last), "")
+    return last, f"layer {name!r} ({type(last).__name__})" if name else ""
+
+
+def _first_float(layer: nn.Module | None) -> Tensor | None:
+    parameters = () if layer is None else layer.parameters()
+    return next((p for p in parameters if p.is_floating_point()), None)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments, with what to call them."""
+    yield from (("", value) for value in args if isinstance(value, Tensor))
+    yield from ((f"{name} ", value) for name, value in kwargs.items() if isinstance(value, Tensor))
+
+
+def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    found = [f"{name}{tuple(value.shape)}" for name, value in _tensors(args, kwargs)]
+    return ", ".join(found) if found else "none (no tensor)"
+
+
+def _first_line(cause: BaseException) -> str:
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200].rstrip(".")
+
+
+_METHODS = {torch.float64: "double", torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
+
+
+def _to(dtype: torch.dtype) -> str:
+    return f".{_METHODS[dtype]}()" if dtype in _METHODS else f".to({dtype})"
+
+
+def _conversion(data: torch.dtype, model: torch.dtype) -> str:
+    """Which side to convert: weights cannot be whole numbers."""
+    if not data.is_floating_point:
+        return f"convert the data with {_to(model)} in the dataset"
+    return f"convert one of them: the data with {_to(model)} in the dataset, or the model with model{_to(data)}"

@@ -1,0 +1,284 @@
+"""Pictures: what is on them, for any kind of data, without touching the user's matplotlib."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pytorch_influence_functions.errors import InvalidInput, MissingExtra, NonFinite
+from pytorch_influence_functions.report import plot_agreement, plot_damping_path, plot_influences
+from pytorch_influence_functions.report.examples import Shown, exposed, see, target_of, wrapped
+from pytorch_influence_functions.report.style import number, power, shorten, times_ten
+from pytorch_influence_functions.scores import Scores
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def texts(figure: Any) -> list[str]:
+    found = [t.get_text() for t in figure.texts]
+    return found + [t.get_text() for axes in figure.axes for t in axes.texts]
+
+
+def images(n: int = 12, *shape: int) -> Tensor:
+    return torch.rand(n, *(shape or (1, 8, 8)))
+
+
+def example(n: int = 12, **options: Any) -> Scores:
+    x, y = images(n), torch.arange(n) % 3
+    values = torch.linspace(-1, 1, n).repeat(2, 1) * 1e-3
+    names = ["cat", "dog_$1$", "owl"]
+    return Scores(values, train_labels=y, query_labels=y[:2], class_names=names, train_source=(x, y),
+                  query_source=(x[:2], y[:2]), **options)  # fmt: skip
+
+
+def overlaps(figure: Any) -> list[tuple[str, str]]:
+    """Pairs of texts whose boxes meet, and texts that leave the page."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in figure.texts if t.get_text()]
+    width, height = figure.canvas.get_width_height()
+    found = [(a, b) for i, (a, p) in enumerate(boxes) for b, q in boxes[:i] if p.overlaps(q)]
+    return found + [(a, "page") for a, p in boxes if p.x0 < 0 or p.y0 < 0 or p.x1 > width or p.y1 > height]
+
+
+# --------------------------------------------------------------------------- the seed's picture
+
+
+def test_it_shows_signs_labels_and_indices_in_order() -> None:
+    figure = example().plot(1, k=3)
+    words = texts(figure)
+    for part in ("Query 1", "label: dog_$1$", "Most helpful", "Most harmful", "#11", "#10", "#9", "#0", "#1", "#2"):
+        assert part in words
+    assert words.index("+0.00100") < words.index("+0.000818") < words.index("−0.00100")
+    assert words.index("#11") < words.index("#10") < words.index("#0")
+    assert len(figure.axes) == 7
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    train = example().train_source[0]
+    assert shown[0].shape == (8, 8) and len(train) == 12
+
+
+def test_the_right_pictures_stand_under_the_numbers() -> None:
+    s = example()
+    x = s.train_source[0]
+    figure = s.plot(0, k=2)
+    for axes, index in zip(figure.axes[1:], (11, 10, 0, 1), strict=True):
+        assert np.allclose(axes.images[0].get_array(), x[index, 0].numpy())
+
+
+def test_helpful_follows_the_measure_and_the_foot_says_which() -> None:
+    figure = example(lower_is_better=False).plot(0, k=2)
+    words = texts(figure)
+    assert words.index("#0") < words.index("#11")
+    assert any("query's measure when the example is removed" in w for w in words)
+    assert any("query's loss when the example is removed" in w for w in texts(example().plot()))
+
+
+@pytest.mark.parametrize("k", [1, 5, 12])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 18), (3, 24, 6)])
+def test_nothing_overlaps_and_nothing_leaves_the_page(k: int, shape: tuple[int, ...]) -> None:
+    x, y = images(30, *shape) * 2 - 1, torch.arange(30) % 2
+    s = Scores(torch.randn(1, 30) * 1e-5, train_labels=y, query_labels=y[:1], class_names=["W" * 40, "a b " * 9],
+               train_names=["M" * 60] * 30, query_names=["Q" * 80], train_source=(x, y),
+               query_source=(x[:1], y[:1]))  # fmt: skip
+    assert overlaps(s.plot(0, k=k)) == []
+
+
+def test_few_examples_and_top_scores_work() -> None:
+    s = example(n=3)
+    assert len(s.plot(0, k=9).axes) == 1 + 3 + 3
+    assert len(example().top(2).plot(1, k=2).axes) == 5
+    assert "Query 1" in texts(example()[1].plot(0, k=1))
+
+
+def test_text_becomes_cards_and_dollars_stay_dollars(tmp_path: Path) -> None:
+    data = [(f"costs $5 and $6, a_b^c {{x}} \\alpha number {i} " * 9, i % 2) for i in range(6)]
+    s = Scores(torch.randn(1, 6), train_source=data, query_source=data[:1])
+    figure = s.plot(0, k=2, path=tmp_path / "t.png")
+    cards = [t for axes in figure.axes for t in axes.texts]
+    assert len(cards) == 5 and not any(t.get_parse_math() for t in cards + figure.texts)
+    assert "$5 and $6" in cards[0].get_text() and cards[1].get_text().endswith("…")
+    figure.canvas.draw()
+    for axes, card in zip(figure.axes, cards, strict=True):
+        inside, frame = card.get_window_extent(), axes.get_window_extent()
+        assert inside.x1 <= frame.x1 and inside.y0 >= frame.y0
+
+
+def test_table_rows_become_cards() -> None:
+    s = Scores(torch.randn(1, 6), train_source=(torch.randn(6, 40), torch.randn(6)),
+               query_source=(torch.randn(1, 40), torch.randn(1)))  # fmt: skip
+    card = s.plot(0, k=1).axes[1].texts[0].get_text()
+    assert card.startswith("x0 = ") and card.splitlines()[-1].endswith("more")
+
+
+def test_files_are_written_whole_in_the_format_of_their_ending_and_equal(tmp_path: Path) -> None:
+    s = example()
+    for name, start in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")):
+        s.plot(0, k=1, path=tmp_path / name)
+        once = (tmp_path / name).read_bytes()
+        assert once.startswith(start)
+        s.plot(0, k=1, path=tmp_path / name)
+        assert (tmp_path / name).read_bytes() == once
+
+
+def test_the_users_matplotlib_is_left_alone() -> None:
+    with matplotlib.rc_context():
+        matplotlib.rcParams["text.color"] = "white"
+        matplotlib.rcParams["axes.facecolor"] = "black"
+        before, loaded = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
+        figure = example().plot()
+        plot_agreement([0, 1, 2], [0, 1, 3])
+        assert dict(matplotlib.rcParams) == before
+        assert ("matplotlib.pyplot" in sys.modules) is loaded
+        assert figure.texts[0].get_color() == "#1A1A1A"
+
+
+def test_an_absent_matplotlib_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r"pytorch-influence-functions\[plot\]"):
+        example().plot()
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no data": (lambda: Scores(torch.zeros(1, 2)).plot(), "do not remember the data.*pass train="),
+    "other length": (lambda: plot_influences(example(), train=(images(5),)), "train= has 5 examples and .* of 12"),
+    "too few queries": (lambda: plot_influences(example(), 1, queries=images(1)), "queries= has 1 examples"),
+    "mean": (lambda: example().mean().plot(), "mean over queries has no example"),
+    "channels": (
+        lambda: example().plot(denormalize=([0.5] * 3, [0.2])),
+        "mean of 3 numbers and the pictures have 1 channels",
+    ),
+    "lengths": (lambda: plot_agreement([1, 2], [1]), "2 predicted and 1 actual"),
+    "nan": (lambda: plot_agreement([1, float("nan")], [1, 2]), "predicted holds NaN or infinity at position 1"),
+    "one lambda": (lambda: plot_damping_path({1.0: example()}), "at least two positive values of lambda"),
+    "lambda 0": (lambda: plot_damping_path({0.0: example(), 1.0: example()}), "at least two positive"),
+    "top": (lambda: plot_damping_path({1.0: example().top(1), 2.0: example()}), "score without top="),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_drawn_is_refused_in_one_sentence(name: str) -> None:
+    make, match = REFUSED[name]
+    with pytest.raises(InvalidInput, match=match):
+        make()
+
+
+# --------------------------------------------------------------------------- what an example looks like
+
+LAYOUTS = [
+    (torch.rand(8, 9), (8, 9)),
+    (torch.rand(1, 8, 9), (8, 9)),
+    (torch.rand(3, 8, 9), (8, 9, 3)),
+    (torch.rand(4, 8, 9), (8, 9, 4)),
+    (torch.rand(8, 9, 3), (8, 9, 3)),
+    (torch.rand(1, 3, 8, 9), (8, 9, 3)),
+    (torch.rand(7, 20, 21), (20, 21)),
+    (torch.rand(8, 9, dtype=torch.bfloat16), (8, 9)),
+    (np.zeros((8, 9, 3), np.uint8), (8, 9, 3)),
+    (np.zeros((8, 9), bool), (8, 9)),
+    (torch.zeros(3, 8, 9, dtype=torch.uint8), (8, 9, 3)),
+]
+
+
+@pytest.mark.parametrize(("picture", "shape"), LAYOUTS)
+def test_any_layout_of_picture_is_found(picture: Any, shape: tuple[int, ...]) -> None:
+    for item in (picture, (picture, 3), {"image": picture, "label": 1}):
+        pixels = see(item, 0).pixels
+        assert pixels is not None and pixels.shape == shape
+
+
+def test_channels_first_keeps_rows_and_columns() -> None:
+    picture = torch.rand(3, 8, 9)
+    pixels = see(picture, 0).pixels
+    assert pixels is not None and pixels[2, 5, 1] == picture[1, 2, 5]
+
+
+@pytest.mark.parametrize("item", ["a text", torch.rand(64), torch.rand(3, 2), {"text": "words", "label": 1}, 3.5])
+def test_what_is_no_picture_is_words(item: Any) -> None:
+    shown = see((item, 0), 0)
+    assert shown.pixels is None and shown.words
+
+
+@pytest.mark.parametrize(
+    ("pixels", "want", "note"),
+    [
+        (np.array([[0.0, 0.5, 1.0]]), [[0.0, 0.5, 1.0]], ""),
+        (np.array([[0, 51, 255]], np.uint8), [[0.0, 0.2, 1.0]], ""),
+        (np.array([[0, 51, 102]], np.uint8), [[0.0, 0.2, 0.4]], ""),
+        (np.array([[0.0, 51.0, 255.0]]), [[0.0, 0.2, 1.0]], ""),
+        (np.array([[0.0, 8.0, 16.0]]), [[0.0, 0.5, 1.0]], "0 to 16 stretched"),
+        (np.array([[-1.0, 0.0, 3.0]]), [[0.0, 0.25, 1.0]], "-1 to 3 stretched"),
+        (np.array([[5.0, 5.0, 5.0]]), [[0.0, 0.0, 0.0]], "stretched"),
+    ],
+)
+def test_exposure(pixels: Any, want: Any, note: str) -> None:
+    (shown,), found = exposed([Shown(pixels=pixels)])
+    assert np.allclose(shown.pixels, want) and (note in found if note else found == "")
+
+
+def test_all_pictures_share_one_exposure() -> None:
+    dark, light = Shown(pixels=np.full((1, 1), -1.0)), Shown(pixels=np.full((1, 1), 3.0))
+    found, _ = exposed([dark, light, Shown(words="x")])
+    assert found[0].pixels == 0 and found[1].pixels == 1 and found[2].words == "x"
+
+
+def test_denormalize_undoes_a_normalisation() -> None:
+    picture = torch.rand(3, 8, 9)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+    normal = (picture - mean[:, None, None]) / std[:, None, None]
+    by_numbers = see(normal, 0, (mean.tolist(), std.tolist())).pixels
+    by_function = see(normal, 0, lambda x: x * std[:, None, None] + mean[:, None, None]).pixels
+    assert by_numbers is not None and np.allclose(by_numbers, picture.permute(1, 2, 0), atol=1e-6)
+    assert by_function is not None and np.allclose(by_function, by_numbers, atol=1e-6)
+    flat = see(torch.rand(64), 0, lambda x: x.view(8, 8)).pixels
+    assert flat is not None and flat.shape == (8, 8)
+
+
+def test_a_nan_pixel_is_named() -> None:
+    with pytest.raises(NonFinite, match="picture of example 17 holds NaN"):
+        see(torch.full((8, 8), float("nan")), 17)
+
+
+def test_targets_and_words() -> None:
+    assert target_of(("x", 3)) == 3 and target_of({"labels": 2}) == 2 and target_of("x") is None
+    assert wrapped("a\nb\nc", 9, 2) == "a\n… 2 more"
+    assert shorten("a  b\nc", 9) == "a b c"
+    assert [number(v) for v in (0.0, 1.0, -0.00312, 0.99999, 31250.0, -2e-7, 999.6)] == [
+        "0", "+1.00", "−0.00312", "+1.00", "+31250", "−2.00e-07", "+1000"]  # fmt: skip
+    assert power(0.0) == 0 and times_ten(power(2.5e-12)) == " (×10⁻¹²)" and times_ten(0) == ""
+
+
+# --------------------------------------------------------------------------- agreement and damping
+
+
+def test_agreement_states_r_and_slope() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]) * 1e-4
+    figure = plot_agreement(x, 1.5 * x, names=list("abcde"))
+    assert "n = 5, r = 1.000, slope = 1.5" in texts(figure)
+    axes = figure.axes[0]
+    assert axes.get_xlim() == axes.get_ylim() and "×10⁻⁴" in axes.get_xlabel()
+    dots = axes.collections[0].get_offsets()
+    assert np.allclose(dots[:, 1], 1.5 * dots[:, 0]) and overlaps(figure) == []
+    assert "n = 5, r = −1.000, slope = −2" in texts(plot_agreement(x, -2 * x))
+    assert "n = 2, r undefined: one side is constant" in texts(plot_agreement([0, 0], [1, 2]))
+
+
+def test_damping_path_shows_shares_and_rank_agreement(tmp_path: Path) -> None:
+    a, b = torch.randn(2, 1, 30).double()
+    path = {lam: Scores(a / (1 + lam) + b * lam / (1 + lam)) for lam in (0.01, 1.0, 100.0)}
+    figure = plot_damping_path(path, k=2, path=tmp_path / "p.png")
+    left, right = figure.axes
+    assert left.get_xscale() == "log" and overlaps(figure) == []
+    best = path[1.0].helpful(0, 1)[0][0]
+    line = left.lines[0].get_ydata()
+    assert line[1] == pytest.approx(float(path[1.0].values[0, best] / path[1.0].values.abs().max()))
+    from scipy.stats import spearmanr
+
+    want = [spearmanr(path[lam].values[0], path[1.0].values[0]).statistic for lam in path]
+    assert right.lines[0].get_ydata() == pytest.approx(want)
+    assert (tmp_path / "p.png").exists()
