@@ -126,7 +126,7 @@ def attribute(
         batch_size: examples per batch; `None`: the loader's, else 64.
         deterministic: `"warn"`, `"error"` or `"ignore"` when reading an example twice gives different values.
         device: where to compute; `None`: where the model is.
-        dry_run: return the forecast (method, passes, memory, seconds) instead of scores.
+        dry_run: print and return the forecast (method, passes, memory, seconds) instead of scores.
 
     Returns:
         `Scores` with `values` of shape (queries, N), indices being positions in the training dataset.
@@ -161,12 +161,15 @@ def attribute(
     )
     spec = Influence() if method is None else method
     if not isinstance(spec, Influence):
-        hint = f"; did you mean {spec.__name__}()?" if callable(spec) and hasattr(spec, "__name__") else "."
-        raise InvalidInput(f"method must be an Influence such as ptif.dual(), got {type(spec).__name__}{hint}")
+        raise InvalidInput(
+            f"method must be an Influence such as ptif.dual(), got {type(spec).__name__}; call what makes one, with ()."
+        )
     if damping is not None:
         spec = replace(spec, damping=damping)
     if dry_run:
-        return spec.forecast(problem, len(asked))
+        forecast = spec.forecast(problem, len(asked))
+        print(forecast)
+        return forecast
     return spec.fit(problem, queries=len(asked)).score(asked, measure, top=top)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from .curvature import AbstractCurvature, Budget, EmpiricalFisher
 from .damping import AbstractDamping, Relative, Shift, as_damping
 from .data import Source
-from .diagnostics import Diagnostics
 from .errors import InvalidInput, NonFinite, name_ids
 from .forward_mode import Products
 from .gradients import Derivatives, Slab
@@ -24,7 +23,7 @@ from .objectives import AbstractObjective, FromFunction, as_objective, inputs_an
 from .operators import AbstractOperator, AbstractSymmetric, Expansion, Gram
 from .problem import Checkpoint, Problem, at_checkpoint, sweep
 from .rows import Route, Rows
-from .ledger import Ledger, Standing, batch_norm_words
+from .ledger import Ledger, Standing, refuse_nonfinite
 from .scaling import AbstractScaling, Raw, leverage_corrected, rowwise
 from .scores import Scores, stacked
 from .solvers import AbstractSolver, Auto, Choice, Facts, Forecast, Solution, choose, forecast, form_for, inverse_of
@@ -308,7 +307,7 @@ class Attribution:
         for member in self.members:
             with _weights_of(self.problem, member.checkpoint):
                 for at, ids, values in self._blocks(member, source, objective, ledger):
-                    _refuse_nonfinite(values, at, ids)
+                    refuse_nonfinite(values, at, ids)
                     if merged is not None:
                         merged.add(at, ids, values)
                     elif total is not None:
@@ -391,7 +390,7 @@ class Attribution:
                 slab = next(slabs, None)
             if slab is None:
                 break
-            ledger.see_queries(slab)
+            ledger.see_queries(slab.ids, slab.batch)
             held.append(slab)
             if sum(len(s.ids) for s in held) >= room:
                 yield from self._solve_group(member, held, room, ledger)
@@ -486,50 +485,16 @@ class Attribution:
             n_train=len(self.problem),
             indices=indices,
             train_labels=stacked([train.get(i) for i in range(len(self.problem))]),
-            query_labels=stacked(ledger.query_labels),
+            query_labels=stacked([ledger.query_labels.get(i) for i in range(len(source))]),
             class_names=self.problem.data.class_names or source.class_names,
-            diagnostics=self._diagnostics(ledger, len(source)),
+            diagnostics=ledger.diagnostics(self, len(source)),
             train_source=self.problem.data,
             query_source=source,
         )
         return scores if top is None or merged is not None else scores.top(top)
-
-    def _diagnostics(self, ledger: Ledger, queries: int) -> Diagnostics:
-        first = self.members[0]
-        look = first.standing
-        return Diagnostics(
-            method=self.method,
-            why=self.why,
-            damping=sum(m.shift.damping for m in self.members) / len(self.members),
-            residual_max=ledger.residual_max,
-            residual_mean=ledger.residual_mean,
-            steps=ledger.steps,
-            smallest_curvature=ledger.smallest_curvature,
-            n_train=len(self.problem),
-            n_queries=queries,
-            parameters_used=look.used,
-            parameters_total=look.total,
-            gradient_shares=look.shares,
-            relative_gradient=look.relative_gradient,
-            gradient_examples=look.looked_at,
-            mode=batch_norm_words(self.problem),
-            deterministic=self.problem.data.determinism,
-            routes=first.derivatives.routes,
-            members=len(self.members),
-            seconds=ledger.seconds,
-        )
 
 
 def _result_dtype(member: Member) -> torch.dtype:
     """Scores in the model's precision, at least float32."""
     dtype = next(iter(member.derivatives.space.values(member.derivatives.problem.model).values())).dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _refuse_nonfinite(values: Tensor, at: Tensor, ids: Tensor) -> None:
-    bad = (~torch.isfinite(values)).nonzero()
-    if len(bad):
-        raise NonFinite(
-            f"Scores of queries {name_ids(sorted(set(at[bad[:, 0].cpu()].tolist())))} are NaN or infinite at training "
-            f"indices {name_ids(sorted(set(ids[bad[:, 1].cpu()].tolist())))}; look at these examples or raise the damping."
-        )

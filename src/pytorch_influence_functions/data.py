@@ -427,6 +427,9 @@ class Source:
         for where, tensor in tensors_of(batch):
             if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.shape[:1] != ids.shape:
                 continue
+            # One cheap pass; only a sum that is not finite (overflow can do that too) is worth a second look.
+            if bool(torch.isfinite(tensor.sum())):
+                continue
             finite = torch.isfinite(tensor)
             if not bool(finite.all()):
                 bad = ids[(~finite).flatten(1).any(1).cpu()] if tensor.ndim > 1 else ids[(~finite).cpu()]

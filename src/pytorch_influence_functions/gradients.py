@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from .blocks import AbstractBlock, Dense
 from .capture import Recording, Site, recording
 from .data import Source, batch_slice
-from .errors import InvalidInput, NonFinite
+from .errors import InvalidInput, NonFinite, name_ids
 from .functional import detached, per_example_vjp, weighted_gradient
 from .guard import double_backward_safe, undisturbed
 from .layers import Layout, Part, find_rule, layout_of
 from .objectives import AbstractObjective, FromFunction, inputs_and_targets
-from .objectives.base import check_outputs, offenders
+from .objectives.base import check_outputs
 from .problem import Problem, check_weights, sweep
 from .rows import Route, Rows
 from .space import Space
@@ -188,7 +188,7 @@ def _refuse_nonfinite(values: Tensor, ids: Tensor, what: str) -> None:
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         raise NonFinite(
-            f"The {what} is NaN or infinite at {offenders(bad, ids)}; "
+            f"The {what} is NaN or infinite at dataset indices {name_ids(ids.to(bad.device)[bad].tolist())}; "
             "look at these examples, or remove them with torch.utils.data.Subset."
         )
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .gradients import Derivatives, Slab, one_by_one, slopes
+from .diagnostics import Diagnostics
+from .errors import NonFinite, name_ids
+from .gradients import Derivatives, one_by_one, slopes
 from .guard import undisturbed
 from .objectives import inputs_and_targets
 from .problem import Problem, sweep
@@ -18,7 +20,7 @@ from .solvers import Solution
 from .world import World
 
 if TYPE_CHECKING:
-    from .attribution import Member
+    from .attribution import Attribution, Member
 
 # Examples on which the gradient at the trained weights is looked at.
 _LOOK = 256
@@ -65,11 +67,12 @@ def _shares(derivatives: Derivatives) -> dict[str, float]:
     problem, model = derivatives.problem, derivatives.problem.model
     names = [k for k, p in model.named_parameters() if p.is_floating_point()]
     count = min(_SHARES, len(problem))
+    ids, batch = next(iter(sweep(problem, ids=torch.arange(count), world=World())))
     with undisturbed(model, names):
-        for ids, batch in sweep(problem, ids=torch.arange(count), world=World()):
-            with undisturbed(model, names):
-                rows = _all_rows(derivatives, model, names, ids, batch)
-            break
+        with torch.no_grad():
+            outputs = derivatives.objective.outputs(model, batch)
+        _, slope = slopes(derivatives.objective, outputs, batch, ids)
+        rows = one_by_one(model, derivatives.objective, names, batch, slope)
     block_of = {p: b for b, spec in derivatives.space.blocks.items() for p in spec.parameters}
     sums: dict[str, float] = {}
     for name, value in rows.items():
@@ -79,28 +82,11 @@ def _shares(derivatives: Derivatives) -> dict[str, float]:
     return {k: v / whole if whole > 0 else 0.0 for k, v in sums.items()}
 
 
-def _all_rows(
-    derivatives: Derivatives, model: nn.Module, names: list[str], ids: Tensor, batch: Any
-) -> dict[str, Tensor]:
-    parameters = [p for k, p in model.named_parameters() if k in set(names)]
-    before = [p.requires_grad for p in parameters]
-    try:
-        for p in parameters:
-            p.requires_grad_(True)
-        with torch.no_grad():
-            outputs = derivatives.objective.outputs(model, batch)
-        _, slope = slopes(derivatives.objective, outputs, batch, ids)
-        return one_by_one(model, derivatives.objective, names, batch, slope)
-    finally:
-        for p, flag in zip(parameters, before, strict=True):
-            p.requires_grad_(flag)
-
-
 @dataclass(eq=False)
 class Ledger:
     """Collects while scoring; read once at the end."""
 
-    query_labels: list[Any] = field(default_factory=list)
+    query_labels: dict[int, Any] = field(default_factory=dict)
     train_labels: dict[int, Any] = field(default_factory=dict)
     residuals: list[float] = field(default_factory=list)
     steps: int = 0
@@ -108,9 +94,9 @@ class Ledger:
     dampings: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
-    def see_queries(self, slab: Slab) -> None:
+    def see_queries(self, ids: Tensor, batch: Any) -> None:
         """Keep the queries' labels."""
-        self.query_labels += labels_of(slab.batch, len(slab.ids))
+        self.query_labels.update(zip(ids.tolist(), labels_of(batch, len(ids)), strict=True))
 
     def see_training(self, ids: Tensor, batch: Any) -> None:
         """Keep the training examples' labels."""
@@ -124,6 +110,32 @@ class Ledger:
         if smallest is not None:
             known = self.smallest_curvature
             self.smallest_curvature = float(smallest) if known is None else min(known, float(smallest))
+
+    def diagnostics(self, fitted: Attribution, queries: int) -> Diagnostics:
+        """Everything that was written down, as the record that goes with the scores."""
+        first, problem = fitted.members[0], fitted.problem
+        look = first.standing
+        return Diagnostics(
+            method=fitted.method,
+            why=fitted.why,
+            damping=sum(m.shift.damping for m in fitted.members) / len(fitted.members),
+            residual_max=self.residual_max,
+            residual_mean=self.residual_mean,
+            steps=self.steps,
+            smallest_curvature=self.smallest_curvature,
+            n_train=len(problem),
+            n_queries=queries,
+            parameters_used=look.used,
+            parameters_total=look.total,
+            gradient_shares=look.shares,
+            relative_gradient=look.relative_gradient,
+            gradient_examples=look.looked_at,
+            mode=batch_norm_words(problem),
+            deterministic=problem.data.determinism,
+            routes=first.derivatives.routes,
+            members=len(fitted.members),
+            seconds=self.seconds,
+        )
 
     @property
     def residual_max(self) -> float:
@@ -151,3 +163,13 @@ def batch_norm_words(problem: Problem) -> str:
     if any("Dropout" in k for k in names):
         parts.append("dropout is off")
     return "eval mode" + (": " + ", ".join(parts) if parts else "")
+
+
+def refuse_nonfinite(values: Tensor, at: Tensor, ids: Tensor) -> None:
+    """Nothing is ranked around a NaN: scores `[q, n]` of queries `at` on training examples `ids` must be finite."""
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad):
+        raise NonFinite(
+            f"Scores of queries {name_ids(sorted(set(at[bad[:, 0].cpu()].tolist())))} are NaN or infinite at training "
+            f"indices {name_ids(sorted(set(ids[bad[:, 1].cpu()].tolist())))}; look at these examples or raise the damping."
+        )

@@ -51,6 +51,7 @@ def _extremes(values: Tensor, index: Tensor, k: int) -> Tensor:
     if len(values) <= 2 * k:
         return torch.arange(len(values))
     descending = _order(values, index)
+    # The other end in the same order of indices among equals; what both ends claim is taken once, the gap filled.
     ascending = _order(-values, index)
-    both: Tensor = torch.unique(torch.cat([descending[:k], ascending[:k]]))
-    return both
+    kept = list(dict.fromkeys(descending[:k].tolist() + ascending.tolist()))
+    return torch.tensor(kept[: 2 * k])

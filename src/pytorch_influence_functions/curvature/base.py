@@ -36,11 +36,11 @@ class Budget:
             raise InvalidInput(f"The memory bound must be a positive number of bytes, got {self.bytes!r}.")
 
     @staticmethod
-    def of(given: Budget | float) -> Budget:
+    def of(given: Budget | int | float) -> Budget:
         """A budget from a number of bytes."""
         return given if isinstance(given, Budget) else Budget(given)  # type: ignore[arg-type]
 
-    def check(self, wanted: float, what: str, way_out: str) -> None:
+    def check(self, wanted: int | float, what: str, way_out: str) -> None:
         """Raise `TooLarge` when `wanted` bytes are above the bound."""
         if wanted > self.bytes:
             raise TooLarge(
@@ -49,7 +49,7 @@ class Budget:
             )
 
 
-def _size(amount: float) -> str:
+def _size(amount: int | float) -> str:
     """Bytes in words.
 
     >>> _size(3 * 2**20)

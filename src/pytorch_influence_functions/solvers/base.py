@@ -195,8 +195,8 @@ def indefinite_words(smallest: float, largest: float, shift: Shift) -> str:
         # Zero within rounding: no wrong choice of curvature, only directions that no example fixes.
         return (
             f"The smallest eigenvalue of C plus weight decay is 0 within rounding ({smallest:.3g}) and the damping is "
-            f"{shift.damping:.3g}, so C + D has no inverse; use a positive damping such as Relative(0.1), or at least "
-            f"Absolute({damping_that_works(min(smallest, 0.0), largest):.3g})."
+            f"{shift.damping:.3g}, so C + D is singular, not positive definite; use a positive damping such as Relative(0.1), or at "
+            f"least Absolute({damping_that_works(min(smallest, 0.0), largest):.3g})."
         )
     return (
         f"The smallest eigenvalue of C plus weight decay is {smallest:.3g} and the damping is "
