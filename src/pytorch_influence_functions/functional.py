@@ -76,8 +76,10 @@ def grads(
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` over tensors or graph edges; None where an input plays no part."""
+    # Not through grad_outputs: checking those makes torch import its symbolic shapes, a second at the first call.
+    root = outputs if cotangent is None else (outputs * cotangent).sum()
     found = torch.autograd.grad(
-        outputs, list(inputs), cotangent, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        root, list(inputs), retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
     )
     return cast("tuple[Tensor | None, ...]", found)
 

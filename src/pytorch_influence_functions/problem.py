@@ -288,16 +288,15 @@ _WRAPPED = ("state_dict", "model_state_dict", "model")
 def _checkpoints(given: Sequence[Checkpoint] | Checkpoint) -> tuple[Checkpoint, ...]:
     if isinstance(given, (str, PathLike, Mapping)):
         return (given,)
-    kinds = (str, PathLike, Mapping)
-    odd = given if isinstance(given, nn.Module) or not isinstance(given, Iterable) else None
-    several = () if odd is not None else tuple(given)
-    odd = next((one for one in several if not isinstance(one, kinds)), odd)
+    found: Any = given
+    several = [found] if isinstance(found, nn.Module) or not isinstance(found, Iterable) else list(found)
+    odd = next((one for one in several if not isinstance(one, (str, PathLike, Mapping))), None)
     if odd is not None:
         hint = "pass model.state_dict()" if isinstance(odd, nn.Module) else "pass a list of them, or () for none"
         raise InvalidInput(
             f"checkpoints= takes state dicts (tensors by name) or paths, not {type(odd).__name__}; {hint}."
         )
-    return several
+    return tuple(several)
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -401,8 +400,8 @@ def check_weights(model: nn.Module) -> None:
         NonFinite: names the parameters or buffers that hold NaN or infinity.
         InvalidInput: a parameter has no values yet.
     """
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+    for name, weight in model.named_parameters():
+        if is_lazy(weight):
             raise InvalidInput(
                 f"Parameter {name!r} is not initialised yet (a lazy module); run the model once on a batch first."
             )

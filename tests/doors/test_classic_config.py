@@ -87,7 +87,7 @@ def test_missing_keys_are_filled_and_the_given_dictionary_is_left_alone() -> Non
     config["r"] = 9
     assert given == {"r_averaging": 2, "outdir": "here"}
     with pytest.raises(InvalidInput, match="config is of type int"):
-        Config.of(3)  # type: ignore[arg-type]
+        Config.of(3)
 
 
 def test_a_deleted_key_has_its_default_again() -> None:

@@ -18,7 +18,7 @@ from ..data import Source
 from ..errors import InvalidInput
 from ..progress import track
 from ..scores import Scores
-from .config import Config
+from .config import Config, Number
 from .console import log, logged_to
 from .engine import Engine, Settings, calculation, source_of
 from .files import GRAD_Z, S_TEST, Names, Stored, Vectors, load_grad_z, named, save_vectors
@@ -346,9 +346,7 @@ def _from(start: int, size: int) -> list[int]:
     return list(range(at, size))
 
 
-def _settings(
-    gpu: int, damp: float | None, scale: float | None, depth: int, r: int, extras: Mapping[str, Any]
-) -> Settings:
+def _settings(gpu: int, damp: Number, scale: Number, depth: int, r: int, extras: Mapping[str, Any]) -> Settings:
     config = Config(gpu=gpu, damp=damp, scale=scale, recursion_depth=depth, r=r)
     return Settings.of(config, **extras)
 
@@ -359,8 +357,8 @@ def calc_s_test(
     train_loader: Any,
     save: Any = False,
     gpu: int = -1,
-    damp: float | None = 0.01,
-    scale: float | None = 25,
+    damp: Number = 0.01,
+    scale: Number = 25,
     recursion_depth: int = 5000,
     r: int = 1,
     start: int = 0,
@@ -399,8 +397,8 @@ def calc_s_test_single(
     t_test: Any,
     train_loader: Any,
     gpu: int = -1,
-    damp: float | None = 0.01,
-    scale: float | None = 25,
+    damp: Number = 0.01,
+    scale: Number = 25,
     recursion_depth: int = 5000,
     r: int = 1,
     **extras: Any,
@@ -408,7 +406,7 @@ def calc_s_test_single(
     """s_test of one collated batch, the mean over `r` runs with different mini-batches; `extras` as in `s_test`."""
     from .single import s_test
 
-    return s_test(z_test, t_test, model, train_loader, gpu, damp, scale, recursion_depth, r=r, **extras)  # type: ignore[arg-type]
+    return s_test(z_test, t_test, model, train_loader, gpu, damp, scale, recursion_depth, r=r, **extras)
 
 
 def _ranked(values: Tensor) -> tuple[list[float], list[int], list[int]]:
@@ -460,8 +458,8 @@ def calc_influence_single(
     r: int = 1,
     s_test_vec: Sequence[Tensor] | None = None,
     time_logging: bool = False,
-    damp: float | None = 0.01,
-    scale: float | None = 25,
+    damp: Number = 0.01,
+    scale: Number = 25,
     *,
     loss_fn: Any = None,
     params: Any = None,

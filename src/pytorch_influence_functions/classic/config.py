@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from torch import nn
 
 from ..errors import InvalidInput, UnknownName, nearest
 from .console import log
+
+Number: TypeAlias = float | int | None
+"""A number as people write it; None stands for the README's value."""
 
 METHODS: Final = ("img_wise", "all_grad_then_test")
 SOLVERS: Final = ("lissa", "auto")
@@ -91,7 +94,7 @@ class Config(dict[str, Any]):
         self.update(given or {}, **more)
 
     @classmethod
-    def of(cls, given: Mapping[str, Any] | None) -> Config:
+    def of(cls, given: Any) -> Config:
         """A copy of `given` as a complete `Config`; the original is never changed."""
         if given is not None and not isinstance(given, Mapping):
             raise InvalidInput(
@@ -113,7 +116,8 @@ class Config(dict[str, Any]):
         name = self._known(key)
         if value is None and name in ("damp", "scale"):
             value = DEFAULTS[name]
-        super().__setitem__(name, _checked(name, value))
+        checked = _checked(name, value)
+        super().__setitem__(name, float(checked) if name in _FLOATS else checked)
 
     def __delitem__(self, key: str) -> None:
         name = self._known(key)
@@ -173,7 +177,7 @@ class Config(dict[str, Any]):
         model: nn.Module,
         loader: Any = None,
         *,
-        damping: float | None = None,
+        damping: float | int | None = None,
         max_depth: int = 5000,
         loss_fn: Any = None,
         params: Any = None,
@@ -276,6 +280,9 @@ _CHECKS: Mapping[str, _Check] = {
     "deterministic": (lambda v: isinstance(v, bool) or v in POLICIES, "'warn', 'error', 'ignore' or True"),
     "num_workers": _COUNT,
 }
+
+
+_FLOATS = ("damp", "scale", "tolerance")
 
 
 def _checked(name: str, value: Any) -> Any:

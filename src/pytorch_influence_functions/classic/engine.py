@@ -126,7 +126,7 @@ def reports(setting: Any) -> Iterator[None]:
 
 
 @contextmanager
-def calculation(model: nn.Module, settings: Settings) -> Iterator[None]:
+def calculation(model: Any, settings: Settings) -> Iterator[None]:
     """Everything around a calculation: device, seeds, progress; the model and all random states come back as they were.
 
     Holding the model still here also spares every step of the recursion from doing it again.

@@ -16,6 +16,7 @@ from ..guard import double_backward_safe
 from ..objectives import AbstractObjective, CrossEntropy, FromFunction, as_objective, inputs_and_targets
 from ..problem import model_device
 from ..space import Space
+from .config import Config, Number
 from .engine import Engine, Settings, calculation, drawn_seed
 
 # What autograd gives for inputs that may play no part.
@@ -131,8 +132,8 @@ def s_test(
     model: nn.Module,
     z_loader: Any,
     gpu: int = -1,
-    damp: float = 0.01,
-    scale: float = 25.0,
+    damp: Number = 0.01,
+    scale: Number = 25.0,
     recursion_depth: int = 5000,
     *,
     loss_fn: Any = None,
@@ -141,7 +142,7 @@ def s_test(
     progress: Any = None,
     r: int = 1,
     batch_size: int | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | int = 1e-4,
 ) -> list[Tensor]:
     r"""`(H + damp * scale)^-1 grad L(z_test)` by LiSSA, one tensor per selected parameter on the CPU.
 
@@ -160,8 +161,6 @@ def s_test(
 
     Reference: Agarwal et al. (2017); Koh & Liang (2017), section 3.
     """
-    from .config import Config
-
     config = Config(damp=damp, scale=scale, recursion_depth=recursion_depth, gpu=gpu, r=r)
     config.update(batch_size=batch_size, tolerance=tolerance, seed=drawn_seed(generator))
     settings = Settings.of(config, loss_fn, params, None, progress)

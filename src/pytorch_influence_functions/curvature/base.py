@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import InvalidInput, NotLikelihood, TooLarge
 from ..gradients import Derivatives
@@ -32,8 +32,9 @@ class Budget:
     bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bytes, (int, float)) or isinstance(self.bytes, bool) or not self.bytes > 0:
-            raise InvalidInput(f"The memory bound must be a positive number of bytes, got {self.bytes!r}.")
+        given: Any = self.bytes
+        if not isinstance(given, (int, float)) or isinstance(given, bool) or not given > 0:
+            raise InvalidInput(f"The memory bound must be a positive number of bytes, got {given!r}.")
 
     @staticmethod
     def of(given: Budget | int | float) -> Budget:
@@ -44,21 +45,9 @@ class Budget:
         """Raise `TooLarge` when `wanted` bytes are above the bound."""
         if wanted > self.bytes:
             raise TooLarge(
-                f"{what} would take {_size(wanted)} and the bound is {_size(self.bytes)}; {way_out}, or raise the bound "
+                f"{what} would take {wanted / 2**30:.3g} GiB and the bound is {self.bytes / 2**30:.3g} GiB; {way_out}, or raise the bound "
                 "with Influence(memory=bytes)."
             )
-
-
-def _size(amount: int | float) -> str:
-    """Bytes in words.
-
-    >>> _size(3 * 2**20)
-    '3.0 MiB'
-    """
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if amount >= 2**power:
-            return f"{amount / 2**power:.1f} {unit}"
-    return f"{amount:.0f} bytes"
 
 
 class AbstractCurvature(ABC):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..curvature import GGN, AbstractCurvature, EmpiricalFisher, Form, Hessian, Identity
 from ..gradients import Derivatives
@@ -66,7 +65,7 @@ class Facts:
         problem, objective = derivatives.problem, derivatives.objective
         some = torch.arange(min(len(problem), problem.batch_size))
         ids, batch = next(iter(sweep(problem, ids=some, world=World())))
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
             outputs = objective.outputs(problem.model, batch)
         derivatives.loss_rows(ids, batch)
         start = time.perf_counter()
@@ -78,7 +77,7 @@ class Facts:
             outputs=objective.root_size(outputs) if isinstance(objective, AbstractLikelihood) else None,
             queries=queries,
             row_numbers=rows.compact().numbers / len(ids),
-            operations=max(counter.get_total_flops() / len(ids), 2.0 * derivatives.space.size),
+            operations=sum(2.0 * getattr(b, "terms", 1) * torch.Size(b.shape).numel() for b in rows.blocks.values()),
             seconds=seconds / len(ids),
             number_bytes=rows.blocks[next(iter(rows.blocks))].reference.element_size(),
         )
