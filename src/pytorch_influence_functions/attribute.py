@@ -13,6 +13,7 @@ from .attribution import Influence, check_top, in_queries
 from .damping import AbstractDamping
 from .data import Source, to_device
 from .errors import InvalidInput
+from .guard import undisturbed
 from .objectives import (
     AbstractObjective,
     Bernoulli,
@@ -26,7 +27,6 @@ from .problem import Checkpoint, Problem, WeightDecay, check_model, check_weight
 from .scores import Scores
 from .solvers import Forecast
 from .space import Selection
-from .guard import undisturbed
 
 
 @overload
@@ -112,7 +112,7 @@ def attribute(
 
     Args:
         model: the trained model. It is left exactly as it was.
-        train: what it was trained on: a Dataset, a DataLoader (its dataset, in dataset order), tensors or arrays (x, y).
+        train: what it was trained on: a Dataset, a DataLoader (its dataset, in dataset order), tensors (x, y).
         queries: what is asked about, in the same forms.
         loss: the training loss: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. `None`: inferred
             from outputs and targets where that is unambiguous.
@@ -187,7 +187,13 @@ def infer_objective(model: nn.Module, source: Source, device: torch.device | str
     if not isinstance(targets, Tensor):
         raise InvalidInput(f"The loss cannot be told from {seen}; pass loss=, e.g. torch.nn.CrossEntropyLoss().")
     whole = not targets.is_floating_point()
-    if whole and outputs.dim() >= 2 and targets.shape == outputs.shape[:1] and outputs.dim() == 2 and outputs.shape[1] > 1:
+    if (
+        whole
+        and outputs.dim() >= 2
+        and targets.shape == outputs.shape[:1]
+        and outputs.dim() == 2
+        and outputs.shape[1] > 1
+    ):
         return CrossEntropy()
     if whole and outputs.dim() == 3 and targets.shape == outputs.shape[:2]:
         return TokenCrossEntropy(shift=_is_causal(batch, targets))

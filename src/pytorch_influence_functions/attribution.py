@@ -65,7 +65,7 @@ class Influence:
     damping: AbstractDamping | float = field(default_factory=lambda: Relative(1.0))
     preconditioner: AbstractCurvature | None = None
     scaling: AbstractScaling = field(default_factory=Raw)
-    memory: Budget = field(default_factory=Budget)
+    memory: Budget | int = field(default_factory=Budget)
     route: Route | str | None = None
 
     def __post_init__(self) -> None:
@@ -194,7 +194,7 @@ def _fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None
         derivatives = Derivatives.of(problem, _gradient_route(spec))
         standing = Standing.of(derivatives)
         choice = _choice(spec, Facts.of(derivatives, queries) if isinstance(spec.solver, Auto) else None)
-        operator = choice.curvature.of(derivatives, form_for(choice.solver, choice.curvature), spec.memory)
+        operator = choice.curvature.of(derivatives, form_for(choice.solver, choice.curvature), Budget.of(spec.memory))
         return _initialised(spec, Member(checkpoint, derivatives, choice, operator, Shift(0.0), None, None, standing))
 
 
@@ -204,7 +204,7 @@ def _initialised(spec: Influence, member: Member) -> Member:
     shift = Shift(as_damping(spec.damping).of(member.operator), space.decay)
     inverse = None
     if spec.preconditioner is not None:
-        inverse = inverse_of(spec.preconditioner, member.derivatives, shift, spec.memory)
+        inverse = inverse_of(spec.preconditioner, member.derivatives, shift, Budget.of(spec.memory))
     state = member.choice.solver.init(member.operator, shift, inverse)
     return replace(member, shift=shift, state=state, preconditioner=inverse)
 
@@ -366,7 +366,7 @@ class Attribution:
         """How many solved vectors fit the memory budget at once."""
         space = member.derivatives.space
         each = space.size * 8
-        return max(1, int(self.spec.memory.bytes * _QUERY_SHARE / each))
+        return max(1, int(Budget.of(self.spec.memory).bytes * _QUERY_SHARE / each))
 
     def _blocks(
         self, member: Member, source: Source, objective: AbstractObjective, ledger: Ledger

@@ -119,9 +119,7 @@ def _column_dataset(columns: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {name: _as_tensor(value, name) for name, value in columns.items()}
     if len({len(t) for t in tensors.values()}) > 1:
         lengths = ", ".join(f"{name} has {len(t)}" for name, t in tensors.items())
-        raise InvalidInput(
-            f"The arrays have different lengths ({lengths}); each needs one entry per example."
-        )
+        raise InvalidInput(f"The arrays have different lengths ({lengths}); each needs one entry per example.")
     return tensors
 
 
@@ -151,9 +149,7 @@ def _as_dataset(data: Any) -> Any:
 
 def _check_dataset(dataset: Any) -> None:
     kind = type(dataset).__name__
-    if isinstance(dataset, IterableDataset) or (
-        hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
-    ):
+    if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
         raise InvalidInput(
             f"{kind} can only be iterated, but examples are named by index; "
             "wrap it as a list: list(dataset), if it fits in memory."
@@ -413,9 +409,7 @@ class Source:
         if policy == "error":
             raise InvalidInput(message + ", or deterministic='warn'.")
         self._seen["warned"] = True
-        warnings.warn(
-            message + ", or silence this with deterministic='ignore'.", TrainingDataWarning, stacklevel=3
-        )
+        warnings.warn(message + ", or silence this with deterministic='ignore'.", TrainingDataWarning, stacklevel=3)
 
     def check_finite(self, ids: Int[Tensor, "_"], batch: Any) -> None:
         """Refuse NaN and infinity in the floating point tensors of a batch that have one row per example.

@@ -221,9 +221,9 @@ def _refuse_detached(outputs: Tensor, model: nn.Module, names: list[str]) -> Non
         return
     few = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     raise InvalidInput(
-        f"The outputs of {type(model).__name__} have no derivative in the parameters {few}: forward detaches them, runs "
-        "under torch.no_grad() or numpy, or does not use these parameters; make it differentiable, or select others with "
-        "parameters=."
+        f"The outputs of {type(model).__name__} have no derivative in the parameters {few}: forward detaches them, "
+        "runs under torch.no_grad() or numpy, or does not use these parameters; make it differentiable, or select "
+        "others with parameters=."
     )
 
 
@@ -292,8 +292,9 @@ def _refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, o
                 alone = objective.outputs(model, batch_slice(batch, n, slice(e, e + 1)))
         except (RuntimeError, ValueError, IndexError, TypeError) as failure:
             raise InvalidInput(
-                f"The model runs on a batch of {n} examples but not on one alone ({_first_line(failure.__cause__ or failure)}); every example "
-                "needs an output of its own, so use running statistics or GroupNorm and keep the batch axis."
+                f"The model runs on a batch of {n} examples but not on one alone "
+                f"({_first_line(failure.__cause__ or failure)}); every example needs an output of its "
+                "own, so use running statistics or GroupNorm and keep the batch axis."
             ) from failure
         if alone.numel() != outputs[e].numel():
             raise InvalidInput(

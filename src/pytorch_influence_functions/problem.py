@@ -62,9 +62,7 @@ class WeightDecay:
         for name, value in named.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
                 where = f" for {name!r}" if name else ""
-                raise InvalidInput(
-                    f"Weight decay must be a finite number of at least 0, got {value!r}{where}."
-                )
+                raise InvalidInput(f"Weight decay must be a finite number of at least 0, got {value!r}{where}.")
 
     def __hash__(self) -> int:
         found = self.strength
@@ -128,9 +126,7 @@ def as_weight_decay(given: Any, model: nn.Module) -> WeightDecay:
         return WeightDecay()
     if isinstance(given, (int, float, Mapping)):
         return WeightDecay(given)
-    raise InvalidInput(
-        f"weight_decay must be a number, an optimiser or WeightDecay(...), got {type(given).__name__}."
-    )
+    raise InvalidInput(f"weight_decay must be a number, an optimiser or WeightDecay(...), got {type(given).__name__}.")
 
 
 # --------------------------------------------------------------------------- problem
@@ -240,7 +236,8 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise InvalidInput(
-            f"The model must be a torch.nn.Module, got {what}; pass the trained module itself, the model before the data."
+            f"The model must be a torch.nn.Module, got {what}; pass the trained module itself, the model before "
+            "the data."
         )
 
 
@@ -249,7 +246,8 @@ def _device(asked: Any) -> torch.device:
         return torch.device(asked)
     except (RuntimeError, TypeError) as cause:
         raise InvalidInput(
-            f"device={asked!r} is no device; write 'cpu', 'cuda' or 'cuda:0', or leave it out to compute where the model is."
+            f"device={asked!r} is no device; write 'cpu', 'cuda' or 'cuda:0', or leave it out to compute where "
+            "the model is."
         ) from cause
 
 
@@ -264,9 +262,7 @@ def model_device(model: nn.Module, asked: torch.device | str | None = None) -> t
         found.setdefault(parameter.device, name)
     if len(found) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in found.items())
-        raise InvalidInput(
-            f"The model's parameters lie on several devices ({where}); move it to one with .to()."
-        )
+        raise InvalidInput(f"The model's parameters lie on several devices ({where}); move it to one with .to().")
     wanted = None if asked is None else _device(asked)
     if not found:
         return wanted or torch.device("cpu")
@@ -274,9 +270,7 @@ def model_device(model: nn.Module, asked: torch.device | str | None = None) -> t
     if device.type == "meta":
         raise InvalidInput("The model lies on the meta device and has no values; load its weights first.")
     if wanted is not None and (wanted.type != device.type or wanted.index not in (None, device.index)):
-        raise InvalidInput(
-            f"The model lies on {device}, not on {wanted}; call model.to({str(wanted)!r}) first."
-        )
+        raise InvalidInput(f"The model lies on {device}, not on {wanted}; call model.to({str(wanted)!r}) first.")
     return device
 
 
@@ -289,7 +283,7 @@ def _checkpoints(given: Sequence[Checkpoint] | Checkpoint) -> tuple[Checkpoint, 
     if isinstance(given, (str, PathLike, Mapping)):
         return (given,)
     found: Any = given
-    several = [found] if isinstance(found, nn.Module) or not isinstance(found, Iterable) else list(found)
+    several: list[Any] = [found] if isinstance(found, nn.Module) or not isinstance(found, Iterable) else list(found)
     odd = next((one for one in several if not isinstance(one, (str, PathLike, Mapping))), None)
     if odd is not None:
         hint = "pass model.state_dict()" if isinstance(odd, nn.Module) else "pass a list of them, or () for none"
@@ -347,9 +341,7 @@ def _check_fits(what: str, state: Mapping[str, Tensor], model: nn.Module) -> Non
     missing = [name for name, tensor in own.items() if id(tensor) not in given]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InvalidInput(
-            f"{what} lacks {missing[0]!r}{more}, which the model has.{nearest(missing[0], state)}"
-        )
+        raise InvalidInput(f"{what} lacks {missing[0]!r}{more}, which the model has.{nearest(missing[0], state)}")
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise InvalidInput(

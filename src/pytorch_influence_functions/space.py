@@ -150,9 +150,7 @@ class Space:
         if flat.ndim != 2 or flat.shape[1] != self.size:
             raise InvalidInput(f"Expected a matrix [n, {self.size}], got shape {list(flat.shape)}.")
         n = len(flat)  # splitting an axis is always a view, whatever the strides
-        return Rows(
-            {k: Dense(flat[:, part].view(n, *self.blocks[k].shape)) for k, part in self.slices.items()}
-        )
+        return Rows({k: Dense(flat[:, part].view(n, *self.blocks[k].shape)) for k, part in self.slices.items()})
 
     def to_parameters(self, rows: Rows) -> dict[str, Tensor]:
         """Rows as parameter-shaped tensors `[n, *parameter.shape]` by name; inverse of `from_parameters`."""
@@ -241,9 +239,7 @@ def _select(model: nn.Module, names: _Names, selection: Selection) -> list[str]:
         for selector in [selection] if one else selection:  # type: ignore[union-attr]
             chosen |= _match(model, names, selector)  # type: ignore[arg-type]
         if not chosen:
-            raise InvalidInput(
-                "parameters= selects no parameter; pass None for everything that is trainable."
-            )
+            raise InvalidInput("parameters= selects no parameter; pass None for everything that is trainable.")
     return [name for name in names.parameters if name in chosen]
 
 
@@ -259,9 +255,7 @@ def _match(model: nn.Module, names: _Names, selector: Selector) -> set[str]:
     elif isinstance(selector, Tensor):
         wanted = {id(selector)}
         if not any(p is selector for p in names.parameters.values()):
-            raise InvalidInput(
-                f"A selected tensor of shape {list(selector.shape)} is no parameter of the model."
-            )
+            raise InvalidInput(f"A selected tensor of shape {list(selector.shape)} is no parameter of the model.")
     elif callable(selector):
         return {name for name, p in names.parameters.items() if _wanted(selector, name, p)}
     else:
@@ -293,9 +287,7 @@ def _match_pattern(model: nn.Module, names: _Names, pattern: str) -> set[str]:
         hint = nearest(pattern, known)
         if not hint:
             hint = f" There are {', '.join(map(repr, known[:6]))}{', ...' if len(known) > 6 else ''}."
-        raise UnknownName(
-            f"The pattern {pattern!r} matches no parameter and no module with parameters.{hint}"
-        )
+        raise UnknownName(f"The pattern {pattern!r} matches no parameter and no module with parameters.{hint}")
     return found
 
 
@@ -318,9 +310,7 @@ def _decays(names: _Names, decay: Mapping[str, float] | float) -> dict[str, floa
     for name, strength in decay.items():
         if name not in names.canonical:
             hint = nearest(name, names.canonical)
-            raise UnknownName(
-                f"Weight decay is given for {name!r}, which is no parameter of the model.{hint}"
-            )
+            raise UnknownName(f"Weight decay is given for {name!r}, which is no parameter of the model.{hint}")
         if not (math.isfinite(strength) and strength >= 0):
             raise InvalidInput(f"Weight decay must be finite and at least 0, got {strength} for {name!r}.")
     return {names.canonical[name]: float(strength) for name, strength in decay.items()}

@@ -138,10 +138,10 @@ def test_values_that_cannot_be_used(key: str, value: Any, words: str) -> None:
 def test_whatever_is_in_the_config_can_be_written_down(tmp_path: Path) -> None:
     t = toy()
     config = quick(tmp_path / "a" / "b", train_loader=t.train, test_loader=t.test, progress=lambda *_: None)
-    config.update(outdir=tmp_path / "a" / "b", test_sample_num=1)
+    config.update(outdir=tmp_path / "a" / "b", test_sample_num=1, recursion_depth=20)
     calc_img_wise(config, t.model)
     written = json.loads((tmp_path / "a" / "b" / "influences_results_meta_0-1.json").read_text())
-    assert written["train_loader"] == "<DataLoader>" and written["recursion_depth"] == 5000
+    assert written["train_loader"] == "<DataLoader>" and written["recursion_depth"] == 20
     assert written["outdir"] == str(tmp_path / "a" / "b")
 
 
@@ -165,10 +165,10 @@ def test_auto_tune_reaches_the_answer_in_fewer_steps() -> None:
     v = gradient(t.model, lambda: torch.nn.functional.cross_entropy(t.model(t.test_x[:1]), t.test_y[:1]))
     exact = torch.linalg.solve(h + asked * torch.eye(len(h), dtype=h.dtype), v)
     made = s_test(
-        t.test_x[:1], t.test_y[:1], t.model, t.train, progress=False, r=4, batch_size=config["batch_size"],
+        t.test_x[:1], t.test_y[:1], t.model, t.train, progress=False, r=2, batch_size=config["batch_size"],
         damp=config["damp"], scale=config["scale"], recursion_depth=config["recursion_depth"],
     )  # fmt: skip
-    assert (flat(made) - exact).norm() < 0.15 * exact.norm()
+    assert (flat(made) - exact).norm() < 0.2 * exact.norm()
 
 
 def test_auto_tune_never_diverges_on_inputs_forty_times_as_large(tmp_path: Path) -> None:
@@ -177,8 +177,8 @@ def test_auto_tune_never_diverges_on_inputs_forty_times_as_large(tmp_path: Path)
     with torch.no_grad():
         t.model.weight /= 40
     config = quick(tmp_path, scale=25.0, damp=0.01, batch_size=None, tolerance=1e-3)
-    config.auto_tune(t.model, DataLoader(large, batch_size=4), max_depth=300)
-    assert config["recursion_depth"] <= 300 and config["scale"] > 100
+    config.auto_tune(t.model, DataLoader(large, batch_size=4), max_depth=100)
+    assert config["recursion_depth"] <= 100 and config["scale"] > 100
     values = calc_img_wise(config, t.model, large, TensorDataset(40 * t.test_x, t.test_y)).scores.values
     assert bool(torch.isfinite(values).all())
 

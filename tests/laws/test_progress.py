@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from pytorch_influence_functions import progress as module
 from pytorch_influence_functions.errors import InvalidInput
 from pytorch_influence_functions.progress import Meter, progress, track
 from pytorch_influence_functions.world import World, current
+
+# The package gives the class `progress` that name; the module of the same name is found by its full one.
+module = sys.modules["pytorch_influence_functions.progress"]
 
 
 def test_a_callback_hears_every_step() -> None:

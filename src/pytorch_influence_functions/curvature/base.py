@@ -45,8 +45,8 @@ class Budget:
         """Raise `TooLarge` when `wanted` bytes are above the bound."""
         if wanted > self.bytes:
             raise TooLarge(
-                f"{what} would take {wanted / 2**30:.3g} GiB and the bound is {self.bytes / 2**30:.3g} GiB; {way_out}, or raise the bound "
-                "with Influence(memory=bytes)."
+                f"{what} would take {wanted / 2**30:.3g} GiB and the bound is {self.bytes / 2**30:.3g} GiB; {way_out}, "
+                "or raise the bound with Influence(memory=bytes)."
             )
 
 

@@ -25,13 +25,12 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
         return cause
     layer, where = _innermost(cause.__traceback__)
     floats = _first_float(layer)
-    given = next((t for _, t in _tensors(args, kwargs)), None)
+    given = None if floats is None else _misfit(floats.dtype, [t for _, t in _tensors(args, kwargs)])
     reason = _first_line(cause)
     seen = _shapes(args, kwargs)
     if (
         floats is not None
         and given is not None
-        and given.dtype != floats.dtype
         and any(word in str(cause) for word in _TYPE_WORDS)
         and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
     ):
@@ -41,23 +40,23 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
             f"{_conversion(given.dtype, floats.dtype)}."
         )
     return InvalidInput(
-        f"The model failed{f' at {where}' if where else ''} on inputs of shape {seen} ({type(cause).__name__}: {reason}); "
-        f"{_way_out(cause, layer)}."
+        f"The model failed{f' at {where}' if where else ''} on inputs of shape {seen} "
+        f"({type(cause).__name__}: {reason}); {_way_out(cause, layer)}."
     )
 
 
 def _way_out(cause: Exception, layer: nn.Module | None) -> str:
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return (
-            f"the embedding takes whole numbers from 0 to {layer.num_embeddings - 1}, so check the ids and convert them "
-            "with .long()"
+            f"the embedding takes whole numbers from 0 to {layer.num_embeddings - 1}, so check the ids and convert "
+            "them with .long()"
         )
     if isinstance(cause, NotImplementedError) and "forward" in str(cause):
         return "give the model a forward method that takes the inputs of a batch"
     if isinstance(cause, TypeError) and ("argument" in str(cause) or "keyword" in str(cause)):
         return (
-            "a batch (a, ..., y) is used as model(a, ...) and a mapping as model(**batch) without its labels, so let the "
-            "dataset give what forward takes"
+            "a batch (a, ..., y) is used as model(a, ...) and a mapping as model(**batch) without its labels, so let "
+            "the dataset give what forward takes"
         )
     return "give examples as the model was trained on, or try model(x) on one batch of them by hand"
 
@@ -82,6 +81,12 @@ def _innermost(trace: TracebackType | None) -> tuple[nn.Module | None, str]:
 def _first_float(layer: nn.Module | None) -> Tensor | None:
     parameters = () if layer is None else layer.parameters()
     return next((p for p in parameters if p.is_floating_point()), None)
+
+
+def _misfit(dtype: torch.dtype, inputs: list[Tensor]) -> Tensor | None:
+    """The input of another type than a layer's; whole numbers are suspected only where nothing else was given."""
+    other = [t for t in inputs if t.dtype != dtype]
+    return next((t for t in other if t.is_floating_point()), other[0] if len(inputs) == len(other) == 1 else None)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

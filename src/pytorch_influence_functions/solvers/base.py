@@ -24,12 +24,9 @@ class Result(enum.Enum):
     """How a solve ended. The values are the messages: cause and cure."""
 
     successful = ""
-    max_steps_reached = (
-        "max_steps came before rtol. Raise max_steps, raise the damping, or give a preconditioner."
-    )
+    max_steps_reached = "max_steps came before rtol. Raise max_steps, raise the damping, or give a preconditioner."
     stagnated = (
-        "Rounding stopped all progress before rtol was reached. "
-        "Use a float64 model, a larger rtol, or more damping."
+        "Rounding stopped all progress before rtol was reached. Use a float64 model, a larger rtol, or more damping."
     )
     diverged = (
         "The series grew instead of shrinking: the step is larger than 2 / (largest eigenvalue + damping), "
@@ -48,8 +45,7 @@ class Result(enum.Enum):
     )
     inaccurate = "The system is too ill-conditioned for the precision in use. Raise the damping."
     nonfinite_input = (
-        "The right-hand side holds NaN or infinity before any solving. "
-        "Look at the measure's gradient on these rows."
+        "The right-hand side holds NaN or infinity before any solving. Look at the measure's gradient on these rows."
     )
     nonfinite_output = (
         "The right-hand side is finite, but the curvature's product is not. Look for overflow or NaN in the "
@@ -112,9 +108,7 @@ class AbstractSolver(ABC, Generic[S]):
     rows."""
 
     @abstractmethod
-    def init(
-        self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
-    ) -> S:
+    def init(self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None) -> S:
         """Prepare for one operator and one D. `preconditioner.apply` approximates (C + D)^-1."""
 
     @abstractmethod
@@ -179,9 +173,7 @@ def refuse_input(rows: Rows, failed: tuple[int, ...], shift: Shift) -> Solution:
 def no_preconditioner(solver: str, preconditioner: AbstractOperator | None) -> None:
     """A direct solver that were handed a preconditioner would ignore it silently; it says so instead."""
     if preconditioner is not None:
-        raise InvalidInput(
-            f"{solver} solves directly and has no use for a preconditioner; drop it, or use CG()."
-        )
+        raise InvalidInput(f"{solver} solves directly and has no use for a preconditioner; drop it, or use CG().")
 
 
 def damping_that_works(smallest: float, scale: float) -> float:
@@ -195,8 +187,8 @@ def indefinite_words(smallest: float, largest: float, shift: Shift) -> str:
         # Zero within rounding: no wrong choice of curvature, only directions that no example fixes.
         return (
             f"The smallest eigenvalue of C plus weight decay is 0 within rounding ({smallest:.3g}) and the damping is "
-            f"{shift.damping:.3g}, so C + D is singular, not positive definite; use a positive damping such as Relative(0.1), or at "
-            f"least Absolute({damping_that_works(min(smallest, 0.0), largest):.3g})."
+            f"{shift.damping:.3g}, so C + D is singular, not positive definite; use a positive damping such as "
+            f"Relative(0.1), or at least Absolute({damping_that_works(min(smallest, 0.0), largest):.3g})."
         )
     return (
         f"The smallest eigenvalue of C plus weight decay is {smallest:.3g} and the damping is "

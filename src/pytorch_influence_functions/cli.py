@@ -1,0 +1,68 @@
+"""The command line: `ptif demo`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ._version import __version__
+from .errors import InfluenceError, MissingExtra, require
+
+
+def main() -> None:
+    """Entry point of `ptif`. Without typer and rich it says in one line how to install them."""
+    try:
+        require("rich", "cli")
+        app = build()
+    except MissingExtra as error:
+        raise SystemExit(f"ptif: {error}") from None
+    app()
+
+
+def build() -> Any:
+    """The typer application."""
+    typer = require("typer", "cli")
+    app = typer.Typer(
+        help="Which training examples made the model say that, and which of them are wrong?",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            print(__version__)
+            raise typer.Exit
+
+    @app.callback()  # type: ignore[untyped-decorator]
+    def ptif(
+        version: bool = typer.Option(
+            False, "--version", help="Print the version and stop.", callback=show_version, is_eager=True
+        ),
+    ) -> None:
+        pass
+
+    @app.command()  # type: ignore[untyped-decorator]
+    def demo(
+        out: Path = typer.Option(Path("demo"), "--out", help="Folder for what the demo writes."),
+        seed: int = typer.Option(0, "--seed", help="Seed of the initial weights and of the batches."),
+        quiet: bool = typer.Option(False, "--quiet", help="Print the summary only."),
+    ) -> None:
+        """Train a small CNN on real images, 10 % of them mislabelled; explain it, find them, check by retraining."""
+        from .demo.run import run
+        from .demo.screen import Screen, plain_output
+        from .demo.train import Recipe
+
+        plain_output()
+        try:
+            run(Screen(quiet), out, recipe=Recipe(seed=seed))
+        except InfluenceError as error:
+            print(f"ptif: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return app
+
+
+if __name__ == "__main__":
+    main()

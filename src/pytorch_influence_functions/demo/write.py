@@ -1,0 +1,105 @@
+"""What the demo leaves in its folder."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+from ..report.plots import plot_agreement, plot_influences
+from ..scores_io import write_bytes
+from .show import summary
+from .story import Removal, Story, agreement
+
+_PICTURE_ROW = 6
+
+
+def everything(story: Story, out: Path) -> list[tuple[str, str]]:
+    """Write all files into `out`; returns (name, what it is) for each.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    asked = story.scores[list(story.queries)]
+    plot_influences(asked, 0, _PICTURE_ROW, path=out / "influences.png")
+    _agreement(story.groups, out / "agreement.png", "Groups removed: mean test loss")
+    _agreement(story.singles, out / "agreement_single.png", "One image removed: one test loss")
+    story.scores.save(out / "scores.safetensors")
+    asked.to_json(out / "influence_results.json")
+    write_bytes(out / "label_errors.csv", _suspects(story).encode())
+    write_bytes(out / "summary.json", (json.dumps(_numbers(story), indent=1, allow_nan=False) + "\n").encode())
+    files = [
+        ("influences.png", "a test image, what helped it, what harmed it"),
+        ("agreement.png", "predicted against actual change, groups"),
+        ("agreement_single.png", "the same for single images"),
+        ("scores.safetensors", f"all {len(story.scores):,} x {story.scores.n_train:,} scores: ptif.Scores.load"),
+        ("influence_results.json", f"the {len(asked)} test images above, in the classic layout"),
+        ("label_errors.csv", "every training image, most suspected label first"),
+        ("summary.json", "the numbers of this run"),
+        ("summary.txt", "this list, the result, and how far to trust it"),
+    ]
+    write_bytes(out / "summary.txt", _text(story, files).encode())
+    return files
+
+
+def _agreement(removals: tuple[Removal, ...], path: Path, title: str) -> None:
+    plot_agreement(
+        [r.predicted for r in removals],
+        [r.actual for r in removals],
+        path=path,
+        title=title,
+        names=[r.name.partition(",")[0] for r in removals],
+    )
+
+
+def _suspects(story: Story) -> str:
+    data, t = story.data, story.trained
+    name = data.class_names
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("rank", "index", "label", "model_says", "predicted_loss_unseen", "loss", "planted", "true_label"))
+    for rank, i in enumerate(story.suspects.order.tolist(), 1):
+        rows.writerow(
+            (
+                rank,
+                i,
+                name[int(data.train_labels[i])],
+                name[int(t.train_said[i])],
+                f"{float(story.suspects.suspicion[i]):.6g}",
+                f"{float(t.train_losses[i]):.6g}",
+                int(data.planted[i]),
+                name[int(data.true_labels[i])],
+            )
+        )
+    return text.getvalue()
+
+
+def _numbers(story: Story) -> dict[str, object]:
+    s, t = story.suspects, story.trained
+    parts = {}
+    for name, removals in (("groups", story.groups), ("singles", story.singles)):
+        r, slope = agreement(removals)
+        parts[name] = {"correlation": r, "slope": slope, "removals": [dataclasses.asdict(x) for x in removals]}
+    return {
+        "recipe": dataclasses.asdict(story.recipe),
+        "accuracy": {"train": t.train_accuracy, "test": t.test_accuracy},
+        "queries": list(story.queries),
+        "label_errors": {
+            "first": s.count,
+            "by_influence": s.hits,
+            "by_highest_loss": s.hits_by_loss,
+            "in_random_order": s.hits_at_random,
+        },
+        **parts,
+        "seconds": story.seconds,
+    }
+
+
+def _text(story: Story, files: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in files)
+    lines = ["What `ptif demo` found", "", *summary(story), "", "Files", ""]
+    lines += [f"{name:<{width}}  {words}" for name, words in files]
+    lines += ["", "How far to trust it (print(scores.diagnostics))", "", str(story.scores.diagnostics), ""]
+    return "\n".join(lines)
