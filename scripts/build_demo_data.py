@@ -58,9 +58,7 @@ def build(folder: Path, target: Path = TARGET) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder with the four *-ubyte.gz files")
     parser.add_argument("--output", type=Path, default=TARGET)
     arguments = parser.parse_args()

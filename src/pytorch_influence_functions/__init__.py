@@ -71,12 +71,13 @@ from .solvers import Spectral as Spectral
 from .solvers import Woodbury as Woodbury
 
 __all__ = [
+    "CG",
+    "GGN",
     "Absolute",
     "Attribution",
     "Auto",
     "Bernoulli",
     "Budget",
-    "CG",
     "Cholesky",
     "Config",
     "CrossEntropy",
@@ -86,7 +87,6 @@ __all__ = [
     "Forecast",
     "FromFunction",
     "FromTraining",
-    "GGN",
     "Hessian",
     "Identity",
     "Influence",

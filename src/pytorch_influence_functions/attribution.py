@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,15 +15,15 @@ from torch import Tensor
 from .curvature import AbstractCurvature, Budget, EmpiricalFisher
 from .damping import AbstractDamping, Relative, Shift, as_damping
 from .data import Source
-from .errors import InvalidInput, NonFinite, name_ids
+from .errors import InvalidInput, NonFinite
 from .forward_mode import Products
 from .gradients import Derivatives, Slab
+from .ledger import Ledger, Standing, refuse_nonfinite
 from .objectives import AbstractObjective, FromFunction, as_objective, inputs_and_targets
 from .operators import AbstractOperator, AbstractSymmetric, Expansion, Gram
 from .problem import Checkpoint, Problem, at_checkpoint, sweep
 from .rows import Route, Rows
-from .ledger import Ledger, Standing, refuse_nonfinite
-from .scaling import AbstractScaling, Raw, leverage_corrected, rowwise
+from .scaling import AbstractScaling, Raw, rowwise
 from .scores import Scores, stacked
 from .solvers import AbstractSolver, Auto, Choice, Facts, Forecast, Solution, choose, forecast, form_for, inverse_of
 from .topk import TopK
@@ -229,7 +228,7 @@ def _words(spec: Influence, choice: Choice) -> str:
     parts = [f"{choice.curvature!r}", f"{choice.solver!r}", f"damping={spec.damping!r}"]
     if spec.preconditioner is not None:
         parts.append(f"preconditioner={spec.preconditioner!r}")
-    if spec.scaling != Raw():
+    if not isinstance(spec.scaling, Raw):
         parts.append(f"scaling={spec.scaling!r}")
     return f"Influence({', '.join(parts)})"
 
@@ -278,9 +277,7 @@ class Attribution:
             ) from cause
         return {x: self.redamped(x).score(queries, measure) for x in values}
 
-    def score(
-        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None
-    ) -> Scores:
+    def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
         """Predicted change of the measure on every query when each training example is removed.
 
         Args:
@@ -422,7 +419,7 @@ class Attribution:
         """(training ids, <solved, training rows> [q, n]) over the training data, once."""
         stored, route, d = member.stored, Route.of(self.spec.route), member.derivatives
         world = current()
-        if stored is not None and self.spec.scaling == Raw():
+        if stored is not None and self.spec.scaling.first_order:
             self._see_labels(member, ledger)
             ids = torch.arange(len(stored))
             # Every rank holds all stored rows; one of them speaks.
@@ -444,18 +441,15 @@ class Attribution:
                 ledger.see_training(ids, batch)
 
     def _training_rows(self, member: Member) -> Iterator[Slab]:
-        d = member.derivatives
-        if self.spec.scaling == Raw():
-            return d.stream(label="scoring")
-        return leverage_corrected(d, member.solve, len(self.problem))
+        return self.spec.scaling.rows(member.derivatives, member.solve, len(self.problem))
 
     def _by_forward_mode(self, d: Derivatives, route: Route, queries: int) -> bool:
         if route is Route.FORWARD:
-            if self.spec.scaling != Raw():
+            if not self.spec.scaling.first_order:
                 raise InvalidInput("route='forward' makes no rows, which Leverage() needs; leave the route to 'auto'.")
             return True
         ruleless = bool(d.vmapped or d.looped)
-        return route is Route.AUTO and ruleless and queries <= _FORWARD_QUERIES and self.spec.scaling == Raw()
+        return route is Route.AUTO and ruleless and queries <= _FORWARD_QUERIES and self.spec.scaling.first_order
 
     def _forward(self, d: Derivatives, solved: Rows, ledger: Ledger) -> Iterator[tuple[Tensor, Tensor]]:
         products: Products | None = None

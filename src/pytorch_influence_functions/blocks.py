@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
 # Largest piece of written-out rows, in numbers, while rows are combined.
 _PIECE = 1 << 25
 

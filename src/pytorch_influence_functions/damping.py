@@ -62,9 +62,7 @@ class Relative(AbstractDamping):
     def of(self, operator: HasMeanEigenvalue) -> float:
         mean = operator.mean_eigenvalue()
         if not math.isfinite(mean):
-            raise NonFinite(
-                f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data."
-            )
+            raise NonFinite(f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data.")
         if mean <= 0:
             raise InvalidInput(
                 f"Relative() scales the mean eigenvalue of the curvature, which is {mean:.3g} here; "
@@ -112,9 +110,7 @@ class FromTraining(AbstractDamping):
 
     def __post_init__(self) -> None:
         if _finite_number("FromTraining's lr", self.lr) <= 0:
-            raise InvalidInput(
-                f"FromTraining(lr={self.lr}) must be positive: the mean learning rate of the run."
-            )
+            raise InvalidInput(f"FromTraining(lr={self.lr}) must be positive: the mean learning rate of the run.")
         if _finite_number("FromTraining's steps", self.steps) < 1:
             raise InvalidInput(f"FromTraining(steps={self.steps}) must be at least 1: the optimiser's steps.")
         if not 0 <= _finite_number("FromTraining's momentum", self.momentum) < 1:
@@ -177,9 +173,7 @@ class Shift:
         names = list(names)
         if self.decay and set(self.decay) != set(names):
             odd = sorted(set(self.decay) ^ set(names))
-            raise InvalidInput(
-                f"The weight decay must name every block of the space or none; check {odd[:5]}."
-            )
+            raise InvalidInput(f"The weight decay must name every block of the space or none; check {odd[:5]}.")
         return {name: self.damping + self.decay.get(name, 0.0) for name in names}
 
     def apply(self, rows: Rows) -> Rows:

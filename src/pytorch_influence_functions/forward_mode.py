@@ -165,8 +165,8 @@ class Products:
         bound = tolerance(like.dtype) * scale
         if bool((uhv - vhu).abs() > bound) or bool((alone - products[0]).norm() > bound):
             raise InvalidInput(
-                f"The second derivative of this model is not symmetric (u.Hv = {float(uhv):.4g}, v.Hu = {float(vhu):.4g}): "
-                "an operation's double backward is wrong in this version of PyTorch; use GGN() instead of Hessian()."
+                f"The second derivative of this model is not symmetric (u.Hv = {float(uhv):.4g}, "
+                f"v.Hu = {float(vhu):.4g}): an operation's double backward is wrong in this version of PyTorch; use GGN() instead of Hessian()."
             )
 
     def _push(self, batch: Any, directions: Rows) -> Tensor:
@@ -258,6 +258,4 @@ def _hessian_by_reverse(total: Callable[[Tree], Tensor], here: Tree, v: Tree) ->
 
 
 def _filled(leaves: Tree, found: tuple[Tensor | None, ...]) -> Tree:
-    return {
-        k: torch.zeros_like(leaves[k]) if g is None else g.detach() for k, g in zip(leaves, found, strict=True)
-    }
+    return {k: torch.zeros_like(leaves[k]) if g is None else g.detach() for k, g in zip(leaves, found, strict=True)}

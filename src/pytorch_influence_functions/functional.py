@@ -44,9 +44,7 @@ def per_example_vjp(
 
     def one(c: Tensor, *parts: Tensor) -> dict[str, Tensor]:
         taken = iter(parts)
-        one_batch = map_tensors(
-            batch, lambda t: next(taken).unsqueeze(0) if t.dim() > 0 and t.shape[0] == n else t
-        )
+        one_batch = map_tensors(batch, lambda t: next(taken).unsqueeze(0) if t.dim() > 0 and t.shape[0] == n else t)
 
         def f(p: dict[str, Tensor]) -> Tensor:
             return objective.outputs(at(model, p), one_batch).reshape(c.shape)

@@ -352,9 +352,7 @@ def _without(site: Site, blocks: list[str]) -> Site:
     return replace(site, parts={k: v for k, v in site.parts.items() if k not in blocks})
 
 
-def _with_fallback(
-    plan: Derivatives, probe: _Probe, blocks: tuple[str, ...], spec: Mapping[str, Any]
-) -> Derivatives:
+def _with_fallback(plan: Derivatives, probe: _Probe, blocks: tuple[str, ...], spec: Mapping[str, Any]) -> Derivatives:
     """Blocks without a rule: by vmap where that agrees with the definition, else one by one; said in one log line."""
     if not blocks:
         return plan

@@ -171,5 +171,6 @@ def refuse_nonfinite(values: Tensor, at: Tensor, ids: Tensor) -> None:
     if len(bad):
         raise NonFinite(
             f"Scores of queries {name_ids(sorted(set(at[bad[:, 0].cpu()].tolist())))} are NaN or infinite at training "
-            f"indices {name_ids(sorted(set(ids[bad[:, 1].cpu()].tolist())))}; look at these examples or raise the damping."
+            f"indices {name_ids(sorted(set(ids[bad[:, 1].cpu()].tolist())))}; look at these examples "
+            "or raise the damping."
         )

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from .attribution import Influence
 from .curvature import GGN, AbstractCurvature, EmpiricalFisher, Hessian, Identity
-from .damping import AbstractDamping, Absolute, Relative
+from .damping import Absolute, AbstractDamping, Relative
 from .scaling import Leverage
 from .solvers import CG, Neumann, Spectral, Woodbury
 
 DEFAULT_DAMPING = Relative(1.0)
-"""One mean eigenvalue of the curvature. On a Fashion-MNIST perceptron (2,000 images, linear datamodelling score over 60
-half subsets x 3 seeds) the dual of the empirical Fisher scores .35 at a share of 0.1, .38 at 1, .39 at 4 and .37 at 13:
-flat around this value, and lower below it."""
+"""One mean eigenvalue of the curvature. On a Fashion-MNIST perceptron (2,000 images, linear datamodelling score over
+60 half subsets x 3 seeds) the dual of the empirical Fisher scores .35 at a share of 0.1, .38 at 1, .39 at 4 and .37 at
+13: flat around this value, and lower below it."""
 
 
 def grad_dot() -> Influence:
@@ -29,10 +29,10 @@ def grad_dot() -> Influence:
 
 
 def koh_liang(damping: AbstractDamping | float = 0.01, rtol: float = 1e-5, max_steps: int = 500) -> Influence:
-    """Influence functions by conjugate gradients on the exact Hessian, the damping of the paper's networks by default.
+    """Influence functions by conjugate gradients on the exact Hessian; the paper's damping by default.
 
     Cost: about 100 epochs for all queries together. Raises when it meets negative curvature.
-    Reference: Koh & Liang (2017). Identity: equals the dense float64 solve; on ridge, leave-one-out by Sherman-Morrison.
+    Reference: Koh & Liang (2017). Identity: equals the dense float64 solve; ridge leave-one-out in closed form.
     """
     return Influence(Hessian(), CG(rtol=rtol, max_steps=max_steps), damping)
 
@@ -48,7 +48,8 @@ def lissa(
     """LiSSA on the Hessian: stochastic gradient descent on 1/2 u^T (H + lambda) u - v^T u.
 
     Step, batch and depth are measured when not given (theory: 1/step >= lambda_max + lambda + trace/batch).
-    Cost: independent of N for fixed depth. References: Agarwal et al. (2017), Koh & Liang (2017), Klochkov & Liu (2024).
+    Cost: independent of N for fixed depth. References: Agarwal et al. (2017), Koh & Liang (2017),
+    Klochkov & Liu (2024).
     Identity: its fixed point is the dense solve.
     """
     return Influence(
@@ -56,10 +57,8 @@ def lissa(
     )
 
 
-def gauss_newton(
-    damping: AbstractDamping | float | None = None, rtol: float = 1e-3, max_steps: int = 300
-) -> Influence:
-    """Conjugate gradients on the exact Gauss-Newton matrix, all queries at once: no approximation but the solver's rtol.
+def gauss_newton(damping: AbstractDamping | float | None = None, rtol: float = 1e-3, max_steps: int = 300) -> Influence:
+    """Conjugate gradients on the exact Gauss-Newton matrix, all queries at once, exact up to the solver's rtol.
 
     Cost: 2 x (queries) epochs per step. Reference: Martens (2010); Bae et al. (2022) for why the Gauss-Newton matrix.
     Identity: equals the dense float64 solve.

@@ -6,18 +6,18 @@ it also removes its share of the curvature. `Leverage()` corrects for that.
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .errors import NotLikelihood
 from .gradients import Derivatives, Slab, slopes
 from .objectives import AbstractLikelihood
-from .errors import NotLikelihood
 from .operators import Expansion
 from .problem import sweep
 from .rows import Rows
@@ -25,7 +25,14 @@ from .solvers import Solution
 
 
 class AbstractScaling(ABC):
-    """How raw scores are rescaled."""
+    """How raw scores are rescaled: by which rows stand for the training examples."""
+
+    first_order: ClassVar[bool]
+    """Whether the rows are the plain loss gradients, so that stored rows and forward mode may stand in for them."""
+
+    @abstractmethod
+    def rows(self, derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int) -> Iterator[Slab]:
+        """The training rows, batch by batch in dataset order."""
 
 
 @final
@@ -33,18 +40,28 @@ class AbstractScaling(ABC):
 class Raw(AbstractScaling):
     """The first-order scores as they are."""
 
+    first_order: ClassVar[bool] = True
+
+    def rows(self, derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int) -> Iterator[Slab]:
+        return derivatives.stream(label="scoring")
+
 
 @final
 @dataclass(frozen=True)
 class Leverage(AbstractScaling):
     r"""One Newton step for the removal of each single example, instead of the first-order term.
 
-    With A_i = J_i (C + lambda)^-1 J_i^T and H_i the loss's Hessian in the outputs, example i's slope s_i is replaced by
-    (I - H_i A_i / N)^-1 s_i; for one output that divides by 1 - leverage. Exact for ridge regression's leave-one-out
+    With A_i = J_i (C + lambda)^-1 J_i^T and H_i the loss's Hessian in the outputs, example i's slope s_i is replaced
+    by (I - H_i A_i / N)^-1 s_i; for one output that divides by 1 - leverage. Exact for ridge regression's leave-one-out
     (Sherman-Morrison). Costs one solve per example and output.
 
     Reference: Rubinstein & Hopkins (2025), "Rescaled Influence Functions".
     """
+
+    first_order: ClassVar[bool] = False
+
+    def rows(self, derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int) -> Iterator[Slab]:
+        return leverage_corrected(derivatives, solve, count)
 
 
 def rowwise(a: Rows | Expansion, b: Rows) -> Float[Tensor, " n"]:
@@ -61,8 +78,8 @@ def leverage_corrected(derivatives: Derivatives, solve: Callable[[Rows], Solutio
     objective = derivatives.objective
     if not isinstance(objective, AbstractLikelihood):
         raise NotLikelihood(
-            f"Leverage() needs the Hessian of the loss in the model's outputs, and {type(objective).__name__} gives none; "
-            "use CrossEntropy(), SquaredError() or Bernoulli(), or scaling=Raw()."
+            f"Leverage() needs the Hessian of the loss in the model's outputs, and {type(objective).__name__} gives "
+            "none; use CrossEntropy(), SquaredError() or Bernoulli(), or scaling=Raw()."
         )
     for ids, batch in sweep(derivatives.problem, label="leverages"):
         n = len(ids)

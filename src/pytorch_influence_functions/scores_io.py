@@ -60,9 +60,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write(
-    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
-) -> None:
+def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write named tensors and one record of plain values as a file of the given kind.
 
     Raises:
@@ -96,9 +94,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
                 _check(header, name, kind)
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, json.JSONDecodeError, OSError) as cause:
-        raise InvalidInput(
-            f"{name!r} is not a file of saved {kind}, or is damaged ({cause}); save it anew."
-        ) from cause
+        raise InvalidInput(f"{name!r} is not a file of saved {kind}, or is damaged ({cause}); save it anew.") from cause
     if header is None:
         raise InvalidInput(
             f"{name!r} is a safetensors file, but not one of saved {kind}; give a file written by save()."
@@ -107,11 +103,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
 
 
 def _check(header: Any, name: str, kind: str) -> None:
-    if (
-        not isinstance(header, dict)
-        or header.get("kind") != kind
-        or not isinstance(header.get("record"), dict)
-    ):
+    if not isinstance(header, dict) or header.get("kind") != kind or not isinstance(header.get("record"), dict):
         found = header.get("kind") if isinstance(header, dict) else type(header).__name__
         raise InvalidInput(f"{name!r} holds {found}, not {kind}; give a file written by their save().")
     if header.get("format") != FORMAT:

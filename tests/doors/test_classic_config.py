@@ -183,6 +183,16 @@ def test_auto_tune_never_diverges_on_inputs_forty_times_as_large(tmp_path: Path)
     assert bool(torch.isfinite(values).all())
 
 
+def test_auto_tune_lowers_r_where_runs_agree() -> None:
+    t = toy(n=24)
+    agreed = Config(progress=False, r=10, damp=0.02).auto_tune(t.model, (t.x[:16], t.y[:16]))
+    assert agreed["batch_size"] == 16 and agreed["r"] == 1  # as large as the data: nothing is random
+    noisy = Config(progress=False, r=3, damp=0.02).auto_tune(t.model, t.train, noise=1e-3)
+    assert noisy["r"] == 3
+    between = Config(progress=False, r=1000, damp=0.02).auto_tune(t.model, t.train, noise=0.02)
+    assert 1 < between["r"] < 1000
+
+
 def test_auto_tune_needs_data_and_damping() -> None:
     t = toy()
     with pytest.raises(InvalidInput, match="needs the training data"):

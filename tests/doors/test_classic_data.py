@@ -235,13 +235,13 @@ def test_regression_with_a_loss_of_its_own(tmp_path: Path) -> None:
     fit(model, x, y, nn.functional.mse_loss)
     made = [
         calc_img_wise(
-            quick(tmp_path, test_sample_num=False, test_sample_start_per_class=18, scale=10, damp=0.01, recursion_depth=150),
+            quick(tmp_path, test_sample_start_per_class=19, scale=10, damp=0.01, recursion_depth=30),
             model, (x, y), (x, y), loss_fn=loss,
         )
         for loss in (nn.MSELoss(), lambda f, u: (f - u).square().mean(), nn.functional.mse_loss)
     ]  # fmt: skip
     assert all(isinstance(v["label"], list) and len(v["label"]) == 2 for v in made[0].values())
-    assert made[0]["18"]["influence"][18] > 0  # an example helps itself
+    assert made[0]["19"]["influence"][19] > 0  # an example helps itself
     assert torch.allclose(made[0].scores.values, made[1].scores.values, rtol=1e-8)
     assert torch.equal(made[0].scores.values, made[2].scores.values)
     with pytest.raises(InvalidInput, match="not class numbers"):
@@ -320,7 +320,7 @@ def test_init_logging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, InfluenceResult]:
     t = toy(n=60, tests=9, flipped=12)
-    return t, calc_img_wise(quick(tmp_path_factory.mktemp("fitted"), recursion_depth=80), t.model, t.train, t.test)
+    return t, calc_img_wise(quick(tmp_path_factory.mktemp("fitted"), recursion_depth=30), t.model, t.train, t.test)
 
 
 @pytest.mark.parametrize("which", ["helpful", "harmful"])

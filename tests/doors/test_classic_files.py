@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,6 @@ def test_calc_s_test_and_calc_grad_z_round_trip(t: Toy, both: tuple[Path, Result
 def test_custom_patterns_round_trip(t: Toy, tmp_path: Path) -> None:
     config = short(
         tmp_path,
-        s_test_pattern="r{r}/test {i} (depth {d}).pt",
         grad_z_pattern="{i}-of-{i}.z",
         save_pth=str(tmp_path / "v"),
     )
@@ -273,11 +273,8 @@ def test_names_never_collide(t: Toy, tmp_path: Path) -> None:
     config = short(tmp_path, results_name="mine_{start}_{num}")
     paths = [calc_img_wise(config, t.model, t.train, t.test).path for _ in range(3)]
     assert paths[0] == tmp_path / "mine_0_1.json" and len(set(paths)) == 3
-    import re
-
     assert all(p and re.fullmatch(r"mine_0_1_\d{4}(-\d\d){5}(-\d+)?\.json", p.name) for p in paths[1:])
     loaded = InfluenceResult.load(paths[0])  # type: ignore[arg-type]
-    assert loaded.influences == InfluenceResult.load(paths[2]).influences or True
     assert loaded.harmful == InfluenceResult.load(paths[1]).harmful  # type: ignore[arg-type]
     (tmp_path / "other.json").write_text("[1, 2]")
     with pytest.raises(InvalidInput, match="not a result of calc_img_wise"):

@@ -207,9 +207,7 @@ def test_a_residual_that_lies_would_be_caught() -> None:
     solver = CG(rtol=1e-9, max_steps=2000)
     solution = solver.solve(solver.init(operator, Shift(1e-2)), b)
     solution.unwrap()
-    assert (
-        float(dense_residual(space, matrix.matrix, Shift(1e-2), solution.value.flat(), b.flat()).max()) < 1e-9
-    )
+    assert float(dense_residual(space, matrix.matrix, Shift(1e-2), solution.value.flat(), b.flat()).max()) < 1e-9
 
 
 def test_what_is_not_finite_is_told_apart() -> None:
@@ -263,7 +261,5 @@ def test_rounding_is_not_mistaken_for_negative_curvature() -> None:
     space, solver = a_space(), CG(rtol=1e-6, max_steps=300)
     g = some_rows(space, 5, dtype=torch.float32)
     b = some_rows(space, 20, 3, dtype=torch.float32)
-    solution = solver.solve(
-        solver.init(Gram(space, g, 5), Shift(0.0)), b
-    )  # singular, and b is not in its range
+    solution = solver.solve(solver.init(Gram(space, g, 5), Shift(0.0)), b)  # singular, and b is not in its range
     assert solution.result in (Result.stagnated, Result.max_steps_reached)

@@ -77,9 +77,7 @@ def test_shift_is_the_dense_diagonal() -> None:
     for rows in (some_rows(space, 4), outer_rows(space, 4, terms=3)):
         expected = rows.flat() @ dense_shift(space, shift)
         torch.testing.assert_close(shift.apply(rows).flat(), expected, rtol=1e-12, atol=0)
-        torch.testing.assert_close(
-            shift.inverse(shift.apply(rows)).flat(), rows.flat(), rtol=1e-12, atol=1e-14
-        )
+        torch.testing.assert_close(shift.inverse(shift.apply(rows)).flat(), rows.flat(), rtol=1e-12, atol=1e-14)
 
 
 def test_shift_knows_when_it_is_one_number() -> None:

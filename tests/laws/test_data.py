@@ -203,9 +203,7 @@ DRAWS = [lambda: torch.rand(1), lambda: float(np.random.rand()), random.random]
 def test_random_augmentation_is_noticed_and_the_generators_put_back(draw: Any) -> None:
     source = Source.of(Noisy(draw))
     before = torch.get_rng_state(), np.random.get_state()[2]
-    with pytest.warns(
-        TrainingDataWarning, match="Item 0 of the dataset was read twice.*one random draw per pass"
-    ):
+    with pytest.warns(TrainingDataWarning, match="Item 0 of the dataset was read twice.*one random draw per pass"):
         source.check_deterministic("warn")
     assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[2] == before[1]
     with warnings.catch_warnings():

@@ -149,9 +149,7 @@ def test_unwrap_names_the_worst_rows() -> None:
     space = a_space()
     residual = torch.tensor([1e-9, 0.5, 0.1, math.nan], dtype=F64)
     value: Rows = some_rows(space, 4)
-    failed = Solution(
-        value, residual, Result.max_steps_reached, 7, {"damping": 0.25}, (1, 2, 3), "More words."
-    )
+    failed = Solution(value, residual, Result.max_steps_reached, 7, {"damping": 0.25}, (1, 2, 3), "More words.")
     with pytest.raises(SolveFailed) as caught:
         failed.unwrap()
     words = str(caught.value)

@@ -176,7 +176,7 @@ def test_batch_statistics_are_refused() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)).double()
     conv = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3, track_running_stats=False), nn.Flatten()).double()
     x, y = torch.randn(6, 5).double(), torch.randint(0, 3, (6,))
-    with pytest.raises(InvalidInput, match="not on one alone .*use running statistics or GroupNorm"):
+    with pytest.raises(InvalidInput, match=r"not on one alone .*use running statistics or GroupNorm"):
         Derivatives.of(problem_of(model, x, y))
     with pytest.raises(InvalidInput, match=r"changes by .* with the examples beside it"):
         Derivatives.of(problem_of(conv, torch.randn(6, 2, 4).double(), y))

@@ -48,9 +48,7 @@ class Reading:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Reading):
             return False
-        return any(self.state == s for s in other.following()) or any(
-            other.state == s for s in self.following()
-        )
+        return any(self.state == s for s in other.following()) or any(other.state == s for s in self.following())
 
     def following(self) -> list[Any]:
         generator = random.Random()

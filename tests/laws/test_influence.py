@@ -67,7 +67,11 @@ METHODS = {
     "hessian spectral": ("hessian", lambda lam: ptif.Influence(ptif.Hessian(), ptif.Spectral(), lam), 1e-10),
     "hessian cholesky": ("hessian", lambda lam: ptif.Influence(ptif.Hessian(), ptif.Cholesky(), lam), 1e-10),
     "hessian cg": ("hessian", lambda lam: ptif.Influence(ptif.Hessian(), ptif.CG(1e-11, 400), lam), 1e-8),
-    "ggn lissa": ("ggn", lambda lam: ptif.Influence(ptif.GGN(), ptif.Neumann(batch_size=60, tolerance=1e-4), lam), 2e-2),
+    "ggn lissa": (
+        "ggn",
+        lambda lam: ptif.Influence(ptif.GGN(), ptif.Neumann(batch_size=60, tolerance=1e-4), lam),
+        2e-2,
+    ),
     "ggn spectral": ("ggn", lambda lam: ptif.Influence(ptif.GGN(), ptif.Spectral(), lam), 1e-10),
     "ggn dual": ("ggn", lambda lam: ptif.Influence(ptif.GGN(), ptif.Woodbury(), lam), 1e-8),
     "ggn cg": ("ggn", lambda lam: ptif.Influence(ptif.GGN(), ptif.CG(1e-11, 400), lam), 1e-8),
@@ -77,7 +81,11 @@ METHODS = {
         lambda lam: ptif.Influence(ptif.GGN(), ptif.CG(1e-11, 400), lam, preconditioner=ptif.EmpiricalFisher()),
         1e-8,
     ),
-    "empirical spectral": ("empirical", lambda lam: ptif.Influence(ptif.EmpiricalFisher(), ptif.Spectral(), lam), 1e-10),
+    "empirical spectral": (
+        "empirical",
+        lambda lam: ptif.Influence(ptif.EmpiricalFisher(), ptif.Spectral(), lam),
+        1e-10,
+    ),
     "empirical dual": ("empirical", lambda lam: ptif.dual(damping=lam), 1e-8),
     "empirical cg": ("empirical", lambda lam: ptif.Influence(ptif.EmpiricalFisher(), ptif.CG(1e-11, 400), lam), 1e-8),
     "auto": ("ggn", lambda lam: ptif.Influence(damping=lam), 1e-10),
@@ -216,13 +224,19 @@ def test_decay_that_differs_by_parameter(solver: Any) -> None:
 @pytest.mark.parametrize("method", [ptif.grad_dot(), ptif.Influence(ptif.GGN(), ptif.CG(1e-11, 400), SMALL)])
 def test_scores_do_not_depend_on_the_route(route: Route, method: ptif.Influence) -> None:
     model, x, y, xq, yq = mlp()
-    want = oracle("identity" if method == ptif.grad_dot() else "ggn", (model, x, y, xq, yq), 0.0 if method == ptif.grad_dot() else SMALL)
+    want = oracle(
+        "identity" if method == ptif.grad_dot() else "ggn",
+        (model, x, y, xq, yq),
+        0.0 if method == ptif.grad_dot() else SMALL,
+    )
     forced = ptif.Influence(method.curvature, method.solver, method.damping, route=route)
     got = forced.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
     assert relative_gap(got.values, want) < 1e-8
 
 
-@pytest.mark.parametrize("name", ["conv2d stride", "batch norm 2d", "tied", "lstm", "attention", "encoder layer", "called twice"])
+@pytest.mark.parametrize(
+    "name", ["conv2d stride", "batch norm 2d", "tied", "lstm", "attention", "encoder layer", "called twice"]
+)
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 def test_matrix_free_products_equal_dense_curvature(name: str, curvature: str) -> None:
     model, x, y = build(next(c for c in CASES if c.name == name))
@@ -249,7 +263,14 @@ def test_matrix_free_products_equal_dense_curvature(name: str, curvature: str) -
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-@pytest.mark.parametrize("method", [ptif.dual(damping=SMALL), ptif.Influence(ptif.GGN(), ptif.CG(1e-9, 400), 0.1), ptif.Influence(ptif.Fisher(samples=2), ptif.Spectral(), SMALL)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ptif.dual(damping=SMALL),
+        ptif.Influence(ptif.GGN(), ptif.CG(1e-9, 400), 0.1),
+        ptif.Influence(ptif.Fisher(samples=2), ptif.Spectral(), SMALL),
+    ],
+)
 def test_batch_size_does_not_matter(batch_size: int, method: ptif.Influence) -> None:
     model, x, y, xq, yq = mlp(n=30)
     want = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method, batch_size=64)
@@ -265,7 +286,9 @@ def test_a_shuffling_loader_changes_nothing() -> None:
     got = ptif.attribute(model, loader, (xq, yq), loss=nn.CrossEntropyLoss())
     assert relative_gap(got.values, want.values) < 1e-9
     order = torch.randperm(len(x))
-    shuffled = ptif.attribute(model, torch.utils.data.Subset(train, order.tolist()), (xq, yq), loss=nn.CrossEntropyLoss())
+    shuffled = ptif.attribute(
+        model, torch.utils.data.Subset(train, order.tolist()), (xq, yq), loss=nn.CrossEntropyLoss()
+    )
     assert relative_gap(shuffled.values, want.values[:, order]) < 1e-9
 
 
@@ -318,7 +341,9 @@ def test_checkpoints_are_averaged_and_the_weights_come_back() -> None:
         model.load_state_dict(state)
         singles.append(ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), damping=SMALL).values)
     model.load_state_dict(first)
-    both = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), damping=SMALL, checkpoints=[first, second])
+    both = ptif.attribute(
+        model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), damping=SMALL, checkpoints=[first, second]
+    )
     assert relative_gap(both.values, (singles[0] + singles[1]) / 2) < 1e-9
     assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
 
@@ -366,7 +391,9 @@ def test_more_queries_than_parameters() -> None:
     x, y = torch.randn(30, 2).double(), torch.randint(0, 2, (30,))
     g = example_gradients(model, cross_entropy, x, y)
     want = influence(dense_ggn(model, cross_entropy, x, y), SMALL, g, g)
-    got = ptif.attribute(model, (x, y), (x, y), loss=nn.CrossEntropyLoss(), method=ptif.Influence(ptif.GGN(), ptif.CG(1e-11), SMALL))
+    got = ptif.attribute(
+        model, (x, y), (x, y), loss=nn.CrossEntropyLoss(), method=ptif.Influence(ptif.GGN(), ptif.CG(1e-11), SMALL)
+    )
     assert relative_gap(got.values, want) < 1e-8
 
 

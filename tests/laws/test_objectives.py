@@ -140,9 +140,7 @@ def test_closed_forms_hold_at_every_listed_case(name: str) -> None:
 
 
 @each_likelihood
-def test_sampled_cotangents_have_the_hessian_as_their_covariance(
-    name: str, generator: torch.Generator
-) -> None:
+def test_sampled_cotangents_have_the_hessian_as_their_covariance(name: str, generator: torch.Generator) -> None:
     objective, outputs, batch = case(name, 2)
     many = 20_000
     wide = outputs.repeat(many, *[1] * (outputs.dim() - 1))
@@ -192,9 +190,7 @@ def test_samples_leave_what_is_ignored_and_keep_the_kind_of_batch() -> None:
         drawn = CrossEntropy().sample(f, batch)
         assert type(drawn) is type(batch)
         assert inputs_and_targets(drawn)[2][1] == -100
-    causal = TokenCrossEntropy(shift=True).sample(
-        torch.randn(1, 4, 9), (None, torch.tensor([[7, 1, -100, 3]]))
-    )
+    causal = TokenCrossEntropy(shift=True).sample(torch.randn(1, 4, 9), (None, torch.tensor([[7, 1, -100, 3]])))
     assert causal[1][0, 0] == 7 and causal[1][0, 2] == -100
 
 
@@ -217,9 +213,7 @@ def test_losses_work_under_vmap_jvp_and_second_derivatives(name: str) -> None:
     slope = grad(lambda f: objective.losses(f, batch).sum())(outputs)
     _, along = jvp(lambda f: objective.losses(f, batch), (outputs,), (v,))
     close(along, (slope * v).reshape(len(v), -1).sum(1))
-    moved = vmap(lambda d: jvp(lambda f: objective.losses(f, batch), (outputs,), (d,))[1])(
-        torch.stack([v, 2 * v])
-    )
+    moved = vmap(lambda d: jvp(lambda f: objective.losses(f, batch), (outputs,), (d,))[1])(torch.stack([v, 2 * v]))
     close(moved[1], 2 * along)
     # Forward over reverse, as Hessian products are made; one example's loss knows nothing of the others.
     _, curved = jvp(grad(lambda f: objective.losses(f, batch).sum()), (outputs,), (v,))
@@ -382,9 +376,7 @@ def test_batches_are_taken_apart() -> None:
     assert inputs_and_targets({"a": x, "label": y}) == ((), {"a": x}, y)
 
 
-@pytest.mark.parametrize(
-    "objective", [CrossEntropy(), SquaredError(), Bernoulli(), Margin(), FromFunction(abs)]
-)
+@pytest.mark.parametrize("objective", [CrossEntropy(), SquaredError(), Bernoulli(), Margin(), FromFunction(abs)])
 def test_outputs_are_found_in_what_models_return(objective: AbstractObjective) -> None:
     f = torch.ones(2, 3)
     batch = {"x": f, "labels": torch.zeros(2)}
@@ -394,9 +386,7 @@ def test_outputs_are_found_in_what_models_return(objective: AbstractObjective) -
 
 def test_records_compare_hash_and_show_their_settings() -> None:
     w = torch.tensor([1.0, 2.0])
-    assert CrossEntropy(w) == CrossEntropy(w.clone()) and hash(CrossEntropy(w)) == hash(
-        CrossEntropy(w.clone())
-    )
+    assert CrossEntropy(w) == CrossEntropy(w.clone()) and hash(CrossEntropy(w)) == hash(CrossEntropy(w.clone()))
     assert CrossEntropy(w) != CrossEntropy() and CrossEntropy() != Margin()
     assert repr(CrossEntropy()) == "CrossEntropy()"
     assert repr(CrossEntropy(w, 0.1)) == "CrossEntropy(weight=[1, 2], label_smoothing=0.1)"
@@ -442,9 +432,7 @@ def test_every_dtype_is_kept(name: str, dtype: torch.dtype, generator: torch.Gen
 
 def test_losses_are_mapped() -> None:
     w = torch.tensor([1.0, 2.0])
-    assert as_objective(nn.CrossEntropyLoss(w, ignore_index=1, label_smoothing=0.1)) == CrossEntropy(
-        w, 0.1, 1
-    )
+    assert as_objective(nn.CrossEntropyLoss(w, ignore_index=1, label_smoothing=0.1)) == CrossEntropy(w, 0.1, 1)
     assert as_objective(nn.MSELoss()) == SquaredError(average=True, half=False)
     assert as_objective(nn.BCEWithLogitsLoss(pos_weight=w)) == Bernoulli(pos_weight=w, average=True)
     assert as_objective(nn.BCELoss()) == Bernoulli(average=True, from_probabilities=True)

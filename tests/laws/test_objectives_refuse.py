@@ -149,9 +149,7 @@ def test_functions_refused_in_words(function: Any, message: str) -> None:
 
 
 def test_a_loss_that_is_nan_is_named() -> None:
-    with pytest.raises(
-        NonFinite, match=r"NaN or infinite on the first two examples \(together nan; apart nan"
-    ):
+    with pytest.raises(NonFinite, match=r"NaN or infinite on the first two examples \(together nan; apart nan"):
         detect_reduction(lambda f, y: f.log().sum(), torch.tensor([-1.0, 1.0]), torch.zeros(2))
 
 

@@ -101,9 +101,7 @@ def test_parameters_given_as_an_iterator_last() -> None:
 def test_decay_is_read_from_the_groups(make: Callable[[Any], torch.optim.Optimizer]) -> None:
     model = net()
     biases = [model[0].bias, model[3].bias]
-    optimizer = make(
-        [{"params": [model[0].weight, model[3].weight]}, {"params": biases, "weight_decay": 0.0}]
-    )
+    optimizer = make([{"params": [model[0].weight, model[3].weight]}, {"params": biases, "weight_decay": 0.0}])
     space = problem(model, weight_decay=optimizer).space
     assert space.decay == {
         "0.weight": 0.1,
@@ -218,9 +216,7 @@ def test_a_checkpoint_is_put_in_and_taken_out(kind: str, tmp_path: Path) -> None
     model = net()
     state = changed(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    where: Any = {"dict": state, "wrapped": {"epoch": 3, "state_dict": state}}.get(
-        kind, tmp_path / f"w.{kind}"
-    )
+    where: Any = {"dict": state, "wrapped": {"epoch": 3, "state_dict": state}}.get(kind, tmp_path / f"w.{kind}")
     if kind == "safetensors":
         save_file(state, where)
     if kind == "torch":

@@ -94,9 +94,7 @@ def test_a_joint_block_is_the_weight_with_the_bias_as_last_column() -> None:
     assert space.blocks["1"].transposed and not space.blocks["0"].transposed
     rows = space.from_parameters({k: p.detach()[None] for k, p in model.named_parameters()})
     conv, linear = model
-    assert torch.equal(
-        rows.blocks["0"].dense()[0], torch.cat([conv.weight.flatten(1), conv.bias[:, None]], 1)
-    )
+    assert torch.equal(rows.blocks["0"].dense()[0], torch.cat([conv.weight.flatten(1), conv.bias[:, None]], 1))
     x = torch.randn(4)
     one = torch.cat([x, torch.ones(1)])
     assert torch.allclose(rows.blocks["1"].dense()[0] @ one, linear(x))

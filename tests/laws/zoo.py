@@ -169,14 +169,22 @@ CASES = [
     Case("mlp", lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), images(5)),
     Case("no bias", lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.ReLU(True), nn.Linear(4, 3)), images(5)),
     Case("root linear", lambda: nn.Linear(5, 3), images(5)),
-    Case("positions", lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)), images(2, 3, 5)),
+    Case(
+        "positions", lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)), images(2, 3, 5)
+    ),
     Case("conv1d", _conv(lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), 2, 7), images(2, 7)),
     Case("conv2d stride", _conv(lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), 2, 6, 5), images(2, 6, 5)),
     Case("conv2d dilation", _conv(lambda: nn.Conv2d(2, 3, (3, 2), dilation=(1, 2)), 2, 6, 5), images(2, 6, 5)),
     Case("conv2d same", _conv(lambda: nn.Conv2d(2, 3, 4, padding="same"), 2, 6, 5), images(2, 6, 5)),
     Case("conv2d valid", _conv(lambda: nn.Conv2d(2, 3, 3, padding="valid", bias=False), 2, 6, 5), images(2, 6, 5)),
-    Case("conv2d reflect", _conv(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), 2, 5, 5), images(2, 5, 5)),
-    Case("conv2d replicate", _conv(lambda: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="replicate"), 2, 5, 5), images(2, 5, 5)),
+    Case(
+        "conv2d reflect", _conv(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), 2, 5, 5), images(2, 5, 5)
+    ),
+    Case(
+        "conv2d replicate",
+        _conv(lambda: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="replicate"), 2, 5, 5),
+        images(2, 5, 5),
+    ),
     Case("conv2d groups", _conv(lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), 4, 4, 4), images(4, 4, 4)),
     Case("depthwise", _conv(lambda: nn.Conv2d(4, 4, 3, groups=4), 4, 4, 4), images(4, 4, 4)),
     Case("conv3d", _conv(lambda: nn.Conv3d(1, 2, 2, stride=(1, 2, 1)), 1, 3, 4, 3), images(1, 3, 4, 3)),
@@ -186,9 +194,19 @@ CASES = [
     Case("rms norm", lambda: nn.Sequential(nn.Linear(5, 4), nn.RMSNorm(4), nn.Linear(4, 3)), images(5)),
     Case("group norm", _conv(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)), 2, 5, 5), images(2, 5, 5)),
     Case("instance norm", _conv(lambda: nn.InstanceNorm2d(2, affine=True), 2, 5, 5), images(2, 5, 5)),
-    Case("batch norm 1d", lambda: _batch_norm(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))), images(5)),
-    Case("batch norm 2d", lambda: _batch_norm(_conv(lambda: nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)), 2, 5, 5)()), images(2, 5, 5)),
-    Case("embedding", lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Flatten(), nn.Linear(20, 3)), tokens(5)),
+    Case(
+        "batch norm 1d",
+        lambda: _batch_norm(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))),
+        images(5),
+    ),
+    Case(
+        "batch norm 2d",
+        lambda: _batch_norm(_conv(lambda: nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)), 2, 5, 5)()),
+        images(2, 5, 5),
+    ),
+    Case(
+        "embedding", lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Flatten(), nn.Linear(20, 3)), tokens(5)
+    ),
     Case("embedding bag", lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3)), tokens(5)),
     Case("called twice", Residual, images(6)),
     Case("tied", Tied, tokens(5), 7),
@@ -199,8 +217,18 @@ CASES = [
     Case("lstm", lambda: Recurrent(nn.LSTM), images(5, 3)),
     Case("gru", lambda: Recurrent(nn.GRU), images(5, 3)),
     Case("attention", Attention, images(5, 4)),
-    Case("encoder layer", lambda: _flat(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True), nn.Flatten(), nn.Linear(20, 3)), images(5, 4)),
-    Case("weight norm", lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)), images(5)),
+    Case(
+        "encoder layer",
+        lambda: _flat(
+            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True), nn.Flatten(), nn.Linear(20, 3)
+        ),
+        images(5, 4),
+    ),
+    Case(
+        "weight norm",
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)),
+        images(5),
+    ),
     Case("prelu", lambda: nn.Sequential(nn.Linear(5, 4), nn.PReLU(4), nn.Linear(4, 3)), images(5)),
     Case("bilinear-like", lambda: nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3)), images(5)),
 ]

@@ -20,7 +20,7 @@ def example_gradients(model: nn.Module, loss: Loss, xs: Any, ys: Any) -> Tensor:
     for x, y in zip(xs, ys, strict=True):
         value = loss(model(x[None]), y[None]).sum()
         grads = torch.autograd.grad(value, parameters, allow_unused=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads)]))
+        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads, strict=True)]))
     return torch.stack(rows)
 
 

@@ -179,6 +179,7 @@ class Config(dict[str, Any]):
         *,
         damping: float | int | None = None,
         max_depth: int = 5000,
+        noise: float = 0.1,
         loss_fn: Any = None,
         params: Any = None,
     ) -> Config:
@@ -186,7 +187,8 @@ class Config(dict[str, Any]):
 
         The largest eigenvalue (20 steps of Lanczos) and the trace (the objective's own, or Hutchinson's estimate) give
         `batch_size = max(16, trace / largest)`, `scale = 1.1 (largest + damping + trace / batch_size)`, and
-        `recursion_depth = 3 scale / damping`, at which the weakest direction has 5 % of its error left.
+        `recursion_depth = 3 scale / damping`, at which the weakest direction has 5 % of its error left. If `r` is above 1,
+        it is lowered to what brings the noise of the mini-batches, seen in three runs, to `noise` of the answer.
 
         Args:
             model: the trained model; not changed.
@@ -194,6 +196,7 @@ class Config(dict[str, Any]):
             damping: what is added to the Hessian's eigenvalues; by default the present `damp * scale`.
             max_depth: the most steps. Where more would be needed, directions of curvature below `3 scale / max_depth`
                 stay short of their limit, which damps them further; a log line says so.
+            noise: relative standard deviation that `r` runs should come down to.
             loss_fn, params: as in `calc_img_wise`.
 
         Returns:
@@ -204,7 +207,7 @@ class Config(dict[str, Any]):
 
         Reference: the rule follows from the contraction of stochastic gradient descent; Klochkov & Liu (2024).
         """
-        from .engine import Settings, measured
+        from .engine import Settings, measured, spread
 
         data = self["train_loader"] if loader is None else loader
         if data is None:
@@ -221,6 +224,9 @@ class Config(dict[str, Any]):
             )  # fmt: skip
         self.update(scale=scale, damp=wanted / scale, recursion_depth=min(depth, max_depth))
         self["batch_size"] = tuning.batch or None
+        if self["r"] > 1:
+            seen = spread(model, data, Settings.of(self, loss_fn=loss_fn, params=params))
+            self["r"] = min(self["r"], max(1, math.ceil((seen / noise) ** 2)))
         log.info(
             "auto_tune: largest eigenvalue %.4g, trace %.4g: scale %.4g, damp %.4g, batch_size %s, recursion_depth %d.",
             tuning.largest, tuning.trace, scale, self["damp"], self["batch_size"], self["recursion_depth"],

@@ -290,7 +290,7 @@ class Engine:
     def influence(self, solved: Rows) -> Tensor:
         """(1/N) <s_test, gradient i> for every row and every training item: [n, N], positive = helpful."""
         d, n = self.derivatives, len(self.problem)
-        out = torch.empty(len(solved), n, dtype=solved.dtype)
+        out = torch.empty(len(solved), n, dtype=torch.promote_types(solved.dtype, torch.float32))
         products: Products | None = None
         for ids, batch in sweep(self.problem, label="scoring", world=World()):
             if d.vmapped or d.looped:  # no layer rule for some parameter: one forward-mode pass beats rows
@@ -350,3 +350,16 @@ def measured(model: nn.Module, train: Any, settings: Settings, damping: float) -
             f"scale makes the recursion converge; pass damping={-1.1 * tuning.smallest:.3g}, or train further."
         )
     return tuning
+
+
+def spread(model: nn.Module, train: Any, settings: Settings, runs: int = 3) -> float:
+    """How much single runs of the recursion differ by their mini-batches: standard deviation over norm, on one item."""
+    with calculation(model, settings):
+        found = []
+        for k in range(runs):
+            engine = Engine.of(model, train, replace(settings, r=1, seed=settings.seed + k))
+            found.append(engine.s_test(engine.gradients(engine.problem.data, [0]).rows).flat()[0].double())
+    every = torch.stack(found)
+    mean = every.mean(0)
+    deviation = ((every - mean).square().sum() / (runs - 1)).sqrt()
+    return float(deviation / mean.norm()) if float(mean.norm()) > 0 else 0.0

@@ -42,7 +42,6 @@ _COLUMNS = 64
 _ACTIVATIONS = 1 << 25
 
 
-
 @final
 @dataclass(frozen=True)
 class Identity(AbstractCurvature):
@@ -101,9 +100,7 @@ class GGN(AbstractCurvature):
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:
             return data.average(lambda i, b: data.products.ggn_product(i, b, rows), rows, ids)
 
-        return Implicit(
-            derivatives.space, product, lambda: _mean_eigenvalue(derivatives), len(derivatives.problem)
-        )
+        return Implicit(derivatives.space, product, lambda: _mean_eigenvalue(derivatives), len(derivatives.problem))
 
 
 @final
@@ -294,7 +291,9 @@ def _from_rows(
 ) -> AbstractSymmetric:
     space = derivatives.space
     if form is Form.MATRIX:
-        budget.check(8.0 * space.size**2 * 3, f"A dense matrix over {space.size:,} parameters", "use CG() or Woodbury()")
+        budget.check(
+            8.0 * space.size**2 * 3, f"A dense matrix over {space.size:,} parameters", "use CG() or Woodbury()"
+        )
         total = torch.zeros(space.size, space.size, dtype=torch.float64, device=derivatives.problem.device)
         for r in rows():
             flat = r.flat().double()
@@ -352,6 +351,8 @@ def _mean_eigenvalue(derivatives: Derivatives) -> float:
         objective = _likelihood(derivatives, "GGN()")
         with torch.no_grad():
             size = objective.root_size(objective.outputs(problem.model, batch))
-        rows = roots_of(derivatives, ids, batch) if size <= _ENUMERATED else [sampled_rows(derivatives, ids, batch, 1, 0)]
+        rows = (
+            roots_of(derivatives, ids, batch) if size <= _ENUMERATED else [sampled_rows(derivatives, ids, batch, 1, 0)]
+        )
         total += sum(float(r.squared_norms().double().sum()) for r in rows)
     return total / (len(some) * derivatives.space.size)

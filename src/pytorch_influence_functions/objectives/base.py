@@ -295,9 +295,7 @@ class AbstractLikelihood(AbstractObjective):
     """
 
     @abstractmethod
-    def sample(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
-    ) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
         """The batch with targets drawn from the model's own distribution p(y | f)."""
 
     @abstractmethod

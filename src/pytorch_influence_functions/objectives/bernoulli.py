@@ -87,9 +87,7 @@ class Bernoulli(AbstractLikelihood):
             )
         self._factors(outputs, y)
 
-    def sample(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
-    ) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
         targets = tensor_targets(batch)
         drawn = draw(outputs, generator) < outputs.sigmoid()
         return with_targets(batch, drawn.reshape(targets.shape).to(targets.dtype))

@@ -112,8 +112,7 @@ class CrossEntropy(AbstractLikelihood):
         if self.weight is not None:
             if self.weight.dim() != 1:
                 raise InvalidInput(
-                    f"The class weights have shape {tuple(self.weight.shape)}, expected [C], one number per "
-                    "class."
+                    f"The class weights have shape {tuple(self.weight.shape)}, expected [C], one number per class."
                 )
             _check_weight("class", self.weight)
 
@@ -141,15 +140,13 @@ class CrossEntropy(AbstractLikelihood):
         classes = outputs.shape[1]
         if self.weight is not None and len(self.weight) != classes:
             raise InvalidInput(
-                f"There are {len(self.weight)} class weights and {classes} classes; give one weight per "
-                "class."
+                f"There are {len(self.weight)} class weights and {classes} classes; give one weight per class."
             )
         if is_integer(targets):
             check_labels(targets, classes, ids, self.ignore_index)
         elif bool((bad := ~(targets >= 0)).any()):
             raise InvalidInput(
-                f"The target probabilities at {offenders(bad, ids)} are negative or NaN; "
-                "expected numbers from 0 to 1."
+                f"The target probabilities at {offenders(bad, ids)} are negative or NaN; expected numbers from 0 to 1."
             )
         if self.from_log_probabilities:
             # What rounding allows: three digits in single precision.
@@ -161,16 +158,12 @@ class CrossEntropy(AbstractLikelihood):
                     "CrossEntropy()."
                 )
 
-    def sample(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
-    ) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
         targets = tensor_targets(batch)
         drawn = _softmax_sample(_last(outputs), generator).reshape(outputs.shape[:1] + outputs.shape[2:])
         if targets.is_floating_point():
             return with_targets(batch, F.one_hot(drawn, outputs.shape[1]).movedim(-1, 1).to(targets.dtype))
-        return with_targets(
-            batch, torch.where(targets == self.ignore_index, targets, drawn.to(targets.dtype))
-        )
+        return with_targets(batch, torch.where(targets == self.ignore_index, targets, drawn.to(targets.dtype)))
 
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
@@ -315,9 +308,7 @@ class TokenCrossEntropy(AbstractLikelihood):
                 "dataset."
             )
 
-    def sample(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
-    ) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
         targets: Tensor = self._split(batch)[2]
         drawn = _softmax_sample(outputs, generator).to(targets.dtype)
         if self.shift:
@@ -360,9 +351,7 @@ class TokenCrossEntropy(AbstractLikelihood):
                 "per token; for one label per example use CrossEntropy()."
             )
         if not isinstance(targets, Tensor) or not is_integer(targets) or tuple(targets.shape) != shape[:2]:
-            seen = (
-                f"{tuple(targets.shape)} and type {targets.dtype}" if isinstance(targets, Tensor) else "none"
-            )
+            seen = f"{tuple(targets.shape)} and type {targets.dtype}" if isinstance(targets, Tensor) else "none"
             raise InvalidInput(
                 f"TokenCrossEntropy() got targets of shape {seen} for outputs of shape {shape}; "
                 f"expected integers of shape {shape[:2]}, one class number per token."
@@ -414,9 +403,7 @@ class SquaredError(AbstractLikelihood):
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         fitted(outputs, check_batch(outputs, inputs_and_targets(batch)[2], ids), "SquaredError()")
 
-    def sample(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
-    ) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
         shape = tensor_targets(batch).shape
         noise = draw(outputs, generator, normal=True).to(outputs.dtype) / math.sqrt(self._scale(outputs))
         return with_targets(batch, (outputs + noise).reshape(shape))
@@ -452,11 +439,7 @@ def fitted(outputs: Tensor, targets: Num[Tensor, "..."] | Tensor, name: str) -> 
     long, wide = [d for d in shape[1:] if d != 1], [d for d in seen[1:] if d != 1]
     transposed = len(long) == len(wide) > 1 and long != wide
     if not seen or seen[0] != shape[0] or math.prod(seen) != math.prod(shape) or transposed:
-        hint = (
-            "; for one class number per example use CrossEntropy()"
-            if len(shape) == 2 and len(seen) == 1
-            else ""
-        )
+        hint = "; for one class number per example use CrossEntropy()" if len(shape) == 2 and len(seen) == 1 else ""
         raise InvalidInput(
             f"{name} got targets of shape {seen} for outputs of shape {shape}; expected as many numbers per "
             f"example, in the same order{hint}."

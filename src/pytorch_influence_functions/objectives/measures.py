@@ -119,8 +119,7 @@ def _plain_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
         )
     if not single and not is_integer(targets):
         raise InvalidInput(
-            f"{name} got targets of type {targets.dtype}, expected integer class numbers; "
-            "convert them with .long()."
+            f"{name} got targets of type {targets.dtype}, expected integer class numbers; convert them with .long()."
         )
     return targets.long().reshape(-1)
 

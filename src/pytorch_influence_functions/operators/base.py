@@ -185,9 +185,7 @@ class Matrix(AbstractSpectral):
 
     def _double(self) -> Tensor:
         if not bool(torch.isfinite(self.matrix).all()):
-            raise NonFinite(
-                "The curvature matrix holds NaN or infinity; look for them in weights, data or loss."
-            )
+            raise NonFinite("The curvature matrix holds NaN or infinity; look for them in weights, data or loss.")
         exact = self.matrix.double()
         return (exact + exact.T) / 2
 

@@ -60,9 +60,7 @@ class Expansion:
         return own.clamp_min(0.0)
 
     def _base_norms(self) -> Tensor:
-        parts = [
-            b.squared_norms() / d for b, d in zip(self.base.blocks.values(), self._diagonal(), strict=True)
-        ]
+        parts = [b.squared_norms() / d for b, d in zip(self.base.blocks.values(), self._diagonal(), strict=True)]
         return torch.stack(parts).sum(0)
 
     def _diagonal(self) -> list[float]:
@@ -92,14 +90,10 @@ class Expansion:
     def take(self, index: Tensor | slice) -> Expansion:
         """The solutions `index`, in that order."""
         base = self.base.take(index)
-        return Expansion(
-            base, self.basis, self.coefficients[index], self.overlaps[index], self.shift, self.count
-        )
+        return Expansion(base, self.basis, self.coefficients[index], self.overlaps[index], self.shift, self.count)
 
     def scaled(self, factor: Tensor | float) -> Expansion:
         """Times a number, or one number per row."""
         wide = factor.double()[:, None] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
         base = self.base.scaled(factor)
-        return Expansion(
-            base, self.basis, self.coefficients * wide, self.overlaps * wide, self.shift, self.count
-        )
+        return Expansion(base, self.basis, self.coefficients * wide, self.overlaps * wide, self.shift, self.count)

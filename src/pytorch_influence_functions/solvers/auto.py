@@ -141,8 +141,8 @@ def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
     per = duals.get(type(second))
     if per is not None and facts.examples * per <= _DUAL_ROWS:
         why = (
-            f"{facts.examples:,} examples x {per} outputs are few enough for the dual of the {_name(second)}: exact over "
-            f"all {facts.parameters:,} parameters"
+            f"{facts.examples:,} examples x {per} outputs are few enough for the dual of the {_name(second)}: exact "
+            f"over all {facts.parameters:,} parameters"
         )
         return Choice(second, Woodbury(), why)
     if not isinstance(second, EmpiricalFisher) and facts.cg_operations <= _CG_OPERATIONS and (likelihood or curvature):
@@ -153,11 +153,13 @@ def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
         return Choice(second, CG(rtol=1e-3, max_steps=300), why)
     if curvature in (None, EmpiricalFisher()) and facts.examples <= _DUAL_EXAMPLES:
         why = (
-            f"{facts.queries} queries x {facts.parameters:,} parameters are many for iterative solves, and {facts.examples:,} "
-            "examples few enough for the dual of the empirical Fisher"
+            f"{facts.queries} queries x {facts.parameters:,} parameters are many for iterative solves, and "
+            f"{facts.examples:,} examples few enough for the dual of the empirical Fisher"
         )
         return Choice(EmpiricalFisher(), Woodbury(), why)
-    why = f"{facts.examples:,} examples are too many for full products: LiSSA on mini-batches, its cost independent of N"
+    why = (
+        f"{facts.examples:,} examples are too many for full products: LiSSA on mini-batches, its cost independent of N"
+    )
     return Choice(second, Neumann(), why)
 
 

@@ -63,17 +63,11 @@ class CG(AbstractSolver[CGState]):
 
     def __post_init__(self) -> None:
         if self.rtol is not None and not 0 < self.rtol < 1:
-            raise InvalidInput(
-                f"CG(rtol={self.rtol}) must lie in (0, 1), or be None to follow the precision."
-            )
+            raise InvalidInput(f"CG(rtol={self.rtol}) must lie in (0, 1), or be None to follow the precision.")
         if self.max_steps < 1 or self.patience < 1:
-            raise InvalidInput(
-                f"CG(max_steps={self.max_steps}, patience={self.patience}): both must be at least 1."
-            )
+            raise InvalidInput(f"CG(max_steps={self.max_steps}, patience={self.patience}): both must be at least 1.")
 
-    def init(
-        self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
-    ) -> CGState:
+    def init(self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None) -> CGState:
         return CGState(System.of(operator, shift), preconditioner)
 
     def solve(self, state: CGState, rows: Rows, start: Rows | None = None) -> Solution:

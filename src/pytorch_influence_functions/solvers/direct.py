@@ -97,9 +97,7 @@ def _inverse_of(add: float) -> Callable[[Tensor], Tensor]:
     return lambda lam: 1.0 / (lam + add)
 
 
-def _judged(
-    system: System, x: Tensor, b: Tensor, notes: dict[str, float], condition: float, rtol: float
-) -> Solution:
+def _judged(system: System, x: Tensor, b: Tensor, notes: dict[str, float], condition: float, rtol: float) -> Solution:
     """True residual of `x`; more is not asked of it than its precision and the conditioning allow."""
     residual = system.residual(x, b)
     allowed = max(rtol, 100 * torch.finfo(x.dtype).eps * condition)
@@ -141,9 +139,7 @@ class Cholesky(AbstractSolver[CholeskyState]):
         check_dense(operator.size, self.max_bytes, "The Cholesky factor")
         system = System.of(operator, shift)
         if not bool(torch.isfinite(operator.matrix).all()):
-            raise NonFinite(
-                "The curvature matrix holds NaN or infinity; look for them in weights, data or loss."
-            )
+            raise NonFinite("The curvature matrix holds NaN or infinity; look for them in weights, data or loss.")
         dense = operator.matrix.double()
         dense = (dense + dense.T) / 2
         d = diagonal(operator.space, shift.over(operator.space.blocks)).to(dense)

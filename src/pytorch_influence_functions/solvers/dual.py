@@ -16,7 +16,6 @@ from ..operators.expansion import Expansion
 from ..rows import Rows
 from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite_rows, refuse_input, relative
 
-
 # Above this share of D, the Gram matrix's rounding is no longer small beside it.
 _ROUNDING = 0.1
 
@@ -50,9 +49,7 @@ class DualState:
 def _scaled_gram(operator: Gram, shift: Shift) -> Tensor:
     """K_D where blocks have different D: one Gram per distinct number, each cached by the operator."""
     groups = shift.over(operator.rows.blocks)
-    total = torch.zeros(
-        len(operator.rows), len(operator.rows), dtype=torch.float64, device=operator.rows.device
-    )
+    total = torch.zeros(len(operator.rows), len(operator.rows), dtype=torch.float64, device=operator.rows.device)
     for d, k in operator.gram_by(groups).items():
         total.add_(k, alpha=1.0 / d)
     return total
@@ -135,9 +132,7 @@ class Woodbury(AbstractSolver[DualState]):
         rounding = _rounding(state)
         notes = {"damping": shift.damping, "rows": len(basis), "smallest_curvature": 0.0, "rounding": rounding}
         if len(basis) >= state.operator.size:
-            del notes[
-                "smallest_curvature"
-            ]  # with fewer rows than parameters C is singular; otherwise unknown
+            del notes["smallest_curvature"]  # with fewer rows than parameters C is singular; otherwise unknown
         if bad := nonfinite_rows(w):
             return Solution(value, residual, Result.nonfinite_output, 1, notes, bad)
         failed = tuple(int(i) for i in (~(residual <= self.rtol)).nonzero().flatten())

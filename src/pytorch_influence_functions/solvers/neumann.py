@@ -124,9 +124,7 @@ class Neumann(AbstractSolver[NeumannState]):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InvalidInput(f"Neumann({name}={value}) must be positive and finite.")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise InvalidInput(
-                f"Neumann(tolerance={self.tolerance}) must not be negative; 0 runs every step."
-            )
+            raise InvalidInput(f"Neumann(tolerance={self.tolerance}) must not be negative; 0 runs every step.")
         known = ", ".join(repr(s.value) for s in Start)
         if not isinstance(self.start, Start) and self.start not in [s.value for s in Start]:
             raise InvalidInput(f"Neumann(start={self.start!r}): choose one of {known}.")
@@ -137,13 +135,11 @@ class Neumann(AbstractSolver[NeumannState]):
         state = NeumannState(System.of(operator, shift), preconditioner)
         if self.batch_size is not None and not state.examples:
             raise InvalidInput(
-                f"{type(operator).__name__} is not a mean over examples that can be sampled; "
-                "leave batch_size unset."
+                f"{type(operator).__name__} is not a mean over examples that can be sampled; leave batch_size unset."
             )
         if shift.smallest <= 0 and self.steps is None:
             raise InvalidInput(
-                "Neumann() takes its depth from the damping, which is 0 here; "
-                "give a positive damping or `steps`."
+                "Neumann() takes its depth from the damping, which is 0 here; give a positive damping or `steps`."
             )
         return state
 
@@ -201,9 +197,7 @@ class Neumann(AbstractSolver[NeumannState]):
         else:
             wrong = residual > self.rtol
         failed = tuple(int(i) for i in wrong.nonzero().flatten())
-        return Solution(
-            value, residual, Result.unsettled if failed else Result.successful, steps, notes, failed
-        )
+        return Solution(value, residual, Result.unsettled if failed else Result.successful, steps, notes, failed)
 
     def _negative(self, state: NeumannState, rows: Rows, b: Tensor, plan: Tuning) -> Solution:
         """Growth is certain whatever the depth: say so before spending it."""
@@ -407,9 +401,7 @@ def _measure(options: Neumann, state: NeumannState, dtype: torch.dtype, device: 
     return Tuning(step, steps, batch, largest, smallest, trace, rate, min(20, operator.size) + cost)
 
 
-def _measure_preconditioned(
-    options: Neumann, state: NeumannState, dtype: torch.dtype, device: torch.device
-) -> Tuning:
+def _measure_preconditioned(options: Neumann, state: NeumannState, dtype: torch.dtype, device: torch.device) -> Tuning:
     """The same for M (C + D), whose spectrum is real and positive but which is not symmetric."""
     system, p, budget = state.system, state.system.operator.size, 20
     generator = torch.Generator().manual_seed(options.seed)

@@ -45,8 +45,8 @@ def inverse_of(curvature: AbstractCurvature, derivatives: Derivatives, shift: Sh
         form, solver = Form.GRAM, Woodbury(sweep=False)
     else:
         raise InvalidInput(
-            f"{type(curvature).__name__}() has no cheap inverse over {derivatives.space.size:,} parameters to precondition "
-            "with; use EmpiricalFisher() or GGN()."
+            f"{type(curvature).__name__}() has no cheap inverse over {derivatives.space.size:,} parameters to "
+            "precondition with; use EmpiricalFisher() or GGN()."
         )
     operator = curvature.of(derivatives, form, budget)
     return Inverse(derivatives.space, solver, solver.init(operator, shift))
