@@ -1,10 +1,10 @@
 """The command line: `ptif demo`."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: typer reads them, and is itself a name inside `build` only.
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ._version import __version__
 from .errors import InfluenceError, MissingExtra, require
@@ -37,17 +37,17 @@ def build() -> Any:
 
     @app.callback()  # type: ignore[untyped-decorator]
     def ptif(
-        version: bool = typer.Option(
-            False, "--version", help="Print the version and stop.", callback=show_version, is_eager=True
-        ),
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and stop.", callback=show_version, is_eager=True)
+        ] = False,
     ) -> None:
         pass
 
     @app.command()  # type: ignore[untyped-decorator]
     def demo(
-        out: Path = typer.Option(Path("demo"), "--out", help="Folder for what the demo writes."),
-        seed: int = typer.Option(0, "--seed", help="Seed of the initial weights and of the batches."),
-        quiet: bool = typer.Option(False, "--quiet", help="Print the summary only."),
+        out: Annotated[Path, typer.Option("--out", help="Folder for what the demo writes.")] = Path("demo"),
+        seed: Annotated[int, typer.Option("--seed", help="Seed of the initial weights and of the batches.")] = 0,
+        quiet: Annotated[bool, typer.Option("--quiet", help="Print the summary only.")] = False,
     ) -> None:
         """Train a small CNN on real images, 10 % of them mislabelled; explain it, find them, check by retraining."""
         from .demo.run import run

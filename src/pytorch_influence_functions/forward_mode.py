@@ -166,7 +166,8 @@ class Products:
         if bool((uhv - vhu).abs() > bound) or bool((alone - products[0]).norm() > bound):
             raise InvalidInput(
                 f"The second derivative of this model is not symmetric (u.Hv = {float(uhv):.4g}, "
-                f"v.Hu = {float(vhu):.4g}): an operation's double backward is wrong in this version of PyTorch; use GGN() instead of Hessian()."
+                f"v.Hu = {float(vhu):.4g}): an operation's double backward is wrong in this version of "
+                "PyTorch; use GGN() instead of Hessian()."
             )
 
     def _push(self, batch: Any, directions: Rows) -> Tensor:

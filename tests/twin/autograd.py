@@ -20,7 +20,8 @@ def example_gradients(model: nn.Module, loss: Loss, xs: Any, ys: Any) -> Tensor:
     for x, y in zip(xs, ys, strict=True):
         value = loss(model(x[None]), y[None]).sum()
         grads = torch.autograd.grad(value, parameters, allow_unused=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads, strict=True)]))
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+        rows.append(torch.cat([g.flatten() for g in filled]))
     return torch.stack(rows)
 
 

@@ -187,8 +187,8 @@ class Config(dict[str, Any]):
 
         The largest eigenvalue (20 steps of Lanczos) and the trace (the objective's own, or Hutchinson's estimate) give
         `batch_size = max(16, trace / largest)`, `scale = 1.1 (largest + damping + trace / batch_size)`, and
-        `recursion_depth = 3 scale / damping`, at which the weakest direction has 5 % of its error left. If `r` is above 1,
-        it is lowered to what brings the noise of the mini-batches, seen in three runs, to `noise` of the answer.
+        `recursion_depth = 3 scale / damping`, at which the weakest direction has 5 % of its error left. An `r` above
+        1 is lowered to what brings the noise of the mini-batches, seen in three runs, to `noise` of the answer.
 
         Args:
             model: the trained model; not changed.

@@ -103,7 +103,7 @@ def pick_queries(trained: Trained, labels: Int[Tensor, " m"], plan: Plan) -> tup
     seen: set[int] = set()
     for wanted, among in ((plan.wrong, ~right), (plan.right, right)):
         candidates = among.nonzero()[:, 0].tolist()
-        fresh = []
+        fresh: list[int] = []
         for i in candidates:
             if int(labels[i]) not in seen and len(fresh) < wanted:
                 fresh.append(i)
@@ -147,12 +147,11 @@ def _check(
 ) -> tuple[tuple[Removal, ...], tuple[Removal, ...]]:
     """Really remove, really retrain. The prediction was made before."""
     asked = [*_groups(scores, suspects, plan, recipe.seed), *_singles(scores, queries[: plan.wrong])]
-    images, labels = sets.test.tensors
+    (train_images, train_labels), (images, labels) = sets.train.tensors, sets.test.tensors
+    removals = [ids for _, ids, _ in asked]
     found = []
     with screen.bar(f"retraining {len(asked)} times", len(asked) * recipe.epochs) as advance:
-        models = train_many(
-            *sets.train.tensors, recipe, trained.start, [ids for _, ids, _ in asked], lambda: advance(1)
-        )
+        models = train_many(train_images, train_labels, recipe, trained.start, removals, lambda: advance(1))
         for (name, ids, query), model in zip(asked, models, strict=True):
             losses, _ = look(model, images, labels)
             changes = (losses - trained.test_losses).double()
@@ -165,7 +164,8 @@ def _check(
 
 def _groups(scores: Scores, suspects: Suspects, plan: Plan, seed: int) -> list[tuple[str, list[int], int | None]]:
     """Groups from both ends of the mean effect on the test set, the first suspects, and random ones."""
-    size, found = plan.group, []
+    size = plan.group
+    found: list[tuple[str, list[int], int | None]] = []
     for word, order in (("helpful", scores.helpful_order()), ("harmful", scores.harmful_order())):
         for j in range(plan.groups):
             name = f"{'most' if j == 0 else 'next'} {word} {size}"

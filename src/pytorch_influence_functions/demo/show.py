@@ -38,20 +38,19 @@ def explained(screen: Screen, data: DemoData, t: Trained, scores: Scores, querie
     screen.heading(1, "Which training images made the model say that?")
     screen.line(
         f"{d.n_queries:,} test images against {d.n_train:,} training images in {d.seconds:.1f} s. A score is the "
-        "predicted rise of the test image's loss if that training image is removed: "
-        f"[{_HELPS}]+\u00a0helped[/], [{_HARMS}]−\u00a0harmed[/]; * marks a label that is wrong on purpose."
+        "predicted rise of the test image's loss if that training image is removed: what helped is "
+        f"[{_HELPS}]positive[/], what harmed is [{_HARMS}]negative[/]. * marks a label that is wrong on purpose."
     )
-    marks = {"ok": "[green]ok[/]", "warn": "[yellow]with care[/]", "bad": "[red]doubtful[/]"}
-    checks = "; ".join(f"{check.name} {marks[check.status]}" for check in d.checks())
-    screen.line(f"Assumptions: {checks}.")
+    doubts = [check.name for check in d.checks() if check.status != "ok"]
+    verdict = f"[yellow]look at {', '.join(doubts)}[/]" if doubts else f"[green]all {len(d.checks())} hold[/]"
+    screen.line(f"Assumptions of influence functions, checked: {verdict} (in words: summary.txt).")
     for q in queries:
         true, said = int(data.test_labels[q]), int(t.test_odds[q].argmax())
         odds = float(t.test_odds[q, said])
         verdict = f"called {data.class_names[said]}" if said != true else "recognised"
+        sure = f"{odds:.0%} sure, loss {float(t.test_losses[q]):.2f}"
         screen.line()
-        screen.line(
-            f"[bold]Test #{q}, {_a(data.class_names[true])}[/]: {verdict} ({odds:.0%} sure, loss {t.test_losses[q]:.2f})"
-        )
+        screen.line(f"[bold]Test #{q}, {_a(data.class_names[true])}[/]: {verdict} ({sure})")
         columns = (("most helpful", "left"), ("", "right"), ("    most harmful", "left"), ("", "right"))
         pairs = zip(scores.helpful(q, plan.shown), scores.harmful(q, plan.shown), strict=True)
         screen.table(

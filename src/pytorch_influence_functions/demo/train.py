@@ -102,7 +102,7 @@ def train(
     steps, step = recipe.steps(len(images)), 0
     with torch.enable_grad():
         for _ in range(recipe.epochs):
-            for ids in torch.randperm(len(images), generator=order).split(recipe.batch_size):
+            for ids in torch.split(torch.randperm(len(images), generator=order), recipe.batch_size):
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.rate(step, steps)
                 losses = functional.cross_entropy(model(images[ids]), labels[ids], reduction="none")

@@ -1,0 +1,75 @@
+"""Laws of the matrix-free products: what an operation of the model lacks or gets wrong is found, not used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.curvature import Budget, Form
+from pytorch_influence_functions.forward_mode import Products, Way
+from pytorch_influence_functions.gradients import Derivatives
+from tests.laws.zoo import CASES, build
+
+
+def ready(name: str) -> tuple[Derivatives, torch.Tensor, Any]:
+    model, x, y = build(next(c for c in CASES if c.name == name))
+    return Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y))), torch.arange(6), (x, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("mlp", Way.FORWARD),
+        ("encoder layer", Way.FORWARD),
+        ("embedding", Way.REVERSE),  # its padding row moves forward but not backward
+        ("embedding bag", Way.ROWS),  # no second derivative at all
+    ],
+)
+def test_the_way_is_found_by_comparison_and_gives_the_same_numbers(name: str, way: Way) -> None:
+    derivatives, ids, batch = ready(name)
+    products = Products.of(derivatives, batch, 6)
+    assert products.way is way
+    v = derivatives.space.rows(torch.randn(3, derivatives.space.size, dtype=torch.float64))
+    rows = derivatives.loss_rows(ids, batch).rows
+    torch.testing.assert_close(products.losses_along(ids, batch, v), rows.inner(v), rtol=1e-9, atol=1e-12)
+    dense = ptif.GGN().of(derivatives, Form.MATRIX, Budget())
+    product = products.ggn_product(ids, batch, v).flat() / 6
+    torch.testing.assert_close(product, dense.apply(v).flat(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_missing_second_derivative_is_named() -> None:
+    derivatives, _, _ = ready("embedding bag")
+    with pytest.raises(ptif.InvalidInput, match="an operation of this model has none"):
+        ptif.Hessian().of(derivatives, Form.IMPLICIT, Budget())
+
+
+def test_a_wrong_second_derivative_is_named() -> None:
+    class Skewed(torch.autograd.Function):
+        """Right gradient of x^2, wrong gradient of that gradient."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+            (x,) = ctx.saved_tensors
+            return 2 * x * g.detach()  # forgets how g depends on later layers
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(Skewed.apply(self.up(x)))
+
+    torch.manual_seed(0)
+    problem = ptif.Problem(Net().double(), ptif.CrossEntropy(), (torch.randn(6, 4).double(), torch.randint(0, 3, (6,))))
+    with pytest.raises(ptif.InvalidInput, match=r"not symmetric .*use GGN\(\) instead"):
+        ptif.Hessian().of(Derivatives.of(problem), Form.IMPLICIT, Budget())
