@@ -8,6 +8,10 @@ the training *dataset*. For a loss, positive means helpful.
     scores.helpful(0, k=10)
 """
 
+# The old submodules by their old names: `ptif.calc_influence_function.calc_s_test` and the like keep working.
+from . import calc_influence_function as calc_influence_function
+from . import influence_function as influence_function
+from . import utils as utils
 from ._version import __version__ as __version__
 from .attribute import attribute as attribute
 from .attribution import Attribution as Attribution
@@ -16,12 +20,14 @@ from .classic import Config as Config
 from .classic import InfluenceResult as InfluenceResult
 from .classic import calc_all_grad_then_test as calc_all_grad_then_test
 from .classic import calc_img_wise as calc_img_wise
+from .classic import calc_influences as calc_influences
 from .classic import calc_s_test_single as calc_s_test_single
 from .classic import display_progress as display_progress
 from .classic import get_default_config as get_default_config
 from .classic import influential_loader as influential_loader
 from .classic import init_logging as init_logging
 from .classic import plot_influences as plot_influences
+from .classic import plot_loo_scatter as plot_loo_scatter
 from .curvature import GGN as GGN
 from .curvature import Budget as Budget
 from .curvature import EmpiricalFisher as EmpiricalFisher
@@ -118,6 +124,8 @@ __all__ = [
     "attribute",
     "calc_all_grad_then_test",
     "calc_img_wise",
+    "calc_influence_function",
+    "calc_influences",
     "calc_s_test_single",
     "display_progress",
     "dual",
@@ -125,11 +133,14 @@ __all__ = [
     "gauss_newton",
     "get_default_config",
     "grad_dot",
+    "influence_function",
     "influential_loader",
     "init_logging",
     "koh_liang",
     "lissa",
     "one_step_newton",
     "plot_influences",
+    "plot_loo_scatter",
     "progress",
+    "utils",
 ]

@@ -24,6 +24,7 @@ from .objectives import (
 )
 from .objectives.base import check_outputs
 from .problem import Checkpoint, Problem, WeightDecay, check_model, check_weights, model_device
+from .rows import Route
 from .scores import Scores
 from .solvers import Forecast
 from .space import Selection
@@ -41,6 +42,7 @@ def attribute(
     parameters: Selection = None,
     weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
     damping: AbstractDamping | float | None = None,
+    route: Route | str | None = None,
     checkpoints: Sequence[Checkpoint] | Checkpoint = (),
     top: int | None = None,
     batch_size: int | None = None,
@@ -60,6 +62,7 @@ def attribute(
     parameters: Selection = None,
     weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
     damping: AbstractDamping | float | None = None,
+    route: Route | str | None = None,
     checkpoints: Sequence[Checkpoint] | Checkpoint = (),
     top: int | None = None,
     batch_size: int | None = None,
@@ -79,6 +82,7 @@ def attribute(
     parameters: Selection = None,
     weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
     damping: AbstractDamping | float | None = None,
+    route: Route | str | None = None,
     checkpoints: Sequence[Checkpoint] | Checkpoint = (),
     top: int | None = None,
     batch_size: int | None = None,
@@ -97,6 +101,7 @@ def attribute(
     parameters: Selection = None,
     weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
     damping: AbstractDamping | float | None = None,
+    route: Route | str | None = None,
     checkpoints: Sequence[Checkpoint] | Checkpoint = (),
     top: int | None = None,
     batch_size: int | None = None,
@@ -121,6 +126,7 @@ def attribute(
         parameters: names, globs, modules or a predicate; `None`: everything that is trainable.
         weight_decay: the L2 strength of training, or the optimiser it is read from.
         damping: `Relative(share)`, `Absolute(value)`, `FromTraining(lr, steps)` or a number; `None`: the method's own.
+        route: force one route for gradients and inner products, see `Route`; `None`: the method's own.
         checkpoints: state dicts or files; scores are averaged over them.
         top: keep only the k most helpful and k most harmful examples per query.
         batch_size: examples per batch; `None`: the loader's, else 64.
@@ -166,6 +172,8 @@ def attribute(
         )
     if damping is not None:
         spec = replace(spec, damping=damping)
+    if route is not None:
+        spec = replace(spec, route=route)
     if dry_run:
         forecast = spec.forecast(problem, len(asked))
         print(forecast)

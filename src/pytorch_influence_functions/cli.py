@@ -30,10 +30,11 @@ def build() -> Any:
         pretty_exceptions_enable=False,
     )
 
-    def show_version(wanted: bool) -> None:
+    def show_version(wanted: bool) -> bool:
         if wanted:
             print(__version__)
             raise typer.Exit
+        return wanted
 
     @app.callback()  # type: ignore[untyped-decorator]
     def ptif(

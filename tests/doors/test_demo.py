@@ -26,11 +26,11 @@ from pytorch_influence_functions.demo.show import signed
 from pytorch_influence_functions.demo.story import Plan, Removal, Story, agreement
 from pytorch_influence_functions.demo.train import Recipe, SmallCNN, initial, look, one_thread, train, train_many
 
-RECIPE = Recipe(epochs=8, batch_size=50, warmup=5)
-PLAN = Plan(wrong=1, right=1, shown=2, suspects=30, group=15, groups=1)
+RECIPE = Recipe(epochs=20, batch_size=50)
+PLAN = Plan(wrong=1, right=1, shown=2, suspects=50, group=15, groups=1)
 
 
-def small(n: int = 300, m: int = 60) -> DemoData:
+def small(n: int = 500, m: int = 100) -> DemoData:
     data = load()
     labels, planted = mislabel(data.true_labels[:n], n // 10, 10, seed=1)
     return replace(
@@ -108,9 +108,9 @@ def test_influence_agrees_with_retraining_even_in_small(ran: Ran) -> None:
 def test_counts_of_planted_labels_are_true(ran: Ran) -> None:
     found, planted = ran.story.suspects, ran.story.data.planted
     losses = ran.story.trained.train_losses.numpy()
-    assert found.hits == int(planted[found.order[:30].numpy()].sum())
-    assert found.hits_by_loss == int(planted[np.argsort(-losses, kind="stable")[:30]].sum())
-    assert found.hits > 3 * found.hits_at_random / 2
+    assert found.hits == int(planted[found.order[:50].numpy()].sum())
+    assert found.hits_by_loss == int(planted[np.argsort(-losses, kind="stable")[:50]].sum())
+    assert found.hits > 3 * found.hits_at_random
 
 
 def test_files_say_the_same(ran: Ran) -> None:
@@ -131,7 +131,7 @@ def test_files_say_the_same(ran: Ran) -> None:
     assert list(results) == [str(q) for q in story.queries]
     first = results[str(story.queries[0])]
     assert set(first) == {"label", "num_in_dataset", "time_calc_influence_s", "influence", "harmful", "helpful"}
-    assert first["label"] == int(story.data.test_labels[story.queries[0]]) and len(first["influence"]) == 300
+    assert first["label"] == int(story.data.test_labels[story.queries[0]]) and len(first["influence"]) == 500
     assert first["helpful"][0] == int(np.argmax(first["influence"]))
     numbers = json.loads((folder / "summary.json").read_text())
     assert numbers["groups"]["correlation"] == agreement(story.groups)[0]
@@ -143,9 +143,9 @@ def test_files_say_the_same(ran: Ran) -> None:
 
 
 def test_label_errors_lists_every_image_once(ran: Ran) -> None:
-    rows = list(csv.DictReader((ran.folder / "label_errors.csv").open()))
-    assert sorted(int(row["index"]) for row in rows) == list(range(300))
-    assert sum(int(row["planted"]) for row in rows[:30]) == ran.story.suspects.hits
+    rows = list(csv.DictReader((ran.folder / "label_errors.csv").read_text().splitlines()))
+    assert sorted(int(row["index"]) for row in rows) == list(range(500))
+    assert sum(int(row["planted"]) for row in rows[:50]) == ran.story.suspects.hits
     assert all((row["label"] != row["true_label"]) == (row["planted"] == "1") for row in rows)
     unseen = [float(row["predicted_loss_unseen"]) for row in rows]
     assert unseen == sorted(unseen, reverse=True)

@@ -232,6 +232,8 @@ def test_scores_do_not_depend_on_the_route(route: Route, method: ptif.Influence)
     forced = ptif.Influence(method.curvature, method.solver, method.damping, route=route)
     got = forced.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
     assert relative_gap(got.values, want) < 1e-8
+    by_name = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method, route=route.value)
+    assert torch.equal(by_name.values, got.values)
 
 
 @pytest.mark.parametrize(

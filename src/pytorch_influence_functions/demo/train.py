@@ -91,8 +91,9 @@ def train(
 
     The same call gives the same weights: batches follow the recipe's seed, not the global random state.
     """
-    model = SmallCNN(len(start["body.7.bias"]))
-    model.load_state_dict(start)
+    with torch.device("meta"):  # nothing is drawn at random here: the weights are the start's
+        model = SmallCNN(len(start["body.7.bias"]))
+    model.load_state_dict({name: value.clone() for name, value in start.items()}, assign=True)
     weight = torch.ones(len(images))
     weight[list(without)] = 0.0
     order = torch.Generator().manual_seed(recipe.seed)
