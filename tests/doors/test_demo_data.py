@@ -105,9 +105,7 @@ def test_file_is_small_and_licensed() -> None:
     assert "Zalando SE" in licence and "MIT" in licence
 
 
-@pytest.mark.skipif(
-    "FASHION_MNIST" not in os.environ, reason="set FASHION_MNIST to the folder of the IDX files"
-)
+@pytest.mark.skipif("FASHION_MNIST" not in os.environ, reason="set FASHION_MNIST to the folder of the IDX files")
 def test_rebuilding_gives_the_same_arrays(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("build_demo_data", ROOT / "scripts/build_demo_data.py")
     assert spec is not None and spec.loader is not None

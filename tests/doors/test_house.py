@@ -26,22 +26,16 @@ def kept_files() -> list[Path]:
     """Every file git keeps or would keep; where there is no git, the folders that hold text."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split(
-            "\0"
-        )
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
         folders = ("src", "tests", "scripts", "docs", "benchmarks", "examples")
-        return [
-            p for f in folders for p in (ROOT / f).rglob("*") if p.is_file() and "__pycache__" not in p.parts
-        ]
+        return [p for f in folders for p in (ROOT / f).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 
 # Written in pieces, or this file would find itself.
 ABSOLUTE = re.compile(r"(?<![\w.:/~-])/" + r"(?:work|root|home|Users|opt|tmp)/\w")
-HOSTS = re.compile(
-    "|".join((r"py" + r"pi\.org", r"python" + r"hosted\.", r"npm" + r"js\.", r"download\.py" + "torch"))
-)
+HOSTS = re.compile("|".join((r"py" + r"pi\.org", r"python" + r"hosted\.", r"npm" + r"js\.", r"download\.py" + "torch")))
 
 
 def test_no_machine_path_and_no_registry_host() -> None:
@@ -105,9 +99,7 @@ def test_files_are_short_and_begin_with_a_word(path: Path) -> None:
 
 
 def run(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, check=True, text=True
-    ).stdout.strip()
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.strip()
 
 
 def test_import_brings_no_optional_library() -> None:

@@ -57,9 +57,7 @@ def test_runs_in_one_namespace_and_leaves_no_file(
     assert [p.name for p in tmp_path.iterdir()] == ["page.md"] and Path.cwd() == tmp_path
 
 
-def test_says_what_was_skipped(
-    runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_says_what_was_skipped(runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "page.md").write_text(PAGE)
     assert runner.main([tmp_path / "page.md"]) == 0
     assert "page.md: 2 snippets run, 1 SKIPPED" in capsys.readouterr().out

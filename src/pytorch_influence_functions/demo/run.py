@@ -88,7 +88,7 @@ def _share(right: Bool[Tensor, " n"]) -> float:
 def _attribute(screen: Screen, trained: Trained, sets: DemoDatasets, recipe: Recipe) -> tuple[Attribution, Scores]:
     """All test images at once: the dual makes one query and five hundred cost nearly the same."""
     problem = Problem(trained.model, CrossEntropy(), sets.train, weight_decay=recipe.weight_decay)
-    with screen.passes() as report, progress(report):
+    with one_thread(), screen.passes() as report, progress(report):
         fitted = dual(damping=recipe.damping(len(sets.train))).fit(problem, queries=len(sets.test))
         scores = fitted.score(sets.test)
     said = trained.test_odds.argmax(1).tolist()

@@ -77,7 +77,7 @@ class Screen:
 
             def report(label: str, done: int, total: int) -> None:
                 if label not in tasks:
-                    tasks[label] = progress.add_task(label, total=total)
+                    tasks[label] = progress.add_task(label or "reading", total=total)
                 progress.update(tasks[label], completed=done, total=total)
 
             yield report
