@@ -1,0 +1,371 @@
+"""Bugs planted on purpose: each must break a law, or the law is asleep.
+
+A row is a bug, the patch that plants it, and the law that has to notice. Every law also runs without the bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _pytest.outcomes import Failed
+from torch import Tensor, nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions import attribution, capture, gradients, guard, layers, rows, scaling, topk
+from pytorch_influence_functions.blocks import Conv, Dense, Outer
+from pytorch_influence_functions.data import Source
+from pytorch_influence_functions.operators import Eigen, Gram
+from pytorch_influence_functions.solvers import Solution, neumann
+from pytorch_influence_functions.solvers.base import System
+from pytorch_influence_functions.space import Space
+from tests.laws.zoo import CASES, build
+from tests.twin.autograd import dense_ggn, example_gradients, influence
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+Law = Callable[[], None]
+LAMBDA = 1e-2
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# --------------------------------------------------------------------------- laws, small and quick
+
+
+def small(seed: int = 0, n: int = 24) -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(n + 3, 4).double(), torch.randint(0, 3, (n + 3,))
+    return model, x[:n], y[:n], x[n:], y[n:]
+
+
+def values_law(solver: Any, decay: float = 0.0, loss: Any = None, train: Any = None) -> None:
+    """Scores are those of the dense float64 solve."""
+    model, x, y, xq, yq = small()
+    g, gq = example_gradients(model, cross_entropy, x, y), example_gradients(model, cross_entropy, xq, yq)
+    want = influence(dense_ggn(model, cross_entropy, x, y), LAMBDA + decay, gq, g)
+    got = ptif.attribute(
+        model,
+        train(x, y) if train else (x, y),
+        (xq, yq),
+        loss=loss or nn.CrossEntropyLoss(),
+        method=ptif.Influence(ptif.GGN(), solver, LAMBDA),
+        weight_decay=decay,
+    )
+    assert gap(got.values, want) < 1e-6
+
+
+def fisher_law() -> None:
+    model, x, y, xq, yq = small()
+    g, gq = example_gradients(model, cross_entropy, x, y), example_gradients(model, cross_entropy, xq, yq)
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss()):
+        got = ptif.attribute(model, (x, y), (xq, yq), loss=loss, method=ptif.dual(damping=LAMBDA))
+        assert gap(got.values, influence(g.T @ g / len(g), LAMBDA, gq, g)) < 1e-6
+
+
+def relative_law() -> None:
+    model, x, y, xq, yq = small()
+    trace = float(dense_ggn(model, cross_entropy, x, y).diagonal().mean())
+    for solver in (ptif.Spectral(), ptif.CG(1e-10)):
+        spec = ptif.Influence(ptif.GGN(), solver, ptif.Relative(0.5))
+        got = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=spec)
+        assert got.diagnostics.damping == pytest.approx(0.5 * trace, rel=1e-6)
+
+
+def rows_law(name: str) -> None:
+    """Rows by rule are those of one-example autograd, on every route."""
+    model, x, y = build(next(c for c in CASES if c.name == name))
+    derivatives = gradients.Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+    assert set(derivatives.routes.values()) == {"rule"}, "the bug was noticed and the rule set aside"
+    rows = next(derivatives.stream()).rows
+    values = derivatives.space.to_parameters(rows)
+    flat = torch.cat([values[k].flatten(1) for k, _ in model.named_parameters()], 1)
+    want = example_gradients(model, cross_entropy, x, y)
+    assert gap(flat, want) < 1e-9
+    for route in (ptif.Route.GHOST, ptif.Route.APPLY, ptif.Route.MATERIALISE):
+        assert gap(rows.inner(rows, route), want @ want.T) < 1e-9
+
+
+def trace_law() -> None:
+    """The model is left as it was."""
+    model, x, y, xq, yq = small()
+    model.train()
+    model[0].weight.requires_grad_(False)
+    other = {k: v + 1 for k, v in model.state_dict().items()}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), checkpoints=[other])
+    assert all(m.training for m in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def ridge_law() -> None:
+    """Leave-one-out of ridge regression in closed form."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 3).double(), torch.randn(12, 1).double()
+
+    def fit(keep: list[int]) -> Tensor:
+        a = x[keep].T @ x[keep] / 12 + 0.2 * torch.eye(3).double()
+        return torch.linalg.solve(a, x[keep].T @ y[keep] / 12)
+
+    full = fit(list(range(12)))
+    model = nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(full.T)
+    change = torch.stack([(x[:2] @ (fit([j for j in range(12) if j != i]) - full))[:, 0] for i in range(12)], 1)
+    measure = ptif.FromFunction(lambda out, t: out[:, 0], lower_is_better=False, reduction="none")
+    fitted = ptif.one_step_newton(1e-12).fit(ptif.Problem(model, ptif.SquaredError(), (x, y), weight_decay=0.2))
+    assert gap(fitted.score((x[:2], y[:2]), measure).values, change) < 1e-8
+
+
+def stopped_law() -> None:
+    """A solver that stops early says so."""
+    model, x, y, xq, yq = small()
+    with pytest.raises(ptif.SolveFailed):
+        ptif.attribute(
+            model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=ptif.gauss_newton(1e-6, rtol=1e-10, max_steps=2)
+        )
+
+
+def nan_law() -> None:
+    with pytest.raises(ptif.NonFinite):
+        ptif.Scores(torch.tensor([[1.0, float("nan")]]))
+
+
+def top_law() -> None:
+    """The merged extremes are those of the whole."""
+    model, x, y, xq, yq = small()
+    options: dict[str, Any] = {"loss": nn.CrossEntropyLoss(), "batch_size": 5, "damping": LAMBDA}
+    full, top = (
+        ptif.attribute(model, (x, y), (xq, yq), **options),
+        ptif.attribute(model, (x, y), (xq, yq), top=2, **options),
+    )
+    for q in range(3):
+        assert [i for i, _ in top.helpful(q, 2)] == [i for i, _ in full.helpful(q, 2)]
+        assert [i for i, _ in top.harmful(q, 2)] == [i for i, _ in full.harmful(q, 2)]
+
+
+def shuffled_law() -> None:
+    """Indices are positions in the dataset, whatever the loader's order."""
+    dataset = torch.utils.data.TensorDataset
+    values_law(ptif.Spectral(), train=lambda x, y: torch.utils.data.DataLoader(dataset(x, y), 7, shuffle=True))
+
+
+def lissa_law() -> None:
+    """The series ends at the damped inverse."""
+    model, x, y, xq, yq = small()
+    g, gq = example_gradients(model, cross_entropy, x, y), example_gradients(model, cross_entropy, xq, yq)
+    want = influence(dense_ggn(model, cross_entropy, x, y), 0.1, gq, g)
+    spec = ptif.Influence(ptif.GGN(), ptif.Neumann(batch_size=24, tolerance=1e-4), 0.1)
+    got = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=spec)
+    assert gap(got.values, want) < 1e-2
+
+
+def gram_relative_law() -> None:
+    """Relative damping is a share of trace / P, for stored rows too."""
+    model, x, y, xq, yq = small()
+    g = example_gradients(model, cross_entropy, x, y)
+    want = 0.5 * float(g.square().sum()) / len(g) / g.shape[1]
+    got = ptif.attribute(
+        model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=ptif.dual(damping=ptif.Relative(0.5))
+    )
+    assert got.diagnostics.damping == pytest.approx(want, rel=1e-6)
+
+
+# --------------------------------------------------------------------------- planting
+
+
+def swap(owner: Any, name: str, bug: Callable[..., Any]) -> Patch:
+    """Plant `bug(original, *args, **kwargs)` in place of `owner.name`."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: bug(original, *args, **kwargs))
+
+    return plant
+
+
+def rule(kind: type[nn.Module], bug: Callable[..., Any]) -> Patch:
+    """Plant a bug in a layer rule, and blind the plan's own check: here the law must notice by itself."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        original = layers.RULES[kind]
+        monkeypatch.setitem(layers.RULES, kind, lambda *args: bug(original, *args))
+        blind(monkeypatch)
+
+    return plant
+
+
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients._Probe, "disagreeing", lambda self, plan, blocks: [])
+
+
+def both(first: Patch, second: Patch) -> Patch:
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        first(monkeypatch)
+        second(monkeypatch)
+
+    return plant
+
+
+# --------------------------------------------------------------------------- bugs
+
+
+def transposed(original: Any, self: Eigen, f: Any) -> Eigen:
+    made = original(self, f)
+    return Eigen(made.space, made.vectors.T.contiguous(), made.values)
+
+
+def no_bias(original: Any, module: Any, x: Tensor, g: Tensor, part: str) -> Any:
+    block = original(module, x, g, part)
+    if part != "joint":
+        return block
+    return Outer(block.left, torch.cat([block.right[..., :-1], torch.zeros_like(block.right[..., :1])], -1))
+
+
+def mirrored(original: Any, module: Any, x: Tensor, g: Tensor, part: str) -> Any:
+    block = original(module, x, g, part)
+    return Conv(block.left, block.x.flip(-1), block.window) if isinstance(block, Conv) else block
+
+
+def nothing_learnt(original: Any, module: Any, x: Tensor, g: Tensor, part: str) -> Dense:
+    return Dense(torch.zeros_like(original(module, x, g, part).dense()))
+
+
+def zeros_as_padding(original: Any, module: Any, x: Tensor) -> Tensor:
+    full = original(module, x)
+    grown = [f - s for f, s in zip(full.shape[2:], x.shape[2:], strict=True)]
+    sides = [side for g in reversed(grown) for side in (g // 2, g - g // 2)]
+    return F.pad(x, sides)
+
+
+def product_of_sums(original: Any, a: Outer, b: Outer) -> Tensor:
+    return (a.left.sum(1) @ b.left.sum(1).T) * (a.right.sum(1) @ b.right.sum(1).T)
+
+
+def per_batch_mean(original: Any, objective: Any, outputs: Tensor, batch: Any, ids: Tensor) -> Any:
+    losses, slope = original(objective, outputs, batch, ids)
+    return losses, slope / len(ids)
+
+
+def wrong_indices(original: Any, self: Any, plan: Any) -> Any:
+    rolled = [torch.roll(ids, 1) for ids in plan]
+    for ids, (_, batch) in zip(plan, original(self, rolled), strict=True):
+        yield ids, batch
+
+
+def last_batch_lost(original: Any, self: Any, at: Tensor, ids: Tensor, values: Tensor) -> None:
+    if int(ids.max()) < 20:
+        original(self, at, ids, values)
+
+
+def left_in_eval(original: Any, self: Any) -> None:
+    original(self)
+    for module, _ in self.modes:
+        module.training = False
+
+
+def left_thawed(original: Any, self: Any) -> None:
+    original(self)
+    for parameter, _, _ in self.parameters:
+        parameter.requires_grad_(True)
+
+
+@contextmanager
+def checkpoint_left_in(original: Any, model: nn.Module, checkpoint: Any) -> Iterator[None]:
+    model.load_state_dict(checkpoint)
+    yield
+
+
+def scored(change: Callable[[Any, Tensor], Tensor]) -> Patch:
+    """A bug in what leaves the scoring pass."""
+
+    def bug(original: Any, self: Any, *args: Any) -> Any:
+        return ((at, ids, change(self, v)) for at, ids, v in original(self, *args))
+
+    return swap(attribution.Attribution, "_blocks", bug)
+
+
+def one_step_only(original: Any, self: Any, seed: int) -> Tensor:
+    begun = self._begin()
+    step = self.plan.step
+    return begun + step * (self.b - self.state.system.product(begun))
+
+
+def added_leverage(original: Any, derivatives: Any, solve: Any, count: int) -> Any:
+    return original(derivatives, solve, -count)
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    plant: Patch
+    law: Law
+
+
+DENSE = partial(values_law, ptif.Spectral())
+ITERATED = partial(values_law, ptif.CG(1e-10))
+ELSEWHERE = swap(gradients, "slopes", per_batch_mean)
+SNAPSHOT = guard._Snapshot
+
+BUGS = [
+    Bug("eigenvectors transposed", swap(Eigen, "function", transposed), DENSE),
+    Bug("1/N lost", scored(lambda self, v: v * len(self.problem)), DENSE),
+    Bug("sign flipped", scored(lambda self, v: -v), DENSE),
+    Bug("damping left out of the product", swap(System, "product", lambda f, self, x: self.curvature(x)), ITERATED),
+    Bug("damping put on b", swap(ptif.CG, "solve", lambda f, self, st, b: f(self, st, b.scaled(1 + LAMBDA))), ITERATED),
+    Bug("stopped early, silently", swap(Solution, "unwrap", lambda f, self: self.value), stopped_law),
+    Bug(
+        "weight decay forgotten",
+        swap(Space, "of", lambda f, model, parameters=None, decay=0.0: f(model, parameters)),
+        partial(values_law, ptif.Woodbury(), 0.3),
+    ),
+    Bug(
+        "sum taken for the mean eigenvalue",
+        swap(Gram, "mean_eigenvalue", lambda f, self: f(self) * self.size),
+        gram_relative_law,
+    ),
+    Bug("Gram divided by N twice", swap(Gram, "gram", lambda f, self: f(self) / self.count), fisher_law),
+    Bug("bias column dropped", rule(nn.Linear, no_bias), partial(rows_law, "mlp")),
+    Bug("LayerNorm dropped", rule(nn.LayerNorm, nothing_learnt), partial(rows_law, "layer norm")),
+    Bug("patches mirrored", rule(nn.Conv2d, mirrored), partial(rows_law, "conv2d stride")),
+    Bug(
+        "padding mode ignored",
+        both(swap(layers, "padded", zeros_as_padding), blind),
+        partial(rows_law, "conv2d reflect"),
+    ),
+    Bug("second use dropped", both(swap(capture, "add", lambda f, a, b: a), blind), partial(rows_law, "tied")),
+    Bug("ghost product of sums", swap(rows, "_ghost", product_of_sums), partial(rows_law, "positions")),
+    Bug("mean taken for per-example loss", ELSEWHERE, fisher_law),
+    Bug("batches under wrong indices", swap(Source, "load", wrong_indices), shuffled_law),
+    Bug("model left in eval mode", swap(SNAPSHOT, "restore", left_in_eval), trace_law),
+    Bug("frozen parameters thawed", swap(SNAPSHOT, "restore", left_thawed), trace_law),
+    Bug("checkpoint left in the model", swap(attribution, "at_checkpoint", checkpoint_left_in), trace_law),
+    Bug("leverage added, not removed", swap(scaling, "leverage_corrected", added_leverage), ridge_law),
+    Bug("NaN ranked", swap(ptif.Scores, "_check_finite", lambda f, self: None), nan_law),
+    Bug("last batch lost in the merge", swap(topk.TopK, "add", last_batch_lost), top_law),
+    Bug("series not fed back", swap(neumann._Series, "once", one_step_only), lissa_law),
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_breaks_its_law(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.law()  # awake and satisfied without the bug
+    with monkeypatch.context() as planted:
+        bug.plant(planted)
+        with pytest.raises((AssertionError, ptif.InfluenceError, Failed)):
+            bug.law()
+    bug.law()
