@@ -20,12 +20,12 @@ from .forward_mode import Products
 from .gradients import Derivatives, Slab
 from .ledger import Ledger, Standing, refuse_nonfinite
 from .objectives import AbstractObjective, FromFunction, as_objective, inputs_and_targets
-from .operators import AbstractOperator, AbstractSymmetric, Expansion, Gram
+from .operators import AbstractSymmetric, Expansion, Gram
 from .problem import Checkpoint, Problem, at_checkpoint, sweep
 from .rows import Route, Rows
 from .scaling import AbstractScaling, Raw, rowwise
 from .scores import Scores, stacked
-from .solvers import AbstractSolver, Auto, Choice, Facts, Forecast, Solution, choose, forecast, form_for, inverse_of
+from .solvers import AbstractSolver, Auto, Choice, Facts, Forecast, Guide, Solution, choose, forecast, form_for
 from .topk import TopK
 from .world import World, current
 
@@ -175,7 +175,7 @@ class Member:
     operator: AbstractSymmetric
     shift: Shift
     state: Any
-    preconditioner: AbstractOperator | None
+    guide: Guide | None
     standing: Standing
 
     @property
@@ -194,30 +194,33 @@ def _fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None
         standing = Standing.of(derivatives)
         choice = _choice(spec, Facts.of(derivatives, queries) if isinstance(spec.solver, Auto) else None)
         operator = choice.curvature.of(derivatives, form_for(choice.solver, choice.curvature), Budget.of(spec.memory))
-        return _initialised(spec, Member(checkpoint, derivatives, choice, operator, Shift(0.0), None, None, standing))
+        guide = None
+        if choice.preconditioner is not None:
+            guide = Guide.of(choice.preconditioner, derivatives, Budget.of(spec.memory))
+        return _initialised(spec, Member(checkpoint, derivatives, choice, operator, Shift(0.0), None, guide, standing))
 
 
 def _initialised(spec: Influence, member: Member) -> Member:
     """The solver made ready for the damping of `spec`; the curvature is not computed again."""
     space = member.derivatives.space
     shift = Shift(as_damping(spec.damping).of(member.operator), space.decay)
-    inverse = None
-    if spec.preconditioner is not None:
-        inverse = inverse_of(spec.preconditioner, member.derivatives, shift, Budget.of(spec.memory))
-    state = member.choice.solver.init(member.operator, shift, inverse)
-    return replace(member, shift=shift, state=state, preconditioner=inverse)
+    # A guide nobody asked for needs a positive D; without one the solver goes unguided.
+    usable = member.guide is not None and (spec.preconditioner is not None or shift.smallest > 0)
+    inverse = member.guide.inverse(shift) if member.guide is not None and usable else None
+    return replace(member, shift=shift, state=member.choice.solver.init(member.operator, shift, inverse))
 
 
 def _choice(spec: Influence, facts: Facts | None) -> Choice:
     if isinstance(spec.solver, Auto):
         assert facts is not None
-        return choose(spec.curvature, facts)
+        chosen = choose(spec.curvature, facts)
+        return chosen if spec.preconditioner is None else replace(chosen, preconditioner=spec.preconditioner)
     if spec.curvature is None:
         raise InvalidInput(
             f"Influence(solver={spec.solver!r}) does not say which curvature it solves with; "
             "add curvature=GGN(), Hessian() or EmpiricalFisher(), or leave the solver to Auto()."
         )
-    return Choice(spec.curvature, spec.solver, "asked for")
+    return Choice(spec.curvature, spec.solver, "asked for", spec.preconditioner)
 
 
 def _gradient_route(spec: Influence) -> Route:
@@ -226,8 +229,8 @@ def _gradient_route(spec: Influence) -> Route:
 
 def _words(spec: Influence, choice: Choice) -> str:
     parts = [f"{choice.curvature!r}", f"{choice.solver!r}", f"damping={spec.damping!r}"]
-    if spec.preconditioner is not None:
-        parts.append(f"preconditioner={spec.preconditioner!r}")
+    if choice.preconditioner is not None:
+        parts.append(f"preconditioner={choice.preconditioner!r}")
     if not isinstance(spec.scaling, Raw):
         parts.append(f"scaling={spec.scaling!r}")
     return f"Influence({', '.join(parts)})"

@@ -420,3 +420,21 @@ def test_a_small_memory_bound_changes_nothing_but_the_number_of_passes() -> None
         ptif.Influence(ptif.GGN(), ptif.Spectral(), SMALL, memory=Budget(1000)).fit(
             ptif.Problem(model, ptif.CrossEntropy(), (x, y))
         )
+
+
+def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 110), nn.Tanh(), nn.Linear(110, 10)).double()
+    x, y = torch.randn(620, 20).double(), torch.randint(0, 10, (620,))
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=200)
+    fitted = ptif.Influence(damping=ptif.Relative(0.3)).fit(problem)
+    assert "CG" in fitted.method and "preconditioner=Fisher(samples=1" in fitted.method and "guided" in fitted.why
+    want = ptif.Influence(ptif.GGN(), ptif.CG(1e-9), ptif.Relative(0.3)).fit(problem).score((x[:2], y[:2]))
+    got = fitted.score((x[:2], y[:2]))
+    assert relative_gap(got.values, want.values) < 5e-3
+    alone = ptif.Influence(ptif.GGN(), ptif.CG(1e-3), ptif.Relative(0.3)).fit(problem).score((x[:2], y[:2]))
+    assert got.diagnostics.steps < 0.8 * alone.diagnostics.steps
+    operator = fitted.members[0].guide.operator  # type: ignore[union-attr]
+    again = fitted.redamped(1e-3)
+    assert again.members[0].guide.operator is operator  # type: ignore[union-attr]
+    assert again.score((x[:1], y[:1])).diagnostics.residual_max <= 1e-3

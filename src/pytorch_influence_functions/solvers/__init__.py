@@ -18,4 +18,4 @@ from .direct import Spectral as Spectral
 from .dual import Woodbury as Woodbury
 from .neumann import Neumann as Neumann
 from .neumann import Start as Start
-from .precondition import inverse_of as inverse_of
+from .precondition import Guide as Guide

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 
-from ..curvature import GGN, AbstractCurvature, EmpiricalFisher, Form, Hessian, Identity
+from ..curvature import GGN, AbstractCurvature, EmpiricalFisher, Fisher, Form, Hessian, Identity
 from ..gradients import Derivatives
 from ..objectives import AbstractLikelihood
 from ..problem import sweep
@@ -24,7 +24,8 @@ _DENSE_PARAMETERS = 2000
 _DUAL_ROWS = 5000
 _DUAL_EXAMPLES = 20_000
 _CG_OPERATIONS = 3e12
-_CG_STEPS = 40
+_CG_STEPS = 60
+_GUIDE_BYTES = 1 << 30
 
 
 @final
@@ -90,11 +91,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Choice:
-    """A curvature, a solver, and the reason in words."""
+    """A curvature, a solver, the reason in words, and what the solver is preconditioned with."""
 
     curvature: AbstractCurvature
     solver: AbstractSolver[Any]
     why: str
+    preconditioner: AbstractCurvature | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,10 @@ def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
             f"{facts.queries} quer{'y' if facts.queries == 1 else 'ies'} x {facts.examples:,} examples make conjugate "
             f"gradients on the exact {_name(second)} affordable"
         )
-        return Choice(second, CG(rtol=1e-3, max_steps=300), why)
+        guide = _guide(second, facts)
+        if guide is not None:
+            why += f", guided by {guide!r}"
+        return Choice(second, CG(rtol=1e-3, max_steps=500), why, guide)
     if curvature in (None, EmpiricalFisher()) and facts.examples <= _DUAL_EXAMPLES:
         why = (
             f"{facts.queries} queries x {facts.parameters:,} parameters are many for iterative solves, and "
@@ -161,6 +166,16 @@ def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
         f"{facts.examples:,} examples are too many for full products: LiSSA on mini-batches, its cost independent of N"
     )
     return Choice(second, Neumann(), why)
+
+
+def _guide(curvature: AbstractCurvature, facts: Facts) -> AbstractCurvature | None:
+    """What to precondition with: one sampled gradient per example, inverted in its dual form, where N allows.
+
+    On a Fashion-MNIST perceptron (N = 2,000, 10 queries, damping of one mean eigenvalue, residual 1e-2) 44 steps
+    instead of 137; three samples take 38 and the empirical Fisher 40, no more worth their cost.
+    """
+    fits = facts.examples <= _DUAL_ROWS and facts.examples * facts.row_numbers * facts.number_bytes <= _GUIDE_BYTES
+    return Fisher(samples=1) if isinstance(curvature, GGN) and fits else None
 
 
 def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
@@ -178,6 +193,7 @@ def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
         memory = n * per * facts.row_numbers * size + 3 * 8.0 * (n * per) ** 2
     elif isinstance(solver, CG):
         passes += _CG_STEPS * 2 * q
+        memory += 0.0 if choice.preconditioner is None else n * facts.row_numbers * size + 3 * 8.0 * n**2
     elif isinstance(solver, Neumann):
         passes += 2 * q * (solver.steps or 1000) * (solver.batch_size or 16) / n
     return Forecast(method, choice.why, passes, memory, passes * n * facts.seconds)

@@ -9,7 +9,7 @@ from ..curvature import AbstractCurvature, Budget, Form, Identity
 from ..damping import Shift
 from ..errors import InvalidInput
 from ..gradients import Derivatives
-from ..operators import AbstractOperator, Expansion
+from ..operators import AbstractOperator, AbstractSymmetric, Expansion
 from ..rows import Rows
 from ..space import Space
 from .base import AbstractSolver
@@ -22,31 +22,43 @@ _DENSE_PARAMETERS = 3000
 
 @dataclass(frozen=True, eq=False)
 class Inverse(AbstractOperator):
-    """(C + D)^-1 by a direct solver."""
+    """(C + D)^-1 by a direct solver. Only ever a guide: the solver it guides checks its own residual."""
 
     space: Space
     solver: AbstractSolver[Any]
     state: Any
 
     def apply(self, rows: Rows) -> Rows:
-        value = self.solver.solve(self.state, rows).unwrap()
+        value = self.solver.solve(self.state, rows).value
         return value.rows() if isinstance(value, Expansion) else value
 
 
-def inverse_of(curvature: AbstractCurvature, derivatives: Derivatives, shift: Shift, budget: Budget) -> Inverse:
-    """The inverse of `curvature` plus `shift`, by whichever direct solver fits its size."""
-    small = derivatives.space.size <= _DENSE_PARAMETERS
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """A curvature made ready to precondition with; `inverse` is cheap to ask for under another D."""
+
     solver: AbstractSolver[Any]
-    if isinstance(curvature, Identity):
-        form, solver = Form.SPECTRAL, Spectral()
-    elif Form.MATRIX in curvature.forms and small:
-        form, solver = Form.MATRIX, Spectral()
-    elif Form.GRAM in curvature.forms:
-        form, solver = Form.GRAM, Woodbury(sweep=False)
-    else:
+    operator: AbstractSymmetric
+
+    @staticmethod
+    def of(curvature: AbstractCurvature, derivatives: Derivatives, budget: Budget) -> Guide:
+        """Compute the curvature once, in the form that the direct solver fitting its size needs.
+
+        Raises:
+            InvalidInput: the curvature has no cheap inverse at this size.
+        """
+        small = derivatives.space.size <= _DENSE_PARAMETERS
+        if isinstance(curvature, Identity):
+            return Guide(Spectral(), curvature.of(derivatives, Form.SPECTRAL, budget))
+        if Form.MATRIX in curvature.forms and small:
+            return Guide(Spectral(), curvature.of(derivatives, Form.MATRIX, budget))
+        if Form.GRAM in curvature.forms:
+            return Guide(Woodbury(), curvature.of(derivatives, Form.GRAM, budget))
         raise InvalidInput(
             f"{type(curvature).__name__}() has no cheap inverse over {derivatives.space.size:,} parameters to "
-            "precondition with; use EmpiricalFisher() or GGN()."
+            "precondition with; use EmpiricalFisher(), Fisher(samples=1) or GGN()."
         )
-    operator = curvature.of(derivatives, form, budget)
-    return Inverse(derivatives.space, solver, solver.init(operator, shift))
+
+    def inverse(self, shift: Shift) -> Inverse:
+        """(C + D)^-1 as an operator."""
+        return Inverse(self.operator.space, self.solver, self.solver.init(self.operator, shift))
