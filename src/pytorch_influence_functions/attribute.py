@@ -9,7 +9,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .attribution import Influence, check_top, in_queries
+from .attribution import Influence
+from .checks import check_top, in_queries
 from .damping import AbstractDamping
 from .data import Source, to_device
 from .errors import InvalidInput

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .checks import check_parts, check_problem, check_top, in_queries, of_measure
 from .curvature import AbstractCurvature, Budget, EmpiricalFisher
-from .damping import AbstractDamping, Relative, Shift, as_damping
+from .damping import AbstractDamping, Shift, as_damping
 from .data import Source
-from .errors import InvalidInput, NonFinite
+from .errors import InvalidInput
 from .forward_mode import Products
 from .gradients import Derivatives, Slab
 from .ledger import Ledger, Standing, refuse_nonfinite
@@ -25,7 +26,19 @@ from .problem import Checkpoint, Problem, at_checkpoint, sweep
 from .rows import Route, Rows
 from .scaling import AbstractScaling, Raw, rowwise
 from .scores import Scores, stacked
-from .solvers import AbstractSolver, Auto, Choice, Facts, Forecast, Guide, Solution, choose, forecast, form_for
+from .solvers import (
+    AbstractSolver,
+    Auto,
+    Choice,
+    Facts,
+    Forecast,
+    Guide,
+    Solution,
+    choose,
+    default_damping,
+    forecast,
+    form_for,
+)
 from .topk import TopK
 from .world import World, current
 
@@ -45,7 +58,8 @@ class Influence:
     Args:
         curvature: which matrix C is; `None` lets `Auto` choose.
         solver: how (C + lambda) x = b is solved.
-        damping: `Relative(share)` of the mean eigenvalue, `Absolute(value)`, `FromTraining(lr, steps)` or a number.
+        damping: `Relative(share)` of the mean eigenvalue, `Absolute(value)`, `FromTraining(lr, steps)` or a number;
+            `None`: `default_damping(solver)`.
         preconditioner: a curvature whose damped inverse speeds up `CG` or `Neumann`.
         scaling: what becomes of the raw scores; `Leverage()` corrects the first-order underestimate.
         memory: the most bytes that curvature and solved queries may take, `Budget(bytes)` or a number.
@@ -61,7 +75,7 @@ class Influence:
 
     curvature: AbstractCurvature | None = None
     solver: AbstractSolver[Any] | Auto = field(default_factory=Auto)
-    damping: AbstractDamping | float = field(default_factory=lambda: Relative(1.0))
+    damping: AbstractDamping | float | None = None
     preconditioner: AbstractCurvature | None = None
     scaling: AbstractScaling = field(default_factory=Raw)
     memory: Budget | int = field(default_factory=Budget)
@@ -69,8 +83,8 @@ class Influence:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", Budget.of(self.memory))
-        _check_parts(self)
-        object.__setattr__(self, "damping", as_damping(self.damping))
+        check_parts(self)
+        object.__setattr__(self, "damping", None if self.damping is None else as_damping(self.damping))
         object.__setattr__(self, "route", Route.of(self.route))
 
     def fit(self, problem: Problem, queries: int = 1) -> Attribution:
@@ -79,13 +93,13 @@ class Influence:
         `queries` is how many are expected; it only guides `Auto`.
         """
         start = time.perf_counter()
-        _check_problem(problem)
+        check_problem(problem)
         members = tuple(_fit_member(self, problem, c, queries) for c in (problem.checkpoints or (None,)))
         return Attribution(self, problem, members, time.perf_counter() - start)
 
     def forecast(self, problem: Problem, queries: int = 1) -> Forecast:
         """What `fit` and `score` would cost; runs one batch."""
-        _check_problem(problem)
+        check_problem(problem)
         with _weights_of(problem, problem.checkpoints[0] if problem.checkpoints else None):
             derivatives = Derivatives.of(problem, _gradient_route(self))
             facts = Facts.of(derivatives, queries)
@@ -93,76 +107,6 @@ class Influence:
         times = max(1, len(problem.checkpoints))
         one = forecast(choice, facts, _words(self, choice))
         return replace(one, passes=one.passes * times, seconds=one.seconds * times)
-
-
-def _check_parts(spec: Influence) -> None:
-    """Refuse classes and names where an instance is needed: they would fail later, far from here."""
-    expected: dict[str, tuple[type | tuple[type, ...], str]] = {
-        "curvature": (AbstractCurvature, "a curvature such as GGN()"),
-        "solver": ((AbstractSolver, Auto), "a solver such as CG() or Auto()"),
-        "preconditioner": (AbstractCurvature, "a curvature such as GGN()"),
-        "scaling": (AbstractScaling, "Raw() or Leverage()"),
-    }
-    for name, (kinds, words) in expected.items():
-        given = getattr(spec, name)
-        if isinstance(given, kinds) or (given is None and name in ("curvature", "preconditioner")):
-            continue
-        if isinstance(given, type):
-            raise InvalidInput(f"{name}= is the class {given.__name__}; write {given.__name__}(), an instance.")
-        raise InvalidInput(f"{name}= must be {words}, got {given!r} of type {type(given).__name__}.")
-
-
-def _check_problem(problem: Any) -> None:
-    if not isinstance(problem, Problem):
-        raise InvalidInput(
-            f"fit() and forecast() take a Problem, got {type(problem).__name__}; write "
-            "Problem(model, loss, train), or call ptif.attribute(model, train, queries)."
-        )
-    if len(problem) < 2:
-        raise InvalidInput(
-            f"The training data hold {len(problem)} example, expected at least 2: removing the only one leaves nothing "
-            "to train on; give the whole training set."
-        )
-
-
-def check_top(top: Any) -> None:
-    """Refuse a `top` that is no whole number of at least 1.
-
-    Raises:
-        InvalidInput: it is not.
-    """
-    if top is None:
-        return
-    if isinstance(top, bool) or not isinstance(top, int):
-        raise InvalidInput(f"top={top!r} is no whole number; give how many examples to keep, or None for all scores.")
-    if top < 1:
-        raise InvalidInput(f"top={top} keeps nothing; give at least 1, or None for all scores.")
-
-
-_SMALL = ("The", "A", "Label", "Target", "Item", "Array", "Arrays", "Reading", "Index")
-
-
-@contextmanager
-def in_queries() -> Iterator[None]:
-    """Say that an index or shape speaks of the queries: the same sentence would be read as the training data's."""
-    try:
-        yield
-    except (InvalidInput, NonFinite) as error:
-        words = str(error)
-        if not words.startswith("In the queries"):
-            plain = words.split(" ", 1)[0] in _SMALL
-            error.args = (f"In the queries, {words[0].lower() + words[1:] if plain else words}",)
-        raise
-
-
-@contextmanager
-def _of_measure() -> Iterator[None]:
-    """What is wrong with a measure is not said of the loss."""
-    try:
-        yield
-    except (InvalidInput, NonFinite) as error:
-        error.args = (str(error).replace("The loss", "The measure", 1),)
-        raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +147,7 @@ def _fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None
 def _initialised(spec: Influence, member: Member) -> Member:
     """The solver made ready for the damping of `spec`; the curvature is not computed again."""
     space = member.derivatives.space
-    shift = Shift(as_damping(spec.damping).of(member.operator), space.decay)
+    shift = Shift(_damping(spec, member.choice).of(member.operator), space.decay)
     # A guide nobody asked for needs a positive D; without one the solver goes unguided.
     usable = member.guide is not None and (spec.preconditioner is not None or shift.smallest > 0)
     inverse = member.guide.inverse(shift) if member.guide is not None and usable else None
@@ -227,8 +171,12 @@ def _gradient_route(spec: Influence) -> Route:
     return Route.of(spec.route) if spec.route in (Route.VMAP, Route.LOOP) else Route.AUTO
 
 
+def _damping(spec: Influence, choice: Choice) -> AbstractDamping:
+    return default_damping(choice.solver) if spec.damping is None else as_damping(spec.damping)
+
+
 def _words(spec: Influence, choice: Choice) -> str:
-    parts = [f"{choice.curvature!r}", f"{choice.solver!r}", f"damping={spec.damping!r}"]
+    parts = [f"{choice.curvature!r}", f"{choice.solver!r}", f"damping={_damping(spec, choice)!r}"]
     if choice.preconditioner is not None:
         parts.append(f"preconditioner={choice.preconditioner!r}")
     if not isinstance(spec.scaling, Raw):
@@ -350,7 +298,7 @@ class Attribution:
         trained = self.members[0].derivatives.objective
         if measure is None:
             return trained
-        with _of_measure():
+        with of_measure():
             objective = as_objective(measure)
         if isinstance(objective, FromFunction):
             ids = torch.arange(min(2, len(source)))
@@ -358,7 +306,7 @@ class Attribution:
                 _, batch = next(iter(sweep(self.problem, source, ids, world=World())))
                 with torch.no_grad():
                     outputs = objective.outputs(self.problem.model, batch)
-            with _of_measure():
+            with of_measure():
                 objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
         return objective
 

@@ -7,6 +7,7 @@ from .auto import Choice as Choice
 from .auto import Facts as Facts
 from .auto import Forecast as Forecast
 from .auto import choose as choose
+from .auto import default_damping as default_damping
 from .auto import forecast as forecast
 from .auto import form_for as form_for
 from .base import AbstractSolver as AbstractSolver

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 
 from ..curvature import GGN, AbstractCurvature, EmpiricalFisher, Fisher, Form, Hessian, Identity
+from ..damping import AbstractDamping, Relative
 from ..gradients import Derivatives
 from ..objectives import AbstractLikelihood
 from ..problem import sweep
@@ -166,6 +167,17 @@ def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
         f"{facts.examples:,} examples are too many for full products: LiSSA on mini-batches, its cost independent of N"
     )
     return Choice(second, Neumann(), why)
+
+
+def default_damping(solver: object) -> AbstractDamping:
+    """A share of the mean eigenvalue: 0.1 for small models solved densely, 3 for networks.
+
+    Measured on a Fashion-MNIST perceptron of 50,890 parameters (2,000 images, linear datamodelling score over 60 half
+    subsets x 3 seeds). Dual of the empirical Fisher: .35 at a share of 0.1, .38 at 1, .39 at 4, .37 at 13. Conjugate
+    gradients on the GGN: .28 at 0.3, .35 at 1, .40 at 3, .42 at 10. One task: where the learning rate and the number of
+    steps are known, `FromTraining(lr, steps)` is the better grounded choice.
+    """
+    return Relative(0.1) if isinstance(solver, (Spectral, Cholesky)) else Relative(3.0)
 
 
 def _guide(curvature: AbstractCurvature, facts: Facts) -> AbstractCurvature | None:
