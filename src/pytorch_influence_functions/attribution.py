@@ -147,7 +147,8 @@ def _fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None
 def _initialised(spec: Influence, member: Member) -> Member:
     """The solver made ready for the damping of `spec`; the curvature is not computed again."""
     space = member.derivatives.space
-    shift = Shift(_damping(spec, member.choice).of(member.operator), space.decay)
+    rule = _damping(spec, member.choice)
+    shift = Shift(rule.of(member.operator), space.decay, rule.blocks(member.operator))
     # A guide nobody asked for needs a positive D; without one the solver goes unguided.
     usable = member.guide is not None and (spec.preconditioner is not None or shift.smallest > 0)
     inverse = member.guide.inverse(shift) if member.guide is not None and usable else None

@@ -23,13 +23,19 @@ class HasMeanEigenvalue(Protocol):
 
     def mean_eigenvalue(self) -> float: ...
 
+    def block_means(self) -> dict[str, float]: ...
+
 
 class AbstractDamping(ABC):
     """A rule that gives lambda, in units of the curvature, for an operator."""
 
     @abstractmethod
     def of(self, operator: HasMeanEigenvalue) -> float:
-        """Lambda for this operator: finite and not negative."""
+        """Lambda for this operator: finite and not negative; where blocks differ, their size-weighted mean."""
+
+    def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
+        """Lambda block by block where this rule tells blocks apart; empty where one number is for all."""
+        return {}
 
 
 def _finite_number(name: str, value: object) -> float:
@@ -44,16 +50,22 @@ def _finite_number(name: str, value: object) -> float:
 class Relative(AbstractDamping):
     """`lambda = share * mean eigenvalue of C`: the same share means the same thing for any loss or scale.
 
-    `mean eigenvalue = trace(C) / P`. Raises `InvalidInput` for `share <= 0`, and where the mean eigenvalue
-    is not positive, for there "relative to the curvature" says nothing.
+    `mean eigenvalue = trace(C) / P`. With `per_block`, every block of parameters (a layer's weight with its bias, a
+    norm's scale) gets the share of the mean eigenvalue of its own diagonal block: layers whose gradients are small are
+    then damped less. A block without any curvature gets the share of the overall mean. Raises `InvalidInput` for
+    `share <= 0`, and where the mean eigenvalue is not positive, for there "relative to the curvature" says nothing.
 
     >>> class Ten:
     ...     def mean_eigenvalue(self): return 10.0
+    ...     def block_means(self): return {"a": 5.0, "b": 15.0}
     >>> Relative(0.1).of(Ten())
     1.0
+    >>> Relative(0.1, per_block=True).blocks(Ten())
+    {'a': 0.5, 'b': 1.5}
     """
 
-    share: float = 0.1
+    share: float | int = 0.1
+    per_block: bool = False
 
     def __post_init__(self) -> None:
         if _finite_number("Relative's share", self.share) <= 0:
@@ -69,6 +81,13 @@ class Relative(AbstractDamping):
                 "use GGN() instead of Hessian(), or Absolute(value)."
             )
         return self.share * mean
+
+    def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
+        if not self.per_block:
+            return {}
+        overall = self.of(operator)
+        # A block that no example moves (a padding row, a dead layer) has no scale of its own.
+        return {k: self.share * mean if mean > 0 else overall for k, mean in operator.block_means().items()}
 
 
 @dataclass(frozen=True)
@@ -133,48 +152,65 @@ def as_damping(value: AbstractDamping | float) -> AbstractDamping:
 class Shift:
     """The diagonal `D = damping + decay[block]` that is added to the curvature.
 
-    `decay` names every block of the space, or is empty when there is no weight decay. Raises `InvalidInput`
-    for a negative or non-finite number.
+    `decay` names every block of the space, or is empty when there is no weight decay. `blocks`, where given, is the
+    damping of each block, and `damping` only their mean, for the record. Raises `InvalidInput` for a negative or
+    non-finite number.
 
     >>> Shift(0.1, {"a": 0.5, "b": 0.5}).uniform
     0.6
     >>> Shift(0.1, {"a": 0.5, "b": 0.0}).uniform is None
     True
+    >>> Shift(0.2, blocks={"a": 0.1, "b": 0.3}).over(["a", "b"])
+    {'a': 0.1, 'b': 0.3}
     """
 
     damping: float
     decay: Mapping[str, float] = field(default_factory=dict)
+    blocks: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if _finite_number("The damping", self.damping) < 0:
-            raise InvalidInput(f"The damping is {self.damping}; it must not be negative.")
+        for what, value in [
+            ("The damping", self.damping),
+            *((f"The damping of {k!r}", v) for k, v in self.blocks.items()),
+        ]:
+            if _finite_number(what, value) < 0:
+                raise InvalidInput(f"{what} is {value}; it must not be negative.")
         for name, value in self.decay.items():
             if _finite_number(f"The weight decay of {name!r}", value) < 0:
                 raise InvalidInput(f"The weight decay of {name!r} is {value}; it must not be negative.")
+        if self.decay and self.blocks and set(self.decay) != set(self.blocks):
+            odd = sorted(set(self.decay) ^ set(self.blocks))
+            raise InvalidInput(f"Damping and weight decay must name the same blocks; check {odd[:5]}.")
+
+    @property
+    def _per_block(self) -> dict[str, float]:
+        """D block by block; empty when one number is for all and no block is named."""
+        names = self.decay or self.blocks
+        return {k: self.blocks.get(k, self.damping) + self.decay.get(k, 0.0) for k in names}
 
     @property
     def uniform(self) -> float | None:
         """The one number on the diagonal, or `None` when blocks differ."""
-        values = set(self.decay.values()) or {0.0}
-        return self.damping + values.pop() if len(values) == 1 else None
+        values = set(self._per_block.values()) or {self.damping}
+        return values.pop() if len(values) == 1 else None
 
     @property
     def smallest(self) -> float:
         """The smallest number on the diagonal."""
-        return self.damping + min(self.decay.values(), default=0.0)
+        return min(self._per_block.values(), default=self.damping)
 
     @property
     def largest(self) -> float:
         """The largest number on the diagonal."""
-        return self.damping + max(self.decay.values(), default=0.0)
+        return max(self._per_block.values(), default=self.damping)
 
     def over(self, names: Iterable[str]) -> dict[str, float]:
-        """`D` block by block; raises `InvalidInput` unless `decay` is empty or names exactly these blocks."""
-        names = list(names)
-        if self.decay and set(self.decay) != set(names):
-            odd = sorted(set(self.decay) ^ set(names))
+        """`D` block by block; raises `InvalidInput` unless what is named are exactly these blocks, or none."""
+        names, known = list(names), self._per_block
+        if known and set(known) != set(names):
+            odd = sorted(set(known) ^ set(names))
             raise InvalidInput(f"The weight decay must name every block of the space or none; check {odd[:5]}.")
-        return {name: self.damping + self.decay.get(name, 0.0) for name in names}
+        return {name: known.get(name, self.damping) for name in names}
 
     def apply(self, rows: Rows) -> Rows:
         """`D x` for every row."""
@@ -187,5 +223,5 @@ class Shift:
         return rows.scaled({name: 1.0 / d for name, d in self.over(rows.blocks).items()})
 
     def redamped(self, damping: float) -> Shift:
-        """The same weight decay under another damping."""
+        """The same weight decay under another damping, one number for all blocks."""
         return Shift(damping, self.decay)

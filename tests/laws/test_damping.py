@@ -20,6 +20,9 @@ class _Mean:
     def mean_eigenvalue(self) -> float:
         return self.value
 
+    def block_means(self) -> dict[str, float]:
+        return {"all": self.value}
+
 
 def test_relative_follows_the_scale_of_the_curvature() -> None:
     space = a_space()
@@ -89,3 +92,33 @@ def test_shift_knows_when_it_is_one_number() -> None:
     assert uneven(space, 0.5).largest == pytest.approx(0.6)
     assert uneven(space, 0.5).redamped(1.0) == uneven(space, 1.0)
     assert torch.equal(dense_shift(space, Shift(0.0)), torch.zeros(space.size, space.size, dtype=F64))
+
+
+def test_damping_per_block_follows_each_blocks_own_scale() -> None:
+    space = a_space()
+    curvature = spectrum_matrix(space)
+    rule = Relative(0.3, per_block=True)
+    own = {k: 0.3 * float(curvature.matrix.diagonal()[part].mean()) for k, part in space.slices.items()}
+    assert rule.blocks(curvature) == pytest.approx(own, rel=1e-12)
+    assert Relative(0.3).blocks(curvature) == {}
+    whole = sum(own[k] * space.numel(k) for k in own) / space.size
+    assert rule.of(curvature) == pytest.approx(whole, rel=1e-12)
+
+
+def test_a_block_without_curvature_is_damped_by_the_overall_mean() -> None:
+    space = a_space()
+    first = next(iter(space.blocks))
+    flat = Identity(space, dict.fromkeys(space.blocks, 2.0) | {first: 0.0})
+    found = Relative(0.5, per_block=True).blocks(flat)
+    assert found[first] == pytest.approx(0.5 * flat.mean_eigenvalue())
+    assert set(found.values()) == {found[first], 1.0}
+
+
+def test_block_dampings_and_weight_decay_add_up() -> None:
+    shift = Shift(0.2, {"a": 1.0, "b": 2.0}, {"a": 0.1, "b": 0.3})
+    assert shift.over(["a", "b"]) == pytest.approx({"a": 1.1, "b": 2.3})
+    assert (shift.smallest, shift.largest, shift.uniform) == (pytest.approx(1.1), pytest.approx(2.3), None)
+    with pytest.raises(InvalidInput, match="name the same blocks"):
+        Shift(0.2, {"a": 1.0}, {"b": 0.1})
+    with pytest.raises(InvalidInput, match="The damping of 'b' is -1"):
+        Shift(0.2, blocks={"b": -1.0})

@@ -335,7 +335,7 @@ BUGS = [
     ),
     Bug(
         "sum taken for the mean eigenvalue",
-        swap(Gram, "mean_eigenvalue", lambda f, self: f(self) * self.size),
+        swap(Gram, "block_means", lambda f, self: {k: v * self.size for k, v in f(self).items()}),
         gram_relative_law,
     ),
     Bug("Gram divided by N twice", swap(Gram, "gram", lambda f, self: f(self) / self.count), fisher_law),

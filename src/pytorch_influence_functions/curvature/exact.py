@@ -23,7 +23,7 @@ from ..errors import InvalidInput, NonFinite, name_ids
 from ..forward_mode import DIRECTIONS, Products
 from ..gradients import Derivatives
 from ..objectives import AbstractLikelihood
-from ..operators import AbstractSymmetric, Gram, Implicit, Matrix, hutchinson_trace
+from ..operators import AbstractSymmetric, Gram, Implicit, Matrix, hutchinson_traces
 from ..operators import Identity as IdentityOperator
 from ..problem import sweep
 from ..rows import Rows
@@ -66,12 +66,13 @@ class Hessian(AbstractCurvature):
         data = _Passes.of(derivatives)
         data.products.check_hessian(*data.first)
 
-        def mean() -> float:
+        def mean() -> dict[str, float]:
+            space = derivatives.space
             if isinstance(derivatives.objective, AbstractLikelihood):
-                return _mean_eigenvalue(derivatives)  # of its positive part, the Gauss-Newton matrix
-            like = next(iter(derivatives.space.values(derivatives.problem.model).values()))
-            trace = hutchinson_trace(operator, samples=8, seed=0, dtype=like.dtype, device=like.device)
-            return trace / derivatives.space.size
+                return _block_means(derivatives)  # of its positive part, the Gauss-Newton matrix
+            like = next(iter(space.values(derivatives.problem.model).values()))
+            traces = hutchinson_traces(operator, samples=8, seed=0, dtype=like.dtype, device=like.device)
+            return {k: trace / space.numel(k) for k, trace in traces.items()}
 
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:
             return data.average(lambda i, b: data.products.hessian_product(i, b, rows), rows, ids)
@@ -100,7 +101,7 @@ class GGN(AbstractCurvature):
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:
             return data.average(lambda i, b: data.products.ggn_product(i, b, rows), rows, ids)
 
-        return Implicit(derivatives.space, product, lambda: _mean_eigenvalue(derivatives), len(derivatives.problem))
+        return Implicit(derivatives.space, product, lambda: _block_means(derivatives), len(derivatives.problem))
 
 
 @final
@@ -275,13 +276,10 @@ def _implicit_from_rows(derivatives: Derivatives, rows_of: Callable[[Tensor, Any
         count = (len(problem) if ids is None else len(ids)) * per
         return derivatives.space.rows(world.all_sum(total) / count)
 
-    def mean() -> float:
+    def mean() -> dict[str, float]:
         some = _spread_out(len(problem))
-        total = sum(
-            float(rows_of(ids, batch).squared_norms().double().sum())
-            for ids, batch in sweep(problem, ids=some, label="trace", world=World())
-        )
-        return total / (len(some) * per * derivatives.space.size)
+        rows = (rows_of(ids, batch) for ids, batch in sweep(problem, ids=some, label="trace", world=World()))
+        return _means_of(derivatives, rows, len(some) * per)
 
     return Implicit(derivatives.space, product, mean, len(problem))
 
@@ -342,17 +340,28 @@ def _spread_out(n: int) -> Tensor:
     return torch.linspace(0, n - 1, _TRACE_EXAMPLES).long()
 
 
-def _mean_eigenvalue(derivatives: Derivatives) -> float:
-    """trace(GGN) / P: exact for few outputs and examples, else from one sampled cotangent per example."""
+def _block_means(derivatives: Derivatives) -> dict[str, float]:
+    """trace(GGN) / P block by block: exact for few outputs and examples, else from one sampled cotangent each."""
     problem = derivatives.problem
     some = _spread_out(len(problem))
-    total = 0.0
-    for ids, batch in sweep(problem, ids=some, label="trace", world=World()):
-        objective = _likelihood(derivatives, "GGN()")
-        with torch.no_grad():
-            size = objective.root_size(objective.outputs(problem.model, batch))
-        rows = (
-            roots_of(derivatives, ids, batch) if size <= _ENUMERATED else [sampled_rows(derivatives, ids, batch, 1, 0)]
-        )
-        total += sum(float(r.squared_norms().double().sum()) for r in rows)
-    return total / (len(some) * derivatives.space.size)
+
+    def rows() -> Iterator[Rows]:
+        for ids, batch in sweep(problem, ids=some, label="trace", world=World()):
+            objective = _likelihood(derivatives, "GGN()")
+            with torch.no_grad():
+                size = objective.root_size(objective.outputs(problem.model, batch))
+            if size <= _ENUMERATED:
+                yield from roots_of(derivatives, ids, batch)
+            else:
+                yield sampled_rows(derivatives, ids, batch, 1, 0)
+
+    return _means_of(derivatives, rows(), len(some))
+
+
+def _means_of(derivatives: Derivatives, rows: Iterator[Rows], count: int) -> dict[str, float]:
+    """Mean eigenvalue per block of sum g g^T / count."""
+    traces = dict.fromkeys(derivatives.space.blocks, 0.0)
+    for r in rows:
+        for name, block in r.blocks.items():
+            traces[name] += float(block.squared_norms().double().sum())
+    return {k: trace / count / derivatives.space.numel(k) for k, trace in traces.items()}

@@ -16,4 +16,5 @@ from .base import dense_bytes as dense_bytes
 from .expansion import Expansion as Expansion
 from .spectrum import Extremes as Extremes
 from .spectrum import hutchinson_trace as hutchinson_trace
+from .spectrum import hutchinson_traces as hutchinson_traces
 from .spectrum import lanczos as lanczos

@@ -46,8 +46,12 @@ class AbstractSymmetric(AbstractOperator):
     """A symmetric operator whose scale is known."""
 
     @abstractmethod
+    def block_means(self) -> dict[str, float]:
+        """trace(C_bb) / P_b for every block b: the mean eigenvalue of each diagonal block."""
+
     def mean_eigenvalue(self) -> float:
         """trace(C) / P."""
+        return sum(mean * self.space.numel(name) for name, mean in self.block_means().items()) / self.size
 
 
 class AbstractSampled(AbstractSymmetric):
@@ -84,6 +88,10 @@ def diagonal(space: Space, per_block: Mapping[str, float]) -> Float[Tensor, " p"
     return torch.cat([torch.full((space.numel(k),), per_block[k], dtype=torch.float64) for k in space.blocks])
 
 
+def _means_of_diagonal(space: Space, values: Float[Tensor, " p"]) -> dict[str, float]:
+    return {k: float(values[part].double().mean()) for k, part in space.slices.items()}
+
+
 def dense_bytes(size: int) -> int:
     """What a float64 [P, P] matrix, its eigenvectors and LAPACK's workspace take: 4 P^2 numbers."""
     return 4 * 8 * size * size
@@ -114,8 +122,8 @@ class Identity(AbstractSpectral):
     def apply(self, rows: Rows) -> Rows:
         return rows if self.scale == 1.0 else rows.scaled(self._per_block())
 
-    def mean_eigenvalue(self) -> float:
-        return sum(v * self.space.numel(k) for k, v in self._per_block().items()) / self.size
+    def block_means(self) -> dict[str, float]:
+        return self._per_block()
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Identity:
         scales = self._per_block()
@@ -143,8 +151,8 @@ class Eigen(AbstractSpectral):
         out = (flat.to(self.vectors) @ self.vectors * self.values) @ self.vectors.T
         return self.space.rows(out.to(flat))
 
-    def mean_eigenvalue(self) -> float:
-        return float(self.values.mean())
+    def block_means(self) -> dict[str, float]:
+        return _means_of_diagonal(self.space, self.vectors.square() @ self.values)
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Eigen:
         return Eigen(self.space, self.vectors, f(self.values))
@@ -180,8 +188,8 @@ class Matrix(AbstractSpectral):
         flat = rows.flat()
         return self.space.rows((flat.to(self.matrix) @ self.matrix.T).to(flat))
 
-    def mean_eigenvalue(self) -> float:
-        return float(self.matrix.diagonal().double().mean())
+    def block_means(self) -> dict[str, float]:
+        return _means_of_diagonal(self.space, self.matrix.diagonal())
 
     def _double(self) -> Tensor:
         if not bool(torch.isfinite(self.matrix).all()):
@@ -243,10 +251,11 @@ class Gram(AbstractSampled):
             basis, count = self.rows.take(ids), len(ids)
         return basis.combine(rows.inner(basis) / count)
 
-    def mean_eigenvalue(self) -> float:
-        if "mean" not in self._known:
-            self._known["mean"] = float(self.rows.squared_norms().double().sum()) / self.count / self.size
-        return cast(float, self._known["mean"])
+    def block_means(self) -> dict[str, float]:
+        if "means" not in self._known:
+            traces = {k: float(b.squared_norms().double().sum()) / self.count for k, b in self.rows.blocks.items()}
+            self._known["means"] = {k: trace / self.space.numel(k) for k, trace in traces.items()}
+        return dict(self._known["means"])
 
     def gram(self) -> Float[Tensor, "m m"]:
         """K = G G^T in float64 (accumulated in the rows' own dtype), computed once."""
@@ -285,12 +294,13 @@ class Implicit(AbstractSampled):
     """A curvature known only by its products.
 
     `product(rows, ids)` applies C to every row, over all data when `ids` is None, else the mean over those
-    examples; `mean()` gives trace(C) / P and is called at most once; `count` is N.
+    examples; `mean()` gives trace(C_bb) / P_b per block, or one number for all of them, and is called at most once;
+    `count` is N.
     """
 
     space: Space
     product: Callable[[Rows, Tensor | None], Rows]
-    mean: Callable[[], float]
+    mean: Callable[[], float | Mapping[str, float]]
     count: int
     _known: Cache = _cache()
 
@@ -301,7 +311,9 @@ class Implicit(AbstractSampled):
     def apply(self, rows: Rows, ids: Int[Tensor, " b"] | None = None) -> Rows:
         return self.product(rows, ids)
 
-    def mean_eigenvalue(self) -> float:
-        if "mean" not in self._known:
-            self._known["mean"] = float(self.mean())
-        return cast(float, self._known["mean"])
+    def block_means(self) -> dict[str, float]:
+        if "means" not in self._known:
+            found = self.mean()
+            one = dict.fromkeys(self.space.blocks, found) if isinstance(found, (int, float)) else dict(found)
+            self._known["means"] = {k: float(v) for k, v in one.items()}
+        return dict(self._known["means"])

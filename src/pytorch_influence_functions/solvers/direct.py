@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -70,13 +69,13 @@ class Spectral(AbstractSolver[SpectralState]):
         if isinstance(operator, (Matrix, Eigen)):
             check_dense(operator.size, self.max_bytes, "The eigendecomposition")
         system = System.of(operator, shift)
-        spectral, add = operator, shift.damping
-        if shift.decay and shift.uniform is None:
-            spectral = operator.shifted(shift.decay)
-        else:
-            add = cast(float, shift.uniform)
+        spectral, add = operator, shift.uniform
+        if add is None:
+            # What all blocks share stays outside, so that another damping needs no new decomposition.
+            add = shift.damping if not shift.blocks else 0.0
+            spectral = operator.shifted({k: d - add for k, d in shift.over(operator.space.blocks).items()})
         low, high = spectral.extremes()
-        decay = add - shift.damping
+        decay = add - shift.damping if not shift.blocks else 0.0
         if not low + add > 1e-14 * abs(high):
             raise SolveFailed(indefinite_words(low + decay, high, shift))
         return SpectralState(system, spectral.function(_inverse_of(add)), low + decay, high + decay)
