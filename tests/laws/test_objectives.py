@@ -21,6 +21,7 @@ from pytorch_influence_functions.objectives import (
     Bernoulli,
     CrossEntropy,
     FromFunction,
+    Keyed,
     Logit,
     Margin,
     SquaredError,
@@ -444,3 +445,19 @@ def test_losses_are_mapped() -> None:
         pass
 
     assert isinstance(as_objective(Mine()), FromFunction)  # what it computes is not known
+
+
+def test_keyed_draws_belong_to_the_example_and_are_uniform() -> None:
+    ids = torch.arange(4000)
+    whole = Keyed(ids, 3).uniform(torch.Size([4000, 5]))
+    part = Keyed(ids[7:9], 3).uniform(torch.Size([2, 5]))
+    assert torch.equal(whole[7:9], part)
+    assert float(whole.min()) > 0 and float(whole.max()) < 1
+    # Ten equal bins of 20,000 numbers: chi-squared with 9 degrees of freedom stays below 28 in 99.9 % of all cases.
+    counts = torch.histc(whole, bins=10, min=0, max=1)
+    assert float(((counts - 2000) ** 2 / 2000).sum()) < 28
+    # Neighbouring examples, positions and seeds are unrelated.
+    other = Keyed(ids, 4).uniform(torch.Size([4000, 5]))
+    pairs = [(whole[1:, 0], whole[:-1, 0]), (whole[:, 0], whole[:, 1]), (whole[:, 0], other[:, 0])]
+    for a, b in pairs:
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.06

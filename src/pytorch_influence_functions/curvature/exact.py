@@ -22,7 +22,7 @@ from ..data import Source, batch_slice, tensors_of
 from ..errors import InvalidInput, NonFinite, name_ids
 from ..forward_mode import DIRECTIONS, Products
 from ..gradients import Derivatives
-from ..objectives import AbstractLikelihood
+from ..objectives import AbstractLikelihood, Keyed
 from ..operators import AbstractSymmetric, Gram, Implicit, Matrix, hutchinson_traces
 from ..operators import Identity as IdentityOperator
 from ..problem import sweep
@@ -187,17 +187,14 @@ def sampled_rows(derivatives: Derivatives, ids: Tensor, batch: Any, samples: int
     _finite_outputs(outputs, ids)
     made = []
     for k in range(samples):
-        # One generator per example, so that a draw depends neither on the batch nor on its order.
-        parts = [
-            objective.sample_cotangent(
-                outputs[e : e + 1],
-                batch_slice(batch, len(ids), slice(e, e + 1)),
-                torch.Generator(outputs.device).manual_seed(hash((seed, k, int(i))) & 0x7FFFFFFF),
-            )
-            for e, i in enumerate(ids)
-        ]
-        made.append(tape.rows(torch.cat(parts), keep_graph=k + 1 < samples))
+        cotangent = objective.sample_cotangent(outputs, batch, Keyed(ids, draw_seed(seed, k)))
+        made.append(tape.rows(cotangent, keep_graph=k + 1 < samples))
     return Rows.cat(made)
+
+
+def draw_seed(seed: int, k: int) -> int:
+    """The seed of the k-th draw: draws are independent of each other and of other seeds' draws."""
+    return seed * 65_537 + k
 
 
 @dataclass(frozen=True, eq=False)

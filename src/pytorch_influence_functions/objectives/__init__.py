@@ -13,6 +13,7 @@ from .base import (
 )
 from .bernoulli import Bernoulli as Bernoulli
 from .convert import as_objective as as_objective
+from .draws import Keyed as Keyed
 from .likelihoods import CrossEntropy as CrossEntropy
 from .likelihoods import SquaredError as SquaredError
 from .likelihoods import TokenCrossEntropy as TokenCrossEntropy

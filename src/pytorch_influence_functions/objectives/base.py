@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InvalidInput, name_ids
+from .draws import Randomness
 from .failure import model_failed
 
 #: Where a batch that is a mapping keeps its target.
@@ -197,16 +198,6 @@ def is_integer(targets: Tensor) -> bool:
     return not (targets.is_floating_point() or targets.is_complex())
 
 
-def draw(outputs: Tensor, generator: torch.Generator | None, normal: bool = False) -> Tensor:
-    """Uniform or normal numbers shaped like `outputs`, drawn where the generator lives, then moved."""
-    device = outputs.device if generator is None else generator.device
-    make = torch.randn if normal else torch.rand
-    # Half precision has too few uniform numbers for rare classes.
-    dtype = torch.promote_types(outputs.dtype, torch.float32)
-    made: Tensor = make(outputs.shape, generator=generator, dtype=dtype, device=device)
-    return made.to(outputs.device)
-
-
 # --------------------------------------------------------------------------- objectives
 
 
@@ -295,12 +286,12 @@ class AbstractLikelihood(AbstractObjective):
     """
 
     @abstractmethod
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         """The batch with targets drawn from the model's own distribution p(y | f)."""
 
     @abstractmethod
     def sample_cotangent(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
         """Random c_n with mean 0 and E[c_n c_nᵀ] = H_n: rows Jᵀc are rows of the sampled Fisher."""
 

@@ -18,12 +18,12 @@ from .base import (
     Model,
     call_model,
     check_batch,
-    draw,
     inputs_and_targets,
     offenders,
     tensor_targets,
     with_targets,
 )
+from .draws import Randomness, draw
 from .likelihoods import _check_weight, _diagonal_root, fitted
 
 
@@ -87,13 +87,13 @@ class Bernoulli(AbstractLikelihood):
             )
         self._factors(outputs, y)
 
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         targets = tensor_targets(batch)
         drawn = draw(outputs, generator) < outputs.sigmoid()
         return with_targets(batch, drawn.reshape(targets.shape).to(targets.dtype))
 
     def sample_cotangent(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
         drawn = (draw(outputs, generator) < outputs.sigmoid()).to(outputs.dtype)
         return self._size(outputs, batch).sqrt() * (outputs.sigmoid() - drawn)

@@ -20,7 +20,6 @@ from .base import (
     call_model,
     check_batch,
     check_labels,
-    draw,
     inputs_and_targets,
     is_integer,
     label_key,
@@ -28,6 +27,7 @@ from .base import (
     tensor_targets,
     with_targets,
 )
+from .draws import Randomness, draw
 
 # ----------------------------------------------------------------- the softmax, position by position
 # z [n, l, c]: logits; s [n, l]: the factor of each position. H = s (diag p - p pᵀ), zero between positions.
@@ -51,16 +51,15 @@ def _softmax_product(
     return s[..., None] * p * (v - (p * v).sum(-1, keepdim=True))
 
 
-def _softmax_sample(z: Float[Tensor, "n l c"], generator: torch.Generator | None) -> Int[Tensor, "n l"]:
-    """Classes drawn from the softmax: the largest of logit + Gumbel noise, for any number of classes."""
-    tiny = torch.finfo(torch.float32).tiny
-    uniform = draw(z, generator).clamp_min(tiny)
-    noise = -(-uniform.log()).clamp_min(tiny).log()
-    return (z + noise).argmax(-1)
+def _softmax_sample(z: Float[Tensor, "n l c"], generator: Randomness) -> Int[Tensor, "n l"]:
+    """Classes drawn from the softmax by inverting its distribution function: one uniform number per position."""
+    summed = z.to(torch.promote_types(z.dtype, torch.float32)).softmax(-1).cumsum(-1)
+    level = draw(z[..., 0], generator).to(summed)[..., None] * summed[..., -1:]
+    return (summed < level).sum(-1).clamp_max(z.shape[-1] - 1)
 
 
 def _softmax_cotangent(
-    z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"], generator: torch.Generator | None
+    z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"], generator: Randomness
 ) -> Float[Tensor, "n l c"]:
     drawn = F.one_hot(_softmax_sample(z, generator), z.shape[-1])
     return s.sqrt()[..., None] * (z.softmax(-1) - drawn.to(z.dtype))
@@ -158,7 +157,7 @@ class CrossEntropy(AbstractLikelihood):
                     "CrossEntropy()."
                 )
 
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         targets = tensor_targets(batch)
         drawn = _softmax_sample(_last(outputs), generator).reshape(outputs.shape[:1] + outputs.shape[2:])
         if targets.is_floating_point():
@@ -166,7 +165,7 @@ class CrossEntropy(AbstractLikelihood):
         return with_targets(batch, torch.where(targets == self.ignore_index, targets, drawn.to(targets.dtype)))
 
     def sample_cotangent(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
         made = _softmax_cotangent(_last(outputs), self._factor(outputs, batch), generator)
         return made.movedim(-1, 1).reshape(outputs.shape)
@@ -308,7 +307,7 @@ class TokenCrossEntropy(AbstractLikelihood):
                 "dataset."
             )
 
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         targets: Tensor = self._split(batch)[2]
         drawn = _softmax_sample(outputs, generator).to(targets.dtype)
         if self.shift:
@@ -317,7 +316,7 @@ class TokenCrossEntropy(AbstractLikelihood):
         return with_targets(batch, torch.where(targets == self.ignore_index, targets, drawn))
 
     def sample_cotangent(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
         return _softmax_cotangent(outputs, self._labels(outputs, batch)[1], generator)
 
@@ -403,13 +402,13 @@ class SquaredError(AbstractLikelihood):
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         fitted(outputs, check_batch(outputs, inputs_and_targets(batch)[2], ids), "SquaredError()")
 
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         shape = tensor_targets(batch).shape
         noise = draw(outputs, generator, normal=True).to(outputs.dtype) / math.sqrt(self._scale(outputs))
         return with_targets(batch, (outputs + noise).reshape(shape))
 
     def sample_cotangent(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: torch.Generator | None = None
+        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
         return draw(outputs, generator, normal=True).to(outputs.dtype) * math.sqrt(self._scale(outputs))
 

@@ -1,0 +1,68 @@
+"""Random numbers for sampling labels: from a generator, or fixed by each example's index."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+# Multipliers of the SplitMix64 generator (Steele, Lea & Flood 2014), as signed 64-bit numbers.
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX1, _MIX2 = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Keyed:
+    """Draws that depend on `seed`, on the example's dataset index and on nothing else.
+
+    The same example gets the same draw in any batch and any order, so that what is fitted on sampled labels
+    does not depend on the batch size.
+    """
+
+    ids: Int[Tensor, " n"]
+    seed: int = 0
+
+    def uniform(self, shape: torch.Size) -> Tensor:
+        """Numbers in (0, 1), float64, one row per example."""
+        n, per = shape[0], math.prod(shape[1:])
+        key = _mixed(_mixed(self.ids.long() + self.seed * _SEEDS)[:, None] + torch.arange(per, device=self.ids.device))
+        # 53 random bits, and a half so that neither end is reached.
+        return (((key >> 11) & ((1 << 53) - 1)).double().add_(0.5) * 2.0**-53).reshape(n, *shape[1:])
+
+
+_SEEDS = 0x632BE5AB
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """SplitMix64's output function: neighbouring inputs give unrelated outputs. Multiplication wraps around."""
+    x = x * _GOLDEN + _GOLDEN
+    x = (x ^ _shifted(x, 30)) * _MIX1
+    x = (x ^ _shifted(x, 27)) * _MIX2
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """A logical shift to the right."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+Randomness: TypeAlias = torch.Generator | Keyed | None
+
+
+def draw(like: Tensor, source: Randomness, normal: bool = False) -> Tensor:
+    """Uniform or normal numbers shaped like `like`, drawn where the source lives, then moved."""
+    # Half precision has too few uniform numbers for rare classes.
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if isinstance(source, Keyed):
+        made = source.uniform(like.shape)
+        if normal:
+            made = torch.special.ndtri(made)
+        return made.to(device=like.device, dtype=dtype)
+    device = like.device if source is None else source.device
+    make = torch.randn if normal else torch.rand
+    return make(like.shape, generator=source, dtype=dtype, device=device).to(like.device)
