@@ -8,3 +8,8 @@ from .exact import EmpiricalFisher as EmpiricalFisher
 from .exact import Fisher as Fisher
 from .exact import Hessian as Hessian
 from .exact import Identity as Identity
+from .factors import Sharing as Sharing
+from .kronecker import EKFAC as EKFAC
+from .kronecker import KFAC as KFAC
+from .kronecker import AbstractKronecker as AbstractKronecker
+from .kronecker import Shampoo as Shampoo

@@ -172,7 +172,7 @@ def roots_of(derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows
     tape = derivatives.tape(batch, len(ids))
     outputs = tape.outputs.detach()
     objective.check(outputs, batch, ids)
-    _finite_outputs(outputs, ids)
+    finite_outputs(outputs, ids)
     root = objective.root(outputs, batch)
     for k, column in enumerate(root):
         yield tape.rows(column, keep_graph=k + 1 < len(root))
@@ -184,7 +184,7 @@ def sampled_rows(derivatives: Derivatives, ids: Tensor, batch: Any, samples: int
     tape = derivatives.tape(batch, len(ids))
     outputs = tape.outputs.detach()
     objective.check(outputs, batch, ids)
-    _finite_outputs(outputs, ids)
+    finite_outputs(outputs, ids)
     made = []
     for k in range(samples):
         cotangent = objective.sample_cotangent(outputs, batch, Keyed(ids, draw_seed(seed, k)))
@@ -195,6 +195,12 @@ def sampled_rows(derivatives: Derivatives, ids: Tensor, batch: Any, samples: int
 def draw_seed(seed: int, k: int) -> int:
     """The seed of the k-th draw: draws are independent of each other and of other seeds' draws."""
     return seed * 65_537 + k
+
+
+def wide_source(derivatives: Derivatives, numbers_each: float) -> Source:
+    """The training data in batches as wide as `_ACTIVATIONS` allows when an example takes `numbers_each` numbers."""
+    data = derivatives.problem.data
+    return replace(data, batch_size=max(data.batch_size, min(int(_ACTIVATIONS / max(1.0, numbers_each)), 1024)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,9 +232,7 @@ class _Passes:
         overhead (measured on a 784-128-64-10 perceptron, 50 directions: 3.3 s in batches of 64, 0.9 s in 500)."""
         ids, batch = self.first
         rows = self.derivatives.loss_rows(ids, batch).rows
-        room = int(_ACTIVATIONS / (rows.numbers / len(ids) * DIRECTIONS))
-        data = self.derivatives.problem.data
-        return replace(data, batch_size=max(data.batch_size, min(room, 1024)))
+        return wide_source(self.derivatives, rows.numbers / len(ids) * DIRECTIONS)
 
     @cached_property
     def resident(self) -> Any | None:
@@ -274,7 +278,7 @@ def _implicit_from_rows(derivatives: Derivatives, rows_of: Callable[[Tensor, Any
         return derivatives.space.rows(world.all_sum(total) / count)
 
     def mean() -> dict[str, float]:
-        some = _spread_out(len(problem))
+        some = evenly(len(problem), _TRACE_EXAMPLES)
         rows = (rows_of(ids, batch) for ids, batch in sweep(problem, ids=some, label="trace", world=World()))
         return _means_of(derivatives, rows, len(some) * per)
 
@@ -321,7 +325,8 @@ def _likelihood(derivatives: Derivatives, curvature: str) -> AbstractLikelihood:
     return derivatives.objective
 
 
-def _finite_outputs(outputs: Tensor, ids: Tensor) -> None:
+def finite_outputs(outputs: Tensor, ids: Tensor) -> None:
+    """Refuse NaN or infinite outputs, naming the examples."""
     good = torch.isfinite(outputs.flatten(1)).all(1)
     if not bool(good.all()):
         raise NonFinite(
@@ -330,17 +335,15 @@ def _finite_outputs(outputs: Tensor, ids: Tensor) -> None:
         )
 
 
-def _spread_out(n: int) -> Tensor:
-    """At most `_TRACE_EXAMPLES` indices, evenly spaced: the same ones every time."""
-    if n <= _TRACE_EXAMPLES:
-        return torch.arange(n)
-    return torch.linspace(0, n - 1, _TRACE_EXAMPLES).long()
+def evenly(n: int, most: int) -> Tensor:
+    """At most `most` of n indices, evenly spaced: the same ones every time."""
+    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
 
 
 def _block_means(derivatives: Derivatives) -> dict[str, float]:
     """trace(GGN) / P block by block: exact for few outputs and examples, else from one sampled cotangent each."""
     problem = derivatives.problem
-    some = _spread_out(len(problem))
+    some = evenly(len(problem), _TRACE_EXAMPLES)
 
     def rows() -> Iterator[Rows]:
         for ids, batch in sweep(problem, ids=some, label="trace", world=World()):

@@ -121,11 +121,11 @@ class Forecast:
 
 def form_for(solver: object, curvature: AbstractCurvature) -> Form:
     """The form of the curvature that a solver needs."""
-    if isinstance(curvature, Identity):
-        return Form.SPECTRAL
     declared = getattr(solver, "form", None)
     if isinstance(declared, Form):
         return declared
+    if curvature.forms == (Form.SPECTRAL,) or isinstance(curvature, Identity):
+        return Form.SPECTRAL
     if isinstance(solver, (Spectral, Cholesky)):
         return Form.MATRIX
     return Form.GRAM if isinstance(solver, Woodbury) else Form.IMPLICIT
@@ -135,6 +135,8 @@ def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
     """By size alone, so that the same problem always gets the same method."""
     if isinstance(curvature, Identity):
         return Choice(curvature, Spectral(), "no curvature was asked for")
+    if curvature is not None and curvature.forms == (Form.SPECTRAL,):
+        return Choice(curvature, Spectral(), f"{type(curvature).__name__} comes with its eigenvalues")
     likelihood = facts.outputs is not None
     second = curvature or (GGN() if likelihood else Hessian())
     if facts.parameters <= _DENSE_PARAMETERS:

@@ -48,7 +48,7 @@ class Guide:
             InvalidInput: the curvature has no cheap inverse at this size.
         """
         small = derivatives.space.size <= _DENSE_PARAMETERS
-        if isinstance(curvature, Identity):
+        if curvature.forms == (Form.SPECTRAL,) or isinstance(curvature, Identity):
             return Guide(Spectral(), curvature.of(derivatives, Form.SPECTRAL, budget))
         if Form.MATRIX in curvature.forms and small:
             return Guide(Spectral(), curvature.of(derivatives, Form.MATRIX, budget))
@@ -56,7 +56,7 @@ class Guide:
             return Guide(Woodbury(), curvature.of(derivatives, Form.GRAM, budget))
         raise InvalidInput(
             f"{type(curvature).__name__}() has no cheap inverse over {derivatives.space.size:,} parameters to "
-            "precondition with; use EmpiricalFisher(), Fisher(samples=1) or GGN()."
+            "precondition with; use EKFAC(), EmpiricalFisher(), Fisher(samples=1) or GGN()."
         )
 
     def inverse(self, shift: Shift) -> Inverse:
