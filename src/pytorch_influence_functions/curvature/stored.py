@@ -52,8 +52,8 @@ def _absorb(made: Any, tensor: Tensor) -> None:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Shelf(Mapping[str, KroneckerBlock]):
-    """The finished blocks of one fit, read from disk when they are asked for."""
+class Shelf:
+    """Where the blocks of one fit are kept, finished or not."""
 
     folder: Path
     names: tuple[str, ...]
@@ -101,15 +101,29 @@ class Shelf(Mapping[str, KroneckerBlock]):
             os.fsync(file.fileno())
         os.replace(aside, path)
 
-    def __getitem__(self, name: str) -> KroneckerBlock:
-        if name not in self.names:
-            raise KeyError(name)
+    def get(self, name: str) -> KroneckerBlock:
+        """Read one finished block."""
         with safe_open(self.path(name), framework="pt") as file:
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return KroneckerBlock(held.get("left"), held.get("right"), held["values"])
 
+    def blocks(self) -> Mapping[str, KroneckerBlock]:
+        """All blocks, once they are finished; each is read when it is asked for and not kept."""
+        return _OnDisk(self)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _OnDisk(Mapping[str, KroneckerBlock]):
+    shelf: Shelf
+
+    def __getitem__(self, name: str) -> KroneckerBlock:
+        if name not in self.shelf.names:
+            raise KeyError(name)
+        return self.shelf.get(name)
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.shelf.names)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.shelf.names)

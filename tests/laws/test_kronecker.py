@@ -1,0 +1,569 @@
+"""K-FAC, EK-FAC and Shampoo against explicit float64 statistics, closed forms and the Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.blocks import Conv, Dense, Indexed, Outer
+from pytorch_influence_functions.curvature import Budget, Form, Sharing
+from pytorch_influence_functions.curvature import fitting as fitting_module
+from pytorch_influence_functions.curvature.exact import root_rows
+from pytorch_influence_functions.errors import InvalidInput, NonFinite, NotLikelihood, SolveFailed, TooLarge
+from pytorch_influence_functions.gradients import Derivatives
+from pytorch_influence_functions.operators import eigen
+from pytorch_influence_functions.operators.kronecker import Kronecker
+from tests.laws.test_influence import cross_entropy, mlp, relative_gap
+from tests.laws.zoo import CASES, build
+from tests.twin.autograd import dense_ggn, example_gradients, influence
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+FAMILY = [ptif.KFAC, ptif.EKFAC, ptif.Shampoo]
+FITTED = {"deterministic": "ignore"}
+
+
+def fitted(curvature: Any, derivatives: Derivatives, budget: Budget | None = None) -> Kronecker:
+    operator = curvature.of(derivatives, Form.SPECTRAL, budget or Budget())
+    assert isinstance(operator, Kronecker)
+    return operator
+
+
+def derivatives_of(model: nn.Module, x: Tensor, y: Tensor, objective: Any = None, **more: Any) -> Derivatives:
+    return Derivatives.of(ptif.Problem(model, objective or ptif.CrossEntropy(), (x, y), **FITTED, **more))
+
+
+def written_out(operator: Kronecker) -> Tensor:
+    like = next(iter(operator.blocks.values())).values
+    return operator.apply(operator.space.rows(torch.eye(operator.size, dtype=like.dtype))).flat()
+
+
+def ggn(derivatives: Derivatives) -> Tensor:
+    g = torch.cat([r.flat() for r in root_rows(derivatives)])
+    return g.T @ g / len(derivatives.problem)
+
+
+def block_gap(operator: Kronecker, exact: Tensor) -> float:
+    """|C - GGN| over the diagonal blocks, relatively."""
+    found = written_out(operator)
+    parts = operator.space.slices.values()
+    gap = sum(float((found[s, s] - exact[s, s]).square().sum()) for s in parts)
+    return float((gap / sum(float(exact[s, s].square().sum()) for s in parts)) ** 0.5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+def test_every_parameter_of_every_layer_takes_part(case: Any) -> None:
+    model, x, y = build(case)
+    derivatives = derivatives_of(model, x, y)
+    exact = ggn(derivatives)
+    for curvature in (ptif.EKFAC(ptif.GGN()), ptif.Shampoo(ptif.GGN())):
+        operator = fitted(curvature, derivatives)
+        # In an orthonormal basis the measured eigenvalues add up to the trace, block by block.
+        for name, part in operator.space.slices.items():
+            assert operator.block_means()[name] == pytest.approx(float(exact.diagonal()[part].mean()), rel=1e-9)
+        for block in operator.blocks.values():
+            for basis in (block.left, block.right):
+                if basis is not None:
+                    torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis), dtype=basis.dtype))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+def test_eigenvalues_are_second_moments_in_the_basis(case: Any) -> None:
+    model, x, y = build(case)
+    derivatives = derivatives_of(model, x, y)
+    operator = fitted(ptif.EKFAC(ptif.GGN()), derivatives)
+    rows = list(root_rows(derivatives))
+    for name, block in operator.blocks.items():
+        shape = block.values.shape
+        turned = []
+        for r in rows:
+            g = r.blocks[name].dense().reshape(-1, *shape)
+            g = g if block.left is None else torch.einsum("oa,noi->nai", block.left, g)
+            turned.append(g if block.right is None else torch.einsum("noi,ib->nob", g, block.right))
+        want = torch.cat(turned).square().sum(0) / len(x)
+        torch.testing.assert_close(block.values, want, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+def test_measured_eigenvalues_are_closer_to_the_gauss_newton_matrix(case: Any) -> None:
+    model, x, y = build(case)
+    derivatives = derivatives_of(model, x, y)
+    exact = ggn(derivatives)
+    kfac, ekfac = (block_gap(fitted(c(ptif.GGN()), derivatives), exact) for c in (ptif.KFAC, ptif.EKFAC))
+    assert ekfac <= kfac * (1 + 1e-9)
+
+
+def linear_net(*widths: int) -> nn.Module:
+    torch.manual_seed(3)
+    layers = [nn.Linear(a, b, bias=False) for a, b in pairwise(widths)]
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("curvature", [ptif.KFAC, ptif.EKFAC])
+def test_exact_for_deep_linear_networks_with_squared_error(curvature: Any) -> None:
+    model, x, y = linear_net(4, 5, 3, 2), torch.randn(20, 4).double(), torch.randn(20, 2).double()
+    derivatives = derivatives_of(model, x, y, ptif.SquaredError())
+    assert block_gap(fitted(curvature(ptif.GGN()), derivatives), ggn(derivatives)) < 1e-10
+
+
+@pytest.mark.parametrize("curvature", FAMILY)
+def test_exact_for_a_single_example(curvature: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False)).double()
+    x, y = torch.randn(1, 5).double(), torch.randint(0, 2, (1,))
+    derivatives = derivatives_of(model, x, y)
+    assert block_gap(fitted(curvature(ptif.GGN()), derivatives), ggn(derivatives)) < 1e-10
+
+
+def test_ekfac_solves_one_linear_layer_exactly() -> None:
+    torch.manual_seed(1)
+    model = nn.Linear(4, 3).double()
+    x, y, xq, yq = (
+        torch.randn(30, 4).double(),
+        torch.randn(30, 3).double(),
+        torch.randn(5, 4).double(),
+        torch.randn(5, 3),
+    )
+    yq = yq.double()
+
+    def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * (outputs - targets).square().sum(1)
+
+    problem = ptif.Problem(model, ptif.SquaredError(), (x, y))
+    got = ptif.ekfac(damping=1e-3).fit(problem).score((xq, yq)).values
+    g, gq = example_gradients(model, squared, x, y), example_gradients(model, squared, xq, yq)
+    want = influence(dense_ggn(model, squared, x, y), 1e-3, gq, g)
+    assert relative_gap(got, want) < 1e-8
+    assert relative_gap(ptif.grad_dot().fit(problem).score((xq, yq)).values, want) > 0.5
+
+
+@pytest.mark.parametrize("curvature", FAMILY)
+def test_scores_equal_the_dense_solve_with_the_same_matrix(curvature: Any) -> None:
+    data = model, x, y, xq, yq = mlp()
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), weight_decay=0.003)
+    attribution = ptif.Influence(curvature(ptif.GGN()), damping=1e-3).fit(problem)
+    operator = attribution.members[0].operator
+    assert isinstance(operator, Kronecker)
+    g, gq = example_gradients(model, cross_entropy, x, y), example_gradients(model, cross_entropy, xq, yq)
+    order = torch.cat([_columns(problem, k) for k in problem.space.blocks])
+    matrix = torch.zeros_like(written_out(operator))
+    matrix[order[:, None], order[None]] = written_out(operator)
+    want = influence(matrix, 1e-3 + 0.003, gq, g)
+    assert relative_gap(attribution.score((xq, yq)).values, want) < 1e-8
+    assert relative_gap(ptif.grad_dot().fit(problem).score((xq, yq)).values, want) > 0.5
+    assert len(data) == 5
+
+
+def _columns(problem: Any, block: str) -> Tensor:
+    """Where a block's coordinates lie in the concatenation of flattened parameters."""
+    at, where = 0, {}
+    for name, p in problem.model.named_parameters():
+        where[name] = torch.arange(at, at + p.numel()).reshape(p.shape)
+        at += p.numel()
+    spec = problem.space.blocks[block]
+    parts = [where[p].flatten(1) if where[p].dim() > 1 else where[p][:, None] for p in spec.parameters]
+    return torch.cat(parts, 1).flatten()
+
+
+def test_functions_and_shifts_act_on_the_eigenvalues() -> None:
+    model, x, y, *_ = mlp()
+    operator = fitted(ptif.EKFAC(ptif.GGN()), derivatives_of(model, x, y))
+    dense = written_out(operator)
+    values, vectors = torch.linalg.eigh(dense)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    torch.testing.assert_close(written_out(operator.function(torch.sqrt)), root, rtol=0, atol=1e-8)
+    decay = {k: 0.1 * (i + 1) for i, k in enumerate(operator.space.blocks)}
+    want = dense + torch.cat([torch.full((operator.space.numel(k),), d) for k, d in decay.items()]).double().diag()
+    torch.testing.assert_close(written_out(operator.shifted(decay)), want)
+    assert operator.extremes() == pytest.approx((float(values[0]), float(values[-1])), abs=1e-12)
+    assert sorted(operator.eigenvalues().tolist()) == pytest.approx(sorted(values.tolist()), abs=1e-10)
+
+
+def test_damping_per_block_equals_the_dense_solve() -> None:
+    model, x, y, xq, yq = mlp()
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), weight_decay=0.01)
+    spec = ptif.Influence(ptif.GGN(), ptif.Spectral(), ptif.Relative(0.2, per_block=True))
+    want = spec.fit(problem).score((xq, yq)).values
+    for solver in (ptif.Cholesky(), ptif.Woodbury(), ptif.CG(rtol=1e-10)):
+        got = ptif.Influence(ptif.GGN(), solver, ptif.Relative(0.2, per_block=True)).fit(problem).score((xq, yq))
+        assert relative_gap(got.values, want) < 1e-7, solver
+    overall = ptif.Influence(ptif.GGN(), ptif.Spectral(), ptif.Relative(0.2)).fit(problem).score((xq, yq)).values
+    assert relative_gap(overall, want) > 1e-2
+
+
+# --------------------------------------------------------------------------- whose gradients
+
+
+def test_many_sampled_labels_approach_the_exact_fisher() -> None:
+    model, x, y, *_ = mlp(n=40)
+    derivatives = derivatives_of(model, x, y)
+    exact = fitted(ptif.EKFAC(ptif.GGN()), derivatives)
+    gaps = []
+    for samples in (4, 400):
+        found = fitted(ptif.EKFAC(ptif.Fisher(samples=samples)), derivatives)
+        gaps.append(float((written_out(found) - written_out(exact)).norm() / written_out(exact).norm()))
+    assert gaps[1] < 0.1
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+def test_eigenvalues_come_from_labels_drawn_anew() -> None:
+    """With one draw for both, the eigenvalues in the leading directions of the basis would be too large."""
+    model, x, y, *_ = mlp(n=12)
+    derivatives = derivatives_of(model, x, y)
+    exact = ggn(derivatives)
+    excess = []
+    for seed in range(30):
+        operator = fitted(ptif.EKFAC(ptif.Fisher(samples=1, seed=seed)), derivatives)
+        block, part = operator.blocks["0"], operator.space.slices["0"]
+        vector = torch.einsum("o,i->oi", block.left[:, -1], block.right[:, -1]).flatten()  # type: ignore[index]
+        true = float(vector @ exact[part, part] @ vector)
+        excess.append(float(block.values[-1, -1]) / true - 1)
+    assert abs(sum(excess) / len(excess)) < 0.25
+
+
+def test_given_labels_make_an_empirical_fisher() -> None:
+    model, x, y, *_ = mlp()
+    derivatives = derivatives_of(model, x, y)
+    operator = fitted(ptif.EKFAC(ptif.EmpiricalFisher()), derivatives)
+    g = torch.cat([slab.rows.flat() for slab in derivatives.stream()])
+    assert operator.mean_eigenvalue() == pytest.approx(float(g.square().sum()) / len(g) / g.shape[1], rel=1e-10)
+
+
+def test_losses_of_every_kind_are_fitted() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = torch.randn(10, 4).double()
+    kinds = [
+        (ptif.CrossEntropy(), torch.randint(0, 3, (10,))),
+        (ptif.SquaredError(), torch.randn(10, 3).double()),
+        (ptif.Bernoulli(), torch.randint(0, 2, (10, 3)).double()),
+    ]
+    for objective, y in kinds:
+        derivatives = derivatives_of(model, x, y, objective)
+        operator = fitted(ptif.EKFAC(), derivatives)
+        assert operator.mean_eigenvalue() == pytest.approx(float(ggn(derivatives).trace()) / operator.size, rel=1e-9)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.table(x)).cumsum(1)))
+
+
+def test_language_models_are_fitted_on_sampled_tokens() -> None:
+    torch.manual_seed(0)
+    model, x = Tokens().double(), torch.randint(0, 9, (12, 5))
+    derivatives = derivatives_of(model, x, x.roll(-1, 1), ptif.TokenCrossEntropy())
+    assert {type(b) for b in next(iter(derivatives.stream())).rows.blocks.values()} == {Indexed, Outer}
+    operator = fitted(ptif.EKFAC(ptif.Fisher(samples=300)), derivatives)
+    exact = ggn(derivatives)
+    for name, part in operator.space.slices.items():
+        assert operator.block_means()[name] == pytest.approx(float(exact.diagonal()[part].mean()), rel=0.1)
+
+
+def test_reduce_equals_expand_without_sharing_and_is_exact_for_a_constant_input() -> None:
+    model, x, y, *_ = mlp()
+    derivatives = derivatives_of(model, x, y)
+    a, b = (fitted(ptif.KFAC(ptif.GGN(), s), derivatives) for s in (Sharing.EXPAND, Sharing.REDUCE))
+    torch.testing.assert_close(written_out(a), written_out(b))
+    # One example whose positions all read the same input: the gradient is (sum_t g_t) a^T.
+    torch.manual_seed(0)
+    shared = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Flatten(), nn.Linear(15, 2, bias=False)).double()
+    x = torch.randn(1, 1, 4).double().expand(1, 5, 4).clone()
+    derivatives = derivatives_of(shared, x, torch.tensor([1]))
+    exact = ggn(derivatives)
+    reduce, expand = (fitted(ptif.KFAC(ptif.GGN(), s), derivatives) for s in (Sharing.REDUCE, Sharing.EXPAND))
+    assert block_gap(reduce, exact) < 1e-10
+    assert block_gap(expand, exact) > 1e-2
+
+
+# --------------------------------------------------------------------------- how it is fitted
+
+
+def conv_net() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.GroupNorm(1, 5),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(20, 3),
+    ).double()
+    return model, torch.randn(14, 2, 6, 6).double(), torch.randint(0, 3, (14,))
+
+
+@pytest.mark.parametrize("fisher", [ptif.GGN(), ptif.Fisher(samples=2), ptif.EmpiricalFisher()], ids=repr)
+def test_independent_of_batch_size_and_of_what_fits_in_memory(fisher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = conv_net()
+    one = fitted(ptif.EKFAC(fisher), derivatives_of(model, x, y, batch_size=14))
+    monkeypatch.setattr(fitting_module, "wide_source", lambda d, _: d.problem.data)
+    three = fitted(ptif.EKFAC(fisher), derivatives_of(model, x, y, batch_size=3))
+    monkeypatch.setattr(fitting_module, "_KEPT_SHARE", 0.0)
+    again = fitted(ptif.EKFAC(fisher), derivatives_of(model, x, y, batch_size=5))
+    torch.testing.assert_close(written_out(three), written_out(one), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(written_out(again), written_out(one), rtol=1e-8, atol=1e-12)
+
+
+def test_float32_is_close_to_float64() -> None:
+    model, x, y = conv_net()
+    exact = written_out(fitted(ptif.EKFAC(ptif.GGN()), derivatives_of(model, x, y)))
+    found = fitted(ptif.EKFAC(ptif.GGN()), derivatives_of(model.float(), x.float(), y))
+    rows = found.space.rows(torch.eye(found.size))
+    torch.testing.assert_close(found.apply(rows).flat().double(), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
+
+
+def test_few_examples_are_evenly_spaced_and_counted_right() -> None:
+    model, x, y, *_ = mlp(n=60)
+    some = fitted(ptif.EKFAC(ptif.GGN(), examples=7), derivatives_of(model, x, y))
+    picked = torch.linspace(0, 59, 7).long()
+    only = fitted(ptif.EKFAC(ptif.GGN()), derivatives_of(model, x[picked], y[picked]))
+    torch.testing.assert_close(written_out(some), written_out(only))
+
+
+def test_skipped_positions_keep_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytorch_influence_functions.curvature import factors
+
+    model, x, y = conv_net()
+    derivatives = derivatives_of(model, x, y)
+    every = fitted(ptif.KFAC(ptif.GGN()), derivatives)
+    monkeypatch.setattr(factors, "_USES_PER_SIDE", 8)
+    some = fitted(ptif.KFAC(ptif.GGN()), derivatives)
+    assert float((written_out(some) - written_out(every)).norm()) > 0
+    assert some.block_means()["0"] == pytest.approx(every.block_means()["0"], rel=0.3)
+
+
+def test_a_side_above_the_limit_keeps_its_coordinates() -> None:
+    model, x, y = conv_net()
+    derivatives = derivatives_of(model, x, y)
+    operator = fitted(ptif.EKFAC(ptif.GGN(), largest=6), derivatives)
+    assert operator.blocks["0"].right is None
+    assert operator.blocks["0"].left is not None
+    assert operator.mean_eigenvalue() == pytest.approx(float(ggn(derivatives).trace()) / operator.size, rel=1e-9)
+
+
+def test_large_moments_are_added_up_by_panels() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(300, 2).double()
+    x, y = torch.randn(9, 300).double(), torch.randint(0, 2, (9,))
+    operator = fitted(ptif.KFAC(ptif.GGN()), derivatives_of(model, x, y))
+    right = operator.blocks["(root)"].right
+    wide = torch.cat([x, torch.ones(9, 1).double()], 1)
+    assert right is not None
+    turned = right.T @ (wide.T @ wide / 9) @ right
+    torch.testing.assert_close(turned, turned.diagonal().diag(), rtol=0, atol=1e-9)
+
+
+def test_forms_of_rows_meet_the_basis_in_either_order() -> None:
+    """Turning factors first, or the matrix they make, is the same; so is a block written out."""
+    model, x, y = conv_net()
+    derivatives = derivatives_of(model, x, y)
+    operator = fitted(ptif.EKFAC(ptif.GGN()), derivatives)
+    rows = next(iter(derivatives.stream())).rows
+    assert isinstance(rows.blocks["0"], Conv)
+    assert isinstance(rows.blocks["1.weight"], Dense)
+    torch.testing.assert_close(operator.apply(rows).flat(), operator.apply(rows.dense()).flat())
+
+
+# --------------------------------------------------------------------------- on disk
+
+
+def test_finished_blocks_are_found_again_and_the_rest_fitted(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = conv_net()
+    derivatives = derivatives_of(model, x, y)
+    curvature = ptif.EKFAC(ptif.GGN(), folder=tmp_path)
+    whole = written_out(fitted(curvature, derivatives))
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == len(derivatives.space.blocks)
+    passes: list[Any] = []
+    original = fitting_module.Fit._fit
+    monkeypatch.setattr(fitting_module.Fit, "_fit", lambda self, b, s: passes.append(sorted(b)) or original(self, b, s))
+    torch.testing.assert_close(written_out(fitted(curvature, derivatives)), whole, rtol=0, atol=0)
+    assert passes == []
+    files[0].unlink()
+    files[1].write_bytes(b"cut short")
+    torch.testing.assert_close(written_out(fitted(curvature, derivatives)), whole)
+    assert [len(p) for p in passes] == [2]
+
+
+def test_other_weights_data_or_settings_are_other_factors(tmp_path: Any) -> None:
+    model, x, y = conv_net()
+    places = set()
+
+    def fit(model: nn.Module, x: Tensor, **settings: Any) -> None:
+        fitted(ptif.EKFAC(folder=tmp_path, **settings), derivatives_of(model, x, y))
+        places.update(p.name for p in tmp_path.iterdir())
+
+    fit(model, x, fisher=ptif.GGN())
+    fit(model, x, fisher=ptif.Fisher(samples=1))
+    changed = x.clone()
+    changed[3, 0, 0, 0] += 1e-9
+    fit(model, changed, fisher=ptif.GGN())
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] += 1e-9  # type: ignore[index,operator]
+    fit(model, x, fisher=ptif.GGN())
+    assert len(places) == 4
+
+
+def test_an_interrupted_fit_leaves_whole_files_only(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = conv_net()
+    derivatives = derivatives_of(model, x, y)
+    curvature = ptif.EKFAC(ptif.GGN(), folder=tmp_path)
+    # Room for one block at a time, and an interruption after the first.
+    monkeypatch.setattr(fitting_module.Fit, "_groups", lambda self, names, look, stored: [[n] for n in names])
+    original = fitting_module.Fit._fit
+    done: list[Any] = []
+
+    def interrupted(self: Any, blocks: Any, shelf: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(list(blocks))
+        return original(self, blocks, shelf)
+
+    monkeypatch.setattr(fitting_module.Fit, "_fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(curvature, derivatives)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+    rest: list[Any] = []
+    monkeypatch.setattr(fitting_module.Fit, "_fit", lambda self, b, s: rest.extend(b) or original(self, b, s))
+    found = fitted(curvature, derivatives)
+    assert sorted(rest) == sorted(set(derivatives.space.blocks) - set(done[0]))
+    torch.testing.assert_close(written_out(found), written_out(fitted(ptif.EKFAC(ptif.GGN()), derivatives)))
+
+
+def test_factors_larger_than_memory_are_fitted_in_turn_and_stay_on_disk(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(30, 30) for _ in range(4)), nn.Tanh(), nn.Linear(30, 3)).double()
+    x, y = torch.randn(20, 30).double(), torch.randint(0, 3, (20,))
+    derivatives = derivatives_of(model, x, y)
+    whole = written_out(fitted(ptif.EKFAC(ptif.GGN()), derivatives))
+    tight = Budget(100_000)
+    with pytest.raises(TooLarge, match="give them folder=path"):
+        fitted(ptif.EKFAC(ptif.GGN()), derivatives, tight)
+    found = fitted(ptif.EKFAC(ptif.GGN(), folder=tmp_path), derivatives, tight)
+    assert not isinstance(found.blocks, dict)
+    torch.testing.assert_close(written_out(found), whole)
+    with pytest.raises(TooLarge, match="factors of one layer"):
+        fitted(ptif.EKFAC(ptif.GGN(), folder=tmp_path / "b"), derivatives, Budget(10_000))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Any) -> None:
+    (tmp_path / "file").write_text("")
+    model, x, y = conv_net()
+    with pytest.raises(InvalidInput, match="cannot be made"):
+        fitted(ptif.EKFAC(ptif.GGN(), folder=tmp_path / "file"), derivatives_of(model, x, y))
+
+
+# --------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_decomposition_that_does_not_hold_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(6, 6).double()
+    matrix = matrix @ matrix.T
+    garbage = lambda m: (torch.ones(6).double(), torch.full((6, 6), 0.3).double())  # noqa: E731
+
+    def fails(m: Tensor) -> Any:
+        raise RuntimeError("did not converge")
+
+    for first in (garbage, fails):
+        monkeypatch.setitem(eigen._ALGORITHMS, "torch.linalg.eigh", first)
+        values, vectors = eigen.eigh(matrix)
+        torch.testing.assert_close((vectors * values) @ vectors.T, matrix)
+    monkeypatch.setitem(eigen._ALGORITHMS, "numpy.linalg.eigh", garbage)
+    values, vectors = eigen.eigh(matrix)
+    torch.testing.assert_close((vectors * values) @ vectors.T, matrix)
+    monkeypatch.setitem(eigen._ALGORITHMS, "torch.linalg.svd", fails)
+    with pytest.raises(SolveFailed, match="failed by every algorithm"):
+        eigen.eigh(matrix, "the layer")
+    with pytest.raises(NonFinite, match="The curvature of the layer holds NaN"):
+        eigen.eigh(matrix * torch.nan, "the layer")
+
+
+def test_singular_factors_are_solved_by_damping_and_refused_without() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    x, y = torch.randn(3, 8).double(), torch.randint(0, 2, (3,))
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+    assert bool(torch.isfinite(ptif.ekfac().fit(problem).score((x, y)).values).all())
+    with pytest.raises(SolveFailed, match="singular, not positive definite; use a positive damping"):
+        ptif.ekfac(damping=0.0).fit(problem).score((x, y))
+
+
+def test_a_layer_that_no_example_moves_is_said_and_does_no_harm() -> None:
+    torch.manual_seed(0)
+
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x) + 0.0 * self.unused(x)
+
+    model, x, y = Dead().double(), torch.randn(10, 4).double(), torch.randint(0, 3, (10,))
+    attribution = ptif.ekfac().fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+    scores = attribution.score((x[:2], y[:2]))
+    assert any("'unused'" in note and "no training example moves" in note for note in scores.diagnostics.notes)
+    alone = ptif.ekfac().fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y), parameters="used")).score((x[:2], y[:2]))
+    torch.testing.assert_close(scores.values, alone.values)
+
+
+def test_fewer_examples_than_a_side_is_long_is_said() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    x, y = torch.randn(4, 40).double(), torch.randint(0, 2, (4,))
+    xq, yq = x[:1], y[:1]
+    notes = ptif.ekfac().fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq)).diagnostics.notes
+    assert any("fewer gradients than" in note and "'0'" in note for note in notes)
+
+
+def test_a_loss_that_is_no_likelihood_is_refused_and_told_the_way_out() -> None:
+    model, x, y, *_ = mlp()
+    derivatives = derivatives_of(
+        model, x, y, lambda outputs, targets: F.multi_margin_loss(outputs, targets, reduction="none")
+    )
+    with pytest.raises(NotLikelihood, match="fisher=EmpiricalFisher"):
+        fitted(ptif.EKFAC(), derivatives)
+    assert fitted(ptif.EKFAC(ptif.EmpiricalFisher()), derivatives).mean_eigenvalue() > 0
+
+
+@pytest.mark.parametrize("bad", [{"fisher": "exact"}, {"examples": 0}, {"largest": 0}, {"examples": 2.5}], ids=repr)
+def test_bad_settings_are_refused_when_written(bad: Any) -> None:
+    for family in FAMILY:
+        with pytest.raises((InvalidInput, TypeError)):
+            family(**bad)
+
+
+def test_a_mean_over_checkpoints_adds_statistics_up() -> None:
+    model, x, y, *_ = mlp()
+    derivatives = derivatives_of(model, x, y)
+    own = {k: v.clone() for k, v in model.state_dict().items()}
+    other = {k: v * 1.3 for k, v in own.items()}
+    curvature = ptif.EKFAC(ptif.GGN())
+    both = curvature.mean_of([(None, derivatives), (other, derivatives)], Form.SPECTRAL, Budget())
+    first = fitted(curvature, derivatives)
+    model.load_state_dict(other)
+    second = fitted(curvature, derivatives)
+    model.load_state_dict(own)
+    want = (first.mean_eigenvalue() + second.mean_eigenvalue()) / 2
+    assert both.mean_eigenvalue() == pytest.approx(want, rel=1e-10)
+    assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
+
+
+def test_files_hold_what_the_format_says(tmp_path: Any) -> None:
+    model, x, y = conv_net()
+    fitted(ptif.EKFAC(ptif.GGN(), folder=tmp_path), derivatives_of(model, x, y))
+    kinds = [load_file(p) for p in tmp_path.rglob("*.safetensors")]
+    assert all(set(k) <= {"left", "right", "values"} and k["values"].dtype == torch.float64 for k in kinds)
+    save_file(kinds[0], tmp_path / "copy.safetensors")
