@@ -57,6 +57,8 @@ from tests.doors.bad_input_cases import (
     through,
     with_idle,
 )
+from tests.doors.curvature_cases import CURVATURES
+from tests.doors.run_cases import RUNS
 
 MODELS = [
     Row("a function", put_in(), INPUT, r"must be a torch.nn.Module, got function", lambda: lambda x: x),
@@ -410,19 +412,18 @@ CLASSIC = [
 ]
 
 
-TABLE = {
-    f"{part}: {row.name}": row
-    for part, rows in {
-        "data": DATA,
-        "types and shapes": TYPES_AND_SHAPES,
-        "model": MODELS,
-        "loss": LOSSES,
-        "method": METHODS,
-        "choice": CHOICES,
-        "classic": CLASSIC,
-    }.items()
-    for row in rows
+PARTS = {
+    "data": DATA,
+    "types and shapes": TYPES_AND_SHAPES,
+    "model": MODELS,
+    "loss": LOSSES,
+    "method": METHODS,
+    "run": RUNS,
+    "curvature": CURVATURES,
+    "choice": CHOICES,
+    "classic": CLASSIC,
 }
+TABLE = {f"{part}: {row.name}": row for part, rows in PARTS.items() for row in rows}
 
 
 @pytest.fixture(autouse=True)
@@ -436,7 +437,7 @@ def _as_users_have_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 
 
 def test_the_table_is_whole() -> None:
-    assert len(TABLE) == sum(map(len, (DATA, TYPES_AND_SHAPES, MODELS, LOSSES, METHODS, CHOICES, CLASSIC))) >= 50
+    assert len(TABLE) == sum(map(len, PARTS.values())) >= 50
 
 
 # --------------------------------------------------------------------------- what happens

@@ -18,7 +18,7 @@ from _pytest.outcomes import Failed
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions import attribution, capture, gradients, guard, layers, rows, scaling, topk
+from pytorch_influence_functions import attribution, capture, fitting, gradients, guard, layers, rows, scaling, topk
 from pytorch_influence_functions.blocks import Conv, Dense, Outer
 from pytorch_influence_functions.data import Source
 from pytorch_influence_functions.operators import Eigen, Gram
@@ -353,7 +353,7 @@ BUGS = [
     Bug("batches under wrong indices", swap(Source, "load", wrong_indices), shuffled_law),
     Bug("model left in eval mode", swap(SNAPSHOT, "restore", left_in_eval), trace_law),
     Bug("frozen parameters thawed", swap(SNAPSHOT, "restore", left_thawed), trace_law),
-    Bug("checkpoint left in the model", swap(attribution, "at_checkpoint", checkpoint_left_in), trace_law),
+    Bug("checkpoint left in the model", swap(fitting, "at_checkpoint", checkpoint_left_in), trace_law),
     Bug("leverage added, not removed", swap(scaling, "leverage_corrected", added_leverage), ridge_law),
     Bug("NaN ranked", swap(ptif.Scores, "_check_finite", lambda f, self: None), nan_law),
     Bug("last batch lost in the merge", swap(topk.TopK, "add", last_batch_lost), top_law),

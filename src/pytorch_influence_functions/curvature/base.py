@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import InvalidInput, NotLikelihood, TooLarge
 from ..gradients import Derivatives
-from ..operators import AbstractSymmetric
+from ..operators import AbstractSymmetric, Matrix
+from ..problem import Checkpoint, at_checkpoint
 
 
 class Form(enum.Enum):
@@ -64,6 +67,37 @@ class AbstractCurvature(ABC):
             NotLikelihood: the objective does not know enough for this curvature.
             TooLarge: the form needs more memory than `budget` allows.
         """
+
+    def mean_of(
+        self, members: Sequence[tuple[Checkpoint | None, Derivatives]], form: Form, budget: Budget
+    ) -> AbstractSymmetric:
+        """The mean of this curvature over several weights of one model; `None` stands for the model's own.
+
+        Dense matrices are averaged entry by entry. One member alone may have any form; a curvature whose other forms
+        have a mean (Kronecker factors) says so by a `mean_of` of its own.
+
+        Raises:
+            InvalidInput: several members in a form that has no mean, or none at all.
+        """
+        if not members:
+            raise InvalidInput("A mean over no checkpoint was asked for; give at least one.")
+        if len(members) > 1 and form is not Form.MATRIX:
+            raise InvalidInput(
+                f"{type(self).__name__}() given as {form.value} cannot be averaged over {len(members)} checkpoints; "
+                "give one checkpoint, or a curvature that has a dense matrix, such as GGN()."
+            )
+        total: AbstractSymmetric | None = None
+        for checkpoint, derivatives in members:
+            model = derivatives.problem.model
+            with nullcontext() if checkpoint is None else at_checkpoint(model, checkpoint):
+                one = self.of(derivatives, form, budget)
+            if len(members) == 1:
+                return one
+            assert isinstance(one, Matrix)
+            share = one.matrix / len(members)
+            total = Matrix(one.space, share if not isinstance(total, Matrix) else total.matrix + share)
+        assert total is not None
+        return total
 
     def require(self, form: Form) -> None:
         """Refuse a form this curvature does not have."""

@@ -1,0 +1,93 @@
+"""Bugs planted in what follows the training run: each must break its law."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from _pytest.outcomes import Failed
+from torch import nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions import schedule, trajectory, unrolling
+from tests.laws.test_influence import relative_gap
+from tests.laws.test_source import dense_source, flow, moved, problem_of
+from tests.planted.test_planted_bugs import Bug, Law, cross_entropy, swap
+from tests.twin.autograd import dense_ggn, example_gradients, flat_parameters
+
+
+def run_law(with_adam: bool = False) -> Law:
+    """Two segments, one of two checkpoints: the formula, written out in float64."""
+
+    def law() -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        x, y, xq, yq = torch.randn(12, 3).double(), torch.arange(12) % 2, torch.randn(2, 3).double(), torch.arange(2)
+        states, decay = [moved(model, 0.4, s) for s in (1, 2, 3)], 0.05
+        moments = {k: v.square() + 0.1 for k, v in moved(model, 0.5, 4).items()}
+        adam = ptif.AdamState(moments, eps=0.1, decay=0.02) if with_adam else None
+        segments = [ptif.Segment(states[:2], 0.1, 30, adam=adam)]
+        segments.append(ptif.Segment(states[2], 0.05, 20, momentum=0.0 if with_adam else 0.6, adam=adam))
+        matrices, gradients, own = [], [], model.state_dict()
+        own = {k: v.clone() for k, v in own.items()}
+        for state in states:
+            model.load_state_dict(state)
+            matrices.append(dense_ggn(model, cross_entropy, x, y))
+            gradients.append(example_gradients(model, cross_entropy, x, y) + decay * flat_parameters(model))
+        model.load_state_dict(own)
+        p = torch.eye(len(matrices[0])).double()
+        if with_adam:
+            p = torch.cat([1 / (moments[k].sqrt() + 0.1).flatten() for k in own]).diag()
+        extra = decay * torch.eye(len(p)).double() + (0.02 * torch.linalg.inv(p) if with_adam else 0.0)
+        h = [(matrices[0] + matrices[1]) / 2 + extra, matrices[2] + extra]
+        flows = [flow(h[0], 3.0, p), flow(h[1], segments[1].lr * 20 * (1.0 if with_adam else 2.5), p)]
+        gq = example_gradients(model, cross_entropy, xq, yq)
+        want = dense_source(gq, flows, [(gradients[0] + gradients[1]) / 2, gradients[2]])
+        problem = problem_of((model, x, y), weight_decay=ptif.WeightDecay(decay, per_example=True))
+        fitted = ptif.SOURCE(segments).fit(problem)
+        assert relative_gap(fitted.score((xq, yq)).values, want) < 1e-8
+        assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
+
+    return law
+
+
+def only_first(original: Any, self: Any, members: Any, form: Any, budget: Any) -> Any:
+    return original(self, members[:1], form, budget)
+
+
+def other_end(original: Any, self: Any, rows: Any, ledger: Any = None) -> Any:
+    return original(self, rows, ledger)[::-1]
+
+
+def adam_on_both_sides(original: Any, self: Any, rows: Any, operator: Any, into: int, out: int) -> Any:
+    return original(self, rows, operator, 1, 1)
+
+
+def transposed(original: Any, self: Any, rows: Any, operator: Any, into: int, out: int) -> Any:
+    return original(self, rows, operator, into * (1 if out > 0 else -1), abs(out))
+
+
+STRETCH, RUN, BOTH = unrolling.Stretch, trajectory.Unrolled, run_law(True)
+BUGS = [
+    Bug("queries not carried back", swap(STRETCH, "survives", lambda f, self, u: u), run_law()),
+    Bug("plain gradients", swap(STRETCH, "responds", lambda f, self, u: u.scaled(self.segment.span)), run_law()),
+    Bug("the inverse alone", swap(unrolling, "response", lambda f, lam, span: 1 / lam), run_law()),
+    Bug("one learning rate too many", swap(unrolling, "survival", lambda f, lam, t: f(lam, 2 * t)), run_law()),
+    Bug("segments in the wrong order", swap(RUN, "_propagated", other_end), run_law()),
+    Bug("curvature of one checkpoint only", swap(ptif.GGN, "mean_of", only_first), run_law()),
+    Bug("penalty lost", swap(RUN, "_decay_term", lambda f, self, d, x: None), run_law()),
+    Bug("Adam on both sides", swap(STRETCH, "_between", adam_on_both_sides), BOTH),
+    Bug("Adam transposed", swap(STRETCH, "_between", transposed), BOTH),
+    Bug("Adam's eps lost", swap(schedule.AdamState, "root", lambda f, self, s: f(self, s) * 1.1), BOTH),
+    Bug("decoupled decay lost", swap(schedule.AdamState, "decays", lambda f, self, s: 0 * f(self, s)), BOTH),
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_breaks_its_law(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.law()
+    with monkeypatch.context() as planted:
+        bug.plant(planted)
+        with pytest.raises((AssertionError, ptif.InfluenceError, Failed)):
+            bug.law()
