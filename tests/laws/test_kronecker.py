@@ -20,6 +20,7 @@ from pytorch_influence_functions.errors import InvalidInput, NonFinite, NotLikel
 from pytorch_influence_functions.gradients import Derivatives
 from pytorch_influence_functions.operators import eigen
 from pytorch_influence_functions.operators.kronecker import Kronecker
+from pytorch_influence_functions.rows import Rows
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.laws.zoo import CASES, build
 from tests.twin.autograd import dense_ggn, example_gradients, influence
@@ -125,13 +126,9 @@ def test_exact_for_a_single_example(curvature: Any) -> None:
 def test_ekfac_solves_one_linear_layer_exactly() -> None:
     torch.manual_seed(1)
     model = nn.Linear(4, 3).double()
-    x, y, xq, yq = (
-        torch.randn(30, 4).double(),
-        torch.randn(30, 3).double(),
-        torch.randn(5, 4).double(),
-        torch.randn(5, 3),
-    )
-    yq = yq.double()
+    scale = torch.tensor([4.0, 1.0, 0.3, 0.1]).double()
+    x, xq = torch.randn(30, 4).double() * scale, torch.randn(5, 4).double() * scale
+    y, yq = torch.randn(30, 3).double(), torch.randn(5, 3).double()
 
     def squared(outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * (outputs - targets).square().sum(1)
@@ -196,6 +193,55 @@ def test_damping_per_block_equals_the_dense_solve() -> None:
         assert relative_gap(got.values, want) < 1e-7, solver
     overall = ptif.Influence(ptif.GGN(), ptif.Spectral(), ptif.Relative(0.2)).fit(problem).score((xq, yq)).values
     assert relative_gap(overall, want) > 1e-2
+
+
+def test_factored_damping_equals_its_dense_formula_and_keeps_rows_factored() -> None:
+    model, x, y, xq, yq = mlp()
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+    attribution = ptif.Influence(ptif.KFAC(ptif.GGN()), ptif.Factored(), 0.01).fit(problem)
+    member = attribution.members[0]
+    rows = member.derivatives.loss_rows(torch.arange(4), (xq, yq)).rows
+    solved = member.solve(rows).unwrap()
+    assert isinstance(solved, Rows)
+    want = []
+    for name, block in member.operator.blocks.items():  # type: ignore[attr-defined]
+        assert isinstance(solved.blocks[name], Outer)
+        s = (block.left * block.sides[0]) @ block.left.T
+        a = (block.right * block.sides[1]) @ block.right.T
+        torch.testing.assert_close(torch.outer(block.sides[0], block.sides[1]), block.values)
+        pi = float((a.trace() / len(a)) / (s.trace() / len(s))) ** 0.5
+        s, a = s + 0.1 / pi * torch.eye(len(s)).double(), a + 0.1 * pi * torch.eye(len(a)).double()
+        g = rows.blocks[name].dense()
+        want.append((torch.linalg.inv(s) @ g @ torch.linalg.inv(a)).flatten(1))
+    torch.testing.assert_close(solved.flat(), torch.cat(want, 1))
+    scores = attribution.score((xq, yq))
+    g = torch.cat([slab.rows.flat() for slab in member.derivatives.stream()])
+    torch.testing.assert_close(scores.values, solved.flat() @ g.T / len(x))
+    assert "factored damping" in " ".join(scores.diagnostics.notes)
+
+
+def test_factored_damping_takes_every_form_of_rows() -> None:
+    torch.manual_seed(0)
+    tokens, ids = Tokens().double(), torch.randint(0, 9, (8, 5))
+    model, x, y = conv_net()
+    for problem, queries in (
+        (ptif.Problem(model, ptif.CrossEntropy(), (x, y)), (x[:2], y[:2])),
+        (ptif.Problem(tokens, ptif.TokenCrossEntropy(), (ids, ids.roll(-1, 1))), (ids[:2], ids[:2].roll(-1, 1))),
+    ):
+        attribution = ptif.Influence(ptif.KFAC(), ptif.Factored(), 1e-8).fit(problem)
+        member = attribution.members[0]
+        rows = next(iter(member.derivatives.stream(ptif.attribution.Source.of(queries)))).rows
+        dense = member.solve(rows.dense()).unwrap().flat()
+        torch.testing.assert_close(member.solve(rows).unwrap().flat(), dense, rtol=1e-7, atol=1e-9)
+
+
+def test_factored_damping_refuses_what_has_no_factors() -> None:
+    model, x, y, *_ = mlp()
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+    with pytest.raises(InvalidInput, match=r"use KFAC\(\)"):
+        ptif.Influence(ptif.EKFAC(), ptif.Factored()).fit(problem)
+    with pytest.raises(SolveFailed, match="needs a positive damping"):
+        ptif.Influence(ptif.KFAC(), ptif.Factored(), 0.0).fit(problem)
 
 
 # --------------------------------------------------------------------------- whose gradients

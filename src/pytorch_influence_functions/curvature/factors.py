@@ -155,8 +155,9 @@ class BlockFactors:
             weight = float(self.terms)
         left, first = self.left.eigen(f"the outputs of {self.name!r}")
         right, second = self.right.eigen(f"the inputs of {self.name!r}")
-        values = first[:, None] * second[None] / (count * weight if weight > 0 else 1.0)
-        self.basis = KroneckerBlock(left, right, values)
+        second = second / (count * weight if weight > 0 else 1.0)
+        values = first[:, None] * second[None]
+        self.basis = KroneckerBlock(left, right, values, (first, second))
         self.left.moment = self.right.moment = values.new_zeros(0)
 
     def see_squares(self, columns: Sequence[AbstractBlock]) -> None:

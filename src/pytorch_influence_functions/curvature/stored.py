@@ -23,6 +23,7 @@ from ..problem import sweep
 from ..world import World
 
 _FORMAT = "ptif-kronecker-1"
+_SIDES = ("left_values", "right_values")
 
 
 def fingerprint(settings: str, derivatives: list[Derivatives], states: list[Mapping[str, Tensor]], ids: Tensor) -> str:
@@ -93,6 +94,7 @@ class Shelf:
     def put(self, name: str, block: KroneckerBlock) -> None:
         """Write one finished block: aside, synced, then renamed, so that a file is whole or absent."""
         held = {"left": block.left, "right": block.right, "values": block.values}
+        held |= dict(zip(_SIDES, block.sides or (None, None), strict=True))
         tensors = {k: v.detach().cpu().contiguous() for k, v in held.items() if v is not None}
         path = self.path(name)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
@@ -105,7 +107,8 @@ class Shelf:
         """Read one finished block."""
         with safe_open(self.path(name), framework="pt") as file:
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return KroneckerBlock(held.get("left"), held.get("right"), held["values"])
+        sides = (held[_SIDES[0]], held[_SIDES[1]]) if _SIDES[0] in held else None
+        return KroneckerBlock(held.get("left"), held.get("right"), held["values"], sides)
 
     def blocks(self) -> Mapping[str, KroneckerBlock]:
         """All blocks, once they are finished; each is read when it is asked for and not kept."""

@@ -30,11 +30,13 @@ class KroneckerBlock:
     """One block's basis and eigenvalues; a basis that is None is the identity.
 
     `left` [o, o] and `right` [i, i] hold eigenvectors as columns, in the model's dtype; `values` [o, i] is float64.
+    Where the eigenvalues are products, as in K-FAC, `sides` holds their factors [o] and [i].
     """
 
     left: Float[Tensor, "o o"] | None
     right: Float[Tensor, "i i"] | None
     values: Float[Tensor, "o i"]
+    sides: tuple[Float[Tensor, " o"], Float[Tensor, " i"]] | None = None
 
     @property
     def numbers(self) -> int:
@@ -129,7 +131,7 @@ class _Changed(Mapping[str, KroneckerBlock]):
 
     def __getitem__(self, name: str) -> KroneckerBlock:
         block = self.blocks[name]
-        return replace(block, values=self.f(name, block.values))
+        return replace(block, values=self.f(name, block.values), sides=None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.blocks)

@@ -53,6 +53,10 @@ class Result(enum.Enum):
     )
 
 
+# Random combinations of rows on which the residual of a block-wise solve is measured.
+_COMBINED = 4
+
+
 def _empty() -> dict[str, Any]:
     return {}
 
@@ -64,7 +68,8 @@ class Solution:
     `residual[n]` is the true relative residual |(C + D) x_n - b_n| / |b_n| of the value handed out (0 for
     b_n = 0). `steps` counts products with the curvature; `failed` lists the rows that did not reach the
     tolerance. `notes` holds diagnostics: always "damping", and where known "smallest_curvature"
-    and "largest_curvature" (of C).
+    and "largest_curvature" (of C). "approximation" says that `value` is a formula which does not solve (C + D) x = b
+    and was not judged by `residual`.
     """
 
     value: Rows | Expansion
@@ -156,6 +161,27 @@ def relative(error: Float[Tensor, " n"], size: Float[Tensor, " n"]) -> Float[Ten
     """error / size per row, 0 where both vanish, in float64."""
     error, size = error.double(), size.double()
     return torch.where((size == 0) & (error == 0), torch.zeros_like(error), error / size)
+
+
+def combined_residual(operator: AbstractOperator, shift: Shift, rows: Rows, value: Rows) -> Float[Tensor, " n"]:
+    """|(C + D) x - b| / |b| for answers of a block-wise solver, without writing all rows out.
+
+    Of more than `_COMBINED` rows that many random combinations are looked at instead (the map is linear): they tell the
+    root of the sum of all squared relative residuals, which stands, from above, for each row's own.
+    """
+    n = len(rows)
+    norms = rows.squared_norms().double().sqrt()
+    some, solved = rows, value
+    if n > _COMBINED:
+        weights = torch.randn(_COMBINED, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        weights = weights.to(norms.device) * torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+        some, solved = rows.combine(weights), value.combine(weights)
+    there = operator.apply(solved)
+    errors = torch.zeros(len(some), dtype=torch.float64, device=norms.device)
+    for name, d in shift.over(rows.blocks).items():
+        left = there.blocks[name].dense() + d * solved.blocks[name].dense().reshape_as(there.blocks[name].dense())
+        errors += (left - some.blocks[name].dense().reshape_as(left)).flatten(1).double().square().sum(1)
+    return relative(errors.sqrt(), norms) if n <= _COMBINED else errors.mean().sqrt().expand(n).clone()
 
 
 def nonfinite_rows(rows: Float[Tensor, "n *p"]) -> tuple[int, ...]:

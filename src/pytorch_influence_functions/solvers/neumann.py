@@ -31,12 +31,15 @@ from .base import (
     damping_that_works,
     nonfinite_rows,
     refuse_input,
+    relative,
 )
 
 # The measured largest eigenvalue is a lower bound; this much is added before it sets a step.
 _SAFETY = 1.1
 # Depth in time constants of the weakest direction: its error is exp(-3), 5 %.
 _DEPTH = 3.0
+# Examples on which a preconditioned step is measured where there are more.
+_MEASURED = 2048
 _SMALLEST_BATCH = 16
 # Steps between two looks at the norm: each look costs a synchronisation on a GPU.
 _LOOK = 10
@@ -105,6 +108,10 @@ class Neumann(AbstractSolver[NeumannState]):
     the answer is good; left None, a row fails only when it is no closer to the answer than zero is, in the
     norm of C + D: depth is a choice here.
 
+    `momentum` mu keeps a share of the last move (heavy ball); a measured step is lowered to (1 - mu) of itself, so that
+    a move as a whole stays as long. `halve_every` halves the step every so many steps, which lets the noise of random
+    batches die away: with a preconditioner and `start="solved"` this is ASTRA.
+
     >>> state = Neumann(step=1 / 25, steps=5000, batch_size=1).init(operator, Shift(0.01))  # doctest: +SKIP
     >>> Neumann().solve(Neumann().init(operator, Shift(0.01)), rows).unwrap()  # doctest: +SKIP
     """
@@ -117,14 +124,18 @@ class Neumann(AbstractSolver[NeumannState]):
     tolerance: float = 1e-3
     start: Start | str = Start.B
     rtol: float | None = None
+    momentum: float | int = 0.0
+    halve_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("step", "steps", "batch_size", "repeats", "rtol"):
+        for name in ("step", "steps", "batch_size", "repeats", "rtol", "halve_every"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InvalidInput(f"Neumann({name}={value}) must be positive and finite.")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise InvalidInput(f"Neumann(tolerance={self.tolerance}) must not be negative; 0 runs every step.")
+        if not 0 <= self.momentum < 1:
+            raise InvalidInput(f"Neumann(momentum={self.momentum}) must lie in [0, 1); 0.9 is usual.")
         known = ", ".join(repr(s.value) for s in Start)
         if not isinstance(self.start, Start) and self.start not in [s.value for s in Start]:
             raise InvalidInput(f"Neumann(start={self.start!r}): choose one of {known}.")
@@ -185,7 +196,8 @@ class Neumann(AbstractSolver[NeumannState]):
         return notes
 
     def _finish(self, state: NeumannState, x: Tensor, b: Tensor, run: _Series) -> Solution:
-        residual = state.system.residual(x, b)
+        product = state.system.product(x)
+        residual = relative((product - b).norm(dim=1), b.norm(dim=1))
         notes = self._notes(state, run.plan) | {"stopped_early": run.early}
         value = state.system.operator.space.rows(x)
         steps = run.taken + run.plan.products
@@ -193,7 +205,7 @@ class Neumann(AbstractSolver[NeumannState]):
             return Solution(value, residual, Result.nonfinite_output, steps, notes, bad)
         if self.rtol is None:
             # |x - x*|_A >= |x*|_A in the norm of A = C + D: no closer than zero is
-            wrong = ((x * state.system.product(x)).sum(1) >= 2 * (x * b).sum(1)) & (b != 0).any(1)
+            wrong = ((x * product).sum(1) >= 2 * (x * b).sum(1)) & (b != 0).any(1)
         else:
             wrong = residual > self.rtol
         failed = tuple(int(i) for i in wrong.nonzero().flatten())
@@ -277,7 +289,9 @@ class _Series:
         plan, operator, rows = self.plan, self.state.system.operator, self.state.system.operator.space.rows
         draw, x, watch = self._batches(seed), self._begin(), _Watch(self)
         shift = self.state.system.diagonal(self.b)
-        keep = 1.0 - shift * plan.step if self.state.preconditioner is None else None
+        plain = self.state.preconditioner is None and not self.options.momentum and not self.options.halve_every
+        keep = 1.0 - shift * plan.step if plain else None
+        moved = torch.zeros_like(x) if self.options.momentum else None
         bound = self._bound(x)
         watch.begin(x)
         for t in range(1, plan.steps + 1):
@@ -286,8 +300,12 @@ class _Series:
             if keep is not None:
                 x.mul_(keep).add_(self.b, alpha=plan.step).sub_(product, alpha=plan.step)
             else:
-                r = self.b - product - x * shift
-                x.add_(self.state.precondition(r), alpha=plan.step)
+                z = self.state.precondition(self.b - product - x * shift)
+                step = plan.step * 0.5 ** ((t - 1) // (self.options.halve_every or plan.steps))
+                if moved is None:
+                    x.add_(z, alpha=step)
+                else:
+                    x.add_(moved.mul_(self.options.momentum).add_(z, alpha=step))
             self.taken += 1
             if t % _LOOK == 0 or t == plan.steps:
                 self.grew = not bool((x.norm(dim=1) <= bound).all())
@@ -324,7 +342,7 @@ class _Watch:
     def __init__(self, series: _Series) -> None:
         options, plan = series.options, series.plan
         noisy = 0 < plan.batch < series.state.examples
-        reach = plan.step * plan.rate
+        reach = plan.step * plan.rate / (1.0 - options.momentum)
         self.window = max(_LOOK, math.ceil(0.25 / reach)) if reach > 0 else plan.steps + 1
         self.allowed = options.tolerance * math.expm1(min(reach * self.window, 50.0))
         self.averaged = noisy and options.step is None
@@ -395,9 +413,10 @@ def _measure(options: Neumann, state: NeumannState, dtype: torch.dtype, device: 
     trace = max(trace, size)
     batch = _batch(options, state.examples, trace / size if size > 0 else 1.0)
     noise = trace / batch if 0 < batch < state.examples else 0.0
-    step = options.step or 1.0 / (_SAFETY * (size + shift.largest + noise))
+    whole = 1.0 / (_SAFETY * (size + shift.largest + noise))
+    step = options.step or (1.0 - options.momentum) * whole
     rate = shift.smallest
-    steps = options.steps or math.ceil(_DEPTH / (step * rate))
+    steps = options.steps or math.ceil(_DEPTH * (1.0 - options.momentum) / (step * rate))
     return Tuning(step, steps, batch, largest, smallest, trace, rate, min(20, operator.size) + cost)
 
 
@@ -405,6 +424,8 @@ def _measure_preconditioned(options: Neumann, state: NeumannState, dtype: torch.
     """The same for M (C + D), whose spectrum is real and positive but which is not symmetric."""
     system, p, budget = state.system, state.system.operator.size, 20
     generator = torch.Generator().manual_seed(options.seed)
+    # Where a full product is out of reach, some examples stand for all: fewer only raise the largest eigenvalue.
+    some = torch.linspace(0, state.examples - 1, _MEASURED).long() if state.examples > _MEASURED else None
 
     def probe(n: int) -> Tensor:
         return torch.randn(n, p, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
@@ -416,20 +437,29 @@ def _measure_preconditioned(options: Neumann, state: NeumannState, dtype: torch.
             found = float(v.norm())
         return found
 
+    def curved(v: Tensor) -> Tensor:
+        return (
+            system.curvature(v)
+            if some is None
+            else _sampled(system.operator, system.operator.space.rows(v), some).flat()
+        )
+
     def full(v: Tensor) -> Tensor:
-        return state.precondition(system.product(v))
+        return state.precondition(curved(v) + v * system.diagonal(v))
 
     largest = power(full)
     smallest = largest - power(lambda v: largest * v - full(v))
     z = probe(8)
-    trace = max(float((z * state.precondition(system.curvature(z))).sum()) / 8, largest)
+    trace = max(float((z * state.precondition(curved(z))).sum()) / 8, largest)
     _check_measured(largest, smallest, trace)
     # All directions converge at about one rate here, so few steps remain to average the noise of small
     # batches.
     batch = _batch(options, state.examples, trace / largest, 8 * _SMALLEST_BATCH)
     noise = trace / batch if 0 < batch < state.examples else 0.0
-    step = options.step or 1.0 / (_SAFETY * (largest + noise))
+    step = options.step or (1.0 - options.momentum) / (_SAFETY * (largest + noise))
     # Power iteration may miss the weakest direction; a preconditioner that bad is not assumed.
     rate = max(smallest, 0.05 * largest)
-    steps = options.steps or max(4 * _LOOK, math.ceil(_DEPTH / (step * rate)))
-    return Tuning(step, steps, batch, largest, smallest, trace, rate, 2 * budget + 8)
+    steps = options.steps or max(4 * _LOOK, math.ceil(_DEPTH * (1.0 - options.momentum) / (step * rate)))
+    whole = 2 * budget + 8
+    products = whole if some is None else math.ceil(whole * len(some) / state.examples)
+    return Tuning(step, steps, batch, largest, smallest, trace, rate, products)
