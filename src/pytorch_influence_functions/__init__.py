@@ -28,15 +28,24 @@ from .classic import influential_loader as influential_loader
 from .classic import init_logging as init_logging
 from .classic import plot_influences as plot_influences
 from .classic import plot_loo_scatter as plot_loo_scatter
+from .curvature import EKFAC as EKFAC
 from .curvature import GGN as GGN
+from .curvature import KFAC as KFAC
+from .curvature import Arnoldi as Arnoldi
 from .curvature import Budget as Budget
+from .curvature import Diagonal as Diagonal
 from .curvature import EmpiricalFisher as EmpiricalFisher
 from .curvature import Fisher as Fisher
 from .curvature import Hessian as Hessian
 from .curvature import Identity as Identity
+from .curvature import Nystrom as Nystrom
+from .curvature import Shampoo as Shampoo
+from .curvature import Sharing as Sharing
 from .damping import Absolute as Absolute
 from .damping import FromTraining as FromTraining
 from .damping import Relative as Relative
+from .damping_path import DampingPath as DampingPath
+from .damping_path import FromPath as FromPath
 from .diagnostics import Diagnostics as Diagnostics
 from .errors import InfluenceError as InfluenceError
 from .errors import InvalidInput as InvalidInput
@@ -47,13 +56,22 @@ from .errors import SolveFailed as SolveFailed
 from .errors import TooLarge as TooLarge
 from .errors import TrainingDataWarning as TrainingDataWarning
 from .errors import UnknownName as UnknownName
+from .methods import arnoldi as arnoldi
+from .methods import astra as astra
+from .methods import blockwise as blockwise
+from .methods import datainf as datainf
+from .methods import diagonal as diagonal
 from .methods import dual as dual
+from .methods import ekfac as ekfac
 from .methods import exact as exact
 from .methods import gauss_newton as gauss_newton
 from .methods import grad_dot as grad_dot
+from .methods import kfac as kfac
 from .methods import koh_liang as koh_liang
 from .methods import lissa as lissa
+from .methods import nystrom as nystrom
 from .methods import one_step_newton as one_step_newton
+from .methods import shampoo as shampoo
 from .objectives import Bernoulli as Bernoulli
 from .objectives import CrossEntropy as CrossEntropy
 from .objectives import FromFunction as FromFunction
@@ -67,31 +85,53 @@ from .progress import progress as progress
 from .rows import Route as Route
 from .scaling import Leverage as Leverage
 from .scaling import Raw as Raw
+from .schedule import AdamState as AdamState
+from .schedule import Segment as Segment
 from .scores import Scores as Scores
 from .solvers import CG as CG
 from .solvers import Auto as Auto
+from .solvers import BlockGroup as BlockGroup
+from .solvers import Blockwise as Blockwise
 from .solvers import Cholesky as Cholesky
+from .solvers import DataInf as DataInf
+from .solvers import Factored as Factored
 from .solvers import Forecast as Forecast
 from .solvers import Neumann as Neumann
 from .solvers import Spectral as Spectral
 from .solvers import Woodbury as Woodbury
+from .spectrum import Spectrum as Spectrum
+from .trajectory import SOURCE as SOURCE
+from .trajectory import source as source
+from .truncation import Truncation as Truncation
 
 __all__ = [
     "CG",
+    "EKFAC",
     "GGN",
+    "KFAC",
+    "SOURCE",
     "Absolute",
+    "AdamState",
+    "Arnoldi",
     "Attribution",
     "Auto",
     "Bernoulli",
+    "BlockGroup",
+    "Blockwise",
     "Budget",
     "Cholesky",
     "Config",
     "CrossEntropy",
+    "DampingPath",
+    "DataInf",
     "Diagnostics",
+    "Diagonal",
     "EmpiricalFisher",
+    "Factored",
     "Fisher",
     "Forecast",
     "FromFunction",
+    "FromPath",
     "FromTraining",
     "Hessian",
     "Identity",
@@ -106,29 +146,41 @@ __all__ = [
     "Neumann",
     "NonFinite",
     "NotLikelihood",
+    "Nystrom",
     "Problem",
     "Raw",
     "Relative",
     "Route",
     "Scores",
+    "Segment",
+    "Shampoo",
+    "Sharing",
     "SolveFailed",
     "Spectral",
+    "Spectrum",
     "SquaredError",
     "TokenCrossEntropy",
     "TooLarge",
     "TrainingDataWarning",
+    "Truncation",
     "UnknownName",
     "WeightDecay",
     "Woodbury",
     "__version__",
+    "arnoldi",
+    "astra",
     "attribute",
+    "blockwise",
     "calc_all_grad_then_test",
     "calc_img_wise",
     "calc_influence_function",
     "calc_influences",
     "calc_s_test_single",
+    "datainf",
+    "diagonal",
     "display_progress",
     "dual",
+    "ekfac",
     "exact",
     "gauss_newton",
     "get_default_config",
@@ -136,11 +188,15 @@ __all__ = [
     "influence_function",
     "influential_loader",
     "init_logging",
+    "kfac",
     "koh_liang",
     "lissa",
+    "nystrom",
     "one_step_newton",
     "plot_influences",
     "plot_loo_scatter",
     "progress",
+    "shampoo",
+    "source",
     "utils",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -14,6 +14,7 @@ from .checks import check_top, in_queries
 from .damping import AbstractDamping
 from .data import Source, to_device
 from .errors import InvalidInput
+from .fitting import AbstractMethod
 from .guard import undisturbed
 from .objectives import (
     AbstractObjective,
@@ -38,7 +39,7 @@ def attribute(
     queries: Any,
     *,
     loss: Any = None,
-    method: Influence | None = None,
+    method: AbstractMethod | None = None,
     measure: Any = None,
     parameters: Selection = None,
     weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
@@ -58,7 +59,7 @@ def attribute(
     queries: Any,
     *,
     loss: Any = None,
-    method: Influence | None = None,
+    method: AbstractMethod | None = None,
     measure: Any = None,
     parameters: Selection = None,
     weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
@@ -78,7 +79,7 @@ def attribute(
     queries: Any,
     *,
     loss: Any = None,
-    method: Influence | None = None,
+    method: AbstractMethod | None = None,
     measure: Any = None,
     parameters: Selection = None,
     weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
@@ -97,7 +98,7 @@ def attribute(
     queries: Any,
     *,
     loss: Any = None,
-    method: Influence | None = None,
+    method: AbstractMethod | None = None,
     measure: Any = None,
     parameters: Selection = None,
     weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
@@ -122,7 +123,7 @@ def attribute(
         queries: what is asked about, in the same forms.
         loss: the training loss: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. `None`: inferred
             from outputs and targets where that is unambiguous.
-        method: an `Influence`, e.g. `ptif.dual()`; `None`: chosen by `Auto`.
+        method: an `Influence`, e.g. `ptif.dual()`, or another method such as `SOURCE`; `None`: chosen by `Auto`.
         measure: what is measured on a query, e.g. `ptif.Margin()`; `None`: the training loss.
         parameters: names, globs, modules or a predicate; `None`: everything that is trainable.
         weight_decay: the L2 strength of training, or the optimiser it is read from.
@@ -166,20 +167,34 @@ def attribute(
         deterministic=deterministic,
         device=device,
     )
-    spec = Influence() if method is None else method
-    if not isinstance(spec, Influence):
+    spec: AbstractMethod = Influence() if method is None else method
+    if not isinstance(spec, AbstractMethod):
         raise InvalidInput(
             f"method must be an Influence such as ptif.dual(), got {type(spec).__name__}; call what makes one, with ()."
         )
-    if damping is not None:
-        spec = replace(spec, damping=damping)
-    if route is not None:
-        spec = replace(spec, route=route)
+    spec = _with_options(spec, damping=damping, route=route)
     if dry_run:
+        if not isinstance(spec, Influence):
+            raise InvalidInput(
+                f"dry_run=True forecasts an Influence, not {type(spec).__name__}; leave it out, or call fit() and "
+                "score() one after the other."
+            )
         forecast = spec.forecast(problem, len(asked))
         print(forecast)
         return forecast
     return spec.fit(problem, queries=len(asked)).score(asked, measure, top=top)
+
+
+def _with_options(spec: AbstractMethod, **options: Any) -> AbstractMethod:
+    """The method with what was asked for at the door; an option it does not have is refused."""
+    asked = {name: value for name, value in options.items() if value is not None}
+    record: Any = spec
+    known = {f.name for f in fields(record)} if is_dataclass(record) else set()
+    for name in asked:
+        if name not in known:
+            raise InvalidInput(f"{type(spec).__name__} takes no {name}=; leave it out.")
+    made: AbstractMethod = replace(record, **asked) if asked else spec
+    return made
 
 
 def infer_objective(model: nn.Module, source: Source, device: torch.device | str | None = None) -> AbstractObjective:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, final
 
@@ -12,58 +11,68 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import check_parts, check_problem, check_top, in_queries, of_measure
+from .checks import check_parts, check_problem, check_top, in_queries
 from .curvature import AbstractCurvature, Budget, EmpiricalFisher
 from .damping import AbstractDamping, Shift, as_damping
+from .damping_path import DampingPath, FromPath
 from .data import Source
 from .errors import InvalidInput
+from .fitting import AbstractMethod, as_scores, resolved_measure, weights_of
 from .forward_mode import Products
 from .gradients import Derivatives, Slab
 from .ledger import Ledger, Standing, refuse_nonfinite
-from .objectives import AbstractObjective, FromFunction, as_objective, inputs_and_targets
+from .objectives import AbstractObjective
 from .operators import AbstractSymmetric, Expansion, Gram
-from .problem import Checkpoint, Problem, at_checkpoint, sweep
+from .problem import Checkpoint, Problem, sweep
 from .rows import Route, Rows
 from .scaling import AbstractScaling, Raw, rowwise
-from .scores import Scores, stacked
+from .scores import Scores
 from .solvers import (
+    CG,
     AbstractSolver,
     Auto,
     Choice,
     Facts,
     Forecast,
     Guide,
+    Neumann,
     Solution,
     choose,
     default_damping,
     forecast,
-    form_for,
+    operator_for,
+    shift_for,
 )
+from .spectrum import Spectrum, spectrum_of
 from .topk import TopK
+from .truncation import Truncation
 from .world import World, current
 
 Solved: TypeAlias = Rows | Expansion
 
-# Share of the memory budget that solved queries may take: the solver's own vectors take the rest.
-_QUERY_SHARE = 1 / 8
+# Share of the memory budget that solved queries, with what the solver holds beside each, may take.
+_QUERY_SHARE = 1 / 4
+# Vectors an iterative solver holds per query beside the answer; a direct one holds none.
+_ITERATED = 3
 # Up to this many queries one forward-mode pass per query is cheaper than rows for layers without a rule.
 _FORWARD_QUERIES = 8
 
 
 @final
 @dataclass(frozen=True)
-class Influence:
+class Influence(AbstractMethod):
     r"""A method: `score[q, i] = (1/N) <(C + lambda)^-1 grad m(q), grad loss(i)>`.
 
     Args:
         curvature: which matrix C is; `None` lets `Auto` choose.
         solver: how (C + lambda) x = b is solved.
         damping: `Relative(share)` of the mean eigenvalue, `Absolute(value)`, `FromTraining(lr, steps)` or a number;
-            `None`: `default_damping(solver)`.
+            `None`: `default_damping(solver, curvature)`.
         preconditioner: a curvature whose damped inverse speeds up `CG` or `Neumann`.
         scaling: what becomes of the raw scores; `Leverage()` corrects the first-order underestimate.
         memory: the most bytes that curvature and solved queries may take, `Budget(bytes)` or a number.
         route: force one route for inner products; see `Route`.
+        truncation: keep solved queries in low rank, with a certified bound on every score's error.
 
     The record's `repr` is the provenance carried by every result. Making one computes nothing.
 
@@ -80,6 +89,7 @@ class Influence:
     scaling: AbstractScaling = field(default_factory=Raw)
     memory: Budget | int = field(default_factory=Budget)
     route: Route | str | None = None
+    truncation: Truncation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", Budget.of(self.memory))
@@ -100,7 +110,7 @@ class Influence:
     def forecast(self, problem: Problem, queries: int = 1) -> Forecast:
         """What `fit` and `score` would cost; runs one batch."""
         check_problem(problem)
-        with _weights_of(problem, problem.checkpoints[0] if problem.checkpoints else None):
+        with weights_of(problem, problem.checkpoints[0] if problem.checkpoints else None):
             derivatives = Derivatives.of(problem, _gradient_route(self))
             facts = Facts.of(derivatives, queries)
         choice = _choice(self, facts)
@@ -133,11 +143,11 @@ class Member:
 
 
 def _fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None, queries: int) -> Member:
-    with _weights_of(problem, checkpoint):
+    with weights_of(problem, checkpoint):
         derivatives = Derivatives.of(problem, _gradient_route(spec))
         standing = Standing.of(derivatives)
         choice = _choice(spec, Facts.of(derivatives, queries) if isinstance(spec.solver, Auto) else None)
-        operator = choice.curvature.of(derivatives, form_for(choice.solver, choice.curvature), Budget.of(spec.memory))
+        operator = operator_for(choice.solver, choice.curvature, derivatives, Budget.of(spec.memory))
         guide = None
         if choice.preconditioner is not None:
             guide = Guide.of(choice.preconditioner, derivatives, Budget.of(spec.memory))
@@ -147,8 +157,9 @@ def _fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None
 def _initialised(spec: Influence, member: Member) -> Member:
     """The solver made ready for the damping of `spec`; the curvature is not computed again."""
     space = member.derivatives.space
-    rule = _damping(spec, member.choice)
+    rule = _damping(spec, member.choice).resolved(member)
     shift = Shift(rule.of(member.operator), space.decay, rule.blocks(member.operator))
+    shift = shift_for(member.choice.solver, member.operator, shift)
     # A guide nobody asked for needs a positive D; without one the solver goes unguided.
     usable = member.guide is not None and (spec.preconditioner is not None or shift.smallest > 0)
     inverse = member.guide.inverse(shift) if member.guide is not None and usable else None
@@ -173,7 +184,7 @@ def _gradient_route(spec: Influence) -> Route:
 
 
 def _damping(spec: Influence, choice: Choice) -> AbstractDamping:
-    return default_damping(choice.solver) if spec.damping is None else as_damping(spec.damping)
+    return default_damping(choice.solver, choice.curvature) if spec.damping is None else as_damping(spec.damping)
 
 
 def _words(spec: Influence, choice: Choice) -> str:
@@ -182,13 +193,9 @@ def _words(spec: Influence, choice: Choice) -> str:
         parts.append(f"preconditioner={choice.preconditioner!r}")
     if not isinstance(spec.scaling, Raw):
         parts.append(f"scaling={spec.scaling!r}")
+    if spec.truncation is not None:
+        parts.append(f"truncation={spec.truncation!r}")
     return f"Influence({', '.join(parts)})"
-
-
-@contextmanager
-def _weights_of(problem: Problem, checkpoint: Checkpoint | None) -> Iterator[None]:
-    with nullcontext() if checkpoint is None else at_checkpoint(problem.model, checkpoint):
-        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +222,7 @@ class Attribution:
         spec = replace(self.spec, damping=damping)
         members = []
         for m in self.members:
-            with _weights_of(self.problem, m.checkpoint):
+            with weights_of(self.problem, m.checkpoint):
                 members.append(_initialised(spec, m))
         return Attribution(spec, self.problem, tuple(members), self.fit_seconds)
 
@@ -228,6 +235,32 @@ class Attribution:
                 f"path() takes several damping values, numbers such as [0.01, 0.1], got {lambdas!r}."
             ) from cause
         return {x: self.redamped(x).score(queries, measure) for x in values}
+
+    def damping_path(self, held_out: Any = None, lambdas: Any = None, checkpoint: int = 0) -> DampingPath:
+        """The curve on which `FromPath(held_out, lambdas)` would choose lambda, for one of the checkpoints."""
+        member = self._member(checkpoint)
+        with weights_of(self.problem, member.checkpoint):
+            return FromPath(held_out, lambdas).path(member)
+
+    def spectrum(
+        self,
+        queries: Any = None,
+        measure: Any = None,
+        checkpoint: int = 0,
+        steps: int = 30,
+        probes: int = 8,
+        seed: int = 0,
+    ) -> Spectrum:
+        """The curvature's spectrum beside the damping, and what damping leaves of the queries' gradients.
+
+        Exact where the eigenvalues are at hand or one decomposition of the dual gives them; otherwise `steps` products
+        with `probes` random vectors, with standard errors. See `Spectrum`.
+        """
+        member = self._member(checkpoint)
+        with weights_of(self.problem, member.checkpoint):
+            like = next(iter(member.derivatives.space.values(self.problem.model).values()))
+            lost = None if queries is None else self._lost(member, queries, measure)
+            return spectrum_of(member.operator, member.shift, like, lost, steps, probes, seed)
 
     def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
         """Predicted change of the measure on every query when each training example is removed.
@@ -254,7 +287,7 @@ class Attribution:
         total = None if merged is not None else torch.zeros(len(source), len(self.problem), dtype=torch.float64)
         ledger = Ledger()
         for member in self.members:
-            with _weights_of(self.problem, member.checkpoint):
+            with weights_of(self.problem, member.checkpoint):
                 for at, ids, values in self._blocks(member, source, objective, ledger):
                     refuse_nonfinite(values, at, ids)
                     if merged is not None:
@@ -273,11 +306,31 @@ class Attribution:
         """
         total = torch.zeros(len(self.problem), dtype=torch.float64)
         for member in self.members:
-            with _weights_of(self.problem, member.checkpoint):
+            with weights_of(self.problem, member.checkpoint):
                 total += self._own(member) / len(self.members)
         return total
 
     # ---------------------------------------------------------------- inner workings
+
+    def _lost(self, member: Member, queries: Any, measure: Any) -> Tensor:
+        """<g, D (C + D)^-1 g> / |g|^2 for every query."""
+        with in_queries():
+            source = Source.of(queries, self.problem.batch_size)
+        out = torch.zeros(len(source), dtype=torch.float64)
+        objective = self._measure(measure, source)
+        for slab in member.derivatives.stream(source, objective, label="query gradients", world=World()):
+            for part in torch.split(torch.arange(len(slab.ids)), self._room(member)):
+                rows = slab.rows.take(part)
+                solved, size = member.solve(rows).unwrap(), rows.squared_norms().double()
+                taken = rowwise(solved, member.shift.apply(rows)).double()
+                out[slab.ids[part]] = torch.where(size > 0, taken / size, torch.zeros_like(size)).cpu()
+        return out
+
+    def _member(self, checkpoint: Any) -> Member:
+        if isinstance(checkpoint, bool) or not isinstance(checkpoint, int) or not 0 <= checkpoint < len(self.members):
+            known = f"{len(self.members)} checkpoint{'' if len(self.members) == 1 else 's'}"
+            raise InvalidInput(f"checkpoint={checkpoint!r} is none of the {known}; count from 0.")
+        return self.members[checkpoint]
 
     def _own(self, member: Member) -> Tensor:
         n = len(self.problem)
@@ -290,31 +343,18 @@ class Attribution:
         for slab in member.derivatives.stream(label="self-influence", world=World()):
             for part in torch.split(torch.arange(len(slab.ids)), self._room(member)):
                 rows = slab.rows.take(part)
-                solved = member.solve(rows).unwrap()
-                own = solved.quadratic() if isinstance(solved, Expansion) else rowwise(solved, rows)
-                out[slab.ids[part]] = own.double().cpu() / n
+                out[slab.ids[part]] = member.choice.solver.quadratic(member.state, rows).double().cpu() / n
         return out
 
     def _measure(self, measure: Any, source: Source) -> AbstractObjective:
-        trained = self.members[0].derivatives.objective
-        if measure is None:
-            return trained
-        with of_measure():
-            objective = as_objective(measure)
-        if isinstance(objective, FromFunction):
-            ids = torch.arange(min(2, len(source)))
-            with in_queries():
-                _, batch = next(iter(sweep(self.problem, source, ids, world=World())))
-                with torch.no_grad():
-                    outputs = objective.outputs(self.problem.model, batch)
-            with of_measure():
-                objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
-        return objective
+        return resolved_measure(self.problem, self.members[0].derivatives.objective, measure, source)
 
     def _room(self, member: Member) -> int:
         """How many solved vectors fit the memory budget at once."""
-        space = member.derivatives.space
-        each = space.size * 8
+        values = member.derivatives.space.values(self.problem.model).values()
+        each = sum(p.numel() * p.element_size() for p in values)
+        if isinstance(member.choice.solver, (CG, Neumann)):
+            each *= 1 + _ITERATED
         return max(1, int(Budget.of(self.spec.memory).bytes * _QUERY_SHARE / each))
 
     def _blocks(
@@ -331,8 +371,17 @@ class Attribution:
         self, member: Member, source: Source, objective: AbstractObjective, ledger: Ledger
     ) -> Iterator[tuple[Tensor, Solved]]:
         """Query rows, solved in groups as large as memory allows."""
-        room = self._room(member)
-        held: list[Slab] = []
+        for at, rows in self._groups(member, source, objective, ledger):
+            solved = self._solve(member, rows, ledger)
+            del rows  # while the data streams past, nobody holds the unsolved rows
+            yield at, solved
+
+    def _groups(
+        self, member: Member, source: Source, objective: AbstractObjective, ledger: Ledger
+    ) -> Iterator[tuple[Tensor, Rows]]:
+        """Query rows in groups of `_room`, whatever the batches: each group costs a pass over the training data."""
+        room, filled = self._room(member), 0
+        held: list[tuple[Tensor, Rows]] = []
         slabs = member.derivatives.stream(source, objective, label="query gradients", world=World())
         while True:
             with in_queries():
@@ -340,21 +389,23 @@ class Attribution:
             if slab is None:
                 break
             ledger.see_queries(slab.ids, slab.batch)
-            held.append(slab)
-            if sum(len(s.ids) for s in held) >= room:
-                yield from self._solve_group(member, held, room, ledger)
-                held = []
+            at, n = 0, len(slab.ids)
+            while at < n:
+                part = slice(at, at + min(n - at, room - filled))
+                held.append((slab.ids[part], slab.rows.take(part)))
+                at, filled = part.stop, filled + part.stop - part.start
+                if filled == room:
+                    yield _joined(held)
+                    filled = 0
+            del slab
         if held:
-            yield from self._solve_group(member, held, room, ledger)
+            yield _joined(held)
 
-    def _solve_group(
-        self, member: Member, held: list[Slab], room: int, ledger: Ledger
-    ) -> Iterator[tuple[Tensor, Solved]]:
-        at, rows = torch.cat([s.ids for s in held]), Rows.cat([s.rows for s in held])
-        for part in torch.split(torch.arange(len(at)), room):
-            solution = member.solve(rows if len(part) == len(at) else rows.take(part))
-            ledger.see_solution(solution, member)
-            yield at[part], solution.unwrap()
+    def _solve(self, member: Member, rows: Rows, ledger: Ledger) -> Solved:
+        solution = member.solve(rows)
+        ledger.see_solution(solution, member)
+        ledger.see_lost(solution, rows, member)
+        return solution.unwrap()
 
     def _decay_term(self, member: Member, solved: Solved) -> Tensor | None:
         """<x, weight decay * theta>: only where every example carries its own penalty."""
@@ -380,8 +431,14 @@ class Attribution:
         elif isinstance(solved, Rows) and self._by_forward_mode(d, route, queries):
             yield from self._forward(d, solved, ledger)
         else:
+            truncated = None
+            if self.spec.truncation is not None and isinstance(solved, Rows):
+                truncated = self.spec.truncation.of(solved)
+                solved = truncated.rows
             for slab in self._training_rows(member):
                 ledger.see_training(slab.ids, slab.batch)
+                if truncated is not None:
+                    ledger.see_truncated(truncated, truncated.bound(slab.rows) / len(self.problem))
                 if isinstance(solved, Expansion):
                     yield slab.ids, solved.inner(slab.rows, route)
                 else:
@@ -419,28 +476,15 @@ class Attribution:
         ledger: Ledger,
         top: int | None,
     ) -> Scores:
-        if merged is not None:
-            values, indices = merged.result()
-        else:
-            assert total is not None
-            values, indices = total, None
-        train = ledger.train_labels
-        scores = Scores(
-            values.to(_result_dtype(self.members[0])),
-            lower_is_better=objective.lower_is_better,
-            n_train=len(self.problem),
-            indices=indices,
-            train_labels=stacked([train.get(i) for i in range(len(self.problem))]),
-            query_labels=stacked([ledger.query_labels.get(i) for i in range(len(source))]),
-            class_names=self.problem.data.class_names or source.class_names,
-            diagnostics=ledger.diagnostics(self, len(source)),
-            train_source=self.problem.data,
-            query_source=source,
-        )
+        found = total if merged is None else merged
+        assert found is not None
+        diagnostics = ledger.diagnostics(self, len(source))
+        scores = as_scores(self.problem, found, objective, source, ledger, diagnostics)
         return scores if top is None or merged is not None else scores.top(top)
 
 
-def _result_dtype(member: Member) -> torch.dtype:
-    """Scores in the model's precision, at least float32."""
-    dtype = next(iter(member.derivatives.space.values(member.derivatives.problem.model).values())).dtype
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _joined(held: list[tuple[Tensor, Rows]]) -> tuple[Tensor, Rows]:
+    """All parts as one, and the list emptied: it must not keep them alive."""
+    ids, rows = torch.cat([i for i, _ in held]), Rows.cat([r for _, r in held])
+    held.clear()
+    return ids, rows

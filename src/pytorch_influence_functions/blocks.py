@@ -154,7 +154,8 @@ class Outer(AbstractBlock):
     def squared_norms(self) -> Float[Tensor, " n"]:
         t, (o, i) = self.terms, self.shape
         if t * (o + i) > o * i:
-            return self.dense().flatten(1).square().sum(1)
+            dense = self.dense().flatten(1)
+            return torch.einsum("np,np->n", dense, dense)
         grams = torch.bmm(self.left, self.left.mT) * torch.bmm(self.right, self.right.mT)
         return grams.sum((1, 2))
 
@@ -281,6 +282,9 @@ class Conv(AbstractBlock):
 
     def scale(self, factor: Tensor | float) -> Conv:
         return Conv(self.left * _rowwise(factor, self.left), self.x, self.window)
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        return self.outer().squared_norms()
 
     def sums(self) -> Float[Tensor, " n"]:
         return self.left.flatten(1).sum(1) + self.x.flatten(1).sum(1)

@@ -10,7 +10,7 @@ from .curvature import AbstractCurvature
 from .errors import InvalidInput, NonFinite
 from .problem import Problem
 from .scaling import AbstractScaling
-from .solvers import AbstractSolver, Auto
+from .solvers import AbstractSolver, Auto, Blockwise
 
 
 def check_parts(spec: Any) -> None:
@@ -28,6 +28,11 @@ def check_parts(spec: Any) -> None:
         if isinstance(given, type):
             raise InvalidInput(f"{name}= is the class {given.__name__}; write {given.__name__}(), an instance.")
         raise InvalidInput(f"{name}= must be {words}, got {given!r} of type {type(given).__name__}.")
+    if spec.damping is not None and isinstance(spec.solver, Blockwise) and spec.solver.damps_itself:
+        raise InvalidInput(
+            f"damping={spec.damping!r} would do nothing: every group of Blockwise(groups=...) has its own damping; "
+            "leave one of the two out."
+        )
 
 
 def check_problem(problem: Any) -> None:

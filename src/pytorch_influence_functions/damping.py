@@ -37,6 +37,10 @@ class AbstractDamping(ABC):
         """Lambda block by block where this rule tells blocks apart; empty where one number is for all."""
         return {}
 
+    def resolved(self, fitted: object) -> AbstractDamping:
+        """The rule to use for one fitted curvature, model and data in view; most rules need no more than `operator`."""
+        return self
+
 
 def _finite_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -76,6 +76,11 @@ class Diagnostics:
         members: checkpoints that were averaged.
         seconds: wall-clock seconds for fitting and scoring.
         notes: anything else that should be read with the result.
+        needs_minimum: whether the method assumes that training had ended at a minimum (unrolled ones do not).
+        effective_dimension: tr(C (C + D)^-1), how many directions the data decide rather than the damping.
+        lost_to_damping: median over queries of `<g, D (C + D)^-1 g> / |g|^2`, the share of a query's squared gradient
+            norm that damping takes.
+        approximation: in words, where the method is a formula that does not solve with its curvature; else empty.
 
     >>> print(Diagnostics(method="koh_liang()", residual_max=2e-6, residual_mean=1e-6, steps=12).checks()[1])
     [ok]   solve: largest relative residual 2e-06, mean 1e-06, after 12 steps
@@ -102,6 +107,10 @@ class Diagnostics:
     members: int = 1
     seconds: float = math.nan
     notes: tuple[str, ...] = ()
+    needs_minimum: bool = True
+    effective_dimension: float = math.nan
+    lost_to_damping: float = math.nan
+    approximation: str = ""
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
@@ -175,6 +184,8 @@ def _minimum(d: Diagnostics) -> Check:
         return Check(name, "warn", "the gradient of the training objective was not measured")
     seen = f"the training gradient is {value:.1%} of a typical example's"
     seen += f" (on {d.gradient_examples:,} examples)" if d.gradient_examples else ""
+    if not d.needs_minimum:
+        return Check(name, "ok", f"{seen}; this method follows training and needs no minimum")
     if value > _MOVING:
         return Check(name, "bad", f"{seen}: the model is far from a minimum; train longer, or read with care")
     if value > _STATIONARY:
@@ -189,6 +200,8 @@ def _solve(d: Diagnostics) -> Check:
     seen = f"largest relative residual {d.residual_max:.1g}"
     seen += "" if math.isnan(d.residual_mean) else f", mean {d.residual_mean:.1g}"
     seen += f", after {d.steps:,} step{'' if d.steps == 1 else 's'}" if d.steps else ""
+    if d.approximation:
+        return Check(name, "warn", f"{d.approximation}: a formula that does not solve the system; {seen}")
     if d.residual_max > _UNSOLVED:
         return Check(name, "bad", f"{seen}: not solved; more steps, more damping, or a preconditioner")
     if d.residual_max > _SOLVED:
@@ -201,6 +214,10 @@ def _curvature(d: Diagnostics) -> Check:
     if math.isnan(d.damping):
         return Check(name, "warn", "lambda was not recorded")
     seen = f"lambda = {d.damping:.3g}"
+    if not math.isnan(d.effective_dimension):
+        seen += f", effective dimension {d.effective_dimension:,.4g}"
+    if not math.isnan(d.lost_to_damping):
+        seen += f", it takes {d.lost_to_damping:.0%} of a query's squared gradient norm"
     if low is None or math.isnan(low):
         return Check(name, "ok", f"{seen}; the smallest curvature was not measured")
     seen += f", smallest curvature seen {low:.3g}"

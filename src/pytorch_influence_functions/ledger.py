@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,18 +12,28 @@ from torch import Tensor
 
 from .diagnostics import Diagnostics
 from .errors import NonFinite, name_ids
+from .functional import weighted_gradient
 from .gradients import Derivatives, one_by_one, slopes
 from .guard import undisturbed
 from .objectives import inputs_and_targets
+from .operators import AbstractSpectral, Expansion, Gram
+from .operators.density import known
 from .problem import Problem, sweep
-from .solvers import Solution
+from .rows import Rows
+from .scaling import rowwise
+from .solvers import Result, Solution, Spectral, Woodbury
+from .spectrum import effective
+from .truncation import Truncated
 from .world import World
 
 if TYPE_CHECKING:
     from .attribution import Attribution, Member
+    from .fitting import Fitted
 
 # Examples on which the gradient at the trained weights is looked at.
-_LOOK = 256
+_LOOK = 128
+# Examples whose own gradient's length is measured.
+_NORMED = 32
 _SHARES = 3
 
 
@@ -43,23 +53,36 @@ class Standing:
     def of(derivatives: Derivatives) -> Standing:
         """Look at a few evenly spaced examples."""
         problem, space = derivatives.problem, derivatives.space
-        n = len(problem)
-        some = torch.arange(n) if n <= _LOOK else torch.linspace(0, n - 1, _LOOK).long()
-        total: Tensor | None = None
-        norms = 0.0
-        for slab in derivatives.stream(ids=some, label="looking at the gradient", world=World()):
-            ones = torch.ones(1, len(slab.ids), dtype=slab.rows.dtype, device=slab.rows.device)
-            part = slab.rows.combine(ones).flat()[0]
-            total = part if total is None else total + part
-            norms += float(slab.rows.squared_norms().double().sqrt().sum())
-        assert total is not None
-        mean = total / len(some)
+        some = _spread(len(problem), _LOOK)
+        mean = _mean_gradient(derivatives, some)
         if not problem.weight_decay.is_zero:
             here = space.from_parameters({k: v.detach()[None] for k, v in space.values(problem.model).items()})
             mean = mean + here.scaled(space.decay).flat()[0]
-        relative = float(mean.norm()) * len(some) / norms if norms > 0 else 0.0
+        # One backward pass per batch tells the mean; what is typical for one example, fewer of them tell as well.
+        few = derivatives.stream(ids=_spread(len(problem), _NORMED), label="looking at the gradient", world=World())
+        norms = torch.cat([slab.rows.squared_norms().double().sqrt() for slab in few])
+        relative = float(mean.norm()) / float(norms.mean()) if float(norms.max()) > 0 else 0.0
         total_count = sum(p.numel() for p in problem.model.parameters())
         return Standing(relative, len(some), _shares(derivatives), space.size, total_count)
+
+
+def _spread(n: int, most: int) -> Tensor:
+    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
+
+
+def _mean_gradient(derivatives: Derivatives, some: Tensor) -> Tensor:
+    """The gradient of the mean loss over `some`, flat [P], by ordinary backward passes."""
+    problem, space, objective = derivatives.problem, derivatives.space, derivatives.objective
+    total: list[Tensor] = []
+    for ids, batch in sweep(problem, ids=some, label="looking at the gradient", world=World()):
+        with undisturbed(problem.model, space.names), torch.enable_grad():
+            outputs = objective.outputs(problem.model, batch)
+            objective.check(outputs.detach(), batch, ids)
+            _, slope = slopes(objective, outputs, batch, ids)
+            part = weighted_gradient(outputs, list(space.values(problem.model).values()), slope)
+        total = part if not total else [a + b for a, b in zip(total, part, strict=True)]
+    mean = {k: g[None] / len(some) for k, g in zip(space.names, total, strict=True)}
+    return space.from_parameters(mean).flat()[0]
 
 
 def _shares(derivatives: Derivatives) -> dict[str, float]:
@@ -92,6 +115,11 @@ class Ledger:
     steps: int = 0
     smallest_curvature: float | None = None
     dampings: list[float] = field(default_factory=list)
+    lost: list[float] = field(default_factory=list)
+    approximation: str = ""
+    bound: float = 0.0
+    """The largest certified error of a score by truncation, and the ranks that were kept."""
+    ranks: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     def see_queries(self, ids: Tensor, batch: Any) -> None:
@@ -106,19 +134,54 @@ class Ledger:
         """Keep what the solver says of itself."""
         self.residuals += [float(r) for r in solution.residual]
         self.steps = max(self.steps, solution.steps)
+        self.approximation = str(solution.notes.get("approximation", self.approximation))
         smallest = solution.notes.get("smallest_curvature")
         if smallest is not None:
             known = self.smallest_curvature
             self.smallest_curvature = float(smallest) if known is None else min(known, float(smallest))
 
+    def see_lost(self, solution: Solution, rows: Rows, member: Member) -> None:
+        """Keep the share <g, D (C + D)^-1 g> / |g|^2 of every query, where it is one inner product."""
+        d = member.shift.uniform
+        if d is None or solution.result is not Result.successful or "approximation" in solution.notes:
+            return
+        value, size = solution.value, rows.squared_norms().double()
+        taken = value.quadratic() if isinstance(value, Expansion) else rowwise(value, rows)
+        self.lost += (d * taken.double()[size > 0] / size[size > 0]).tolist()
+
     def diagnostics(self, fitted: Attribution, queries: int) -> Diagnostics:
         """Everything that was written down, as the record that goes with the scores."""
-        first, problem = fitted.members[0], fitted.problem
-        look = first.standing
+        first, members = fitted.members[0], fitted.members
+        return replace(
+            self.of_method(fitted, fitted.problem, first.standing, first.derivatives.routes, queries),
+            damping=sum(m.shift.damping for m in members) / len(members),
+            members=len(members),
+            effective_dimension=sum(map(_effective_dimension, members)) / len(members),
+            lost_to_damping=float(torch.tensor(self.lost).median()) if self.lost else math.nan,
+            approximation=self.approximation,
+            notes=tuple(dict.fromkeys(note for m in members for note in getattr(m.operator, "notes", ())))
+            + self._truncation(),
+        )
+
+    def see_truncated(self, truncated: Truncated, bound: Tensor) -> None:
+        """Keep the ranks, and the largest bound seen on the error of a score."""
+        self.ranks |= {k: max(r, self.ranks.get(k, 0)) for k, r in truncated.ranks.items()}
+        self.bound = max(self.bound, float(bound.max()) if bound.numel() else 0.0)
+
+    def _truncation(self) -> tuple[str, ...]:
+        if not self.ranks:
+            return ()
+        kept = ", ".join(f"{name} {rank}" for name, rank in list(self.ranks.items())[:3])
+        more = f" and {len(self.ranks) - 3} more" if len(self.ranks) > 3 else ""
+        return (f"queries kept in low rank ({kept}{more}): no score is off by more than {self.bound:.2g} for it",)
+
+    def of_method(
+        self, fitted: Fitted, problem: Problem, look: Standing, routes: Mapping[str, str], queries: int
+    ) -> Diagnostics:
+        """The same for any method; what only some methods have is for the caller to add."""
         return Diagnostics(
             method=fitted.method,
             why=fitted.why,
-            damping=sum(m.shift.damping for m in fitted.members) / len(fitted.members),
             residual_max=self.residual_max,
             residual_mean=self.residual_mean,
             steps=self.steps,
@@ -132,8 +195,7 @@ class Ledger:
             gradient_examples=look.looked_at,
             mode=batch_norm_words(problem),
             deterministic=problem.data.determinism,
-            routes=first.derivatives.routes,
-            members=len(fitted.members),
+            routes=routes,
             seconds=self.seconds,
         )
 
@@ -144,6 +206,16 @@ class Ledger:
     @property
     def residual_mean(self) -> float:
         return sum(self.residuals) / len(self.residuals) if self.residuals else math.nan
+
+
+def _effective_dimension(member: Member) -> float:
+    """tr(C (C + D)^-1) where the eigenvalues have been paid for; NaN elsewhere."""
+    operator, d = member.operator, member.shift.uniform
+    paid = operator.has_eigen if isinstance(operator, Gram) else isinstance(operator, AbstractSpectral)
+    if d is None or not paid or not isinstance(member.choice.solver, (Woodbury, Spectral)):
+        return math.nan
+    found = known(operator)
+    return math.nan if found is None else found.sum(lambda x: effective(x, d))[0]
 
 
 def labels_of(batch: Any, n: int) -> list[Any]:

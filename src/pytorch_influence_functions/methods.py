@@ -7,11 +7,29 @@ forward and backward pass over the data (an epoch), the reference, and the ident
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
 from .attribution import Influence
-from .curvature import GGN, AbstractCurvature, EmpiricalFisher, Hessian, Identity
-from .damping import Absolute, AbstractDamping
+from .curvature import (
+    EKFAC,
+    GGN,
+    KFAC,
+    AbstractCurvature,
+    Arnoldi,
+    Diagonal,
+    EmpiricalFisher,
+    Fisher,
+    Hessian,
+    Identity,
+    Nystrom,
+    Shampoo,
+    Sharing,
+)
+from .damping import Absolute, AbstractDamping, Relative
 from .scaling import Leverage
-from .solvers import CG, Neumann, Spectral, Woodbury
+from .solvers import CG, AbstractSolver, BlockGroup, Blockwise, DataInf, Neumann, Spectral, Woodbury
 
 
 def grad_dot() -> Influence:
@@ -52,13 +70,94 @@ def lissa(
     )
 
 
-def gauss_newton(damping: AbstractDamping | float | None = None, rtol: float = 1e-3, max_steps: int = 300) -> Influence:
+def gauss_newton(
+    damping: AbstractDamping | float | None = None,
+    rtol: float = 1e-3,
+    max_steps: int = 300,
+    preconditioner: AbstractCurvature | None = None,
+) -> Influence:
     """Conjugate gradients on the exact Gauss-Newton matrix, all queries at once, exact up to the solver's rtol.
 
-    Cost: 2 x (queries) epochs per step. Reference: Martens (2010); Bae et al. (2022) for why the Gauss-Newton matrix.
+    `preconditioner=EKFAC()` guides the search: the first step then is a line search along the EK-FAC solution, so
+    nothing is ever further away than that. Cost: 2 x (queries) epochs per step.
+    Reference: Martens (2010); Bae et al. (2022) for why the Gauss-Newton matrix.
     Identity: equals the dense float64 solve.
     """
-    return Influence(GGN(), CG(rtol=rtol, max_steps=max_steps), damping)
+    return Influence(GGN(), CG(rtol=rtol, max_steps=max_steps), damping, preconditioner=preconditioner)
+
+
+def ekfac(
+    damping: AbstractDamping | float | None = None,
+    fisher: GGN | Fisher | EmpiricalFisher | None = None,
+    examples: int | None = None,
+    folder: str | PathLike[str] | None = None,
+) -> Influence:
+    """EK-FAC: a Kronecker-factored eigenbasis per layer with measured eigenvalues; lambda per layer by default.
+
+    Cost: two or three passes over `examples` and a decomposition per layer, then one epoch for any number of queries.
+    `folder` keeps the factors, and finds them again. See `EKFAC` for the arguments.
+    Reference: Grosse et al. (2023). Identity: exact for one linear layer with squared error; its eigenvalues equal
+    E[(Q^T grad Q)^2].
+    """
+    return Influence(EKFAC(fisher, examples=examples, folder=folder), Spectral(), damping)
+
+
+def kfac(
+    damping: AbstractDamping | float | None = None,
+    fisher: GGN | Fisher | EmpiricalFisher | None = None,
+    examples: int | None = None,
+    sharing: Sharing = Sharing.EXPAND,
+    folder: str | PathLike[str] | None = None,
+) -> Influence:
+    """K-FAC: each layer's Gauss-Newton block as a Kronecker product of two small matrices.
+
+    Cost: as `ekfac()` less one look at the gradients; less accurate on the same basis.
+    Reference: Martens & Grosse (2015). Identity: exact for deep linear networks with squared error.
+    """
+    return Influence(KFAC(fisher, sharing, examples, folder=folder), Spectral(), damping)
+
+
+def shampoo(
+    damping: AbstractDamping | float | None = None,
+    fisher: GGN | Fisher | EmpiricalFisher | None = None,
+    examples: int | None = None,
+    folder: str | PathLike[str] | None = None,
+) -> Influence:
+    """Shampoo's eigenbasis of each layer's gradient matrix, with measured eigenvalues.
+
+    Cost: as `ekfac()`; more where weights are shared. Reference: Gupta et al. (2018), Vyas et al. (2024).
+    Identity: its eigenvalues equal E[(Q^T grad Q)^2]; exact for one example.
+    """
+    return Influence(Shampoo(fisher, examples, folder=folder), Spectral(), damping)
+
+
+def astra(
+    damping: AbstractDamping | float | None = None,
+    preconditioner: AbstractCurvature | None = None,
+    steps: int = 200,
+    batch_size: int = 256,
+    momentum: float = 0.9,
+    halve_every: int | None = 50,
+    seed: int = 0,
+) -> Influence:
+    """ASTRA: stochastic steps on the exact Gauss-Newton system, preconditioned by EK-FAC and started from its solution.
+
+    u <- u - a (P + lambda)^-1 [(G_B + lambda) u - v] on random batches B, with momentum and a step that is halved every
+    `halve_every` steps; the first step a is measured. Cost: `steps * batch_size / N` curvature products per query,
+    whatever N: for data too large for `gauss_newton(preconditioner=EKFAC())`, which at equal cost is more accurate.
+    Reference: Wang et al. (2025), "Better Training Data Attribution via Better Inverse Hessian-Vector Products".
+    Identity: no steps leave EK-FAC's scores; full batches converge to the dense solve.
+    """
+    iteration = Neumann(
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        start="solved",
+        momentum=momentum,
+        halve_every=halve_every,
+        tolerance=0.0,
+    )
+    return Influence(GGN(), iteration, damping, preconditioner=preconditioner or EKFAC())
 
 
 def dual(curvature: AbstractCurvature | None = None, damping: AbstractDamping | float | None = None) -> Influence:
@@ -85,3 +184,81 @@ def one_step_newton(damping: AbstractDamping | float) -> Influence:
     Reference: Rubinstein & Hopkins (2025). Identity: ridge leave-one-out to machine precision.
     """
     return Influence(GGN(), Spectral(), damping, scaling=Leverage())
+
+
+def arnoldi(
+    rank: int = 50,
+    curvature: AbstractCurvature | None = None,
+    damping: AbstractDamping | float | None = 0.01,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Influence:
+    """The Hessian restricted to its `rank` eigenvectors of largest |eigenvalue|, what lies across them dropped.
+
+    score = (1/N) (V g_q)^T (Lambda + lambda)^-1 (V g_i) with Ritz vectors V. Cost: at most 4 rank + 64 curvature
+    products, then one epoch; rank x P memory. A baseline: low-curvature directions carry much of the influence (linear
+    datamodelling score .31 instead of .80 on logistic regression over MNIST). `Arnoldi(rank, complement="zero")` keeps
+    them. The residual in the diagnostics is the share of each query's gradient that was dropped.
+    Reference: Schioppa et al. (2022). Identity: equals the dense formula of the float64 eigendecomposition, truncated;
+    with rank = P the dense solve.
+    """
+    chosen = Arnoldi(rank, curvature or Hessian(), steps=steps, complement="dropped", seed=seed)
+    return Influence(chosen, Spectral(), damping)
+
+
+def nystrom(
+    rank: int = 50,
+    damping: AbstractDamping | float | None = None,
+    rtol: float = 1e-3,
+    max_steps: int = 300,
+    seed: int = 0,
+) -> Influence:
+    """Conjugate gradients on the exact Gauss-Newton matrix, guided by its randomised Nystrom approximation.
+
+    Cost: `rank` curvature products in one pass, then fewer steps than `gauss_newton()` where the spectrum decays; exact
+    up to rtol whatever the rank. For the approximation alone: `Influence(Nystrom(rank), Spectral())`.
+    Reference: Frangella, Tropp & Udell (2021). Identity: equals the dense float64 solve.
+    """
+    return Influence(GGN(), CG(rtol=rtol, max_steps=max_steps), damping, preconditioner=Nystrom(rank, seed=seed))
+
+
+def datainf(damping: AbstractDamping | float | None = None, per_block: bool = True) -> Influence:
+    """DataInf: the mean over examples of each one's own damped inverse, layer by layer.
+
+    score = (1/(N lambda)) [g_q . g_i - (1/N) sum_j (g_q . g_j)(g_j . g_i) / (lambda + |g_j|^2)]; lambda is a tenth of
+    each layer's mean eigenvalue, as in the paper. Cost: one epoch, all gradient rows, and Q N P operations. Close to a
+    gradient dot product (cosine above .95 where it was measured): for comparison, not a solution of (C + lambda) x = b.
+    Reference: Kwon et al. (2023). Identity: equals the loop over examples in float64.
+    """
+    return Influence(
+        EmpiricalFisher(), DataInf(per_block), Relative(0.1, per_block=per_block) if damping is None else damping
+    )
+
+
+def diagonal(
+    curvature: GGN | Fisher | EmpiricalFisher | None = None, damping: AbstractDamping | float | None = None
+) -> Influence:
+    """The curvature's exact diagonal alone: score = (1/N) sum_p g_q[p] g_i[p] / (C[p, p] + lambda).
+
+    Cost: one epoch per output and P numbers. A baseline: linear datamodelling score .15 where K-FAC has .32, on RTE
+    with BERT.
+    Reference: LeCun et al. (1990). Identity: equals the diagonal of the dense float64 matrix.
+    """
+    return Influence(Diagonal(curvature or GGN()), Spectral(), damping)
+
+
+def blockwise(
+    curvature: AbstractCurvature | None = None,
+    solver: AbstractSolver[Any] | None = None,
+    groups: Mapping[str, str | Sequence[str] | BlockGroup] | None = None,
+    damping: AbstractDamping | float | None = None,
+) -> Influence:
+    """The diagonal blocks of a curvature, one per layer or per named group, each solved by itself.
+
+    score = (1/N) sum_g <(C_gg + lambda_g)^-1 grad m(q)_g, grad loss(i)_g>. Cost with dense blocks: one epoch per
+    output, 24 P_g^2 bytes and P_g^3 operations per group. A group may have its own solver, curvature and damping: see
+    `BlockGroup`.
+    Reference: the block-diagonal approximation of Martens & Grosse (2015). Identity: equals the dense block solve; with
+    one group the dense solve.
+    """
+    return Influence(curvature or GGN(), Blockwise(solver or Spectral(), groups), damping)

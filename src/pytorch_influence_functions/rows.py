@@ -27,7 +27,7 @@ from .errors import InvalidInput
 # Operations the machine does in the time it moves one byte; fixed, so that results never depend on timing noise.
 _OPERATIONS_PER_BYTE = {"cpu": 12.0, "cuda": 100.0}
 # Largest temporary, in numbers, that a contraction may make before it is cut into pieces.
-_PIECE = 1 << 25
+_PIECE = 1 << 24
 # Numbers that stay in a core's cache.
 _CACHED = 1 << 18
 
@@ -87,9 +87,21 @@ def _outer_plans(n: int, t: int, o: int, i: int, m: int, s: int | None, size: in
     return plans
 
 
+def _indexed_plans(a: Indexed, m: int, size: int) -> list[Plan]:
+    """A table's rows against m dense ones: gather the rows each example uses, or write its whole gradient out."""
+    n, t, d = a.values.shape
+    written = a.size * d
+    return [
+        Plan(Route.APPLY, 1.0 * n * m * t * d, 3.0 * size * n * m * t * d),
+        Plan(Route.MATERIALISE, 1.0 * n * m * written, 1.0 * size * (2 * n * written + m * written)),
+    ]
+
+
 def choose(a: AbstractBlock, b: AbstractBlock) -> Route:
     """The cheapest exact route for <a, b>, by operations and bytes."""
     size, device = a.reference.element_size(), a.reference.device.type
+    if isinstance(a, Indexed):
+        return min(_indexed_plans(a, len(b), size), key=lambda p: p.cost(device)).route
     if not isinstance(a, (Outer, Conv)):
         return Route.MATERIALISE
     o, i = a.shape
@@ -200,8 +212,9 @@ def inner(a: AbstractBlock, b: AbstractBlock, route: Route = Route.AUTO) -> Floa
         return _outer_indexed(b, a).T
     if isinstance(a, Outer) and isinstance(b, Indexed) and route is not Route.MATERIALISE:
         return _outer_indexed(a, b)
-    if isinstance(a, Indexed) and route is not Route.MATERIALISE:
-        return _indexed_dense(a, b.dense())
+    if isinstance(a, Indexed):
+        chosen = route if route in (Route.GHOST, Route.APPLY, Route.MATERIALISE) else choose(a, b)
+        return _materialise(a, b.dense()) if chosen is Route.MATERIALISE else _indexed_dense(a, b.dense())
     if isinstance(a, Dense) and isinstance(b, (Indexed, Outer, Conv)):
         return inner(b, a, route).T
     if not isinstance(a, (Outer, Conv)):
@@ -245,6 +258,14 @@ class Rows:
             part = inner(block, other.blocks[name], route or Route.AUTO)
             total = part if total is None else total.add_(part)
         assert total is not None
+        return total
+
+    def rowwise(self, other: Rows) -> Float[Tensor, " n"]:
+        """<self_n, other_n> for matching rows."""
+        total = torch.zeros(len(self), dtype=self.dtype, device=self.device)
+        for name, block in self.blocks.items():
+            mine, theirs = block.dense().flatten(1), other.blocks[name].dense().flatten(1)
+            total += torch.einsum("np,np->n", mine, theirs)
         return total
 
     def routes(self, other: Rows) -> dict[str, Route]:

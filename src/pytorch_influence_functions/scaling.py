@@ -66,11 +66,7 @@ class Leverage(AbstractScaling):
 
 def rowwise(a: Rows | Expansion, b: Rows) -> Float[Tensor, " n"]:
     """<a_n, b_n> for matching rows."""
-    written = a.rows() if isinstance(a, Expansion) else a
-    total = torch.zeros(len(b), dtype=b.dtype, device=b.device)
-    for name, block in b.blocks.items():
-        total += (written.blocks[name].dense().flatten(1) * block.dense().flatten(1)).sum(1)
-    return total
+    return b.rowwise(a.rows() if isinstance(a, Expansion) else a)
 
 
 def leverage_corrected(derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int) -> Iterator[Slab]:

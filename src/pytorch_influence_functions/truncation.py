@@ -66,7 +66,7 @@ class Truncation:
             return block, nothing
         o, i = _matrix(block.shape)
         step = max(1, _PIECE // (o * i))
-        parts = [torch.linalg.svd(p.reshape(-1, o, i), full_matrices=False) for p in block.values.split(step)]
+        parts = [torch.linalg.svd(p.reshape(-1, o, i), full_matrices=False) for p in torch.split(block.values, step)]
         u, s, v = (torch.cat([p[k] for p in parts]) for k in range(3))
         lost = s.double().square().flip(1).cumsum(1).flip(1)  # lost[:, r]: what ranks above r hold
         rank = self._rank(lost)

@@ -274,6 +274,13 @@ METHODS = [
     Row("damping NaN", put_in(damping=NAN), INPUT, r"is nan; it must be finite"),
     Row("damping text", put_in(damping="0.1"), INPUT, r"is '0.1'; it must be a number"),
     Row("share 0", lambda m: ask(m, damping=ptif.Relative(0.0)), INPUT, r"share=0.0\) must be positive; 0.1 is a good"),
+    Row("one lambda", lambda m: ask(m, damping=ptif.FromPath(lambdas=[1.0])), INPUT, "at least two different values"),
+    Row(
+        "a path without eigenvalues",
+        lambda m: ask(m, method=ptif.Influence(GGN, ptif.CG(), ptif.FromPath())),
+        INPUT,
+        "which Implicit does not have; use Woodbury",
+    ),
     Row("route", lambda m: fitted(m, route="gohst"), INPUT, r"'gohst' is not a route; choose one of 'auto', 'ghost'"),
     Row(
         "forward leverage",

@@ -217,7 +217,9 @@ def test_factored_damping_equals_its_dense_formula_and_keeps_rows_factored() -> 
     scores = attribution.score((xq, yq))
     g = torch.cat([slab.rows.flat() for slab in member.derivatives.stream()])
     torch.testing.assert_close(scores.values, solved.flat() @ g.T / len(x))
-    assert "factored damping" in " ".join(scores.diagnostics.notes)
+    solve = next(c for c in scores.diagnostics.checks() if c.name == "solve")
+    assert solve.status == "warn"
+    assert "factored damping" in solve.text
 
 
 def test_factored_damping_takes_every_form_of_rows() -> None:
@@ -242,6 +244,30 @@ def test_factored_damping_refuses_what_has_no_factors() -> None:
         ptif.Influence(ptif.EKFAC(), ptif.Factored()).fit(problem)
     with pytest.raises(SolveFailed, match="needs a positive damping"):
         ptif.Influence(ptif.KFAC(), ptif.Factored(), 0.0).fit(problem)
+
+
+def test_self_influence_needs_no_turning_back() -> None:
+    model, x, y, *_ = mlp()
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+    attribution = ptif.ekfac(0.01, ptif.GGN()).fit(problem)
+    want = attribution.score((x, y)).values.diagonal()
+    torch.testing.assert_close(attribution.self_scores(), want)
+    assert float(attribution.self_scores().min()) > 0
+
+
+def test_low_rank_queries_are_certified_in_the_diagnostics() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    x, y = torch.randn(40, 12).double(), torch.randint(0, 3, (40,))
+    problem, queries = ptif.Problem(model, ptif.CrossEntropy(), (x, y)), (x[:5] * 1.1, y[:5])
+    exact = ptif.ekfac(0.01).fit(problem).score(queries)
+    spec = ptif.Influence(ptif.EKFAC(), ptif.Spectral(), 0.01, truncation=ptif.Truncation(rank=2))
+    found = spec.fit(problem).score(queries)
+    note = next(n for n in found.diagnostics.notes if "low rank" in n)
+    bound = float(note.split("more than ")[1].split(" ")[0])
+    gap = float((found.values - exact.values).abs().max())
+    assert 0 < gap <= bound * 1.01
+    assert "truncation=Truncation" in found.diagnostics.method
 
 
 # --------------------------------------------------------------------------- whose gradients

@@ -3,6 +3,7 @@
 from .base import AbstractCurvature as AbstractCurvature
 from .base import Budget as Budget
 from .base import Form as Form
+from .diagonal import Diagonal as Diagonal
 from .exact import GGN as GGN
 from .exact import EmpiricalFisher as EmpiricalFisher
 from .exact import Fisher as Fisher
@@ -13,3 +14,5 @@ from .kronecker import EKFAC as EKFAC
 from .kronecker import KFAC as KFAC
 from .kronecker import AbstractKronecker as AbstractKronecker
 from .kronecker import Shampoo as Shampoo
+from .low_rank import Arnoldi as Arnoldi
+from .low_rank import Nystrom as Nystrom

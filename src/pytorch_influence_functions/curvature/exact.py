@@ -40,6 +40,7 @@ _COLUMNS = 64
 
 # Numbers that one batch's activations, pushed in all directions at once, may take.
 _ACTIVATIONS = 1 << 25
+_NARROWEST, _WIDEST = 8, 1024
 
 
 @final
@@ -199,8 +200,8 @@ def draw_seed(seed: int, k: int) -> int:
 
 def wide_source(derivatives: Derivatives, numbers_each: float) -> Source:
     """The training data in batches as wide as `_ACTIVATIONS` allows when an example takes `numbers_each` numbers."""
-    data = derivatives.problem.data
-    return replace(data, batch_size=max(data.batch_size, min(int(_ACTIVATIONS / max(1.0, numbers_each)), 1024)))
+    room = int(_ACTIVATIONS / max(1.0, numbers_each))
+    return replace(derivatives.problem.data, batch_size=max(_NARROWEST, min(room, _WIDEST)))
 
 
 @dataclass(frozen=True, eq=False)

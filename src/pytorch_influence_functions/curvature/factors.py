@@ -15,7 +15,7 @@ from ..operators.eigen import eigh
 from ..operators.kronecker import KroneckerBlock
 
 # Largest temporary, in numbers, while rows are squared or unfolded.
-_PIECE = 1 << 25
+_PIECE = 1 << 23
 # Moments at least this long are added up in so many panels, to leave out most of the lower triangle.
 _PANELLED, _PANELS = 256, 4
 # Uses of a weight beyond this many times the longer side tell nothing new about a basis: positions are then skipped.

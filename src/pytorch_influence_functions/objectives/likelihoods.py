@@ -51,18 +51,18 @@ def _softmax_product(
     return s[..., None] * p * (v - (p * v).sum(-1, keepdim=True))
 
 
-def _softmax_sample(z: Float[Tensor, "n l c"], generator: Randomness) -> Int[Tensor, "n l"]:
-    """Classes drawn from the softmax by inverting its distribution function: one uniform number per position."""
-    summed = z.to(torch.promote_types(z.dtype, torch.float32)).softmax(-1).cumsum(-1)
-    level = draw(z[..., 0], generator).to(summed)[..., None] * summed[..., -1:]
-    return (summed < level).sum(-1).clamp_max(z.shape[-1] - 1)
+def _softmax_sample(p: Float[Tensor, "n l c"], generator: Randomness) -> Int[Tensor, "n l"]:
+    """Classes drawn with probabilities p by inverting their distribution function: one uniform number per position."""
+    summed = p.to(torch.promote_types(p.dtype, torch.float32)).cumsum(-1)
+    level = draw(p[..., 0], generator).to(summed)[..., None] * summed[..., -1:]
+    return torch.searchsorted(summed, level)[..., 0].clamp_max(p.shape[-1] - 1)
 
 
 def _softmax_cotangent(
     z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"], generator: Randomness
 ) -> Float[Tensor, "n l c"]:
-    drawn = F.one_hot(_softmax_sample(z, generator), z.shape[-1])
-    return s.sqrt()[..., None] * (z.softmax(-1) - drawn.to(z.dtype))
+    p, root = z.softmax(-1), s.sqrt()[..., None]
+    return (root * p).scatter_add(-1, _softmax_sample(p, generator)[..., None], -root)
 
 
 # --------------------------------------------------------------------------- classes
@@ -159,7 +159,7 @@ class CrossEntropy(AbstractLikelihood):
 
     def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         targets = tensor_targets(batch)
-        drawn = _softmax_sample(_last(outputs), generator).reshape(outputs.shape[:1] + outputs.shape[2:])
+        drawn = _softmax_sample(_last(outputs).softmax(-1), generator).reshape(outputs.shape[:1] + outputs.shape[2:])
         if targets.is_floating_point():
             return with_targets(batch, F.one_hot(drawn, outputs.shape[1]).movedim(-1, 1).to(targets.dtype))
         return with_targets(batch, torch.where(targets == self.ignore_index, targets, drawn.to(targets.dtype)))
@@ -309,7 +309,7 @@ class TokenCrossEntropy(AbstractLikelihood):
 
     def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         targets: Tensor = self._split(batch)[2]
-        drawn = _softmax_sample(outputs, generator).to(targets.dtype)
+        drawn = _softmax_sample(outputs.softmax(-1), generator).to(targets.dtype)
         if self.shift:
             # Position t speaks of token t + 1; of the first token nothing speaks.
             drawn = torch.cat([targets[:, :1], drawn[:, :-1]], 1)

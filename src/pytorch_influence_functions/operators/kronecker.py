@@ -21,7 +21,7 @@ from ..space import Space
 from .base import AbstractSpectral
 
 # Largest temporary, in numbers, while rows are turned.
-_PIECE = 1 << 25
+_PIECE = 1 << 23
 
 
 @final
@@ -94,6 +94,19 @@ class Kronecker(AbstractSpectral):
 
     def apply(self, rows: Rows) -> Rows:
         return rows.map(lambda name, block: self.blocks[name].apply(block, self.space.blocks[name].shape))
+
+    def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
+        """b^T C b for every row: half the work of `apply`, for nothing is turned back."""
+        total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        for name, block in rows.blocks.items():
+            own = self.blocks[name]
+            values = own.values.to(block.reference)
+            step = max(1, _PIECE // max(1, values.numel()))
+            for at in range(0, len(block), step):
+                piece = slice(at, min(at + step, len(block)))
+                turned = own.turned(block.take(piece)).flatten(1)
+                total[piece] += torch.einsum("np,np,p->n", turned, turned, values.flatten()).double()
+        return total
 
     def block_means(self) -> dict[str, float]:
         return {k: float(b.values.mean()) for k, b in self.blocks.items()}

@@ -13,10 +13,16 @@ from .auto import form_for as form_for
 from .base import AbstractSolver as AbstractSolver
 from .base import Result as Result
 from .base import Solution as Solution
+from .blockwise import BlockGroup as BlockGroup
+from .blockwise import Blockwise as Blockwise
+from .blockwise import operator_for as operator_for
+from .blockwise import shift_for as shift_for
 from .cg import CG as CG
+from .datainf import DataInf as DataInf
 from .direct import Cholesky as Cholesky
 from .direct import Spectral as Spectral
 from .dual import Woodbury as Woodbury
+from .factored import Factored as Factored
 from .neumann import Neumann as Neumann
 from .neumann import Start as Start
 from .precondition import Guide as Guide

@@ -12,19 +12,24 @@ from ..curvature import (
     GGN,
     AbstractCurvature,
     AbstractKronecker,
+    Arnoldi,
+    Diagonal,
     EmpiricalFisher,
     Fisher,
     Form,
     Hessian,
     Identity,
+    Nystrom,
 )
 from ..damping import AbstractDamping, Relative
 from ..gradients import Derivatives
 from ..objectives import AbstractLikelihood
+from ..operators.krylov import default_steps
 from ..problem import sweep
 from ..world import World
 from .base import AbstractSolver
 from .cg import CG
+from .datainf import DataInf
 from .direct import Cholesky, Spectral
 from .dual import Woodbury
 from .neumann import Neumann
@@ -210,7 +215,12 @@ def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
     size, k = facts.number_bytes, facts.outputs or 1
     passes, memory = 1.0, 4.0 * q * p * size
     solver = choice.solver
-    if isinstance(solver, (Spectral, Cholesky)) and not isinstance(choice.curvature, Identity):
+    known = _known_cost(choice.curvature, facts)
+    if known is not None:
+        passes, memory = passes + known[0], memory + known[1]
+    elif isinstance(solver, DataInf):
+        memory += n * facts.row_numbers * size
+    elif isinstance(solver, (Spectral, Cholesky)) and not isinstance(choice.curvature, Identity):
         passes += k if not isinstance(choice.curvature, Hessian) else 2 * p
         memory += 32.0 * p * p
     elif isinstance(solver, Woodbury):
@@ -219,10 +229,28 @@ def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
         memory = n * per * facts.row_numbers * size + 3 * 8.0 * (n * per) ** 2
     elif isinstance(solver, CG):
         passes += _CG_STEPS * 2 * q
-        memory += 0.0 if choice.preconditioner is None else n * facts.row_numbers * size + 3 * 8.0 * n**2
+        guide = None if choice.preconditioner is None else _known_cost(choice.preconditioner, facts)
+        if guide is not None:
+            passes, memory = passes + guide[0], memory + guide[1]
+        elif choice.preconditioner is not None:
+            memory += n * facts.row_numbers * size + 3 * 8.0 * n**2
     elif isinstance(solver, Neumann):
         passes += 2 * q * (solver.steps or 1000) * (solver.batch_size or 16) / n
     return Forecast(method, choice.why, passes, memory, passes * n * facts.seconds)
+
+
+def _known_cost(curvature: AbstractCurvature, facts: Facts) -> tuple[float, float] | None:
+    """Passes and bytes of a curvature that is measured by products or squares; a product with one vector is two."""
+    p, size = facts.parameters, facts.number_bytes
+    if isinstance(curvature, Arnoldi):
+        steps = curvature.steps or default_steps(p, curvature.rank)
+        return 2.0 * steps, 1.0 * size * p * (steps + curvature.rank)
+    if isinstance(curvature, Nystrom):
+        return 2.0 * curvature.rank, 24.0 * p * curvature.rank
+    if isinstance(curvature, Diagonal):
+        rows = facts.outputs or 1 if isinstance(curvature.curvature, GGN) else 1
+        return float(rows), 8.0 * p
+    return None
 
 
 def _name(curvature: AbstractCurvature) -> str:

@@ -17,6 +17,7 @@ from ..damping import Shift
 from ..errors import InvalidInput, NonFinite, SolveFailed
 from ..operators.base import AbstractOperator, diagonal
 from ..operators.expansion import Expansion
+from ..operators.kronecker import Kronecker
 from ..rows import Rows
 
 
@@ -54,7 +55,7 @@ class Result(enum.Enum):
 
 
 # Random combinations of rows on which the residual of a block-wise solve is measured.
-_COMBINED = 4
+_COMBINED = 2
 
 
 def _empty() -> dict[str, Any]:
@@ -119,6 +120,16 @@ class AbstractSolver(ABC, Generic[S]):
     @abstractmethod
     def solve(self, state: S, rows: Rows) -> Solution:
         """Solve for every row. Failure is a value: see `Solution.unwrap`."""
+
+    def quadratic(self, state: S, rows: Rows) -> Float[Tensor, " n"]:
+        """b^T (C + D)^-1 b for every row: N times its self-influence. Raises as `Solution.unwrap`."""
+        inverse = getattr(state, "inverse", None)
+        if isinstance(inverse, Kronecker):
+            return inverse.quadratic(rows)
+        solved = self.solve(state, rows).unwrap()
+        if isinstance(solved, Expansion):
+            return solved.quadratic()
+        return rows.rowwise(solved)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..curvature import AbstractCurvature, Budget, Form, Identity
+from ..curvature import AbstractCurvature, Arnoldi, Budget, Form, Identity, Nystrom
 from ..damping import Shift
 from ..errors import InvalidInput
 from ..gradients import Derivatives
@@ -48,6 +48,10 @@ class Guide:
             InvalidInput: the curvature has no cheap inverse at this size.
         """
         small = derivatives.space.size <= _DENSE_PARAMETERS
+        if isinstance(curvature, (Arnoldi, Nystrom)) and curvature.complement == "dropped":
+            raise InvalidInput(
+                f"{curvature!r} has no inverse across its directions and cannot precondition; use complement='zero'."
+            )
         if curvature.forms == (Form.SPECTRAL,) or isinstance(curvature, Identity):
             return Guide(Spectral(), curvature.of(derivatives, Form.SPECTRAL, budget))
         if Form.MATRIX in curvature.forms and small:

@@ -1,0 +1,97 @@
+"""The exact diagonal of a curvature made of rows: the mean of their elementwise squares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from ..blocks import AbstractBlock, Indexed, Outer
+from ..errors import InvalidInput, NonFinite
+from ..gradients import Derivatives
+from ..operators import AbstractSymmetric
+from ..operators.diagonal import DiagonalOperator
+from ..problem import sweep
+from ..rows import Rows
+from ..world import World
+from .base import AbstractCurvature, Budget, Form
+from .exact import GGN, EmpiricalFisher, Fisher, root_rows, sampled_rows
+
+FromRows: TypeAlias = GGN | Fisher | EmpiricalFisher
+
+# Largest piece of written-out rows, in numbers, while they are squared.
+_PIECE = 1 << 24
+
+
+@final
+@dataclass(frozen=True)
+class Diagonal(AbstractCurvature):
+    """diag(C), exact: entry p is the mean over examples of the squared entries p of C's rows.
+
+    `curvature` is `GGN()` (all classes), `Fisher(samples)` or `EmpiricalFisher()`. What lies off the diagonal is left
+    out, so this is a baseline (Kirkpatrick et al. 2017 use it for another purpose), and cheap: P numbers and as many
+    passes as the curvature has rows per example. A layer used once per example has (left^2)^T (right^2) for its sum of
+    squares, and no per-example gradient is written out.
+
+    Raises `InvalidInput` for a curvature that is not made of rows, such as `Hessian()`.
+
+    >>> Diagonal().curvature
+    GGN()
+    """
+
+    curvature: FromRows = field(default_factory=GGN)
+    forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL,)
+
+    def __post_init__(self) -> None:
+        inner: Any = self.curvature
+        if not isinstance(inner, (GGN, Fisher, EmpiricalFisher)):
+            raise InvalidInput(
+                f"Diagonal(curvature={inner!r}) needs a curvature made of rows, whose squares are its diagonal; use "
+                "GGN(), Fisher(samples=1) or EmpiricalFisher()."
+            )
+
+    def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
+        self.require(form)
+        space = derivatives.space
+        total = torch.zeros(space.size, dtype=torch.float64, device=derivatives.problem.device)
+        rows, count = streamed(self.curvature, derivatives)
+        where = space.slices
+        for some in rows:
+            for name, block in some.blocks.items():
+                total[where[name]] += sum_of_squares(block).flatten().double()
+        if not bool(torch.isfinite(total).all()):
+            raise NonFinite("The diagonal of the curvature holds NaN or infinity; look for them in weights or data.")
+        return DiagonalOperator(space, total / count)
+
+
+def streamed(curvature: FromRows, derivatives: Derivatives) -> tuple[Iterator[Rows], int]:
+    """The rows a curvature is made of, batch by batch, and the count their Gram is divided by."""
+    n = len(derivatives.problem)
+    if isinstance(curvature, EmpiricalFisher):
+        return (slab.rows for slab in derivatives.stream(label="gradient rows", world=World())), n
+    if isinstance(curvature, GGN) or curvature.samples is None:
+        return root_rows(derivatives), n
+    samples, seed = curvature.samples, curvature.seed
+
+    def drawn() -> Iterator[Rows]:
+        for ids, batch in sweep(derivatives.problem, label="sampled Fisher", world=World()):
+            yield sampled_rows(derivatives, ids, batch, samples, seed)
+
+    return drawn(), n * samples
+
+
+def sum_of_squares(block: AbstractBlock) -> Tensor:
+    """sum_n G_n * G_n, in the shape of the parameter block."""
+    if isinstance(block, Outer) and block.terms == 1:
+        return block.left[:, 0].square().T @ block.right[:, 0].square()
+    if isinstance(block, Indexed) and block.index.shape[1] == 1:
+        zeros = block.values.new_zeros(block.shape)
+        return zeros.index_add_(0, block.index[:, 0], block.values[:, 0].square())
+    total = block.reference.new_zeros(block.shape)
+    step = max(1, _PIECE // max(1, total.numel()))
+    for at in range(0, len(block), step):
+        total += block.take(slice(at, at + step)).dense().reshape(-1, *block.shape).square().sum(0)
+    return total

@@ -1,0 +1,295 @@
+"""One system per layer or group of layers: what lies between the groups is left out of the curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, final
+
+import torch
+
+from ..curvature import AbstractCurvature, Arnoldi, Budget, Nystrom
+from ..curvature.blockwise import Part, block_operators
+from ..damping import AbstractDamping, Shift, as_damping
+from ..errors import InfluenceError, InvalidInput, UnknownName, nearest
+from ..gradients import Derivatives
+from ..operators import AbstractSymmetric, Expansion
+from ..operators.base import AbstractOperator
+from ..operators.block_diagonal import BlockDiagonal, joined, part_of
+from ..rows import Rows
+from ..space import ROOT, BlockSpec, Space
+from .auto import form_for
+from .base import AbstractSolver, Result, Solution, no_preconditioner, relative
+from .direct import Spectral
+
+Patterns: TypeAlias = str | Sequence[str]
+
+
+@final
+@dataclass(frozen=True)
+class BlockGroup:
+    """Which parameters form one block of the curvature, and what is different there; `None` is as everywhere else.
+
+    Args:
+        patterns: globs over block, parameter or module names (`"fc*"`, `"layers.3"`), one or several. A weight and its
+            bias that form one block stay together.
+        solver: solves this group.
+        curvature: stands for this group's curvature.
+        damping: of this group; `Relative(share)` is a share of the group's own mean eigenvalue.
+    """
+
+    patterns: Patterns
+    solver: AbstractSolver[Any] | None = None
+    curvature: AbstractCurvature | None = None
+    damping: AbstractDamping | float | None = None
+
+    def __post_init__(self) -> None:
+        given: Any = self.patterns
+        listed = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple)) else ()
+        if not listed or not all(isinstance(p, str) for p in listed):
+            raise InvalidInput(
+                f"BlockGroup(patterns={given!r}) must name blocks by one or several patterns, such as 'fc*' or "
+                "['layers.0', 'layers.1']."
+            )
+        object.__setattr__(self, "patterns", listed)
+        _check_solver("BlockGroup", self.solver, optional=True)
+        if self.curvature is not None and not isinstance(self.curvature, AbstractCurvature):
+            raise InvalidInput(f"BlockGroup(curvature={self.curvature!r}) must be a curvature such as GGN(), or None.")
+        object.__setattr__(self, "damping", None if self.damping is None else as_damping(self.damping))
+
+    def matches(self, pattern: str, block: BlockSpec) -> bool:
+        """Whether a pattern means a block: by its name, its parameters' names, or a module above them."""
+        names = {block.name, *block.parameters}
+        above = {name[:at] for name in block.parameters for at, letter in enumerate(name) if letter == "."}
+        return any(fnmatchcase(name, pattern) for name in names | above)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockwiseState:
+    """One prepared system per group."""
+
+    space: Space
+    shift: Shift
+    parts: Mapping[str, tuple[Space, AbstractSolver[Any], Any]]
+
+
+@final
+@dataclass(frozen=True)
+class Blockwise(AbstractSolver[BlockwiseState]):
+    """x_g = (C_gg + D_g)^-1 b_g for every group g of blocks: the curvature's diagonal blocks, each solved by itself.
+
+    Args:
+        solver: solves every group that has none of its own.
+        groups: `None`: one group per layer (all parameters of one module). Or names to patterns, or to
+            `BlockGroup(...)` with a solver, curvature or damping of its own. Every block must be in exactly one group.
+
+    With `Influence(curvature, Blockwise(solver))` any curvature is restricted, each group in the form its solver needs:
+    a group's dense matrix takes 24 P_g^2 bytes and P_g^3 operations instead of P of all. Curvatures made of rows share
+    one pass over the data, others take one per group. `Influence(damping=...)` holds where a group has none of its own;
+    `Relative(share, per_block=True)` then damps each block by its own mean eigenvalue.
+
+    The residual is that of the block-diagonal system, whose blocks are exact; what lies between groups is not in it.
+
+    Raises `UnknownName` for a pattern that matches nothing, `InvalidInput` for a block in two groups or in none, and
+    whatever the groups' solvers raise, naming the group.
+
+    Reference: block-diagonal curvature as in Martens & Grosse (2015), without the Kronecker factors.
+
+    >>> Blockwise(groups={"head": "fc2", "body": ["conv*", "fc1"]}).groups["body"].patterns
+    ('conv*', 'fc1')
+    """
+
+    solver: AbstractSolver[Any] = field(default_factory=Spectral)
+    groups: Mapping[str, Patterns | BlockGroup] | None = None
+
+    def __post_init__(self) -> None:
+        _check_solver("Blockwise", self.solver)
+        if self.groups is None:
+            return
+        given: Any = self.groups
+        if not isinstance(given, Mapping) or not given:
+            raise InvalidInput(
+                f"Blockwise(groups={given!r}) must map names to patterns, such as {{'head': 'fc2', 'body': 'conv*'}}, "
+                "or be None for one group per layer."
+            )
+        object.__setattr__(
+            self, "groups", {str(k): v if isinstance(v, BlockGroup) else BlockGroup(v) for k, v in self.groups.items()}
+        )
+
+    @property
+    def damps_itself(self) -> bool:
+        """Whether every group has a damping of its own, so that one given from outside would say nothing."""
+        return self.groups is not None and all(isinstance(g, BlockGroup) and g.damping for g in self.groups.values())
+
+    def members(self, space: Space) -> dict[str, tuple[str, ...]]:
+        """The blocks of every group."""
+        if self.groups is None:
+            return _layers(space)
+        owner: dict[str, str] = {}
+        for name, group in self._groups().items():
+            for pattern in group.patterns:
+                found = [k for k, block in space.blocks.items() if group.matches(pattern, block)]
+                if not found:
+                    hint = nearest(pattern, [*space.blocks, *space.names])
+                    hint = hint or f" There are {', '.join(map(repr, list(space.blocks)[:6]))}."
+                    raise UnknownName(f"The pattern {pattern!r} of group {name!r} matches no block.{hint}")
+                for block in found:
+                    if owner.setdefault(block, name) != name:
+                        raise InvalidInput(
+                            f"The block {block!r} is in the groups {owner[block]!r} and {name!r}; a block has one "
+                            "curvature, so make the patterns disjoint."
+                        )
+        if left := [k for k in space.blocks if k not in owner]:
+            raise InvalidInput(
+                f"No group holds {len(left)} of the blocks ({', '.join(map(repr, left[:4]))}); add a group for them, "
+                "or leave them out with parameters=."
+            )
+        return {name: tuple(k for k in space.blocks if owner[k] == name) for name in self._groups()}
+
+    def operator(self, curvature: AbstractCurvature, derivatives: Derivatives, budget: Budget) -> BlockDiagonal:
+        """The diagonal blocks of a curvature, each in the form its group's solver needs."""
+        groups, parts = self._groups(), {}
+        for name, blocks in self.members(derivatives.space).items():
+            own = groups.get(name)
+            chosen = curvature if own is None or own.curvature is None else own.curvature
+            check_answers(self._solver(name), chosen)
+            parts[name] = Part(blocks, chosen, form_for(self._solver(name), chosen))
+        return BlockDiagonal(derivatives.space, block_operators(parts, derivatives, budget))
+
+    def damped(self, operator: BlockDiagonal, shift: Shift) -> Shift:
+        """`shift` with the dampings that groups have of their own."""
+        own = {k: as_damping(g.damping) for k, g in self._groups().items() if g.damping is not None}
+        if not own:
+            return shift
+        blocks = {k: shift.blocks.get(k, shift.damping) for k in operator.space.blocks}
+        for name, rule in own.items():
+            part = operator.parts[name]
+            with _in_group(name):
+                blocks |= rule.blocks(part) or dict.fromkeys(part.space.blocks, rule.of(part))
+        mean = sum(d * operator.space.numel(k) for k, d in blocks.items()) / operator.size
+        return Shift(mean, shift.decay, blocks)
+
+    def init(
+        self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
+    ) -> BlockwiseState:
+        no_preconditioner("Blockwise()", preconditioner)
+        if not isinstance(operator, BlockDiagonal):
+            raise InvalidInput(
+                f"Blockwise() needs the diagonal blocks of a curvature and got {type(operator).__name__}; use it in "
+                "Influence(curvature, Blockwise()), or make them with Blockwise().operator(...)."
+            )
+        shift.over(operator.space.blocks)
+        parts = {}
+        for name, part in operator.parts.items():
+            solver = self._solver(name)
+            with _in_group(name):
+                parts[name] = part.space, solver, solver.init(part, _part_of(shift, part))
+        return BlockwiseState(operator.space, shift, parts)
+
+    def solve(self, state: BlockwiseState, rows: Rows) -> Solution:
+        solved = {}
+        for name, (space, solver, part) in state.parts.items():
+            inside = part_of(rows, space)
+            solved[name] = solver.solve(part, inside), inside.squared_norms().double()
+        values = []
+        for solution, _ in solved.values():
+            values.append(solution.value.rows() if isinstance(solution.value, Expansion) else solution.value)
+        squares = torch.stack([(s.residual.double().square() * size) for s, size in solved.values()]).sum(0)
+        residual = relative(squares.sqrt(), rows.squared_norms().double().sqrt())
+        bad = [(name, s) for name, (s, _) in solved.items() if s.result is not Result.successful]
+        failed = tuple(sorted({i for _, s in bad for i in s.failed}))
+        detail = f"It happened in group {bad[0][0]!r}. {bad[0][1].detail}".strip() if bad else ""
+        return Solution(
+            joined(state.space, values),
+            residual,
+            bad[0][1].result if bad else Result.successful,
+            max(s.steps for s, _ in solved.values()),
+            _notes({name: s for name, (s, _) in solved.items()}, state.shift),
+            failed,
+            detail,
+        )
+
+    # ---------------------------------------------------------------- inner workings
+
+    def _groups(self) -> dict[str, BlockGroup]:
+        return {k: g for k, g in (self.groups or {}).items() if isinstance(g, BlockGroup)}
+
+    def _solver(self, name: str) -> AbstractSolver[Any]:
+        group = self._groups().get(name)
+        return self.solver if group is None or group.solver is None else group.solver
+
+
+def operator_for(
+    solver: object, curvature: AbstractCurvature, derivatives: Derivatives, budget: Budget
+) -> AbstractSymmetric:
+    """The curvature as a solver needs it: in one form, or block by block."""
+    if isinstance(solver, Blockwise):
+        return solver.operator(curvature, derivatives, budget)
+    check_answers(solver, curvature)
+    return curvature.of(derivatives, form_for(solver, curvature), budget)
+
+
+def shift_for(solver: object, operator: AbstractSymmetric, shift: Shift) -> Shift:
+    """The shift as a solver uses it: groups may have a damping of their own."""
+    if isinstance(solver, Blockwise) and isinstance(operator, BlockDiagonal):
+        return solver.damped(operator, shift)
+    return shift
+
+
+def check_answers(solver: object, curvature: AbstractCurvature) -> None:
+    """Refuse an iterative solver where the curvature drops directions: it would answer for them all the same."""
+    dropping = isinstance(curvature, (Arnoldi, Nystrom)) and curvature.complement == "dropped"
+    if dropping and not isinstance(solver, Spectral):
+        raise InvalidInput(
+            f"{curvature!r} drops what lies across its directions, which only Spectral() can; use it, or "
+            "complement='zero'."
+        )
+
+
+def _check_solver(owner: str, solver: Any, optional: bool = False) -> None:
+    if optional and solver is None:
+        return
+    if isinstance(solver, type):
+        raise InvalidInput(f"{owner}(solver=) is the class {solver.__name__}; write {solver.__name__}(), an instance.")
+    if not isinstance(solver, AbstractSolver) or isinstance(solver, Blockwise):
+        raise InvalidInput(f"{owner}(solver={solver!r}) must be a solver for one group, such as Spectral() or CG().")
+
+
+def _layers(space: Space) -> dict[str, tuple[str, ...]]:
+    """Blocks by the module that holds them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, block in space.blocks.items():
+        layer = block.parameters[0].rpartition(".")[0] or ROOT
+        found[layer] = (*found.get(layer, ()), name)
+    return found
+
+
+def _part_of(shift: Shift, part: AbstractSymmetric) -> Shift:
+    """D over one group's blocks."""
+    names = part.space.blocks
+    blocks = {k: shift.blocks[k] for k in names} if shift.blocks else {}
+    mean = sum(d * part.space.numel(k) for k, d in blocks.items()) / part.size if blocks else shift.damping
+    return Shift(mean, {k: shift.decay[k] for k in names} if shift.decay else {}, blocks)
+
+
+def _notes(solutions: Mapping[str, Solution], shift: Shift) -> dict[str, Any]:
+    """The ends of the block-diagonal spectrum, where every group knows its own."""
+    notes: dict[str, Any] = {"damping": shift.damping, "groups": {k: dict(s.notes) for k, s in solutions.items()}}
+    for key, pick in (("smallest_curvature", min), ("largest_curvature", max)):
+        if all(key in s.notes for s in solutions.values()):
+            notes[key] = pick(s.notes[key] for s in solutions.values())
+    if approximate := next((s.notes["approximation"] for s in solutions.values() if "approximation" in s.notes), None):
+        notes["approximation"] = approximate
+    return notes
+
+
+@contextmanager
+def _in_group(name: str) -> Iterator[None]:
+    """Say which group an error speaks of."""
+    try:
+        yield
+    except InfluenceError as error:
+        error.args = (f"In group {name!r}: {error}",)
+        raise
