@@ -12,18 +12,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .checks import check_parts, check_problem, check_top, in_queries
-from .curvature import AbstractCurvature, Budget, EmpiricalFisher
-from .damping import AbstractDamping, Shift, as_damping
+from .curvature import AbstractCurvature, Budget
+from .damping import AbstractDamping, as_damping
 from .damping_path import DampingPath, FromPath
 from .data import Source
 from .errors import InvalidInput
 from .fitting import AbstractMethod, as_scores, resolved_measure, weights_of
 from .forward_mode import Products
 from .gradients import Derivatives, Slab
-from .ledger import Ledger, Standing, refuse_nonfinite
+from .ledger import Ledger, refuse_nonfinite
+from .member import Member, choice_of, fit_member, gradient_route, initialised, words_of
 from .objectives import AbstractObjective
-from .operators import AbstractSymmetric, Expansion, Gram
-from .problem import Checkpoint, Problem, sweep
+from .operators import Expansion
+from .problem import Problem, sweep
 from .rows import Route, Rows
 from .scaling import AbstractScaling, Raw, rowwise
 from .scores import Scores
@@ -31,17 +32,10 @@ from .solvers import (
     CG,
     AbstractSolver,
     Auto,
-    Choice,
     Facts,
     Forecast,
-    Guide,
     Neumann,
-    Solution,
-    choose,
-    default_damping,
     forecast,
-    operator_for,
-    shift_for,
 )
 from .spectrum import Spectrum, spectrum_of
 from .topk import TopK
@@ -104,98 +98,19 @@ class Influence(AbstractMethod):
         """
         start = time.perf_counter()
         check_problem(problem)
-        members = tuple(_fit_member(self, problem, c, queries) for c in (problem.checkpoints or (None,)))
+        members = tuple(fit_member(self, problem, c, queries) for c in (problem.checkpoints or (None,)))
         return Attribution(self, problem, members, time.perf_counter() - start)
 
     def forecast(self, problem: Problem, queries: int = 1) -> Forecast:
         """What `fit` and `score` would cost; runs one batch."""
         check_problem(problem)
         with weights_of(problem, problem.checkpoints[0] if problem.checkpoints else None):
-            derivatives = Derivatives.of(problem, _gradient_route(self))
+            derivatives = Derivatives.of(problem, gradient_route(self))
             facts = Facts.of(derivatives, queries)
-        choice = _choice(self, facts)
+        choice = choice_of(self, facts)
         times = max(1, len(problem.checkpoints))
-        one = forecast(choice, facts, _words(self, choice))
+        one = forecast(choice, facts, words_of(self, choice))
         return replace(one, passes=one.passes * times, seconds=one.seconds * times)
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One fitted model: the problem's own weights, or one checkpoint's."""
-
-    checkpoint: Checkpoint | None
-    derivatives: Derivatives
-    choice: Choice
-    operator: AbstractSymmetric
-    shift: Shift
-    state: Any
-    guide: Guide | None
-    standing: Standing
-
-    @property
-    def stored(self) -> Rows | None:
-        """All training gradients, when the curvature is made of them and keeps them."""
-        kept = isinstance(self.choice.curvature, EmpiricalFisher) and isinstance(self.operator, Gram)
-        return self.operator.rows if kept and isinstance(self.operator, Gram) else None
-
-    def solve(self, rows: Rows) -> Solution:
-        return self.choice.solver.solve(self.state, rows)
-
-
-def _fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None, queries: int) -> Member:
-    with weights_of(problem, checkpoint):
-        derivatives = Derivatives.of(problem, _gradient_route(spec))
-        standing = Standing.of(derivatives)
-        choice = _choice(spec, Facts.of(derivatives, queries) if isinstance(spec.solver, Auto) else None)
-        operator = operator_for(choice.solver, choice.curvature, derivatives, Budget.of(spec.memory))
-        guide = None
-        if choice.preconditioner is not None:
-            guide = Guide.of(choice.preconditioner, derivatives, Budget.of(spec.memory))
-        return _initialised(spec, Member(checkpoint, derivatives, choice, operator, Shift(0.0), None, guide, standing))
-
-
-def _initialised(spec: Influence, member: Member) -> Member:
-    """The solver made ready for the damping of `spec`; the curvature is not computed again."""
-    space = member.derivatives.space
-    rule = _damping(spec, member.choice).resolved(member)
-    shift = Shift(rule.of(member.operator), space.decay, rule.blocks(member.operator))
-    shift = shift_for(member.choice.solver, member.operator, shift)
-    # A guide nobody asked for needs a positive D; without one the solver goes unguided.
-    usable = member.guide is not None and (spec.preconditioner is not None or shift.smallest > 0)
-    inverse = member.guide.inverse(shift) if member.guide is not None and usable else None
-    return replace(member, shift=shift, state=member.choice.solver.init(member.operator, shift, inverse))
-
-
-def _choice(spec: Influence, facts: Facts | None) -> Choice:
-    if isinstance(spec.solver, Auto):
-        assert facts is not None
-        chosen = choose(spec.curvature, facts)
-        return chosen if spec.preconditioner is None else replace(chosen, preconditioner=spec.preconditioner)
-    if spec.curvature is None:
-        raise InvalidInput(
-            f"Influence(solver={spec.solver!r}) does not say which curvature it solves with; "
-            "add curvature=GGN(), Hessian() or EmpiricalFisher(), or leave the solver to Auto()."
-        )
-    return Choice(spec.curvature, spec.solver, "asked for", spec.preconditioner)
-
-
-def _gradient_route(spec: Influence) -> Route:
-    return Route.of(spec.route) if spec.route in (Route.VMAP, Route.LOOP) else Route.AUTO
-
-
-def _damping(spec: Influence, choice: Choice) -> AbstractDamping:
-    return default_damping(choice.solver, choice.curvature) if spec.damping is None else as_damping(spec.damping)
-
-
-def _words(spec: Influence, choice: Choice) -> str:
-    parts = [f"{choice.curvature!r}", f"{choice.solver!r}", f"damping={_damping(spec, choice)!r}"]
-    if choice.preconditioner is not None:
-        parts.append(f"preconditioner={choice.preconditioner!r}")
-    if not isinstance(spec.scaling, Raw):
-        parts.append(f"scaling={spec.scaling!r}")
-    if spec.truncation is not None:
-        parts.append(f"truncation={spec.truncation!r}")
-    return f"Influence({', '.join(parts)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +130,7 @@ class Attribution:
     @property
     def method(self) -> str:
         """The composition in use, as it would be written."""
-        return _words(self.spec, self.members[0].choice)
+        return words_of(self.spec, self.members[0].choice)
 
     def redamped(self, damping: AbstractDamping | float) -> Attribution:
         """The same fit under another damping: nothing but the solver's own preparation is repeated."""
@@ -223,7 +138,7 @@ class Attribution:
         members = []
         for m in self.members:
             with weights_of(self.problem, m.checkpoint):
-                members.append(_initialised(spec, m))
+                members.append(initialised(spec, m))
         return Attribution(spec, self.problem, tuple(members), self.fit_seconds)
 
     def path(self, queries: Any, lambdas: Any, measure: Any = None) -> dict[float, Scores]:

@@ -27,8 +27,9 @@ from .truncation import Truncated
 from .world import World
 
 if TYPE_CHECKING:
-    from .attribution import Attribution, Member
+    from .attribution import Attribution
     from .fitting import Fitted
+    from .member import Member
 
 # Examples on which the gradient at the trained weights is looked at.
 _LOOK = 128

@@ -1,0 +1,105 @@
+"""One fitted model of an ensemble: curvature, solver and damping made ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .curvature import Budget, EmpiricalFisher
+from .damping import AbstractDamping, Shift, as_damping
+from .errors import InvalidInput
+from .fitting import weights_of
+from .gradients import Derivatives
+from .ledger import Standing
+from .operators import AbstractSymmetric, Gram
+from .problem import Checkpoint, Problem
+from .rows import Route, Rows
+from .scaling import Raw
+from .solvers import Auto, Choice, Facts, Guide, Solution, choose, default_damping, operator_for, shift_for
+
+if TYPE_CHECKING:
+    from .attribution import Influence
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One fitted model: the problem's own weights, or one checkpoint's."""
+
+    checkpoint: Checkpoint | None
+    derivatives: Derivatives
+    choice: Choice
+    operator: AbstractSymmetric
+    shift: Shift
+    state: Any
+    guide: Guide | None
+    standing: Standing
+
+    @property
+    def stored(self) -> Rows | None:
+        """All training gradients, when the curvature is made of them and keeps them."""
+        kept = isinstance(self.choice.curvature, EmpiricalFisher) and isinstance(self.operator, Gram)
+        return self.operator.rows if kept and isinstance(self.operator, Gram) else None
+
+    def solve(self, rows: Rows) -> Solution:
+        return self.choice.solver.solve(self.state, rows)
+
+
+def fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None, queries: int) -> Member:
+    """Do everything that does not depend on the queries, at one set of weights."""
+    with weights_of(problem, checkpoint):
+        derivatives = Derivatives.of(problem, gradient_route(spec))
+        standing = Standing.of(derivatives)
+        choice = choice_of(spec, Facts.of(derivatives, queries) if isinstance(spec.solver, Auto) else None)
+        operator = operator_for(choice.solver, choice.curvature, derivatives, Budget.of(spec.memory))
+        guide = None
+        if choice.preconditioner is not None:
+            guide = Guide.of(choice.preconditioner, derivatives, Budget.of(spec.memory))
+        return initialised(spec, Member(checkpoint, derivatives, choice, operator, Shift(0.0), None, guide, standing))
+
+
+def initialised(spec: Influence, member: Member) -> Member:
+    """The solver made ready for the damping of `spec`; the curvature is not computed again."""
+    space = member.derivatives.space
+    rule = damping_of(spec, member.choice).resolved(member)
+    shift = Shift(rule.of(member.operator), space.decay, rule.blocks(member.operator))
+    shift = shift_for(member.choice.solver, member.operator, shift)
+    # A guide nobody asked for needs a positive D; without one the solver goes unguided.
+    usable = member.guide is not None and (spec.preconditioner is not None or shift.smallest > 0)
+    inverse = member.guide.inverse(shift) if member.guide is not None and usable else None
+    return replace(member, shift=shift, state=member.choice.solver.init(member.operator, shift, inverse))
+
+
+def choice_of(spec: Influence, facts: Facts | None) -> Choice:
+    """Curvature, solver and preconditioner: what was asked for, or what `Auto` chooses."""
+    if isinstance(spec.solver, Auto):
+        assert facts is not None
+        chosen = choose(spec.curvature, facts)
+        return chosen if spec.preconditioner is None else replace(chosen, preconditioner=spec.preconditioner)
+    if spec.curvature is None:
+        raise InvalidInput(
+            f"Influence(solver={spec.solver!r}) does not say which curvature it solves with; "
+            "add curvature=GGN(), Hessian() or EmpiricalFisher(), or leave the solver to Auto()."
+        )
+    return Choice(spec.curvature, spec.solver, "asked for", spec.preconditioner)
+
+
+def gradient_route(spec: Influence) -> Route:
+    """How per-example gradients are taken, where the record forces that."""
+    return Route.of(spec.route) if spec.route in (Route.VMAP, Route.LOOP) else Route.AUTO
+
+
+def damping_of(spec: Influence, choice: Choice) -> AbstractDamping:
+    """The damping rule: the record's, or the solver's default."""
+    return default_damping(choice.solver, choice.curvature) if spec.damping is None else as_damping(spec.damping)
+
+
+def words_of(spec: Influence, choice: Choice) -> str:
+    """The composition in use, as it would be written."""
+    parts = [f"{choice.curvature!r}", f"{choice.solver!r}", f"damping={damping_of(spec, choice)!r}"]
+    if choice.preconditioner is not None:
+        parts.append(f"preconditioner={choice.preconditioner!r}")
+    if not isinstance(spec.scaling, Raw):
+        parts.append(f"scaling={spec.scaling!r}")
+    if spec.truncation is not None:
+        parts.append(f"truncation={spec.truncation!r}")
+    return f"Influence({', '.join(parts)})"
