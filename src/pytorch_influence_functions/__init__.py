@@ -16,6 +16,7 @@ from ._version import __version__ as __version__
 from .attribute import attribute as attribute
 from .attribution import Attribution as Attribution
 from .attribution import Influence as Influence
+from .baselines import RepresenterPoints as RepresenterPoints
 from .classic import Config as Config
 from .classic import InfluenceResult as InfluenceResult
 from .classic import calc_all_grad_then_test as calc_all_grad_then_test
@@ -65,13 +66,16 @@ from .methods import dual as dual
 from .methods import ekfac as ekfac
 from .methods import exact as exact
 from .methods import gauss_newton as gauss_newton
+from .methods import grad_cos as grad_cos
 from .methods import grad_dot as grad_dot
 from .methods import kfac as kfac
 from .methods import koh_liang as koh_liang
 from .methods import lissa as lissa
 from .methods import nystrom as nystrom
 from .methods import one_step_newton as one_step_newton
+from .methods import relatif as relatif
 from .methods import shampoo as shampoo
+from .methods import tracin as tracin
 from .objectives import Bernoulli as Bernoulli
 from .objectives import CrossEntropy as CrossEntropy
 from .objectives import FromFunction as FromFunction
@@ -83,8 +87,10 @@ from .problem import Problem as Problem
 from .problem import WeightDecay as WeightDecay
 from .progress import progress as progress
 from .rows import Route as Route
+from .scaling import Cosine as Cosine
 from .scaling import Leverage as Leverage
 from .scaling import Raw as Raw
+from .scaling import RelatIF as RelatIF
 from .schedule import AdamState as AdamState
 from .schedule import Segment as Segment
 from .scores import Scores as Scores
@@ -121,6 +127,7 @@ __all__ = [
     "Budget",
     "Cholesky",
     "Config",
+    "Cosine",
     "CrossEntropy",
     "DampingPath",
     "DataInf",
@@ -149,7 +156,9 @@ __all__ = [
     "Nystrom",
     "Problem",
     "Raw",
+    "RelatIF",
     "Relative",
+    "RepresenterPoints",
     "Route",
     "Scores",
     "Segment",
@@ -184,6 +193,7 @@ __all__ = [
     "exact",
     "gauss_newton",
     "get_default_config",
+    "grad_cos",
     "grad_dot",
     "influence_function",
     "influential_loader",
@@ -196,7 +206,9 @@ __all__ = [
     "plot_influences",
     "plot_loo_scatter",
     "progress",
+    "relatif",
     "shampoo",
     "source",
+    "tracin",
     "utils",
 ]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import check_parts, check_problem, check_top, in_queries
+from .checks import as_weights, check_parts, check_problem, check_top, check_weights_fit, in_queries
 from .curvature import AbstractCurvature, Budget
 from .damping import AbstractDamping, as_damping
 from .damping_path import DampingPath, FromPath
@@ -26,7 +26,7 @@ from .objectives import AbstractObjective
 from .operators import Expansion
 from .problem import Problem, sweep
 from .rows import Route, Rows
-from .scaling import AbstractScaling, Raw, rowwise
+from .scaling import AbstractScaling, Raw, Solving, rowwise
 from .scores import Scores
 from .solvers import (
     CG,
@@ -67,6 +67,7 @@ class Influence(AbstractMethod):
         memory: the most bytes that curvature and solved queries may take, `Budget(bytes)` or a number.
         route: force one route for inner products; see `Route`.
         truncation: keep solved queries in low rank, with a certified bound on every score's error.
+        weights: one number per checkpoint that multiplies its scores before they are added up; `None`: their mean.
 
     The record's `repr` is the provenance carried by every result. Making one computes nothing.
 
@@ -84,12 +85,14 @@ class Influence(AbstractMethod):
     memory: Budget | int = field(default_factory=Budget)
     route: Route | str | None = None
     truncation: Truncation | None = None
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", Budget.of(self.memory))
         check_parts(self)
         object.__setattr__(self, "damping", None if self.damping is None else as_damping(self.damping))
         object.__setattr__(self, "route", Route.of(self.route))
+        object.__setattr__(self, "weights", as_weights(self.weights))
 
     def fit(self, problem: Problem, queries: int = 1) -> Attribution:
         """Do the work that does not depend on the queries, once per checkpoint.
@@ -98,6 +101,7 @@ class Influence(AbstractMethod):
         """
         start = time.perf_counter()
         check_problem(problem)
+        check_weights_fit(self.weights, len(problem.checkpoints))
         members = tuple(fit_member(self, problem, c, queries) for c in (problem.checkpoints or (None,)))
         return Attribution(self, problem, members, time.perf_counter() - start)
 
@@ -186,7 +190,7 @@ class Attribution:
             top: keep only the k most helpful and k most harmful examples per query.
 
         Returns:
-            `Scores` of shape (queries, N), averaged over the problem's checkpoints.
+            `Scores` of shape (queries, N), averaged over the problem's checkpoints or summed with `weights`.
 
         Raises:
             SolveFailed: a solve did not converge; the message says why and what to change.
@@ -201,14 +205,14 @@ class Attribution:
         merged = TopK(len(source), top) if top is not None and alone else None
         total = None if merged is not None else torch.zeros(len(source), len(self.problem), dtype=torch.float64)
         ledger = Ledger()
-        for member in self.members:
+        for weight, member in zip(self._weights, self.members, strict=True):
             with weights_of(self.problem, member.checkpoint):
                 for at, ids, values in self._blocks(member, source, objective, ledger):
                     refuse_nonfinite(values, at, ids)
                     if merged is not None:
-                        merged.add(at, ids, values)
+                        merged.add(at, ids, values if weight == 1.0 else values * weight)
                     elif total is not None:
-                        total[at[:, None], ids[None]] += values.double().cpu() / len(self.members)
+                        total[at[:, None], ids[None]] += values.double().cpu() * weight
         if total is not None:
             total = current().all_sum(total)
         ledger.seconds = self.fit_seconds + time.perf_counter() - start
@@ -220,12 +224,17 @@ class Attribution:
         Always >= 0 for a positive semidefinite curvature. Averaged over checkpoints.
         """
         total = torch.zeros(len(self.problem), dtype=torch.float64)
-        for member in self.members:
+        for weight, member in zip(self._weights, self.members, strict=True):
             with weights_of(self.problem, member.checkpoint):
-                total += self._own(member) / len(self.members)
+                total += self._own(member) * weight
         return total
 
     # ---------------------------------------------------------------- inner workings
+
+    @property
+    def _weights(self) -> tuple[float, ...]:
+        """What each checkpoint's scores are multiplied by before they are added up."""
+        return self.spec.weights or (1.0 / len(self.members),) * len(self.members)
 
     def _lost(self, member: Member, queries: Any, measure: Any) -> Tensor:
         """<g, D (C + D)^-1 g> / |g|^2 for every query."""
@@ -320,7 +329,8 @@ class Attribution:
         solution = member.solve(rows)
         ledger.see_solution(solution, member)
         ledger.see_lost(solution, rows, member)
-        return solution.unwrap()
+        factors = self.spec.scaling.query_factors(rows)
+        return solution.unwrap() if factors is None else solution.unwrap().scaled(factors)
 
     def _decay_term(self, member: Member, solved: Solved) -> Tensor | None:
         """<x, weight decay * theta>: only where every example carries its own penalty."""
@@ -365,12 +375,16 @@ class Attribution:
                 ledger.see_training(ids, batch)
 
     def _training_rows(self, member: Member) -> Iterator[Slab]:
-        return self.spec.scaling.rows(member.derivatives, member.solve, len(self.problem))
+        solver, state = member.choice.solver, member.state
+        solving = Solving(member.solve, lambda rows: solver.quadratic(state, rows), len(self.problem))
+        return self.spec.scaling.rows(member.derivatives, solving)
 
     def _by_forward_mode(self, d: Derivatives, route: Route, queries: int) -> bool:
         if route is Route.FORWARD:
             if not self.spec.scaling.first_order:
-                raise InvalidInput("route='forward' makes no rows, which Leverage() needs; leave the route to 'auto'.")
+                raise InvalidInput(
+                    "route='forward' makes no rows, which this scaling needs; leave the route to 'auto'."
+                )
             return True
         ruleless = bool(d.vmapped or d.looped)
         return route is Route.AUTO and ruleless and queries <= _FORWARD_QUERIES and self.spec.scaling.first_order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,40 @@ def check_parts(spec: Any) -> None:
         raise InvalidInput(
             f"damping={spec.damping!r} would do nothing: every group of Blockwise(groups=...) has its own damping; "
             "leave one of the two out."
+        )
+
+
+def as_weights(given: Any) -> tuple[float, ...] | None:
+    """One number per checkpoint.
+
+    Raises:
+        InvalidInput: something else was given.
+    """
+    if given is None:
+        return None
+    try:
+        found = tuple(float(w) for w in given)
+    except (TypeError, ValueError) as cause:
+        raise InvalidInput(
+            f"weights={given!r} must be one number per checkpoint, such as (0.1, 0.1, 0.01), or None for their mean."
+        ) from cause
+    if not found or not all(math.isfinite(w) for w in found) or not any(found):
+        raise InvalidInput(f"weights={given!r} must be finite numbers, one per checkpoint, and not all zero.")
+    return found
+
+
+def check_weights_fit(weights: tuple[float, ...] | None, checkpoints: int) -> None:
+    """Refuse weights that are not one per checkpoint (one for the model alone).
+
+    Raises:
+        InvalidInput: their number differs.
+    """
+    members = max(1, checkpoints)
+    if weights is not None and len(weights) != members:
+        there = f"{checkpoints} checkpoints" if checkpoints else "no checkpoints, only the model itself"
+        raise InvalidInput(
+            f"There are {len(weights)} weights and the problem has {there}; give {members} "
+            f"weight{'' if members == 1 else 's'}, or pass the checkpoints with checkpoints=."
         )
 
 

@@ -161,7 +161,8 @@ class Ledger:
             lost_to_damping=float(torch.tensor(self.lost).median()) if self.lost else math.nan,
             approximation=self.approximation,
             notes=tuple(dict.fromkeys(note for m in members for note in getattr(m.operator, "notes", ())))
-            + self._truncation(),
+            + self._truncation()
+            + ((fitted.spec.scaling.note,) if fitted.spec.scaling.note else ()),
         )
 
     def see_truncated(self, truncated: Truncated, bound: Tensor) -> None:

@@ -100,6 +100,8 @@ def words_of(spec: Influence, choice: Choice) -> str:
         parts.append(f"preconditioner={choice.preconditioner!r}")
     if not isinstance(spec.scaling, Raw):
         parts.append(f"scaling={spec.scaling!r}")
+    if spec.weights is not None:
+        parts.append(f"weights={spec.weights}")
     if spec.truncation is not None:
         parts.append(f"truncation={spec.truncation!r}")
     return f"Influence({', '.join(parts)})"

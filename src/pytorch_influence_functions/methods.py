@@ -8,6 +8,7 @@ forward and backward pass over the data (an epoch), the reference, and the ident
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -28,7 +29,8 @@ from .curvature import (
     Sharing,
 )
 from .damping import Absolute, AbstractDamping, Relative
-from .scaling import Leverage
+from .errors import InvalidInput
+from .scaling import Cosine, Leverage, RelatIF
 from .solvers import CG, AbstractSolver, BlockGroup, Blockwise, DataInf, Neumann, Spectral, Woodbury
 
 
@@ -39,6 +41,46 @@ def grad_dot() -> Influence:
     Identity: equals g_q . g_i / N of one-example autograd.
     """
     return Influence(Identity(), Spectral(), Absolute(0.0))
+
+
+def grad_cos() -> Influence:
+    """Cosine of gradients, over N: direction without length. A baseline. Cost: one epoch.
+
+    Identity: equals the cosine of one-example autograd gradients.
+    """
+    return Influence(Identity(), Spectral(), Absolute(0.0), scaling=Cosine())
+
+
+def tracin(learning_rates: Sequence[float], steps: Sequence[int] | int = 1) -> Influence:
+    """TracInCP: gradient dot products summed over checkpoints, each for the part of training it stands for.
+
+    score = (1/N) sum_c eta_c K_c <grad m(q), grad loss(i)> at checkpoint c: K_c steps of mini-batches visit an example
+    K_c B / N times with weight eta_c / B, so removing it changes m(q) by about this. It is influence with C = 0 and
+    lambda = 1 / (eta K), summed. The original leaves out K_c / N (`steps=1` and a factor N). Cost: one epoch per
+    checkpoint; give the problem its `checkpoints`, in the same order.
+    Reference: Pruthi et al. (2020). Identity: equals the sum over checkpoints of one-example autograd products; a
+    quadratic's training run by small steps, to first order.
+    """
+    counts = [steps] * len(learning_rates) if isinstance(steps, int) else list(steps)
+    if len(counts) != len(learning_rates):
+        raise InvalidInput(
+            f"There are {len(learning_rates)} learning rates and {len(counts)} numbers of steps; give one each per "
+            "checkpoint."
+        )
+    for eta, count in zip(learning_rates, counts, strict=True):
+        if not eta > 0 or count < 1:
+            raise InvalidInput(f"tracin() got a learning rate of {eta} for {count} steps; both must be positive.")
+    weights = tuple(float(eta) * count for eta, count in zip(learning_rates, counts, strict=True))
+    return Influence(Identity(), Spectral(), Absolute(0.0), weights=weights)
+
+
+def relatif(method: Influence | None = None, parameters: bool = False) -> Influence:
+    """Another method's scores divided by sqrt(g_i^T (C + lambda)^-1 g_i): what matters to this query, not to all.
+
+    `parameters=True` divides by |(C + lambda)^-1 g_i|. Cost: the method's, and one solve per training example.
+    Reference: Barshan, Brunet & Dziugaite (2020). Identity: equals the dense formula.
+    """
+    return replace(method or dual(), scaling=RelatIF(parameters))
 
 
 def koh_liang(damping: AbstractDamping | float = 0.01, rtol: float = 1e-5, max_steps: int = 500) -> Influence:

@@ -1,7 +1,9 @@
 """What becomes of raw first-order scores.
 
 First-order influence *underestimates* removals, the more so the higher an example's leverage: removing
-it also removes its share of the curvature. `Leverage()` corrects for that.
+it also removes its share of the curvature. `Leverage()` corrects for that. `RelatIF()` and `Cosine()` divide by how
+much an example moves the model at all: for finding examples that matter to this query and not to every query. Their
+scores are no predicted changes any more.
 """
 
 from __future__ import annotations
@@ -24,6 +26,16 @@ from .rows import Rows
 from .solvers import Solution
 
 
+@dataclass(frozen=True, eq=False)
+class Solving:
+    """What a scaling may ask of a fitted model: `solve` gives (C + D)^-1 of rows, `count` is N."""
+
+    solve: Callable[[Rows], Solution]
+    quadratic: Callable[[Rows], Tensor]
+    """b^T (C + D)^-1 b for every row."""
+    count: int
+
+
 class AbstractScaling(ABC):
     """How raw scores are rescaled: by which rows stand for the training examples."""
 
@@ -31,8 +43,17 @@ class AbstractScaling(ABC):
     """Whether the rows are the plain loss gradients, so that stored rows and forward mode may stand in for them."""
 
     @abstractmethod
-    def rows(self, derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int) -> Iterator[Slab]:
+    def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[Slab]:
         """The training rows, batch by batch in dataset order."""
+
+    def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:
+        """One number per query that its scores are multiplied by; `rows` are the unsolved query gradients."""
+        return None
+
+    @property
+    def note(self) -> str:
+        """What to say with a result that is no predicted change; empty for one that is."""
+        return ""
 
 
 @final
@@ -42,8 +63,63 @@ class Raw(AbstractScaling):
 
     first_order: ClassVar[bool] = True
 
-    def rows(self, derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int) -> Iterator[Slab]:
+    def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[Slab]:
         return derivatives.stream(label="scoring")
+
+
+def inverse(sizes: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """1 / size; an example without any gradient moves nothing, and keeps its score of 0."""
+    return torch.where(sizes > 0, 1.0 / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), torch.zeros_like(sizes))
+
+
+@final
+@dataclass(frozen=True)
+class RelatIF(AbstractScaling):
+    r"""score[q, i] / sqrt(g_i^T (C + lambda)^-1 g_i): influence per unit of the example's own.
+
+    Examples with large gradients (outliers, mislabelled ones) influence everything; this asks which examples matter to
+    *this* query. `parameters=True` divides by |(C + lambda)^-1 g_i| instead, by how far the example moves the weights.
+    Costs one solve per training example. An example without gradient has the score 0.
+
+    Reference: Barshan, Brunet & Dziugaite (2020): the loss-relative form, and the parameter-relative one.
+    """
+
+    parameters: bool = False
+    first_order: ClassVar[bool] = False
+
+    def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[Slab]:
+        for slab in derivatives.stream(label="scoring"):
+            if self.parameters:
+                sizes = solving.solve(slab.rows).unwrap().squared_norms()
+            else:
+                sizes = solving.quadratic(slab.rows)
+            yield slab._replace(rows=slab.rows.scaled(inverse(sizes.double().clamp_min(0.0).sqrt())))
+
+    @property
+    def note(self) -> str:
+        return "scores are divided by each example's own size (RelatIF): a ranking, not predicted changes"
+
+
+@final
+@dataclass(frozen=True)
+class Cosine(AbstractScaling):
+    r"""Rows and queries divided by their length: with `Identity()` the cosine of two gradients, over N.
+
+    Costs nothing but the norms. A query or example without gradient has the score 0.
+    """
+
+    first_order: ClassVar[bool] = False
+
+    def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[Slab]:
+        for slab in derivatives.stream(label="scoring"):
+            yield slab._replace(rows=slab.rows.scaled(inverse(slab.rows.squared_norms().double().sqrt())))
+
+    def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:
+        return inverse(rows.squared_norms().double().sqrt())
+
+    @property
+    def note(self) -> str:
+        return "gradients are divided by their length (cosine): a ranking, not predicted changes"
 
 
 @final
@@ -60,8 +136,8 @@ class Leverage(AbstractScaling):
 
     first_order: ClassVar[bool] = False
 
-    def rows(self, derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int) -> Iterator[Slab]:
-        return leverage_corrected(derivatives, solve, count)
+    def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[Slab]:
+        return leverage_corrected(derivatives, solving.solve, solving.count)
 
 
 def rowwise(a: Rows | Expansion, b: Rows) -> Float[Tensor, " n"]:
