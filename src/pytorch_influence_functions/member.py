@@ -5,17 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .curvature import Budget, EmpiricalFisher
 from .damping import AbstractDamping, Shift, as_damping
 from .errors import InvalidInput
 from .fitting import weights_of
 from .gradients import Derivatives
 from .ledger import Standing
-from .operators import AbstractSymmetric, Gram
+from .operators import AbstractOperator, AbstractSymmetric, Gram
 from .problem import Checkpoint, Problem
 from .rows import Route, Rows
 from .scaling import Raw
-from .solvers import Auto, Choice, Facts, Guide, Solution, choose, default_damping, operator_for, shift_for
+from .solvers import (
+    Auto,
+    Choice,
+    Facts,
+    Guide,
+    Solution,
+    Trial,
+    choose,
+    default_damping,
+    operator_for,
+    shift_for,
+)
+from .world import World
 
 if TYPE_CHECKING:
     from .attribution import Influence
@@ -63,10 +77,27 @@ def initialised(spec: Influence, member: Member) -> Member:
     rule = damping_of(spec, member.choice).resolved(member)
     shift = Shift(rule.of(member.operator), space.decay, rule.blocks(member.operator))
     shift = shift_for(member.choice.solver, member.operator, shift)
-    # A guide nobody asked for needs a positive D; without one the solver goes unguided.
-    usable = member.guide is not None and (spec.preconditioner is not None or shift.smallest > 0)
-    inverse = member.guide.inverse(shift) if member.guide is not None and usable else None
-    return replace(member, shift=shift, state=member.choice.solver.init(member.operator, shift, inverse))
+    inverse, choice = _guided(spec, member, shift)
+    state = choice.solver.init(member.operator, shift, inverse)
+    return replace(member, shift=shift, choice=choice, state=state)
+
+
+def _guided(spec: Influence, member: Member, shift: Shift) -> tuple[AbstractOperator | None, Choice]:
+    """The preconditioner under this damping. One that nobody asked for has to pay, and needs a positive D."""
+    choice = member.choice
+    if member.guide is None:
+        return None, choice
+    if spec.preconditioner is not None:
+        return member.guide.inverse(shift), choice
+    if shift.smallest <= 0:
+        return None, choice
+    inverse = member.guide.inverse(shift)
+    row = next(iter(member.derivatives.stream(ids=torch.arange(1), label="trial", world=World()))).rows
+    trial = Trial.of(member.operator, shift, inverse, row)
+    tried = member.guide.curvature
+    words = f"{tried!r} {'guides it' if trial.pays else 'does not help'} ({trial})"
+    used = replace(choice, why=f"{choice.why.split('; ')[0]}; {words}", preconditioner=tried if trial.pays else None)
+    return inverse if trial.pays else None, used
 
 
 def choice_of(spec: Influence, facts: Facts | None) -> Choice:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.operators import AbstractOperator
 from pytorch_influence_functions.rows import Route
 from tests.laws.zoo import CASES, build
 from tests.twin.autograd import dense_ggn, dense_hessian, example_gradients, influence
@@ -428,7 +429,7 @@ def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide() -> None
     x, y = torch.randn(620, 20).double(), torch.randint(0, 10, (620,))
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=200)
     fitted = ptif.Influence(damping=ptif.Relative(0.3)).fit(problem)
-    assert "CG" in fitted.method and "preconditioner=Fisher(samples=1" in fitted.method and "guided" in fitted.why
+    assert "CG" in fitted.method and "preconditioner=Fisher(samples=1" in fitted.method and "guides it" in fitted.why
     want = ptif.Influence(ptif.GGN(), ptif.CG(1e-9), ptif.Relative(0.3)).fit(problem).score((x[:2], y[:2]))
     got = fitted.score((x[:2], y[:2]))
     assert relative_gap(got.values, want.values) < 5e-3
@@ -438,3 +439,26 @@ def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide() -> None
     again = fitted.redamped(1e-3)
     assert again.members[0].guide.operator is operator  # type: ignore[union-attr]
     assert again.score((x[:1], y[:1])).diagnostics.residual_max <= 1e-3
+
+
+def test_auto_drops_a_guide_that_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytorch_influence_functions import member
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 110), nn.Tanh(), nn.Linear(110, 10)).double()
+    x, y = torch.randn(620, 20).double(), torch.randint(0, 10, (620,))
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=200)
+    # A guide that swaps directions about: as wrong as a positive definite one can be.
+    monkeypatch.setattr(member.Guide, "inverse", lambda self, shift: _Misleading(self.operator.space))
+    fitted = ptif.Influence(damping=ptif.Relative(0.3)).fit(problem)
+    assert "preconditioner" not in fitted.method and "does not help" in fitted.why
+    assert fitted.score((x[:1], y[:1])).diagnostics.residual_max <= 1e-3
+
+
+class _Misleading(AbstractOperator):
+    def __init__(self, space: Any) -> None:
+        self.space = space
+
+    def apply(self, rows: Any) -> Any:
+        scale = torch.logspace(-4, 4, self.size, dtype=rows.dtype)
+        return self.space.rows(rows.flat() * scale)

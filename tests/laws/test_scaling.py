@@ -98,7 +98,6 @@ def test_weights_multiply_top_lists_too() -> None:
     ("weights", "words"),
     [
         ((1.0, 2.0), "no checkpoints"),
-        (("a",), "one number per checkpoint"),
         ((), "finite numbers"),
         ((0.0,), "all zero"),
     ],

@@ -26,3 +26,4 @@ from .factored import Factored as Factored
 from .neumann import Neumann as Neumann
 from .neumann import Start as Start
 from .precondition import Guide as Guide
+from .trial import Trial as Trial

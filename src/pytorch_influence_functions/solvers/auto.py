@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 
 from ..curvature import (
+    EKFAC,
     GGN,
     AbstractCurvature,
     AbstractKronecker,
@@ -21,6 +22,7 @@ from ..curvature import (
     Identity,
     Nystrom,
 )
+from ..curvature.factors import matrix_shape
 from ..damping import AbstractDamping, Relative
 from ..gradients import Derivatives
 from ..objectives import AbstractLikelihood
@@ -41,6 +43,9 @@ _DUAL_EXAMPLES = 20_000
 _CG_OPERATIONS = 3e12
 _CG_STEPS = 60
 _GUIDE_BYTES = 1 << 30
+# Kronecker factors above this are fitted when asked for by name, with a folder to keep them.
+_FACTOR_BYTES = 1 << 30
+_SIDE = EKFAC().largest
 
 
 @final
@@ -53,8 +58,9 @@ class Auto:
     | at most 2,000 parameters | dense GGN or Hessian, eigendecomposed in float64: every damping is free |
     | N x outputs at most 5,000 | GGN in its dual form: exact over all parameters |
     | curvature products affordable | conjugate gradients on the exact GGN, all queries at once |
-    | N at most 20,000 | empirical Fisher in its dual form: nearly free, a little less faithful |
-    | more | LiSSA with self-tuned step, batch and depth: cost does not grow with N |
+    | more, a likelihood | EK-FAC: one pass over the data for any number of queries |
+    | more, N at most 20,000 | empirical Fisher in its dual form: nearly free, a little less faithful |
+    | else | LiSSA with self-tuned step, batch and depth: cost does not grow with N |
     """
 
 
@@ -74,6 +80,8 @@ class Facts:
     seconds: float
     """Measured seconds for one example's gradient row."""
     number_bytes: int = 4
+    factor_numbers: float = 0.0
+    """Numbers in the Kronecker factors of all layers."""
 
     @staticmethod
     def of(derivatives: Derivatives, queries: int) -> Facts:
@@ -96,6 +104,7 @@ class Facts:
             operations=sum(2.0 * getattr(b, "terms", 1) * torch.Size(b.shape).numel() for b in rows.blocks.values()),
             seconds=seconds / len(ids),
             number_bytes=rows.blocks[next(iter(rows.blocks))].reference.element_size(),
+            factor_numbers=float(sum(d * d for b in rows.blocks.values() for d in matrix_shape(b.shape) if d <= _SIDE)),
         )
 
     @property
@@ -169,10 +178,13 @@ def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
             f"{facts.queries} quer{'y' if facts.queries == 1 else 'ies'} x {facts.examples:,} examples make conjugate "
             f"gradients on the exact {_name(second)} affordable"
         )
-        guide = _guide(second, facts)
-        if guide is not None:
-            why += f", guided by {guide!r}"
-        return Choice(second, CG(rtol=1e-3, max_steps=500), why, guide)
+        return Choice(second, CG(rtol=1e-3, max_steps=500), why, _guide(second, facts))
+    if curvature is None and likelihood and facts.factor_numbers * facts.number_bytes <= _FACTOR_BYTES:
+        why = (
+            f"{facts.queries} queries x {facts.parameters:,} parameters are many for iterative solves: EK-FAC takes "
+            "one pass over the data for all of them"
+        )
+        return Choice(EKFAC(), Spectral(), why)
     if curvature in (None, EmpiricalFisher()) and facts.examples <= _DUAL_EXAMPLES:
         why = (
             f"{facts.queries} queries x {facts.parameters:,} parameters are many for iterative solves, and "
@@ -200,13 +212,16 @@ def default_damping(solver: object, curvature: object = None) -> AbstractDamping
 
 
 def _guide(curvature: AbstractCurvature, facts: Facts) -> AbstractCurvature | None:
-    """What to precondition with: one sampled gradient per example, inverted in its dual form, where N allows.
+    """What to precondition with: one sampled gradient per example, inverted in its dual form, where N allows; else
+    EK-FAC. Whichever it is has to pay in a trial.
 
     On a Fashion-MNIST perceptron (N = 2,000, 10 queries, damping of one mean eigenvalue, residual 1e-2) 44 steps
     instead of 137; three samples take 38 and the empirical Fisher 40, no more worth their cost.
     """
     fits = facts.examples <= _DUAL_ROWS and facts.examples * facts.row_numbers * facts.number_bytes <= _GUIDE_BYTES
-    return Fisher(samples=1) if isinstance(curvature, GGN) and fits else None
+    if not isinstance(curvature, GGN):
+        return None
+    return Fisher(samples=1) if fits else EKFAC()
 
 
 def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
@@ -242,6 +257,8 @@ def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
 def _known_cost(curvature: AbstractCurvature, facts: Facts) -> tuple[float, float] | None:
     """Passes and bytes of a curvature that is measured by products or squares; a product with one vector is two."""
     p, size = facts.parameters, facts.number_bytes
+    if isinstance(curvature, AbstractKronecker):
+        return min(1.0, 1024 / facts.examples) * 3, size * facts.factor_numbers + 8.0 * p
     if isinstance(curvature, Arnoldi):
         steps = curvature.steps or default_steps(p, curvature.rank)
         return 2.0 * steps, 1.0 * size * p * (steps + curvature.rank)

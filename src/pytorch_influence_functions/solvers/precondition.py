@@ -39,6 +39,7 @@ class Guide:
 
     solver: AbstractSolver[Any]
     operator: AbstractSymmetric
+    curvature: AbstractCurvature
 
     @staticmethod
     def of(curvature: AbstractCurvature, derivatives: Derivatives, budget: Budget) -> Guide:
@@ -53,11 +54,11 @@ class Guide:
                 f"{curvature!r} has no inverse across its directions and cannot precondition; use complement='zero'."
             )
         if curvature.forms == (Form.SPECTRAL,) or isinstance(curvature, Identity):
-            return Guide(Spectral(), curvature.of(derivatives, Form.SPECTRAL, budget))
+            return Guide(Spectral(), curvature.of(derivatives, Form.SPECTRAL, budget), curvature)
         if Form.MATRIX in curvature.forms and small:
-            return Guide(Spectral(), curvature.of(derivatives, Form.MATRIX, budget))
+            return Guide(Spectral(), curvature.of(derivatives, Form.MATRIX, budget), curvature)
         if Form.GRAM in curvature.forms:
-            return Guide(Woodbury(), curvature.of(derivatives, Form.GRAM, budget))
+            return Guide(Woodbury(), curvature.of(derivatives, Form.GRAM, budget), curvature)
         raise InvalidInput(
             f"{type(curvature).__name__}() has no cheap inverse over {derivatives.space.size:,} parameters to "
             "precondition with; use EKFAC(), EmpiricalFisher(), Fisher(samples=1) or GGN()."
