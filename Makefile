@@ -8,11 +8,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Installed with these versions of these files: remade only when one of them changes.
 STAMP := .venv/.installed
 
-.PHONY: help install demo test lint format types layers docs bench check clean
+.PHONY: help install demo test referee lint format types layers docs bench peers check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | check | lint | format | types | layers | docs | bench | clean"
+	@echo "make demo | test | referee | check | lint | format | types | layers | docs | bench | peers | clean"
 
 install: $(STAMP)
 
@@ -31,6 +31,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+referee: $(STAMP)
+	$(INSTALL) --no-deps --requirement tests/referee/requirements.txt
+	$(BIN)/python -m pytest tests/referee
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -53,7 +57,10 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 
-check: test lint types layers docs
+peers: $(STAMP)
+	$(BIN)/python benchmarks/peers/run.py
+
+check: test referee lint types layers docs
 
 clean:
 	rm -rf .venv demo outdir dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
