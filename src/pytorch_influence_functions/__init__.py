@@ -76,6 +76,7 @@ from .methods import one_step_newton as one_step_newton
 from .methods import relatif as relatif
 from .methods import shampoo as shampoo
 from .methods import tracin as tracin
+from .methods import trak as trak
 from .objectives import Bernoulli as Bernoulli
 from .objectives import CrossEntropy as CrossEntropy
 from .objectives import FromFunction as FromFunction
@@ -86,6 +87,7 @@ from .objectives import TokenCrossEntropy as TokenCrossEntropy
 from .problem import Problem as Problem
 from .problem import WeightDecay as WeightDecay
 from .progress import progress as progress
+from .projections import Gaussian as Gaussian
 from .rows import Route as Route
 from .scaling import Cosine as Cosine
 from .scaling import Leverage as Leverage
@@ -140,6 +142,7 @@ __all__ = [
     "FromFunction",
     "FromPath",
     "FromTraining",
+    "Gaussian",
     "Hessian",
     "Identity",
     "Influence",
@@ -210,5 +213,6 @@ __all__ = [
     "shampoo",
     "source",
     "tracin",
+    "trak",
     "utils",
 ]

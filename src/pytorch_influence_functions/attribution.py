@@ -25,6 +25,7 @@ from .member import Member, choice_of, fit_member, gradient_route, initialised, 
 from .objectives import AbstractObjective
 from .operators import Expansion
 from .problem import Problem, sweep
+from .projections import Gaussian
 from .rows import Route, Rows
 from .scaling import AbstractScaling, Raw, Solving, rowwise
 from .scores import Scores
@@ -67,6 +68,7 @@ class Influence(AbstractMethod):
         memory: the most bytes that curvature and solved queries may take, `Budget(bytes)` or a number.
         route: force one route for inner products; see `Route`.
         truncation: keep solved queries in low rank, with a certified bound on every score's error.
+        projection: `Gaussian(k)` projects every gradient to k numbers first; `None`: none does.
         weights: one number per checkpoint that multiplies its scores before they are added up; `None`: their mean.
 
     The record's `repr` is the provenance carried by every result. Making one computes nothing.
@@ -86,6 +88,7 @@ class Influence(AbstractMethod):
     route: Route | str | None = None
     truncation: Truncation | None = None
     weights: tuple[float, ...] | None = None
+    projection: Gaussian | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", Budget.of(self.memory))
@@ -177,7 +180,7 @@ class Attribution:
         """
         member = self._member(checkpoint)
         with weights_of(self.problem, member.checkpoint):
-            like = next(iter(member.derivatives.space.values(self.problem.model).values()))
+            like = next(iter(member.derivatives.whole.values(self.problem.model).values()))
             lost = None if queries is None else self._lost(member, queries, measure)
             return spectrum_of(member.operator, member.shift, like, lost, steps, probes, seed)
 
@@ -275,8 +278,8 @@ class Attribution:
 
     def _room(self, member: Member) -> int:
         """How many solved vectors fit the memory budget at once."""
-        values = member.derivatives.space.values(self.problem.model).values()
-        each = sum(p.numel() * p.element_size() for p in values)
+        values = member.derivatives.whole.values(self.problem.model).values()
+        each = member.derivatives.space.size * max(p.element_size() for p in values)
         if isinstance(member.choice.solver, (CG, Neumann)):
             each *= 1 + _ITERATED
         return max(1, int(Budget.of(self.spec.memory).bytes * _QUERY_SHARE / each))
@@ -386,7 +389,7 @@ class Attribution:
                     "route='forward' makes no rows, which this scaling needs; leave the route to 'auto'."
                 )
             return True
-        ruleless = bool(d.vmapped or d.looped)
+        ruleless = bool(d.vmapped or d.looped) and d.projector is None
         return route is Route.AUTO and ruleless and queries <= _FORWARD_QUERIES and self.spec.scaling.first_order
 
     def _forward(self, d: Derivatives, solved: Rows, ledger: Ledger) -> Iterator[tuple[Tensor, Tensor]]:

@@ -28,6 +28,7 @@ from .layers import Layout, Part, find_rule, layout_of
 from .objectives import AbstractObjective, FromFunction, inputs_and_targets
 from .objectives.base import check_outputs
 from .problem import Problem, check_weights, sweep
+from .projections import Gaussian, Projector
 from .rows import Route, Rows
 from .space import Space
 from .world import World
@@ -67,10 +68,11 @@ class Tape:
         if d.looped:
             found |= d._by_loop(self._batch, cotangent)
         n = self._recording.n
-        return Rows({k: found[k] if k in found else self._zeros(n, k) for k in d.space.blocks})
+        rows = Rows({k: found[k] if k in found else self._zeros(n, k) for k in d.whole.blocks})
+        return rows if d.projector is None else d.projector.apply(rows)
 
     def _zeros(self, n: int, block: str) -> Dense:
-        return Dense(self.outputs.detach().new_zeros(1).expand(n, *self._derivatives.space.blocks[block].shape))
+        return Dense(self.outputs.detach().new_zeros(1).expand(n, *self._derivatives.whole.blocks[block].shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +81,14 @@ class Derivatives:
 
     problem: Problem
     objective: AbstractObjective
-    space: Space
+    whole: Space
+    """Every chosen parameter; `space`, where rows live, unless they are projected."""
     sites: Mapping[str, Site]
     vmapped: tuple[str, ...] = ()
     looped: tuple[str, ...] = ()
     numbers: float = 0.0
     """Numbers that one example's row holds; 0 where it was not looked at."""
+    projector: Projector | None = None
 
     @staticmethod
     def of(problem: Problem, route: Route = Route.AUTO) -> Derivatives:
@@ -113,14 +117,23 @@ class Derivatives:
             return replace(plan, numbers=rows.numbers / probe.n)
 
     @property
+    def space(self) -> Space:
+        """Where the rows given out live."""
+        return self.whole if self.projector is None else self.projector.space
+
+    def projected(self, projection: Gaussian) -> Derivatives:
+        """The same derivatives with every row projected; raises as `Gaussian.projector`."""
+        return replace(self, projector=projection.projector(self.whole))
+
+    @property
     def routes(self) -> dict[str, str]:
         """For every block: `rule`, `vmap` or `loop`."""
         kinds = dict.fromkeys(self.vmapped, "vmap") | dict.fromkeys(self.looped, "loop")
-        return {k: kinds.get(k, "rule") for k in self.space.blocks}
+        return {k: kinds.get(k, "rule") for k in self.whole.blocks}
 
     def tape(self, batch: Any, n: int, objective: AbstractObjective | None = None) -> Tape:
         """Run the model forward on `n` examples and remember what rows need."""
-        with undisturbed(self.problem.model, self.space.names), torch.enable_grad(), recording(self.sites, n) as made:
+        with undisturbed(self.problem.model, self.whole.names), torch.enable_grad(), recording(self.sites, n) as made:
             outputs = (objective or self.objective).outputs(self.problem.model, batch)
         if outputs.dim() == 0 or outputs.shape[0] != n:
             raise InvalidInput(
@@ -131,13 +144,13 @@ class Derivatives:
 
     def pullback(self, batch: Any, n: int, cotangent: Tensor) -> Rows:
         """Row n is J_n^T c_n, with c = `cotangent` in the shape of the model's outputs."""
-        with undisturbed(self.problem.model, self.space.names):
+        with undisturbed(self.problem.model, self.whole.names):
             return self.tape(batch, n).rows(cotangent)
 
     def loss_rows(self, ids: Tensor, batch: Any, objective: AbstractObjective | None = None) -> Slab:
         """Row n is the gradient of example n's loss (or of another measure, given as `objective`)."""
         objective = objective or self.objective
-        with undisturbed(self.problem.model, self.space.names):
+        with undisturbed(self.problem.model, self.whole.names):
             tape = self.tape(batch, len(ids), objective)
             objective.check(tape.outputs.detach(), batch, ids)
             losses, slope = slopes(objective, tape.outputs, batch, ids)
@@ -165,17 +178,17 @@ class Derivatives:
             yield slab
 
     def _by_vmap(self, batch: Any, cotangent: Tensor) -> dict[str, AbstractBlock]:
-        names = [p for b in self.vmapped for p in self.space.blocks[b].parameters]
+        names = [p for b in self.vmapped for p in self.whole.blocks[b].parameters]
         parameters = detached(self.problem.model, names)
         chunk = max(1, _VMAP_NUMBERS // max(1, sum(p.numel() for p in parameters.values())))
         with double_backward_safe(self.problem.model):
             rows = per_example_vjp(self.problem.model, self.objective, parameters, batch, cotangent, chunk)
-        return {b: self.space.block(b, rows) for b in self.vmapped}
+        return {b: self.whole.block(b, rows) for b in self.vmapped}
 
     def _by_loop(self, batch: Any, cotangent: Tensor) -> dict[str, AbstractBlock]:
-        names = [p for b in self.looped for p in self.space.blocks[b].parameters]
+        names = [p for b in self.looped for p in self.whole.blocks[b].parameters]
         rows = one_by_one(self.problem.model, self.objective, names, batch, cotangent)
-        return {b: self.space.block(b, rows) for b in self.looped}
+        return {b: self.whole.block(b, rows) for b in self.looped}
 
 
 def slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,7 +294,7 @@ class _Probe:
             return list(blocks)
         total = self.reference.squared_norms().sqrt()
         wrong = []
-        for name in plan.space.blocks:
+        for name in plan.whole.blocks:
             if name not in blocks:
                 continue
             want = self.reference.blocks[name].dense().flatten(1)

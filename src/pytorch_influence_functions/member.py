@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .curvature import Budget, EmpiricalFisher
+from .curvature import GGN, Budget, EmpiricalFisher, Fisher, Form, Identity
 from .damping import AbstractDamping, Shift, as_damping
 from .errors import InvalidInput
 from .fitting import weights_of
@@ -19,6 +19,7 @@ from .rows import Route, Rows
 from .scaling import Raw
 from .solvers import (
     Auto,
+    Blockwise,
     Choice,
     Facts,
     Guide,
@@ -26,6 +27,7 @@ from .solvers import (
     Trial,
     choose,
     default_damping,
+    form_for,
     operator_for,
     shift_for,
 )
@@ -51,7 +53,8 @@ class Member:
     @property
     def stored(self) -> Rows | None:
         """All training gradients, when the curvature is made of them and keeps them."""
-        kept = isinstance(self.choice.curvature, EmpiricalFisher) and isinstance(self.operator, Gram)
+        curvature = self.choice.curvature
+        kept = isinstance(curvature, EmpiricalFisher) and curvature.measure is None and isinstance(self.operator, Gram)
         return self.operator.rows if kept and isinstance(self.operator, Gram) else None
 
     def solve(self, rows: Rows) -> Solution:
@@ -63,12 +66,35 @@ def fit_member(spec: Influence, problem: Problem, checkpoint: Checkpoint | None,
     with weights_of(problem, checkpoint):
         derivatives = Derivatives.of(problem, gradient_route(spec))
         standing = Standing.of(derivatives)
+        if spec.projection is not None:
+            derivatives = derivatives.projected(spec.projection)
         choice = choice_of(spec, Facts.of(derivatives, queries) if isinstance(spec.solver, Auto) else None)
+        _check_projectable(spec, problem, choice)
         operator = operator_for(choice.solver, choice.curvature, derivatives, Budget.of(spec.memory))
         guide = None
         if choice.preconditioner is not None:
             guide = Guide.of(choice.preconditioner, derivatives, Budget.of(spec.memory))
         return initialised(spec, Member(checkpoint, derivatives, choice, operator, Shift(0.0), None, guide, standing))
+
+
+def _check_projectable(spec: Influence, problem: Problem, choice: Choice) -> None:
+    """Refuse what needs the parameters themselves where only projections of rows are at hand."""
+    if spec.projection is None:
+        return
+    inner = choice.solver.solver if isinstance(choice.solver, Blockwise) else choice.solver
+    form = form_for(inner, choice.curvature)
+    rows = isinstance(choice.curvature, (GGN, Fisher, EmpiricalFisher)) and form in (Form.MATRIX, Form.GRAM)
+    if not (rows or isinstance(choice.curvature, Identity)) or choice.preconditioner is not None:
+        raise InvalidInput(
+            f"{choice.curvature!r} with {choice.solver!r} works on the parameters and cannot take a projection; use "
+            "EmpiricalFisher(), GGN() or Fisher() with Spectral(), Cholesky() or Woodbury(), or leave it out."
+        )
+    if spec.route is Route.FORWARD:
+        raise InvalidInput("route='forward' makes no rows that could be projected; leave the route to 'auto'.")
+    if problem.weight_decay.per_example:
+        raise InvalidInput(
+            "Weight decay that every example carries cannot be projected; use WeightDecay(strength, per_example=False)."
+        )
 
 
 def initialised(spec: Influence, member: Member) -> Member:
@@ -131,6 +157,8 @@ def words_of(spec: Influence, choice: Choice) -> str:
         parts.append(f"preconditioner={choice.preconditioner!r}")
     if not isinstance(spec.scaling, Raw):
         parts.append(f"scaling={spec.scaling!r}")
+    if spec.projection is not None:
+        parts.append(f"projection={spec.projection!r}")
     if spec.weights is not None:
         parts.append(f"weights={spec.weights}")
     if spec.truncation is not None:

@@ -30,6 +30,8 @@ from .curvature import (
 )
 from .damping import Absolute, AbstractDamping, Relative
 from .errors import InvalidInput
+from .objectives import Margin
+from .projections import Gaussian
 from .scaling import Cosine, Leverage, RelatIF
 from .solvers import CG, AbstractSolver, BlockGroup, Blockwise, DataInf, Neumann, Spectral, Woodbury
 
@@ -81,6 +83,24 @@ def relatif(method: Influence | None = None, parameters: bool = False) -> Influe
     Reference: Barshan, Brunet & Dziugaite (2020). Identity: equals the dense formula.
     """
     return replace(method or dual(), scaling=RelatIF(parameters))
+
+
+def trak(
+    k: int = 2048, per_layer: bool = False, damping: AbstractDamping | float | None = None, seed: int = 0
+) -> Influence:
+    """TRAK: margin gradients projected to k dimensions, and their second moment as curvature.
+
+    score = (1/N) phi_q^T (Phi^T Phi / N + lambda)^-1 (P^T grad loss(i)) with phi = P^T grad margin. Because
+    grad loss(i) = -(1 - p_i) grad margin(i), scores of `measure=Margin()` are TRAK's with the sign of a removal: minus
+    the original's, which are for adding. Several checkpoints are averaged score by score; the original multiplies the
+    mean kernel by the mean of 1 - p. Take k well below N: the sketch must not be able to tell every example apart, and
+    lambda = 0 is refused where it can. `per_layer`: every layer its own k dimensions and its own kernel, added up.
+    Cost: one epoch, N P k for the projection, k^3.
+    Reference: Park et al. (2023). Identity: equals phi_q^T (Phi^T Phi + N lambda)^-1 phi_i (1 - p_i) in float64.
+    """
+    solver = Blockwise(Spectral()) if per_layer else Spectral()
+    projection = Gaussian(k, per_layer=per_layer, seed=seed)
+    return Influence(EmpiricalFisher(measure=Margin()), solver, damping, projection=projection)
 
 
 def koh_liang(damping: AbstractDamping | float = 0.01, rtol: float = 1e-5, max_steps: int = 500) -> Influence:

@@ -29,7 +29,7 @@ class Part:
 
 def restricted(derivatives: Derivatives, names: Iterable[str]) -> Derivatives:
     """The same derivatives over some blocks only: every curvature of it is the diagonal block of the whole one's."""
-    space = subspace(derivatives.space, names)
+    space = subspace(derivatives.whole, names)
     sites = {}
     for key, site in derivatives.sites.items():
         parts = {block: part for block, part in site.parts.items() if block in space.blocks}
@@ -37,7 +37,7 @@ def restricted(derivatives: Derivatives, names: Iterable[str]) -> Derivatives:
             sites[key] = replace(site, parts=parts)
     return replace(
         derivatives,
-        space=space,
+        whole=space,
         sites=sites,
         vmapped=tuple(b for b in derivatives.vmapped if b in space.blocks),
         looped=tuple(b for b in derivatives.looped if b in space.blocks),

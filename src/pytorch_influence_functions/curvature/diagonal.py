@@ -71,7 +71,8 @@ def streamed(curvature: FromRows, derivatives: Derivatives) -> tuple[Iterator[Ro
     """The rows a curvature is made of, batch by batch, and the count their Gram is divided by."""
     n = len(derivatives.problem)
     if isinstance(curvature, EmpiricalFisher):
-        return (slab.rows for slab in derivatives.stream(label="gradient rows", world=World())), n
+        slabs = derivatives.stream(None, curvature.measure, label="gradient rows", world=World())
+        return (slab.rows for slab in slabs), n
     if isinstance(curvature, GGN) or curvature.samples is None:
         return root_rows(derivatives), n
     samples, seed = curvature.samples, curvature.seed

@@ -22,7 +22,7 @@ from ..data import Source, batch_slice, tensors_of
 from ..errors import InvalidInput, NonFinite, name_ids
 from ..forward_mode import DIRECTIONS, Products
 from ..gradients import Derivatives
-from ..objectives import AbstractLikelihood, Keyed
+from ..objectives import AbstractLikelihood, AbstractObjective, Keyed
 from ..operators import AbstractSymmetric, Gram, Implicit, Matrix, hutchinson_traces
 from ..operators import Identity as IdentityOperator
 from ..problem import sweep
@@ -144,19 +144,25 @@ class Fisher(AbstractCurvature):
 @dataclass(frozen=True)
 class EmpiricalFisher(AbstractCurvature):
     """C = mean of grad grad^T at the given labels. Cheap, and not a curvature once the model fits its data: it shrinks
-    with the residuals. In its dual form every scoring quantity comes from one N x N matrix."""
+    with the residuals. In its dual form every scoring quantity comes from one N x N matrix.
 
+    `measure` takes the gradients of something else than the training loss, such as `Margin()` as TRAK does.
+    """
+
+    measure: AbstractObjective | None = None
     forms: ClassVar[tuple[Form, ...]] = (Form.MATRIX, Form.GRAM, Form.IMPLICIT)
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)
         if form is Form.IMPLICIT:
-            return _implicit_from_rows(derivatives, lambda ids, batch: derivatives.loss_rows(ids, batch).rows, 1)
+            return _implicit_from_rows(
+                derivatives, lambda ids, batch: derivatives.loss_rows(ids, batch, self.measure).rows, 1
+            )
         return _from_rows(
             derivatives,
             form,
             budget,
-            lambda: (slab.rows for slab in derivatives.stream(label="gradient rows", world=World())),
+            lambda: (s.rows for s in derivatives.stream(None, self.measure, label="gradient rows", world=World())),
             len(derivatives.problem),
         )
 

@@ -287,7 +287,7 @@ class Fit:
         fisher = self.plan.fisher
         objective: AbstractObjective = derivatives.objective
         if isinstance(fisher, EmpiricalFisher):
-            objective = getattr(fisher, "of_measure", None) or objective
+            objective = fisher.measure or objective
         tape = derivatives.tape(batch, len(ids), objective)
         outputs = tape.outputs.detach()
         objective.check(outputs, batch, ids)

@@ -261,7 +261,8 @@ def _layers(space: Space) -> dict[str, tuple[str, ...]]:
     """Blocks by the module that holds them."""
     found: dict[str, tuple[str, ...]] = {}
     for name, block in space.blocks.items():
-        layer = block.parameters[0].rpartition(".")[0] or ROOT
+        # A projected block has no parameters; it is named like the layer it was made from.
+        layer = (block.parameters[0].rpartition(".")[0] or ROOT) if block.parameters else name
         found[layer] = (*found.get(layer, ()), name)
     return found
 

@@ -1,0 +1,142 @@
+"""Projections and TRAK against explicit float64 formulas with the explicit projection matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions import projections
+from pytorch_influence_functions.errors import InvalidInput, SolveFailed
+from pytorch_influence_functions.gradients import Derivatives
+from tests.laws.test_influence import mlp, relative_gap
+
+K = 12
+
+
+def rows_of(problem: ptif.Problem, objective: Any = None, source: Any = None) -> Tensor:
+    """Explicit gradients in the order of the blocks."""
+    slabs = Derivatives.of(problem).stream(source, objective)
+    return torch.cat([slab.rows.flat() for slab in slabs])
+
+
+def matrix(problem: ptif.Problem, projection: ptif.Gaussian) -> Tensor:
+    """P [parameters, k]: what the identity is projected to."""
+    space = problem.space
+    return projection.projector(space).apply(space.rows(torch.eye(space.size, dtype=torch.float64))).flat()
+
+
+def setup() -> tuple[ptif.Problem, tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+    model, x, y, xq, yq = mlp()
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+    source = ptif.attribution.Source.of((xq, yq))
+    with torch.no_grad():
+        p = F.softmax(model(x), 1).gather(1, y[:, None])[:, 0]
+    return problem, (xq, yq), rows_of(problem, ptif.Margin()), rows_of(problem, ptif.Margin(), source), p
+
+
+def test_trak_equals_its_formula() -> None:
+    problem, queries, margins, query_margins, p = setup()
+    sketch = matrix(problem, ptif.Gaussian(K, seed=3))
+    phi, phi_q = margins @ sketch, query_margins @ sketch
+    lam = 1e-3
+    kernel = torch.linalg.inv(phi.T @ phi + len(phi) * lam * torch.eye(K).double())
+    trak = phi_q @ kernel @ phi.T * (1 - p)
+    got = ptif.trak(K, damping=lam, seed=3).fit(problem).score(queries, measure=ptif.Margin())
+    assert relative_gap(got.values, -trak) < 1e-8
+    assert not got.lower_is_better
+    dot = -phi_q @ phi.T * (1 - p) / len(phi)
+    assert relative_gap(dot, -trak) > 0.5
+    for solver in (ptif.Woodbury(), ptif.Cholesky()):
+        spec = ptif.Influence(
+            ptif.EmpiricalFisher(measure=ptif.Margin()), solver, lam, projection=ptif.Gaussian(K, seed=3)
+        )
+        other = spec.fit(problem).score(queries, measure=ptif.Margin())
+        assert relative_gap(other.values, -trak) < 1e-8
+
+
+def test_kernels_of_single_layers_add_up() -> None:
+    problem, queries, margins, query_margins, p = setup()
+    lam, total, at = 1e-3, 0.0, 0
+    parts = matrix(problem, ptif.Gaussian(K, per_layer=True, seed=1))
+    for part in problem.space.slices.values():
+        k = min(K, part.stop - part.start)
+        sketch = parts[part, at : at + k]
+        at += k
+        phi, phi_q = margins[:, part] @ sketch, query_margins[:, part] @ sketch
+        kernel = torch.linalg.inv(phi.T @ phi + len(phi) * lam * torch.eye(k).double())
+        total = total + phi_q @ kernel @ phi.T * (1 - p)
+    got = ptif.trak(K, per_layer=True, damping=lam, seed=1).fit(problem).score(queries, measure=ptif.Margin())
+    assert relative_gap(got.values, -torch.as_tensor(total)) < 1e-8
+
+
+def test_inner_products_are_kept_up_to_one_over_root_k() -> None:
+    problem, *_ = setup()
+    g = F.normalize(rows_of(problem), dim=1)
+    gaps = []
+    for k in (8, 32):
+        found = [g @ matrix(problem, ptif.Gaussian(k, seed=s)) for s in range(40)]
+        gaps.append(float(torch.stack([(z @ z.T - g @ g.T).square().mean() for z in found]).mean()) ** 0.5)
+    assert gaps[0] / gaps[1] == pytest.approx(2.0, rel=0.25)
+    # Var <Pa, Pb> = (|a|^2 |b|^2 + <a, b>^2) / k
+    assert gaps[1] == pytest.approx(float((1 + (g @ g.T).square()).mean() / 32) ** 0.5, rel=0.25)
+
+
+def test_the_seed_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, queries, *_ = setup()
+    one = ptif.trak(K, seed=5).fit(problem).score(queries).values
+    monkeypatch.setattr(projections, "_KEPT", 0)
+    again = ptif.trak(K, seed=5).fit(problem.with_(batch_size=7)).score(queries).values
+    torch.testing.assert_close(again, one)
+    assert relative_gap(ptif.trak(K, seed=6).fit(problem).score(queries).values, one) > 0.05
+
+
+def test_self_influence_top_lists_decay_and_checkpoints() -> None:
+    problem, queries, *_ = setup()
+    spec = ptif.Influence(ptif.GGN(), ptif.Spectral(), 1e-2, projection=ptif.Gaussian(K))
+    sketch = matrix(problem, ptif.Gaussian(K))
+    g = rows_of(problem) @ sketch
+    exact = ptif.GGN().of(Derivatives.of(problem), ptif.curvature.Form.MATRIX, ptif.Budget()).matrix  # type: ignore[attr-defined]
+    inverse = torch.linalg.inv(sketch.T @ exact @ sketch + (1e-2 + 0.3) * torch.eye(K).double())
+    decayed = spec.fit(problem.with_(weight_decay=0.3))
+    torch.testing.assert_close(decayed.self_scores(), ((g @ inverse) * g).sum(1) / len(g))
+    whole, few = decayed.score(queries), decayed.score(queries, top=3)
+    torch.testing.assert_close(few.top(3).values, whole.top(3).values)
+    state = {k: v.clone() for k, v in problem.model.state_dict().items()}
+    twice = spec.fit(problem.with_(checkpoints=[state, state], weight_decay=0.3)).score(queries)
+    torch.testing.assert_close(twice.values, whole.values)
+
+
+def test_a_sketch_that_tells_every_example_apart_needs_damping() -> None:
+    model, x, y, *_ = mlp(n=8)
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+    with pytest.raises(SolveFailed, match="positive damping"):
+        ptif.trak(20, damping=0.0).fit(problem)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (lambda: ptif.trak(10**6), "no smaller than the"),
+        (lambda: ptif.Influence(ptif.GGN(), ptif.CG(), 0.1, projection=ptif.Gaussian(K)), "cannot take a projection"),
+        (lambda: ptif.Influence(ptif.EKFAC(), projection=ptif.Gaussian(K)), "cannot take a projection"),
+        (lambda: ptif.Influence(ptif.Hessian(), projection=ptif.Gaussian(K)), "cannot take a projection"),
+        (lambda: ptif.Gaussian(0), "at least 1"),
+    ],
+)
+def test_what_cannot_be_projected_is_refused(spec: Any, words: str) -> None:
+    model, x, y, *_ = mlp()
+    with pytest.raises(InvalidInput, match=words):
+        spec().fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+
+
+def test_decay_that_differs_or_is_carried_by_examples_is_refused() -> None:
+    model, x, y, *_ = mlp()
+    for decay, words in (({"0.weight": 0.1}, "differs"), (ptif.WeightDecay(0.1, per_example=True), "every example")):
+        problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), weight_decay=decay)
+        with pytest.raises(InvalidInput, match=words):
+            ptif.trak(K).fit(problem)
