@@ -49,16 +49,16 @@ def workload_a(quick: bool, threads: int, repetitions: int) -> Iterator[Row]:
 
 def workload_b(quick: bool, threads: int, repetitions: int) -> Iterator[Row]:
     """MLP on Fashion-MNIST: the dual end to end against kronfluence's EK-FAC."""
-    from peers import ensure
+    from peers.environments import kronfluence
 
     n, queries = (500, 50) if quick else (2000, 200)
-    python = ensure()
+    python = kronfluence()
     with tempfile.TemporaryDirectory() as folder:
         options = {"folder": folder, "n": n, "queries": queries, "batch_size": 500, "epochs": 120}
         trained = once(Side("training", "ours", "fashion_prepare", options), threads)["result"]
         row = compare(
             Side("dual", "ours", "fashion_dual", options),
-            Side("ekfac", "rival", "fashion_ekfac", options, python),
+            Side("ekfac", "peers.adapters.kronfluence", "fashion_ekfac", options, python),
             threads,
             repetitions,
             Path(folder),

@@ -113,7 +113,7 @@ BLOCKWISE = [
     Row("pattern", blocks({"a": "0.wieght", "b": "2"}), NAMED, r"'0.wieght' of group 'a' .* Did you mean '0.weight'\?"),
     Row("far pattern", blocks({"a": "encoder*"}), NAMED, r"'encoder\*' of group 'a' matches no block. There are '0', "),
     Row("twice", blocks({"a": "0", "b": "*"}), INPUT, r"^The block '0' is in the groups 'a' and 'b'.*disjoint"),
-    Row("left out", blocks({"a": "0"}), INPUT, r"^No group holds 1 of the blocks \('2'\); add a group for them, or leave"),
+    Row("left out", blocks({"a": "0"}), INPUT, r"^No group holds 1 of the blocks \('2'\); add a group for them, or"),
     Row("patterns 3", group(3), INPUT, r"^BlockGroup\(patterns=3\) must name blocks by one or several patterns"),
     Row("no pattern", group([]), INPUT, r"^BlockGroup\(patterns=\[\]\) must name blocks"),
     Row("solver text", group(solver="cg"), INPUT, r"^BlockGroup\(solver='cg'\) must be a solver for one group"),
