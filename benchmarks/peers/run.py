@@ -37,6 +37,7 @@ METHODS = {
         "ekfac, own damping",
         "ekfac of drawn labels",
         "dual",
+        "dual, own damping",
         "arnoldi 50",
         "datainf",
         "cg guided by ekfac",
@@ -52,6 +53,8 @@ ENVIRONMENTS = {
     "captum": environments.MODERN,
     "pydvl": environments.NUMPY1,
 }
+# A quick look takes these and installs nothing, unless --methods names others.
+QUICK = "ours grad_dot,ours kfac,ours ekfac,ours dual own"
 Row = dict[str, Any]
 
 
@@ -221,7 +224,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="also write benchmarks/peers/results.md and .json")
     asked = parser.parse_args()
     limits = Limits(asked.threads, asked.minutes, asked.gib)
-    pairs = chosen(asked.methods)
+    pairs = chosen(asked.methods or (QUICK if asked.quick else None))
     if not pairs:
         parser.error(f"no method is called {asked.methods!r}; there are {METHODS}")
     if not asked.quick:

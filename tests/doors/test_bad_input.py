@@ -286,7 +286,7 @@ METHODS = [
         "forward leverage",
         lambda m: fitted(m, route="forward", scaling=ptif.Leverage()).score((X, Y)),
         INPUT,
-        r"makes no rows, which Leverage\(\) needs",
+        r"makes no rows, which this scaling needs",
     ),
     Row("path of one number", lambda m: fitted(m).path((X, Y), 0.1), INPUT, r"several damping values, .*got 0.1"),
     Row(

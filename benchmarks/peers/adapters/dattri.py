@@ -38,10 +38,13 @@ def _log_odds(model: nn.Module) -> Loss:
     return output
 
 
-def _probability(model: nn.Module) -> Loss:
+def _probability(model: nn.Module, tokens: bool) -> Loss:
     def correct(parameters: Any, data: Any) -> Tensor:
         x, y = data
-        return torch.exp(-losses(functional_call(model, parameters, (x,)), y))
+        if single := y.dim() == int(tokens):  # asked for a batch, or for one example
+            x, y = x[None], y[None]
+        found = torch.exp(-losses(functional_call(model, parameters, (x,)), y))
+        return found[0] if single else found
 
     return correct
 
@@ -73,7 +76,6 @@ def make(options: dict[str, Any]) -> Callable[[], Any]:
         start = time.perf_counter()
         case = read(options)
         torch.manual_seed(0)
-        # Its other methods take the training set as a single batch in the library's examples; EK-FAC averages batches.
         train = DataLoader(TensorDataset(case.x, case.y), batch_size=case.slab, shuffle=False)
         queries = DataLoader(TensorDataset(case.qx, case.qy), batch_size=len(case.qx), shuffle=False)
         if kind == "trak":
@@ -81,7 +83,7 @@ def make(options: dict[str, Any]) -> Callable[[], Any]:
                 task=AttributionTask(
                     model=case.model, loss_func=_log_odds(case.model), checkpoints=[case.model.state_dict()]
                 ),
-                correct_probability_func=_probability(case.model),
+                correct_probability_func=_probability(case.model, case.tokens),
                 device="cpu",
                 projector_kwargs={"proj_dim": min(512, len(case.x) // 2), "device": "cpu"},
             )

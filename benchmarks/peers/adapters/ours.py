@@ -19,10 +19,11 @@ METHODS: dict[str, Callable[[float], Any]] = {
     "ekfac, own damping": lambda damping: ptif.ekfac(),
     "ekfac of drawn labels": lambda damping: ptif.ekfac(damping, fisher=ptif.Fisher()),
     "dual": lambda damping: ptif.dual(damping=damping),
+    "dual, own damping": lambda damping: ptif.dual(),
     "arnoldi 50": lambda damping: ptif.arnoldi(50, curvature=ptif.GGN(), damping=damping),
     "datainf": lambda damping: ptif.datainf(damping),
     "cg guided by ekfac": lambda damping: Influence(
-        ptif.GGN(), ptif.CG(rtol=1e-2, max_steps=300), damping, preconditioner=ptif.EKFAC()
+        ptif.GGN(), ptif.CG(rtol=1e-2, max_steps=1000), damping, preconditioner=ptif.EKFAC()
     ),
 }
 
