@@ -231,13 +231,20 @@ def _train(this: Workload, options: dict[str, Any]) -> None:
         "seconds": time.perf_counter() - start,
         "damping": this.weight_decay,
     }
-    (this.folder / "meta.json").write_text(json.dumps(meta))
     if this.share is not None:
         problem, _, _ = _problem(this, options, torch.float32)
         fitted = Influence(EKFAC(), Spectral(), 1.0).fit(problem)
         # The eigenvalues of EK-FAC have the trace of the matrix they approximate.
         meta["damping"] = float(f"{this.share * fitted.members[0].operator.mean_eigenvalue():.3g}")
-        (this.folder / "meta.json").write_text(json.dumps(meta))
+    # Last: where this file is, the workload is complete.
+    (this.folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _keep(path: Path, **arrays: Any) -> None:
+    """Whole or not at all: a run that is stopped leaves nothing half written."""
+    part = path.with_name("part-" + path.name)
+    np.savez(part, **arrays)
+    part.replace(path)
 
 
 def digest(this: Workload) -> str:
@@ -267,7 +274,7 @@ def _exact(this: Workload, options: dict[str, Any], path: Path) -> None:
     else:
         method = Influence(GGN(), CG(rtol=this.exact_rtol, max_steps=5000), damping, preconditioner=EKFAC())
     scores = method.fit(problem).score((qx[some], qy[some]))
-    np.savez(path, scores=np.asarray(scores.values), damping=damping, seconds=time.perf_counter() - start)
+    _keep(path, scores=np.asarray(scores.values), damping=damping, seconds=time.perf_counter() - start)
 
 
 def _retrain(this: Workload, path: Path) -> None:
@@ -282,7 +289,7 @@ def _retrain(this: Workload, path: Path) -> None:
     for r in range(this.seeds):
         models = trained(this, x, y, kept, [100 * (r + 1) + i for i in range(this.subsets)])
         found.append(torch.stack([_measured(this, w, qx, qy)[0] for w in models]))
-    np.savez(path, kept=kept.numpy(), losses=torch.stack(found).numpy(), seconds=time.perf_counter() - start)
+    _keep(path, kept=kept.numpy(), losses=torch.stack(found).numpy(), seconds=time.perf_counter() - start)
 
 
 def make(options: dict[str, Any]) -> Callable[[], dict[str, Any]]:

@@ -225,6 +225,7 @@ def read(options: dict[str, Any]) -> Case:
         arrays = {k: torch.from_numpy(file[k]) for k in file.files}
     model = NETS[this.net]()
     model.load_state_dict({k[2:]: v for k, v in arrays.items() if k.startswith("w.")})
-    meta = json.loads((this.folder / "meta.json").read_text())
+    meta = this.folder / "meta.json"
+    damping = json.loads(meta.read_text())["damping"] if meta.exists() else 0.0  # not yet known while it is measured
     parts = (arrays[k] for k in ("x", "y", "qx", "qy"))
-    return Case(model.eval(), *parts, damping=meta["damping"], slab=this.slab, tokens=this.tokens)
+    return Case(model.eval(), *parts, damping=damping, slab=this.slab, tokens=this.tokens)
