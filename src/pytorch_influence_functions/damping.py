@@ -100,8 +100,10 @@ class Absolute(AbstractDamping):
 
     `value = 0` is allowed: the solvers then refuse any curvature that is not positive definite by itself.
 
-    >>> any_curvature = type("C", (), {"mean_eigenvalue": lambda self: 10.0})()
-    >>> Absolute(0.01).of(any_curvature)
+    >>> class Ten:
+    ...     def mean_eigenvalue(self): return 10.0
+    ...     def block_means(self): return {"a": 10.0}
+    >>> Absolute(0.01).of(Ten())
     0.01
     """
 
@@ -122,8 +124,10 @@ class FromTraining(AbstractDamping):
     Directions with an eigenvalue well below this lambda have not been fitted yet, so removing an example
     cannot move the weights along them. `lr` is the mean learning rate over the run.
 
-    >>> any_curvature = type("C", (), {"mean_eigenvalue": lambda self: 10.0})()
-    >>> round(FromTraining(lr=0.1, steps=1000, momentum=0.9).of(any_curvature), 6)
+    >>> class Ten:
+    ...     def mean_eigenvalue(self): return 10.0
+    ...     def block_means(self): return {"a": 10.0}
+    >>> round(FromTraining(lr=0.1, steps=1000, momentum=0.9).of(Ten()), 6)
     0.001
     """
 
