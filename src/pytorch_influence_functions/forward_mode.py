@@ -160,13 +160,16 @@ class Products:
                 f"Hessian() needs second derivatives, and an operation of this model has none ({_short(reason)}); "
                 "use GGN() or EmpiricalFisher()."
             ) from reason
+        # In units of the largest entry: a loss that is nearly linear here has entries whose squares are zero.
+        unit = products.abs().max().clamp_min(torch.finfo(like.dtype).tiny)
+        products, alone = products / unit, alone / unit
         uhv, vhu = (products @ flat.T)[0, 1], (products @ flat.T)[1, 0]
         scale = (products.norm(dim=1) * flat.norm(dim=1)).max()
         bound = tolerance(like.dtype) * scale
         if bool((uhv - vhu).abs() > bound) or bool((alone - products[0]).norm() > bound):
             raise InvalidInput(
-                f"The second derivative of this model is not symmetric (u.Hv = {float(uhv):.4g}, "
-                f"v.Hu = {float(vhu):.4g}): an operation's double backward is wrong in this version of "
+                f"The second derivative of this model is not symmetric (u.Hv = {float(uhv * unit):.4g}, "
+                f"v.Hu = {float(vhu * unit):.4g}): an operation's double backward is wrong in this version of "
                 "PyTorch; use GGN() instead of Hessian()."
             )
 

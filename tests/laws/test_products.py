@@ -73,3 +73,20 @@ def test_a_wrong_second_derivative_is_named() -> None:
     problem = ptif.Problem(Net().double(), ptif.CrossEntropy(), (torch.randn(6, 4).double(), torch.randint(0, 3, (6,))))
     with pytest.raises(ptif.InvalidInput, match=r"not symmetric .*use GGN\(\) instead"):
         ptif.Hessian().of(Derivatives.of(problem), Form.IMPLICIT, Budget())
+
+
+def test_a_second_derivative_whose_square_is_zero_in_floating_point_is_taken() -> None:
+    """A smooth hinge far from its kink: 1e-170 is a number, its square is not."""
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.ones(8, 1, dtype=torch.float64)
+    model = nn.Linear(3, 1).double()
+    nn.init.zeros_(model.weight)
+    nn.init.constant_(model.bias, 5.0)
+    hinge = ptif.FromFunction(lambda f, t: 0.01 * nn.functional.softplus((1 - t * f) / 0.01)[:, 0], reduction="none")
+    derivatives = Derivatives.of(ptif.Problem(model, hinge, (x, y)))
+    operator = ptif.Hessian().of(derivatives, Form.IMPLICIT, Budget())
+    product = operator.apply(derivatives.space.rows(torch.ones(1, 4, dtype=torch.float64))).flat()
+    # H = mean of s (1 - s) / t [x, 1] [x, 1]^T with s = sigmoid(-400).
+    augmented = torch.cat([x, torch.ones(8, 1, dtype=torch.float64)], 1)
+    expected = torch.exp(torch.tensor(-400.0).double()) / 0.01 * (augmented.T @ augmented.sum(1)) / 8
+    assert 0 < float(product.abs().max()) < 1e-160
+    torch.testing.assert_close(product[0] * 1e170, expected * 1e170)
