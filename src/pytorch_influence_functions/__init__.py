@@ -10,13 +10,17 @@ the training *dataset*. For a loss, positive means helpful.
 
 # The old submodules by their old names: `ptif.calc_influence_function.calc_s_test` and the like keep working.
 from . import calc_influence_function as calc_influence_function
+from . import evaluation as evaluation
 from . import influence_function as influence_function
 from . import utils as utils
 from ._version import __version__ as __version__
 from .attribute import attribute as attribute
 from .attribution import Attribution as Attribution
 from .attribution import Influence as Influence
+from .baselines import EmbeddingSimilarity as EmbeddingSimilarity
+from .baselines import Random as Random
 from .baselines import RepresenterPoints as RepresenterPoints
+from .baselines import TrainingLoss as TrainingLoss
 from .classic import Config as Config
 from .classic import InfluenceResult as InfluenceResult
 from .classic import calc_all_grad_then_test as calc_all_grad_then_test
@@ -57,6 +61,7 @@ from .errors import SolveFailed as SolveFailed
 from .errors import TooLarge as TooLarge
 from .errors import TrainingDataWarning as TrainingDataWarning
 from .errors import UnknownName as UnknownName
+from .evaluation import evaluate as evaluate
 from .methods import arnoldi as arnoldi
 from .methods import astra as astra
 from .methods import blockwise as blockwise
@@ -135,6 +140,7 @@ __all__ = [
     "DataInf",
     "Diagnostics",
     "Diagonal",
+    "EmbeddingSimilarity",
     "EmpiricalFisher",
     "Factored",
     "Fisher",
@@ -158,6 +164,7 @@ __all__ = [
     "NotLikelihood",
     "Nystrom",
     "Problem",
+    "Random",
     "Raw",
     "RelatIF",
     "Relative",
@@ -174,6 +181,7 @@ __all__ = [
     "TokenCrossEntropy",
     "TooLarge",
     "TrainingDataWarning",
+    "TrainingLoss",
     "Truncation",
     "UnknownName",
     "WeightDecay",
@@ -193,6 +201,8 @@ __all__ = [
     "display_progress",
     "dual",
     "ekfac",
+    "evaluate",
+    "evaluation",
     "exact",
     "gauss_newton",
     "get_default_config",

@@ -7,25 +7,16 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .attribution import Influence
 from .checks import check_top, in_queries
 from .damping import AbstractDamping
-from .data import Source, to_device
+from .data import Source
 from .errors import InvalidInput
 from .fitting import AbstractMethod
-from .guard import undisturbed
-from .objectives import (
-    AbstractObjective,
-    Bernoulli,
-    CrossEntropy,
-    SquaredError,
-    TokenCrossEntropy,
-    inputs_and_targets,
-)
-from .objectives.base import check_outputs
-from .problem import Checkpoint, Problem, WeightDecay, check_model, check_weights, model_device
+from .inferred import infer_objective
+from .problem import Checkpoint, Problem, WeightDecay, check_model
 from .rows import Route
 from .scores import Scores
 from .solvers import Forecast
@@ -50,6 +41,7 @@ def attribute(
     batch_size: int | None = None,
     deterministic: str = "warn",
     device: torch.device | str | None = None,
+    verify: Any = None,
     dry_run: Literal[False] = False,
 ) -> Scores: ...
 @overload
@@ -70,6 +62,7 @@ def attribute(
     batch_size: int | None = None,
     deterministic: str = "warn",
     device: torch.device | str | None = None,
+    verify: Any = None,
     dry_run: Literal[True],
 ) -> Forecast: ...
 @overload
@@ -90,6 +83,7 @@ def attribute(
     batch_size: int | None = None,
     deterministic: str = "warn",
     device: torch.device | str | None = None,
+    verify: Any = None,
     dry_run: bool,
 ) -> Scores | Forecast: ...
 def attribute(
@@ -109,6 +103,7 @@ def attribute(
     batch_size: int | None = None,
     deterministic: str = "warn",
     device: torch.device | str | None = None,
+    verify: Any = None,
     dry_run: bool = False,
 ) -> Scores | Forecast:
     r"""Predict, for every query and every training example, what removing that example would change.
@@ -134,6 +129,8 @@ def attribute(
         batch_size: examples per batch; `None`: the loader's, else 64.
         deterministic: `"warn"`, `"error"` or `"ignore"` when reading an example twice gives different values.
         device: where to compute; `None`: where the model is.
+        verify: how the model was trained, an `evaluation.Recipe` or `(dataset, seed) -> trained model`: a handful of
+            removals is retrained, and the verdict stands in `scores.diagnostics.notes`. See `Scores.verify`.
         dry_run: print and return the forecast (method, passes, memory, seconds) instead of scores.
 
     Returns:
@@ -182,7 +179,14 @@ def attribute(
         forecast = spec.forecast(problem, len(asked))
         print(forecast)
         return forecast
-    return spec.fit(problem, queries=len(asked)).score(asked, measure, top=top)
+    fitted = spec.fit(problem, queries=len(asked))
+    if verify is None:
+        return fitted.score(asked, measure, top=top)
+    scores = fitted.score(asked, measure)
+    verdict = scores.verify(verify, measure=problem.objective if measure is None else measure)
+    noted = replace(scores.diagnostics, notes=(*scores.diagnostics.notes, verdict.sentence))
+    scores = replace(scores, diagnostics=noted)
+    return scores if top is None else scores.top(top)
 
 
 def _with_options(spec: AbstractMethod, **options: Any) -> AbstractMethod:
@@ -195,52 +199,3 @@ def _with_options(spec: AbstractMethod, **options: Any) -> AbstractMethod:
             raise InvalidInput(f"{type(spec).__name__} takes no {name}=; leave it out.")
     made: AbstractMethod = replace(record, **asked) if asked else spec
     return made
-
-
-def infer_objective(model: nn.Module, source: Source, device: torch.device | str | None = None) -> AbstractObjective:
-    """The training loss, guessed from two examples' outputs and targets; refused when it could be more than one."""
-    check_weights(model)
-    ids, batch = next(iter(source.batches(torch.arange(min(2, len(source))))))
-    source.check_finite(ids, batch)
-    batch = to_device(batch, model_device(model, device))
-    with undisturbed(model), torch.no_grad():
-        outputs = CrossEntropy().outputs(model, batch)
-    targets = inputs_and_targets(batch)[2]
-    check_outputs(outputs, ids)
-    seen = f"outputs {tuple(outputs.shape)} and targets {_describe(targets)}"
-    if not isinstance(targets, Tensor):
-        raise InvalidInput(f"The loss cannot be told from {seen}; pass loss=, e.g. torch.nn.CrossEntropyLoss().")
-    whole = not targets.is_floating_point()
-    if (
-        whole
-        and outputs.dim() >= 2
-        and targets.shape == outputs.shape[:1]
-        and outputs.dim() == 2
-        and outputs.shape[1] > 1
-    ):
-        return CrossEntropy()
-    if whole and outputs.dim() == 3 and targets.shape == outputs.shape[:2]:
-        return TokenCrossEntropy(shift=_is_causal(batch, targets))
-    single = outputs.numel() == len(ids)
-    if whole and single and targets.numel() == len(ids):
-        return Bernoulli()
-    binary = bool(((targets == 0) | (targets == 1)).all())
-    if not whole and not binary and outputs.numel() == targets.numel():
-        return SquaredError()
-    raise InvalidInput(
-        f"The loss cannot be told from {seen}; pass loss=, e.g. torch.nn.CrossEntropyLoss(), MSELoss() or "
-        "BCEWithLogitsLoss()."
-    )
-
-
-def _is_causal(batch: Any, targets: Tensor) -> bool:
-    """Labels that repeat the inputs mean that the model shifts them itself."""
-    inputs = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(inputs, Tensor) or inputs.shape != targets.shape:
-        return False
-    kept = targets >= 0
-    return bool((inputs[kept] == targets[kept]).all())
-
-
-def _describe(targets: Any) -> str:
-    return f"{tuple(targets.shape)} of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__

@@ -1,21 +1,28 @@
-"""Methods that explain without a curvature: representer points of the last layer."""
+"""Methods that explain without a curvature: representer points, and the plain ones that any other has to beat."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .attribution import Attribution, Influence
-from .checks import check_problem
+from .checks import check_problem, in_queries
 from .curvature import Identity
 from .damping import Absolute
+from .data import Source
+from .diagnostics import Diagnostics
 from .errors import InvalidInput
-from .fitting import AbstractMethod
+from .fitting import AbstractMethod, resolved_measure, weights_of
 from .guard import undisturbed
+from .objectives import AbstractObjective
 from .problem import Problem, WeightDecay, sweep
+from .scores import Scores
 from .solvers import Spectral
 from .space import ROOT, Space
 from .world import World
@@ -93,3 +100,150 @@ def last_linear(problem: Problem) -> str:
         f"The outputs of {type(problem.model).__name__} are not those of a torch.nn.Linear, so it has no last layer to "
         "find representer points in; use another method, such as ptif.ekfac()."
     )
+
+
+# ------------------------------------------------------------------------------------------ plain ones
+
+
+@final
+@dataclass(frozen=True)
+class Random(AbstractMethod):
+    """Numbers drawn at random: what any method has to beat.
+
+    >>> Random(seed=1)
+    Random(seed=1)
+    """
+
+    seed: int = 0
+
+    def fit(self, problem: Problem, queries: int = 1) -> Plain:
+        return Plain(self, problem, "random numbers")
+
+
+@final
+@dataclass(frozen=True)
+class TrainingLoss(AbstractMethod):
+    """The training loss of each example, the same for every query: what is learnt least is taken to matter most.
+
+    As self-scores it is the usual way to look for wrong labels.
+
+    >>> TrainingLoss()
+    TrainingLoss()
+    """
+
+    def fit(self, problem: Problem, queries: int = 1) -> Plain:
+        return Plain(self, problem, "the loss of each training example, whatever the query")
+
+
+@final
+@dataclass(frozen=True)
+class EmbeddingSimilarity(AbstractMethod):
+    """Cosine between the features that enter the last linear layer: what looks alike is taken to help.
+
+    Features of several positions (tokens) are averaged. Raises (when fitted) `InvalidInput` where the outputs are not a
+    linear layer's.
+
+    >>> EmbeddingSimilarity()
+    EmbeddingSimilarity()
+    """
+
+    def fit(self, problem: Problem, queries: int = 1) -> Plain:
+        return Plain(self, problem, "cosine of the features before the last layer", last_linear(problem))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """A plain baseline with a problem; what it gives is in no unit, only its order means something."""
+
+    spec: Random | TrainingLoss | EmbeddingSimilarity
+    problem: Problem
+    why: str
+    layer: str = ROOT
+
+    def __post_init__(self) -> None:
+        check_problem(self.problem)
+
+    @property
+    def method(self) -> str:
+        """The method, as it would be written."""
+        return repr(self.spec)
+
+    def score(self, queries: Any, measure: Any = None, top: int | None = None) -> Scores:
+        """A number for every query and training example, high (of a loss) where the example is taken to help."""
+        with in_queries():
+            source = Source.of(queries, self.problem.batch_size)
+        objective = resolved_measure(self.problem, self.problem.objective, measure, source)
+        members = self.problem.checkpoints or (None,)
+        total = torch.zeros(len(source), len(self.problem))
+        for member in members:
+            with weights_of(self.problem, member):
+                total += self._values(source) / len(members)
+        values = total if objective.lower_is_better else -total
+        found = Scores(
+            values,
+            lower_is_better=objective.lower_is_better,
+            class_names=self.problem.data.class_names,
+            diagnostics=Diagnostics(
+                method=self.method,
+                why=self.why,
+                n_train=len(self.problem),
+                n_queries=len(source),
+                members=len(members),
+                needs_minimum=False,
+                approximation="a plain baseline: no prediction of any change",
+            ),
+            train_source=self.problem.data,
+            query_source=source,
+        )
+        return found if top is None else found.top(top)
+
+    def self_scores(self) -> Float[Tensor, " n"]:
+        """Every training example's number on itself: its loss, for `TrainingLoss`."""
+        if isinstance(self.spec, TrainingLoss):
+            return self._losses()
+        if isinstance(self.spec, EmbeddingSimilarity):
+            return torch.ones(len(self.problem))
+        return self._drawn(1)[0]
+
+    def _values(self, queries: Source) -> Tensor:
+        if isinstance(self.spec, Random):
+            return self._drawn(len(queries))
+        if isinstance(self.spec, TrainingLoss):
+            return self._losses().expand(len(queries), -1)
+        return self._features(queries) @ self._features(self.problem.data).T
+
+    def _drawn(self, queries: int) -> Tensor:
+        assert isinstance(self.spec, Random)
+        return torch.randn(queries, len(self.problem), generator=torch.Generator().manual_seed(self.spec.seed))
+
+    def _losses(self) -> Tensor:
+        objective: AbstractObjective = self.problem.objective
+        objective = resolved_measure(self.problem, objective, objective, self.problem.data)
+        found = []
+        for _, batch in sweep(self.problem, label="losses", world=World()):
+            with torch.no_grad():
+                found.append(objective.losses(objective.outputs(self.problem.model, batch), batch).float().cpu())
+        return torch.cat(found)
+
+    def _features(self, source: Source) -> Tensor:
+        found = []
+        for _, batch in sweep(self.problem, source, label="features", world=World()):
+            with entering(self.problem.model, self.layer) as seen, torch.no_grad():
+                self.problem.objective.outputs(self.problem.model, batch)
+            x = seen[-1].float().cpu()
+            found.append(x if x.dim() == 2 else x.flatten(1, -2).mean(1))
+        return nn.functional.normalize(torch.cat(found), dim=1)
+
+
+@contextmanager
+def entering(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
+    """What enters a layer, call by call, while this is open."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule("" if layer == ROOT else layer).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()

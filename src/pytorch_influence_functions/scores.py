@@ -21,8 +21,10 @@ from .errors import InvalidInput, NonFinite, name_ids, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .evaluation import Verification
 else:
-    Figure = Any  # matplotlib is optional; annotations may be looked at when it is absent
+    Figure = Verification = Any  # optional, or of a higher room; annotations may be looked at when they are absent
 
 Labels: TypeAlias = Tensor | NDArray[Any] | Sequence[Any] | None
 
@@ -433,6 +435,17 @@ class Scores:
         from .report.plots import plot_influences
 
         return plot_influences(self, q, k, train=train, queries=queries, denormalize=denormalize, path=path)
+
+    def verify(self, recipe: Any, n: int = 12, size: int | None = None, seeds: Any = 3, **options: Any) -> Verification:
+        """Remove `n` groups of `size` examples for real, retrain, compare: `ptif.evaluation.verify`, with its options.
+
+        `print(scores.verify(recipe))` gives predicted against measured change, slope, r, and whether the top of the
+        ranking is distinguishable from noise, in one sentence. `recipe`: a `ptif.evaluation.Recipe`, or a function
+        `(dataset, seed) -> trained model` (then with `measure=`).
+        """
+        from .evaluation import verify
+
+        return verify(self, recipe, n, size, seeds, **options)
 
 
 def _check_indices(indices: Tensor, shape: torch.Size, n_train: int) -> None:

@@ -132,7 +132,7 @@ def test_ridge_leave_one_out_is_influence_over_one_minus_leverage() -> None:
     for solver in (ptif.Spectral(), ptif.Woodbury()):
         spec = ptif.Influence(ptif.GGN(), solver, 1e-12, scaling=ptif.Leverage())
         got = spec.fit(problem).score((xq, yq), measure=measure)
-        assert relative_gap(got.values, change) < 1e-6 if isinstance(solver, ptif.Woodbury) else 1e-9
+        assert relative_gap(got.values, change) < (1e-6 if isinstance(solver, ptif.Woodbury) else 1e-9)
         first_order = ptif.Influence(ptif.GGN(), solver, 1e-12).fit(problem).score((xq, yq), measure=measure)
         assert relative_gap(first_order.values, change) > 0.05
 

@@ -1,0 +1,130 @@
+"""Rank and linear correlation per query over subsets, with resampling of the subsets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import InvalidInput
+
+RESAMPLES = 1000
+LEVEL = 0.95
+# Numbers of one slab of resampled ranks.
+_SLAB = 20_000_000
+Statistic = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(predicted [Q, S], actual [Q, S], weights [B, S]) -> [B, Q]`, every subset counting so many times."""
+
+
+def weighted_ranks(values: Float[Tensor, "q s"], weights: Float[Tensor, "b s"]) -> Float[Tensor, "b q s"]:
+    """Ranks along the last axis where value s occurs `weights[b, s]` times; equal values share their mean rank."""
+    order = values.argsort(-1)
+    ordered = values.gather(-1, order)
+    s = values.shape[-1]
+    at = torch.arange(s).expand_as(order)
+    opens = torch.ones_like(order, dtype=torch.bool)
+    opens[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    closes = opens.roll(-1, -1)
+    closes[:, -1] = True
+    first = torch.where(opens, at, 0).cummax(-1).values
+    last = torch.where(closes, at, s - 1).flip(-1).cummin(-1).values.flip(-1)
+    total = weights[:, order].cumsum(-1)
+    before = torch.cat([torch.zeros_like(total[..., :1]), total], -1)
+    spread = total.shape
+    ranks = (total.gather(-1, last.expand(spread)) + before.gather(-1, first.expand(spread))) / 2
+    return torch.zeros_like(ranks).scatter(-1, order.expand(spread), ranks)
+
+
+def _linear(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Weighted Pearson correlation [B, Q]; 0 where one side does not vary."""
+    w = (weights / weights.sum(-1, keepdim=True))[:, None]
+    a, b = a - (a * w).sum(-1, keepdim=True), b - (b * w).sum(-1, keepdim=True)
+    size = ((a * a * w).sum(-1) * (b * b * w).sum(-1)).clamp_min(0).sqrt()
+    found: Tensor = torch.where(size > 0, (a * b * w).sum(-1) / size.where(size > 0, 1.0), 0.0)
+    return found
+
+
+def pearson(predicted: Tensor, actual: Tensor, weights: Tensor) -> Tensor:
+    """Linear correlation per query [B, Q]."""
+    return _linear(predicted[None], actual[None], weights)
+
+
+def spearman(predicted: Tensor, actual: Tensor, weights: Tensor) -> Tensor:
+    """Rank correlation per query [B, Q]."""
+    return _linear(weighted_ranks(predicted, weights), weighted_ranks(actual, weights), weights)
+
+
+def slope(predicted: Tensor, actual: Tensor, weights: Tensor) -> Tensor:
+    """Least-squares slope of actual on predicted per query [B, Q], with an intercept; 0 where nothing is predicted."""
+    w = (weights / weights.sum(-1, keepdim=True))[:, None]
+    x, y = predicted[None], actual[None]
+    x, y = x - (x * w).sum(-1, keepdim=True), y - (y * w).sum(-1, keepdim=True)
+    size = (x * x * w).sum(-1)
+    found: Tensor = torch.where(size > 0, (x * y * w).sum(-1) / size.where(size > 0, 1.0), 0.0)
+    return found
+
+
+def plain(statistic: Statistic, predicted: Tensor, actual: Tensor) -> Float[Tensor, " q"]:
+    """The statistic per query, every subset once."""
+    return statistic(predicted.double(), actual.double(), torch.ones(1, predicted.shape[-1], dtype=torch.float64))[0]
+
+
+def resampled(
+    statistic: Statistic, predicted: Tensor, actual: Tensor, resamples: int, seed: int = 0
+) -> Float[Tensor, " b"]:
+    """The mean over queries under resampled subsets. The same seed gives the same draws: differences are paired."""
+    predicted, actual = predicted.double(), actual.double()
+    return torch.cat([statistic(predicted, actual, w).mean(-1) for w in _draws(predicted.shape, resamples, seed)])
+
+
+def _draws(shape: torch.Size, resamples: int, seed: int) -> Iterator[Tensor]:
+    queries, subsets = shape
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(subsets, (resamples, subsets), generator=generator)
+    weights = torch.zeros(resamples, subsets, dtype=torch.float64)
+    weights.scatter_add_(1, picked, torch.ones_like(weights))
+    yield from torch.split(weights, max(1, _SLAB // (queries * subsets)))
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Estimate:
+    """A number with the middle 95 % of what resampling gives, and the protocol it belongs to."""
+
+    value: float
+    low: float
+    high: float
+    protocol: str
+    draws: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @staticmethod
+    def of(value: float, draws: Tensor, protocol: str) -> Estimate:
+        """From the value on everything and on every resampling."""
+        if not len(draws):
+            raise InvalidInput("resamples must be at least 1.")
+        tail = (1.0 - LEVEL) / 2
+        low, high = torch.quantile(draws.double(), torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
+        return Estimate(float(value), low, high, protocol, draws)
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The difference, paired: both must have been resampled alike.
+
+        Raises:
+            InvalidInput: numbers of different protocols, or of different numbers of resamplings.
+        """
+        if self.protocol != other.protocol or len(self.draws) != len(other.draws):
+            raise InvalidInput(
+                f"Numbers of different protocols cannot be compared: {self.protocol!r} and {other.protocol!r}; use the "
+                "same truth and resamples for both."
+            )
+        return Estimate.of(self.value - other.value, self.draws - other.draws, self.protocol)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+    def __repr__(self) -> str:
+        return f"Estimate({self}, {self.protocol})"

@@ -1,0 +1,130 @@
+"""A user's own training function: run here one by one, or in processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..data import Source
+from ..errors import InvalidInput
+from ..guard import same_rng
+from ..objectives import AbstractObjective
+from ..objectives.base import LABELS
+from .recipe import TrainFunction, words
+from .training import Job, measure
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Part(Dataset[Any]):
+    """What a training function is given: the examples that are kept, `.indices` into the whole dataset."""
+
+    dataset: Any
+    indices: list[int]
+    labels: Mapping[int, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, at: int) -> Any:
+        index = self.indices[at]
+        item = self.dataset[index]
+        return _relabelled(item, self.labels[index]) if index in self.labels else item
+
+
+def _relabelled(item: Any, label: Any) -> Any:
+    """An example with another label, of the type of its own."""
+    if isinstance(item, Mapping):
+        name = next((k for k in LABELS if k in item), None)
+        if name is None:
+            raise InvalidInput("An example without 'labels' or 'label' cannot be relabelled; rename its target.")
+        return {**item, name: _like(item[name], label)}
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise InvalidInput(
+            f"An example of type {type(item).__name__} has no target to relabel; expected (inputs, target)."
+        )
+    return type(item)([*item[:-1], _like(item[-1], label)])
+
+
+def _like(old: Any, label: Any) -> Any:
+    return torch.as_tensor(label, dtype=old.dtype) if isinstance(old, Tensor) else label
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Everything one training needs: it must travel to another process."""
+
+    function: TrainFunction
+    data: Source
+    queries: Source
+    measure: AbstractObjective
+
+    def run(self, job: Job) -> Tensor:
+        """Train and measure, [Q]; random generators start from the job's seed and are put back."""
+        return measure(self.train(job), self.measure, self.queries, [job.seed])[0]
+
+    def train(self, job: Job) -> nn.Module:
+        """The trained model, in eval mode."""
+        part = Part(self.data.dataset, job.kept.nonzero().flatten().tolist(), job.change)
+        with same_rng():
+            random.seed(job.seed)
+            np.random.seed(job.seed % 2**32)
+            torch.manual_seed(job.seed)
+            made = self.function(part, job.seed)
+        if not isinstance(made, nn.Module):
+            raise InvalidInput(
+                f"The training function {words(self.function)} gave {type(made).__name__}, expected the trained "
+                "torch.nn.Module; return it."
+            )
+        return made.eval()
+
+
+_work: Work | None = None
+
+
+def _begin(work: Work) -> None:
+    global _work
+    torch.set_num_threads(1)
+    _work = work
+
+
+def _one(at: int, job: Job) -> tuple[int, Tensor]:
+    assert _work is not None
+    return at, _work.run(job)
+
+
+def run(work: Work, jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield `(position of the job, measurements [Q])` as trainings finish.
+
+    Raises:
+        InvalidInput: the function or the data cannot be sent to another process.
+    """
+    if processes == 1:
+        for at, job in enumerate(jobs):
+            yield at, work.run(job)
+        return
+    try:
+        pickle.dumps(work)
+    except Exception as cause:
+        raise InvalidInput(
+            f"The training function {words(work.function)} or its data cannot be sent to another process ({cause}); "
+            "define it in a module, or use workers=1."
+        ) from cause
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(work,)) as pool:
+        try:
+            for future in as_completed([pool.submit(_one, at, job) for at, job in enumerate(jobs)]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

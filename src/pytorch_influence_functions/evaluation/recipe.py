@@ -1,0 +1,190 @@
+"""How a model comes about: the built-in training recipe. A user's own training function is the other kind."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidInput
+from ..objectives import AbstractObjective, as_objective
+
+# The random generator is one for all threads; models are made one after the other.
+_seeding = threading.Lock()
+
+Optimizer: TypeAlias = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+TrainFunction: TypeAlias = Callable[[Any, int], nn.Module]
+"""`(dataset, seed) -> trained model`; the dataset holds what is kept, with `.indices` into the whole one."""
+
+
+@final
+@dataclass(frozen=True)
+class Constant:
+    """The same learning rate at every step."""
+
+    def __call__(self, step: int, steps: int) -> float:
+        """The factor on the learning rate at `step` of `steps`."""
+        return 1.0
+
+
+@final
+@dataclass(frozen=True)
+class Linear:
+    """Up from zero during the share `warmup` of all steps, then down to zero in a straight line.
+
+    >>> [Linear(warmup=0.0)(step, 4) for step in range(4)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+
+    warmup: float = 0.1
+
+    def __call__(self, step: int, steps: int) -> float:
+        """The factor on the learning rate at `step` of `steps`."""
+        return _rising(step, steps, self.warmup) * (1.0 - step / steps)
+
+
+@final
+@dataclass(frozen=True)
+class Cosine:
+    """Up from zero during the share `warmup` of all steps, and down to zero along half a cosine."""
+
+    warmup: float = 0.1
+
+    def __call__(self, step: int, steps: int) -> float:
+        """The factor on the learning rate at `step` of `steps`."""
+        return _rising(step, steps, self.warmup) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def _rising(step: int, steps: int, warmup: float) -> float:
+    return min(1.0, (step + 1) / max(1.0, warmup * steps))
+
+
+Schedule: TypeAlias = Constant | Linear | Cosine
+
+
+@final
+@dataclass(frozen=True)
+class Recipe:
+    """Mini-batch training with an optimiser of `torch.optim`: the built-in recipe.
+
+    Everything follows from the seed: initial weights, and the order of examples. The order is one of the whole
+    training set, from which a subset takes what it keeps, so that models of one seed differ by the subset alone.
+
+    Args:
+        model: makes the untrained model; called under the seed. A class, or a function without arguments.
+        optimizer: makes the optimiser from parameters, such as `partial(torch.optim.Adam, lr=1e-3)`. Weight decay
+            belongs to it.
+        epochs: passes over the subset.
+        batch_size: examples per step; `None`: all of them (for L-BFGS, say).
+        schedule: `Constant()`, `Linear(warmup)` or `Cosine(warmup)`, per step.
+        loss: the training loss, as `ptif.attribute` takes it; the mean over the batch is minimised. `None`: inferred.
+        start: weights to begin with instead of the seed's own: a warm start.
+        hold_batches: leave all batches as they are in training on everything, and give what is left out weight 0 (the
+            mean still divides by the full batch): trajectory-specific removal. Otherwise batches are filled up again.
+
+    Reference for the last: Wang et al. (2025), "Capturing the temporal dependence of training data influence".
+
+    >>> Recipe(lambda: nn.Linear(3, 2), epochs=5).steps(100)
+    10
+    """
+
+    model: Callable[[], nn.Module]
+    optimizer: Optimizer = field(default=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
+    epochs: int = 20
+    batch_size: int | None = 64
+    schedule: Schedule = Linear()
+    loss: Any = None
+    start: Mapping[str, Tensor] | None = field(default=None, compare=False)
+    hold_batches: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            given = getattr(self, name)
+            if given is not None and (not isinstance(given, int) or given < 1):
+                raise InvalidInput(f"{name} must be a whole number of at least 1, got {given!r}.")
+        for name in ("model", "optimizer"):
+            if not callable(getattr(self, name)) or isinstance(getattr(self, name), nn.Module):
+                raise InvalidInput(
+                    f"{name} must be a function that makes one, got {type(getattr(self, name)).__name__}; every "
+                    "training needs its own, so give a class or a lambda."
+                )
+
+    def steps(self, examples: int) -> int:
+        """Optimiser steps for so many examples."""
+        return self.epochs * -(-examples // (self.batch_size or examples))
+
+    def objective(self) -> AbstractObjective | None:
+        """The loss as an objective, `None` where it is to be inferred."""
+        return None if self.loss is None else as_objective(self.loss)
+
+    def fresh(self, seed: int) -> nn.Module:
+        """The model before its first step. The global random state is left alone."""
+        with _seeding, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = self.model()
+        if not isinstance(made, nn.Module):
+            raise InvalidInput(f"The recipe's model() gave {type(made).__name__}, expected a torch.nn.Module.")
+        if self.start is not None:
+            try:
+                made.load_state_dict(dict(self.start))
+            except RuntimeError as cause:
+                raise InvalidInput(
+                    f"The recipe's start does not fit its model: {str(cause).splitlines()[-1].strip()}"
+                ) from cause
+        return made.train()
+
+    def __repr__(self) -> str:
+        """Without what has no words: a warm start by name, not by its numbers."""
+        parts = [words(self.model), f"optimizer={words(self.optimizer)}", f"epochs={self.epochs}"]
+        parts += [f"batch_size={self.batch_size}", f"schedule={self.schedule!r}"]
+        parts += [] if self.loss is None else [f"loss={words(self.loss)}"]
+        parts += [] if self.start is None else ["start=given weights"]
+        parts += ["hold_batches=True"] if self.hold_batches else []
+        return f"Recipe({', '.join(parts)})"
+
+
+def words(thing: Any) -> str:
+    """What to call a function, a partial, or a record: without addresses, so that it is the same in every run."""
+    if isinstance(thing, partial):
+        given = [repr(a) for a in thing.args] + [f"{k}={v!r}" for k, v in thing.keywords.items()]
+        return f"{words(thing.func)}({', '.join(given)})"
+    if inspect.isfunction(thing) or inspect.isclass(thing) or inspect.ismethod(thing) or inspect.isbuiltin(thing):
+        return thing.__qualname__.replace("<locals>.", "")
+    return repr(thing)
+
+
+def code_of(thing: Any) -> str:
+    """A hash of a function's own code, constants and captured plain values; of anything else, its words.
+
+    Functions it calls are not looked into: a change there is not noticed.
+    """
+    thing = thing.func if isinstance(thing, partial) else thing
+    code = getattr(thing, "__code__", None)
+    if code is None:
+        return words(thing)
+    made = hashlib.sha256()
+    _absorb_code(made, code)
+    for cell in getattr(thing, "__closure__", None) or ():
+        value = cell.cell_contents
+        if isinstance(value, (int, float, str, bool, tuple)):
+            made.update(repr(value).encode())
+    made.update(repr([d for d in thing.__defaults__ or () if isinstance(d, (int, float, str, bool))]).encode())
+    return made.hexdigest()
+
+
+def _absorb_code(made: Any, code: Any) -> None:
+    made.update(code.co_code)
+    made.update(repr(code.co_names).encode())
+    for constant in code.co_consts:
+        if hasattr(constant, "co_code"):
+            _absorb_code(made, constant)
+        else:  # a set's order differs from run to run
+            made.update(repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant).encode())

@@ -1,0 +1,129 @@
+"""Subset-removal curves: take away what scores call most helpful to a query, and see how far it falls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..data import Source
+from ..errors import InvalidInput, UnknownName, nearest
+from ..problem import Problem
+from ..scores import Scores
+from .correlate import RESAMPLES, Estimate
+from .retraining import retrain
+from .subsets import Subsets
+from .table import contenders
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class RemovalCurves:
+    """What happened to each query when its own top examples were removed. More harm is better attribution.
+
+    Args:
+        counts: the numbers k of removed examples.
+        measured: for each name [K, R, Q], the query's measure after training without its own top k.
+        baseline: [R, Q], after training on everything.
+        lower_is_better: of the measure.
+        protocol: in words.
+        left_out: controls that could not be had, with the reason.
+    """
+
+    counts: tuple[int, ...]
+    measured: Mapping[str, Float[Tensor, "k r q"]]
+    baseline: Float[Tensor, "r q"]
+    lower_is_better: bool
+    protocol: str
+    left_out: Mapping[str, str]
+
+    def harm(self, name: str, count: int, resamples: int = RESAMPLES) -> Estimate:
+        """Mean over queries of how much worse the measure became; the interval resamples queries.
+
+        Raises:
+            UnknownName: no such method.
+            InvalidInput: that number was not removed.
+        """
+        if name not in self.measured:
+            raise UnknownName(f"No method {name!r} among the curves.{nearest(name, self.measured)}")
+        if count not in self.counts:
+            raise InvalidInput(f"{count} examples were not removed; removed were {', '.join(map(str, self.counts))}.")
+        change = self.measured[name][self.counts.index(count)].double() - self.baseline.double()
+        worse = (change if self.lower_is_better else -change).mean(0)
+        picked = torch.randint(len(worse), (resamples, len(worse)), generator=torch.Generator().manual_seed(0))
+        return Estimate.of(float(worse.mean()), worse[picked].mean(1), f"{self.protocol}, {count} removed")
+
+    def below_zero(self, name: str, count: int) -> float:
+        """Share of trainings and queries whose measure is below zero: flipped predictions, where it is a margin."""
+        return float((self.measured[name][self.counts.index(count)] < 0).double().mean())
+
+    def __str__(self) -> str:
+        wide = max(map(len, self.measured))
+        lines = [f"harm to a query by {self.protocol}; 95 % intervals over queries"]
+        lines.append("  " + " " * wide + "".join(f"  {f'{k} removed':>24}" for k in self.counts))
+        order = sorted(self.measured, key=lambda name: -self.harm(name, self.counts[-1], 1).value)
+        for name in order:
+            cells = "".join(f"  {self.harm(name, k)!s:>24}" for k in self.counts)
+            lines.append(f"  {name:<{wide}}{cells}")
+        lines += [f"  {name:<{wide}}  not available: {why}" for name, why in self.left_out.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def removal_curves(
+    recipe: Any,
+    methods: Any,
+    counts: Sequence[int] = (10, 40, 160),
+    seeds: int | Sequence[int] = 3,
+    *,
+    train: Any,
+    queries: Any,
+    measure: Any = None,
+    problem: Problem | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+) -> RemovalCurves:
+    """Retrain without each query's `k` most helpful examples, for every method and k: brittleness curves.
+
+    Controls (random, loss, embedding similarity, gradient dot product) are run with `problem`; random always. One
+    training per method, query, k and seed. Other arguments as in `retrain`; methods as in `evaluate`.
+
+    Raises:
+        InvalidInput: k below 1 or not below N, scores that do not fit.
+
+    Reference: Ilyas et al. (2022), "Datamodels".
+    """
+    source, asked = Source.of(train), Source.of(queries)
+    n, q = len(source), len(asked)
+    removed = tuple(int(k) for k in counts)
+    if not removed or min(removed) < 1 or max(removed) >= n or len(set(removed)) < len(removed):
+        raise InvalidInput(f"counts must be different numbers from 1 to {n - 1}, got {tuple(counts)}.")
+    found, left_out = contenders(methods, (q, n), problem, asked, measure)
+    orders = {c.name: helpful_orders(c.scores, (q, n)) for c in found}
+    groups = [order[at, :k] for order in orders.values() for k in removed for at in range(q)]
+    truth = retrain(
+        recipe, Subsets.groups(n, groups), seeds, train=source, queries=asked, measure=measure, folder=folder,
+        workers=workers,
+    )  # fmt: skip
+    table = truth.measured.reshape(len(orders), len(removed), q, len(truth.seeds), q)
+    own = table.diagonal(dim1=2, dim2=4)  # each query after its own removal: [names, K, R, Q]
+    protocol = f"removal of each query's most helpful examples, {len(truth.seeds)} seeds, {q} queries"
+    measured = dict(zip(orders, own, strict=True))
+    return RemovalCurves(removed, measured, truth.baseline, truth.lower_is_better, protocol, left_out)
+
+
+def helpful_orders(scores: Scores | Tensor, shape: tuple[int, int]) -> Tensor:
+    """Training indices from most to least helpful, [Q, N]; a plain matrix counts as scores of a loss."""
+    wrapped = scores if isinstance(scores, Scores) else Scores(scores)
+    if wrapped.indices is not None or wrapped.shape != shape:
+        raise InvalidInput(
+            f"Scores of shape {wrapped.shape} do not fit {shape[0]} queries and {shape[1]} training examples; score "
+            "the same data, without top=."
+        )
+    return torch.stack([wrapped.helpful_order(q) for q in range(len(wrapped))])

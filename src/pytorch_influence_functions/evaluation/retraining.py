@@ -1,0 +1,279 @@
+"""Train on each subset with each seed and measure: the ground truth of data attribution."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .._version import __version__
+from ..data import Source
+from ..errors import InvalidInput
+from ..fitting import resolved_measure
+from ..guard import same_rng
+from ..inferred import infer_objective
+from ..objectives import AbstractObjective, FromFunction, as_objective
+from ..problem import Problem
+from ..progress import Meter
+from . import kept, own, training
+from .recipe import Recipe, TrainFunction, code_of, words
+from .subsets import Subsets
+from .training import Examples, Job, Stack, Way
+from .truth import Truth
+
+
+def retrain(
+    recipe: Any,
+    subsets: Any,
+    seeds: int | Sequence[int] = 5,
+    *,
+    train: Any,
+    queries: Any,
+    measure: Any = None,
+    folder: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+) -> Truth:
+    """Train on each subset with each seed, and on everything with each seed; measure every query each time.
+
+    The same request gives the same numbers, in whatever order or number of workers. With `folder` every finished
+    training is kept there under a hash of recipe, data, queries and measure: an interrupted run goes on where it
+    stopped, and further subsets or seeds add to what is there.
+
+    Args:
+        recipe: a `Recipe`, or your own function `(dataset, seed) -> trained model`; the dataset it gets holds what
+            is kept (with labels changed where asked), and has `.indices` into the whole. Random generators start from
+            the seed.
+        subsets: `Subsets`, or a bool matrix [S, N], True where kept.
+        seeds: how many (0, 1, ...), or which.
+        train, queries: data, as `ptif.attribute` takes them.
+        measure: what is measured on a query; `None`: the training loss.
+        folder: where finished work is kept.
+        workers: a `Recipe` trains in so many threads (`None`: torch's number of threads), a function of your own in so
+            many processes (`None`: in this one; more need a function defined in a module).
+
+    Returns:
+        `Truth` with `measured` [S, R, Q] and `baseline` [R, Q].
+
+    Raises:
+        InvalidInput, NonFinite: one sentence each.
+
+    >>> x = torch.arange(12.0).reshape(6, 2).sin()
+    >>> recipe = Recipe(lambda: torch.nn.Linear(2, 1), epochs=2, batch_size=3, loss=torch.nn.MSELoss())
+    >>> truth = retrain(recipe, Subsets.leave_one_out(6), seeds=2, train=(x, x[:, :1]), queries=(x[:1], x[:1, :1]))
+    >>> truth.measured.shape
+    torch.Size([6, 2, 1])
+    """
+    began = time.perf_counter()
+    source, asked = Source.of(train), Source.of(queries)
+    parts = Subsets.of(subsets)
+    if parts.n != len(source):
+        raise InvalidInput(
+            f"The subsets are of {parts.n} examples and the training data hold {len(source)}; make them fit."
+        )
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(s) for s in seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise InvalidInput(f"seeds must be a number of at least 1, or different whole numbers; got {seeds!r}.")
+    if not isinstance(recipe, Recipe) and not callable(recipe):
+        raise InvalidInput(
+            f"recipe must be a Recipe or a function (dataset, seed) -> trained model, got {type(recipe).__name__}."
+        )
+    if workers is not None and workers < 1:
+        raise InvalidInput(f"workers must be at least 1, got {workers}.")
+    plan = _Plan.of(recipe, source, asked, measure, chosen[0], workers)
+    everything = torch.ones(parts.n, dtype=torch.bool)
+    jobs = [Job(everything, {}, r) for r in chosen]
+    jobs += [Job(row, parts.change(s), r) for s, row in enumerate(parts.kept) for r in chosen]
+    shelf = kept.Shelf.at(folder, plan.mark)
+    values, before = plan.results(jobs, shelf)
+    table = torch.stack(values).reshape(1 + len(parts), len(chosen), -1)
+    return Truth(
+        subsets=parts,
+        measured=table[1:],
+        baseline=table[0],
+        seeds=chosen,
+        lower_is_better=plan.measure.lower_is_better,
+        recipe=plan.words,
+        measure=repr(plan.measure),
+        how=plan.how,
+        mark=plan.mark,
+        seconds=before + time.perf_counter() - began,
+    )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """How jobs are carried out."""
+
+    recipe: Recipe | TrainFunction
+    objective: AbstractObjective
+    measure: AbstractObjective
+    source: Source
+    queries: Source
+    examples: Examples | None
+    way: Way
+    workers: int
+    words: str
+    how: str
+    mark: str
+
+    @staticmethod
+    def of(
+        recipe: Recipe | TrainFunction, source: Source, queries: Source, asked: Any, seed: int, workers: int | None
+    ) -> _Plan:
+        if not isinstance(recipe, Recipe):
+            return _Plan._of_function(recipe, source, queries, asked, seed, workers or 1)
+        model = recipe.fresh(seed)
+        loss = recipe.objective() or infer_objective(model, source)
+        problem = Problem(model, loss, source)
+        objective = resolved_measure(problem, problem.objective, problem.objective, source)
+        examples = Examples.of(source)
+        way = Way.of(recipe, objective, examples, seed)
+        made = hashlib.sha256()
+        kept.absorb(made, __version__, recipe, code_of(recipe.model), code_of(recipe.optimizer), model, repr(objective))
+        for name, tensor in sorted(model.state_dict().items()):
+            kept.absorb(made, name, tensor)
+        threads = 1 if way.draws else workers or torch.get_num_threads()
+        measured = resolved_measure(problem, objective, asked, queries)
+        said = f"{way.words}; {threads} thread{'s' * (threads != 1)}"
+        parts = (recipe, objective, measured, source, queries, examples, way, threads, repr(recipe), said)
+        return _Plan(*parts, _mark(made, source, queries, measured))
+
+    @staticmethod
+    def _of_function(
+        recipe: TrainFunction, source: Source, queries: Source, asked: Any, seed: int, workers: int
+    ) -> _Plan:
+        if asked is None:
+            raise InvalidInput(
+                "What to measure on a query cannot be told from a training function; pass measure=, e.g. "
+                "torch.nn.CrossEntropyLoss()."
+            )
+        measured = as_objective(asked)
+        if isinstance(measured, FromFunction):  # how it averages is found by trying it on a model
+            probe = own.Work(recipe, source, queries, measured)
+            first = probe.train(Job(torch.ones(len(source), dtype=torch.bool), {}, seed))
+            measured = resolved_measure(Problem(first, measured, queries), measured, measured, queries)
+        made = hashlib.sha256()
+        kept.absorb(made, __version__, words(recipe), code_of(recipe))
+        place = "in this process" if workers == 1 else f"in {workers} processes"
+        parts = (
+            recipe,
+            measured,
+            measured,
+            source,
+            queries,
+            None,
+            Way(1, ""),
+            workers,
+            words(recipe),
+            f"one by one {place}",
+        )
+        return _Plan(*parts, _mark(made, source, queries, measured))
+
+    def results(self, jobs: Sequence[Job], shelf: kept.Shelf) -> tuple[list[Tensor], float]:
+        """The measurements of every job, from the shelf or freshly made; and the seconds spent on those found."""
+        names = [kept.key(job) for job in jobs]
+        found, before = shelf.read()
+        found = {name: value for name, value in found.items() if name in set(names)}
+        missing = {name: job for name, job in zip(names, jobs, strict=True) if name not in found}
+        with Meter(len(set(names)), "retraining", "model") as meter:
+            meter.advance(len(found))
+            for keys, values, seconds in self._fresh(missing):
+                shelf.write(keys, values, seconds)
+                found |= dict(zip(keys, values, strict=True))
+                meter.advance(len(keys))
+        return [found[name] for name in names], before
+
+    def _fresh(self, jobs: dict[str, Job]) -> Iterator[tuple[list[str], Tensor, float]]:
+        names = list(jobs)
+        if self.examples is None:
+            assert not isinstance(self.recipe, Recipe)
+            work = own.Work(self.recipe, self.source, self.queries, self.measure)
+            last = time.perf_counter()
+            for at, values in own.run(work, list(jobs.values()), self.workers):
+                now = time.perf_counter()
+                yield [names[at]], values[None], now - last
+                last = now
+            return
+        yield from self._in_threads([[(n, jobs[n]) for n in chunk] for chunk in self._chunks(jobs)])
+
+    def _chunks(self, jobs: dict[str, Job]) -> list[list[str]]:
+        """Jobs that go through the same number of batches of the same sizes, as many together as is worth it."""
+        alike: dict[int, list[str]] = defaultdict(list)
+        assert isinstance(self.recipe, Recipe)
+        for name, job in jobs.items():
+            alike[0 if self.recipe.hold_batches else int(job.kept.sum())].append(name)
+        found = []
+        for group in alike.values():
+            # No more at once than leaves work for every thread.
+            size = max(1, min(self.way.together, -(-len(group) // self.workers)))
+            found += [group[at : at + size] for at in range(0, len(group), size)]
+        return found
+
+    def _in_threads(self, chunks: list[list[tuple[str, Job]]]) -> Iterator[tuple[list[str], Tensor, float]]:
+        given_up = threading.Event()
+
+        def one(chunk: list[tuple[str, Job]]) -> tuple[list[str], Tensor, float]:
+            torch.set_num_threads(1)  # belongs to the thread that asks
+            began = time.perf_counter()
+            values = self._train([job for _, job in chunk], given_up)
+            return [name for name, _ in chunk], values, time.perf_counter() - began
+
+        with _one_thread(), ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for future in as_completed([pool.submit(one, chunk) for chunk in chunks]):
+                    keys, values, seconds = future.result()
+                    yield keys, values, seconds / self.workers
+            finally:
+                given_up.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _train(self, jobs: list[Job], given_up: threading.Event) -> Tensor:
+        assert isinstance(self.recipe, Recipe) and self.examples is not None
+
+        def stop() -> None:
+            if given_up.is_set():
+                raise InterruptedError("given up: another training failed or the run was interrupted")
+
+        model: torch.nn.Module | Stack
+        if self.way.together > 1:
+            model = training.train_together(self.recipe, self.objective, self.examples, jobs, stop)
+        else:
+            with _drawing(jobs[0].seed) if self.way.draws else nullcontext():
+                model = training.train(self.recipe, self.objective, self.examples, jobs[0], stop)
+        return training.measure(model, self.measure, self.queries, [job.seed for job in jobs])
+
+
+def _mark(made: Any, source: Source, queries: Source, measured: AbstractObjective) -> str:
+    kept.absorb_source(made, source)
+    kept.absorb_source(made, queries)
+    kept.absorb(made, repr(measured))
+    return str(made.hexdigest())
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Dropout and the like draw from the seed; afterwards the global random state is as before."""
+    with same_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,223 @@
+"""Many methods against one truth: a table, its figure, and paired comparisons."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from ..attribution import Influence
+from ..baselines import EmbeddingSimilarity, Random, TrainingLoss
+from ..curvature import Identity
+from ..damping import Absolute
+from ..data import Source
+from ..errors import InvalidInput, UnknownName, nearest, require
+from ..fitting import AbstractMethod
+from ..problem import Problem
+from ..scores import Scores
+from ..solvers import Spectral
+from .correlate import RESAMPLES, Estimate
+from .metrics import evaluated, main_metric, noise_ceiling
+from .truth import Truth
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BASELINES: Mapping[str, AbstractMethod] = {
+    "random": Random(),
+    "loss": TrainingLoss(),
+    "embedding similarity": EmbeddingSimilarity(),
+    "gradient dot product": Influence(Identity(), Spectral(), Absolute(0.0)),
+}
+"""In every table that is given a problem and queries."""
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One method's line."""
+
+    name: str
+    estimate: Estimate
+    seconds: float | None
+    models: int
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """How well methods predict one truth; printed, it is a table with the protocol above it.
+
+    Args:
+        metric: "LDS" or "correlation".
+        protocol: the protocol with its numbers.
+        ceiling: what perfect predictions would reach with these seeds; None with one seed.
+        rows: a line per method, best first.
+        left_out: baselines that could not be had, with the reason.
+    """
+
+    metric: str
+    protocol: str
+    ceiling: float | None
+    rows: tuple[Row, ...]
+    left_out: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Estimate:
+        """One method's number.
+
+        Raises:
+            UnknownName: no such method.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row.estimate
+        raise UnknownName(f"No method {name!r} in this table.{nearest(name, [r.name for r in self.rows])}")
+
+    def compare(self, a: str, b: str) -> Estimate:
+        """By how much `a` is above `b`, with the interval of the paired difference."""
+        return self[a].minus(self[b])
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame, a row per method, best first.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        frame = [
+            {
+                "method": row.name,
+                self.metric: row.estimate.value,
+                "low": row.estimate.low,
+                "high": row.estimate.high,
+                "of ceiling": None if not self.ceiling else row.estimate.value / self.ceiling,
+                "seconds": row.seconds,
+                "models": row.models,
+            }
+            for row in self.rows
+        ]
+        return require("pandas", "frame").DataFrame(frame).set_index("method")
+
+    def plot(self) -> Figure:
+        """A bar per method with its interval, and the ceiling as a line.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        from ..report.bars import plot_bars
+
+        values = {row.name: (row.estimate.value, row.estimate.low, row.estimate.high) for row in self.rows}
+        return plot_bars(values, self.metric, self.ceiling, self.protocol)
+
+    def __str__(self) -> str:
+        wide = max(len(row.name) for row in self.rows)
+        ceiling = "one seed, so no noise ceiling" if self.ceiling is None else f"noise ceiling {self.ceiling:.3f}"
+        lines = [f"{self.metric} by {self.protocol}; {ceiling}; 95 % intervals over resampled subsets"]
+        for row in self.rows:
+            share = f"  {row.estimate.value / self.ceiling:6.0%} of ceiling" if self.ceiling else ""
+            took = "" if row.seconds is None else f"  {row.seconds:7.1f} s"
+            models = f"  {row.models} models" if row.models > 1 else ""
+            lines.append(f"  {row.name:<{wide}}  {row.estimate}{share}{took}{models}")
+        lines += [f"  {name:<{wide}}  not available: {why}" for name, why in self.left_out.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def evaluate(
+    methods: Any,
+    truth: Truth,
+    *,
+    problem: Problem | None = None,
+    queries: Any = None,
+    measure: Any = None,
+    resamples: int = RESAMPLES,
+) -> Evaluation:
+    """Judge scores, or methods that are run for it, by what retraining measured.
+
+    With `problem` and `queries` the plain baselines stand in the table too: random numbers, training loss, embedding
+    similarity, gradient dot product. Without them only random numbers can.
+
+    Args:
+        methods: scores (`Scores` or [Q, N]) or methods such as `ptif.ekfac()`: one, or a mapping from names.
+        truth: from `retrain` or `Truth.load`.
+        problem: the trained model with its data; with checkpoints, ensembles are judged.
+        queries: those of the truth, in its order.
+        measure: what the truth measured, `None` for the training loss.
+        resamples: of the subsets, for intervals.
+
+    Raises:
+        InvalidInput: methods without a problem, or scores that do not fit the truth.
+
+    >>> from pytorch_influence_functions.evaluation import Subsets
+    >>> values = torch.randn(4, 10)
+    >>> subsets = Subsets.halves(10, count=20)
+    >>> measured = ((~subsets.kept).double() @ values.double().T)[:, None]
+    >>> truth = Truth(subsets, measured, torch.zeros(1, 4).double(), seeds=(0,))
+    >>> round(evaluate(values, truth)["scores"].value, 6)
+    1.0
+    """
+    shape = (truth.measured.shape[2], truth.subsets.n)
+    found, left_out = contenders(methods, shape, problem, queries, measure)
+    rows = [Row(c.name, evaluated(c.scores, truth, resamples), c.seconds, c.models) for c in found]
+    rows.sort(key=lambda row: -row.estimate.value)
+    return Evaluation(main_metric(truth)[0], truth.name, noise_ceiling(truth), tuple(rows), left_out)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A method's scores, what they took, and how many models they are of."""
+
+    name: str
+    scores: Scores | Tensor
+    seconds: float | None = None
+    models: int = 1
+
+
+def contenders(
+    methods: Any, shape: tuple[int, int], problem: Problem | None, queries: Any, measure: Any
+) -> tuple[list[Contender], dict[str, str]]:
+    """Everything that is judged, baselines with it, run where needed; and the baselines left out, with the reason."""
+    named = methods if isinstance(methods, Mapping) else {_name(methods): methods}
+    if not named:
+        raise InvalidInput("No methods were given; give scores, or methods with problem= and queries=.")
+    found, left_out = [], {}
+    for name, given in {**_baselines(problem, queries, named, shape), **named}.items():
+        try:
+            found.append(_contender(name, given, problem, queries, measure))
+        except InvalidInput as cause:
+            if name in named:
+                raise
+            left_out[name] = str(cause)
+    return found, left_out
+
+
+def _name(given: Any) -> str:
+    if isinstance(given, AbstractMethod):
+        return repr(given)
+    return (given.provenance if isinstance(given, Scores) else "") or "scores"
+
+
+def _baselines(
+    problem: Problem | None, queries: Any, named: Mapping[str, Any], shape: tuple[int, int]
+) -> dict[str, Any]:
+    if problem is not None and queries is not None:
+        return {name: method for name, method in BASELINES.items() if name not in named}
+    return {"random": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
+def _contender(name: str, given: Any, problem: Problem | None, queries: Any, measure: Any) -> Contender:
+    if isinstance(given, (Scores, Tensor)):
+        return Contender(name, given, None, given.diagnostics.members if isinstance(given, Scores) else 1)
+    if not isinstance(given, AbstractMethod):
+        raise InvalidInput(f"{name} is a {type(given).__name__}; expected scores, or a method such as ptif.ekfac().")
+    if problem is None or queries is None:
+        raise InvalidInput(f"The method {name} has nothing to score; pass problem= and queries=, or its scores.")
+    began = time.perf_counter()
+    asked = Source.of(queries, problem.batch_size)
+    scores = given.fit(problem, queries=len(asked)).score(asked, measure)
+    return Contender(name, scores, time.perf_counter() - began, max(1, len(problem.checkpoints)))
