@@ -239,7 +239,7 @@ def test_pbrf_is_what_influence_predicts_at_small_steps() -> None:
     _, problem, _, queries = classes()
     scores = ptif.exact(damping=0.02).fit(problem).score(queries)
     ggn = ptif.Influence(ptif.GGN(), ptif.Cholesky(), ptif.Absolute(0.02)).fit(problem).score(queries)
-    truth = pbrf(problem, range(0, 120, 12), queries, damping=0.02, step=0.05, rtol=1e-6)
+    truth = pbrf(problem, range(0, 120, 12), queries, damping=0.02, step=0.05, rtol=1e-4)
     assert removal_correlation(ggn, truth).value > 0.999
     assert removal_slope(ggn, truth).value == pytest.approx(1.0, abs=0.02)
     # The full step bends, and still agrees better than retraining ever could.

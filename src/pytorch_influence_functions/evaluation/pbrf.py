@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..data import Source, map_tensors
 from ..errors import InvalidInput, SolveFailed
 from ..fitting import resolved_measure
+from ..functional import at, detached
 from ..objectives import AbstractObjective
 from ..problem import Problem
 from ..progress import track
@@ -67,17 +68,18 @@ def pbrf(
     trained = resolved_measure(problem, problem.objective, problem.objective, problem.data)
     measured = resolved_measure(problem, trained, measure, asked)
     subsets = Subsets.leave_one_out(len(problem), ids)
-    response = _Response(problem, trained, damping)
+    response = _Response(problem, trained, damping, step)
     query_batch = _double(Examples.of(asked).batch)
-    with torch.no_grad():
-        before = measured.losses(measured.outputs(response.model, query_batch), query_batch)
+
+    def look(model: Any) -> Tensor:
+        with torch.no_grad():
+            return measured.losses(measured.outputs(model, query_batch), query_batch)
+
+    before = look(response.model)
     found = []
     for row in track(~subsets.kept, len(subsets), "proximal responses", unit="model"):
-        response.move(int(row.nonzero()), step, max_steps, rtol)
-        with torch.no_grad():
-            after = measured.losses(measured.outputs(response.model, query_batch), query_batch)
-        found.append(before + (after - before) / step)
-        response.back()
+        by = response.without(int(row.nonzero()), max_steps, rtol)
+        found.append(before + (look(response.moved(by)) - before) / step)
     return Truth(
         subsets,
         torch.stack(found)[:, None],
@@ -95,43 +97,45 @@ def _double(batch: Any) -> Any:
 
 
 class _Response:
-    """A float64 copy of the model that can be moved and put back."""
+    """A float64 copy of the model, and how far from its weights each removal moves it.
 
-    def __init__(self, problem: Problem, objective: AbstractObjective, damping: float) -> None:
+    The unknown is the move in units of step / N, so that numbers stay near 1: L-BFGS takes far smaller ones for none.
+    """
+
+    def __init__(self, problem: Problem, objective: AbstractObjective, damping: float, step: float) -> None:
         self.model: nn.Module = copy.deepcopy(problem.model).double().eval()
         self.objective = objective
         self.n = len(problem)
-        self.data = Examples(_double(Examples.of(problem.data).batch), self.n)
-        named = dict(self.model.named_parameters())
+        self.unit = step / self.n
+        self.batch = _double(Examples.of(problem.data).batch)
         blocks = problem.space.blocks.values()
-        strengths = {p: block.decay + damping for block in blocks for p in block.parameters}
-        for name, parameter in named.items():
-            parameter.requires_grad_(name in strengths)
-        self.moving = [named[name] for name in strengths]
-        self.strengths = list(strengths.values())
-        self.start = [p.detach().clone() for p in self.moving]
+        self.strengths = {p: block.decay + damping for block in blocks for p in block.parameters}
+        self.start = detached(self.model, list(self.strengths))
+        outputs = objective.outputs(self.model, self.batch).detach().requires_grad_()
         with torch.enable_grad():
-            outputs = objective.outputs(self.model, self.data.batch).detach().requires_grad_()
-            losses = objective.losses(outputs, self.data.batch)
+            losses = objective.losses(outputs, self.batch)
             self.slope = torch.autograd.grad(losses.sum(), outputs)[0]
         self.outputs, self.losses = outputs.detach(), losses.detach()
 
-    def value(self, i: int, step: float) -> Tensor:
-        """The function that is minimised, up to a constant."""
-        batch = self.data.batch
-        outputs = self.objective.outputs(self.model, batch)
-        losses = self.objective.losses(outputs, batch)
-        # Differences first: what is minimised is far smaller than the losses it is made of.
-        near = ((losses - self.losses).sum() - (self.slope * (outputs - self.outputs)).sum()) / self.n
-        pull = torch.stack(
-            [s / 2 * (p - p0).square().sum() for s, p, p0 in zip(self.strengths, self.moving, self.start, strict=True)]
-        ).sum()
-        return near + pull - step / self.n * (losses[i] - self.losses[i])
+    def moved(self, by: Mapping[str, Tensor]) -> Any:
+        """The model after a move."""
+        return at(self.model, {name: start + self.unit * by[name] for name, start in self.start.items()})
 
-    def move(self, i: int, step: float, max_steps: int, rtol: float) -> None:
-        """To the minimum without example `i`."""
+    def value(self, by: Mapping[str, Tensor], i: int) -> Tensor:
+        """What is minimised without example `i`, in units of (step / N)^2."""
+        outputs = self.objective.outputs(self.moved(by), self.batch)
+        losses = self.objective.losses(outputs, self.batch)
+        # Differences first: what is minimised is far smaller than the losses it is made of.
+        change = losses - self.losses
+        near = (change.sum() - (self.slope * (outputs - self.outputs)).sum()) / self.n
+        pull = torch.stack([s / 2 * by[name].square().sum() for name, s in self.strengths.items()]).sum()
+        return (near - self.unit * change[i]) / self.unit**2 + pull
+
+    def without(self, i: int, max_steps: int, rtol: float) -> dict[str, Tensor]:
+        """The move to the minimum without example `i`."""
+        by = {name: torch.zeros_like(start, requires_grad=True) for name, start in self.start.items()}
         optimizer = torch.optim.LBFGS(
-            self.moving, max_iter=max_steps, max_eval=4 * max_steps, tolerance_grad=0.0, tolerance_change=0.0,
+            list(by.values()), max_iter=max_steps, max_eval=4 * max_steps, tolerance_grad=0.0, tolerance_change=0.0,
             history_size=50, line_search_fn="strong_wolfe",
         )  # fmt: skip
         sizes: list[float] = []
@@ -139,10 +143,9 @@ class _Response:
         def closure() -> Any:
             optimizer.zero_grad()
             with torch.enable_grad():
-                # In units of the removed gradient: L-BFGS forgets pairs whose product is below 1e-10.
-                value = self.value(i, step) * (self.n / step)
+                value = self.value(by, i)
                 value.backward()  # type: ignore[no-untyped-call]
-            size = torch.stack([p.grad.square().sum() for p in self.moving if p.grad is not None]).sum().sqrt()
+            size = torch.stack([p.grad.square().sum() for p in by.values() if p.grad is not None]).sum().sqrt()
             sizes.append(float(size))
             if sizes[-1] <= rtol * sizes[0]:
                 raise _Arrived
@@ -151,18 +154,11 @@ class _Response:
         try:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except _Arrived:
-            return
-        if min(sizes) > rtol * sizes[0]:
-            raise SolveFailed(
-                f"The response to removing example {i} stopped at a gradient of {sizes[-1] / sizes[0]:.1e} of its "
-                f"start after {max_steps} steps, above rtol = {rtol:.1e}; raise max_steps or the damping."
-            )
-
-    def back(self) -> None:
-        """To the trained weights."""
-        with torch.no_grad():
-            for p, p0 in zip(self.moving, self.start, strict=True):
-                p.copy_(p0)
+            return {name: p.detach() for name, p in by.items()}
+        raise SolveFailed(
+            f"The response to removing example {i} stopped at a gradient of {sizes[-1] / sizes[0]:.1e} of its start, "
+            f"above rtol = {rtol:.1e}, within {max_steps} steps; raise max_steps or the damping."
+        )
 
 
 class _Arrived(Exception):
