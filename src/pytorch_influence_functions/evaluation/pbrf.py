@@ -134,9 +134,10 @@ class _Response:
     def without(self, i: int, max_steps: int, rtol: float) -> dict[str, Tensor]:
         """The move to the minimum without example `i`."""
         by = {name: torch.zeros_like(start, requires_grad=True) for name, start in self.start.items()}
+        # Steps by gradients alone: near the minimum the values differ by less than their rounding.
         optimizer = torch.optim.LBFGS(
             list(by.values()), max_iter=max_steps, max_eval=4 * max_steps, tolerance_grad=0.0, tolerance_change=0.0,
-            history_size=50, line_search_fn="strong_wolfe",
+            history_size=50,
         )  # fmt: skip
         sizes: list[float] = []
 
