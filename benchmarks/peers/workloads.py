@@ -48,7 +48,7 @@ class Workload:
 
     @property
     def tokens(self) -> bool:
-        return self.net == "transformer"
+        return "transformer" in self.net
 
     @property
     def key(self) -> str:
@@ -134,9 +134,35 @@ QUICK = {
     4: replace(FULL[4], data="fashion", n=200, queries=20, epochs=50, exact_queries=5, subsets=8),
 }
 
+# The settings of the league table: its own numbers, so that other libraries' adapters can be asked for them too.
+LEAGUE = {
+    11: Workload(11, "Fashion-MNIST, MLP 784-128-64-10", "fashion", "mlp", 2000, 100, epochs=30, rate=0.05, slab=500),
+    12: Workload(
+        12, "MNIST, logistic regression", "mnist", "logistic", 4800, 100, epochs=300, rate=1.0, weight_decay=1e-2,
+        slab=1200, share=None, seeds=1,
+    ),
+    13: Workload(
+        13, "diabetes, regression by an MLP 10-64-64-1", "diabetes", "regression", 350, 92, epochs=60, rate=0.02,
+        weight_decay=1e-3, batch=35, slab=350,
+    ),
+    14: Workload(14, "Fashion-MNIST, small CNN", "fashion", "cnn", 1000, 100, epochs=15, rate=0.05, batch=50),
+    15: Workload(
+        15, "Shakespeare, causal transformer of one layer", "shakespeare64", "small_transformer", 300, 50, epochs=10,
+        rate=3e-3, batch=15, slab=100,
+    ),
+}  # fmt: skip
+LEAGUE = {k: replace(w, subsets=100, seeds=w.seeds if w.net == "logistic" else 5) for k, w in LEAGUE.items()}
+LEAGUE_QUICK = {
+    11: replace(LEAGUE[11], n=100, queries=10, epochs=5, subsets=8, seeds=2),
+    12: replace(LEAGUE[12], data="fashion", n=100, queries=10, epochs=30, subsets=8),
+    13: replace(LEAGUE[13], n=100, queries=10, epochs=10, subsets=8, seeds=2),
+    14: replace(LEAGUE[14], n=60, queries=10, epochs=3, batch=20, subsets=8, seeds=2),
+    15: replace(LEAGUE[15], data="python_manual64", n=30, queries=5, epochs=2, subsets=8, seeds=2),
+}
+
 
 def workload(number: int, quick: bool) -> Workload:
-    return (QUICK if quick else FULL)[number]
+    return ({**QUICK, **LEAGUE_QUICK} if quick else {**FULL, **LEAGUE})[number]
 
 
 # ------------------------------------------------------------------------------------------ networks
@@ -173,6 +199,21 @@ def resnet9() -> nn.Sequential:
     )
 
 
+def small_cnn() -> nn.Sequential:
+    """Two strided convolutions and two linear layers on rows of 784 pixels; 26,698 parameters."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(784, 32),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    )
+
+
 VOCABULARY = 96  # printable ASCII and the line break
 
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -180,6 +221,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "logistic": lambda: mlp(784, 10),
     "resnet": resnet9,
     "transformer": lambda: Transformer(VOCABULARY, width=256, length=128, layers=2),
+    "regression": lambda: mlp(10, 64, 64, 1),
+    "cnn": small_cnn,
+    "small_transformer": lambda: Transformer(VOCABULARY, width=64, length=64, layers=1),
 }
 
 

@@ -31,6 +31,7 @@ from pytorch_influence_functions.evaluation import (
     removal_slope,
     retrain,
     top_overlap,
+    trained,
     verify,
 )
 
@@ -226,13 +227,8 @@ def classes() -> tuple[Recipe, ptif.Problem, tuple[Tensor, Tensor], tuple[Tensor
         batch_size=30,
         loss=nn.CrossEntropyLoss(),
     )
-    from pytorch_influence_functions.evaluation.training import Examples, Job, train
-
-    data = Examples.of(ptif.problem.Source.of((x, y)))
-    objective = recipe.objective()
-    assert objective is not None
-    model = train(recipe, objective, data, Job(torch.ones(120, dtype=torch.bool), {}, 0))
-    return recipe, ptif.Problem(model, objective, (x, y), weight_decay=3e-3), (x, y), (qx, qy)
+    model = trained(recipe, (x, y))
+    return recipe, ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=3e-3), (x, y), (qx, qy)
 
 
 def test_pbrf_is_what_influence_predicts_at_small_steps() -> None:

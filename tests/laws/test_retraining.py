@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation import Cosine, Linear, Recipe, Subsets, Truth, retrain, retraining, training
+from pytorch_influence_functions.evaluation import Cosine, Linear, Recipe, Subsets, Truth, retrain, trained, training
 
 N, Q = 24, 5
 
@@ -230,6 +230,13 @@ def test_a_warm_start() -> None:
     assert float(truth.measured.std((0, 1)).max()) == 0.0
 
 
+def test_the_trained_model_is_the_baseline_of_its_seed() -> None:
+    model, truth = trained(RECIPE, data(), seed=1), made()
+    qx, qy = queries()
+    losses = functional.cross_entropy(model(qx), qy, reduction="none")
+    assert torch.allclose(losses, truth.baseline[1], rtol=1e-9) and not model.training
+
+
 def test_schedules() -> None:
     assert [Linear(0.5)(s, 4) for s in range(4)] == [0.5, 0.75, 0.5, 0.25]
     assert Cosine(0.0)(0, 10) == 1.0 and abs(Cosine(0.0)(5, 10) - 0.5) < 1e-12
@@ -292,4 +299,3 @@ def test_bad_input_in_one_sentence(call: Any, words: str) -> None:
 def test_plan_names() -> None:
     assert Subsets.drops(200, 3).name == "small-drop LDS: 3 times 1 % of 200 examples left out"
     assert Subsets.leave_one_out(9, [1, 2]).name == "leave-one-out: 2 of 9 examples, one at a time"
-    assert retraining.Recipe is Recipe

@@ -18,6 +18,7 @@ from .recipe import Recipe as Recipe
 from .removal import RemovalCurves as RemovalCurves
 from .removal import removal_curves as removal_curves
 from .retraining import retrain as retrain
+from .retraining import trained as trained
 from .subsets import Protocol as Protocol
 from .subsets import Subsets as Subsets
 from .table import BASELINES as BASELINES

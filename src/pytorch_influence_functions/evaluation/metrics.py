@@ -58,8 +58,11 @@ def _demand(truth: Truth, known: tuple[Protocol, ...], metric: str, other: str) 
 def _over_subsets(scores: Scores | Tensor, truth: Truth, statistic: Statistic, resamples: int) -> Estimate:
     predicted = truth.predicted(values_of(scores, truth))
     actual = truth.changes().mean(1).T
+    value = float(plain(statistic, predicted, actual).mean())
     draws = resampled(statistic, predicted, actual, resamples)
-    return Estimate.of(float(plain(statistic, predicted, actual).mean()), draws, truth.name)
+    # A rank correlation of few distinct points comes out lower, and resampled points are fewer: centred on the value.
+    draws = draws - draws.mean() + value
+    return Estimate.of(value, draws if statistic is slope else draws.clamp(-1.0, 1.0), truth.name)
 
 
 def lds(scores: Scores | Tensor, truth: Truth, resamples: int = RESAMPLES) -> Estimate:

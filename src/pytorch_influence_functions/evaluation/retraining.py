@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._version import __version__
 from ..data import Source
@@ -110,6 +110,27 @@ def retrain(
     )
 
 
+def trained(recipe: Recipe, data: Any, seed: int = 0) -> nn.Module:
+    """A model trained on everything by the recipe, in eval mode: what `retrain` trains with the same seed.
+
+    >>> x = torch.arange(12.0).reshape(6, 2).sin()
+    >>> trained(Recipe(lambda: nn.Linear(2, 1), loss=nn.MSELoss()), (x, x[:, :1])).training
+    False
+    """
+    source = Source.of(data)
+    examples = Examples.of(source)
+    _, objective = _objective(recipe, source, seed)
+    with _drawing(seed):
+        return training.train(recipe, objective, examples, Job(torch.ones(len(source), dtype=torch.bool), {}, seed))
+
+
+def _objective(recipe: Recipe, source: Source, seed: int) -> tuple[Problem, AbstractObjective]:
+    """The training loss, inferred where it is not given, with its reduction known."""
+    model = recipe.fresh(seed)
+    problem = Problem(model, recipe.objective() or infer_objective(model, source), source)
+    return problem, resolved_measure(problem, problem.objective, problem.objective, source)
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class _Plan:
@@ -133,10 +154,8 @@ class _Plan:
     ) -> _Plan:
         if not isinstance(recipe, Recipe):
             return _Plan._of_function(recipe, source, queries, asked, seed, workers or 1)
-        model = recipe.fresh(seed)
-        loss = recipe.objective() or infer_objective(model, source)
-        problem = Problem(model, loss, source)
-        objective = resolved_measure(problem, problem.objective, problem.objective, source)
+        problem, objective = _objective(recipe, source, seed)
+        model = problem.model
         examples = Examples.of(source)
         way = Way.of(recipe, objective, examples, seed)
         made = hashlib.sha256()
@@ -245,7 +264,7 @@ class _Plan:
             if given_up.is_set():
                 raise InterruptedError("given up: another training failed or the run was interrupted")
 
-        model: torch.nn.Module | Stack
+        model: nn.Module | Stack
         if self.way.together > 1:
             model = training.train_together(self.recipe, self.objective, self.examples, jobs, stop)
         else:

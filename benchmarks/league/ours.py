@@ -1,0 +1,57 @@
+"""This package's methods in the league, every one with its own defaults: nothing is tuned on the truth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from peers.workloads import read, workload
+
+import pytorch_influence_functions as ptif
+from league.prepare import objective
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "random": ptif.Random,
+    "loss": ptif.TrainingLoss,
+    "embedding similarity": ptif.EmbeddingSimilarity,
+    "gradient dot product": ptif.grad_dot,
+    "gradient cosine": ptif.grad_cos,
+    "chosen by itself": ptif.Influence,
+    "K-FAC": ptif.kfac,
+    "EK-FAC": ptif.ekfac,
+    "Shampoo": ptif.shampoo,
+    "exact Gauss-Newton": lambda: ptif.Influence(ptif.GGN()),
+    "dual": ptif.dual,
+    "dual, damping from the path": lambda: ptif.dual(damping=ptif.FromPath()),
+    "TRAK 1024": lambda: ptif.trak(1024),
+    "DataInf": ptif.datainf,
+    "Arnoldi 50": ptif.arnoldi,
+}
+ENSEMBLES = ("chosen by itself", "EK-FAC", "exact Gauss-Newton", "dual", "TRAK 1024")
+
+
+def make(options: dict[str, Any]) -> Callable[[], Any]:
+    """Scores by one method for one setting, over so many models."""
+    this = workload(options["workload"], options["quick"])
+
+    def run() -> tuple[np.ndarray, dict[str, float]]:
+        start = time.perf_counter()
+        case = read(options)
+        states = []
+        for at in range(1, options["models"]):
+            with np.load(this.folder / f"trained-{at}.npz") as file:
+                states.append({k[2:]: torch.from_numpy(file[k]) for k in file.files if k.startswith("w.")})
+        checkpoints = [case.model.state_dict(), *states] if states else []
+        problem = ptif.Problem(
+            case.model, objective(this), (case.x, case.y), weight_decay=this.weight_decay, batch_size=case.slab,
+            checkpoints=checkpoints,
+        )  # fmt: skip
+        fitted = METHODS[options["method"]]().fit(problem, queries=len(case.qx))
+        half = time.perf_counter()
+        scores = np.asarray(fitted.score((case.qx, case.qy)).values)
+        return scores, {"fit": half - start, "score": time.perf_counter() - half}
+
+    return run

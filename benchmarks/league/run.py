@@ -1,0 +1,171 @@
+"""The league table: which method predicts retraining best, and what does it cost? `make league`.
+
+    python benchmarks/league/run.py [--setting 1] [--methods "EK-FAC,dual"] [--peers] [--quick]
+
+Models, truths and settings are made from nothing and kept; methods run with their defaults, each in a process of its
+own. Writes `docs/league.md` and its figures; `--quick` writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parents[1] / "docs"
+sys.path.insert(0, str(HERE.parent))
+
+from peers import environments  # noqa: E402
+from peers.run import Limits, child, python_of  # noqa: E402
+
+from league.ours import ENSEMBLES, METHODS  # noqa: E402 - found through the line above
+from pytorch_influence_functions.evaluation import Evaluation, Truth, evaluated, noise_ceiling  # noqa: E402
+from pytorch_influence_functions.evaluation.table import Row  # noqa: E402
+
+SETTINGS = (1, 2, 3, 4, 5)
+# Other libraries' own damping where they have a rule, else a tenth of the mean eigenvalue; not for the regression,
+# whose loss their adapters here do not know.
+PEERS = {
+    "kronfluence": ("ekfac, own damping",),
+    "dattri": ("ekfac", "trak 512", "arnoldi 50", "datainf"),
+    "captum": ("tracin, one checkpoint", "arnoldi 50"),
+}
+Cell = dict[str, Any]
+
+
+def lines(setting: int, asked: argparse.Namespace) -> list[tuple[str, str, str, int]]:
+    """(name, library, method, models) of every line of the table."""
+    one = setting in (2,)  # a convex problem has one model
+    found = [(name, "ours", name, 1) for name in METHODS]
+    found += [] if one else [(f"{name} x 3", "ours", name, 3) for name in ENSEMBLES]
+    if asked.peers and setting != 3:
+        found += [(f"{library}: {method}", library, method, 1) for library, some in PEERS.items() for method in some]
+    words = [w.strip() for w in (asked.methods or "").split(",") if w.strip()]
+    return [line for line in found if not words or any(w in line[0] for w in words)]
+
+
+def setting(number: int, asked: argparse.Namespace, limits: Limits) -> Cell:
+    """One setting: its truth, then every method."""
+    options: Cell = {"workload": 10 + number, "quick": asked.quick}
+    patient = Limits(limits.threads, 120, limits.gib)
+    print(f"setting {number}: models and truth ...", file=sys.stderr, flush=True)
+    answer = child(sys.executable, "league.prepare", options, patient)
+    if "failed" in answer:
+        raise SystemExit(f"Setting {number} could not be prepared: {answer['failed']}")
+    prepared: Cell = answer["result"]
+    truth = Truth.load(prepared["truth"])
+    cells: list[Cell] = []
+    with tempfile.TemporaryDirectory() as folder:
+        save = Path(folder) / "scores.npy"
+        for name, library, method, models in lines(number, asked):
+            python = python_of(library, asked.quick)
+            if python is None:
+                continue
+            module = "league.ours" if library == "ours" else f"peers.adapters.{library}"
+            answer = child(python, module, options | {"method": method, "models": models}, limits, save)
+            cell: Cell = {"name": name, "library": library, "models": models}
+            if "failed" in answer:
+                cell["failed"] = answer["failed"]
+            elif not np.isfinite(scores := np.load(save)).all():
+                cell["failed"] = "scores are not finite"
+            else:
+                estimate = evaluated(torch.from_numpy(scores).double(), truth)
+                cell |= {"estimate": estimate, "seconds": answer["seconds"]}
+                cell["mib"] = answer["peak_mib"] - answer["start_mib"]
+            cells.append(cell)
+            print(f"  {name}: {cell.get('estimate', cell.get('failed'))}", file=sys.stderr, flush=True)
+    return {"number": number, "prepared": prepared, "truth": truth, "ceiling": noise_ceiling(truth), "cells": cells}
+
+
+def evaluation(result: Cell) -> Evaluation:
+    """The table of one setting."""
+    rows = [
+        Row(c["name"], c["estimate"], c["seconds"], c["models"])
+        for c in sorted(result["cells"], key=lambda c: -c["estimate"].value if "estimate" in c else 9)
+        if "estimate" in c
+    ]
+    return Evaluation("LDS", result["truth"].name, result["ceiling"], tuple(rows), {})
+
+
+def markdown(results: list[Cell], facts: Cell) -> str:
+    """The page."""
+    page = [(HERE / "head.md").read_text()]
+    for r in results:
+        p, truth = r["prepared"], r["truth"]
+        ceiling = "one model per subset, no noise to be had: the ceiling is 1" if r["ceiling"] is None else (
+            f"noise ceiling {r['ceiling']:.3f}")  # fmt: skip
+        page += [
+            f"## {r['number']}. {p['title']}",
+            "",
+            f"N = {p['n']:,}, {p['queries']} queries, {p['parameters']:,} parameters; loss {p['loss']:.3g} on training "
+            f"data, {p['query_loss']:.3g} on queries. Truth: {truth.name}; {ceiling}. Training: `{truth.recipe}`.",
+            "",
+        ]
+        for title, models in (("One model", 1), ("Three models", 3)):
+            some = [c for c in r["cells"] if c["models"] == models]
+            if not some:
+                continue
+            page += [f"| {title} | LDS (95 %) | of ceiling | seconds | MiB |", "| --- | --- | --- | --- | --- |"]
+            good = sorted((c for c in some if "estimate" in c), key=lambda c: -c["estimate"].value)
+            for c in good:
+                e = c["estimate"]
+                share = f"{e.value / (r['ceiling'] or 1):.0%}"
+                page.append(
+                    f"| {c['name']} | {e.value:.3f} ({e.low:.3f} to {e.high:.3f}) | {share} | {c['seconds']:.1f} | "
+                    f"{c['mib']:.0f} |"
+                )
+            page += [f"| {c['name']} | failed: {c['failed']} | | | |" for c in some if "failed" in c]
+            page.append("")
+        page += [f"![{p['title']}](league/setting_{r['number']}.png)", ""]
+    page.append(
+        f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}, {facts['threads']} threads; "
+        f"load when started {facts['load']:.1f}. Seconds are one run each."
+    )
+    return "\n".join(page) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Methods against retraining.")
+    parser.add_argument("--setting", type=int, choices=SETTINGS, action="append", help="one of them (default: all)")
+    parser.add_argument("--methods", help='words, comma-separated: "EK-FAC,dual"')
+    parser.add_argument("--peers", action="store_true", help="other libraries too (installs them under .bench/)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, no other libraries, nothing is written")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of every process (default 2)")
+    parser.add_argument("--minutes", type=float, default=10, help="the longest any method may take (default 10)")
+    parser.add_argument("--gib", type=float, default=10, help="the most memory any method may ask for (default 10)")
+    asked = parser.parse_args()
+    if asked.quick:
+        asked.peers = False
+    else:
+        environments.data()
+    limits = Limits(asked.threads, asked.minutes, asked.gib)
+    facts = {"threads": asked.threads, "load": os.getloadavg()[0]}
+    results = [setting(n, asked, limits) for n in asked.setting or SETTINGS]
+    for r in results:
+        print(f"\n{r['prepared']['title']}\n{evaluation(r)}")
+    failed = [c for r in results for c in r["cells"] if "failed" in c and c["library"] == "ours"]
+    for c in failed:
+        print(f"failed: {c['name']}: {c['failed']}", file=sys.stderr)
+    if not asked.quick and len(results) == len(SETTINGS) and not asked.methods:
+        (DOCS / "league").mkdir(exist_ok=True)
+        (DOCS / "league.md").write_text(markdown(results, facts))
+        for r in results:
+            evaluation(r).plot().savefig(DOCS / "league" / f"setting_{r['number']}.png", dpi=110)
+        numbers = {
+            r["number"]: {c["name"]: c["estimate"].value for c in r["cells"] if "estimate" in c} for r in results
+        }
+        (DOCS / "league" / "league.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    return 1 if asked.quick and failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
