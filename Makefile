@@ -8,11 +8,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Installed with these versions of these files: remade only when one of them changes.
 STAMP := .venv/.installed
 
-.PHONY: help install demo test referee lint format types layers docs bench peers check clean
+.PHONY: help install demo test referee lint format types layers docs bench peers league check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | referee | check | lint | format | types | layers | docs | bench | peers | clean"
+	@echo "make demo | test | referee | check | lint | format | types | layers | docs | bench | peers | league | clean"
 
 install: $(STAMP)
 
@@ -59,6 +59,9 @@ bench: $(STAMP)
 
 peers: $(STAMP)
 	$(BIN)/python benchmarks/peers/run.py
+
+league: $(STAMP)
+	$(BIN)/python benchmarks/league/run.py --peers $(ARGS)
 
 check: test referee lint types layers docs
 
