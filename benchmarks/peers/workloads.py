@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from nets import Transformer, mlp
 from torch import Tensor, nn
 
-HOME = Path(__file__).resolve().parents[2] / ".bench"
+HOME = Path(os.environ.get("PTIF_BENCH_HOME") or Path(__file__).resolve().parents[2] / ".bench")
 CACHE = HOME / "cache"
 
 
