@@ -212,6 +212,46 @@ def test_ridge_leave_one_out_is_exact() -> None:
     assert removal_correlation(dot, truth).value < 0.995
 
 
+def test_logistic_leave_one_out_against_real_refits() -> None:
+    """With the minimum found each time, influence over one minus leverage is leave-one-out almost exactly."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 4, generator=generator).double()
+    y = (x @ torch.randn(4, 3, generator=generator).double() + torch.randn(60, 3, generator=generator)).argmax(1)
+    qx, qy = torch.randn(9, 4, generator=generator).double(), torch.arange(9) % 3
+
+    def refitted(dataset: Any, seed: int) -> nn.Module:
+        rows = torch.tensor(dataset.indices)
+        model = nn.Linear(4, 3).double()
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        optimizer = torch.optim.LBFGS(
+            model.parameters(), max_iter=60, tolerance_grad=1e-8, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x[rows]), y[rows], reduction="sum") / 60
+            loss = loss + 0.02 / 2 * sum(p.square().sum() for p in model.parameters())
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return model
+
+    truth = retrain(
+        refitted, Subsets.leave_one_out(60), 1, train=(x, y), queries=(qx, qy), measure=nn.CrossEntropyLoss()
+    )
+    problem = ptif.Problem(
+        refitted(type("All", (), {"indices": range(60)}), 0), ptif.CrossEntropy(), (x, y), weight_decay=0.02
+    )
+    method = ptif.Influence(ptif.Hessian(), ptif.Cholesky(), ptif.Absolute(0.0))
+    plain = method.fit(problem).score((qx, qy))
+    assert removal_correlation(plain, truth).value > 0.99
+    corrected = ptif.Influence(ptif.GGN(), ptif.Cholesky(), ptif.Absolute(0.0), scaling=ptif.Leverage())
+    assert removal_slope(corrected.fit(problem).score((qx, qy)), truth).value == pytest.approx(1.0, abs=0.05)
+    assert removal_correlation(ptif.grad_dot().fit(problem).score((qx, qy)), truth).value < 0.98
+
+
 def classes() -> tuple[Recipe, ptif.Problem, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A small classifier, trained by its recipe."""
     generator = torch.Generator().manual_seed(0)
