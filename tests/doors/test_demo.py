@@ -242,7 +242,7 @@ def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("pytorch_influence_functions.demo.run.run", broken)
     result = CliRunner().invoke(cli.build(), ["demo"])
-    assert result.exit_code == 1 and result.output.strip() == "ptif: Nothing to see; look elsewhere."
+    assert result.exit_code == 2 and result.output.strip() == "ptif: Nothing to see; look elsewhere."
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

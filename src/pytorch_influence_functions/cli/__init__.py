@@ -1,0 +1,31 @@
+"""The command line, `ptif`: one file per command. The room behind this door is entered with typer and rich only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import MissingExtra, require
+
+__all__ = ["build", "main"]
+
+
+def main() -> None:
+    """Entry point of `ptif`. Without typer and rich it says in one line how to install them."""
+    try:
+        app = build()
+    except MissingExtra as error:
+        raise SystemExit(f"ptif: {error}") from None
+    app()
+
+
+def build() -> Any:
+    """The typer application.
+
+    Raises:
+        MissingExtra: typer or rich is not installed.
+    """
+    require("rich", "cli")
+    require("typer", "cli")
+    from .app import application
+
+    return application()

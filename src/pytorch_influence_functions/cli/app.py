@@ -1,0 +1,53 @@
+"""All commands under one name."""
+
+# No `from __future__ import annotations` in this room: typer reads them.
+
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from ..demo.screen import plain_output
+from .attribute import attribute
+from .classic import classic
+from .demo import demo
+from .doctor import doctor
+from .report import report
+from .self_influence import self_influence
+
+HELP = "Which training examples made the model say that, and which of them are wrong?"
+EPILOG = "Exit codes: 0 done, 1 the run failed, 2 bad usage or input, 130 interrupted."
+
+
+def application() -> typer.Typer:
+    """A fresh typer application with every command."""
+    app = typer.Typer(
+        help=HELP, epilog=EPILOG, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    app.callback()(ptif)
+    for name, command in (
+        ("demo", demo),
+        ("attribute", attribute),
+        ("self-influence", self_influence),
+        ("report", report),
+        ("classic", classic),
+        ("doctor", doctor),
+    ):
+        app.command(name)(command)
+    return app
+
+
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+    return wanted
+
+
+def ptif(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Nothing of its own: options that come before the command."""
+    plain_output()

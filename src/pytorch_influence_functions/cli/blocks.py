@@ -1,0 +1,81 @@
+"""Queries in blocks: kept one by one as they are finished, and joined at the end."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..diagnostics import Diagnostics
+from ..scores import Labels, Scores
+
+FIRST: Final = 8
+LARGEST: Final = 256
+
+
+def plan(queries: int, block: int | None = None) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of every block: `block` queries each, or 8, 16, 32, … up to 256.
+
+    Small at first, so that something is kept early; then larger, since many methods pass over the training data once
+    per block. It depends on nothing but the two numbers: a run that goes on makes the very blocks of one that never
+    stopped.
+
+    >>> list(plan(30)), list(plan(5, block=2))
+    ([(0, 8), (8, 24), (24, 30)], [(0, 2), (2, 4), (4, 5)])
+    """
+    at, size = 0, block or FIRST
+    while at < queries:
+        yield at, min(at + size, queries)
+        at += size
+        size = block or min(2 * size, LARGEST)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of several blocks of queries as one, in the order given; their diagnostics as those of one run."""
+    first = parts[0]
+    indices = [p.indices for p in parts]
+    return replace(
+        first,
+        values=torch.cat([p.values for p in parts]),
+        indices=None if first.indices is None else torch.cat([i for i in indices if i is not None]),
+        query_ids=torch.cat([p.query_ids for p in parts]),
+        query_labels=_labels([p.query_labels for p in parts]),
+        diagnostics=_diagnostics([p.diagnostics for p in parts]),
+    )
+
+
+def _labels(parts: Sequence[Labels]) -> list[Any] | None:
+    found: list[Any] = []
+    for part in parts:
+        if part is None:
+            return None
+        found += part.tolist() if isinstance(part, Tensor) else list(part)
+    return found
+
+
+def _diagnostics(parts: Sequence[Diagnostics]) -> Diagnostics:
+    queries = [d.n_queries for d in parts]
+    smallest = [d.smallest_curvature for d in parts if d.smallest_curvature is not None]
+    return replace(
+        parts[0],
+        n_queries=sum(queries),
+        residual_max=_known(max, [d.residual_max for d in parts]),
+        residual_mean=_mean([d.residual_mean for d in parts], queries),
+        lost_to_damping=_mean([d.lost_to_damping for d in parts], queries),
+        steps=max(d.steps for d in parts),
+        smallest_curvature=min(smallest, default=None),
+        seconds=sum(d.seconds for d in parts),
+        notes=tuple(dict.fromkeys(note for d in parts for note in d.notes)),
+    )
+
+
+def _known(of: Any, values: Sequence[float]) -> float:
+    """NaN where any is NaN: what was not measured in one block is not known of the whole."""
+    return math.nan if any(map(math.isnan, values)) else float(of(values))
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    total = sum(weights)
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else math.nan

@@ -1,0 +1,76 @@
+"""`ptif classic`: the calculation of version 0.1, with its settings, file names and results."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..classic.calc import calc_influences
+from ..classic.config import Config
+from ..errors import InvalidInput
+from . import options, show
+from .outcome import Voice, ending
+from .task import load
+from .watch import watching
+
+
+def classic(
+    config: Annotated[Path, typer.Argument(help="JSON or TOML file with the old settings.", metavar="CONFIG")],
+    task: Annotated[
+        Path | None, typer.Option("--task", help="Task file. [default: the setting 'task' of the config]")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """The calculation of version 0.1: its settings, its file names, its results in outdir.
+
+    CONFIG holds any of the old settings (recursion_depth, r, damp, scale, test_sample_num, outdir, …), and `task`: the
+    Python file with get_model() and get_dataloaders(), seen from the config.
+    """
+    voice = Voice(json, quiet)
+    with ending(voice) as state:
+        settings, path = _settings(config, task)
+        state.kept = f"what was finished lies in {str(settings['outdir'])!r}, and a new start begins anew"
+        with watching(voice):
+            found = load(path)
+            result = calc_influences(
+                settings | {"progress": False} if quiet else settings,
+                found.problem.model,
+                found.problem.data,
+                found.asked,
+                loss_fn=found.problem.objective,
+                params=found.problem.parameters,
+            )
+        scores = result.scores
+        voice.say(
+            show.heading(f"{len(scores):,} test examples × {scores.n_train:,} training examples"),
+            show.indented("by how much the test loss would rise (+) or fall (−) without the example"),
+            *show.influences(scores),
+            "",
+            show.heading("Written"),
+            show.written([] if result.path is None else [(result.path, "the results, as version 0.1 laid them out")]),
+        )
+        voice.whole(
+            {
+                "status": "complete",
+                "exit_code": 0,
+                "command": "classic",
+                "files": {"results": str(result.path)},
+                "n_queries": len(scores),
+                "n_train": scores.n_train,
+                "helpful": result.helpful[:10],
+                "harmful": result.harmful[:10],
+            }
+        )
+
+
+def _settings(path: Path, task: Path | None) -> tuple[dict[str, Any], Path]:
+    """The old settings, checked, and the task file."""
+    found = options.read(path)
+    named = found.pop("task", None)
+    if task is None and (not isinstance(named, str) or not named):
+        raise InvalidInput(f'{path.name} names no task file; write "task": "task.py" in it, or give --task task.py.')
+    for loader in ("train_loader", "test_loader"):
+        if loader in found:
+            raise InvalidInput(f"{path.name} holds {loader}, which a file cannot; the task file gives the loaders.")
+    return dict(Config.of(found)), task or path.parent / str(named)

@@ -1,0 +1,23 @@
+"""`ptif demo`: the whole story on real images that come with the package."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .outcome import Voice, ending
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for what the demo writes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the initial weights and of the batches.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the summary only.")] = False,
+) -> None:
+    """Train a small CNN on real images, 10 % of them mislabelled; explain it, find them, check by retraining."""
+    from ..demo.run import run
+    from ..demo.screen import Screen
+    from ..demo.train import Recipe
+
+    with ending(Voice()) as state:
+        state.kept = "the demo keeps nothing before its end"
+        run(Screen(quiet), out, recipe=Recipe(seed=seed))

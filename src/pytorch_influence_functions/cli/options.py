@@ -1,0 +1,168 @@
+"""The flags several commands share, and the file that may stand for them."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Final, final
+
+import typer
+
+from ..errors import InvalidInput, UnknownName, nearest, require
+from .task import Overrides
+
+# --------------------------------------------------------------------------- flags
+
+TaskFile = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Python file with get_model() and get_dataloaders(), or a problem and queries.", metavar="TASK"
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results. [default: results]")]
+Method = Annotated[
+    str | None, typer.Option("--method", help="auto, ekfac, dual, … [default: the task's own, else auto]")
+]
+Damping = Annotated[
+    str | None, typer.Option("--damping", help="0.01, relative:0.1 or training:RATE:STEPS. [default: the method's]")
+]
+WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="The L2 strength of training.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples per batch. [default: the loader's]")]
+Device = Annotated[str | None, typer.Option("--device", help="Move the model there first: cpu, cuda, cuda:1, mps.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML or JSON file with any of these settings; flags win.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run that lies in --out.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Forecast passes, memory and seconds; compute nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+
+# --------------------------------------------------------------------------- settings
+
+
+@final
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do, from flags, then the file, then these defaults."""
+
+    task: Path | None = None
+    out: Path = Path("results")
+    method: str | None = None
+    damping: str | None = None
+    queries: str = "all"
+    top: int | None = None
+    block: int | None = None
+    report: bool = False
+    weight_decay: float | None = None
+    batch_size: int | None = None
+    device: str | None = None
+
+    @property
+    def task_file(self) -> Path:
+        """The task file.
+
+        Raises:
+            InvalidInput: neither the command nor the file names one.
+        """
+        if self.task is None:
+            raise InvalidInput("There is no task file; write ptif COMMAND task.py, or task = 'task.py' in --config.")
+        return self.task
+
+    @property
+    def overrides(self) -> Overrides:
+        """What these settings change in the task's problem."""
+        return Overrides(self.weight_decay, self.batch_size, self.device)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+_Kind = tuple[Callable[[Any], bool], str, Callable[[Any], Any]]
+_TEXT: _Kind = (_is_text, "words", str)
+_PATH: _Kind = (_is_text, "a path", Path)
+_COUNT: _Kind = (_is_count, "a whole number of at least 1", int)
+_KINDS: Final[Mapping[str, _Kind]] = {
+    "task": _PATH,
+    "out": _PATH,
+    "method": _TEXT,
+    "damping": (lambda v: _is_text(v) or _is_number(v), "a number, 'relative:SHARE' or 'training:RATE:STEPS'", str),
+    "queries": (lambda v: _is_text(v) or (_is_number(v) and isinstance(v, int)), "such as '0:20'", str),
+    "top": _COUNT,
+    "block": _COUNT,
+    "report": (lambda v: isinstance(v, bool), "true or false", bool),
+    "weight_decay": (_is_number, "a number of at least 0", float),
+    "batch_size": _COUNT,
+    "device": _TEXT,
+}
+
+
+def settled(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """Settings from the file, then the flags that were given; `None` among the flags means not given.
+
+    Raises:
+        InvalidInput: the file cannot be read, or a value cannot be used.
+        UnknownName: the file names a setting that the command does not have.
+    """
+    given = {} if config is None else _checked_file(config, tuple(flags))
+    given |= {name: _checked(f"--{name.replace('_', '-')}", name, v) for name, v in flags.items() if v is not None}
+    return replace(Settings(), **given)
+
+
+def _checked_file(path: Path, known: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in read(path).items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise UnknownName(
+                f"{path.name} has no setting {key!r}.{nearest(name, known)} It may have {', '.join(known)}."
+            )
+        made = _checked(f"{key} in {path.name}", name, value)
+        # A path in a file is seen from where the file lies.
+        found[name] = path.parent / made if isinstance(made, Path) else made
+    return found
+
+
+def _checked(where: str, name: str, value: Any) -> Any:
+    good, expected, make = _KINDS[name]
+    plain = str(value) if isinstance(value, Path) else value
+    if not good(plain):
+        raise InvalidInput(f"{where} is {plain!r}; it must be {expected}.")
+    return make(plain)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The table in a TOML or JSON file.
+
+    Raises:
+        InvalidInput: no such file, another kind, damaged, or no table.
+    """
+    if path.suffix not in (".toml", ".json"):
+        raise InvalidInput(f"The config {str(path)!r} must end in .toml or .json.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = _toml().loads(text) if path.suffix == ".toml" else json.loads(text)
+    except FileNotFoundError as cause:
+        raise InvalidInput(f"The config {str(path)!r} does not exist; give the path of a TOML or JSON file.") from cause
+    except (OSError, ValueError) as cause:  # both readers' errors, and bad UTF-8, are ValueErrors
+        words = " ".join(str(cause).split()).rstrip(".")
+        raise InvalidInput(f"The config {str(path)!r} cannot be read ({words}); correct it.") from cause
+    if not isinstance(found, dict):
+        raise InvalidInput(
+            f"The config {str(path)!r} holds a {type(found).__name__}; it must be one table of settings."
+        )
+    return found
+
+
+def _toml() -> Any:
+    """The TOML reader: Python's own from 3.11 on."""
+    return require("tomllib" if sys.version_info >= (3, 11) else "tomli", "cli")

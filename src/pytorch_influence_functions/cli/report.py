@@ -1,0 +1,108 @@
+"""`ptif report`: the page for scores that an earlier run left in a folder."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from ..data import Source
+from ..errors import InvalidInput
+from ..objectives import Bernoulli, CrossEntropy, SquaredError
+from ..problem import sweep
+from ..scores import Scores
+from ..world import World
+from . import options, show
+from .folder import SCORES, read_record
+from .marks import data_marks
+from .outcome import Voice, ending
+from .self_scores import kept_self_influence
+from .task import Task, load
+from .watch import watching
+
+PAGE = "report.html"
+
+
+def report(
+    out: Annotated[Path, typer.Argument(help="Folder of a finished ptif attribute.", metavar="RESULTS")],
+    task: Annotated[
+        Path | None, typer.Option("--task", help="The task file: its data give pictures and texts, its model answers.")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write report.html into a folder of results: one page to open, sort and hand on.
+
+    Without --task it shows numbers and labels only: the results do not hold the data, and a program named inside a
+    folder of results is never run unasked.
+    """
+    voice = Voice(json, quiet)
+    with ending(voice) as state:
+        state.kept = f"the scores in {str(out)!r} are as they were"
+        with watching(voice):
+            scores, found = _finished(out), None
+            if task is not None:
+                found = load(task)
+                scores = _with_data(scores, found, out)
+            page = write_page(scores, out, found)
+        voice.say(show.heading("Written"), show.written([(page, "open it in a browser")]))
+        voice.whole({"status": "complete", "exit_code": 0, "command": "report", "files": {"report": str(page)}})
+
+
+def _finished(out: Path) -> Scores:
+    record = read_record(out)
+    if record.get("status") != "complete":
+        raise InvalidInput(f"The run in {str(out)!r} is not finished; run its ptif attribute command again first.")
+    return Scores.load(out / SCORES)
+
+
+def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
+    """The scores with the data they were made from, which is checked."""
+    there = read_record(out)["marks"]
+    queries = task.asked
+    ids = scores.query_ids
+    if int(ids.max()) >= len(queries):
+        raise InvalidInput(
+            f"{task.path.name} has {len(queries):,} queries and the scores are of query {int(ids.max())}."
+        )
+    here = data_marks(task.problem.data, queries.subset(ids.tolist()))
+    for name, mark in here.items():
+        if there.get(name) != mark:
+            raise InvalidInput(
+                f"The {name} of {task.path.name} are not those of the run in {str(out)!r}; give the task it was made "
+                "with, or run ptif attribute again."
+            )
+    return replace(scores, train_source=task.problem.data, query_source=queries)
+
+
+def write_page(scores: Scores, out: Path, task: Task | None) -> Path:
+    """`report.html` in `out`, with self-influence where that lies there and the model's answers where the task is."""
+    own = kept_self_influence(out, scores.n_train)
+    said = None if task is None else predictions(task, scores.query_ids.tolist())
+    scores.report(out / PAGE, self_influence=own, predictions=said)
+    return out / PAGE
+
+
+def predictions(task: Task, ids: list[int]) -> Tensor | None:
+    """What the model says about the queries: probabilities [Q, C], or a number each [Q]; None where neither fits."""
+    problem, found = task.problem, []
+    source: Source = task.asked
+    for _, batch in sweep(problem, source, ids, label="the model's answers", world=World()):
+        with torch.no_grad():
+            outputs = problem.objective.outputs(problem.model, batch).double().cpu()
+        found.append(_said(problem.objective, outputs))
+    parts: list[Any] = [part for part in found if part is not None]
+    return torch.cat(parts) if len(parts) == len(found) else None
+
+
+def _said(objective: Any, outputs: Tensor) -> Tensor | None:
+    if isinstance(objective, CrossEntropy) and outputs.ndim == 2:
+        return outputs.softmax(1)
+    if isinstance(objective, Bernoulli) and outputs.numel() == len(outputs):
+        p = outputs.reshape(-1).sigmoid()
+        return torch.stack([1 - p, p], 1)
+    if isinstance(objective, SquaredError) and outputs.numel() == len(outputs):
+        return outputs.reshape(-1)
+    return None
