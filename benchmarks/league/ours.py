@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers.recipes import objective
 from peers.workloads import read, workload
 
 import pytorch_influence_functions as ptif
-from league.prepare import objective
 
 METHODS: dict[str, Callable[[], Any]] = {
     "random": ptif.Random,

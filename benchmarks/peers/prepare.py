@@ -23,22 +23,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from nets import SEED
-from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch import Tensor
 
-from peers.workloads import HOME, NETS, VOCABULARY, Workload, losses, mean_loss, read, workload
-from pytorch_influence_functions import (
-    CG,
-    EKFAC,
-    GGN,
-    CrossEntropy,
-    Influence,
-    Problem,
-    Spectral,
-    TokenCrossEntropy,
-    Woodbury,
-)
+from peers.recipes import model_of, objective, recipe
+from peers.workloads import CACHE, HOME, NETS, VOCABULARY, Workload, losses, read, workload
+from pytorch_influence_functions import CG, EKFAC, GGN, Influence, Problem, Spectral, Woodbury
 from pytorch_influence_functions.demo.data import load as demo_data
+from pytorch_influence_functions.evaluation import Subsets, retrain
 
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -116,95 +107,7 @@ DATA: dict[str, Callable[[int, int], Arrays]] = {
     "python_manual64": partial(python_manual, length=64),
 }
 
-# ------------------------------------------------------------------------------------------ training
-
-
-def _fresh(this: Workload, seed: int) -> nn.Module:
-    torch.manual_seed(1000 + seed)
-    return NETS[this.net]()
-
-
-def _convex(this: Workload, x: Tensor, y: Tensor, kept: Tensor) -> dict[str, Tensor]:
-    """The minimum of mean loss + weight decay, to float64 precision: nothing is left to chance."""
-    model = _fresh(this, 0).double()
-    x, y = x[kept].double(), y[kept]
-    for p in model.parameters():
-        nn.init.zeros_(p)
-    steps = torch.optim.LBFGS(
-        model.parameters(), max_iter=this.epochs, tolerance_grad=1e-8, tolerance_change=1e-14,
-        history_size=50, line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def closure() -> Tensor:
-        steps.zero_grad()
-        loss = mean_loss(model(x), y)
-        loss = loss + this.weight_decay / 2 * sum(p.square().sum() for p in model.parameters())
-        loss.backward()
-        return loss
-
-    steps.step(closure)
-    return {k: v.detach().float() for k, v in model.state_dict().items()}
-
-
-def _one(this: Workload, x: Tensor, y: Tensor, kept: Tensor, seed: int) -> dict[str, Tensor]:
-    """One model: SGD with momentum (Adam for sequences), the rate going down to zero."""
-    model = _fresh(this, seed).train()
-    ids, parameters = kept.nonzero().flatten(), list(model.parameters())
-    adam = this.tokens
-    steps = torch.optim.Adam(parameters, this.rate) if adam else torch.optim.SGD(parameters, this.rate, momentum=0.9)
-    total = this.epochs * -(-len(ids) // this.batch)
-    fade = torch.optim.lr_scheduler.LambdaLR(steps, lambda t: min((t + 1) / (total / 10), 1 - t / total))
-    for _ in range(this.epochs):
-        for batch in ids[torch.randperm(len(ids))].split(this.batch):
-            steps.zero_grad()
-            loss = mean_loss(model(x[batch]), y[batch])
-            (loss / y.shape[1] if adam else loss).backward()
-            steps.step()
-            fade.step()
-    return {k: v.detach() for k, v in model.state_dict().items()}
-
-
-def _many(this: Workload, x: Tensor, y: Tensor, kept: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-    """As `_one`, all models in the same operations: kept [M, N], all rows keeping as many."""
-    parameters, _ = stack_module_state([_fresh(this, s) for s in seeds])
-    skeleton = NETS[this.net]()
-    generators = [torch.Generator().manual_seed(2000 + s) for s in seeds]
-    ids = [row.nonzero().flatten() for row in kept]
-    size = len(ids[0])
-
-    def loss(p: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
-        return mean_loss(functional_call(skeleton, p, (a,)), b)
-
-    slopes = vmap(grad(loss))
-    speed = {k: torch.zeros_like(v) for k, v in parameters.items()}
-    total, t = this.epochs * -(-size // this.batch), 0
-    with torch.no_grad():
-        for _ in range(this.epochs):
-            orders = torch.stack([i[torch.randperm(size, generator=g)] for i, g in zip(ids, generators, strict=True)])
-            for batch in orders.split(this.batch, 1):
-                rate = this.rate * min((t + 1) / (total / 10), 1 - t / total)
-                for k, g in slopes(parameters, x[batch], y[batch]).items():
-                    speed[k].mul_(0.9).add_(g)
-                    parameters[k].sub_(rate * speed[k])
-                t += 1
-    return {k: v.detach() for k, v in parameters.items()}
-
-
-def trained(this: Workload, x: Tensor, y: Tensor, kept: Tensor, seeds: list[int]) -> list[dict[str, Tensor]]:
-    """A model per row of kept [M, N], started from its seed."""
-    if this.net == "mlp":
-        out: list[dict[str, Tensor]] = []
-        for rows, some in zip(kept.split(20), _chunks(seeds, 20), strict=True):
-            stacked = _many(this, x, y, rows, some)
-            out += [{k: v[i] for k, v in stacked.items()} for i in range(len(some))]
-        return out
-    if this.net == "logistic":
-        return [_convex(this, x, y, row) for row in kept]
-    return [_one(this, x, y, row, s) for row, s in zip(kept, seeds, strict=True)]
-
-
-def _chunks(items: list[int], size: int) -> list[list[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+# ------------------------------------------------------------------------------------------ kept results
 
 
 @torch.no_grad()
@@ -216,23 +119,19 @@ def _measured(this: Workload, weights: dict[str, Tensor], x: Tensor, y: Tensor) 
     return losses(logits, y), float((logits.argmax(-1) == y).float().mean())
 
 
-# ------------------------------------------------------------------------------------------ kept results
-
-
 def _problem(
     this: Workload, options: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Problem, tuple[Tensor, Tensor], float]:
     case = read(options)
     x, qx = ((v.to(dtype) if v.is_floating_point() else v) for v in (case.x, case.qx))
-    objective = TokenCrossEntropy(average=False) if this.tokens else CrossEntropy()
-    problem = Problem(case.model.to(dtype), objective, (x, case.y), batch_size=this.slab)
+    problem = Problem(case.model.to(dtype), objective(this), (x, case.y), batch_size=this.slab)
     return problem, (qx, case.qy), case.damping
 
 
 def _train(this: Workload, options: dict[str, Any]) -> None:
     start = time.perf_counter()
     x, y, qx, qy = DATA[this.data](this.n, this.queries)
-    weights = trained(this, x, y, torch.ones(1, len(x), dtype=torch.bool), [0])[0]
+    weights = dict(model_of(this, x, y).state_dict())
     loss, accuracy = _measured(this, weights, x, y)
     query_loss, query_accuracy = _measured(this, weights, qx, qy)
     this.folder.mkdir(parents=True, exist_ok=True)
@@ -294,19 +193,15 @@ def _exact(this: Workload, options: dict[str, Any], path: Path) -> None:
     _keep(path, scores=np.asarray(scores.values), damping=damping, seconds=time.perf_counter() - start)
 
 
-def _retrain(this: Workload, path: Path) -> None:
+def _retrain(this: Workload, path: Path, threads: int) -> None:
     """Every query's loss after training on random halves: losses [seeds, subsets, Q], kept [subsets, N]."""
-    start = time.perf_counter()
     x, y, qx, qy = DATA[this.data](this.n, this.queries)
-    generator = torch.Generator().manual_seed(7)
-    kept = torch.zeros(this.subsets, this.n, dtype=torch.bool)
-    for row in kept:
-        row[torch.randperm(this.n, generator=generator)[: this.n // 2]] = True
-    found = []
-    for r in range(this.seeds):
-        models = trained(this, x, y, kept, [100 * (r + 1) + i for i in range(this.subsets)])
-        found.append(torch.stack([_measured(this, w, qx, qy)[0] for w in models]))
-    _keep(path, kept=kept.numpy(), losses=torch.stack(found).numpy(), seconds=time.perf_counter() - start)
+    truth = retrain(
+        recipe(this), Subsets.halves(this.n, this.subsets), this.seeds, train=(x, y), queries=(qx, qy),
+        measure=objective(this), folder=CACHE / "retrained", workers=threads,
+    )  # fmt: skip
+    losses = truth.measured.permute(1, 0, 2).numpy()
+    _keep(path, kept=truth.subsets.kept.numpy(), losses=losses, seconds=truth.seconds)
 
 
 def make(options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
@@ -321,7 +216,7 @@ def make(options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         if allowed and this.exact_queries and not exact.exists():
             _exact(this, options, exact)
         if allowed and this.subsets and not retrained.exists():
-            _retrain(this, retrained)
+            _retrain(this, retrained, options["threads"])
         found: dict[str, Any] = json.loads((this.folder / "meta.json").read_text())
         found |= {"n": this.n, "queries": this.queries, "digest": digest(this)}
         for name, path in (("exact", exact), ("retrained", retrained)):
