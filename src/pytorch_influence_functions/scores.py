@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .evaluation import Verification
+    from .report.page import Report
 else:
-    Figure = Verification = Any  # optional, or of a higher room; annotations may be looked at when they are absent
+    Figure = Report = Verification = Any  # optional, or of a higher room; annotations are looked at all the same
 
 Labels: TypeAlias = Tensor | NDArray[Any] | Sequence[Any] | None
 
@@ -435,6 +436,17 @@ class Scores:
         from .report.plots import plot_influences
 
         return plot_influences(self, q, k, train=train, queries=queries, denormalize=denormalize, path=path)
+
+    def report(self, path: str | os.PathLike[str], **options: Any) -> Report:
+        """Write a page to look through, search and tick in a browser, from disk and without a network.
+
+        Options, with their meaning, are those of `pytorch_influence_functions.report.write_report`: `predictions=`
+        (class probabilities of the queries) and `self_influence=` add the most; `dry_run=True` forecasts the size.
+        Needs jinja2 and pillow (`pip install 'pytorch-influence-functions[report]'`).
+        """
+        from .report.page import write_report
+
+        return write_report(self, path, **options)
 
     def verify(self, recipe: Any, n: int = 12, size: int | None = None, seeds: Any = 3, **options: Any) -> Verification:
         """Remove `n` groups of `size` examples for real, retrain, compare: `ptif.evaluation.verify`, with its options.

@@ -15,7 +15,7 @@ from pytorch_influence_functions._version import __version__
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-OPTIONAL = ("matplotlib", "pandas", "typer", "rich")
+OPTIONAL = ("matplotlib", "pandas", "jinja2", "PIL", "typer", "rich")
 
 
 def read(name: str) -> str:

@@ -62,26 +62,35 @@ def exposed(examples: Sequence[Shown]) -> tuple[list[Shown], str]:
     stretched from the smallest to the largest value over all pictures.
     """
     pictures = [e.pixels for e in examples if e.pixels is not None]
-    if not pictures:
-        return list(examples), ""
-    low, high = min(float(p.min()) for p in pictures), max(float(p.max()) for p in pictures)
-    bytes_given = all(p.dtype == np.uint8 for p in pictures)
-    note = ""
-    if low >= -1e-6 and high <= 1 + 1e-6:
-        offset, width = 0.0, 1.0
-    elif bytes_given or (low >= 0 and 127 < high <= 255):
-        offset, width = 0.0, 255.0
-    else:
-        offset, width = low, (high - low) or 1.0
+    scale = Scale.of(pictures)
+    return [e if e.pixels is None else Shown(pixels=scale.applied(e.pixels)) for e in examples], scale.note
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is shown black (`offset`) and what white (`offset + width`), with a note when that took a stretch."""
+
+    offset: float = 0.0
+    width: float = 1.0
+    note: str = ""
+
+    @classmethod
+    def of(cls, pictures: Sequence[NDArray[Any]]) -> Scale:
+        """The scale that suits all of these; 0 to 1 where there are none."""
+        if not pictures:
+            return cls()
+        low, high = min(float(p.min()) for p in pictures), max(float(p.max()) for p in pictures)
+        if low >= -1e-6 and high <= 1 + 1e-6:
+            return cls()
+        if all(p.dtype == np.uint8 for p in pictures) or (low >= 0 and 127 < high <= 255):
+            return cls(width=255.0)
         note = f"pixel values {low:.3g} to {high:.3g} stretched to black to white"
+        return cls(low, (high - low) or 1.0, note)
 
-    def scaled(e: Shown) -> Shown:
-        if e.pixels is None:
-            return e
-        values = np.clip((e.pixels.astype(np.float64) - offset) / width, 0, 1)
-        return Shown(pixels=values)
-
-    return [scaled(e) for e in examples], note
+    def applied(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """The picture as float64 from 0 (black) to 1 (white); what lies outside the scale is cut off."""
+        found: NDArray[Any] = np.clip((pixels.astype(np.float64) - self.offset) / self.width, 0, 1)
+        return found
 
 
 def target_of(item: Any) -> Any:
@@ -91,6 +100,14 @@ def target_of(item: Any) -> Any:
     if isinstance(item, Mapping):
         return next((item[key] for key in ("label", "labels", "target") if key in item), None)
     return None
+
+
+def row_of(item: Any, denormalize: Denormalize = None) -> NDArray[Any] | None:
+    """The numbers of an example that is one row of a table or a series, `[columns]` in float64; else None."""
+    held = item[0] if isinstance(item, (tuple, list)) and len(item) else item
+    held = _from_mapping(held) if isinstance(held, Mapping) else held
+    found = _array(denormalize(held) if callable(denormalize) else held)
+    return found.astype(np.float64) if found is not None and found.ndim == 1 else None
 
 
 # --------------------------------------------------------------------------- pictures

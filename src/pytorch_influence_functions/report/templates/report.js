@@ -1,0 +1,527 @@
+"use strict";
+/* Everything shown comes from data and is put in place as text, never as markup. No request leaves this page. */
+(() => {
+  const $ = (id) => document.getElementById(id);
+  const read = (name) => JSON.parse($("data-" + name).textContent);
+  const meta = read("meta"), index = read("index"), Q = index.queries, size = Q.name.length;
+  const measure = index.loss ? "loss" : "measure";
+  const FEW = 48;
+
+  /** An element; `on…` are listeners, `dataset` and ARIA names are attributes, children are nodes or text. */
+  function el(tag, attributes = {}, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (value === null || value === undefined || value === false) continue;
+      if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+      else if (name === "class") made.className = value;
+      else if (name in made && !name.includes("-")) made[name] = value;
+      else made.setAttribute(name, value);
+    }
+    made.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+    return made;
+  }
+  const isolated = (text, kind) => el("span", { class: kind || "", dir: "auto" }, text);
+
+  // ------------------------------------------------------------------ numbers in words
+  function plain(value) {
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    const digits = size >= 1e-4 && size < 1e5 ? String(Number(size.toPrecision(3))) : size.toExponential(1);
+    return (value < 0 ? "−" : "") + digits;
+  }
+  const signed = (value) => (value > 0 ? "+" : "") + plain(value);
+  /** Never rounded up to all or nothing. */
+  function percent(share) {
+    const digits = share < 0.1 || share > 0.99 ? 1 : 0, shown = (share * 100).toFixed(digits);
+    return (share < 1 && Number(shown) === 100 ? ">99.9" : share > 0 && Number(shown) === 0 ? "<0.1" : shown) + "%";
+  }
+  const whole = (n) => n.toLocaleString("en");
+  const good = (score) => (index.loss ? score > 0 : score < 0);
+  const tone = (score) => (score === 0 ? "" : good(score) ? "help-word" : "harm-word");
+
+  // ------------------------------------------------------------------ pieces, read when they are looked at
+  const pieces = new Map(), waiting = new Map();
+  window.ptifChunk = (name, value) => { const done = waiting.get(name); waiting.delete(name); if (done) done(value); };
+  let turn = Promise.resolve(), since = 0;
+  const pause = () => new Promise((resume) => setTimeout(resume, 0));
+  function piece(name) {
+    if (!pieces.has(name)) pieces.set(name, meta.folder ? outside(name) : inside(name));
+    return pieces.get(name);
+  }
+  function inside(name) {
+    // One after the other, and never long at a stretch: the page must go on scrolling.
+    const found = turn.then(async () => {
+      if (performance.now() - since > 20) { await pause(); since = performance.now(); }
+      const block = $("data-" + name), value = JSON.parse(block.textContent);
+      block.remove();
+      return value;
+    });
+    turn = found.catch(() => undefined);
+    return found;
+  }
+  function outside(name) {
+    return new Promise((done, fail) => {
+      waiting.set(name, done);
+      const script = el("script", { src: meta.folder.split("/").map(encodeURIComponent).join("/") + "/" + name + ".js" });
+      script.addEventListener("error", () => fail(new Error("missing " + name)));
+      document.head.append(script);
+    });
+  }
+  function place(sorted, value) {
+    let low = 0, high = sorted.length;
+    while (high - low > 1) { const middle = (low + high) >> 1; if (sorted[middle] <= value) low = middle; else high = middle; }
+    return low;
+  }
+  async function example(i) { return (await piece("e" + place(meta.starts, i))).find((one) => one.i === i); }
+  async function query(q) { return (await piece("q" + Math.floor(q / meta.perQuery)))[q % meta.perQuery]; }
+  const lost = { k: "none", t: "This part of the report is missing; keep the folder " + meta.folder + " beside the page." };
+
+  // ------------------------------------------------------------------ one example made visible
+  function see(record, what, large) {
+    const kind = "see " + (large ? "large " : "small ");
+    if (record.k === "image") {
+      const picture = el("img", { src: record.s, alt: what, class: record.w <= 64 ? "pixels" : "", draggable: false, decoding: "async" });
+      return el("div", { class: kind }, picture);
+    }
+    const scrolls = large ? { tabindex: "0", role: "region", "aria-label": what } : {};
+    if (record.k === "text") {
+      const text = large ? record.t : record.t.slice(0, 240) + (record.t.length > 240 ? "…" : "");
+      const more = large && record.m ? el("p", { class: "faint" }, "… and " + whole(record.m) + " more letters") : null;
+      return el("div", { class: kind + "words", ...scrolls }, el("p", { class: "text", dir: "auto" }, text || "(empty)"), more);
+    }
+    if (record.k === "table") {
+      const rows = large ? record.t : record.t.slice(0, 5), left = record.t.length - rows.length + record.m;
+      const body = el("tbody", {}, ...rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row", title: name }, name), el("td", { title: value }, value))));
+      if (left) body.append(el("tr", {}, el("th", { scope: "row" }, "… " + whole(left) + " more"), el("td", {}, "")));
+      return el("div", { class: kind + "words", ...scrolls }, el("table", { class: "row" }, body));
+    }
+    return el("div", { class: kind + "none" }, record.t || "No picture or text at hand");
+  }
+  const named = (record) => "Training example " + record.i + (record.l ? ", labelled " + record.l : "");
+
+  /** A card that fills itself when its piece is there. */
+  function card(i, score, side, extra) {
+    const picture = el("button", { type: "button", class: "open", "aria-label": "Look at training example " + i, onclick: () => look(i) }, el("div", { class: "see" }));
+    const lines = el("div", { class: "lines" });
+    if (score !== null) lines.append(el("span", { class: "num " + tone(score) }, signed(score)));
+    const made = el("li", { class: "card " + side }, picture, lines, extra || null, ticks(i));
+    example(i).catch(() => ({ ...lost, i })).then((record) => {
+      picture.replaceChildren(see(record, named(record), false));
+      picture.setAttribute("aria-label", "Look at " + named(record) + (record.k === "text" ? ": " + record.t.slice(0, 80) : ""));
+      if (record.l) lines.append(isolated(record.l, "label"));
+      lines.append(el("span", { class: "faint" }, "#" + i, record.n ? " " : "", record.n ? isolated(record.n) : ""));
+    });
+    return made;
+  }
+
+  async function look(i) {
+    const box = $("example"), record = await example(i).catch(() => ({ ...lost, i }));
+    const entry = index.queue.find((one) => one.i === i);
+    const facts = el("dl", { class: "facts" });
+    const fact = (term, value) => facts.append(el("div", {}, el("dt", {}, term), el("dd", { dir: "auto" }, value)));
+    if (record.l) fact("Label", record.l);
+    if (record.n) fact("Name", record.n);
+    if (record.o !== undefined) fact("Self-influence", plain(record.o));
+    if (entry && entry.g) fact("Suggested label", entry.g);
+    box.replaceChildren(
+      el("button", { type: "button", class: "close", onclick: () => box.close() }, "Close"),
+      el("h2", {}, "Training example " + i), see(record, named(record), true), facts,
+      entry ? el("div", {}, el("h3", {}, "Evidence that its label is doubtful"), ...evidence(entry)) : null || "", ticks(i));
+    box.showModal();
+  }
+  $("example").addEventListener("click", (event) => { if (event.target === $("example")) $("example").close(); });
+
+  // ------------------------------------------------------------------ decisions
+  const WORDS = { wrong_label: "Wrong label", duplicate: "Duplicate", keep: "Keep" };
+  const key = "ptif-report-" + meta.id;
+  let decisions = new Map(), stored = true;
+  try {
+    const held = JSON.parse(localStorage.getItem(key) || "[]");
+    decisions = new Map(held.filter(([i, word]) => Number.isInteger(i) && i >= 0 && i < index.n && Object.hasOwn(WORDS, word)));
+  } catch { stored = false; }
+  function ticks(i) {
+    const box = el("div", { class: "ticks", role: "group", "aria-label": "Decision for training example " + i });
+    box.dataset.of = i;
+    for (const [word, text] of Object.entries(WORDS)) {
+      const button = el("button", { type: "button", onclick: () => decide(i, word), "aria-pressed": String(decisions.get(i) === word) }, text);
+      button.dataset.word = word;
+      box.append(button);
+    }
+    return box;
+  }
+  function decide(i, word) {
+    if (decisions.get(i) === word || word === null) decisions.delete(i); else decisions.set(i, word);
+    try { localStorage.setItem(key, JSON.stringify([...decisions])); } catch { stored = false; }
+    for (const box of document.querySelectorAll('.ticks[data-of="' + i + '"]'))
+      for (const button of box.children) button.setAttribute("aria-pressed", String(decisions.get(i) === button.dataset.word));
+    counted();
+  }
+  function counted() { $("decided").textContent = whole(decisions.size); }
+
+  async function decided() {
+    const found = [];
+    for (const i of [...decisions.keys()].sort((a, b) => a - b)) {
+      const record = await example(i).catch(() => ({}));
+      const entry = index.queue.find((one) => one.i === i) || {};
+      found.push({ index: i, decision: decisions.get(i), label: record.l || null, name: record.n || null,
+        suggested_label: entry.g || null, self_influence: record.o === undefined ? null : record.o });
+    }
+    return found;
+  }
+  function csv(rows) {
+    const names = ["index", "decision", "label", "name", "suggested_label", "self_influence"];
+    const cell = (value) => {
+      if (value === null) return "";
+      if (typeof value === "number") return String(value);
+      // A spreadsheet would take these for a formula.
+      const text = /^[=+\-@\t\r]/.test(value) ? "'" + value : value;
+      return /[",\r\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text;
+    };
+    return [names, ...rows.map((row) => names.map((name) => cell(row[name])))].map((line) => line.join(",") + "\r\n").join("");
+  }
+  async function download(kind) {
+    const rows = await decided();
+    const whole = { format: "pytorch-influence-functions/decisions", version: 1, report: meta.id, title: meta.title,
+      training_examples: index.n, decisions: rows };
+    const text = kind === "csv" ? csv(rows) : JSON.stringify(whole, null, 2) + "\n";
+    const address = URL.createObjectURL(new Blob([text], { type: kind === "csv" ? "text/csv" : "application/json" }));
+    const link = el("a", { href: address, download: "decisions." + kind });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(address), 10000);
+  }
+  async function showDecisions() {
+    const rows = await decided(), box = $("decisions");
+    const columns = ["Example", "Label", "Decision", ""];
+    const body = rows.map((row) => el("tr", {},
+      el("td", {}, el("button", { type: "button", onclick: () => look(row.index) }, "#" + row.index)),
+      el("td", { dir: "auto" }, row.label || ""), el("td", {}, WORDS[row.decision]),
+      el("td", {}, el("button", { type: "button", "aria-label": "Forget the decision for example " + row.index,
+        onclick: () => { decide(row.index, null); showDecisions(); } }, "Forget"))));
+    const keeps = stored ? "They are kept in this browser for this report." : "This browser keeps nothing for files: download them before you close the page.";
+    box.replaceChildren(
+      el("p", {}, rows.length ? whole(rows.length) + " training example" + (rows.length === 1 ? " is" : "s are") + " ticked. " + keeps
+        : "Nothing is ticked yet. Cards of training examples have the buttons Wrong label, Duplicate and Keep. " + keeps),
+      el("div", { class: "actions" },
+        el("button", { type: "button", class: "main", disabled: !rows.length, onclick: () => download("csv") }, "Download CSV"),
+        el("button", { type: "button", class: "main", disabled: !rows.length, onclick: () => download("json") }, "Download JSON")),
+      rows.length ? el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Decisions" }, el("table", { class: "data" },
+        el("thead", {}, el("tr", {}, ...columns.map((word) => word ? el("th", { scope: "col" }, word) : el("td", {})))), el("tbody", {}, ...body))) : "",
+      el("h2", {}, "The format"),
+      el("p", {}, "CSV: one line per ticked example with the columns ", el("code", {}, "index,decision,label,name,suggested_label,self_influence"),
+        ". ", el("code", {}, "index"), " is the position in the training dataset, from 0; ", el("code", {}, "decision"), " is ",
+        el("code", {}, "wrong_label"), ", ", el("code", {}, "duplicate"), " or ", el("code", {}, "keep"),
+        "; what is not known is empty. A text that a spreadsheet would take for a formula has an apostrophe in front."),
+      el("p", {}, "JSON: ", el("code", {}, '{"format": "pytorch-influence-functions/decisions", "version": 1, "report", "title", "training_examples", "decisions": [{"index", "decision", …}]}'),
+        " with the same names; what is not known is ", el("code", {}, "null"), "."));
+  }
+
+  // ------------------------------------------------------------------ queries: the grid
+  const filters = { search: "", label: "", wrong: "", sure: "", sort: "order" };
+  let visible = [...Array(size).keys()], drawn = 0;
+  const BANDS = { "": [-1, 2], "below 50%": [-1, 0.5], "50 to 80%": [0.5, 0.8], "80 to 95%": [0.8, 0.95], "above 95%": [0.95, 2] };
+  const SORTS = { order: "as in the data", unsure: "least confident first", sure: "most confident first" };
+  function selected(name, options, shown) {
+    const box = el("select", { onchange: (event) => { filters[name] = event.target.value; filtered(); } });
+    for (const [value, text] of options) box.append(el("option", { value }, text));
+    return el("label", {}, shown, box);
+  }
+  function fillFilters() {
+    const form = $("filters"), labels = [...new Set(Q.label)].filter((label) => label !== "");
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.append(el("label", { class: "wide" }, "Search names, labels, texts",
+      el("input", { type: "search", oninput: (event) => { filters.search = event.target.value; filtered(); } })));
+    if (labels.length > 1 && labels.length <= 200) form.append(selected("label", [["", "all"], ...labels.map((label) => [label, label])], "Label"));
+    if (Q.wrong && Q.wrong.some((wrong) => wrong !== null)) form.append(selected("wrong", [["", "all"], ["1", "wrong only"], ["0", "right only"]], "Answered"));
+    if (Q.sure && Q.sure.some((sure) => sure !== null)) {
+      form.append(selected("sure", Object.keys(BANDS).map((band) => [band, band || "any"]), "Confidence"));
+      form.append(selected("sort", Object.entries(SORTS), "Order"));
+    }
+  }
+  function filtered() {
+    const words = filters.search.trim().toLowerCase(), [low, high] = BANDS[filters.sure];
+    visible = [...Array(size).keys()].filter((q) => {
+      if (filters.label && Q.label[q] !== filters.label) return false;
+      if (filters.wrong && String(Q.wrong[q]) !== filters.wrong) return false;
+      if (filters.sure && (Q.sure[q] === null || Q.sure[q] < low || Q.sure[q] >= high)) return false;
+      return !words || [Q.name[q], Q.label[q], Q.said ? Q.said[q] : "", Q.text ? Q.text[q] : ""].join("\n").toLowerCase().includes(words);
+    });
+    if (filters.sort !== "order") visible.sort((a, b) => ((Q.sure[a] ?? 2) - (Q.sure[b] ?? 2)) * (filters.sort === "sure" ? -1 : 1));
+    $("count").textContent = visible.length === size ? whole(size) + (size === 1 ? " query" : " queries")
+      : whole(visible.length) + " of " + whole(size) + " queries";
+    $("grid").replaceChildren();
+    drawn = 0;
+    more();
+  }
+  function more() {
+    const grid = $("grid");
+    for (const q of visible.slice(drawn, drawn + FEW)) grid.append(tile(q));
+    drawn = Math.min(visible.length, drawn + FEW);
+    $("more").hidden = drawn >= visible.length;
+  }
+  function answer(q) {
+    if (!Q.said) return null;
+    const state = Q.wrong[q] === null ? "" : Q.wrong[q] ? "wrong-word" : "right-word";
+    const word = Q.wrong[q] === null ? "model: " : Q.wrong[q] ? "✗ model: " : "✓ model: ";
+    return el("span", { class: state }, word, isolated(Q.said[q]), Q.sure[q] === null ? "" : " " + percent(Q.sure[q]));
+  }
+  function tile(q) {
+    const picture = el("div", { class: "see" });
+    const link = el("a", { href: "#q/" + q }, picture, el("div", { class: "lines" },
+      isolated(Q.name[q], "faint"), Q.label[q] ? isolated(Q.label[q], "label") : null, answer(q)));
+    query(q).catch(() => lost).then((record) => picture.replaceWith(see(record, "", false)));
+    return el("li", { class: "tile" }, link);
+  }
+  function moveInGrid(event) {
+    const links = [...$("grid").querySelectorAll("a")], at = links.indexOf(document.activeElement);
+    if (at < 0) return;
+    const columns = links.filter((link) => link.offsetTop === links[0].offsetTop).length;
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
+    if (step === undefined) return;
+    event.preventDefault();
+    const next = links[at + step];
+    if (next) next.focus();
+  }
+
+  // ------------------------------------------------------------------ queries: one of them
+  let current = -1;
+  async function showQuery(q) {
+    const record = await query(q).catch(() => ({ ...lost, help: [], harm: [], hist: { lo: 0, hi: 0, n: [0] } }));
+    if (location.hash !== "#q/" + q) return;
+    current = q;
+    if (!visible.includes(q)) { visible = [...Array(size).keys()]; }
+    const at = visible.indexOf(q), box = $("view-query");
+    const step = (by, text) => el("button", { type: "button", disabled: at + by < 0 || at + by >= visible.length, onclick: () => go(by) }, text);
+    const cards = (list, side) => el("ol", { class: "cards" }, ...list.map(([i, score]) => card(i, score, side)));
+    const up = index.loss ? "raise" : "lower", down = index.loss ? "lower" : "raise";
+    box.replaceChildren(
+      el("div", { class: "steps" }, el("a", { href: "#queries" }, "All queries"), step(-1, "← Previous"), step(1, "Next →"),
+        el("span", { class: "where" }, whole(at + 1) + " of " + whole(visible.length) + " · arrow keys move")),
+      el("h1", { dir: "auto" }, Q.name[q]),
+      el("div", { class: "query" },
+        el("div", { class: "side" }, see(record, Q.name[q] + (Q.label[q] ? ", labelled " + Q.label[q] : ""), true),
+          el("div", {}, Q.label[q] ? el("p", {}, "Label: ", isolated(Q.label[q], "label")) : "", answer(q) || ""),
+          record.likely && record.likely.length ? likely(record.likely) : "", histogram(record)),
+        el("div", {},
+          el("h2", { class: "head-help" }, "Most helpful", el("small", {}, "Removing one would " + up + " the " + measure + " on this query, by the number shown.")),
+          cards(record.help, "help"),
+          el("h2", { class: "head-harm" }, "Most harmful", el("small", {}, "Removing one would " + down + " the " + measure + " on this query, by the number shown. Where all help, these help least.")),
+          cards(record.harm, "harm"))));
+    $("live").textContent = Q.name[q] + ", " + (at + 1) + " of " + visible.length;
+  }
+  function likely(list) {
+    const rows = list.map(([name, share]) => {
+      const fill = el("span", { class: "fill" });
+      fill.style.width = Math.max(0, Math.min(1, share)) * 100 + "%";
+      return el("div", {}, el("span", { class: "name", dir: "auto", title: name }, name), el("span", { class: "track" }, fill), el("span", { class: "num" }, percent(share)));
+    });
+    return el("div", {}, el("h3", {}, "What the model says"), el("div", { class: "said" }, ...rows));
+  }
+  function histogram(record) {
+    const { lo, hi, n } = record.hist, W = 600, H = 150, base = 118, width = hi - lo || 1;
+    const draw = (tag, attributes) => {
+      const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+      for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+      return made;
+    };
+    const top = Math.log1p(Math.max(...n)), x = (score) => Math.max(1, Math.min(W - 1, ((score - lo) / width) * W));
+    const total = n.reduce((a, b) => a + b, 0);
+    const label = "Histogram of " + whole(total) + " scores from " + plain(lo) + " to " + plain(hi) + "; " + record.help.length + " helpful and " + record.harm.length + " harmful ones are shown on this page";
+    const picture = draw("svg", { viewBox: "0 0 " + W + " " + H, preserveAspectRatio: "none", role: "img", "aria-label": label });
+    n.forEach((count, at) => {
+      if (!count) return;
+      const height = Math.max(2, (Math.log1p(count) / (top || 1)) * (base - 6)), step = W / n.length;
+      picture.append(draw("rect", { x: at * step, y: base - height, width: Math.max(1, step - 1.5), height }));
+    });
+    picture.append(draw("line", { class: "axis", x1: 0, x2: W, y1: base, y2: base }));
+    if (lo < 0 && hi > 0) picture.append(draw("line", { class: "zero", x1: x(0), x2: x(0), y1: 0, y2: base }));
+    for (const [side, list] of [["help-tick", record.help], ["harm-tick", record.harm]])
+      for (const [, score] of list) picture.append(draw("line", { class: side, x1: x(score), x2: x(score), y1: base + 4, y2: H - 2 }));
+    return el("figure", { class: "hist" }, el("h3", {}, "All scores of this query"), picture,
+      el("div", { class: "ends num" }, el("span", {}, signed(lo)), el("span", {}, signed(hi))),
+      el("figcaption", {}, "Heights grow with the logarithm of the count. Marks below: solid, the helpful ones shown; dashed, the harmful ones."));
+  }
+  function go(by) {
+    const next = visible[visible.indexOf(current) + by];
+    if (next !== undefined) location.hash = "#q/" + next;
+  }
+
+  // ------------------------------------------------------------------ the training set
+  function evidence(entry) {
+    const lines = [];
+    const change = (harm) => (harm >= 0) === index.loss ? "lower" : "raise";
+    if (entry.o !== undefined) lines.push(el("p", {}, "Self-influence ", el("b", { class: "num" }, plain(entry.o)), entry === index.queue[0] ? ", the largest of all." : ", above " + percent(entry.p) + " of all."));
+    if (entry.g) lines.push(el("p", {}, "Suggested label: ", isolated(entry.g, "label"), ". Without this example the " + measure + " of one in ten such queries would be " + (index.loss ? "lower" : "higher") + " by " + plain(entry.gh) + " or more."));
+    lines.push(el("p", {}, "Over all queries, removing it would " + change(entry.h) + " the mean " + measure + " by " + plain(Math.abs(entry.h)) + "."));
+    if (entry.q.length) lines.push(el("p", {}, Q.label.some((label) => label) ? "Opponents (queries of other classes it harms most):" : "Queries it harms most:"),
+      el("ul", {}, ...entry.q.map(([q, score]) => el("li", {}, el("a", { href: "#q/" + q, onclick: () => $("example").close() }, isolated(Q.name[q])),
+        Q.label[q] ? " (" : "", Q.label[q] ? isolated(Q.label[q]) : "", Q.label[q] ? ") " : " ", el("span", { class: "num" }, signed(score))))));
+    return lines;
+  }
+  function growing(box, entries, make, first = 24) {
+    let at = 0;
+    const list = el("ul", { class: "queue" });
+    const button = el("button", { type: "button", onclick: () => next() }, "Show more");
+    function next() {
+      for (const entry of entries.slice(at, at + first)) list.append(make(entry));
+      at += first;
+      button.hidden = at >= entries.length;
+    }
+    next();
+    box.append(list, el("p", { class: "centre" }, button));
+  }
+  function suspect(entry) {
+    const picture = el("button", { type: "button", class: "open", "aria-label": "Look at training example " + entry.i, onclick: () => look(entry.i) }, el("div", { class: "see" }));
+    const head = el("h3", {}, "#" + entry.i);
+    example(entry.i).catch(() => ({ ...lost, i: entry.i })).then((record) => {
+      picture.replaceChildren(see(record, named(record), false));
+      if (record.l) head.append(" labelled ", isolated(record.l, "label"));
+    });
+    return el("li", { class: "suspect" }, picture, el("div", {}, head, ...evidence(entry)), ticks(entry.i));
+  }
+  const BY = {
+    self: "Ordered by self-influence: the model leans on these labels alone, which a wrong label needs.",
+    mean: "Ordered by mean harm over all queries; self-influence, where a report is given it, finds wrong labels better.",
+  };
+  const panels = {
+    labels: ["Doubtful labels", (box) => {
+      box.append(el("p", {}, "The " + whole(index.queue.length) + " training examples whose labels are most worth a look, worst first. " + BY[index.queueBy]));
+      growing(box, index.queue, suspect);
+    }],
+    pairs: ["Pairs", (box) => {
+      if (!index.compared) { box.append(el("p", {}, "Inputs were not compared: the training data were not at hand.")); return; }
+      const among = index.compared === index.n ? "all " + whole(index.n) + " training examples" : "the " + whole(index.compared) + " most influential training examples";
+      box.append(el("p", {}, "Inputs were compared among " + among + "; a pair is listed when it differs by at most a quarter of what two random examples differ by."));
+      for (const [kind, title, none] of [["other", "Conflicting: nearly the same input, another label", "No conflicting pair was found."], ["same", "Near duplicates: nearly the same input and label", "No near duplicates were found."]]) {
+        box.append(el("h2", {}, title + " (" + index.pairs[kind].length + ")"));
+        if (index.pairs[kind].length) growing(box, index.pairs[kind], pair, 12); else box.append(el("p", { class: "faint" }, none));
+      }
+    }],
+    classes: ["Classes", classes],
+    influential: ["Most influential", (box) => {
+      const list = (entries, side) => el("ol", { class: "cards" }, ...entries.map(([i, score]) => card(i, score, side)));
+      box.append(el("p", {}, "By the mean score over all queries: the predicted change of the mean " + measure + " when the example is removed."),
+        el("h2", { class: "head-help" }, "Most helpful overall"), list(index.top.help, "help"),
+        el("h2", { class: "head-harm" }, "Most harmful overall"), list(index.top.harm, "harm"));
+    }],
+  };
+  function pair(entry) {
+    const apart = entry.d === 0 ? "The inputs are equal." : "They differ by " + percent(entry.d) + " of what two random examples differ by.";
+    const act = entry.c > 0.5 ? "They push the queries the same way" : entry.c < -0.5 ? "They push the queries in opposite directions" : "Their effects on the queries differ";
+    const box = el("li", { class: "pair" }, el("p", {}, apart + " " + act + " (cosine " + entry.c.toFixed(2).replace("-", "−") + ")."));
+    for (const i of [entry.a, entry.b]) { const one = card(i, null, ""); box.append(el("div", { class: one.className }, ...one.children)); }
+    return box;
+  }
+  function classes(box) {
+    const C = index.classes;
+    if (!C) { box.append(el("p", {}, "There are no classes here: labels are missing, are numbers, or are of very many kinds.")); return; }
+    const count = C.names.length, diagonal = C.names.map((_, c) => C.matrix[c][c]);
+    const columns = [["Class", C.names], ["Training examples", C.train], ["Queries", C.asked]];
+    if (C.mistakes) columns.push(["Answered wrongly", C.mistakes]);
+    columns.push(["Doubtful labels", C.doubtful], ["Effect on own class", diagonal]);
+    box.append(el("h2", {}, "Per class"), sortable(columns),
+      el("h2", {}, "Which class helps which"),
+      el("p", {}, "Mean score of one training example of the class in the row on the queries of the class in the column. Blue helps, orange harms; the number says it too. Framed: a class on itself."));
+    const largest = Math.max(...C.matrix.flat().map((v) => Math.abs(v ?? 0))) || 1;
+    const head = el("tr", {}, el("th", { scope: "col" }, "training ↓ query →"), ...C.names.map((name) => el("th", { scope: "col", dir: "auto" }, name)));
+    const rows = C.names.map((name, a) => el("tr", {}, el("th", { scope: "row", dir: "auto" }, name), ...C.matrix[a].map((value, b) => {
+      const cell = el("td", { class: a === b ? "same" : "" }, value === null ? "–" : signed(value));
+      if (value) cell.style.background = "rgb(var(--heat-" + (good(value) ? "help" : "harm") + ") / " + (0.45 * Math.sqrt(Math.abs(value) / largest)).toFixed(3) + ")";
+      return cell;
+    })));
+    if (count) box.append(el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Which class helps which" }, el("table", { class: "data" }, el("thead", {}, head), el("tbody", {}, ...rows))));
+  }
+  function sortable(columns) {
+    const body = el("tbody"), heads = [];
+    let by = -1, down = true;
+    function fill() {
+      const order = columns[0][1].map((_, row) => row);
+      if (by >= 0) order.sort((a, b) => {
+        const [x, y] = [columns[by][1][a], columns[by][1][b]];
+        const sign = typeof x === "string" ? x.localeCompare(y) : (x ?? -Infinity) - (y ?? -Infinity);
+        return down ? -sign : sign;
+      });
+      body.replaceChildren(...order.map((row) => el("tr", {}, ...columns.map(([, values], c) => {
+        const value = values[row];
+        return c === 0 ? el("th", { scope: "row", dir: "auto" }, value) : el("td", {}, value === null ? "–" : Number.isInteger(value) ? whole(value) : signed(value));
+      }))));
+      heads.forEach((head, c) => head.setAttribute("aria-sort", c !== by ? "none" : down ? "descending" : "ascending"));
+    }
+    columns.forEach(([name], c) => heads.push(el("th", { scope: "col" }, el("button", { type: "button", onclick: () => {
+      down = by === c ? !down : c > 0; by = c; fill();
+    } }, name + " ↕"))));
+    fill();
+    return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Per class" }, el("table", { class: "data" }, el("thead", {}, el("tr", {}, ...heads)), body));
+  }
+  function showTraining(name) {
+    const chosen = Object.hasOwn(panels, name) ? name : "labels";
+    for (const tab of $("tabs").children) {
+      const on = tab.dataset.name === chosen;
+      tab.setAttribute("aria-selected", String(on));
+      tab.tabIndex = on ? 0 : -1;
+    }
+    $("panel").setAttribute("aria-labelledby", "tab-" + chosen);
+    $("panel").replaceChildren();
+    panels[chosen][1]($("panel"));
+  }
+  function fillTabs() {
+    const names = Object.keys(panels);
+    for (const name of names) {
+      const tab = el("button", { type: "button", role: "tab", id: "tab-" + name, "aria-controls": "panel", onclick: () => { location.hash = "#training/" + name; } }, panels[name][0]);
+      tab.dataset.name = name;
+      $("tabs").append(tab);
+    }
+    $("tabs").addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], at = names.indexOf(document.activeElement.dataset.name);
+      if (step === undefined || at < 0) return;
+      event.preventDefault();
+      const next = names[(at + step + names.length) % names.length];
+      location.hash = "#training/" + next;
+      $("tab-" + next).focus();
+    });
+  }
+
+  // ------------------------------------------------------------------ views
+  function start() {
+    const wrong = Q.wrong ? Q.wrong.filter((one) => one === 1).length : 0, pairs = index.pairs.other.length + index.pairs.same.length;
+    const box = (href, number, words) => el("a", { href }, el("b", { class: "num" }, number), words);
+    $("start").append(
+      box("#queries", whole(size), size === 1 ? "query and what it rests on" : "queries and what each rests on" + (wrong ? "; " + whole(wrong) + " answered wrongly" : "")),
+      box("#training/labels", whole(index.queue.length), "training examples with the most doubtful labels"),
+      box("#training/pairs", whole(pairs), "near-duplicate or conflicting pairs"));
+  }
+  let first = true;
+  function route() {
+    const [view, rest] = (location.hash.slice(1) || "overview").split("/");
+    const q = Number(rest), one = view === "q" && Number.isInteger(q) && q >= 0 && q < size;
+    const known = ["overview", "queries", "training", "decisions"].includes(view) ? view : one ? "query" : "overview";
+    for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== "view-" + known;
+    for (const link of document.querySelectorAll("nav a")) {
+      const on = link.getAttribute("href") === "#" + (known === "query" ? "queries" : known);
+      if (on) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
+    }
+    if (known === "query") showQuery(q);
+    if (known === "queries" && !drawn) filtered();
+    if (known === "training") showTraining(rest);
+    if (known === "decisions") showDecisions();
+    document.title = (known === "query" ? Q.name[q] : $("h-" + known).textContent) + " · " + meta.title;
+    if (!first && !(known === "training" && document.activeElement.role === "tab")) $("main").focus({ preventScroll: true });
+    if (!first && known !== "queries") scrollTo(0, 0);
+    first = false;
+  }
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || $("example").open) return;
+    if (["INPUT", "SELECT", "TEXTAREA"].includes(event.target.tagName)) return;
+    if (!$("view-queries").hidden) return moveInGrid(event);
+    if ($("view-query").hidden) return;
+    if (event.key === "ArrowRight" || event.key === "ArrowLeft") { event.preventDefault(); go(event.key === "ArrowRight" ? 1 : -1); }
+    if (event.key === "Escape") location.hash = "#queries";
+  });
+  $("more").addEventListener("click", more);
+  new IntersectionObserver((seen) => { if (seen.some((one) => one.isIntersecting) && !$("more").hidden) more(); }, { rootMargin: "600px" }).observe($("more"));
+  window.addEventListener("hashchange", route);
+  fillFilters();
+  fillTabs();
+  start();
+  counted();
+  route();
+})();
