@@ -46,7 +46,7 @@ class Study:
     def picture(self, figure: str) -> Path:
         """Where a figure's picture goes."""
         self.figures.mkdir(parents=True, exist_ok=True)
-        return self.figures / f"figure_{figure}.png"
+        return self.figures / f"{figure if figure.startswith('section') else 'figure_' + figure}.png"
 
 
 @dataclass(frozen=True)
