@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from peers.prepare import DATA
+from peers.recipes import model_of, objective, recipe
 from peers.workloads import CACHE, Workload, workload
 from torch import Tensor, nn
 
