@@ -40,7 +40,7 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """Seconds as a person would say them.
 
     >>> [duration(x) for x in (0.4, 59, 200, 8000)]
@@ -56,7 +56,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
-def size(count: float) -> str:
+def size(count: float | int) -> str:
     """Bytes as a person would say them.
 
     >>> size(2000), size(3 * 2**20), size(5 * 2**30)

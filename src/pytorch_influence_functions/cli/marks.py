@@ -23,9 +23,11 @@ Settings = dict[str, Any]
 
 
 def marks(task: Task, method: AbstractMethod, settings: Mapping[str, Any], queries: Source | None) -> dict[str, str]:
-    """Hashes of weights, training data, queries and settings; reads all the data once."""
+    """Hashes of weights, training data, queries, settings and the task file's text; reads all the data once."""
     found = {"weights": _weights(task.problem)} | data_marks(task.problem.data, queries)
-    return found | {"settings": _hash(words(task, method, settings))}
+    # What the model and the loss compute is told by the text they are made in, as well as by weights and names.
+    text = hashlib.sha256(task.path.read_bytes()).hexdigest()
+    return found | {"settings": _hash(words(task, method, settings)), "task file": text}
 
 
 def data_marks(train: Source, queries: Source | None) -> dict[str, str]:
@@ -46,11 +48,7 @@ def words(task: Task, method: AbstractMethod, settings: Mapping[str, Any]) -> Se
         "weight_decay": repr(p.weight_decay),
         "batch_size": p.batch_size,
     } | dict(settings)
-    stable = {k: _ADDRESS.sub("", v) if isinstance(v, str) else v for k, v in found.items()}
-    if stable != found:
-        # A function of the user's is known by its name only: what it does is told by the text it stands in.
-        stable["task"] = hashlib.sha256(task.path.read_bytes()).hexdigest()
-    return stable
+    return {k: _ADDRESS.sub("", v) if isinstance(v, str) else v for k, v in found.items()}
 
 
 def _hash(found: Settings) -> str:
