@@ -118,8 +118,7 @@ def write_report(
         found.index["queries"]["text"] = [clean(writer.texts.get(q, "")) for q in range(len(scores))]
     overview = Overview.of(scores, int(k), said, (training, asked), scale.note)
     page = _Page(title, about, overview, found, pieces)
-    folder = sum(len(text.encode()) for _, text in pieces) > LIMIT - len(embedded(found.index).encode()) - 200_000
-    written = page.write(target, folder)
+    written, folder = page.write(target)
     lost = len(training.failed) + len(asked.failed)
     return Report(target, forecast, written, len(found.examples), detail.side, folder, lost)
 
@@ -174,19 +173,21 @@ class _Page:
     found: Contents
     pieces: list[tuple[str, str]]
 
-    def write(self, target: Path, folder: bool) -> int:
-        """Write everything and return how many bytes that took. The page comes last, when all it needs is there."""
+    def write(self, target: Path) -> tuple[int, bool]:
+        """Write one file, or several where it would be above the limit; how many bytes, and whether a folder."""
         beside = files_folder(target)
-        written = 0
+        written, whole = 0, self.html("").encode()
+        folder = len(whole) > LIMIT
         if folder:
             for name, text in self.pieces:
                 content = f'ptifChunk("{name}",{text});'.encode()
                 write_bytes(beside / f"{name}.js", content)
                 written += len(content)
-        page = self.html(beside.name if folder else "").encode()
-        write_bytes(target, page)
+            whole = self.html(beside.name).encode()
+        # The page comes last, when all it needs is there.
+        write_bytes(target, whole)
         _tidy(beside, [name for name, _ in self.pieces] if folder else [])
-        return written + len(page)
+        return written + len(whole), folder
 
     def html(self, beside: str) -> str:
         """The page as text; `beside` names the folder of its pieces, or is empty where they are inside."""

@@ -79,8 +79,8 @@ def contents(scores: Scores, train: Lens, k: int, said: list[Said] | None, own: 
     return Contents(scores, index, lists, sorted(shown), own)
 
 
-def _rounded(found: list[tuple[int, float]]) -> list[list[float]]:
-    return [[i, short(score)] for i, score in found]
+def _rounded(found: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(i, short(score)) for i, score in found]
 
 
 def _lists(scores: Scores, q: int, k: int, said: list[Said] | None) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _lists(scores: Scores, q: int, k: int, said: list[Said] | None) -> dict[str,
     found: dict[str, Any] = {"help": _rounded(helpful), "harm": _rounded(harmful)}
     found["hist"] = histogram(row(scores, q)[0])
     if said is not None:
-        found["likely"] = [list(pair) for pair in said[q].likeliest]
+        found["likely"] = said[q].likeliest
     return found
 
 

@@ -69,15 +69,15 @@ def _suggestions(
 
 def _opponents(
     scores: Scores, columns: Float[Tensor, "Q n"], classes: Classes | None, ids: Int[Tensor, " n"]
-) -> list[list[list[float]]]:
-    """For each of `ids` the queries it harms most, among those of another class: [[query row, score], …]."""
+) -> list[list[tuple[int, float]]]:
+    """For each of `ids` the queries it harms most, among those of another class: [(query row, score), …]."""
     harm = harm_sign(scores) * columns
     if classes is not None:
         harm[classes.query[:, None] == classes.train[ids][None, :]] = -torch.inf
     values, at = harm.topk(min(_OPPONENTS, len(scores)), 0)
     return [
         [
-            [q, short(float(columns[q, j]))]
+            (q, short(float(columns[q, j])))
             for q, v in zip(at[:, j].tolist(), values[:, j].tolist(), strict=True)
             if v > 0
         ]
