@@ -358,6 +358,7 @@ def test_too_large_pages_shrink_their_pictures_and_then_become_a_folder(
 ) -> None:
     s = pictures(20, 300, train_source=(big(), torch.zeros(300)), query_source=(big()[:20], torch.zeros(20)))
     size = s.report(tmp_path / "r.html").written
+    whole = set(Page(tmp_path / "r.html").examples)
     for side in (64, 48):
         monkeypatch.setattr(pages, "LIMIT", int(0.9 * size))
         report = s.report(tmp_path / "r.html")
