@@ -8,11 +8,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Installed with these versions of these files: remade only when one of them changes.
 STAMP := .venv/.installed
 
-.PHONY: help install demo test referee lint format types layers docs bench peers league check clean
+.PHONY: help install demo test referee lint format types layers docs bench peers league paper check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | referee | check | lint | format | types | layers | docs | bench | peers | league | clean"
+	@echo "make demo | test | referee | check | lint | format | types | layers | docs | bench | peers | league | paper | clean"
 
 install: $(STAMP)
 
@@ -56,6 +56,9 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+paper: $(STAMP)
+	$(BIN)/python -m examples.paper.run $(ARGS)
 
 peers: $(STAMP)
 	$(BIN)/python benchmarks/peers/run.py

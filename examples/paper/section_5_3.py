@@ -66,12 +66,15 @@ def _draw(path: Path, scores: Tensor, child: Tensor, survived: Tensor, names: tu
     with drawing(path, 7.6, 3.2) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
         order = scores.abs().argsort(descending=True)[:20]
-        colours = [style.HELPFUL if child[i] else style.FAINT for i in order]
-        left.bar(range(len(order)), scores[order].numpy(), color=colours)
-        for at, i in enumerate(order.tolist()):
-            if child[i]:
-                words = "child, " + ("survived" if survived[i] else "lost")
-                left.annotate(words, (at + 0.6, float(scores[i])), fontsize=7, va="center")
+        kinds = (
+            ("child, lost", child & (survived == 0), style.HELPFUL),
+            ("child, survived", child & (survived == 1), style.PALETTE[5]),
+            ("adult", ~child, style.FAINT),
+        )
+        for label, kind, colour in kinds:
+            places = kind[order].nonzero().flatten()
+            left.bar(places.numpy(), scores[order[places]].numpy(), color=colour, label=label)
+        left.legend(frameon=False, title="left in training", title_fontsize=8, fontsize=8)
         left.axhline(0, color=style.FAINT, linewidth=0.6)
         left.set(xlabel="training passengers, by influence", ylabel="score", title="on a lost child's loss")
         left.set_xticks([])

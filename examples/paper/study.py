@@ -8,12 +8,13 @@ Each `figure_*.py` and `section_5_3.py` defines `run(study: Study) -> Finding`; 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +117,15 @@ def timed(run: Run, study: Study) -> Finding:
     start = time.perf_counter()
     found = replace(run(study), small=study.small, seconds=time.perf_counter() - start)
     print(found, flush=True)
+    found.picture.with_suffix(".json").write_text(json.dumps(asdict(found), default=str, indent=1) + "\n")
     return found
+
+
+def read(path: Path) -> Finding:
+    """What an earlier run found, from the file beside its picture."""
+    kept = json.loads(path.read_text())
+    bands = tuple(Band(**band) for band in kept.pop("bands"))
+    return Finding(**{**kept, "bands": bands, "notes": tuple(kept["notes"]), "picture": Path(kept["picture"])})
 
 
 def main(run: Run, arguments: list[str] | None = None) -> int:
