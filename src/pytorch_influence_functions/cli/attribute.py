@@ -17,7 +17,7 @@ def attribute(
     task: options.TaskFile = None,
     method: options.Method = None,
     queries: Annotated[
-        str | None, typer.Option("--queries", help="Positions: 0:20, 5, or 1,4,10:20. [default: all]")
+        str | None, typer.Option("--queries", help="Positions: 0:20, 5, or 1,4,10:20. (default: all)")
     ] = None,
     out: options.Out = None,
     top: Annotated[
@@ -28,7 +28,7 @@ def attribute(
     weight_decay: options.WeightDecay = None,
     batch_size: options.BatchSize = None,
     block: Annotated[
-        int | None, typer.Option("--block", help="Queries per kept block. [default: 8, 16, … 256]")
+        int | None, typer.Option("--block", help="Queries per kept block. (default: 8, 16, … 256)")
     ] = None,
     device: options.Device = None,
     config: options.ConfigFile = None,

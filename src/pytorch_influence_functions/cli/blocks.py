@@ -58,8 +58,9 @@ def _labels(parts: Sequence[Labels]) -> list[Any] | None:
 def _diagnostics(parts: Sequence[Diagnostics]) -> Diagnostics:
     queries = [d.n_queries for d in parts]
     smallest = [d.smallest_curvature for d in parts if d.smallest_curvature is not None]
+    # What is told of one solve only is told of the slowest block's.
     return replace(
-        parts[0],
+        max(parts, key=lambda d: d.steps),
         n_queries=sum(queries),
         residual_max=_known(max, [d.residual_max for d in parts]),
         residual_mean=_mean([d.residual_mean for d in parts], queries),

@@ -10,14 +10,14 @@ from ..classic.config import Config
 from ..errors import InvalidInput
 from . import options, show
 from .outcome import Voice, ending
-from .task import load
+from .task import Task, load
 from .watch import watching
 
 
 def classic(
     config: Annotated[Path, typer.Argument(help="JSON or TOML file with the old settings.", metavar="CONFIG")],
     task: Annotated[
-        Path | None, typer.Option("--task", help="Task file. [default: the setting 'task' of the config]")
+        Path | None, typer.Option("--task", help="Task file. (default: the setting 'task' of the config)")
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -34,7 +34,7 @@ def classic(
         with watching(voice):
             found = load(path)
             result = calc_influences(
-                settings | {"progress": False} if quiet else settings,
+                _completed(settings, found, given="weight_decay" in options.read(config)),
                 found.problem.model,
                 found.problem.data,
                 found.asked,
@@ -64,13 +64,40 @@ def classic(
         )
 
 
+def _completed(settings: dict[str, Any], task: Task, given: bool) -> dict[str, Any]:
+    """The settings with the task's weight decay, unless the config has its own.
+
+    Raises:
+        InvalidInput: the task asks for what version 0.1 did not have.
+    """
+    if task.measure is not None or task.problem.checkpoints:
+        what = "checkpoints" if task.measure is None else "measure"
+        raise InvalidInput(f"{task.path.name} gives {what}, which ptif classic does not have; use ptif attribute.")
+    decay = task.problem.weight_decay
+    if given or decay.is_zero:
+        return settings
+    if not isinstance(decay.strength, (int, float)):
+        raise InvalidInput(
+            f"{task.path.name} gives a weight decay per parameter, and ptif classic knows one number; write "
+            "weight_decay into the config, or use ptif attribute."
+        )
+    return settings | {"weight_decay": float(decay.strength)}
+
+
 def _settings(path: Path, task: Path | None) -> tuple[dict[str, Any], Path]:
     """The old settings, checked, and the task file."""
     found = options.read(path)
     named = found.pop("task", None)
     if task is None and (not isinstance(named, str) or not named):
-        raise InvalidInput(f'{path.name} names no task file; write "task": "task.py" in it, or give --task task.py.')
+        raise InvalidInput(f"{path.name} names no task file; add the setting task to it, or give --task task.py.")
     for loader in ("train_loader", "test_loader"):
         if loader in found:
             raise InvalidInput(f"{path.name} holds {loader}, which a file cannot; the task file gives the loaders.")
-    return dict(Config.of(found)), task or path.parent / str(named)
+    settings = dict(Config.of(found))
+    try:
+        Path(settings["outdir"]).mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise InvalidInput(
+            f"The outdir {str(settings['outdir'])!r} of {path.name} cannot be made ({cause.strerror}); give another."
+        ) from cause
+    return settings, task or path.parent / str(named)

@@ -48,7 +48,7 @@ class Folder:
             made.write()
             return made
         _refuse_other(path, before, made.record)
-        made.record |= {"status": before.get("status"), "seconds": before.get("seconds", 0.0)}
+        made.record = {"status": "running"} | before
         return made
 
     def _before(self) -> dict[str, Any] | None:

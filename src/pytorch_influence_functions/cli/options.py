@@ -20,15 +20,15 @@ TaskFile = Annotated[
         help="Python file with get_model() and get_dataloaders(), or a problem and queries.", metavar="TASK"
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results. [default: results]")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results. (default: results)")]
 Method = Annotated[
-    str | None, typer.Option("--method", help="auto, ekfac, dual, … [default: the task's own, else auto]")
+    str | None, typer.Option("--method", help="auto, ekfac, dual, … (default: the task's own, else auto)")
 ]
 Damping = Annotated[
-    str | None, typer.Option("--damping", help="0.01, relative:0.1 or training:RATE:STEPS. [default: the method's]")
+    str | None, typer.Option("--damping", help="0.01, relative:0.1 or training:RATE:STEPS. (default: the method's)")
 ]
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="The L2 strength of training.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples per batch. [default: the loader's]")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples per batch. (default: the loader's)")]
 Device = Annotated[str | None, typer.Option("--device", help="Move the model there first: cpu, cuda, cuda:1, mps.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML or JSON file with any of these settings; flags win.")

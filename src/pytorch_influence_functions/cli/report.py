@@ -63,10 +63,9 @@ def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
     there = read_record(out)["marks"]
     queries = task.asked
     ids = scores.query_ids
-    if int(ids.max()) >= len(queries):
-        raise InvalidInput(
-            f"{task.path.name} has {len(queries):,} queries and the scores are of query {int(ids.max())}."
-        )
+    last = int(ids.max())
+    if last >= len(queries):
+        raise InvalidInput(f"{task.path.name} has {len(queries):,} queries and the scores reach to query {last}.")
     here = data_marks(task.problem.data, queries.subset(ids.tolist()))
     for name, mark in here.items():
         if there.get(name) != mark:
@@ -79,7 +78,7 @@ def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
 
 def write_page(scores: Scores, out: Path, task: Task | None) -> Path:
     """`report.html` in `out`, with self-influence where that lies there and the model's answers where the task is."""
-    own = kept_self_influence(out, scores.n_train)
+    own = kept_self_influence(out)
     said = None if task is None else predictions(task, scores.query_ids.tolist())
     scores.report(out / PAGE, self_influence=own, predictions=said)
     return out / PAGE

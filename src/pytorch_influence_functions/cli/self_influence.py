@@ -24,7 +24,7 @@ def self_influence(
     method: options.Method = None,
     out: options.Out = None,
     top: Annotated[
-        int | None, typer.Option("--top", help="Examples to show; the files hold all. [default: 20]")
+        int | None, typer.Option("--top", help="Examples to show; the files hold all. (default: 20)")
     ] = None,
     damping: options.Damping = None,
     weight_decay: options.WeightDecay = None,

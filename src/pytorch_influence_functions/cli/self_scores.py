@@ -14,6 +14,7 @@ from ..ledger import labels_of
 from ..picking import value
 from ..problem import Problem, sweep
 from ..world import World
+from .folder import read_record
 
 RECORD: Final = "self_influence.json"
 NUMBERS: Final = "self_influence.safetensors"
@@ -49,21 +50,22 @@ def read(folder: Path) -> Tensor:
     return scores_io.read(folder / NUMBERS, _KIND)[0]["values"]
 
 
-def kept_self_influence(folder: Path, n_train: int) -> Tensor | None:
-    """The numbers where they lie in the folder, else None.
+def kept_self_influence(folder: Path) -> Tensor | None:
+    """The numbers where they lie in the folder of a run, else None.
 
     Raises:
-        InvalidInput: they are of another number of training examples.
+        InvalidInput: they are of another model or other training data than the run.
     """
     if not (folder / NUMBERS).exists():
         return None
-    values = read(folder)
-    if len(values) != n_train:
-        raise InvalidInput(
-            f"{str(folder / NUMBERS)!r} is of {len(values):,} training examples and the scores of {n_train:,}; remove "
-            "it, or run ptif self-influence again."
-        )
-    return values
+    own, run = read_record(folder, RECORD)["marks"], read_record(folder)["marks"]
+    for name in ("weights", "training data"):
+        if own.get(name) != run.get(name):
+            raise InvalidInput(
+                f"The self-influence in {str(folder)!r} is of other {name} than the scores; run ptif self-influence "
+                "--overwrite, or remove its files."
+            )
+    return read(folder)
 
 
 def label_words(problem: Problem) -> list[str] | None:

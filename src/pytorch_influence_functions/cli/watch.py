@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TextIO, final
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
 from ..progress import Callback, progress
-from .machine import duration, memory, size
+from .machine import memory, size
 from .outcome import Voice, console
 
 SHORT: Final = 0.7
@@ -18,6 +18,8 @@ SHORT: Final = 0.7
 EVERY: Final = 10.0
 """Seconds between lines in a log."""
 QUERIES: Final = "queries"
+# Passes that count something else than examples read.
+_OTHERS: Final = (QUERIES, "test items", "s_test")
 
 
 @contextmanager
@@ -28,8 +30,7 @@ def watching(voice: Voice) -> Iterator[Callback]:
         with progress(False):
             yield lambda label, done, total: None
     elif err.is_terminal:
-        columns = (TextColumn("{task.description:<22}"), BarColumn(14), TextColumn("{task.fields[words]}"))
-        with Progress(*columns, console=err, transient=True) as bars:
+        with Progress(*columns(), console=err, transient=True) as bars:
             watch = Bars(bars)
             with progress(watch):
                 yield watch
@@ -37,6 +38,11 @@ def watching(voice: Voice) -> Iterator[Callback]:
         watch_log = Lines(err.file)
         with progress(watch_log):
             yield watch_log
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """What a bar shows: which pass, how far, and in words."""
+    return TextColumn("{task.description:<23}"), BarColumn(10), TextColumn("{task.fields[words]}")
 
 
 @final
@@ -67,7 +73,7 @@ class Bars:
         if one.task is None and (seconds >= SHORT or label == QUERIES):
             one.task = self.bars.add_task(label, total=total, words="")
         if one.task is not None:
-            self.bars.update(one.task, completed=done, words=told(done, total, done - one.before, seconds))
+            self.bars.update(one.task, completed=done, words=told(label, done, total, done - one.before, seconds))
         if done >= total:
             self._end(self.passes.pop(label))
 
@@ -94,20 +100,31 @@ class Lines:
         seconds, ended = now - one.began, done >= total
         if now - one.said >= EVERY or (ended and seconds >= SHORT):
             one.said = now
-            print(f"ptif: {label}: {told(done, total, done - one.before, seconds)}", file=self.file, flush=True)
+            print(f"ptif: {label}: {told(label, done, total, done - one.before, seconds)}", file=self.file, flush=True)
         if ended:
             del self.passes[label]
 
 
-def told(done: int, total: int, here: int, seconds: float) -> str:
+def told(label: str, done: int, total: int, here: int, seconds: float) -> str:
     """How far a pass is, how fast (of the `here` done now in `seconds`), how long it still takes, and the memory.
 
-    >>> told(50, 200, 50, 10.0).split(", ")[:3]
-    ['50 of 200', '5.0/s', '30 s left']
+    >>> told("scoring", 5000, 20000, 5000, 10.0).split(", ")[:3]
+    ['5,000/20,000', '500 ex/s', '0:30 left']
     """
-    parts = [f"{done:,} of {total:,}"]
+    parts = [f"{done:,}/{total:,}"]
     if here > 0 and seconds > 0:
-        rate = here / seconds
-        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s" if rate < 1 else f"{rate:.1f}/s")
-        parts.append(f"{duration((total - done) / rate)} left" if done < total else duration(seconds))
+        rate, unit = here / seconds, "" if label in _OTHERS else " ex"
+        parts.append(f"{rate:,.0f}{unit}/s" if rate >= 10 else f"{rate:.2g}{unit}/s")
+        parts.append(f"{left((total - done) / rate)} left" if done < total else f"done in {left(seconds)}")
     return ", ".join([*parts, size(memory())])
+
+
+def left(seconds: float) -> str:
+    """Seconds as a clock shows them.
+
+    >>> left(7.4), left(130.0), left(3730.0)
+    ('0:07', '2:10', '1:02:10')
+    """
+    whole = round(seconds)
+    minutes = f"{whole // 60 % 60:02d}:{whole % 60:02d}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02d}"
+    return f"{whole // 3600}:{minutes}" if whole >= 3600 else minutes
