@@ -13,9 +13,11 @@ def main() -> None:
     """Entry point of `ptif`. Without typer and rich it says in one line how to install them."""
     try:
         app = build()
+        app()
     except MissingExtra as error:
         raise SystemExit(f"ptif: {error}") from None
-    app()
+    except KeyboardInterrupt:  # before or after the command's own work
+        raise SystemExit(130) from None
 
 
 def build() -> Any:

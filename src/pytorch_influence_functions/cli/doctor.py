@@ -40,10 +40,13 @@ def doctor(json: options.Json = False, quiet: options.Quiet = False) -> None:
         voice.say(
             show.heading("Versions"),
             show.facts([(k, str(v)) for k, v in found["versions"].items()]),
+            "",
             show.heading("Machine"),
             show.facts([(k, str(v)) for k, v in found["machine"].items()]),
+            "",
             show.heading("Threads and BLAS"),
             show.facts([(k, str(v)) for k, v in found["threads"].items()]),
+            "",
             show.heading("Extras"),
             show.facts([(k, f"missing: {', '.join(v)}" if v else "installed") for k, v in found["extras"].items()]),
             *([Text(f"  pip install '{PACKAGE}[{','.join(name for name, _ in missing)}]'")] if missing else []),
@@ -85,7 +88,7 @@ def _threads() -> dict[str, Any]:
     numpy_blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[call-overload,index,unused-ignore]
     found: dict[str, Any] = {
         "torch threads": torch.get_num_threads(),
-        "between operations": torch.get_num_interop_threads(),
+        "torch interop threads": torch.get_num_interop_threads(),
         "torch BLAS": blas[1] if blas else "not told",
         "instructions": level[1] if level else "not told",
         "numpy BLAS": f"{numpy_blas.get('name')} {numpy_blas.get('version')}",
