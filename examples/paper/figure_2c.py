@@ -128,7 +128,7 @@ def run(study: Study) -> Finding:
     near = ptif.gauss_newton(damping=DAMPING, rtol=1e-4, max_steps=2000).fit(trained.problem(per_example=False))
     scores, near_scores = (a.score(query).values[0] for a in (damped, near))
     ids = scores.abs().argsort(descending=True)[:100]
-    ids = ids[:: study.size(2, 10)]
+    ids = ids[:: study.size(4, 10)]
     matrix, eye = trained.gauss_newton(), torch.eye(len(trained.theta), dtype=torch.float64)
 
     def loss(theta: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def run(study: Study) -> Finding:
     steer = training.by_cholesky(matrix + (DECAY + DAMPING) * eye)
     reached = walk(trained.proximal, trained.theta, 1 - training.left_out(ids, n), steer, _PROXIMAL)
     proximal = torch.stack([loss(theta) for theta in reached]) - loss(trained.theta)
-    anew = ids[:: study.size(6, 3)]
+    anew = ids[:: study.size(4, 3)]
     colds = [Trained.of(split, own).theta for own in training.left_out(anew, n)]
     cold = torch.stack([loss(theta) for theta in colds]) - loss(trained.theta)
     r = {"warm": pearson(scores[ids], warm), "proximal": pearson(near_scores[ids], proximal)}

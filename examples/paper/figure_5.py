@@ -114,7 +114,7 @@ def run(study: Study) -> Finding:
     split = attack.garments.split
     margins = torch.tensor([attack.margin(attack.garments.head, q) for q in range(len(split.qy))])
     right = (margins > 0).nonzero().flatten()
-    asked = right[margins[right].argsort()][: study.size(40, 10)].tolist()
+    asked = right[margins[right].argsort()][: study.size(24, 10)].tolist()
     levels = LEVELS if not study.small else (LEVELS[0], LEVELS[-1])
     flipped = torch.zeros(len(IMAGES), len(levels), dtype=torch.float64)
     by_noise = torch.zeros(len(levels), dtype=torch.float64)
