@@ -93,6 +93,11 @@ from .problem import Problem as Problem
 from .problem import WeightDecay as WeightDecay
 from .progress import progress as progress
 from .projections import Gaussian as Gaussian
+from .report import plot_agreement as plot_agreement
+from .report import plot_class_matrix as plot_class_matrix
+from .report import plot_convergence as plot_convergence
+from .report import plot_damping_path as plot_damping_path
+from .report import plot_self_influence as plot_self_influence
 from .rows import Route as Route
 from .scaling import Cosine as Cosine
 from .scaling import Leverage as Leverage
@@ -216,8 +221,13 @@ __all__ = [
     "lissa",
     "nystrom",
     "one_step_newton",
+    "plot_agreement",
+    "plot_class_matrix",
+    "plot_convergence",
+    "plot_damping_path",
     "plot_influences",
     "plot_loo_scatter",
+    "plot_self_influence",
     "progress",
     "relatif",
     "shampoo",

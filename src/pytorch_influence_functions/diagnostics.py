@@ -81,6 +81,8 @@ class Diagnostics:
         lost_to_damping: median over queries of `<g, D (C + D)^-1 g> / |g|^2`, the share of a query's squared gradient
             norm that damping takes.
         approximation: in words, where the method is a formula that does not solve with its curvature; else empty.
+        residual_history: largest relative residual after every step of an iterative solve, of the slowest group of
+            queries; empty for direct solves.
 
     >>> print(Diagnostics(method="koh_liang()", residual_max=2e-6, residual_mean=1e-6, steps=12).checks()[1])
     [ok]   solve: largest relative residual 2e-06, mean 1e-06, after 12 steps
@@ -111,12 +113,14 @@ class Diagnostics:
     effective_dimension: float = math.nan
     lost_to_damping: float = math.nan
     approximation: str = ""
+    residual_history: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
         object.__setattr__(self, "gradient_shares", dict(self.gradient_shares))
         object.__setattr__(self, "routes", dict(self.routes))
         object.__setattr__(self, "notes", tuple(self.notes))
+        object.__setattr__(self, "residual_history", tuple(self.residual_history))
 
     def checks(self) -> list[Check]:
         """The assumptions of influence functions, each with its verdict, in a fixed order."""
@@ -151,7 +155,11 @@ class Diagnostics:
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shares = {name: _written(share) for name, share in self.gradient_shares.items()}
         written = {name: _written(value) for name, value in found.items()}
-        return written | {"notes": list(self.notes), "gradient_shares": shares}
+        return written | {
+            "notes": list(self.notes),
+            "gradient_shares": shares,
+            "residual_history": [_written(r) for r in self.residual_history],
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Diagnostics:
@@ -168,7 +176,9 @@ class Diagnostics:
             )
         read = {n: float(v) if "float" in fields[n] and isinstance(v, str) else v for n, v in values.items()}
         shares = {name: float(share) for name, share in values.get("gradient_shares", {}).items()}
-        return cls(**(read | {"gradient_shares": shares, "notes": tuple(values.get("notes", ()))}))
+        history = tuple(float(r) for r in values.get("residual_history", ()))
+        kept = {"gradient_shares": shares, "notes": tuple(values.get("notes", ())), "residual_history": history}
+        return cls(**(read | kept))
 
 
 def _written(value: Any) -> Any:

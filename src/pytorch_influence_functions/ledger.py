@@ -122,6 +122,7 @@ class Ledger:
     """The largest certified error of a score by truncation, and the ranks that were kept."""
     ranks: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    history: tuple[float, ...] = ()
 
     def see_queries(self, ids: Tensor, batch: Any) -> None:
         """Keep the queries' labels."""
@@ -136,6 +137,8 @@ class Ledger:
         self.residuals += [float(r) for r in solution.residual]
         self.steps = max(self.steps, solution.steps)
         self.approximation = str(solution.notes.get("approximation", self.approximation))
+        # Of several groups of queries the slowest tells how hard the system was.
+        self.history = max(self.history, tuple(solution.notes.get("residual_history", ())), key=len)
         smallest = solution.notes.get("smallest_curvature")
         if smallest is not None:
             known = self.smallest_curvature
@@ -160,6 +163,7 @@ class Ledger:
             effective_dimension=sum(map(_effective_dimension, members)) / len(members),
             lost_to_damping=float(torch.tensor(self.lost).median()) if self.lost else math.nan,
             approximation=self.approximation,
+            residual_history=self.history,
             notes=tuple(dict.fromkeys(note for m in members for note in getattr(m.operator, "notes", ())))
             + self._truncation()
             + ((fitted.spec.scaling.note,) if fitted.spec.scaling.note else ()),

@@ -239,7 +239,12 @@ def test_logistic_leave_one_out_against_real_refits() -> None:
         return model
 
     truth = retrain(
-        refitted, Subsets.leave_one_out(60, range(0, 60, 2)), 1, train=(x, y), queries=(qx, qy), measure=nn.CrossEntropyLoss()
+        refitted,
+        Subsets.leave_one_out(60, range(0, 60, 2)),
+        1,
+        train=(x, y),
+        queries=(qx, qy),
+        measure=nn.CrossEntropyLoss(),
     )
     problem = ptif.Problem(
         refitted(type("All", (), {"indices": range(60)}), 0), ptif.CrossEntropy(), (x, y), weight_decay=0.02

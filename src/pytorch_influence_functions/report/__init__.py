@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from .bars import plot_bars
 from .page import Report, write_report
 from .plots import plot_agreement, plot_damping_path, plot_influences
+from .summaries import plot_class_matrix, plot_convergence, plot_self_influence
 
-__all__ = ["Report", "plot_agreement", "plot_damping_path", "plot_influences", "write_report"]
+__all__ = [
+    "Report",
+    "plot_agreement",
+    "plot_bars",
+    "plot_class_matrix",
+    "plot_convergence",
+    "plot_damping_path",
+    "plot_influences",
+    "plot_self_influence",
+    "write_report",
+]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import require
+from . import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:
+    Figure = Any  # matplotlib is optional; annotations may be looked at when it is absent
 
 
 def plot_bars(
-    values: Mapping[str, tuple[float, float, float]], metric: str, ceiling: float | None = None, title: str = ""
+    values: Mapping[str, tuple[float, float, float]],
+    metric: str,
+    ceiling: float | None = None,
+    title: str = "",
+    path: str | os.PathLike[str] | None = None,
 ) -> Figure:
     """A horizontal bar per name, with (value, low, high); first at the top.
 
@@ -21,29 +28,30 @@ def plot_bars(
         metric: the word under the axis.
         ceiling: drawn as a dashed line.
         title: the protocol.
+        path: where to write the picture; the ending says the format.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    figures = require("matplotlib.figure", "plot")
     names = list(values)
-    figure: Figure = figures.Figure(figsize=(7.0, 1.2 + 0.34 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    at = range(len(names))
     middle = [values[n][0] for n in names]
-    around = [[values[n][0] - values[n][1] for n in names], [values[n][2] - values[n][0] for n in names]]
-    axes.barh(at, middle, xerr=[[max(0.0, x) for x in side] for side in around], color="#0072B2", height=0.62,
-              error_kw={"ecolor": "#333333", "elinewidth": 1.2, "capsize": 3})  # fmt: skip
-    axes.set_yticks(list(at), names)
-    axes.invert_yaxis()
-    axes.axvline(0.0, color="#333333", linewidth=0.8)
-    if ceiling is not None:
-        axes.axvline(ceiling, color="#D55E00", linestyle="--", linewidth=1.2)
-        axes.annotate("noise ceiling", (ceiling, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, 3),
-                      textcoords="offset points", ha="right", va="bottom", color="#B04A00", fontsize=8)  # fmt: skip
-    axes.set_xlabel(f"{metric} (95 % interval)")
-    if title:
-        axes.set_title(title, fontsize=9, loc="left", pad=14 if ceiling is not None else 6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    around = [[max(0.0, v[0] - v[1]) for v in values.values()], [max(0.0, v[2] - v[0]) for v in values.values()]]
+    with style.styled():
+        figure = style.new_figure(7.0, 1.3 + 0.32 * len(names))
+        figure.set_layout_engine("constrained")
+        axes = figure.subplots()
+        axes.barh(range(len(names)), middle, xerr=around, color=style.HELPFUL, height=0.62,
+                  error_kw={"ecolor": style.INK, "elinewidth": 1.1, "capsize": 2.5})  # fmt: skip
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.axvline(0.0, color=style.FAINT, linewidth=0.8)
+        if ceiling is not None:
+            axes.axvline(ceiling, color=style.HARMFUL, linestyle="dashed", linewidth=1.2)
+            axes.annotate("noise ceiling", (ceiling, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, 2),
+                          textcoords="offset points", ha="right", va="bottom", color=style.FAINT,
+                          fontsize=8)  # fmt: skip
+        axes.set_xlabel(f"{metric} (95 % interval)")
+        axes.set_title(title, fontsize=8.5, pad=14 if ceiling is not None else 6, parse_math=False)
+        style.save(figure, path)
     return figure

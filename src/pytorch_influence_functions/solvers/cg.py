@@ -117,6 +117,8 @@ class _Run:
     largest: float = 0.0
     negative: dict[int, float] = field(default_factory=dict)
     outcome: dict[int, Result] = field(default_factory=dict)
+    history: list[float] = field(default_factory=list)
+    """The largest relative residual after every step, over the rows still being solved."""
 
     def __post_init__(self) -> None:
         self.norms = self.b.norm(dim=1)
@@ -190,6 +192,7 @@ class _Run:
     def _settle(self, live: _Live, x: Tensor) -> _Live:
         """Let go of rows that are done, have failed or are stuck."""
         size = live.r.norm(dim=1)
+        self.history.append(float((size / self.norms[live.index]).max()))
         better = size < 0.99 * live.best
         live.best = torch.where(better, size, live.best)
         live.since = torch.where(better, torch.zeros_like(live.since), live.since + 1)
@@ -248,6 +251,7 @@ class _Run:
         system = self.state.system
         residual = system.residual(x, self.b)
         notes: dict[str, Any] = {"damping": system.shift.damping, "rtol": self.rtol}
+        notes["residual_history"] = tuple(self.history)
         if math.isfinite(self.smallest):
             notes["smallest_curvature"] = self.smallest
         # Rows cut off in the very step that brought them there have succeeded.
