@@ -177,7 +177,11 @@ class Diagnostics:
         read = {n: float(v) if "float" in fields[n] and isinstance(v, str) else v for n, v in values.items()}
         shares = {name: float(share) for name, share in values.get("gradient_shares", {}).items()}
         history = tuple(float(r) for r in values.get("residual_history", ()))
-        kept = {"gradient_shares": shares, "notes": tuple(values.get("notes", ())), "residual_history": history}
+        kept: dict[str, Any] = {
+            "gradient_shares": shares,
+            "notes": tuple(values.get("notes", ())),
+            "residual_history": history,
+        }
         return cls(**(read | kept))
 
 
