@@ -174,15 +174,17 @@ class Diagnostics:
                 f"The diagnostics hold the unknown field {unknown[0]!r}; "
                 "read them with the version of pytorch_influence_functions that wrote them."
             )
-        read = {n: float(v) if "float" in fields[n] and isinstance(v, str) else v for n, v in values.items()}
+        read: dict[str, Any] = {
+            n: float(v) if "float" in fields[n] and isinstance(v, str) else v for n, v in values.items()
+        }
         shares = {name: float(share) for name, share in values.get("gradient_shares", {}).items()}
         history = tuple(float(r) for r in values.get("residual_history", ()))
-        kept: dict[str, Any] = {
+        kept = {
             "gradient_shares": shares,
             "notes": tuple(values.get("notes", ())),
             "residual_history": history,
         }
-        return cls(**(read | kept))
+        return cls(**{**read, **kept})
 
 
 def _written(value: Any) -> Any:
