@@ -1,8 +1,8 @@
 """Figure 6: planted wrong labels, checked in the order of self-influence, of training loss, or at random.
 
 The paper's mails have about as many words as there are mails, and a model that can fit single ones: here too,
-self-influence leads the loss in accuracy only with many features. So the 57 counts are joined by the products of each two that occur together in
-at least five mails (the paper's own bound for words). The counts alone are reported beside it.
+self-influence leads the loss in accuracy only with many features. So the 57 counts are joined by the products of each
+two that occur together in at least five mails (the paper's own bound for words). The counts alone stand beside it.
 """
 
 from __future__ import annotations
