@@ -10,6 +10,9 @@ from .metrics import precision_at as precision_at
 from .metrics import removal_correlation as removal_correlation
 from .metrics import removal_slope as removal_slope
 from .metrics import top_overlap as top_overlap
+from .outside import explanations as explanations
+from .outside import from_dattri as from_dattri
+from .outside import quanda_explainer as quanda_explainer
 from .pbrf import pbrf as pbrf
 from .recipe import Constant as Constant
 from .recipe import Cosine as Cosine

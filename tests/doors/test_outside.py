@@ -1,0 +1,95 @@
+"""Ground truth in dattri's layout, and our scores as other libraries' metrics take them."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions import Scores
+from pytorch_influence_functions.evaluation import (
+    explanations,
+    from_dattri,
+    lds,
+    quanda_explainer,
+    removal_correlation,
+)
+
+
+def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, 20, generator=generator)
+    kept = torch.stack([torch.randperm(20, generator=generator)[:10] for _ in range(30)])
+    noise = torch.randn(30, 4, generator=generator)
+    return scores, kept, -torch.stack([scores[:, k].sum(1) for k in kept]) + noise
+
+
+def test_lds_is_dattris_formula_with_the_sign_of_a_loss() -> None:
+    """dattri: Spearman, over subsets, of the sum of scores of what is kept with the value; per query, then the mean."""
+    scores, kept, values = drawn()
+    truth = from_dattri((values, kept), n=20)
+    theirs = [stats.spearmanr([float(scores[q, k].sum()) for k in kept], values[:, q]).statistic for q in range(4)]
+    assert lds(scores, truth, resamples=10).value == pytest.approx(-float(np.mean(theirs)), abs=1e-12)
+    assert lds(scores, truth, resamples=10).value > 0.5
+
+
+def test_leave_one_out_layout() -> None:
+    scores, _, _ = drawn()
+    out = torch.arange(20)[:, None]
+    truth = from_dattri((scores.T + 1.0, out), n=20, removed=True, baseline=torch.ones(4))
+    assert truth.protocol.value == "leave-one-out"
+    assert removal_correlation(scores, truth, resamples=10).value == pytest.approx(1.0)
+    assert torch.allclose(truth.changes()[:, 0].T, scores.double(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: from_dattri((torch.ones(3, 2), torch.ones(4, 2, dtype=torch.long)), 5), "do not fit"),
+        (lambda: from_dattri((torch.ones(3, 2), torch.full((3, 2), 9)), 5), "outside the 5 training examples"),
+        (lambda: explanations(Scores(torch.ones(2, 5)).top(1)), "metrics need all"),
+    ],
+)
+def test_bad_input_in_one_sentence(call: Any, words: str) -> None:
+    with pytest.raises(ptif.InvalidInput, match=words):
+        call()
+
+
+class Explainer:
+    """What quanda's own does with these arguments; the real one is asked by `make quanda`."""
+
+    def __init__(self, model: Any, train_dataset: Any, task: Any, checkpoints: Any, load: Any) -> None:
+        self.model, self.train_dataset = model, train_dataset
+
+    def load_last_checkpoint(self) -> None:
+        pass
+
+
+def test_the_explainer_scores_targets_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, module = ModuleType("quanda"), ModuleType("quanda.explainers")
+    module.Explainer = Explainer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "quanda", package)
+    monkeypatch.setitem(sys.modules, "quanda.explainers", module)
+    x, y = torch.randn(30, 4), torch.arange(30) % 3
+    model = nn.Linear(4, 3)
+    made = quanda_explainer(ptif.exact(), nn.CrossEntropyLoss(), weight_decay=0.01)
+    explainer = made(model=model, train_dataset=torch.utils.data.TensorDataset(x, y))
+    other = (y[:5] + 1) % 3
+    expected = ptif.attribute(model, (x, y), (x[:5], other), method=ptif.exact(), weight_decay=0.01)
+    assert torch.allclose(explainer.explain(x[:5], other), expected.values)
+    own = explainer.self_influence(8)
+    assert own.argsort().tolist() == explainer.fitted.self_scores().argsort().tolist()
+    assert float(own.max()) == pytest.approx(3e5)
+
+
+def test_without_quanda_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "quanda.explainers", None)
+    with pytest.raises(ptif.MissingExtra, match=r"pytorch-influence-functions\[quanda\]"):
+        quanda_explainer(ptif.exact(), nn.CrossEntropyLoss())
