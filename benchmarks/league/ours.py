@@ -30,7 +30,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "DataInf": ptif.datainf,
     "Arnoldi 50": ptif.arnoldi,
 }
-ENSEMBLES = ("chosen by itself", "EK-FAC", "exact Gauss-Newton", "dual", "TRAK 1024")
+ENSEMBLES = ("chosen by itself", "EK-FAC", "dual, damping from the path", "TRAK 1024")
 
 
 def make(options: dict[str, Any]) -> Callable[[], Any]:
