@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(INSTALL) torch==2.13.0
 # The build's own tools are pinned like the rest, hence no build isolation.
 	$(INSTALL) hatchling editables
-	$(INSTALL) --no-build-isolation --editable '.[all,test,dev]'
+	$(INSTALL) --no-build-isolation --editable '.[all,test,dev,docs]'
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -53,6 +53,7 @@ layers: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python scripts/run_snippets.py
 	$(BIN)/python -m pytest --doctest-modules --durations=0 src
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
@@ -69,4 +70,4 @@ league: $(STAMP)
 check: test referee lint types layers docs
 
 clean:
-	rm -rf .venv demo outdir dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv demo outdir dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
