@@ -39,6 +39,7 @@ from .solvers import (
     forecast,
 )
 from .spectrum import Spectrum, spectrum_of
+from .token_scores import TokenScores, check_tokens
 from .topk import TopK
 from .truncation import Truncation
 from .world import World, current
@@ -231,6 +232,36 @@ class Attribution:
             with weights_of(self.problem, member.checkpoint):
                 total += self._own(member) * weight
         return total
+
+    def token_scores(self, queries: Any, ids: Any, measure: Any = None) -> dict[int, Float[Tensor, "q l"]]:
+        """Every token's share of the scores of a few training texts.
+
+        A text's loss is a sum over the tokens it teaches, so its score is too: position t holds the part that teaching
+        token t has. One forward-mode pass per query and text, exact.
+
+        Args:
+            queries, measure: as for `score`.
+            ids: positions of the texts in the training dataset; each is visited once per group of queries.
+
+        Returns:
+            index -> float64 [queries, tokens], in the same units as `score`; a row adds up to the text's score (without
+            the term of a weight decay that every example carries). Positions that do not count hold 0.
+
+        Raises:
+            InvalidInput: the training loss is not `TokenCrossEntropy`, gradients are projected or rescaled, an index is
+                outside the data, or the model supports neither forward mode nor a double backward.
+
+        Reference: Grosse et al. (2023), "Studying Large Language Model Generalization with Influence Functions", §5.
+        """
+        with in_queries():
+            source = Source.of(queries, self.problem.batch_size)
+        check_tokens(self.members[0].derivatives, self.spec.scaling)
+        found, objective = TokenScores(self.problem, ids, len(source)), self._measure(measure, source)
+        for weight, member in zip(self._weights, self.members, strict=True):
+            with weights_of(self.problem, member.checkpoint):
+                for at, solved in self._solved(member, source, objective, Ledger()):
+                    found.add(member.derivatives, at, solved, weight)
+        return found.values
 
     # ---------------------------------------------------------------- inner workings
 

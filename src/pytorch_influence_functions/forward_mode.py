@@ -25,7 +25,7 @@ from .errors import InvalidInput
 from .functional import at, detached, grads, quiet
 from .gradients import Derivatives, tolerance
 from .guard import double_backward_safe, undisturbed
-from .objectives import AbstractLikelihood, AbstractObjective
+from .objectives import AbstractLikelihood, AbstractObjective, TokenCrossEntropy
 from .rows import Rows
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -86,18 +86,38 @@ class Products:
         objective = objective or self.derivatives.objective
         if self.way is Way.ROWS:
             return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
+        found = self._pushed(
+            lambda p: objective.losses(objective.outputs(at(self._model, p), batch), batch), directions
+        )
+        return found.T
+
+    def token_losses_along(self, batch: Any, directions: Rows) -> Float[Tensor, "q n l"]:
+        """<gradient of each token's part of the loss, direction q>; the objective is a `TokenCrossEntropy`.
+
+        Raises:
+            InvalidInput: neither forward mode nor reverse mode twice works for this model.
+        """
+        objective = self.derivatives.objective
+        assert isinstance(objective, TokenCrossEntropy), "token_scores() says so in a sentence first"
+        if self.way is Way.ROWS:
+            raise InvalidInput(
+                "Tokens cannot be told apart in this model: an operation of it has no forward derivative and no "
+                "double backward; replace it (for attention: the math backend), or use score()."
+            )
+        return self._pushed(
+            lambda p: objective.token_losses(objective.outputs(at(self._model, p), batch), batch), directions
+        )
+
+    def _pushed(self, f: Callable[[Tree], Tensor], directions: Rows) -> Tensor:
+        """The derivative of f along every direction, [q, *shape of f]."""
         tree = self.derivatives.space.to_parameters(directions)
         with undisturbed(self._model, self._names), double_backward_safe(self._model):
             here = self._here
-
-            def losses(p: Tree) -> Tensor:
-                return objective.losses(objective.outputs(at(self._model, p), batch), batch)
-
             if self.way is Way.FORWARD:
-                push = vmap(lambda v: jvp(losses, (here,), (v,))[1], chunk_size=DIRECTIONS, randomness="different")
+                push = vmap(lambda v: jvp(f, (here,), (v,))[1], chunk_size=DIRECTIONS, randomness="different")
                 with quiet():
-                    return cast(Tensor, push(tree)).T
-            return torch.stack([_push_by_reverse(losses, here, v)[1] for v in _each(tree)], 1)
+                    return cast(Tensor, push(tree))
+            return torch.stack([_push_by_reverse(f, here, v)[1] for v in _each(tree)])
 
     def ggn_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
         """sum over the batch of J^T (d^2 loss / d outputs^2) J v, for every direction."""

@@ -16,6 +16,7 @@ from .functional import weighted_gradient
 from .gradients import Derivatives, one_by_one, slopes
 from .guard import undisturbed
 from .objectives import inputs_and_targets
+from .objectives.base import label_key
 from .operators import AbstractSpectral, Expansion, Gram
 from .operators.density import known
 from .problem import Problem, sweep
@@ -226,6 +227,8 @@ def _effective_dimension(member: Member) -> float:
 
 def labels_of(batch: Any, n: int) -> list[Any]:
     """One plain label per example where targets are numbers, else None for each."""
+    if isinstance(batch, Mapping) and label_key(batch) is None:
+        return [None] * n  # a text that is its own target
     targets = inputs_and_targets(batch)[2]
     if isinstance(targets, Tensor) and targets.shape[:1] == (n,) and targets.numel() == n:
         return list(targets.reshape(-1).tolist())

@@ -290,10 +290,26 @@ class TokenCrossEntropy(AbstractLikelihood):
         return call_model(model, args, kwargs)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
+        return self._parts(outputs, batch).sum(1)
+
+    def token_losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "n l"]:
+        """Each token's part of its example's loss, at the token's own position; 0 where it does not count.
+
+        With `average` the parts are divided by the number of tokens that count, so that they add up to `losses`.
+
+        >>> batch = {"input_ids": torch.tensor([[0, 1, 1]])}
+        >>> TokenCrossEntropy(shift=True).token_losses(torch.zeros(1, 3, 2), batch)
+        tensor([[0.0000, 0.3466, 0.3466]])
+        """
+        parts = self._parts(outputs, batch)
+        # Outputs at t speak of token t + 1; the last of them, of nothing.
+        return torch.cat([parts[:, -1:], parts[:, :-1]], 1) if self.shift else parts
+
+    def _parts(self, outputs: Tensor, batch: Batch) -> Tensor:
         label, factor = self._labels(outputs, batch)
         picked = outputs.log_softmax(-1).gather(-1, label[..., None])[..., 0]
         # `where` rather than a product: 0 · inf would be NaN at a token that does not count.
-        return -torch.where(factor > 0, picked * factor, torch.zeros_like(picked)).sum(1)
+        return -torch.where(factor > 0, picked * factor, torch.zeros_like(picked))
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         targets = check_batch(outputs, self._split(batch)[2], ids)
