@@ -419,6 +419,8 @@ class Scores:
         denormalize: Any = None,
         train: Any = None,
         queries: Any = None,
+        tokens: Any = None,
+        pieces: Any = None,
     ) -> Figure:
         """The query beside its `k` most helpful and `k` most harmful training examples, scores and labels.
 
@@ -428,6 +430,8 @@ class Scores:
             path: where to write the picture; the ending says the format (png, pdf, svg).
             denormalize: a function applied to an example before it is shown, or `(mean, std)` per channel.
             train, queries: the data, where these scores do not remember them (after `load`).
+            tokens: for texts, what `attribution.token_scores(queries, ids)` gave: every token is coloured by its share.
+            pieces: an input's tokens as strings, one per token score; not needed where inputs are strings.
 
         Returns:
             a matplotlib `Figure`. Needs matplotlib (`pip install 'pytorch-influence-functions[plot]'`).
@@ -435,7 +439,7 @@ class Scores:
         # The one import that looks up to a higher room: a door kept on the result, opened only when called.
         from .report.plots import plot_influences
 
-        return plot_influences(self, q, k, train=train, queries=queries, denormalize=denormalize, path=path)
+        return plot_influences(self, q, k, train, queries, denormalize, path=path, tokens=tokens, pieces=pieces)
 
     def report(self, path: str | os.PathLike[str], **options: Any) -> Report:
         """Write a page to look through, search and tick in a browser, from disk and without a network.

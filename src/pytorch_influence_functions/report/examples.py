@@ -102,6 +102,15 @@ def target_of(item: Any) -> Any:
     return None
 
 
+def input_of(item: Any) -> Any:
+    """What the model reads of an example: what comes first, or a mapping's text or token ids."""
+    held = item[0] if isinstance(item, (tuple, list)) and len(item) else item
+    if not isinstance(held, Mapping):
+        return held
+    words = [held[key] for key in _WORDS if isinstance(held.get(key), str)]
+    return (words + [held[key] for key in ("input_ids",) if key in held] + [held])[0]
+
+
 def row_of(item: Any, denormalize: Denormalize = None) -> NDArray[Any] | None:
     """The numbers of an example that is one row of a table or a series, `[columns]` in float64; else None."""
     held = item[0] if isinstance(item, (tuple, list)) and len(item) else item

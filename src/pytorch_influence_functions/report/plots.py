@@ -18,6 +18,7 @@ from ..errors import InvalidInput, require
 from ..scores import Scores
 from . import style
 from .examples import Denormalize, Shown, exposed, see, target_of, wrapped
+from .tokens import Pieces, plot_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +51,8 @@ def plot_influences(
     denormalize: Denormalize = None,
     class_names: list[str] | None = None,
     path: str | os.PathLike[str] | None = None,
+    tokens: Mapping[int, Any] | None = None,
+    pieces: Pieces = None,
 ) -> Figure:
     """The seed's picture: the query large, beside it a row of helpful and a row of harmful training examples.
 
@@ -65,9 +68,11 @@ def plot_influences(
             stretched, on one scale for the whole picture.
         class_names: what to call integer labels; by default what the scores know.
         path: also write the picture there; the ending says the format.
+        tokens: training index -> [queries, tokens], from `attribution.token_scores`: texts in full width, every token
+            coloured by its share of the score; `pieces` then turns an input into its tokens as strings.
 
     Raises:
-        InvalidInput: no data at hand, or data of another length than the scores.
+        InvalidInput: no data at hand, or data of another length than the scores; token scores that do not fit.
         MissingExtra: matplotlib is not installed.
     """
     with style.styled():
@@ -75,6 +80,8 @@ def plot_influences(
         asked = _data(queries if queries is not None else scores.query_source, None, "queries")
         if class_names is not None:
             scores = replace(scores, class_names=list(class_names))
+        if tokens is not None:
+            return plot_tokens(scores, q, k, training, asked, tokens, pieces, path)
         found = [scores.helpful(q, k), scores.harmful(q, k)]
         tiles, note = _tiles(scores, q, found, training, asked, denormalize)
         figure = _laid_out(scores, tiles[0], tiles[1 : 1 + len(found[0])], tiles[1 + len(found[0]) :], note)

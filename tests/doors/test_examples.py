@@ -1,0 +1,50 @@
+"""Every example runs in its small form, as a reader would run it, and writes what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITTEN = {
+    "fashion_mnist": ["mistake.png", "self_influence.png", "classes.png", "report.html"],
+    "digits": ["methods.png", "verified.png", "trainings"],
+    "breast_cancer": ["left_out.png", "report.html"],
+    "diabetes": ["patient.png", "left_out.png"],
+    "shakespeare": ["letters.png", "report.html"],
+}
+SAID = {
+    "fashion_mnist": "Wrong labels found by looking",
+    "digits": "noise ceiling",
+    "breast_cancer": "after 45 were looked at",
+    "diabetes": "Leave-one-out correlation over 6 patients",
+    "shakespeare": "are of the same play",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(WRITTEN))
+def test_it_runs_in_its_small_form(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--small", "--out", "here"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "error::UserWarning"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert SAID[name] in done.stdout
+    for written in WRITTEN[name]:
+        assert (tmp_path / "here" / written).exists(), written
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]  # nothing beside the folder asked for
+
+
+def test_every_example_is_tested_and_on_the_page() -> None:
+    found = {p.stem for p in (ROOT / "examples").glob("*.py")}
+    assert found == set(WRITTEN) == set(SAID)
+    page = (ROOT / "docs" / "examples.md").read_text()
+    assert all(f"examples/{name}.py" in page for name in found)
