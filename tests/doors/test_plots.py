@@ -116,6 +116,19 @@ def test_table_rows_become_cards() -> None:
     assert card.startswith("x0 = ") and card.splitlines()[-1].endswith("more")
 
 
+@pytest.mark.parametrize("shape", [(60,), (2, 60), (60, 3)])
+def test_series_become_lines_on_one_scale(shape: tuple[int, ...], tmp_path: Path) -> None:
+    time = torch.linspace(0, 6, 60)
+    wave = torch.stack([(i + 1) * torch.sin(time + i) for i in range(8)])
+    x = wave if len(shape) == 1 else torch.stack([wave] * min(shape), 1 if shape[0] < 60 else 2)
+    s = Scores(torch.randn(1, 8), train_source=(x, torch.arange(8) % 2), query_source=(x[:1], torch.zeros(1)))
+    figure = s.plot(0, 3, path=tmp_path / "series.png")
+    assert {len(axes.lines) for axes in figure.axes} == {1 if len(shape) == 1 else min(shape)}
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1 and figure.axes[0].get_xlim() == (0, 59)
+    assert np.allclose(figure.axes[0].lines[0].get_ydata(), wave[0].numpy())
+    assert texts(figure).count("Most helpful") == 1 and not overlaps(figure)
+
+
 def test_files_are_written_whole_in_the_format_of_their_ending_and_equal(tmp_path: Path) -> None:
     s = example()
     for name, start in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")):

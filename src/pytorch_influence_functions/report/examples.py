@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,14 +22,21 @@ _PICTURES = ("image", "img", "pixel_values", "picture", "x")
 _WORDS = ("text", "sentence", "content", "question", "prompt", "input")
 # A two-dimensional array thinner than this is a table or a series.
 _THINNEST = 5
+# From this length on, numbers in a row are seen better as a line than read.
+_LONG = 48
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """One example made visible: `pixels` [H, W] or [H, W, 3 or 4] as given, or `words` for a card."""
+    """One example made visible: `pixels` [H, W] or [H, W, 3 or 4] as given, else `words` for a card.
+
+    `lines` [channels, T]: a series, which its words tell less well; `limits`: the lowest and highest value of all.
+    """
 
     pixels: NDArray[Any] | None = None
     words: str = ""
+    lines: NDArray[Any] | None = None
+    limits: tuple[float, float] = (0.0, 1.0)
 
 
 def see(item: Any, index: int, denormalize: Denormalize = None) -> Shown:
@@ -47,7 +54,10 @@ def see(item: Any, index: int, denormalize: Denormalize = None) -> Shown:
         held = denormalize(held)
     pixels = _pixels(held)
     if pixels is None:
-        return Shown(words=_words(held))
+        lines = _lines(held)
+        if lines is not None and not np.isfinite(lines).all():
+            raise NonFinite(f"The series of example {index} holds NaN or infinity; repair it, or look at denormalize=.")
+        return Shown(words=_words(held), lines=lines)
     if not np.isfinite(pixels).all():
         raise NonFinite(f"The picture of example {index} holds NaN or infinity; repair it, or look at denormalize=.")
     if isinstance(denormalize, tuple):
@@ -56,14 +66,19 @@ def see(item: Any, index: int, denormalize: Denormalize = None) -> Shown:
 
 
 def exposed(examples: Sequence[Shown]) -> tuple[list[Shown], str]:
-    """All pictures on one scale from 0 to 1, so that they compare, and a note when that took a stretch.
+    """All pictures on one scale from 0 to 1, so that they compare, and a note when that took a stretch; so all series.
 
     Bytes are divided by 255. Floats in 0 to 1 are kept; 0 to 255 are divided; any other range is
     stretched from the smallest to the largest value over all pictures.
     """
     pictures = [e.pixels for e in examples if e.pixels is not None]
     scale = Scale.of(pictures)
-    return [e if e.pixels is None else Shown(pixels=scale.applied(e.pixels)) for e in examples], scale.note
+    series = [e.lines for e in examples if e.lines is not None]
+    limits = (min(float(s.min()) for s in series), max(float(s.max()) for s in series)) if series else (0.0, 1.0)
+    found = [
+        Shown(pixels=scale.applied(e.pixels)) if e.pixels is not None else replace(e, limits=limits) for e in examples
+    ]
+    return found, scale.note
 
 
 @dataclass(frozen=True)
@@ -162,6 +177,15 @@ def _pixels(held: Any) -> NDArray[Any] | None:
     if found.shape[2] == 1:
         return found[..., 0]
     return found if found.shape[2] in _CHANNELS else found.mean(-1)
+
+
+def _lines(held: Any) -> NDArray[Any] | None:
+    """[channels, T] in float64 from one long row of numbers, or a few beside each other; else None."""
+    found = _array(held)
+    if found is None or found.dtype.kind != "f" or found.ndim not in (1, 2) or max(found.shape) < _LONG:
+        return None
+    found = np.atleast_2d(found).astype(np.float64)
+    return found if found.shape[0] <= found.shape[1] else found.T
 
 
 def _undo(pixels: NDArray[Any], statistics: tuple[Any, Any]) -> NDArray[Any]:

@@ -207,7 +207,7 @@ class _Page:
         self.text(middle, at, place, room, ha="center", fontsize=8, color=style.FAINT)
 
     def draw(self, shown: Shown, box: tuple[float, float, float, float], colour: str, line: str, size: float) -> None:
-        """A picture or a card of words in a frame; `box` is x, y, width, height."""
+        """A picture, a series or a card of words in a frame; `box` is x, y, width, height."""
         x, y, width, height = box
         place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
         axes = self.figure.add_axes(place)
@@ -219,6 +219,13 @@ class _Page:
             axes.imshow(shown.pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
             return
         axes.set_facecolor(style.CARD)
+        if shown.lines is not None:
+            low, high = shown.limits
+            margin = 0.06 * ((high - low) or 1.0)
+            for channel, shade in zip(shown.lines, style.PALETTE * len(shown.lines), strict=False):
+                axes.plot(channel, color=style.INK if len(shown.lines) == 1 else shade, linewidth=0.9)
+            axes.set(xlim=(0, shown.lines.shape[1] - 1), ylim=(low - margin, high + margin))
+            return
         # An average letter is 0.58 of the font size wide, a line 1.45 of it high.
         columns, lines = int(0.92 * width * 72 / size / 0.58), int(0.93 * height * 72 / size / 1.45)
         words = wrapped(shown.words, columns, lines)
