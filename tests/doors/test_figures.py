@@ -12,7 +12,14 @@ import torch
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import Diagnostics, Scores
-from pytorch_influence_functions.report import plot_bars, plot_class_matrix, plot_convergence, plot_self_influence
+from pytorch_influence_functions.report import (
+    plot_agreement,
+    plot_bars,
+    plot_class_matrix,
+    plot_convergence,
+    plot_damping_path,
+    plot_self_influence,
+)
 
 pytest.importorskip("matplotlib")
 from matplotlib.testing.compare import compare_images
@@ -41,7 +48,40 @@ def own() -> Any:
     return plot_self_influence(values, torch.arange(200) % 3, NAMES, marked=torch.arange(0, 200, 7))
 
 
+def seen(x: Any, **options: Any) -> Scores:
+    """Scores of two queries that remember twelve inputs."""
+    y = torch.arange(12) % 3
+    return scores(train_source=(x, y), query_source=(x[:3], y[:3]), **options)
+
+
+def ramps(*shape: int) -> Any:
+    """Twelve smooth pictures or series, each another."""
+    steps = torch.linspace(0, 3, 12 * int(np.prod(shape))).reshape(12, *shape)
+    return (steps.sin() + 1) / 2
+
+
+def text() -> Any:
+    words = [f"word{i} $1$ <b>and</b> more" for i in range(12)]
+    s = seen(torch.zeros(12, 2))
+    data = [(w, i % 3) for i, w in enumerate(words)]
+    tokens = {i: torch.linspace(-1, 1, 12).roll(i).reshape(3, 4) for i in range(12)}
+    return s.plot(1, 2, train=data, queries=data[:3], tokens=tokens)
+
+
+def path() -> Any:
+    results = {10.0**k: Scores(torch.linspace(-1, 1, 12).add(0.1 * k).sin()[None]) for k in range(-3, 2)}
+    return plot_damping_path(results, k=2)
+
+
 FIGURES: dict[str, Callable[[], Any]] = {
+    "grid": lambda: seen(ramps(3, 8, 10)).plot(1, 3),
+    "cards": lambda: seen(ramps(9)).plot(1, 3),
+    "series": lambda: seen(ramps(2, 60)).plot(1, 3),
+    "tokens": text,
+    "agreement": lambda: plot_agreement(
+        torch.linspace(-1, 1, 9), torch.linspace(-1, 1, 9).sin(), names=list("abcdefghi")
+    ),
+    "damping_path": path,
     "self_influence": own,
     "class_matrix": lambda: plot_class_matrix(scores()),
     "convergence": lambda: plot_convergence(solved()),
