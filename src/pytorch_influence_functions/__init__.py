@@ -46,6 +46,7 @@ from .curvature import Identity as Identity
 from .curvature import Nystrom as Nystrom
 from .curvature import Shampoo as Shampoo
 from .curvature import Sharing as Sharing
+from .curvature import Subsample as Subsample
 from .damping import Absolute as Absolute
 from .damping import FromTraining as FromTraining
 from .damping import Relative as Relative
@@ -183,6 +184,7 @@ __all__ = [
     "Spectral",
     "Spectrum",
     "SquaredError",
+    "Subsample",
     "TokenCrossEntropy",
     "TooLarge",
     "TrainingDataWarning",

@@ -16,3 +16,4 @@ from .kronecker import AbstractKronecker as AbstractKronecker
 from .kronecker import Shampoo as Shampoo
 from .low_rank import Arnoldi as Arnoldi
 from .low_rank import Nystrom as Nystrom
+from .subsample import Subsample as Subsample

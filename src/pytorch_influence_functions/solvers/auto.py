@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -21,6 +21,7 @@ from ..curvature import (
     Hessian,
     Identity,
     Nystrom,
+    Subsample,
 )
 from ..curvature.factors import matrix_shape
 from ..damping import AbstractDamping, Relative
@@ -226,6 +227,12 @@ def _guide(curvature: AbstractCurvature, facts: Facts) -> AbstractCurvature | No
 
 def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
     """Passes, memory and seconds of a choice, from counts and one measured batch."""
+    if isinstance(choice.curvature, Subsample):
+        # The curvature's own passes are over its part; one more is over everybody.
+        part = replace(facts, examples=min(facts.examples, choice.curvature.examples))
+        fewer = forecast(replace(choice, curvature=choice.curvature.curvature), part, method)
+        passes = 1 + max(0.0, fewer.passes - 1) * part.examples / facts.examples
+        return replace(fewer, passes=passes, seconds=passes * facts.examples * facts.seconds)
     n, p, q = facts.examples, facts.parameters, facts.queries
     size, k = facts.number_bytes, facts.outputs or 1
     passes, memory = 1.0, 4.0 * q * p * size

@@ -1,0 +1,71 @@
+"""Any curvature, on a fixed random part of the training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch.utils.data import Subset
+
+from ..errors import InvalidInput
+from ..gradients import Derivatives
+from ..operators import AbstractSymmetric
+from .base import AbstractCurvature, Budget, Form
+
+
+@final
+@dataclass(frozen=True)
+class Subsample(AbstractCurvature):
+    """Another curvature, its mean taken over `examples` drawn without replacement: the same ones every time.
+
+    Scores are still of all N training examples; only C comes from fewer, so every product of `CG` costs
+    `examples / N` of a full one. With all of them it is the curvature itself.
+
+    Args:
+        curvature: which matrix, such as `GGN()`.
+        examples: how many; at least 1, at most N (a smaller dataset is taken whole).
+        seed: which ones.
+
+    Raises `InvalidInput` for something that is no curvature, a subsample of a subsample, or a number below 1.
+
+    >>> from pytorch_influence_functions import GGN
+    >>> Subsample(GGN(), examples=500)
+    Subsample(curvature=GGN(), examples=500, seed=0)
+    """
+
+    # Checked below, in words a type checker at run time would not find.
+    curvature: Any
+    examples: Any
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        inner = self.curvature
+        if not isinstance(inner, AbstractCurvature) or isinstance(inner, Subsample):
+            raise InvalidInput(f"Subsample() takes a curvature such as GGN(), got {inner!r}.")
+        count = self.examples
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InvalidInput(f"Subsample(examples={count!r}) must be a whole number of at least 1.")
+
+    @property
+    def forms(self) -> tuple[Form, ...]:  # type: ignore[override]
+        """Those of the curvature inside."""
+        found: tuple[Form, ...] = self.curvature.forms
+        return found
+
+    def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
+        self.require(form)
+        found: AbstractSymmetric = self.curvature.of(self._fewer(derivatives), form, budget)
+        return found
+
+    def _fewer(self, derivatives: Derivatives) -> Derivatives:
+        problem = derivatives.problem
+        n = len(problem)
+        if self.examples >= n:
+            return derivatives
+        # In dataset order, so that reading them is as local as reading all.
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: self.examples].sort().values
+        source = replace(
+            problem.data, dataset=Subset(problem.data.dataset, chosen.tolist()), _seen=dict(problem.data._seen)
+        )
+        return replace(derivatives, problem=problem.with_(data=source))
