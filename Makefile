@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | referee | check | lint | format | types | layers | docs | bench | peers | league | paper | clean"
+	@echo "make demo | test | referee | test-browser | check | lint | format | types | layers | docs | bench | peers | league | paper | clean"
 
 install: $(STAMP)
 
@@ -35,6 +35,13 @@ test: $(STAMP)
 referee: $(STAMP)
 	$(INSTALL) --no-deps --requirement tests/referee/requirements.txt
 	$(BIN)/python -m pytest tests/referee
+
+# The report page in a real browser: Debian's chromium, fetched here where it is missing and one may.
+test-browser: $(STAMP)
+	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } \
+		|| { echo "The browser tests need chromium: install Debian's package chromium."; exit 1; }
+	$(INSTALL) --no-deps --requirement tests/browser/requirements.txt
+	PTIF_BROWSER=1 $(BIN)/python -m pytest tests/browser $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,122 @@
+"""What a reader does: filter, search, step with arrow keys, look at an example, change lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.browser.looks import VIEWS, Looks
+from tests.doors.report_cases import CLASSES, Page, probabilities
+
+
+def tiles(page: Looks) -> int:
+    return int(page.page.locator("#grid > li:visible").count())
+
+
+def choose(page: Looks, name: str, value: str) -> None:
+    page.page.locator(f"#filters label:text-matches('^{name}')").locator("select").select_option(value)
+
+
+def test_filters_and_search_narrow_the_grid(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "queries")
+    assert tiles(page) == 6 and page.page.locator("#count").inner_text() == "6 queries"
+    said, labels = probabilities().argmax(1).tolist(), [i % 3 for i in range(6)]
+    wrong = sum(a != b for a, b in zip(said, labels, strict=True))
+    choose(page, "Answered", "1")
+    assert tiles(page) == wrong and page.page.locator("#count").inner_text() == f"{wrong} of 6 queries"
+    choose(page, "Answered", "")
+    choose(page, "Label", CLASSES[1])
+    assert tiles(page) == 2
+    choose(page, "Label", "")
+    sure = probabilities().max(1).values
+    choose(page, "Confidence", "below 50%")
+    assert tiles(page) == int((sure < 0.5).sum())
+    choose(page, "Confidence", "")
+    choose(page, "Order", "unsure")
+    first = page.page.locator("#grid .lines").first.inner_text()
+    assert f"Query {int(sure.argmin())}".lower() in first.lower()
+    page.page.get_by_label("Search").fill("query 4")
+    assert tiles(page) == 1
+    page.page.get_by_label("Search").fill("no such thing")
+    assert tiles(page) == 0 and page.page.locator("#count").inner_text() == "0 of 6 queries"
+
+
+def test_texts_are_searched(look: Callable[..., Looks]) -> None:
+    page = look("texts", "queries")
+    page.page.get_by_label("Search").fill("3 a text that is long")
+    assert tiles(page) == 1
+
+
+def test_arrow_keys_move_between_queries_and_stop_at_the_ends(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "q/0")
+    heading = page.page.locator("#view-query h1")
+    assert heading.inner_text().endswith("0")
+    for key, at in (
+        ("ArrowRight", "1"),
+        ("ArrowRight", "2"),
+        ("ArrowLeft", "1"),
+        ("ArrowLeft", "0"),
+        ("ArrowLeft", "0"),
+    ):
+        page.page.keyboard.press(key)
+        page.settle()
+        assert heading.inner_text().endswith(at)
+    page.page.keyboard.press("Escape")
+    page.settle()
+    assert tiles(page) == 6
+
+
+def test_arrow_keys_walk_through_what_the_filter_left(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "queries")
+    choose(page, "Label", CLASSES[2])
+    page.page.locator("#grid a").first.click()
+    page.settle()
+    seen = [page.page.locator("#view-query h1").inner_text()]
+    page.page.keyboard.press("ArrowRight")
+    page.settle()
+    seen.append(page.page.locator("#view-query h1").inner_text())
+    assert [s.split()[-1] for s in seen] == ["2", "5"] and "2 of 2" in page.text()
+
+
+def test_arrow_keys_move_the_focus_in_the_grid(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "queries").page
+    page.locator("#grid a").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "#q/1"
+
+
+def test_a_query_shows_its_answer_cards_and_histogram_with_the_shown_marked(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "q/1")
+    assert page.page.locator("#view-query .cards").nth(0).locator("li").count() == 10
+    assert page.page.locator(".hist .help-tick").count() == 10 and page.page.locator(".hist .harm-tick").count() == 10
+    assert page.page.locator(".hist rect").count() > 3 and "What the model says" in page.text()
+    numbers = page.page.locator("#view-query .cards").nth(0).locator(".num").all_inner_texts()
+    values = [float(n.replace("−", "-")) for n in numbers]
+    assert values == sorted(values, reverse=True)
+    record = Page(page.path).queries[1]
+    assert values == [pytest.approx(score, rel=5e-3) for _, score in record["help"]]
+
+
+def test_every_view_can_be_reached_from_the_keyboard_and_by_its_address(look: Callable[..., Looks]) -> None:
+    page = look("pictures")
+    for view in VIEWS:
+        page.go(view)
+        assert page.page.locator("main > section:visible").count() == 1
+    page.go("training/labels")
+    page.page.locator("#tab-labels").focus()
+    page.page.keyboard.press("ArrowRight")
+    page.settle()
+    assert page.page.locator("#tab-pairs").get_attribute("aria-selected") == "true"
+    page.go("nonsense/<b>")
+    assert page.page.locator("#view-overview").is_visible()
+
+
+def test_tables_sort_by_their_columns(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "training/classes").page
+    column = page.locator("#panel table").first
+    column.get_by_role("button", name="Class ↕", exact=True).click()
+    names = column.locator("tbody th").all_inner_texts()
+    assert names == sorted(names)
+    column.get_by_role("button", name="Class ↕", exact=True).click()
+    assert column.locator("tbody th").all_inner_texts() == names[::-1]
