@@ -11,6 +11,7 @@ Needs the extras plot and report, and scikit-learn for its data.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def main() -> None:
     problem = ptif.Problem(model, ptif.CrossEntropy(), train, weight_decay=DECAY)
     # The leverage turns the first-order answer into that of a Newton step without the example.
     attribution = ptif.Influence(ptif.GGN(), ptif.Spectral(), ptif.Absolute(0.0), scaling=ptif.Leverage()).fit(problem)
-    scores = attribution.score(test)
+    scores = replace(attribution.score(test), class_names=[str(name) for name in found.target_names])
 
     # Is it true? Leave patients out for real.
     total = scores.values.mean(0)

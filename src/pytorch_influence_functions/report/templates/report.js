@@ -90,9 +90,9 @@
       return el("div", { class: kind + "words", ...scrolls }, el("p", { class: "text", dir: "auto" }, text || "(empty)"), more);
     }
     if (record.k === "table") {
-      const rows = large ? record.t : record.t.slice(0, 5), left = record.t.length - rows.length + record.m;
+      const rows = large ? record.t : record.t.slice(0, record.t.length + record.m > 5 ? 4 : 5), left = record.t.length - rows.length + record.m;
       const body = el("tbody", {}, ...rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row", title: name }, name), el("td", { title: value }, value))));
-      if (left) body.append(el("tr", {}, el("th", { scope: "row" }, "… " + whole(left) + " more"), el("td", {}, "")));
+      if (left) body.append(el("tr", {}, el("th", { scope: "row", colSpan: 2 }, "… " + whole(left) + " more")));
       return el("div", { class: kind + "words", ...scrolls }, el("table", { class: "row" }, body));
     }
     return el("div", { class: kind + "none" }, record.t || "No picture or text at hand");
