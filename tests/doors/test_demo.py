@@ -122,6 +122,7 @@ def test_files_say_the_same(ran: Ran) -> None:
         "influences.png",
         "influence_results.json",
         "label_errors.csv",
+        "report.html",
         "scores.safetensors",
         "summary.json",
         "summary.txt",
@@ -138,6 +139,8 @@ def test_files_say_the_same(ran: Ran) -> None:
     assert numbers["label_errors"]["by_influence"] == story.suspects.hits
     for name in ("influences.png", "agreement.png", "agreement_single.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text()
+    assert "labels are wrong on purpose" in page and 'src="http' not in page
     text = (folder / "summary.txt").read_text()
     assert all(name in text for name in names) and "lambda" in text
 

@@ -132,7 +132,7 @@ def find_suspects(
     by_loss = losses.argsort(descending=True, stable=True)
     at_random = torch.randperm(len(losses), generator=torch.Generator().manual_seed(seed))
     hits = [int(wrong[ranked[:count]].sum()) for ranked in (order, by_loss, at_random)]
-    return Suspects(suspicion, order, min(count, len(losses)), *hits)
+    return Suspects(own, suspicion, order, min(count, len(losses)), *hits)
 
 
 def _check(

@@ -54,6 +54,8 @@ class Trained:
 class Suspects:
     """Training images by how wrong their label looks."""
 
+    own: Float[Tensor, " n"]
+    """Self-influence of each."""
     suspicion: Float[Tensor, " n"]
     """Predicted loss of each image for a model that was never trained on it."""
     order: Int[Tensor, " n"]

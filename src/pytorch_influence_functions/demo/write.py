@@ -20,10 +20,18 @@ def everything(story: Story, out: Path) -> list[tuple[str, str]]:
     """Write all files into `out`; returns (name, what it is) for each.
 
     Raises:
-        MissingExtra: matplotlib is not installed.
+        MissingExtra: matplotlib, jinja2 or pillow is not installed.
     """
     asked = story.scores[list(story.queries)]
     plot_influences(asked, 0, _PICTURE_ROW, path=out / "influences.png")
+    story.scores.report(
+        out / "report.html",
+        predictions=story.trained.test_odds,
+        self_influence=story.suspects.own,
+        title="Fashion-MNIST, a tenth of the labels wrong",
+        about=f"A small convolutional network, trained on {story.scores.n_train:,} images; "
+        f"{int(story.data.planted.sum())} of their labels are wrong on purpose.",
+    )
     _agreement(story.groups, out / "agreement.png", "Groups removed: mean test loss")
     _agreement(story.singles, out / "agreement_single.png", "One image removed: one test loss")
     story.scores.save(out / "scores.safetensors")
@@ -31,6 +39,7 @@ def everything(story: Story, out: Path) -> list[tuple[str, str]]:
     write_bytes(out / "label_errors.csv", _suspects(story).encode())
     write_bytes(out / "summary.json", (json.dumps(_numbers(story), indent=1, allow_nan=False) + "\n").encode())
     files = [
+        ("report.html", "a page to look through, search and tick: open it in a browser"),
         ("influences.png", "a test image, what helped it, what harmed it"),
         ("agreement.png", "predicted against actual change, groups"),
         ("agreement_single.png", "the same for single images"),
