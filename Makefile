@@ -8,11 +8,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Installed with these versions of these files: remade only when one of them changes.
 STAMP := .venv/.installed
 
-.PHONY: help install demo test referee lint format types layers docs bench peers league paper check clean
+.PHONY: help install demo test referee lint format types layers docs bench peers quanda league paper check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | referee | test-browser | check | lint | format | types | layers | docs | bench | peers | league | paper | clean"
+	@echo "make demo | test | referee | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
 
 install: $(STAMP)
 
@@ -70,6 +70,9 @@ paper: $(STAMP)
 
 peers: $(STAMP)
 	$(BIN)/python benchmarks/peers/run.py
+
+quanda: $(STAMP)
+	PYTHONPATH=src $$($(BIN)/python benchmarks/peers/environments.py quanda) -W ignore benchmarks/peers/quanda_check.py
 
 league: $(STAMP)
 	$(BIN)/python benchmarks/league/run.py --peers $(ARGS)

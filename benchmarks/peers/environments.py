@@ -94,6 +94,7 @@ class Environment:
 
 MODERN = Environment("modern", ("kronfluence", "dattri", "captum"))
 NUMPY1 = Environment("numpy1", ("pydvl",))
+QUANDA = Environment("quanda", ("quanda", "jaxtyping"))
 
 
 def kronfluence() -> str:
@@ -113,6 +114,9 @@ def data() -> None:
 
 
 if __name__ == "__main__":
-    for environment in (MODERN, NUMPY1):
+    # With names: those only, as `make quanda` asks.
+    asked = [e for e in (MODERN, NUMPY1, QUANDA) if e.name in sys.argv[1:]]
+    for environment in asked or (MODERN, NUMPY1):
         print(environment.ensure())
-    data()
+    if not asked:
+        data()
