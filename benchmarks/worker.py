@@ -20,6 +20,12 @@ _MIB = 1024.0 if sys.platform != "darwin" else 1024.0**2
 
 def peak_mib() -> float:
     """The most memory this process ever had resident."""
+    # On Linux `ru_maxrss` begins at what the *parent* had when it started this process, so a large parent hides all.
+    try:
+        with open("/proc/self/status") as file:
+            return next(float(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
 
 

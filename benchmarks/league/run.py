@@ -96,6 +96,12 @@ def evaluation(result: Cell) -> Evaluation:
     return Evaluation("LDS", result["truth"].name, result["ceiling"], tuple(rows), {})
 
 
+def reason(failure: str) -> str:
+    """Why there is no number, in a few words."""
+    said = failure.removeprefix("pytorch_influence_functions.errors.").replace("|", "/")
+    return said if len(said) <= 90 else said[:90].rsplit(" ", 1)[0] + " …"
+
+
 def markdown(results: list[Cell], facts: Cell) -> str:
     """The page."""
     page = [(HERE / "head.md").read_text()]
@@ -123,7 +129,7 @@ def markdown(results: list[Cell], facts: Cell) -> str:
                     f"| {c['name']} | {e.value:.3f} ({e.low:.3f} to {e.high:.3f}) | {share} | {c['seconds']:.1f} | "
                     f"{c['mib']:.0f} |"
                 )
-            page += [f"| {c['name']} | failed: {c['failed']} | | | |" for c in some if "failed" in c]
+            page += [f"| {c['name']} | {reason(c['failed'])} | | | |" for c in some if "failed" in c]
             page.append("")
         page += [f"![{p['title']}](league/setting_{r['number']}.png)", ""]
     page.append(
