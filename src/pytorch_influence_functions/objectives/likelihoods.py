@@ -309,7 +309,7 @@ class TokenCrossEntropy(AbstractLikelihood):
         label, factor = self._labels(outputs, batch)
         picked = outputs.log_softmax(-1).gather(-1, label[..., None])[..., 0]
         # `where` rather than a product: 0 · inf would be NaN at a token that does not count.
-        return -torch.where(factor > 0, picked * factor, torch.zeros_like(picked))
+        return torch.where(factor > 0, -picked * factor, torch.zeros_like(picked))
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         targets = check_batch(outputs, self._split(batch)[2], ids)
