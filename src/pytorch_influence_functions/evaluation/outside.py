@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..data import Source
 from ..errors import InvalidInput, name_ids, require
 from ..fitting import AbstractMethod
+from ..objectives.base import with_targets
 from ..problem import Problem
 from ..scores import Scores
 from .subsets import Protocol, Subsets
@@ -79,8 +81,9 @@ def explanations(scores: Scores) -> Float[Tensor, "q n"]:
 def quanda_explainer(method: AbstractMethod, loss: Any, **options: Any) -> Any:
     """A quanda `Explainer` class that explains with one of our methods: for `explainer_cls=` of its metrics.
 
-    Fitted once per model; its queries come with targets of their own. Self-influences are stretched, keeping their
-    order: quanda 0.5 breaks ties by adding 1e-4 per position, which drowns small numbers.
+    Fitted once per model; its queries come with targets of their own. Of self-influences it gives the places from the
+    bottom, far apart: quanda 0.5 only ranks them, and breaks ties by adding 1e-4 per position, which drowns small
+    numbers.
 
     Args:
         method: such as `ptif.ekfac()`.
@@ -113,11 +116,13 @@ def quanda_explainer(method: AbstractMethod, loss: Any, **options: Any) -> Any:
 
         def explain(self, test_data: Any, targets: Any) -> Tensor:
             """Scores [Q, N] of test inputs with these targets, positive for proponents."""
-            return explanations(self.fitted.score(Source.of((test_data, torch.as_tensor(targets)))))
+            asked = torch.as_tensor(targets)
+            batch = with_targets(test_data, asked) if isinstance(test_data, Mapping) else (test_data, asked)
+            return explanations(self.fitted.score(Source.of(batch)))
 
         def self_influence(self, batch_size: int = 1) -> Tensor:
-            """Every training example's influence on itself, in its order, far apart."""
-            own = self.fitted.self_scores().double()
-            return own / own.abs().max().clamp_min(1e-300) * 1e4 * len(own)
+            """Every training example's place by its influence on itself, 0 for the lowest; ties share one."""
+            places = self.fitted.self_scores().unique(return_inverse=True)[1].double()
+            return places * (1 + 1e-4 * len(places))
 
     return PtifExplainer
