@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from peers.quanda_adaptor import CLASSES, DECAY, TOP, Pair, Setting, adaptor, network
-
 import pytorch_influence_functions as ptif
+from peers.quanda_adaptor import CLASSES, DECAY, TOP, Pair, Setting, adaptor, network
 from pytorch_influence_functions.evaluation import (
     Subsets,
     Truth,
