@@ -108,6 +108,13 @@ def made() -> dict[str, Callable[[Path], Path]]:
             .path
         ),
         "odd": usual(_odd()),
+        "long": usual(
+            pictures(
+                class_names=["W" * 120, "a label of a class with a great many words in it " * 4, "c"],
+                query_names=["N" * 10_000] * 6,
+                train_names=["n" * 10_000] * 40,
+            )
+        ),
     }
 
 

@@ -98,6 +98,29 @@ def test_a_query_shows_its_answer_cards_and_histogram_with_the_shown_marked(look
     assert values == [pytest.approx(score, rel=5e-3) for _, score in record["help"]]
 
 
+def test_marks_lie_where_their_scores_are(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "q/2")
+    record = Page(page.path).queries[2]
+    low, high = record["hist"]["lo"], record["hist"]["hi"]
+    for side, kind in (("help", "help-tick"), ("harm", "harm-tick")):
+        seen = page.page.locator(f".hist .{kind}").evaluate_all(
+            "(all) => all.map((one) => Number(one.getAttribute('x1')))"
+        )
+        meant = [min(599.0, max(1.0, 600 * (score - low) / (high - low))) for _, score in record[side]]
+        assert seen == pytest.approx(meant, abs=0.01)
+
+
+def test_tables_and_texts_are_cards_too(look: Callable[..., Looks]) -> None:
+    page = look("tables", "q/1")
+    rows = page.page.locator("#view-query .side tbody tr")
+    assert rows.count() == 7 and rows.first.inner_text().startswith("age")
+    assert page.page.locator("#view-query .card .row.numbers").count() == 20
+    page = look("texts", "q/1")
+    assert page.page.locator("#view-query .side .text").inner_text().startswith("1 a text that is long")
+    card = page.page.locator("#view-query .card .text").first
+    assert card.inner_text().endswith("…") and card.evaluate("(one) => one.scrollHeight > 0")
+
+
 def test_every_view_can_be_reached_from_the_keyboard_and_by_its_address(look: Callable[..., Looks]) -> None:
     page = look("pictures")
     for view in VIEWS:

@@ -84,7 +84,7 @@ def test_the_histogram_counts_every_score_once_and_a_constant_row_too() -> None:
 def test_the_queue_is_worst_first_with_its_evidence(tmp_path: Path) -> None:
     own = torch.arange(40.0).flip(0)
     page = written(pictures(), tmp_path, self_influence=own)
-    assert [e["i"] for e in page.index["queue"]] == list(range(40))
+    assert [e["i"] for e in page.index["queue"]] == list(range(20))  # at most a tenth, at least 20
     assert [e["o"] for e in page.index["queue"][:2]] == [39.0, 38.0] and page.index["queue"][0]["p"] == 39 / 40
     assert page.examples[3]["o"] == 36.0
     s = pictures()
@@ -134,7 +134,7 @@ def test_the_class_matrix_is_the_mean_score(tmp_path: Path) -> None:
     s = pictures()
     found = written(s, tmp_path, predictions=probabilities()).index["classes"]
     assert found["matrix"][2][1] == pytest.approx(float(s.values[1::3, 2::3].mean()), rel=1e-3)
-    assert found["train"] == [14, 13, 13] and found["asked"] == [2, 2, 2] and sum(found["doubtful"]) == 40
+    assert found["train"] == [14, 13, 13] and found["asked"] == [2, 2, 2] and sum(found["doubtful"]) == 20
     wrong = probabilities().argmax(1) != torch.arange(6) % 3
     assert sum(found["mistakes"]) == int(wrong.sum()) > 0
 
@@ -194,6 +194,18 @@ def test_a_table_row_keeps_names_and_values(tmp_path: Path) -> None:
     assert page.examples[5]["k"] == "table" and [r[0] for r in rows[:3]] == ["age", "<i>height</i>", "x2"]
     assert float(rows[0][1]) == pytest.approx(float(s.train_source[0][5, 0]), rel=1e-2)
     assert len(rows) == 7 and page.examples[5]["m"] == 0
+
+
+def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
+    s = tables()
+    s.train_source[0][5, :4] = torch.tensor([1001.0, -25478.0, 0.012345, 3e9])
+    rows = written(s, tmp_path).examples[5]["t"]
+    assert [value for _, value in rows[:4]] == ["1001", "-25478", "0.0123", "3e+09"]
+
+
+def test_the_lines_of_a_text_are_kept(tmp_path: Path) -> None:
+    page = written(texts("first\r\n  second\n\nthird\n"), tmp_path)
+    assert page.examples[5]["t"] == "5 first\n  second\n\nthird" == page.queries[5]["t"]
 
 
 def test_texts_are_cut_in_cards_and_kept_in_queries(tmp_path: Path) -> None:

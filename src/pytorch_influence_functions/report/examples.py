@@ -30,11 +30,13 @@ _LONG = 48
 class Shown:
     """One example made visible: `pixels` [H, W] or [H, W, 3 or 4] as given, else `words` for a card.
 
+    `text`: where the words are a text, the text with its own lines.
     `lines` [channels, T]: a series, which its words tell less well; `limits`: the lowest and highest value of all.
     """
 
     pixels: NDArray[Any] | None = None
     words: str = ""
+    text: str = ""
     lines: NDArray[Any] | None = None
     limits: tuple[float, float] = (0.0, 1.0)
 
@@ -57,7 +59,7 @@ def see(item: Any, index: int, denormalize: Denormalize = None) -> Shown:
         lines = _lines(held)
         if lines is not None and not np.isfinite(lines).all():
             raise NonFinite(f"The series of example {index} holds NaN or infinity; repair it, or look at denormalize=.")
-        return Shown(words=_words(held), lines=lines)
+        return Shown(words=_words(held), text=_text(held), lines=lines)
     if not np.isfinite(pixels).all():
         raise NonFinite(f"The picture of example {index} holds NaN or infinity; repair it, or look at denormalize=.")
     if isinstance(denormalize, tuple):
@@ -207,6 +209,15 @@ def _undo(pixels: NDArray[Any], statistics: tuple[Any, Any]) -> NDArray[Any]:
 # --------------------------------------------------------------------------- words
 
 
+def _text(held: Any) -> str:
+    return held.replace("\r\n", "\n").strip() if isinstance(held, str) else ""
+
+
+def _number(value: float) -> str:
+    """Three digits, yet whole numbers of a usual size stay whole: 1001, not 1e+03."""
+    return f"{value:.0f}" if 999.5 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
 def _words(held: Any) -> str:
     if isinstance(held, str):
         return " ".join(held.split())
@@ -214,7 +225,7 @@ def _words(held: Any) -> str:
         return "\n".join(f"{key} = {_brief(value)}" for key, value in held.items())
     found = _array(held)
     if found is not None and found.ndim == 1 and found.dtype.kind == "f":
-        return "\n".join(f"x{i} = {value:.3g}" for i, value in enumerate(found.tolist()))
+        return "\n".join(f"x{i} = {_number(value)}" for i, value in enumerate(found.tolist()))
     return _brief(held)
 
 
@@ -225,7 +236,7 @@ def _brief(value: Any) -> str:
     if found.size == 1:
         return f"{found.item():.4g}"
     if found.ndim == 1:
-        shown = " ".join(f"{v:.3g}" for v in found[:32].tolist())
+        shown = " ".join(_number(v) for v in found[:32].tolist())
         return shown + (" …" if found.size > 32 else "")
     return f"{' × '.join(map(str, found.shape))} numbers, mean {found.mean():.3g}"
 

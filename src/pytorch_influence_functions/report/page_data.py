@@ -18,7 +18,9 @@ from .suspects import close_pairs, label_queue
 from .thumbnails import QUERY_LETTERS, QUERY_SCALE, Detail, Lens
 
 QUEUE, PAIRS, TOP = 200, 40, 50
-"""Entries of the label queue, of either list of pairs, of either end of the most influential."""
+"""Entries at most: of the label queue, of either list of pairs, of either end of the most influential."""
+DOUBTED, FEWEST = 10, 20
+"""One example in so many enters the label queue, but at least so many examples: not all labels can be doubtful."""
 COMPARED = 4000
 """The most influential examples, among which near duplicates are looked for."""
 EXAMPLES_PER_CHUNK, QUERIES_PER_CHUNK = 120, 20
@@ -49,7 +51,8 @@ def contents(scores: Scores, train: Lens, k: int, said: list[Said] | None, own: 
     classes = Classes.of(scores)
     sums = Sums.of(scores, classes)
     lists = [_lists(scores, q, k, said) for q in range(len(scores))]
-    queue = label_queue(scores, classes, sums, own, QUEUE)
+    doubted = min(QUEUE, max(FEWEST, scores.n_train // DOUBTED))
+    queue = label_queue(scores, classes, sums, own, doubted)
     labels = (
         [scores.label_name(x) for x in picking.plain(scores.train_labels)] if scores.train_labels is not None else []
     )

@@ -98,7 +98,7 @@ class Lens:
             # A row of a table is worth its names; a long series is not.
             keep = min(_ROWS, max(12, detail.letters // 12))
             return {"k": "table", "t": rows[:keep], "m": max(0, len(rows) - keep)}, label
-        text = shown.words
+        text = shown.text or shown.words
         return {"k": "text", "t": text[: detail.letters], "m": max(0, len(text) - detail.letters)}, label
 
     def _named(self, line: str, at: int) -> list[str]:

@@ -20,6 +20,8 @@
     made.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
     return made;
   }
+  /** At most so many letters, none cut in half. */
+  const brief = (text, most = 80) => text.length > most ? [...text.slice(0, 2 * most)].slice(0, most).join("") + "…" : text;
   const isolated = (text, kind) => el("span", { class: kind || "", dir: "auto" }, text);
 
   // ------------------------------------------------------------------ numbers in words
@@ -32,7 +34,7 @@
   const signed = (value) => (value > 0 ? "+" : "") + plain(value);
   /** Never rounded up to all or nothing. */
   function percent(share) {
-    const digits = share < 0.1 || share > 0.99 ? 1 : 0, shown = (share * 100).toFixed(digits);
+    const digits = share < 0.0995 || share > 0.99 ? 1 : 0, shown = (share * 100).toFixed(digits);
     return (share < 1 && Number(shown) === 100 ? ">99.9" : share > 0 && Number(shown) === 0 ? "<0.1" : shown) + "%";
   }
   const whole = (n) => n.toLocaleString("en");
@@ -85,7 +87,7 @@
     }
     const scrolls = large ? { tabindex: "0", role: "region", "aria-label": what } : {};
     if (record.k === "text") {
-      const text = large ? record.t : record.t.slice(0, 240) + (record.t.length > 240 ? "…" : "");
+      const text = large ? record.t : brief(record.t, 240);
       const more = large && record.m ? el("p", { class: "faint" }, "… and " + whole(record.m) + " more letters") : null;
       return el("div", { class: kind + "words", ...scrolls }, el("p", { class: "text", dir: "auto" }, text || "(empty)"), more);
     }
@@ -93,7 +95,7 @@
       const rows = large ? record.t : record.t.slice(0, record.t.length + record.m > 5 ? 4 : 5), left = record.t.length - rows.length + record.m;
       const body = el("tbody", {}, ...rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row", title: name }, name), el("td", { title: value }, value))));
       if (left) body.append(el("tr", {}, el("th", { scope: "row", colSpan: 2 }, "… " + whole(left) + " more")));
-      return el("div", { class: kind + "words", ...scrolls }, el("table", { class: "row" }, body));
+      return el("div", { class: kind + "words", ...scrolls }, el("table", { class: "row" + (rows.every(([, value]) => value.length < 8) ? " numbers" : "") }, body));
     }
     return el("div", { class: kind + "none" }, record.t || "No picture or text at hand");
   }
@@ -107,7 +109,7 @@
     const made = el("li", { class: "card " + side }, picture, lines, extra || null, ticks(i));
     example(i).catch(() => ({ ...lost, i })).then((record) => {
       picture.replaceChildren(see(record, named(record), false));
-      picture.setAttribute("aria-label", "Look at " + named(record) + (record.k === "text" ? ": " + record.t.slice(0, 80) : ""));
+      picture.setAttribute("aria-label", "Look at " + named(record) + (record.k === "text" ? ": " + brief(record.t) : ""));
       if (record.l) lines.append(isolated(record.l, "label"));
       lines.append(el("span", { class: "faint" }, "#" + i, record.n ? " " : "", record.n ? isolated(record.n) : ""));
     });
@@ -191,10 +193,10 @@
   }
   async function showDecisions() {
     const rows = await decided(), box = $("decisions");
-    const columns = ["Example", "Label", "Decision", ""];
+    const columns = ["Example", "Label", "Decision", el("span", { class: "away" }, "Take back")];
     const body = rows.map((row) => el("tr", {},
       el("td", {}, el("button", { type: "button", onclick: () => look(row.index) }, "#" + row.index)),
-      el("td", { dir: "auto" }, row.label || ""), el("td", {}, WORDS[row.decision]),
+      el("td", { dir: "auto" }, brief(row.label || "")), el("td", {}, WORDS[row.decision]),
       el("td", {}, el("button", { type: "button", "aria-label": "Forget the decision for example " + row.index,
         onclick: () => { decide(row.index, null); showDecisions(); } }, "Forget"))));
     const keeps = stored ? "They are kept in this browser for this report." : "This browser keeps nothing for files: download them before you close the page.";
@@ -204,8 +206,8 @@
       el("div", { class: "actions" },
         el("button", { type: "button", class: "main", disabled: !rows.length, onclick: () => download("csv") }, "Download CSV"),
         el("button", { type: "button", class: "main", disabled: !rows.length, onclick: () => download("json") }, "Download JSON")),
-      rows.length ? el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Decisions" }, el("table", { class: "data" },
-        el("thead", {}, el("tr", {}, ...columns.map((word) => word ? el("th", { scope: "col" }, word) : el("td", {})))), el("tbody", {}, ...body))) : "",
+      rows.length ? el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Decisions" }, el("table", { class: "data words" },
+        el("thead", {}, el("tr", {}, ...columns.map((word) => el("th", { scope: "col" }, word)))), el("tbody", {}, ...body))) : "",
       el("h2", {}, "The format"),
       el("p", {}, "CSV: one line per ticked example with the columns ", el("code", {}, "index,decision,label,name,suggested_label,self_influence"),
         ". ", el("code", {}, "index"), " is the position in the training dataset, from 0; ", el("code", {}, "decision"), " is ",
@@ -262,7 +264,7 @@
     if (!Q.said) return null;
     const state = Q.wrong[q] === null ? "" : Q.wrong[q] ? "wrong-word" : "right-word";
     const word = Q.wrong[q] === null ? "model: " : Q.wrong[q] ? "✗ model: " : "✓ model: ";
-    return el("span", { class: state }, word, isolated(Q.said[q]), Q.sure[q] === null ? "" : " " + percent(Q.sure[q]));
+    return el("span", { class: state }, word, isolated(brief(Q.said[q])), Q.sure[q] === null ? "" : " " + percent(Q.sure[q]));
   }
   function tile(q) {
     const picture = el("div", { class: "see" });
@@ -295,11 +297,11 @@
     const up = index.loss ? "raise" : "lower", down = index.loss ? "lower" : "raise";
     box.replaceChildren(
       el("div", { class: "steps" }, el("a", { href: "#queries" }, "All queries"), step(-1, "← Previous"), step(1, "Next →"),
-        el("span", { class: "where" }, whole(at + 1) + " of " + whole(visible.length) + " · arrow keys move")),
-      el("h1", { dir: "auto" }, Q.name[q]),
+        el("span", { class: "where" }, whole(at + 1) + " of " + whole(visible.length), el("span", { class: "keys" }, " · arrow keys move"))),
+      el("h1", { dir: "auto" }, brief(Q.name[q], 160)),
       el("div", { class: "query" },
         el("div", { class: "side" }, see(record, Q.name[q] + (Q.label[q] ? ", labelled " + Q.label[q] : ""), true),
-          el("div", {}, Q.label[q] ? el("p", {}, "Label: ", isolated(Q.label[q], "label")) : "", answer(q) || ""),
+          el("div", {}, Q.label[q] ? el("p", {}, "Label: ", isolated(brief(Q.label[q], 160), "label")) : "", answer(q) || ""),
           record.likely && record.likely.length ? likely(record.likely) : "", histogram(record)),
         el("div", {},
           el("h2", { class: "head-help" }, "Most helpful", el("small", {}, "Removing one would " + up + " the " + measure + " on this query, by the number shown.")),
@@ -350,11 +352,11 @@
     const lines = [];
     const change = (harm) => (harm >= 0) === index.loss ? "lower" : "raise";
     if (entry.o !== undefined) lines.push(el("p", {}, "Self-influence ", el("b", { class: "num" }, plain(entry.o)), entry === index.queue[0] ? ", the largest of all." : ", above " + percent(entry.p) + " of all."));
-    if (entry.g) lines.push(el("p", {}, "Suggested label: ", isolated(entry.g, "label"), ". Without this example the " + measure + " of one in ten such queries would be " + (index.loss ? "lower" : "higher") + " by " + plain(entry.gh) + " or more."));
+    if (entry.g) lines.push(el("p", {}, "Suggested label: ", isolated(brief(entry.g), "label"), ". Without this example the " + measure + " of one in ten such queries would be " + (index.loss ? "lower" : "higher") + " by " + plain(entry.gh) + " or more."));
     lines.push(el("p", {}, "Over all queries, removing it would " + change(entry.h) + " the mean " + measure + " by " + plain(Math.abs(entry.h)) + "."));
     if (entry.q.length) lines.push(el("p", {}, Q.label.some((label) => label) ? "Opponents (queries of other classes it harms most):" : "Queries it harms most:"),
-      el("ul", {}, ...entry.q.map(([q, score]) => el("li", {}, el("a", { href: "#q/" + q, onclick: () => $("example").close() }, isolated(Q.name[q])),
-        Q.label[q] ? " (" : "", Q.label[q] ? isolated(Q.label[q]) : "", Q.label[q] ? ") " : " ", el("span", { class: "num" }, signed(score))))));
+      el("ul", {}, ...entry.q.map(([q, score]) => el("li", {}, el("a", { href: "#q/" + q, onclick: () => $("example").close() }, isolated(brief(Q.name[q]))),
+        Q.label[q] ? " (" : "", Q.label[q] ? isolated(brief(Q.label[q])) : "", Q.label[q] ? ") " : " ", el("span", { class: "num" }, signed(score))))));
     return lines;
   }
   function growing(box, entries, make, first = 24) {
@@ -374,7 +376,7 @@
     const head = el("h3", {}, "#" + entry.i);
     example(entry.i).catch(() => ({ ...lost, i: entry.i })).then((record) => {
       picture.replaceChildren(see(record, named(record), false));
-      if (record.l) head.append(" labelled ", isolated(record.l, "label"));
+      if (record.l) head.append(" labelled ", isolated(brief(record.l), "label"));
     });
     return el("li", { class: "suspect" }, picture, el("div", {}, head, ...evidence(entry)), ticks(entry.i));
   }
@@ -422,7 +424,7 @@
       el("h2", {}, "Which class helps which"),
       el("p", {}, "Mean score of one training example of the class in the row on the queries of the class in the column. Blue helps, orange harms; the number says it too. Framed: a class on itself."));
     const largest = Math.max(...C.matrix.flat().map((v) => Math.abs(v ?? 0))) || 1;
-    const head = el("tr", {}, el("th", { scope: "col" }, "training ↓ query →"), ...C.names.map((name) => el("th", { scope: "col", dir: "auto" }, name)));
+    const head = el("tr", {}, el("th", { scope: "col" }, "training ↓ query →"), ...C.names.map((name) => el("th", { scope: "col", dir: "auto", title: name }, name)));
     const rows = C.names.map((name, a) => el("tr", {}, el("th", { scope: "row", dir: "auto" }, name), ...C.matrix[a].map((value, b) => {
       const cell = el("td", { class: a === b ? "same" : "" }, value === null ? "–" : signed(value));
       if (value) cell.style.background = "rgb(var(--heat-" + (good(value) ? "help" : "harm") + ") / " + (0.45 * Math.sqrt(Math.abs(value) / largest)).toFixed(3) + ")";
