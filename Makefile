@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Installed with these versions of these files: remade only when one of them changes.
 STAMP := .venv/.installed
 
-.PHONY: help install demo test referee lint format types layers docs bench peers quanda league paper check clean
+.PHONY: help install demo test referee test-browser lint format types layers docs bench peers quanda league paper check clean
 .DEFAULT_GOAL := help
 
 help:

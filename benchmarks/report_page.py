@@ -1,7 +1,10 @@
 """The report page at its largest: `python benchmarks/report_page.py [--queries 1000] [--examples 100000]`.
 
-Seconds and memory to write it, its size, and the longest task of the browser's main thread in every view while it opens
-and is scrolled from top to bottom. The browser needs `make test-browser`'s environment; `--no-browser` leaves it out.
+Seconds and memory to write it, its size, and the longest task of the browser's main thread: in every view while it
+opens and is scrolled from top to bottom, then while views are changed, a search is typed and queries are stepped
+through. What takes too long is tried twice more and its best counts: a task long by itself is long every time, while
+one that waited for a busy machine is not. The browser needs `make test-browser`'s environment; `--no-browser` leaves
+it out.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +51,28 @@ _SCROLL = """async () => {
 }"""
 
 
+# Views one after the other in the open page, a search letter by letter, queries by arrow key.
+_CHANGE = """async (views) => {
+  const frame = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  for (const view of views) { location.hash = view; for (let i = 0; i < 5; i++) await frame(); }
+  location.hash = "queries";
+  await frame();
+  const search = document.querySelector("input[type=search]");
+  for (const typed of ["c", "cl", "cla", "class 3", "class", ""]) {
+    search.value = typed;
+    search.dispatchEvent(new Event("input"));
+    for (let i = 0; i < 3; i++) await frame();
+  }
+  location.hash = "q/0";
+  for (let step = 0; step < 20; step++) {
+    await frame();
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+    await frame();
+  }
+}"""
+_TRIES = 3
+
+
 def built(path: Path, queries: int, examples: int) -> Report:
     """A report of that size: grey pictures, ten classes, predictions, self-influence."""
     generator = torch.Generator().manual_seed(0)
@@ -67,16 +94,37 @@ def built(path: Path, queries: int, examples: int) -> Report:
 
 
 def longest_tasks(page: Any, path: Path) -> dict[str, float]:
-    """View -> milliseconds of the longest task while it opens and is scrolled; 0 where none took 50 ms."""
+    """View -> milliseconds of the longest task while it opens and is scrolled; 0 where none took 50 ms.
+
+    "changing" is what comes after opening: from view to view, typing a search, from query to query.
+    """
     page.add_init_script(_WATCH)
-    found = {}
-    for view in VIEWS:
+
+    def opened(view: str) -> float:
         page.goto("about:blank")
         page.goto(f"{path.as_uri()}#{view}")
         page.evaluate(_SCROLL)
+        return longest()
+
+    def changed() -> float:
+        page.goto("about:blank")
+        page.goto(path.as_uri())
+        longest()
+        page.evaluate("window.longTasks = []")
+        page.evaluate(_CHANGE, list(VIEWS))
+        return longest()
+
+    def longest() -> float:
         page.wait_for_timeout(300)
-        found[view] = max(page.evaluate("window.longTasks"), default=0.0)
-    return found
+        return max(page.evaluate("window.longTasks"), default=0.0)
+
+    def best(measure: Callable[[], float]) -> float:
+        found = measure()
+        for _ in range(1, _TRIES):
+            found = found if found < LONGEST else min(found, measure())
+        return found
+
+    return {view: best(partial(opened, view)) for view in VIEWS} | {"changing": best(changed)}
 
 
 def main() -> int:

@@ -18,3 +18,4 @@ def test_a_large_report_is_small_and_smooth(look: Callable[..., Looks], tmp_path
     page = look(Path(report.path))
     tasks = longest_tasks(page.page, Path(report.path))
     assert max(tasks.values()) < LONGEST, tasks
+    assert page.page.url.endswith("#q/20") and page.page.locator("#view-query li").count() == 20  # it did go there
