@@ -122,7 +122,7 @@ def quanda_explainer(method: AbstractMethod, loss: Any, **options: Any) -> Any:
 
         def self_influence(self, batch_size: int = 1) -> Tensor:
             """Every training example's place by its influence on itself, 0 for the lowest; ties share one."""
-            places = self.fitted.self_scores().unique(return_inverse=True)[1].double()
+            places: Tensor = torch.unique(self.fitted.self_scores(), return_inverse=True)[1].double()
             return places * (1 + 1e-4 * len(places))
 
     return PtifExplainer
