@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from nets import FASHION, SEED, cifar, floor_case, load_fashion, mlp, spearman
 
-from pytorch_influence_functions.attribution import Influence
-from pytorch_influence_functions.curvature import GGN, EmpiricalFisher, Identity
+from pytorch_influence_functions.curvature.exact import GGN, EmpiricalFisher, Identity
 from pytorch_influence_functions.demo.data import load as demo_data
+from pytorch_influence_functions.influence.attribution import Influence
 from pytorch_influence_functions.objectives import CrossEntropy, TokenCrossEntropy
-from pytorch_influence_functions.problem import Problem
-from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
+from pytorch_influence_functions.problem.problem import Problem
+from pytorch_influence_functions.solvers.cg import CG
+from pytorch_influence_functions.solvers.direct import Spectral
+from pytorch_influence_functions.solvers.dual import Woodbury
 
 Run = Callable[[], Any]
 

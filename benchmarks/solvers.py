@@ -18,8 +18,9 @@ from torch import Tensor
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.demo.data import datasets
 from pytorch_influence_functions.evaluation import Recipe, trained
-from pytorch_influence_functions.member import Member
-from pytorch_influence_functions.rows import Rows
+from pytorch_influence_functions.influence.fitted_member import FittedMember
+from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.problem.data import Source
 
 DECAY, QUERIES, PASSES, BATCH = 1e-3, 20, (1, 3, 10, 30), 200
 
@@ -47,11 +48,11 @@ def methods(n: int) -> dict[str, tuple[Callable[[int], Any], Any]]:
 
 def solved(
     problem: ptif.Problem, share: float, solver: Any, guide: Any, queries: Any
-) -> tuple[Member, Rows, Rows, float]:
+) -> tuple[FittedMember, Rows, Rows, float]:
     """The fitted member, right-hand sides, what the solver has when its passes are spent, and seconds of solving."""
     method = ptif.Influence(ptif.GGN(), solver, ptif.Relative(share), preconditioner=guide)
     member = method.fit(problem).members[0]
-    (slab,) = member.derivatives.stream(ptif.data.Source.of(queries, QUERIES))
+    (slab,) = member.derivatives.stream(Source.of(queries, QUERIES))
     start = time.perf_counter()
     value = member.solve(slab.rows).value  # a row that is not done is no error here
     return member, slab.rows, value.dense(), time.perf_counter() - start

@@ -95,7 +95,7 @@ def main() -> None:
     shares = (0.05, 0.1, 0.2)
     for name, suspicion in (
         ("influence on the test loss", harm),
-        ("self-influence", attribution.self_scores()),
+        ("self-influence", attribution.self_influence()),
         ("training loss", losses),
     ):
         parts = [
@@ -116,7 +116,7 @@ def main() -> None:
     report = scores.report(
         options.out / "report.html",
         predictions=model(test[0]).softmax(1).detach(),
-        self_influence=attribution.self_scores(),
+        self_influence=attribution.self_influence(),
         columns=[str(name) for name in found.feature_names],
     )
     print(report)

@@ -69,7 +69,7 @@ def main() -> None:
     scores.plot(q, path=options.out / "mistake.png")
 
     # Labels to look at first: the model leans on a wrong label alone.
-    own = attribution.self_scores()
+    own = attribution.self_influence()
     found = found_when_checking(own, planted, (0.1, 0.2))
     print(f"\nWrong labels found by looking at the most self-influential 10 %: {found[0]:.0%}; 20 %: {found[1]:.0%}.")
     ptif.plot_self_influence(own, marked=planted, path=options.out / "self_influence.png")

@@ -25,7 +25,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "Shampoo": ptif.shampoo,
     "exact Gauss-Newton": lambda: ptif.Influence(ptif.GGN()),
     "dual": ptif.dual,
-    "dual, damping from the path": lambda: ptif.dual(damping=ptif.FromPath()),
+    "dual, damping from the path": lambda: ptif.dual(damping=ptif.FromCurve()),
     "TRAK 1024": lambda: ptif.trak(1024),
     "DataInf": ptif.datainf,
     "Arnoldi 50": ptif.arnoldi,
@@ -49,7 +49,7 @@ def make(options: dict[str, Any]) -> Callable[[], Any]:
             case.model, objective(this), (case.x, case.y), weight_decay=this.weight_decay, batch_size=case.slab,
             checkpoints=checkpoints,
         )  # fmt: skip
-        fitted = METHODS[options["method"]]().fit(problem, queries=len(case.qx))
+        fitted = METHODS[options["method"]]().fit(problem, n_queries=len(case.qx))
         half = time.perf_counter()
         scores = np.asarray(fitted.score((case.qx, case.qy)).values)
         return scores, {"fit": half - start, "score": time.perf_counter() - half}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pytorch_influence_functions import ekfac
 from pytorch_influence_functions.evaluation import Subsets, retrain
-from pytorch_influence_functions.problem import Problem
+from pytorch_influence_functions.problem.problem import Problem
 
 # Of the models that are explained; the truth's seeds are 0, 1, ...
 SEEDS = (1000, 1001, 1002)

@@ -98,7 +98,7 @@ def evaluation(result: Cell) -> Evaluation:
 
 def reason(failure: str) -> str:
     """Why there is no number, in a few words."""
-    said = failure.removeprefix("pytorch_influence_functions.errors.").replace("|", "/")
+    said = failure.removeprefix("pytorch_influence_functions.core.errors.").replace("|", "/")
     return said if len(said) <= 90 else said[:90].rsplit(" ", 1)[0] + " …"
 
 

@@ -59,7 +59,9 @@ def adaptor(s: Setting, folder: Path) -> list[Pair]:
         mislabeling_indices=s.planted.nonzero().flatten().tolist(), explainer_cls=explainer, **given
     ).compute()
     n = len(s.data)
-    curve = torch.tensor(found_when_checking(s.attribution.self_scores(), s.planted, [k / n for k in range(1, n + 1)]))
+    curve = torch.tensor(
+        found_when_checking(s.attribution.self_influence(), s.planted, [k / n for k in range(1, n + 1)])
+    )
 
     classes = ClassDetectionMetric(s.model, s.data, s=TOP)
     classes.update(explanations(s.scores), s.queries[1])
@@ -97,7 +99,7 @@ def well_fitted() -> Pair:
         nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     made = quanda_explainer(ptif.exact(), nn.CrossEntropyLoss(), weight_decay=1e-4)(model, TensorDataset(x, y))
-    own = made.fitted.self_scores().tolist()
+    own = made.fitted.self_influence().tolist()
     expected = sorted(range(200), key=lambda i: (-own[i], -i))
     found = SelfInfluenceRanking(explainer=made).get_global_rank().tolist()
     in_place = sum(a == b for a, b in zip(expected, found, strict=True)) / 200

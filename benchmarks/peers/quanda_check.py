@@ -69,7 +69,7 @@ def setting() -> Setting:
 
 def mislabelled(s: Setting) -> tuple[list[Pair], list[Pair]]:
     """The curve of wrong labels found, point by point, its beginning, and its area: ours of the ROC in other units."""
-    own = s.attribution.self_scores()
+    own = s.attribution.self_influence()
     metric = {"model": s.model, "train_dataset": s.data, "mislabeling_indices": s.planted.nonzero().flatten().tolist()}
     # Places, far apart: quanda adds 1e-4 per position.
     places = own.unique(return_inverse=True)[1].double()

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.demo import data as demo
-from pytorch_influence_functions.errors import InvalidInput
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -13,9 +13,9 @@ from torch.func import functional_call, grad
 from torch.nn.utils import parameters_to_vector
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.curvature import Budget, Form
-from pytorch_influence_functions.errors import require
-from pytorch_influence_functions.gradients import Derivatives
+from pytorch_influence_functions.core.errors import require
+from pytorch_influence_functions.curvature.base import Budget, Form
+from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.report import style
 
 from . import data, training

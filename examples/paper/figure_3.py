@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.errors import require
+from pytorch_influence_functions.core.errors import require
 
 from . import data, training
 from .study import Band, Finding, Study, agreement, drawing, main, pearson

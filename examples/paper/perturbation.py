@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.data import Source
-from pytorch_influence_functions.world import World
+from pytorch_influence_functions.core.distributed import World
+from pytorch_influence_functions.problem.data import Source
 
 
 def solved(attribution: ptif.Attribution, queries: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pytorch_influence_functions.errors import InvalidInput, nearest
+from pytorch_influence_functions.core.errors import InvalidInput, nearest
 
 from .data import ROOT
 from .study import Finding, Study, add_options, finish, read, study_of, timed

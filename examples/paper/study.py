@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.errors import InvalidInput
+from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.report import style
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from pytorch_influence_functions.errors import InvalidInput
+from pytorch_influence_functions.core.errors import InvalidInput
 
 Losses = Callable[[Tensor], Tensor]
 """From the flat weights of one model [P] to the losses of its training examples [n]."""

@@ -15,113 +15,113 @@ from . import influence_function as influence_function
 from . import utils as utils
 from ._version import __version__ as __version__
 from .attribute import attribute as attribute
-from .attribution import Attribution as Attribution
-from .attribution import Influence as Influence
-from .baselines import EmbeddingSimilarity as EmbeddingSimilarity
-from .baselines import Random as Random
-from .baselines import RepresenterPoints as RepresenterPoints
-from .baselines import TrainingLoss as TrainingLoss
-from .classic import Config as Config
-from .classic import InfluenceResult as InfluenceResult
-from .classic import calc_all_grad_then_test as calc_all_grad_then_test
-from .classic import calc_img_wise as calc_img_wise
-from .classic import calc_influences as calc_influences
-from .classic import calc_s_test_single as calc_s_test_single
-from .classic import display_progress as display_progress
-from .classic import get_default_config as get_default_config
-from .classic import influential_loader as influential_loader
-from .classic import init_logging as init_logging
-from .classic import plot_influences as plot_influences
-from .classic import plot_loo_scatter as plot_loo_scatter
-from .curvature import EKFAC as EKFAC
-from .curvature import GGN as GGN
-from .curvature import KFAC as KFAC
-from .curvature import Arnoldi as Arnoldi
-from .curvature import Budget as Budget
-from .curvature import Diagonal as Diagonal
-from .curvature import EmpiricalFisher as EmpiricalFisher
-from .curvature import Fisher as Fisher
-from .curvature import Hessian as Hessian
-from .curvature import Identity as Identity
-from .curvature import Nystrom as Nystrom
-from .curvature import Shampoo as Shampoo
-from .curvature import Sharing as Sharing
-from .curvature import Subsample as Subsample
-from .damping import Absolute as Absolute
-from .damping import FromTraining as FromTraining
-from .damping import Relative as Relative
-from .damping_path import DampingPath as DampingPath
-from .damping_path import FromPath as FromPath
-from .diagnostics import Diagnostics as Diagnostics
-from .errors import InfluenceError as InfluenceError
-from .errors import InvalidInput as InvalidInput
-from .errors import MissingExtra as MissingExtra
-from .errors import NonFinite as NonFinite
-from .errors import NotLikelihood as NotLikelihood
-from .errors import SolveFailed as SolveFailed
-from .errors import TooLarge as TooLarge
-from .errors import TrainingDataWarning as TrainingDataWarning
-from .errors import UnknownName as UnknownName
-from .evaluation import evaluate as evaluate
-from .methods import arnoldi as arnoldi
-from .methods import astra as astra
-from .methods import blockwise as blockwise
-from .methods import datainf as datainf
-from .methods import diagonal as diagonal
-from .methods import dual as dual
-from .methods import ekfac as ekfac
-from .methods import exact as exact
-from .methods import gauss_newton as gauss_newton
-from .methods import grad_cos as grad_cos
-from .methods import grad_dot as grad_dot
-from .methods import kfac as kfac
-from .methods import koh_liang as koh_liang
-from .methods import lissa as lissa
-from .methods import nystrom as nystrom
-from .methods import one_step_newton as one_step_newton
-from .methods import relatif as relatif
-from .methods import shampoo as shampoo
-from .methods import tracin as tracin
-from .methods import trak as trak
-from .objectives import Bernoulli as Bernoulli
-from .objectives import CrossEntropy as CrossEntropy
-from .objectives import FromFunction as FromFunction
-from .objectives import Logit as Logit
-from .objectives import Margin as Margin
-from .objectives import SquaredError as SquaredError
-from .objectives import TokenCrossEntropy as TokenCrossEntropy
-from .problem import Problem as Problem
-from .problem import WeightDecay as WeightDecay
-from .progress import progress as progress
-from .projections import Gaussian as Gaussian
-from .report import plot_agreement as plot_agreement
-from .report import plot_class_matrix as plot_class_matrix
-from .report import plot_convergence as plot_convergence
-from .report import plot_damping_path as plot_damping_path
-from .report import plot_self_influence as plot_self_influence
-from .rows import Route as Route
-from .scaling import Cosine as Cosine
-from .scaling import Leverage as Leverage
-from .scaling import Raw as Raw
-from .scaling import RelatIF as RelatIF
-from .schedule import AdamState as AdamState
-from .schedule import Segment as Segment
-from .scores import Scores as Scores
-from .solvers import CG as CG
-from .solvers import Auto as Auto
-from .solvers import BlockGroup as BlockGroup
-from .solvers import Blockwise as Blockwise
-from .solvers import Cholesky as Cholesky
-from .solvers import DataInf as DataInf
-from .solvers import Factored as Factored
-from .solvers import Forecast as Forecast
-from .solvers import Neumann as Neumann
-from .solvers import Spectral as Spectral
-from .solvers import Woodbury as Woodbury
-from .spectrum import Spectrum as Spectrum
-from .trajectory import SOURCE as SOURCE
-from .trajectory import source as source
-from .truncation import Truncation as Truncation
+from .classic.calc import calc_all_grad_then_test as calc_all_grad_then_test
+from .classic.calc import calc_img_wise as calc_img_wise
+from .classic.calc import calc_influences as calc_influences
+from .classic.calc import calc_s_test_single as calc_s_test_single
+from .classic.config import Config as Config
+from .classic.config import get_default_config as get_default_config
+from .classic.console import display_progress as display_progress
+from .classic.console import init_logging as init_logging
+from .classic.helpers import influential_loader as influential_loader
+from .classic.helpers import plot_influences as plot_influences
+from .classic.helpers import plot_loo_scatter as plot_loo_scatter
+from .classic.results import InfluenceResult as InfluenceResult
+from .core.errors import InfluenceError as InfluenceError
+from .core.errors import InvalidInput as InvalidInput
+from .core.errors import MissingExtra as MissingExtra
+from .core.errors import NonFinite as NonFinite
+from .core.errors import NotLikelihood as NotLikelihood
+from .core.errors import SolveFailed as SolveFailed
+from .core.errors import TooLarge as TooLarge
+from .core.errors import TrainingDataWarning as TrainingDataWarning
+from .core.errors import UnknownName as UnknownName
+from .core.progress import progress as progress
+from .curvature.base import Budget as Budget
+from .curvature.damping import Absolute as Absolute
+from .curvature.damping import FromTraining as FromTraining
+from .curvature.damping import Relative as Relative
+from .curvature.diagonal import Diagonal as Diagonal
+from .curvature.exact import GGN as GGN
+from .curvature.exact import EmpiricalFisher as EmpiricalFisher
+from .curvature.exact import Fisher as Fisher
+from .curvature.exact import Hessian as Hessian
+from .curvature.exact import Identity as Identity
+from .curvature.kronecker.moments import Sharing as Sharing
+from .curvature.kronecker.records import EKFAC as EKFAC
+from .curvature.kronecker.records import KFAC as KFAC
+from .curvature.kronecker.records import Shampoo as Shampoo
+from .curvature.low_rank import Arnoldi as Arnoldi
+from .curvature.low_rank import Nystrom as Nystrom
+from .curvature.subsample import Subsample as Subsample
+from .evaluation.table import evaluate as evaluate
+from .gradients.projections import Gaussian as Gaussian
+from .influence.attribution import Attribution as Attribution
+from .influence.attribution import Influence as Influence
+from .influence.damping_curve import DampingCurve as DampingCurve
+from .influence.damping_curve import FromCurve as FromCurve
+from .influence.scaling import Cosine as Cosine
+from .influence.scaling import Leverage as Leverage
+from .influence.scaling import Raw as Raw
+from .influence.scaling import RelatIF as RelatIF
+from .influence.spectrum import Spectrum as Spectrum
+from .influence.truncation import Truncation as Truncation
+from .linalg.rows import Route as Route
+from .methods.baselines import EmbeddingSimilarity as EmbeddingSimilarity
+from .methods.baselines import Random as Random
+from .methods.baselines import RepresenterPoints as RepresenterPoints
+from .methods.baselines import TrainingLoss as TrainingLoss
+from .methods.papers import arnoldi as arnoldi
+from .methods.papers import astra as astra
+from .methods.papers import blockwise as blockwise
+from .methods.papers import datainf as datainf
+from .methods.papers import diagonal as diagonal
+from .methods.papers import dual as dual
+from .methods.papers import ekfac as ekfac
+from .methods.papers import exact as exact
+from .methods.papers import gauss_newton as gauss_newton
+from .methods.papers import grad_cos as grad_cos
+from .methods.papers import grad_dot as grad_dot
+from .methods.papers import kfac as kfac
+from .methods.papers import koh_liang as koh_liang
+from .methods.papers import lissa as lissa
+from .methods.papers import nystrom as nystrom
+from .methods.papers import one_step_newton as one_step_newton
+from .methods.papers import relatif as relatif
+from .methods.papers import shampoo as shampoo
+from .methods.papers import tracin as tracin
+from .methods.papers import trak as trak
+from .objectives.bernoulli import Bernoulli as Bernoulli
+from .objectives.likelihoods import CrossEntropy as CrossEntropy
+from .objectives.likelihoods import SquaredError as SquaredError
+from .objectives.likelihoods import TokenCrossEntropy as TokenCrossEntropy
+from .objectives.measures import FromFunction as FromFunction
+from .objectives.measures import Logit as Logit
+from .objectives.measures import Margin as Margin
+from .problem.problem import Problem as Problem
+from .problem.weight_decay import WeightDecay as WeightDecay
+from .report.plots import plot_agreement as plot_agreement
+from .report.plots import plot_damping_curve as plot_damping_curve
+from .report.summaries import plot_class_matrix as plot_class_matrix
+from .report.summaries import plot_convergence as plot_convergence
+from .report.summaries import plot_self_influence as plot_self_influence
+from .scores.diagnostics import Diagnostics as Diagnostics
+from .scores.scores import Scores as Scores
+from .solvers.auto import Auto as Auto
+from .solvers.auto import Forecast as Forecast
+from .solvers.blockwise import BlockGroup as BlockGroup
+from .solvers.blockwise import Blockwise as Blockwise
+from .solvers.cg import CG as CG
+from .solvers.datainf import DataInf as DataInf
+from .solvers.direct import Cholesky as Cholesky
+from .solvers.direct import Spectral as Spectral
+from .solvers.dual import Woodbury as Woodbury
+from .solvers.factored import Factored as Factored
+from .solvers.neumann import Neumann as Neumann
+from .trajectory.segments import AdamState as AdamState
+from .trajectory.segments import Segment as Segment
+from .trajectory.source import SOURCE as SOURCE
+from .trajectory.source import source as source
 
 __all__ = [
     "CG",
@@ -142,7 +142,7 @@ __all__ = [
     "Config",
     "Cosine",
     "CrossEntropy",
-    "DampingPath",
+    "DampingCurve",
     "DataInf",
     "Diagnostics",
     "Diagonal",
@@ -151,8 +151,8 @@ __all__ = [
     "Factored",
     "Fisher",
     "Forecast",
+    "FromCurve",
     "FromFunction",
-    "FromPath",
     "FromTraining",
     "Gaussian",
     "Hessian",
@@ -226,7 +226,7 @@ __all__ = [
     "plot_agreement",
     "plot_class_matrix",
     "plot_convergence",
-    "plot_damping_path",
+    "plot_damping_curve",
     "plot_influences",
     "plot_loo_scatter",
     "plot_self_influence",

@@ -9,18 +9,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from .attribution import Influence
-from .checks import check_top, in_queries
-from .damping import AbstractDamping
-from .data import Source
-from .errors import InvalidInput
-from .fitting import AbstractMethod
-from .inferred import infer_objective
-from .problem import Checkpoint, Problem, WeightDecay, check_model
-from .rows import Route
-from .scores import Scores
-from .solvers import Forecast
-from .space import Selection
+from .core.errors import InvalidInput
+from .curvature.damping import AbstractDamping
+from .influence.attribution import Influence
+from .influence.checks import check_top, in_queries
+from .influence.method import AbstractMethod
+from .linalg.rows import Route
+from .linalg.space import Selection
+from .problem.checkpoints import Checkpoint
+from .problem.data import Source
+from .problem.infer_loss import infer_objective
+from .problem.problem import Problem, check_model
+from .problem.weight_decay import WeightDecay
+from .scores.scores import Scores
+from .solvers.auto import Forecast
 
 
 @overload
@@ -179,7 +181,7 @@ def attribute(
         forecast = spec.forecast(problem, len(asked))
         print(forecast)
         return forecast
-    fitted = spec.fit(problem, queries=len(asked))
+    fitted = spec.fit(problem, n_queries=len(asked))
     if verify is None:
         return fitted.score(asked, measure, top=top)
     scores = fitted.score(asked, measure)

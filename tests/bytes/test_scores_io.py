@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from pytorch_influence_functions import scores_io
-from pytorch_influence_functions.diagnostics import Diagnostics
-from pytorch_influence_functions.errors import InvalidInput
-from pytorch_influence_functions.scores import Scores
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.scores import files as scores_io
+from pytorch_influence_functions.scores.diagnostics import Diagnostics
+from pytorch_influence_functions.scores.scores import Scores
 
 
 def full(dtype: torch.dtype = torch.float32) -> Scores:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytorch_influence_functions.diagnostics import Diagnostics
-from pytorch_influence_functions.scores import Scores
+from pytorch_influence_functions.scores.diagnostics import Diagnostics
+from pytorch_influence_functions.scores.scores import Scores
 
 ATTACK = "</script><script>window.broken=1</script><img src=x onerror='window.broken=2'>\u2028 & \u202e \ud800"
 CLASSES = ["cat", "dog", "<b>owl</b>"]

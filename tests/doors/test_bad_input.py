@@ -274,10 +274,10 @@ METHODS = [
     Row("damping NaN", put_in(damping=NAN), INPUT, r"is nan; it must be finite"),
     Row("damping text", put_in(damping="0.1"), INPUT, r"is '0.1'; it must be a number"),
     Row("share 0", lambda m: ask(m, damping=ptif.Relative(0.0)), INPUT, r"share=0.0\) must be positive; 0.1 is a good"),
-    Row("one lambda", lambda m: ask(m, damping=ptif.FromPath(lambdas=[1.0])), INPUT, "at least two different values"),
+    Row("one lambda", lambda m: ask(m, damping=ptif.FromCurve(lambdas=[1.0])), INPUT, "at least two different values"),
     Row(
         "a path without eigenvalues",
-        lambda m: ask(m, method=ptif.Influence(GGN, ptif.CG(), ptif.FromPath())),
+        lambda m: ask(m, method=ptif.Influence(GGN, ptif.CG(), ptif.FromCurve())),
         INPUT,
         "which Implicit does not have; use Woodbury",
     ),
@@ -288,7 +288,12 @@ METHODS = [
         INPUT,
         r"makes no rows, which this scaling needs",
     ),
-    Row("path of one number", lambda m: fitted(m).path((X, Y), 0.1), INPUT, r"several damping values, .*got 0.1"),
+    Row(
+        "path of one number",
+        lambda m: fitted(m).scores_over_damping((X, Y), 0.1),
+        INPUT,
+        r"several damping values, .*got 0.1",
+    ),
     Row(
         "fit of a model",
         lambda m: ptif.Influence().fit(m),

@@ -272,7 +272,7 @@ def test_dictionaries_as_batches(tmp_path: Path) -> None:
 def test_nothing_is_printed_when_progress_is_off(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("pytorch_influence_functions.progress")
+    module = importlib.import_module("pytorch_influence_functions.core.progress")
     monkeypatch.setattr(module, "DELAY", 0.0)
     t = toy(n=12, tests=3)
     calc_img_wise(short(tmp_path), t.model, t.train, t.test)

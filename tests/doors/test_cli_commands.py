@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.cli import doctor, self_scores
+from pytorch_influence_functions.cli import doctor, self_influence
 from pytorch_influence_functions.cli.report import predictions
 from pytorch_influence_functions.cli.task import load
 from tests.doors.cli_cases import N, Ran, task_file
@@ -24,7 +24,7 @@ from tests.doors.cli_cases import N, Ran, task_file
 def test_self_influence_is_the_librarys_worst_first(tmp_path: Path) -> None:
     task, out = task_file(tmp_path), tmp_path / "r"
     found = Ran("self-influence", task, "--method", "exact", "--top", 3, "--out", out, "--json").found
-    expected = ptif.exact().fit(load(task).problem).self_scores()
+    expected = ptif.exact().fit(load(task).problem).self_influence()
     assert torch.allclose(load_file(out / "self_influence.safetensors")["values"], expected)
     order = expected.argsort(descending=True).tolist()
     assert [one["index"] for one in found["worst"]] == order[:3]
@@ -53,7 +53,7 @@ def test_self_influence_forecasts(tmp_path: Path) -> None:
 
 
 def test_a_label_in_the_table_is_no_formula(tmp_path: Path) -> None:
-    self_scores.save(tmp_path, torch.tensor([2.0, 1.0]), ["=1+1", "-3"], "m")
+    self_influence.save(tmp_path, torch.tensor([2.0, 1.0]), ["=1+1", "-3"], "m")
     rows = list(csv.reader((tmp_path / "self_influence.csv").read_text().splitlines()))
     assert rows[1:] == [["1", "0", "'=1+1", "2.0"], ["2", "1", "-3", "1.0"]]
 
@@ -66,7 +66,7 @@ def test_a_regression_has_numbers_for_labels_and_a_number_for_an_answer(tmp_path
         "    return torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Flatten(0))\n"
     )
     found = load(task_file(tmp_path, extra))
-    assert self_scores.label_words(found.problem) == ["0.3", "1.1", "1.9", "2.7", "3.5"]
+    assert self_influence.label_words(found.problem) == ["0.3", "1.1", "1.9", "2.7", "3.5"]
     answers = predictions(found, [1, 4])
     x = torch.stack([found.asked.dataset[i][0] for i in (1, 4)])
     assert answers is not None and torch.allclose(answers.float(), found.problem.model(x))

@@ -87,7 +87,7 @@ def test_bars_fit_80_columns_and_short_passes_have_none() -> None:
 def test_quiet_and_the_environment_silence_progress(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pytorch_influence_functions.progress import track
+    from pytorch_influence_functions.core.progress import track
 
     def work() -> None:
         monkeypatch.setattr("pytorch_influence_functions.cli.watch.SHORT", 0.0)

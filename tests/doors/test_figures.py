@@ -17,7 +17,7 @@ from pytorch_influence_functions.report import (
     plot_bars,
     plot_class_matrix,
     plot_convergence,
-    plot_damping_path,
+    plot_damping_curve,
     plot_self_influence,
 )
 
@@ -70,7 +70,7 @@ def text() -> Any:
 
 def path() -> Any:
     results = {10.0**k: Scores(torch.linspace(-1, 1, 12).add(0.1 * k).sin()[None]) for k in range(-3, 2)}
-    return plot_damping_path(results, k=2)
+    return plot_damping_curve(results, k=2)
 
 
 FIGURES: dict[str, Callable[[], Any]] = {

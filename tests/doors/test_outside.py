@@ -14,13 +14,7 @@ from torch import nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import Scores
-from pytorch_influence_functions.evaluation import (
-    explanations,
-    from_dattri,
-    lds,
-    quanda_explainer,
-    removal_correlation,
-)
+from pytorch_influence_functions.evaluation import explanations, from_dattri, lds, quanda_explainer, removal_correlation
 
 
 def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,7 +92,7 @@ def test_self_influences_keep_their_order_where_quanda_adds_to_them(monkeypatch:
     explainer = made(model=nn.Linear(4, 3), train_dataset=torch.utils.data.TensorDataset(x, y))
     own = torch.logspace(-30, 0, 300, dtype=torch.float64)[torch.randperm(300)]
     own[7] = own[3]
-    monkeypatch.setattr(type(explainer.fitted), "self_scores", lambda self: own)
+    monkeypatch.setattr(type(explainer.fitted), "self_influence", lambda self: own)
     added = explainer.self_influence(8) + torch.arange(300) * 1e-4  # quanda's SelfInfluenceRanking
     ranked = added.argsort(descending=True, stable=True)
     expected = sorted(range(300), key=lambda i: (-float(own[i]), -i))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytorch_influence_functions.errors import InvalidInput, MissingExtra, NonFinite
-from pytorch_influence_functions.report import plot_agreement, plot_damping_path, plot_influences
+from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, NonFinite
+from pytorch_influence_functions.report import plot_agreement, plot_damping_curve, plot_influences
 from pytorch_influence_functions.report.examples import Shown, exposed, see, target_of, wrapped
 from pytorch_influence_functions.report.style import number, power, shorten, times_ten
-from pytorch_influence_functions.scores import Scores
+from pytorch_influence_functions.scores.scores import Scores
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -168,9 +168,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "lengths": (lambda: plot_agreement([1, 2], [1]), "2 predicted and 1 actual"),
     "nan": (lambda: plot_agreement([1, float("nan")], [1, 2]), "predicted holds NaN or infinity at position 1"),
-    "one lambda": (lambda: plot_damping_path({1.0: example()}), "at least two positive values of lambda"),
-    "lambda 0": (lambda: plot_damping_path({0.0: example(), 1.0: example()}), "at least two positive"),
-    "top": (lambda: plot_damping_path({1.0: example().top(1), 2.0: example()}), "score without top="),
+    "one lambda": (lambda: plot_damping_curve({1.0: example()}), "at least two positive values of lambda"),
+    "lambda 0": (lambda: plot_damping_curve({0.0: example(), 1.0: example()}), "at least two positive"),
+    "top": (lambda: plot_damping_curve({1.0: example().top(1), 2.0: example()}), "score without top="),
 }
 
 
@@ -284,7 +284,7 @@ def test_agreement_states_r_and_slope() -> None:
 def test_damping_path_shows_shares_and_rank_agreement(tmp_path: Path) -> None:
     a, b = torch.randn(2, 1, 30).double()
     path = {lam: Scores(a / (1 + lam) + b * lam / (1 + lam)) for lam in (0.01, 1.0, 100.0)}
-    figure = plot_damping_path(path, k=2, path=tmp_path / "p.png")
+    figure = plot_damping_curve(path, k=2, path=tmp_path / "p.png")
     left, right = figure.axes
     assert left.get_xscale() == "log" and overlaps(figure) == []
     best = path[1.0].helpful(0, 1)[0][0]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytorch_influence_functions.errors import InvalidInput, NonFinite
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
 from pytorch_influence_functions.report import page as pages
 from pytorch_influence_functions.report.ranking import Classes, Sums, ends, histogram
-from pytorch_influence_functions.scores import Scores
+from pytorch_influence_functions.scores.scores import Scores
 from tests.doors.report_cases import ATTACK, CLASSES, Page, pictures, probabilities, tables, texts, values
 
 pytest.importorskip("jinja2")

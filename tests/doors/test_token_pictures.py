@@ -10,10 +10,10 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from pytorch_influence_functions.errors import InvalidInput
+from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.report import style
 from pytorch_influence_functions.report.tokens import _COLUMNS, _ROWS, _Text
-from pytorch_influence_functions.scores import Scores
+from pytorch_influence_functions.scores.scores import Scores
 
 WORDS = ["to be or not", "a $1$ b <i>", "one two three", "x y z"]
 VALUES = {i: torch.tensor([[0.0] * n, [0.5] + [-0.25] * (n - 1)]) for i, n in enumerate((4, 4, 3, 3))}

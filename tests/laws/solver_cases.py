@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pytorch_influence_functions.damping import Shift
-from pytorch_influence_functions.operators import Gram, Implicit, Matrix
-from pytorch_influence_functions.rows import Outer, Rows
-from pytorch_influence_functions.space import Space
+from pytorch_influence_functions.linalg.blocks import Outer
+from pytorch_influence_functions.linalg.dense import Matrix
+from pytorch_influence_functions.linalg.gram import Gram
+from pytorch_influence_functions.linalg.operator import Implicit
+from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.linalg.shift import Shift
+from pytorch_influence_functions.linalg.space import Space
 
 F64 = torch.float64
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.damping import Shift
-from pytorch_influence_functions.errors import InvalidInput
-from pytorch_influence_functions.operators import Implicit, Matrix
-from pytorch_influence_functions.solvers import CG, Neumann
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.linalg.dense import Matrix
+from pytorch_influence_functions.linalg.operator import Implicit
+from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers.base import System
+from pytorch_influence_functions.solvers.cg import CG
+from pytorch_influence_functions.solvers.neumann import Neumann
 from tests.laws.solver_cases import F64, a_space, some_rows, spectrum_matrix
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.twin.autograd import dense_ggn, example_gradients, influence

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.curvature import EKFAC, Budget, Form
+from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.curvature.blockwise import restricted
-from pytorch_influence_functions.damping import Shift
-from pytorch_influence_functions.gradients import Derivatives
-from pytorch_influence_functions.operators import Matrix
-from pytorch_influence_functions.solvers import Blockwise, Spectral
+from pytorch_influence_functions.curvature.kronecker.records import EKFAC
+from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.linalg.dense import Matrix
+from pytorch_influence_functions.linalg.shift import Shift
+from pytorch_influence_functions.solvers.blockwise import Blockwise
+from pytorch_influence_functions.solvers.direct import Spectral
 from tests.laws.solver_cases import F64, a_space, some_rows, spectrum_matrix
 from tests.laws.test_influence import SMALL, cross_entropy, mlp, oracle, relative_gap
 from tests.laws.zoo import CASES, build
@@ -113,10 +115,10 @@ def test_weight_decay_and_another_damping() -> None:
     fitted = ptif.blockwise(damping=0.1).fit(problem)
     ggn = dense_of("ggn", data)
     for damping in (0.1, SMALL):
-        got = fitted.redamped(damping).score((xq, yq))
+        got = fitted.with_damping(damping).score((xq, yq))
         want = by_blocks(data, dict.fromkeys(PARTS, ggn), {"0": damping + 0.02, "2": damping})
         assert relative_gap(got.values, want) < 1e-9
-    assert relative_gap(fitted.path((xq, yq), [SMALL])[SMALL].values, want) < 1e-9
+    assert relative_gap(fitted.scores_over_damping((xq, yq), [SMALL])[SMALL].values, want) < 1e-9
 
 
 @pytest.mark.parametrize("curvature", ["ekfac", "nystrom", "diagonal", "identity"])

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytorch_influence_functions.damping import Shift
-from pytorch_influence_functions.errors import InvalidInput, NonFinite, SolveFailed
-from pytorch_influence_functions.operators import AbstractOperator, Gram, Identity, Implicit, Matrix
-from pytorch_influence_functions.rows import Rows
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
+from pytorch_influence_functions.linalg.dense import Matrix
+from pytorch_influence_functions.linalg.gram import Gram
+from pytorch_influence_functions.linalg.operator import AbstractOperator, Identity, Implicit
+from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers.base import Result
 from pytorch_influence_functions.solvers.cg import CG
 from tests.laws.solver_cases import (

@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from pytorch_influence_functions.damping import Absolute, FromTraining, Relative, Shift, as_damping
-from pytorch_influence_functions.errors import InvalidInput, NonFinite
-from pytorch_influence_functions.operators import Identity, Matrix
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
+from pytorch_influence_functions.curvature.damping import Absolute, FromTraining, Relative, as_damping
+from pytorch_influence_functions.linalg.dense import Matrix
+from pytorch_influence_functions.linalg.operator import Identity
+from pytorch_influence_functions.linalg.shift import Shift
 from tests.laws.solver_cases import F64, a_space, dense_shift, outer_rows, some_rows, spectrum_matrix, uneven
 
 
@@ -90,7 +92,7 @@ def test_shift_knows_when_it_is_one_number() -> None:
     assert uneven(space).uniform is None
     assert uneven(space, 0.5).smallest == pytest.approx(0.55)
     assert uneven(space, 0.5).largest == pytest.approx(0.6)
-    assert uneven(space, 0.5).redamped(1.0) == uneven(space, 1.0)
+    assert uneven(space, 0.5).with_damping(1.0) == uneven(space, 1.0)
     assert torch.equal(dense_shift(space, Shift(0.0)), torch.zeros(space.size, space.size, dtype=F64))
 
 

@@ -1,4 +1,4 @@
-"""`FromPath`: leave-one-out predicted from one decomposition equals leaving out for real, where that is closed form."""
+"""`FromCurve`: leave-one-out read off one decomposition equals leaving out for real, where that is closed form."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.damping import Absolute
-from pytorch_influence_functions.errors import InvalidInput
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.curvature.damping import Absolute
 
 F64 = torch.float64
 N, D = 30, 4
@@ -63,7 +63,7 @@ def test_ridge_is_press_from_any_weights(solver: Any, decay: float) -> None:
     x, y = _data()
     anywhere = torch.randn(2, D, generator=torch.Generator().manual_seed(9), dtype=F64)
     c = _scale()
-    path = _fit(_linear(anywhere), (x, y), solver, decay).damping_path(lambdas=LAMBDAS)
+    path = _fit(_linear(anywhere), (x, y), solver, decay).damping_curve(lambdas=LAMBDAS)
     wanted = [c * _refits(x, y, (lam + decay) / c) for lam in LAMBDAS]
     torch.testing.assert_close(torch.tensor(path.losses), torch.tensor(wanted, dtype=torch.float32), rtol=1e-6, atol=0)
     assert max(abs(a / b - 1) for a, b in zip(path.losses, wanted, strict=True)) < 1e-9
@@ -81,7 +81,7 @@ def test_held_out_data_recover_the_lambda_a_ridge_was_trained_with(solver: Any) 
     wanted = c * _refits(x, y, lam / c)
     point = trained(x[:1]).detach()
     point[0, 0] += math.sqrt(wanted / (c / 2) / 1.0) if c == 1.0 else math.sqrt(wanted / (c / 2))
-    path = fitted.damping_path(held_out=(x[:1], point), lambdas=[0.5 * lam, lam, 2 * lam])
+    path = fitted.damping_curve(held_out=(x[:1], point), lambdas=[0.5 * lam, lam, 2 * lam])
     assert path.held_out == pytest.approx(wanted, rel=1e-12)
     assert path.losses[1] == pytest.approx(wanted, rel=1e-9)
     assert path.chosen == pytest.approx(lam, rel=1e-7)
@@ -126,7 +126,7 @@ def test_removal_is_one_newton_step_by_hand() -> None:
 
 def _removal(fitted: Any, held: Any) -> list[float]:
     """The calibration curve, whatever the held-out loss."""
-    from pytorch_influence_functions import damping_path as module
+    from pytorch_influence_functions.influence import damping_path as module
 
     member = fitted.members[0]
     losses, _ = module._predicted(module._Basis.of(member.operator), member.derivatives, False, LAMBDAS, refit=False)
@@ -135,7 +135,7 @@ def _removal(fitted: Any, held: Any) -> list[float]:
 
 @pytest.mark.parametrize("refit", [False, True])
 def test_the_empirical_fisher_leaves_gradients_out(refit: bool) -> None:
-    from pytorch_influence_functions import damping_path as module
+    from pytorch_influence_functions.influence import damping_path as module
 
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
@@ -172,37 +172,37 @@ def test_the_empirical_fisher_leaves_gradients_out(refit: bool) -> None:
 def test_as_a_damping_it_is_the_chosen_number() -> None:
     x, y = _data()
     model = _linear(torch.zeros(2, D, dtype=F64))
-    rule = ptif.FromPath(lambdas=LAMBDAS)
+    rule = ptif.FromCurve(lambdas=LAMBDAS)
     fitted = _fit(model, (x, y), ptif.Woodbury(), damping=rule)
-    path = fitted.damping_path(lambdas=LAMBDAS)
+    path = fitted.damping_curve(lambdas=LAMBDAS)
     assert fitted.members[0].shift.damping == path.chosen
     same = _fit(model, (x, y), ptif.Woodbury(), damping=path.chosen)
     torch.testing.assert_close(fitted.score((x, y)).values, same.score((x, y)).values)
-    assert same.redamped(rule).members[0].shift.damping == path.chosen
+    assert same.with_damping(rule).members[0].shift.damping == path.chosen
     assert rule.resolved(fitted.members[0]) == Absolute(path.chosen)
-    assert "FromPath(lambdas=(" in fitted.method
+    assert "FromCurve(lambdas=(" in fitted.method
     assert "lambda" in str(path) and len(str(path).splitlines()) == 2 + len(LAMBDAS)
 
 
 def test_batches_order_and_dtype_do_not_matter() -> None:
     x, y = _data()
     model = _linear(torch.ones(2, D, dtype=F64))
-    one = _fit(model, (x, y), ptif.Woodbury()).damping_path()
+    one = _fit(model, (x, y), ptif.Woodbury()).damping_curve()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     problem = ptif.Problem(model, ptif.SquaredError(), (x[order], y[order]), batch_size=30)
-    two = ptif.Influence(ptif.GGN(), ptif.Woodbury(), 0.1).fit(problem).damping_path()
+    two = ptif.Influence(ptif.GGN(), ptif.Woodbury(), 0.1).fit(problem).damping_curve()
     assert one.losses == pytest.approx(two.losses, rel=1e-9) and one.chosen == pytest.approx(two.chosen)
-    three = _fit(_linear(torch.ones(2, D)).float(), (x.float(), y.float()), ptif.Woodbury()).damping_path()
+    three = _fit(_linear(torch.ones(2, D)).float(), (x.float(), y.float()), ptif.Woodbury()).damping_curve()
     assert one.losses == pytest.approx(three.losses, rel=1e-3)
 
 
 def test_the_edge_is_said(caplog: pytest.LogCaptureFixture) -> None:
     x, y = _data()
     fitted = _fit(_linear(torch.zeros(2, D, dtype=F64)), (x, y), ptif.Woodbury())
-    path = fitted.damping_path(lambdas=[10.0, 100.0])
+    path = fitted.damping_curve(lambdas=[10.0, 100.0])
     assert path.at_edge and "edge" in str(path)
     with caplog.at_level("WARNING"):
-        fitted.redamped(ptif.FromPath(lambdas=[10.0, 100.0]))
+        fitted.with_damping(ptif.FromCurve(lambdas=[10.0, 100.0]))
     assert "at the edge" in caplog.text
 
 
@@ -210,27 +210,27 @@ def test_bad_input_is_refused_in_words() -> None:
     x, y = _data()
     model = _linear(torch.zeros(2, D, dtype=F64))
     with pytest.raises(InvalidInput, match="needs at least two different values"):
-        ptif.FromPath(lambdas=[0.1])
+        ptif.FromCurve(lambdas=[0.1])
     with pytest.raises(InvalidInput, match="finite and positive"):
-        ptif.FromPath(lambdas=[0.0, 0.1])
+        ptif.FromCurve(lambdas=[0.0, 0.1])
     with pytest.raises(InvalidInput, match="takes several damping values"):
-        ptif.FromPath(lambdas="many")
+        ptif.FromCurve(lambdas="many")
     with pytest.raises(InvalidInput, match="one eigendecomposition, which Implicit does not have"):
-        _fit(model, (x, y), ptif.CG(), damping=ptif.FromPath())
+        _fit(model, (x, y), ptif.CG(), damping=ptif.FromCurve())
     with pytest.raises(InvalidInput, match=r"Hessian.. does not hold example by example"):
-        _fit(model, (x, y), ptif.Spectral(), curvature=ptif.Hessian(), damping=ptif.FromPath())
+        _fit(model, (x, y), ptif.Spectral(), curvature=ptif.Hessian(), damping=ptif.FromCurve())
     with pytest.raises(InvalidInput, match=r"WeightDecay.per_example=True"):
-        _fit(model, (x, y), ptif.Woodbury(), ptif.WeightDecay(0.1, per_example=True), damping=ptif.FromPath())
+        _fit(model, (x, y), ptif.Woodbury(), ptif.WeightDecay(0.1, per_example=True), damping=ptif.FromCurve())
     with pytest.raises(InvalidInput, match="looks at the model and its data"):
-        ptif.FromPath().of(_fit(model, (x, y), ptif.Woodbury()).members[0].operator)
+        ptif.FromCurve().of(_fit(model, (x, y), ptif.Woodbury()).members[0].operator)
     # The training data themselves: no lambda predicts a loss as low as theirs.
     with pytest.raises(InvalidInput, match="below the leave-one-out loss that any of the lambdas"):
-        _fit(model, (x, y), ptif.Woodbury(), damping=ptif.FromPath(held_out=(x, y)))
+        _fit(model, (x, y), ptif.Woodbury(), damping=ptif.FromCurve(held_out=(x, y)))
     with pytest.raises(InvalidInput, match="above the leave-one-out loss that any of the lambdas"):
-        _fit(model, (x, y), ptif.Woodbury(), damping=ptif.FromPath(held_out=(x, y + 1e6)))
+        _fit(model, (x, y), ptif.Woodbury(), damping=ptif.FromCurve(held_out=(x, y + 1e6)))
     fitted = _fit(model, (x, y), ptif.Woodbury())
     with pytest.raises(InvalidInput, match="1 checkpoint"):
-        fitted.damping_path(checkpoint=1)
+        fitted.damping_curve(checkpoint=1)
 
 
 def test_uneven_weight_decay_is_solved_densely_and_refused_in_the_dual() -> None:
@@ -240,7 +240,7 @@ def test_uneven_weight_decay_is_solved_densely_and_refused_in_the_dual() -> None
     x, y = _data()
     decay = ptif.WeightDecay({"0.weight": 0.1, "1.weight": 0.2})
     with pytest.raises(InvalidInput, match="one weight decay for all blocks in the dual"):
-        _fit(deep, (x, y), ptif.Woodbury(), decay, damping=ptif.FromPath())
-    path = _fit(deep, (x, y), ptif.Spectral(), decay).damping_path()
+        _fit(deep, (x, y), ptif.Woodbury(), decay, damping=ptif.FromCurve())
+    path = _fit(deep, (x, y), ptif.Spectral(), decay).damping_curve()
     assert all(math.isfinite(v) for v in path.losses)
-    assert _fit(model, (x, y), ptif.Spectral()).damping_path().losses[0] > 0
+    assert _fit(model, (x, y), ptif.Spectral()).damping_curve().losses[0] > 0

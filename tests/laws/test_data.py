@@ -22,8 +22,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from pytorch_influence_functions.data import Source, batch_slice, same, tensors_of, to_device
-from pytorch_influence_functions.errors import InvalidInput, NonFinite, TrainingDataWarning
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, TrainingDataWarning
+from pytorch_influence_functions.problem.data import Source, batch_slice, same, tensors_of, to_device
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10) % 3
 

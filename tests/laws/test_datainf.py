@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.damping import Shift
-from pytorch_influence_functions.operators import Gram
-from pytorch_influence_functions.solvers import DataInf
+from pytorch_influence_functions.linalg.gram import Gram
+from pytorch_influence_functions.linalg.shift import Shift
+from pytorch_influence_functions.solvers.datainf import DataInf
 from tests.laws.solver_cases import (
     F64,
     a_space,
@@ -119,7 +119,7 @@ def test_order_batches_dtype_and_self_scores() -> None:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     assert relative_gap(scores(x[order], y[order]), exact[:, order]) < 1e-10
     assert relative_gap(scores(x, y, 7), exact) < 1e-10
-    own = ptif.datainf().fit(ptif.Problem(model, nn.CrossEntropyLoss(), (x, y))).self_scores()
+    own = ptif.datainf().fit(ptif.Problem(model, nn.CrossEntropyLoss(), (x, y))).self_influence()
     want = by_hand((model, x, y, x, y), True, None).diagonal()
     assert torch.allclose(own, want, rtol=1e-9)
     assert relative_gap(scores(x.float(), y), exact) < 1e-3

@@ -8,10 +8,12 @@ import re
 import pytest
 import torch
 
-from pytorch_influence_functions.damping import Shift
-from pytorch_influence_functions.errors import InvalidInput, NonFinite, SolveFailed, TooLarge
-from pytorch_influence_functions.operators import Gram, Identity, Matrix
-from pytorch_influence_functions.rows import Rows
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed, TooLarge
+from pytorch_influence_functions.linalg.dense import Matrix
+from pytorch_influence_functions.linalg.gram import Gram
+from pytorch_influence_functions.linalg.operator import Identity
+from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers.base import Result, Solution
 from pytorch_influence_functions.solvers.direct import Cholesky, Spectral
 from tests.laws.solver_cases import (

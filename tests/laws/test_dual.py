@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from pytorch_influence_functions.damping import Shift
-from pytorch_influence_functions.errors import InvalidInput, NonFinite, TooLarge
-from pytorch_influence_functions.operators import Expansion, Gram
-from pytorch_influence_functions.rows import Route, Rows
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, TooLarge
+from pytorch_influence_functions.linalg.dual_solution import DualSolution
+from pytorch_influence_functions.linalg.gram import Gram
+from pytorch_influence_functions.linalg.rows import Route, Rows
+from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers.base import Result
 from pytorch_influence_functions.solvers.cg import CG
 from pytorch_influence_functions.solvers.dual import Woodbury
@@ -50,7 +51,7 @@ def test_equals_the_dense_solve(shift: Shift, outputs: int, sweep: bool) -> None
     b, r = outer_rows(space, 6, 9), outer_rows(space, 8, 10, terms=3)
     expected = dense_solve(space, dense_gram(gram), shift, b.flat())
     value = solver.solve(solver.init(gram, shift), b).unwrap()
-    assert isinstance(value, Expansion)
+    assert isinstance(value, DualSolution)
     assert worst(value.flat(), expected) < 1e-8
     for route in (None, Route.GHOST, Route.MATERIALISE):
         assert worst(value.inner(r, route), expected @ r.flat().T) < 1e-8

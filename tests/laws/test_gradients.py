@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytorch_influence_functions.blocks import Conv, Dense, Indexed, Outer, Sum
-from pytorch_influence_functions.errors import InvalidInput, NonFinite
-from pytorch_influence_functions.gradients import Derivatives
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
+from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.linalg.blocks import Conv, Dense, Indexed, Outer, Sum
+from pytorch_influence_functions.linalg.rows import Route, Rows
 from pytorch_influence_functions.objectives import CrossEntropy
-from pytorch_influence_functions.problem import Problem
-from pytorch_influence_functions.rows import Route, Rows
+from pytorch_influence_functions.problem.problem import Problem
 from tests.laws.zoo import CASES, Case, TimeFirst, build
 from tests.twin.autograd import example_gradients
 

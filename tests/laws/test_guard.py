@@ -10,13 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pytorch_influence_functions.errors import UnknownName
-from pytorch_influence_functions.guard import (
-    derivative_safe,
-    double_backward_safe,
-    same_rng,
-    undisturbed,
-)
+from pytorch_influence_functions.core.errors import UnknownName
+from pytorch_influence_functions.problem.model_state import derivative_safe, double_backward_safe, preserved, same_rng
 
 
 def net() -> nn.Sequential:
@@ -71,7 +66,7 @@ def test_everything_is_put_back(error: type[BaseException] | None, trainable: li
     before = state(model)
 
     def visit() -> None:
-        with undisturbed(model, trainable):
+        with preserved(model, trainable):
             disturb(model)
             if error is not None:
                 raise error
@@ -86,11 +81,11 @@ def test_everything_is_put_back(error: type[BaseException] | None, trainable: li
 
 def test_inside_the_model_is_in_eval_mode_and_only_the_named_are_trainable() -> None:
     model = net()
-    with undisturbed(model, ["0.weight", "3.bias"]):
+    with preserved(model, ["0.weight", "3.bias"]):
         assert not any(m.training for m in model.modules())
         assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.weight", "3.bias"]
         assert all(p.grad is None for p in model.parameters())
-    with undisturbed(model):
+    with preserved(model):
         assert not model[0].weight.requires_grad and model[0].bias.requires_grad
 
 
@@ -103,7 +98,7 @@ def test_train_is_not_called() -> None:
             return super().train(mode)
 
     model = Merging(2, 2)
-    with undisturbed(model):
+    with preserved(model):
         assert not model.training
     assert model.training and Merging.calls == 0
 
@@ -111,10 +106,10 @@ def test_train_is_not_called() -> None:
 def test_nested_use_narrows_and_widens_again() -> None:
     model = net()
     before = state(model)
-    with undisturbed(model, ["0.weight"]):
-        with undisturbed(model, ["3.bias"]):
+    with preserved(model, ["0.weight"]):
+        with preserved(model, ["3.bias"]):
             assert [n for n, p in model.named_parameters() if p.requires_grad] == ["3.bias"]
-        with undisturbed(model):
+        with preserved(model):
             assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.weight"]
         assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.weight"]
     assert state(model) == before
@@ -123,7 +118,7 @@ def test_nested_use_narrows_and_widens_again() -> None:
 def test_contexts_may_end_in_any_order() -> None:
     model = net()
     before = state(model)
-    first, second = undisturbed(model, ["0.weight"]), undisturbed(model, ["3.bias"])
+    first, second = preserved(model, ["0.weight"]), preserved(model, ["3.bias"])
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -138,7 +133,7 @@ def test_an_abandoned_generator_puts_everything_back() -> None:
     before = state(model)
 
     def visits():  # type: ignore[no-untyped-def]
-        with undisturbed(model):
+        with preserved(model):
             yield random.seed(7), torch.rand(1)
             yield torch.rand(1)
 
@@ -153,7 +148,7 @@ def test_an_unknown_name_changes_nothing() -> None:
     model = net()
     before = state(model)
     with pytest.raises(UnknownName, match=r"no parameter '0.wieght'. Did you mean '0.weight'"):
-        undisturbed(model, ["0.wieght"]).__enter__()
+        preserved(model, ["0.wieght"]).__enter__()
     assert state(model) == before
 
 

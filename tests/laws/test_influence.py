@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.operators import AbstractOperator
-from pytorch_influence_functions.rows import Route
+from pytorch_influence_functions.linalg.operator import AbstractOperator
+from pytorch_influence_functions.linalg.rows import Route
 from tests.laws.zoo import CASES, build
 from tests.twin.autograd import dense_ggn, dense_hessian, example_gradients, influence
 
@@ -246,8 +246,8 @@ def test_matrix_free_products_equal_dense_curvature(name: str, curvature: str) -
     make = {"ggn": ptif.GGN(), "hessian": ptif.Hessian()}[curvature]
     with sdpa_kernel(SDPBackend.MATH):
         dense = {"ggn": dense_ggn, "hessian": dense_hessian}[curvature](model, cross_entropy, x, y)
-    from pytorch_influence_functions.curvature import Budget, Form
-    from pytorch_influence_functions.gradients import Derivatives
+    from pytorch_influence_functions.curvature.base import Budget, Form
+    from pytorch_influence_functions.gradients.per_example import Derivatives
 
     derivatives = Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=4))
     space = derivatives.space
@@ -320,7 +320,7 @@ def test_self_influence_is_the_diagonal() -> None:
     for name in ("ggn spectral", "ggn dual", "ggn cg", "empirical dual", "empirical spectral"):
         curvature, make, _ = METHODS[name]
         want = oracle(curvature, (model, x, y, x, y), SMALL).diagonal()
-        got = make(SMALL).fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).self_scores()
+        got = make(SMALL).fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).self_influence()
         assert relative_gap(got, want) < 1e-7 and float(got.min()) >= 0
 
 
@@ -330,7 +330,7 @@ def test_redamping_equals_fitting_again_and_path_sweeps() -> None:
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
     for solver in (ptif.Spectral(), ptif.Woodbury(), ptif.CG(1e-11, 400)):
         fitted = ptif.Influence(ptif.GGN(), solver, 1.0).fit(problem)
-        for lam, scores in fitted.path((xq, yq), [1.0, 0.1, SMALL]).items():
+        for lam, scores in fitted.scores_over_damping((xq, yq), [1.0, 0.1, SMALL]).items():
             assert relative_gap(scores.values, oracle("ggn", data, lam)) < 1e-7
             assert scores.diagnostics.damping == pytest.approx(lam)
 
@@ -412,7 +412,7 @@ def test_negative_curvature_is_named() -> None:
 def test_a_small_memory_bound_changes_nothing_but_the_number_of_passes() -> None:
     data = mlp()
     model, x, y, xq, yq = data
-    from pytorch_influence_functions.curvature import Budget
+    from pytorch_influence_functions.curvature.base import Budget
 
     tight = ptif.Influence(ptif.GGN(), ptif.CG(1e-11, 400), SMALL, memory=Budget(60 * 8 * 8 * 2))
     got = tight.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
@@ -436,20 +436,20 @@ def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide() -> None
     alone = ptif.Influence(ptif.GGN(), ptif.CG(1e-3), ptif.Relative(0.3)).fit(problem).score((x[:2], y[:2]))
     assert got.diagnostics.steps < 0.8 * alone.diagnostics.steps
     operator = fitted.members[0].guide.operator  # type: ignore[union-attr]
-    again = fitted.redamped(1e-3)
+    again = fitted.with_damping(1e-3)
     assert again.members[0].guide.operator is operator  # type: ignore[union-attr]
     assert again.score((x[:1], y[:1])).diagnostics.residual_max <= 1e-3
 
 
 def test_auto_drops_a_guide_that_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pytorch_influence_functions import member
+    from pytorch_influence_functions.influence import fitted_member as member
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 110), nn.Tanh(), nn.Linear(110, 10)).double()
     x, y = torch.randn(620, 20).double(), torch.randint(0, 10, (620,))
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=200)
     # A guide that swaps directions about: as wrong as a positive definite one can be.
-    monkeypatch.setattr(member.Guide, "inverse", lambda self, shift: _Misleading(self.operator.space))
+    monkeypatch.setattr(member.Preconditioner, "inverse", lambda self, shift: _Misleading(self.operator.space))
     fitted = ptif.Influence(damping=ptif.Relative(0.3)).fit(problem)
     assert "preconditioner" not in fitted.method and "does not help" in fitted.why
     assert fitted.score((x[:1], y[:1])).diagnostics.residual_max <= 1e-3

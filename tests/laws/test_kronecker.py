@@ -12,15 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.blocks import Conv, Dense, Indexed, Outer
-from pytorch_influence_functions.curvature import Budget, Form, Sharing
-from pytorch_influence_functions.curvature import fitting as fitting_module
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, NotLikelihood, SolveFailed, TooLarge
+from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.curvature.exact import root_rows
-from pytorch_influence_functions.errors import InvalidInput, NonFinite, NotLikelihood, SolveFailed, TooLarge
-from pytorch_influence_functions.gradients import Derivatives
-from pytorch_influence_functions.operators import eigen
-from pytorch_influence_functions.operators.kronecker import Kronecker
-from pytorch_influence_functions.rows import Rows
+from pytorch_influence_functions.curvature.kronecker import fit as fitting_module
+from pytorch_influence_functions.curvature.kronecker.moments import Sharing
+from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.linalg import eigh as eigen
+from pytorch_influence_functions.linalg.blocks import Conv, Dense, Indexed, Outer
+from pytorch_influence_functions.linalg.kronecker import Kronecker
+from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.problem.data import Source
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.laws.zoo import CASES, build
 from tests.twin.autograd import dense_ggn, example_gradients, influence
@@ -232,7 +234,7 @@ def test_factored_damping_takes_every_form_of_rows() -> None:
     ):
         attribution = ptif.Influence(ptif.KFAC(), ptif.Factored(), 1e-8).fit(problem)
         member = attribution.members[0]
-        rows = next(iter(member.derivatives.stream(ptif.attribution.Source.of(queries)))).rows
+        rows = next(iter(member.derivatives.stream(Source.of(queries)))).rows
         dense = member.solve(rows.dense()).unwrap().flat()
         torch.testing.assert_close(member.solve(rows).unwrap().flat(), dense, rtol=1e-7, atol=1e-9)
 
@@ -251,8 +253,8 @@ def test_self_influence_needs_no_turning_back() -> None:
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
     attribution = ptif.ekfac(0.01, ptif.GGN()).fit(problem)
     want = attribution.score((x, y)).values.diagonal()
-    torch.testing.assert_close(attribution.self_scores(), want)
-    assert float(attribution.self_scores().min()) > 0
+    torch.testing.assert_close(attribution.self_influence(), want)
+    assert float(attribution.self_influence().min()) > 0
 
 
 def test_low_rank_queries_are_certified_in_the_diagnostics() -> None:
@@ -404,7 +406,7 @@ def test_few_examples_are_evenly_spaced_and_counted_right() -> None:
 
 
 def test_skipped_positions_keep_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pytorch_influence_functions.curvature import factors
+    from pytorch_influence_functions.curvature.kronecker import moments as factors
 
     model, x, y = conv_net()
     derivatives = derivatives_of(model, x, y)

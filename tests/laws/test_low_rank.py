@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.blocks import AbstractBlock, Conv, Dense, Indexed, Outer
 from pytorch_influence_functions.curvature.diagonal import sum_of_squares
-from pytorch_influence_functions.damping import Shift
-from pytorch_influence_functions.gradients import Derivatives
-from pytorch_influence_functions.operators import LowRank, Matrix
-from pytorch_influence_functions.operators.krylov import BlockLanczos, Pairs, nystrom, sketch
-from pytorch_influence_functions.solvers import CG, Spectral
-from pytorch_influence_functions.space import Space
+from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer
+from pytorch_influence_functions.linalg.dense import Matrix
+from pytorch_influence_functions.linalg.krylov import BlockLanczos, Pairs, nystrom, sketch
+from pytorch_influence_functions.linalg.low_rank import LowRank
+from pytorch_influence_functions.linalg.shift import Shift
+from pytorch_influence_functions.linalg.space import Space
+from pytorch_influence_functions.solvers.cg import CG
+from pytorch_influence_functions.solvers.direct import Spectral
 from tests.laws.solver_cases import F64, a_space, dense_shift, dense_solve, implicit, some_rows, spectrum_matrix, uneven
 from tests.laws.test_influence import SMALL, cross_entropy, mlp, oracle, relative_gap
 from tests.laws.zoo import CASES, build

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytorch_influence_functions.damping import Shift
-from pytorch_influence_functions.errors import InvalidInput, NonFinite, SolveFailed
-from pytorch_influence_functions.operators import Gram, Identity, Implicit
-from pytorch_influence_functions.rows import Rows
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
+from pytorch_influence_functions.linalg.gram import Gram
+from pytorch_influence_functions.linalg.operator import Identity, Implicit
+from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers.base import Result
 from pytorch_influence_functions.solvers.neumann import Neumann, Start
 from tests.laws.solver_cases import (

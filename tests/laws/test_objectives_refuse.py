@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytorch_influence_functions.errors import InvalidInput, NonFinite
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
 from pytorch_influence_functions.objectives import (
     AbstractObjective,
     Bernoulli,

@@ -13,19 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pytorch_influence_functions.data import Source
-from pytorch_influence_functions.errors import InvalidInput, NonFinite, TrainingDataWarning, UnknownName
-from pytorch_influence_functions.problem import (
-    Problem,
-    WeightDecay,
-    at_checkpoint,
-    check_weights,
-    load_checkpoint,
-    model_device,
-    sweep,
-)
-from pytorch_influence_functions.progress import progress
-from pytorch_influence_functions.world import World
+from pytorch_influence_functions.core.distributed import World
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, TrainingDataWarning, UnknownName
+from pytorch_influence_functions.core.progress import progress
+from pytorch_influence_functions.problem.checkpoints import at_checkpoint, load_checkpoint
+from pytorch_influence_functions.problem.data import Source
+from pytorch_influence_functions.problem.problem import Problem, check_weights, model_device, sweep
+from pytorch_influence_functions.problem.weight_decay import WeightDecay
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10) % 3
 LOSS = nn.CrossEntropyLoss()

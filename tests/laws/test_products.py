@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.curvature import Budget, Form
-from pytorch_influence_functions.forward_mode import Products, Way
-from pytorch_influence_functions.gradients import Derivatives
+from pytorch_influence_functions.curvature.base import Budget, Form
+from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.gradients.products import Products, Way
 from tests.laws.zoo import CASES, build
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from pytorch_influence_functions.errors import InvalidInput
-from pytorch_influence_functions.progress import Meter, progress, track
-from pytorch_influence_functions.world import World, current
+from pytorch_influence_functions.core.distributed import World, current
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.core.progress import Meter, progress, track
 
 # The package gives the class `progress` that name; the module of the same name is found by its full one.
-module = sys.modules["pytorch_influence_functions.progress"]
+module = sys.modules["pytorch_influence_functions.core.progress"]
 
 
 def test_a_callback_hears_every_step() -> None:

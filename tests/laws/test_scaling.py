@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.errors import InvalidInput
+from pytorch_influence_functions.core.errors import InvalidInput
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.twin.autograd import dense_ggn, example_gradients
 
@@ -43,7 +43,7 @@ def test_tracin_is_the_weighted_sum_over_checkpoints() -> None:
     attribution = method.fit(problem)
     assert relative_gap(attribution.score((xq, yq)).values, want) < 1e-10
     own = sum(w * g.square().sum(1) / len(g) for w, (g, _) in zip([1.0, 1.0, 0.4], pairs, strict=True))
-    torch.testing.assert_close(attribution.self_scores(), own)
+    torch.testing.assert_close(attribution.self_influence(), own)
     assert "weights=(1.0, 1.0, 0.4)" in attribution.method
     mean = ptif.grad_dot().fit(problem).score((xq, yq)).values
     assert relative_gap(mean, want) > 0.1
@@ -147,7 +147,7 @@ def test_relatif_of_the_stored_dual_and_of_ekfac() -> None:
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
     for method in (ptif.dual(damping=1e-2), ptif.ekfac(1e-2)):
         plain = method.fit(problem)
-        want = plain.score((xq, yq)).values / (len(x) * plain.self_scores()).sqrt()
+        want = plain.score((xq, yq)).values / (len(x) * plain.self_influence()).sqrt()
         torch.testing.assert_close(ptif.relatif(method).fit(problem).score((xq, yq)).values, want)
 
 

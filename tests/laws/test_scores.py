@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytorch_influence_functions.diagnostics import Diagnostics
-from pytorch_influence_functions.errors import InvalidInput, MissingExtra, NonFinite
-from pytorch_influence_functions.scores import Scores, stacked
+from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, NonFinite
+from pytorch_influence_functions.scores.diagnostics import Diagnostics
+from pytorch_influence_functions.scores.scores import Scores, stacked
 
 ROW = [0.1, -0.3, 0.2, 0.1, 0.0]
 

@@ -13,9 +13,9 @@ from torch.func import functional_call
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import curvature as curvatures
-from pytorch_influence_functions.fitting import Fitted
-from pytorch_influence_functions.operators import Identity
-from pytorch_influence_functions.unrolling import response, survival
+from pytorch_influence_functions.influence.method import Fitted
+from pytorch_influence_functions.linalg.operator import Identity
+from pytorch_influence_functions.trajectory.unrolling import response, survival
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.twin.autograd import dense_ggn, dense_hessian, example_gradients, flat_parameters, influence, unflatten
 
@@ -394,7 +394,7 @@ def test_queries_are_grouped_by_memory() -> None:
     small = replace(unrolled, spec=replace(unrolled.spec, memory=each * 4 * 3))
     groups = [[len(s.ids) for s in held] for held in small._grouped(small.derivatives.stream())]
     assert all(sum(g) <= 3 for g in groups) and sum(map(sum, groups)) == 20
-    assert torch.allclose(small.self_scores(), unrolled.self_scores(), rtol=1e-10)
+    assert torch.allclose(small.self_influence(), unrolled.self_influence(), rtol=1e-10)
     got, want = small.score((data[1], data[2])), unrolled.score((data[1], data[2]))
     assert torch.allclose(got.values, want.values, rtol=1e-10)
 
@@ -403,7 +403,7 @@ def test_self_scores_are_the_diagonal_of_the_training_data_as_queries() -> None:
     data = mlp(n=20)
     _, unrolled = fitted(data, weight_decay=ptif.WeightDecay(0.01, per_example=True))
     want = unrolled.score((data[1], data[2])).values.diagonal()
-    assert torch.allclose(unrolled.self_scores(), want, rtol=1e-9)
+    assert torch.allclose(unrolled.self_influence(), want, rtol=1e-9)
 
 
 def test_a_measure_and_words() -> None:

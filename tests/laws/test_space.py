@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pytorch_influence_functions.errors import InvalidInput, UnknownName
-from pytorch_influence_functions.space import ROOT, Space, is_conv1d
+from pytorch_influence_functions.core.errors import InvalidInput, UnknownName
+from pytorch_influence_functions.linalg.space import ROOT, Space, is_conv1d
 
 
 class Conv1D(nn.Module):

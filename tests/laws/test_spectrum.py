@@ -7,17 +7,11 @@ import math
 import pytest
 import torch
 
-from pytorch_influence_functions.errors import InvalidInput, NonFinite, TooLarge
-from pytorch_influence_functions.operators import (
-    Eigen,
-    Gram,
-    Identity,
-    Implicit,
-    Matrix,
-    check_dense,
-    hutchinson_trace,
-    lanczos,
-)
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, TooLarge
+from pytorch_influence_functions.linalg.dense import Eigen, Matrix
+from pytorch_influence_functions.linalg.extremes import hutchinson_trace, lanczos
+from pytorch_influence_functions.linalg.gram import Gram
+from pytorch_influence_functions.linalg.operator import Identity, Implicit, check_dense
 from tests.laws.solver_cases import (
     F64,
     a_space,
@@ -60,7 +54,7 @@ def test_gram_by_group_sums_to_the_whole() -> None:
 def test_combination_in_pieces_is_the_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
     space = a_space()
     rows, c = outer_rows(space, 11, terms=2), torch.randn(4, 11, dtype=F64)
-    monkeypatch.setattr("pytorch_influence_functions.blocks._PIECE", 60)
+    monkeypatch.setattr("pytorch_influence_functions.linalg.blocks._PIECE", 60)
     assert worst(rows.combine(c).flat(), c @ rows.flat()) < 1e-12
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.errors import InvalidInput
-from pytorch_influence_functions.operators.density import quadrature
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.linalg.density import quadrature
 
 F64 = torch.float64
 N = 12
@@ -36,7 +36,7 @@ def _dense(curvature: Any, problem: ptif.Problem) -> Tensor:
 
 def _gradients(problem: ptif.Problem) -> Tensor:
     member = ptif.Influence(ptif.GGN(), ptif.Spectral(), 1.0).fit(problem).members[0]
-    from pytorch_influence_functions.data import Source
+    from pytorch_influence_functions.problem.data import Source
 
     return torch.cat([s.rows.flat() for s in member.derivatives.stream(Source.of(_queries(), 3))])
 

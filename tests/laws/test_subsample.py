@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.errors import InvalidInput
+from pytorch_influence_functions.core.errors import InvalidInput
 
 N, PART, DAMPING = 30, 11, 1e-3
 
@@ -75,7 +75,7 @@ def test_the_empirical_fishers_rows_are_not_taken_for_everybodys() -> None:
     want = torch.linalg.solve(matrix, gradients(problem, *queries).T).T @ g.T / N
     torch.testing.assert_close(attribution.score(queries).values, want, rtol=1e-7, atol=1e-10)
     own = (g * torch.linalg.solve(matrix, g.T).T).sum(1) / N
-    torch.testing.assert_close(attribution.self_scores(), own, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(attribution.self_influence(), own, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("curvature", [ptif.GGN(), ptif.EKFAC(), ptif.Fisher(1), ptif.Hessian()])

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.errors import InvalidInput
-from pytorch_influence_functions.functional import at, detached
-from pytorch_influence_functions.scaling import RelatIF
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.gradients.vjp import at, detached
+from pytorch_influence_functions.influence.run_log import RunLog
+from pytorch_influence_functions.influence.scaling import RelatIF
+from pytorch_influence_functions.problem.data import Source
 
 VOCABULARY, LENGTH, DAMPING = 5, 6, 1e-3
 
@@ -92,9 +94,7 @@ def test_a_token_that_teaches_nothing_new_moves_with_its_own_loss_only() -> None
     problem, queries = setting()
     attribution = ptif.Influence(ptif.EmpiricalFisher(), ptif.Spectral(), 0.1).fit(problem)
     part = attribution.token_scores(queries[:1], [4])[4][0] * len(problem)
-    ((_, solved),) = attribution._solved(
-        attribution.members[0], ptif.data.Source.of(queries[:1]), problem.objective, ptif.ledger.Ledger()
-    )
+    ((_, solved),) = attribution._solved(attribution.members[0], Source.of(queries[:1]), problem.objective, RunLog())
     tree = problem.space.to_parameters(solved)
     objective, item = ptif.TokenCrossEntropy(shift=True), problem.data.item(4)
     batch = {k: v[None] for k, v in item.items()}

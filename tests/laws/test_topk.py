@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytorch_influence_functions.scores import Scores
-from pytorch_influence_functions.topk import TopK
+from pytorch_influence_functions.influence.topk import TopK
+from pytorch_influence_functions.scores.scores import Scores
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions import projections
-from pytorch_influence_functions.errors import InvalidInput, SolveFailed
-from pytorch_influence_functions.gradients import Derivatives
+from pytorch_influence_functions.core.errors import InvalidInput, SolveFailed
+from pytorch_influence_functions.curvature.base import Form
+from pytorch_influence_functions.gradients import projections
+from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.problem.data import Source
 from tests.laws.test_influence import mlp, relative_gap
 
 K = 12
@@ -33,7 +35,7 @@ def matrix(problem: ptif.Problem, projection: ptif.Gaussian) -> Tensor:
 def setup() -> tuple[ptif.Problem, tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
     model, x, y, xq, yq = mlp()
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
-    source = ptif.attribution.Source.of((xq, yq))
+    source = Source.of((xq, yq))
     with torch.no_grad():
         p = F.softmax(model(x), 1).gather(1, y[:, None])[:, 0]
     return problem, (xq, yq), rows_of(problem, ptif.Margin()), rows_of(problem, ptif.Margin(), source), p
@@ -100,10 +102,10 @@ def test_self_influence_top_lists_decay_and_checkpoints() -> None:
     spec = ptif.Influence(ptif.GGN(), ptif.Spectral(), 1e-2, projection=ptif.Gaussian(K))
     sketch = matrix(problem, ptif.Gaussian(K))
     g = rows_of(problem) @ sketch
-    exact = ptif.GGN().of(Derivatives.of(problem), ptif.curvature.Form.MATRIX, ptif.Budget()).matrix  # type: ignore[attr-defined]
+    exact = ptif.GGN().of(Derivatives.of(problem), Form.MATRIX, ptif.Budget()).matrix  # type: ignore[attr-defined]
     inverse = torch.linalg.inv(sketch.T @ exact @ sketch + (1e-2 + 0.3) * torch.eye(K).double())
     decayed = spec.fit(problem.with_(weight_decay=0.3))
-    torch.testing.assert_close(decayed.self_scores(), ((g @ inverse) * g).sum(1) / len(g))
+    torch.testing.assert_close(decayed.self_influence(), ((g @ inverse) * g).sum(1) / len(g))
     whole, few = decayed.score(queries), decayed.score(queries, top=3)
     torch.testing.assert_close(few.top(3).values, whole.top(3).values)
     state = {k: v.clone() for k, v in problem.model.state_dict().items()}

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from pytorch_influence_functions.blocks import Outer
-from pytorch_influence_functions.errors import InvalidInput
-from pytorch_influence_functions.rows import Dense, Rows
-from pytorch_influence_functions.truncation import Truncation
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.influence.truncation import Truncation
+from pytorch_influence_functions.linalg.blocks import Dense, Outer
+from pytorch_influence_functions.linalg.rows import Rows
 
 
 def some(n: int, decay: float = 0.6) -> Rows:

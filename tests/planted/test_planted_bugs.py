@@ -18,13 +18,20 @@ from _pytest.outcomes import Failed
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions import attribution, capture, fitting, gradients, guard, layers, rows, scaling, topk
-from pytorch_influence_functions.blocks import Conv, Dense, Outer
-from pytorch_influence_functions.data import Source
-from pytorch_influence_functions.operators import Eigen, Gram
-from pytorch_influence_functions.solvers import Solution, neumann
-from pytorch_influence_functions.solvers.base import System
-from pytorch_influence_functions.space import Space
+from pytorch_influence_functions.gradients import layer_rules as layers
+from pytorch_influence_functions.gradients import per_example as gradients
+from pytorch_influence_functions.gradients import recording as capture
+from pytorch_influence_functions.influence import attribution, scaling, topk
+from pytorch_influence_functions.influence import method as fitting
+from pytorch_influence_functions.linalg import rows
+from pytorch_influence_functions.linalg.blocks import Conv, Dense, Outer
+from pytorch_influence_functions.linalg.dense import Eigen
+from pytorch_influence_functions.linalg.gram import Gram
+from pytorch_influence_functions.linalg.space import Space
+from pytorch_influence_functions.problem import model_state as guard
+from pytorch_influence_functions.problem.data import Source
+from pytorch_influence_functions.solvers import neumann
+from pytorch_influence_functions.solvers.base import Solution, System
 from tests.laws.zoo import CASES, build
 from tests.twin.autograd import dense_ggn, example_gradients, influence
 

@@ -10,10 +10,11 @@ from _pytest.outcomes import Failed
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.curvature import factors, fitting
-from pytorch_influence_functions.operators import kronecker
-from pytorch_influence_functions.solvers import Trial
-from pytorch_influence_functions.truncation import Truncated
+from pytorch_influence_functions.curvature.kronecker import fit as fitting
+from pytorch_influence_functions.curvature.kronecker import moments as factors
+from pytorch_influence_functions.influence.truncation import Truncated
+from pytorch_influence_functions.linalg import kronecker
+from pytorch_influence_functions.solvers.trial import PreconditionerTrial
 from tests.laws import test_kronecker as laws
 from tests.laws import test_truncation
 from tests.laws.test_influence import relative_gap
@@ -83,14 +84,14 @@ def no_bound(original: Any, self: Any, training: Any) -> Tensor:
 
 def trial_law() -> None:
     """A guide that is the inverse itself pays; one that is nonsense does not."""
-    from pytorch_influence_functions.damping import Shift
+    from pytorch_influence_functions.linalg.shift import Shift
     from tests.laws.solver_cases import a_space, some_rows, spectrum_matrix
 
     space = a_space()
     matrix, shift, row = spectrum_matrix(space), Shift(0.01), some_rows(space, 1)
     exact = ptif.Spectral().init(matrix, shift).inverse
-    assert Trial.of(matrix, shift, exact, row).pays
-    assert not Trial.of(matrix, shift, matrix.function(lambda v: v + 0.01), row).pays
+    assert PreconditionerTrial.of(matrix, shift, exact, row).pays
+    assert not PreconditionerTrial.of(matrix, shift, matrix.function(lambda v: v + 0.01), row).pays
 
 
 BUGS = [
@@ -128,7 +129,7 @@ BUGS = [
         swap(Truncated, "bound", no_bound),
         lambda: test_truncation.test_no_score_is_off_by_more_than_its_bound({"rank": 4}),
     ),
-    Bug("every guide pays", swap(Trial, "pays", lambda f, self: True), trial_law),
+    Bug("every guide pays", swap(PreconditionerTrial, "pays", lambda f, self: True), trial_law),
 ]
 
 

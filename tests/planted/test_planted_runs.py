@@ -10,7 +10,9 @@ from _pytest.outcomes import Failed
 from torch import nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions import schedule, trajectory, unrolling
+from pytorch_influence_functions.trajectory import segments as schedule
+from pytorch_influence_functions.trajectory import source as trajectory
+from pytorch_influence_functions.trajectory import unrolling
 from tests.laws.test_influence import relative_gap
 from tests.laws.test_source import dense_source, flow, moved, problem_of
 from tests.planted.test_planted_bugs import Bug, Law, cross_entropy, swap
@@ -68,7 +70,7 @@ def transposed(original: Any, self: Any, rows: Any, operator: Any, into: int, ou
     return original(self, rows, operator, into * (1 if out > 0 else -1), abs(out))
 
 
-STRETCH, RUN, BOTH = unrolling.Stretch, trajectory.Unrolled, run_law(True)
+STRETCH, RUN, BOTH = unrolling.FittedSegment, trajectory.SourceAttribution, run_law(True)
 BUGS = [
     Bug("queries not carried back", swap(STRETCH, "survives", lambda f, self, u: u), run_law()),
     Bug("plain gradients", swap(STRETCH, "responds", lambda f, self, u: u.scaled(self.segment.span)), run_law()),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.curvature import Budget, Form
-from pytorch_influence_functions.gradients import Derivatives
+from pytorch_influence_functions.curvature.base import Budget, Form
+from pytorch_influence_functions.gradients.per_example import Derivatives
 
 referee = pytest.importorskip("curvlinops", reason="make referee installs it")
 

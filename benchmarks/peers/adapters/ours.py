@@ -10,7 +10,7 @@ import numpy as np
 
 import pytorch_influence_functions as ptif
 from peers.workloads import read
-from pytorch_influence_functions.attribution import Influence
+from pytorch_influence_functions.influence.attribution import Influence
 
 METHODS: dict[str, Callable[[float], Any]] = {
     "grad_dot": lambda damping: ptif.grad_dot(),
@@ -34,7 +34,7 @@ def make(options: dict[str, Any]) -> Callable[[], Any]:
         case = read(options)
         objective = ptif.TokenCrossEntropy(average=False) if case.tokens else ptif.CrossEntropy()
         problem = ptif.Problem(case.model, objective, (case.x, case.y), batch_size=case.slab)
-        fitted = METHODS[options["method"]](case.damping).fit(problem, queries=len(case.qx))
+        fitted = METHODS[options["method"]](case.damping).fit(problem, n_queries=len(case.qx))
         half = time.perf_counter()
         scores = np.asarray(fitted.score((case.qx, case.qy)).values)
         return scores, {"fit": half - start, "score": time.perf_counter() - half}

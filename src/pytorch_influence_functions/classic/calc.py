@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Source
-from ..errors import InvalidInput
-from ..progress import track
-from ..scores import Scores
+from ..core.errors import InvalidInput
+from ..core.progress import track
+from ..problem.data import Source
+from ..scores.scores import Scores
 from .config import Config, Number
 from .console import log, logged_to
 from .engine import Engine, Settings, calculation, source_of

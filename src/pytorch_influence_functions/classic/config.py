@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 
 from torch import nn
 
-from ..errors import InvalidInput, UnknownName, nearest
+from ..core.errors import InvalidInput, UnknownName, nearest
 from .console import log
 
 Number: TypeAlias = float | int | None

@@ -19,23 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..attribution import Attribution, Influence
-from ..curvature import Budget, Form, Hessian
-from ..damping import Absolute, Shift
-from ..data import Source
-from ..errors import InvalidInput, SolveFailed
-from ..forward_mode import Products
-from ..gradients import Derivatives
-from ..guard import double_backward_safe, undisturbed
-from ..objectives import CrossEntropy, inputs_and_targets
-from ..problem import Problem, model_device, sweep
-from ..progress import progress as progress_setting
-from ..rows import Rows
-from ..scores import Scores
-from ..solvers import Neumann
+from ..core.distributed import World
+from ..core.errors import InvalidInput, SolveFailed
+from ..core.progress import progress as progress_setting
+from ..curvature.base import Budget, Form
+from ..curvature.damping import Absolute
+from ..curvature.exact import Hessian
+from ..gradients.per_example import Derivatives
+from ..gradients.products import Products
+from ..influence.attribution import Attribution, Influence
+from ..linalg.rows import Rows
+from ..linalg.shift import Shift
+from ..objectives.base import inputs_and_targets
+from ..objectives.likelihoods import CrossEntropy
+from ..problem.data import Source
+from ..problem.model_state import double_backward_safe, preserved
+from ..problem.problem import Problem, model_device, sweep
+from ..scores.scores import Scores
 from ..solvers.base import Result, Solution
-from ..solvers.neumann import Tuning
-from ..world import World
+from ..solvers.neumann import Neumann, Tuning
 from .console import log
 from .selection import picked_tensor, split
 
@@ -136,7 +138,7 @@ def calculation(model: Any, settings: Settings) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(reports(settings.progress))
         stack.enter_context(on_device(model, settings.gpu))
-        stack.enter_context(undisturbed(model))
+        stack.enter_context(preserved(model))
         stack.enter_context(double_backward_safe(model))
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)

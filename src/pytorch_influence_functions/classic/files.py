@@ -14,8 +14,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput, name_ids
-from ..scores_io import write_bytes
+from ..core.errors import InvalidInput, name_ids
+from ..core.files import write_bytes
 from .config import DEFAULTS
 from .console import log
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Subset
 
-from ..data import Source
-from ..errors import InvalidInput
+from ..core.errors import InvalidInput
+from ..problem.data import Source
 from .results import InfluenceResult
 
 _WHICH = ("helpful", "harmful")

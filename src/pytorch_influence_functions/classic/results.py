@@ -11,8 +11,8 @@ from typing import Any, final
 
 import torch
 
-from ..errors import InvalidInput
-from ..scores import Scores
+from ..core.errors import InvalidInput
+from ..scores.scores import Scores
 
 
 @final

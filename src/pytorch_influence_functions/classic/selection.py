@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from ..data import Source, same
-from ..errors import InvalidInput
-from ..guard import same_rng
-from ..objectives import inputs_and_targets
-from ..progress import track
+from ..core.errors import InvalidInput
+from ..core.progress import track
+from ..objectives.base import inputs_and_targets
+from ..problem.data import Source, same
+from ..problem.model_state import same_rng
 from .console import log
 
 _ATTRIBUTES = ("targets", "labels")

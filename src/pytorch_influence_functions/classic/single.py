@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Source, tensors_of, to_device
-from ..errors import InvalidInput
-from ..functional import weighted_gradient
-from ..gradients import slopes
-from ..guard import double_backward_safe
-from ..objectives import AbstractObjective, CrossEntropy, FromFunction, as_objective, inputs_and_targets
-from ..problem import model_device
-from ..space import Space
+from ..core.errors import InvalidInput
+from ..gradients.per_example import slopes
+from ..gradients.vjp import weighted_gradient
+from ..linalg.space import Space
+from ..objectives.base import AbstractObjective, inputs_and_targets
+from ..objectives.convert import as_objective
+from ..objectives.likelihoods import CrossEntropy
+from ..objectives.measures import FromFunction
+from ..problem.data import Source, tensors_of, to_device
+from ..problem.model_state import double_backward_safe
+from ..problem.problem import model_device
 from .config import Config, Number
 from .engine import Engine, Settings, calculation, drawn_seed
 

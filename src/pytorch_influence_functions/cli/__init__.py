@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import MissingExtra, require
+from ..core.errors import MissingExtra, require
 
 __all__ = ["build", "main"]
 

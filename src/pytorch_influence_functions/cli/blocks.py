@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..diagnostics import Diagnostics
-from ..scores import Labels, Scores
+from ..scores.diagnostics import Diagnostics
+from ..scores.scores import Labels, Scores
 
 FIRST: Final = 8
 LARGEST: Final = 256

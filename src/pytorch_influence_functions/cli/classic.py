@@ -7,7 +7,7 @@ import typer
 
 from ..classic.calc import calc_influences
 from ..classic.config import Config
-from ..errors import InvalidInput
+from ..core.errors import InvalidInput
 from . import options, show
 from .outcome import Voice, ending
 from .task import Task, load

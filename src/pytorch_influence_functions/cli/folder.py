@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
-from ..errors import InvalidInput
-from ..scores import Scores
-from ..scores_io import write_bytes
+from ..core.errors import InvalidInput
+from ..core.files import write_bytes
+from ..scores.scores import Scores
 
 RUN: Final = "run.json"
 SCORES: Final = "scores.safetensors"

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..data import Source
-from ..fitting import AbstractMethod
-from ..problem import Problem, load_checkpoint
-from ..progress import track
+from ..core.progress import track
+from ..influence.method import AbstractMethod
+from ..problem.checkpoints import load_checkpoint
+from ..problem.data import Source
+from ..problem.problem import Problem
 from .task import Task
 
 # The address of a function: other in every process.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, final
 
 import typer
 
-from ..errors import InvalidInput, UnknownName, nearest, require
+from ..core.errors import InvalidInput, UnknownName, nearest, require
 from .task import Overrides
 
 # --------------------------------------------------------------------------- flags

@@ -12,7 +12,7 @@ from typing import Any, final
 import typer
 from rich.console import Console
 
-from ..errors import InfluenceError, InvalidInput, NotLikelihood
+from ..core.errors import InfluenceError, InvalidInput, NotLikelihood
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 WIDTH = 80

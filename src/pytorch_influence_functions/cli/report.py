@@ -8,17 +8,18 @@ import torch
 import typer
 from torch import Tensor
 
-from ..data import Source
-from ..errors import InvalidInput
-from ..objectives import Bernoulli, CrossEntropy, SquaredError
-from ..problem import sweep
-from ..scores import Scores
-from ..world import World
+from ..core.distributed import World
+from ..core.errors import InvalidInput
+from ..objectives.bernoulli import Bernoulli
+from ..objectives.likelihoods import CrossEntropy, SquaredError
+from ..problem.data import Source
+from ..problem.problem import sweep
+from ..scores.scores import Scores
 from . import options, show
 from .folder import SCORES, read_record
 from .marks import data_marks
 from .outcome import Voice, ending
-from .self_scores import kept_self_influence
+from .self_influence_table import kept_self_influence
 from .task import Task, load
 from .watch import watching
 

@@ -9,13 +9,13 @@ from typing import Any, final
 import torch
 
 from .._version import __version__
-from ..attribution import Influence
-from ..data import Source
-from ..errors import InvalidInput
-from ..fitting import AbstractMethod, Fitted
-from ..progress import Callback
-from ..scores import Scores
-from ..solvers import Forecast
+from ..core.errors import InvalidInput
+from ..core.progress import Callback
+from ..influence.attribution import Influence
+from ..influence.method import AbstractMethod, Fitted
+from ..problem.data import Source
+from ..scores.scores import Scores
+from ..solvers.auto import Forecast
 from . import blocks
 from .folder import RUN, SCORES, Folder
 from .marks import marks, words
@@ -112,7 +112,7 @@ class Asked:
             if part is not None:
                 continue
             start = time.perf_counter()
-            fitted = fitted or self.method.fit(self.task.problem, queries=total)
+            fitted = fitted or self.method.fit(self.task.problem, n_queries=total)
             some = queries.subset(range(first, last))
             part = fitted.score(some, self.task.measure, top=self.settings.top)
             seconds = time.perf_counter() - start  # the first block's with the fit

@@ -7,8 +7,8 @@ import torch
 import typer
 from torch import Tensor
 
-from ..fitting import AbstractMethod
-from . import options, self_scores, show
+from ..influence.method import AbstractMethod
+from . import options, self_influence_table, show
 from .folder import Folder
 from .machine import duration, free_memory, size
 from .marks import marks, words
@@ -107,15 +107,15 @@ def _computed(
         "n_train": len(problem),
         "versions": versions(),
     }
-    folder = Folder.opened(out, record, overwrite, self_scores.RECORD)
-    labels = self_scores.label_words(problem)
-    if folder.complete and (out / self_scores.NUMBERS).exists():
-        return self_scores.read(out), labels, folder.record
+    folder = Folder.opened(out, record, overwrite, self_influence_table.RECORD)
+    labels = self_influence_table.label_words(problem)
+    if folder.complete and (out / self_influence_table.NUMBERS).exists():
+        return self_influence_table.read(out), labels, folder.record
     state.kept = "self-influence is computed in one go and nothing of it was kept"
     start = time.perf_counter()
-    fitted = method.fit(problem, queries=len(problem))
-    values = torch.as_tensor(fitted.self_scores()).double().cpu()
-    self_scores.save(out, values, labels, fitted.method)
+    fitted = method.fit(problem, n_queries=len(problem))
+    values = torch.as_tensor(fitted.self_influence()).double().cpu()
+    self_influence_table.save(out, values, labels, fitted.method)
     seconds = time.perf_counter() - start
     folder.write(status="complete", seconds=seconds, method=fitted.method, why=fitted.why)
     return values, labels, folder.record
@@ -125,11 +125,11 @@ def _say(
     voice: Voice, settings: options.Settings, values: Tensor, labels: list[str] | None, made: dict[str, Any]
 ) -> None:
     out, top = settings.out, min(settings.top or 20, len(values))
-    order = self_scores.worst(values)
+    order = self_influence_table.worst(values)
     files = [
-        (out / self_scores.TABLE, "all of them, most suspicious first"),
-        (out / self_scores.NUMBERS, "in training order"),
-        (out / self_scores.RECORD, "what they were made from"),
+        (out / self_influence_table.TABLE, "all of them, most suspicious first"),
+        (out / self_influence_table.NUMBERS, "in training order"),
+        (out / self_influence_table.RECORD, "what they were made from"),
     ]
     voice.say(
         show.heading(f"{len(values):,} training examples in {duration(made['seconds'])}"),

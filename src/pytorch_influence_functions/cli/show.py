@@ -9,8 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..diagnostics import Diagnostics
-from ..scores import Labels, Scores
+from ..scores.diagnostics import Diagnostics
+from ..scores.scores import Labels, Scores
 
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 _QUERIES, _EACH, _LABEL = 5, 3, 20

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
-from .. import methods
-from ..attribution import Influence
-from ..damping import Absolute, AbstractDamping, FromTraining, Relative
-from ..errors import InvalidInput, UnknownName, nearest
-from ..fitting import AbstractMethod
+from ..core.errors import InvalidInput, UnknownName, nearest
+from ..curvature.damping import Absolute, AbstractDamping, FromTraining, Relative
+from ..influence.attribution import Influence
+from ..influence.method import AbstractMethod
+from ..methods import papers as methods
 
 AUTO: Final = "auto"
 METHODS: Final[Mapping[str, Callable[[], Influence]]] = {

@@ -10,11 +10,11 @@ from typing import Any, Final, final
 
 import torch
 
-from ..data import Source
-from ..errors import InvalidInput, UnknownName, nearest
-from ..fitting import AbstractMethod
-from ..inferred import infer_objective
-from ..problem import Problem, check_model
+from ..core.errors import InvalidInput, UnknownName, nearest
+from ..influence.method import AbstractMethod
+from ..problem.data import Source
+from ..problem.infer_loss import infer_objective
+from ..problem.problem import Problem, check_model
 
 MODULE: Final = "ptif_task"
 # The old README's names work as well.

@@ -9,7 +9,7 @@ from typing import Any, Final, TextIO, final
 
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
-from ..progress import Callback, progress
+from ..core.progress import Callback, progress
 from .machine import memory, size
 from .outcome import Voice, console
 

@@ -9,11 +9,11 @@ from .exact import EmpiricalFisher as EmpiricalFisher
 from .exact import Fisher as Fisher
 from .exact import Hessian as Hessian
 from .exact import Identity as Identity
-from .factors import Sharing as Sharing
-from .kronecker import EKFAC as EKFAC
-from .kronecker import KFAC as KFAC
-from .kronecker import AbstractKronecker as AbstractKronecker
-from .kronecker import Shampoo as Shampoo
+from .kronecker.moments import Sharing as Sharing
+from .kronecker.records import EKFAC as EKFAC
+from .kronecker.records import KFAC as KFAC
+from .kronecker.records import AbstractKronecker as AbstractKronecker
+from .kronecker.records import Shampoo as Shampoo
 from .low_rank import Arnoldi as Arnoldi
 from .low_rank import Nystrom as Nystrom
 from .subsample import Subsample as Subsample

@@ -9,10 +9,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import InvalidInput, NotLikelihood, TooLarge
-from ..gradients import Derivatives
-from ..operators import AbstractSymmetric, Matrix
-from ..problem import Checkpoint, at_checkpoint
+from ..core.errors import InvalidInput, NotLikelihood, TooLarge
+from ..gradients.per_example import Derivatives
+from ..linalg.dense import Matrix
+from ..linalg.operator import AbstractSymmetric
+from ..problem.checkpoints import Checkpoint, at_checkpoint
 
 
 class Form(enum.Enum):

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..gradients import Derivatives
-from ..operators import AbstractSymmetric, Gram, Matrix
-from ..operators.block_diagonal import part_of, subspace
-from ..rows import Rows
-from ..space import Space
+from ..gradients.per_example import Derivatives
+from ..linalg.block_diagonal import part_of, subspace
+from ..linalg.dense import Matrix
+from ..linalg.gram import Gram
+from ..linalg.operator import AbstractSymmetric
+from ..linalg.rows import Rows
+from ..linalg.space import Space
 from .base import AbstractCurvature, Budget, Form
 from .diagonal import FromRows, streamed
 from .exact import GGN, EmpiricalFisher, Fisher

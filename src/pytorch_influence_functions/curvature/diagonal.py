@@ -9,14 +9,14 @@ from typing import Any, ClassVar, TypeAlias, final
 import torch
 from torch import Tensor
 
-from ..blocks import AbstractBlock, Indexed, Outer
-from ..errors import InvalidInput, NonFinite
-from ..gradients import Derivatives
-from ..operators import AbstractSymmetric
-from ..operators.diagonal import DiagonalOperator
-from ..problem import sweep
-from ..rows import Rows
-from ..world import World
+from ..core.distributed import World
+from ..core.errors import InvalidInput, NonFinite
+from ..gradients.per_example import Derivatives
+from ..linalg.blocks import AbstractBlock, Indexed, Outer
+from ..linalg.diagonal import DiagonalOperator
+from ..linalg.operator import AbstractSymmetric
+from ..linalg.rows import Rows
+from ..problem.problem import sweep
 from .base import AbstractCurvature, Budget, Form
 from .exact import GGN, EmpiricalFisher, Fisher, root_rows, sampled_rows
 

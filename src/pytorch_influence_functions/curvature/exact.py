@@ -18,16 +18,20 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from ..data import Source, batch_slice, tensors_of
-from ..errors import InvalidInput, NonFinite, name_ids
-from ..forward_mode import DIRECTIONS, Products
-from ..gradients import Derivatives
-from ..objectives import AbstractLikelihood, AbstractObjective, Keyed
-from ..operators import AbstractSymmetric, Gram, Implicit, Matrix, hutchinson_traces
-from ..operators import Identity as IdentityOperator
-from ..problem import sweep
-from ..rows import Rows
-from ..world import World, current
+from ..core.distributed import World, current
+from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..gradients.per_example import Derivatives
+from ..gradients.products import DIRECTIONS, Products
+from ..linalg.dense import Matrix
+from ..linalg.extremes import hutchinson_traces
+from ..linalg.gram import Gram
+from ..linalg.operator import AbstractSymmetric, Implicit
+from ..linalg.operator import Identity as IdentityOperator
+from ..linalg.rows import Rows
+from ..objectives.base import AbstractLikelihood, AbstractObjective
+from ..objectives.draws import Keyed
+from ..problem.data import Source, batch_slice, tensors_of
+from ..problem.problem import sweep
 from .base import AbstractCurvature, Budget, Form, not_a_likelihood
 
 # A dataset smaller than this, in bytes, is kept collated for mini-batch products.

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor
 
-from ..errors import InvalidInput
-from ..gradients import Derivatives
-from ..operators import AbstractSymmetric
-from ..operators.krylov import BlockLanczos, Pairs, default_steps, nystrom
-from ..operators.low_rank import LowRank
+from ..core.errors import InvalidInput
+from ..gradients.per_example import Derivatives
+from ..linalg.krylov import BlockLanczos, Pairs, default_steps, nystrom
+from ..linalg.low_rank import LowRank
+from ..linalg.operator import AbstractSymmetric
 from .base import AbstractCurvature, Budget, Form
 from .exact import GGN, Hessian
 

@@ -8,9 +8,9 @@ from typing import Any, final
 import torch
 from torch.utils.data import Subset
 
-from ..errors import InvalidInput
-from ..gradients import Derivatives
-from ..operators import AbstractSymmetric
+from ..core.errors import InvalidInput
+from ..gradients.per_example import Derivatives
+from ..linalg.operator import AbstractSymmetric
 from .base import AbstractCurvature, Budget, Form
 
 

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..attribution import Attribution
-from ..methods import dual
-from ..objectives import CrossEntropy
-from ..problem import Problem
-from ..progress import progress
-from ..scores import Scores
+from ..core.progress import progress
+from ..influence.attribution import Attribution
+from ..methods.papers import dual
+from ..objectives.likelihoods import CrossEntropy
+from ..problem.problem import Problem
+from ..scores.scores import Scores
 from . import show, write
 from .data import DemoData, DemoDatasets, datasets, load
 from .screen import Screen
@@ -49,7 +49,7 @@ def run(
     queries = pick_queries(trained, sets.test.tensors[1], plan)
     show.explained(screen, data, trained, scores, queries, plan)
 
-    suspects = find_suspects(fitted.self_scores(), trained.train_losses, data.planted, plan.suspects, recipe.seed)
+    suspects = find_suspects(fitted.self_influence(), trained.train_losses, data.planted, plan.suspects, recipe.seed)
     show.suspected(screen, data, trained, suspects)
 
     groups, singles = _check(screen, sets, recipe, plan, trained, scores, queries, suspects)
@@ -89,7 +89,7 @@ def _attribute(screen: Screen, trained: Trained, sets: DemoDatasets, recipe: Rec
     """All test images at once: the dual makes one query and five hundred cost nearly the same."""
     problem = Problem(trained.model, CrossEntropy(), sets.train, weight_decay=recipe.weight_decay)
     with one_thread(), screen.passes() as report, progress(report):
-        fitted = dual(damping=recipe.damping(len(sets.train))).fit(problem, queries=len(sets.test))
+        fitted = dual(damping=recipe.damping(len(sets.train))).fit(problem, n_queries=len(sets.test))
         scores = fitted.score(sets.test)
     said = trained.test_odds.argmax(1).tolist()
     names = [f"test #{i}, called {sets.test.classes[c]}" for i, c in enumerate(said)]

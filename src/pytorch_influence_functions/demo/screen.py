@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
-from ..errors import require
+from ..core.errors import require
 
 WIDTH = 80
 

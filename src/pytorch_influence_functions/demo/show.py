@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..scores import Scores
+from ..scores.scores import Scores
 from .data import DemoData
 from .screen import Screen
 from .story import Plan, Removal, Story, Suspects, Trained, agreement

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..scores import Scores
+from ..scores.scores import Scores
 from .data import DemoData
 from .train import Recipe, Weights
 

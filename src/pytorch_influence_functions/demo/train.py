@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..damping import FromTraining
+from ..curvature.damping import FromTraining
 
 Weights: TypeAlias = dict[str, Tensor]
 

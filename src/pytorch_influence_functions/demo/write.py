@@ -8,8 +8,8 @@ import io
 import json
 from pathlib import Path
 
+from ..core.files import write_bytes
 from ..report.plots import plot_agreement, plot_influences
-from ..scores_io import write_bytes
 from .show import summary
 from .story import Removal, Story, agreement
 

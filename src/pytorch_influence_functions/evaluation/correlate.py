@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..core.errors import InvalidInput
 
 RESAMPLES = 1000
 LEVEL = 0.95

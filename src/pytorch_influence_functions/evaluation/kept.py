@@ -12,9 +12,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .. import scores_io
-from ..data import Source, tensors_of
-from ..errors import InvalidInput
+from ..core.errors import InvalidInput
+from ..problem.data import Source, tensors_of
+from ..scores import files as scores_io
 from .training import Job
 
 _KIND = "retraining"

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InvalidInput, NonFinite, name_ids
-from ..scores import Scores
+from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..scores.scores import Scores
 from .correlate import RESAMPLES, Estimate, Statistic, pearson, plain, resampled, slope, spearman, weighted_ranks
 from .subsets import Protocol
 from .truth import Truth

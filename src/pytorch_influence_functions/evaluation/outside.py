@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..data import Source
-from ..errors import InvalidInput, name_ids, require
-from ..fitting import AbstractMethod
+from ..core.errors import InvalidInput, name_ids, require
+from ..influence.method import AbstractMethod
 from ..objectives.base import with_targets
-from ..problem import Problem
-from ..scores import Scores
+from ..problem.data import Source
+from ..problem.problem import Problem
+from ..scores.scores import Scores
 from .subsets import Protocol, Subsets
 from .truth import Truth
 
@@ -122,7 +122,7 @@ def quanda_explainer(method: AbstractMethod, loss: Any, **options: Any) -> Any:
 
         def self_influence(self, batch_size: int = 1) -> Tensor:
             """Every training example's place by its influence on itself, 0 for the lowest; ties share one."""
-            places: Tensor = torch.unique(self.fitted.self_scores(), return_inverse=True)[1].double()
+            places: Tensor = torch.unique(self.fitted.self_influence(), return_inverse=True)[1].double()
             return places * (1 + 1e-4 * len(places))
 
     return PtifExplainer

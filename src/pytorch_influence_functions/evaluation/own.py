@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..data import Source
-from ..errors import InvalidInput
-from ..guard import same_rng
-from ..objectives import AbstractObjective
-from ..objectives.base import LABELS
+from ..core.errors import InvalidInput
+from ..objectives.base import LABELS, AbstractObjective
+from ..problem.data import Source
+from ..problem.model_state import same_rng
 from .recipe import TrainFunction, words
 from .training import Job, measure
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Source, map_tensors
-from ..errors import InvalidInput, SolveFailed
-from ..fitting import resolved_measure
-from ..functional import at, detached
-from ..objectives import AbstractObjective
-from ..problem import Problem
-from ..progress import track
+from ..core.errors import InvalidInput, SolveFailed
+from ..core.progress import track
+from ..gradients.vjp import at, detached
+from ..influence.method import resolved_measure
+from ..objectives.base import AbstractObjective
+from ..problem.data import Source, map_tensors
+from ..problem.problem import Problem
 from .subsets import Subsets
 from .training import Examples
 from .truth import Truth

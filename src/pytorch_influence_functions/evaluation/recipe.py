@@ -14,8 +14,9 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidInput
-from ..objectives import AbstractObjective, as_objective
+from ..core.errors import InvalidInput
+from ..objectives.base import AbstractObjective
+from ..objectives.convert import as_objective
 
 # The random generator is one for all threads; models are made one after the other.
 _seeding = threading.Lock()

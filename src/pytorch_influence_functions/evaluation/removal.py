@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..data import Source
-from ..errors import InvalidInput, UnknownName, nearest
-from ..problem import Problem
-from ..scores import Scores
+from ..core.errors import InvalidInput, UnknownName, nearest
+from ..problem.data import Source
+from ..problem.problem import Problem
+from ..scores.scores import Scores
 from .correlate import RESAMPLES, Estimate
 from .retraining import retrain
 from .subsets import Subsets

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..data import Source
-from ..errors import InvalidInput
-from ..fitting import resolved_measure
-from ..guard import same_rng
-from ..inferred import infer_objective
-from ..objectives import AbstractObjective, FromFunction, as_objective
-from ..problem import Problem
-from ..progress import Meter
+from ..core.errors import InvalidInput
+from ..core.progress import Meter
+from ..influence.method import resolved_measure
+from ..objectives.base import AbstractObjective
+from ..objectives.convert import as_objective
+from ..objectives.measures import FromFunction
+from ..problem.data import Source
+from ..problem.infer_loss import infer_objective
+from ..problem.model_state import same_rng
+from ..problem.problem import Problem
 from . import kept, own, training
 from .recipe import Recipe, TrainFunction, code_of, words
 from .subsets import Subsets

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..errors import InvalidInput, name_ids
+from ..core.errors import InvalidInput, name_ids
 
 
 class Protocol(Enum):

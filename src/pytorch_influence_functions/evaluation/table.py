@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from ..attribution import Influence
-from ..baselines import EmbeddingSimilarity, Random, TrainingLoss
-from ..curvature import Identity
-from ..damping import Absolute
-from ..data import Source
-from ..errors import InvalidInput, UnknownName, nearest, require
-from ..fitting import AbstractMethod
-from ..problem import Problem
-from ..scores import Scores
-from ..solvers import Spectral
+from ..core.errors import InvalidInput, UnknownName, nearest, require
+from ..curvature.damping import Absolute
+from ..curvature.exact import Identity
+from ..influence.attribution import Influence
+from ..influence.method import AbstractMethod
+from ..methods.baselines import EmbeddingSimilarity, Random, TrainingLoss
+from ..problem.data import Source
+from ..problem.problem import Problem
+from ..scores.scores import Scores
+from ..solvers.direct import Spectral
 from .correlate import RESAMPLES, Estimate
 from .metrics import evaluated, main_metric, noise_ceiling
 from .truth import Truth
@@ -219,5 +219,5 @@ def _contender(name: str, given: Any, problem: Problem | None, queries: Any, mea
         raise InvalidInput(f"The method {name} has nothing to score; pass problem= and queries=, or its scores.")
     began = time.perf_counter()
     asked = Source.of(queries, problem.batch_size)
-    scores = given.fit(problem, queries=len(asked)).score(asked, measure)
+    scores = given.fit(problem, n_queries=len(asked)).score(asked, measure)
     return Contender(name, scores, time.perf_counter() - began, max(1, len(problem.checkpoints)))

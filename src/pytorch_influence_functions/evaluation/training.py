@@ -11,11 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..data import Source, map_tensors, tensors_of
-from ..errors import InvalidInput, NonFinite
-from ..functional import at, grads, quiet
-from ..objectives import AbstractObjective
-from ..objectives.base import tensor_targets, with_targets
+from ..core.errors import InvalidInput, NonFinite
+from ..gradients.vjp import at, grads, quiet
+from ..objectives.base import AbstractObjective, tensor_targets, with_targets
+from ..problem.data import Source, map_tensors, tensors_of
 from .recipe import Recipe
 
 # Numbers of all parameters together that one step still handles well: above, they fall out of the cache.

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import scores_io
-from ..errors import InvalidInput, NonFinite
+from ..core.errors import InvalidInput, NonFinite
+from ..scores import files as scores_io
 from .subsets import Protocol, Subsets
 
 _KIND = "truth"

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InvalidInput
-from ..scores import Scores
+from ..core.errors import InvalidInput
+from ..scores.scores import Scores
 from .correlate import RESAMPLES, Estimate
 from .retraining import retrain
 from .subsets import Subsets

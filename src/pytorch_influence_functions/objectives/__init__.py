@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from .base import (
-    AbstractLikelihood as AbstractLikelihood,
-)
-from .base import (
-    AbstractObjective as AbstractObjective,
-)
-from .base import (
-    inputs_and_targets as inputs_and_targets,
-)
+from .base import AbstractLikelihood as AbstractLikelihood
+from .base import AbstractObjective as AbstractObjective
+from .base import inputs_and_targets as inputs_and_targets
 from .bernoulli import Bernoulli as Bernoulli
 from .convert import as_objective as as_objective
 from .draws import Keyed as Keyed

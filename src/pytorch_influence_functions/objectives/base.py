@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InvalidInput, name_ids
+from ..core.errors import InvalidInput, name_ids
 from .draws import Randomness
 from .failure import model_failed
 

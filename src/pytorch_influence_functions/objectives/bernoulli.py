@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..core.errors import InvalidInput
 from .base import (
     AbstractLikelihood,
     Batch,

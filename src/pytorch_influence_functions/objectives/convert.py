@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InvalidInput
+from ..core.errors import InvalidInput
 from .base import AbstractObjective
 from .bernoulli import Bernoulli
 from .likelihoods import CrossEntropy, SquaredError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InfluenceError, InvalidInput
+from ..core.errors import InfluenceError, InvalidInput
 
 # What torch writes when numbers of two types meet.
 _TYPE_WORDS = ("dtype", "same type", "scalar type", "expected scalar")

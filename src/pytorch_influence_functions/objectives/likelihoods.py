@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..core.errors import InvalidInput
 from .base import (
     AbstractLikelihood,
     Batch,

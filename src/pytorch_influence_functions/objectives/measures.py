@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..errors import InfluenceError, InvalidInput, NonFinite
+from ..core.errors import InfluenceError, InvalidInput, NonFinite
 from .base import (
     AbstractObjective,
     Batch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .bars import plot_bars
 from .page import Report, write_report
-from .plots import plot_agreement, plot_damping_path, plot_influences
+from .plots import plot_agreement, plot_damping_curve, plot_influences
 from .summaries import plot_class_matrix, plot_convergence, plot_self_influence
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "plot_bars",
     "plot_class_matrix",
     "plot_convergence",
-    "plot_damping_path",
+    "plot_damping_curve",
     "plot_influences",
     "plot_self_influence",
     "write_report",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InvalidInput, NonFinite
+from ..core.errors import InvalidInput, NonFinite
 from .style import shorten
 
 Denormalize: TypeAlias = Callable[[Any], Any] | tuple[Any, Any] | None

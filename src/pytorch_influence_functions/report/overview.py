@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from .._version import __version__
-from ..scores import Scores
+from ..scores.scores import Scores
 from .predictions import Said
 from .thumbnails import Lens
 

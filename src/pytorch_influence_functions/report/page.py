@@ -13,9 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, final
 
-from ..errors import InvalidInput, require
-from ..scores import Scores
-from ..scores_io import write_bytes
+from ..core.errors import InvalidInput, require
+from ..core.files import write_bytes
+from ..scores.scores import Scores
 from .examples import Denormalize
 from .overview import Overview
 from .page_data import EXAMPLES_PER_CHUNK, QUERIES_PER_CHUNK, Contents, Writer, clean, contents

@@ -10,8 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .. import picking
-from ..scores import Scores
+from ..scores import indexing as picking
+from ..scores.scores import Scores
 from .predictions import Said
 from .ranking import Classes, Sums, ends, histogram, row, short
 from .suspects import close_pairs, label_queue

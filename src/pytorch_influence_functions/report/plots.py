@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data import Source
-from ..errors import InvalidInput, require
-from ..scores import Scores
+from ..core.errors import InvalidInput, require
+from ..problem.data import Source
+from ..scores.scores import Scores
 from . import style
 from .examples import Denormalize, Shown, exposed, see, target_of, wrapped
 from .tokens import Pieces, plot_tokens
@@ -330,7 +330,7 @@ def _numbers(values: Any, name: str) -> NDArray[Any]:
 # --------------------------------------------------------------------------- damping
 
 
-def plot_damping_path(
+def plot_damping_curve(
     results: Mapping[float, Scores],
     q: int = 0,
     k: int = 4,

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import picking
-from ..errors import InvalidInput, NonFinite, name_ids
-from ..scores import Scores
+from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..scores import indexing as picking
+from ..scores.scores import Scores
 from .ranking import short
 
 _SHOWN = 5

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import picking
-from ..scores import Scores
+from ..scores import indexing as picking
+from ..scores.scores import Scores
 
 _CLASSES = 60  # more kinds of label than this are not classes but values
 _BINS = 60

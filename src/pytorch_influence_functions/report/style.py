@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import require
-from ..scores_io import write_bytes
+from ..core.errors import require
+from ..core.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

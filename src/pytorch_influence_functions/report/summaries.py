@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import picking
-from ..errors import InvalidInput, name_ids, require
-from ..scores import Scores
+from ..core.errors import InvalidInput, name_ids, require
+from ..scores import indexing as picking
+from ..scores.scores import Scores
 from . import style
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def plot_self_influence(
     """Every training example's influence on itself, largest first: the steep left end is where to look for errors.
 
     Args:
-        values: [N], from `attribution.self_scores()`.
+        values: [N], from `attribution.self_influence()`.
         labels, class_names: named beside the largest.
         path: where to write the picture; the ending says the format.
         marked: indices, or bool [N]: examples to mark, labels known to be wrong, say.

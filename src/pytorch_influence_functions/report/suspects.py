@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..scores import Scores
+from ..scores.scores import Scores
 from .ranking import Classes, Sums, harm_sign, short
 from .thumbnails import Lens, vector
 

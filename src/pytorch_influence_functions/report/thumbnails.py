@@ -13,8 +13,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data import Source
-from ..errors import InvalidInput, NonFinite, require
+from ..core.errors import InvalidInput, NonFinite, require
+from ..problem.data import Source
 from .examples import Denormalize, Scale, Shown, row_of, see, target_of
 
 _LOSSLESS = 40  # pictures up to this side are kept pixel by pixel

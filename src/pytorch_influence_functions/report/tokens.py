@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..data import Source
-from ..errors import InvalidInput, require
-from ..scores import Scores
+from ..core.errors import InvalidInput, require
+from ..problem.data import Source
+from ..scores.scores import Scores
 from . import style
 from .examples import input_of, target_of
 

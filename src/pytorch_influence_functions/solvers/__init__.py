@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .auto import Auto as Auto
-from .auto import Choice as Choice
-from .auto import Facts as Facts
+from .auto import Composition as Composition
 from .auto import Forecast as Forecast
+from .auto import ProblemSize as ProblemSize
 from .auto import choose as choose
 from .auto import default_damping as default_damping
 from .auto import forecast as forecast
@@ -25,5 +25,5 @@ from .dual import Woodbury as Woodbury
 from .factored import Factored as Factored
 from .neumann import Neumann as Neumann
 from .neumann import Start as Start
-from .precondition import Guide as Guide
-from .trial import Trial as Trial
+from .preconditioner import Preconditioner as Preconditioner
+from .trial import PreconditionerTrial as PreconditionerTrial

@@ -8,28 +8,19 @@ from typing import Any, final
 
 import torch
 
-from ..curvature import (
-    EKFAC,
-    GGN,
-    AbstractCurvature,
-    AbstractKronecker,
-    Arnoldi,
-    Diagonal,
-    EmpiricalFisher,
-    Fisher,
-    Form,
-    Hessian,
-    Identity,
-    Nystrom,
-    Subsample,
-)
-from ..curvature.factors import matrix_shape
-from ..damping import AbstractDamping, Relative
-from ..gradients import Derivatives
-from ..objectives import AbstractLikelihood
-from ..operators.krylov import default_steps
-from ..problem import sweep
-from ..world import World
+from ..core.distributed import World
+from ..curvature.base import AbstractCurvature, Form
+from ..curvature.damping import AbstractDamping, Relative
+from ..curvature.diagonal import Diagonal
+from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Hessian, Identity
+from ..curvature.kronecker.moments import matrix_shape
+from ..curvature.kronecker.records import EKFAC, AbstractKronecker
+from ..curvature.low_rank import Arnoldi, Nystrom
+from ..curvature.subsample import Subsample
+from ..gradients.per_example import Derivatives
+from ..linalg.krylov import default_steps
+from ..objectives.base import AbstractLikelihood
+from ..problem.problem import sweep
 from .base import AbstractSolver
 from .cg import CG
 from .datainf import DataInf
@@ -66,14 +57,14 @@ class Auto:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ProblemSize:
     """The sizes a choice depends on."""
 
     parameters: int
     examples: int
     outputs: int | None
     """Columns of H^(1/2) per example; None when the objective is no likelihood."""
-    queries: int
+    n_queries: int
     row_numbers: float
     """Numbers kept per example when its gradient row is stored in its cheapest exact form."""
     operations: float
@@ -85,7 +76,7 @@ class Facts:
     """Numbers in the Kronecker factors of all layers."""
 
     @staticmethod
-    def of(derivatives: Derivatives, queries: int) -> Facts:
+    def of(derivatives: Derivatives, n_queries: int) -> ProblemSize:
         """Count on one small batch."""
         problem, objective = derivatives.problem, derivatives.objective
         some = torch.arange(min(len(problem), problem.batch_size))
@@ -96,11 +87,11 @@ class Facts:
         start = time.perf_counter()
         rows = derivatives.loss_rows(ids, batch).rows
         seconds = time.perf_counter() - start
-        return Facts(
+        return ProblemSize(
             parameters=derivatives.space.size,
             examples=len(problem),
             outputs=objective.root_size(outputs) if isinstance(objective, AbstractLikelihood) else None,
-            queries=queries,
+            n_queries=n_queries,
             row_numbers=rows.compact().numbers / len(ids),
             operations=sum(2.0 * getattr(b, "terms", 1) * torch.Size(b.shape).numel() for b in rows.blocks.values()),
             seconds=seconds / len(ids),
@@ -111,11 +102,11 @@ class Facts:
     @property
     def cg_operations(self) -> float:
         """Conjugate gradients on the GGN: each product pushes and pulls every query through the model."""
-        return _CG_STEPS * self.queries * self.examples * 4.0 * self.operations
+        return _CG_STEPS * self.n_queries * self.examples * 4.0 * self.operations
 
 
 @dataclass(frozen=True)
-class Choice:
+class Composition:
     """A curvature, a solver, the reason in words, and what the solver is preconditioned with."""
 
     curvature: AbstractCurvature
@@ -155,17 +146,17 @@ def form_for(solver: object, curvature: AbstractCurvature) -> Form:
     return Form.GRAM if isinstance(solver, Woodbury) else Form.IMPLICIT
 
 
-def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
+def choose(curvature: AbstractCurvature | None, facts: ProblemSize) -> Composition:
     """By size alone, so that the same problem always gets the same method."""
     if isinstance(curvature, Identity):
-        return Choice(curvature, Spectral(), "no curvature was asked for")
+        return Composition(curvature, Spectral(), "no curvature was asked for")
     if curvature is not None and curvature.forms == (Form.SPECTRAL,):
-        return Choice(curvature, Spectral(), f"{type(curvature).__name__} comes with its eigenvalues")
+        return Composition(curvature, Spectral(), f"{type(curvature).__name__} comes with its eigenvalues")
     likelihood = facts.outputs is not None
     second = curvature or (GGN() if likelihood else Hessian())
     if facts.parameters <= _DENSE_PARAMETERS:
         why = f"{facts.parameters:,} parameters are few enough for the dense {_name(second)}, exactly"
-        return Choice(second, Spectral(), why)
+        return Composition(second, Spectral(), why)
     duals = {EmpiricalFisher: 1, GGN: facts.outputs or 1}
     per = duals.get(type(second))
     if per is not None and facts.examples * per <= _DUAL_ROWS:
@@ -173,29 +164,29 @@ def choose(curvature: AbstractCurvature | None, facts: Facts) -> Choice:
             f"{facts.examples:,} examples x {per} outputs are few enough for the dual of the {_name(second)}: exact "
             f"over all {facts.parameters:,} parameters"
         )
-        return Choice(second, Woodbury(), why)
+        return Composition(second, Woodbury(), why)
     if not isinstance(second, EmpiricalFisher) and facts.cg_operations <= _CG_OPERATIONS and (likelihood or curvature):
         why = (
-            f"{facts.queries} quer{'y' if facts.queries == 1 else 'ies'} x {facts.examples:,} examples make conjugate "
-            f"gradients on the exact {_name(second)} affordable"
+            f"{facts.n_queries} quer{'y' if facts.n_queries == 1 else 'ies'} x {facts.examples:,} examples make "
+            f"conjugate gradients on the exact {_name(second)} affordable"
         )
-        return Choice(second, CG(rtol=1e-3, max_steps=500), why, _guide(second, facts))
+        return Composition(second, CG(rtol=1e-3, max_steps=500), why, _guide(second, facts))
     if curvature is None and likelihood and facts.factor_numbers * facts.number_bytes <= _FACTOR_BYTES:
         why = (
-            f"{facts.queries} queries x {facts.parameters:,} parameters are many for iterative solves: EK-FAC takes "
+            f"{facts.n_queries} queries x {facts.parameters:,} parameters are many for iterative solves: EK-FAC takes "
             "one pass over the data for all of them"
         )
-        return Choice(EKFAC(), Spectral(), why)
+        return Composition(EKFAC(), Spectral(), why)
     if curvature in (None, EmpiricalFisher()) and facts.examples <= _DUAL_EXAMPLES:
         why = (
-            f"{facts.queries} queries x {facts.parameters:,} parameters are many for iterative solves, and "
+            f"{facts.n_queries} queries x {facts.parameters:,} parameters are many for iterative solves, and "
             f"{facts.examples:,} examples few enough for the dual of the empirical Fisher"
         )
-        return Choice(EmpiricalFisher(), Woodbury(), why)
+        return Composition(EmpiricalFisher(), Woodbury(), why)
     why = (
         f"{facts.examples:,} examples are too many for full products: LiSSA on mini-batches, its cost independent of N"
     )
-    return Choice(second, Neumann(), why)
+    return Composition(second, Neumann(), why)
 
 
 def default_damping(solver: object, curvature: object = None) -> AbstractDamping:
@@ -212,7 +203,7 @@ def default_damping(solver: object, curvature: object = None) -> AbstractDamping
     return Relative(0.1) if isinstance(solver, (Spectral, Cholesky)) else Relative(3.0)
 
 
-def _guide(curvature: AbstractCurvature, facts: Facts) -> AbstractCurvature | None:
+def _guide(curvature: AbstractCurvature, facts: ProblemSize) -> AbstractCurvature | None:
     """What to precondition with: one sampled gradient per example, inverted in its dual form, where N allows; else
     EK-FAC. Whichever it is has to pay in a trial.
 
@@ -225,7 +216,7 @@ def _guide(curvature: AbstractCurvature, facts: Facts) -> AbstractCurvature | No
     return Fisher(samples=1) if fits else EKFAC()
 
 
-def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
+def forecast(choice: Composition, facts: ProblemSize, method: str) -> Forecast:
     """Passes, memory and seconds of a choice, from counts and one measured batch."""
     if isinstance(choice.curvature, Subsample):
         # The curvature's own passes are over its part; one more is over everybody.
@@ -233,7 +224,7 @@ def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
         fewer = forecast(replace(choice, curvature=choice.curvature.curvature), part, method)
         passes = 1 + max(0.0, fewer.passes - 1) * part.examples / facts.examples
         return replace(fewer, passes=passes, seconds=passes * facts.examples * facts.seconds)
-    n, p, q = facts.examples, facts.parameters, facts.queries
+    n, p, q = facts.examples, facts.parameters, facts.n_queries
     size, k = facts.number_bytes, facts.outputs or 1
     passes, memory = 1.0, 4.0 * q * p * size
     solver = choice.solver
@@ -261,7 +252,7 @@ def forecast(choice: Choice, facts: Facts, method: str) -> Forecast:
     return Forecast(method, choice.why, passes, memory, passes * n * facts.seconds)
 
 
-def _known_cost(curvature: AbstractCurvature, facts: Facts) -> tuple[float, float] | None:
+def _known_cost(curvature: AbstractCurvature, facts: ProblemSize) -> tuple[float, float] | None:
     """Passes and bytes of a curvature that is measured by products or squares; a product with one vector is two."""
     p, size = facts.parameters, facts.number_bytes
     if isinstance(curvature, AbstractKronecker):

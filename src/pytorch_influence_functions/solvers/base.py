@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..damping import Shift
-from ..errors import InvalidInput, NonFinite, SolveFailed
-from ..operators.base import AbstractOperator, diagonal
-from ..operators.expansion import Expansion
-from ..operators.kronecker import Kronecker
-from ..rows import Rows
+from ..core.errors import InvalidInput, NonFinite, SolveFailed
+from ..linalg.dual_solution import DualSolution
+from ..linalg.kronecker import Kronecker
+from ..linalg.operator import AbstractOperator, diagonal
+from ..linalg.rows import Rows
+from ..linalg.shift import Shift
 
 
 class Result(enum.Enum):
@@ -73,7 +73,7 @@ class Solution:
     and was not judged by `residual`.
     """
 
-    value: Rows | Expansion
+    value: Rows | DualSolution
     residual: Float[Tensor, " n"]
     result: Result
     steps: int
@@ -81,7 +81,7 @@ class Solution:
     failed: tuple[int, ...] = ()
     detail: str = ""
 
-    def unwrap(self) -> Rows | Expansion:
+    def unwrap(self) -> Rows | DualSolution:
         """The value; raises `SolveFailed` (`NonFinite` for bad input) in words naming the worst rows."""
         if self.result is Result.successful:
             return self.value
@@ -127,7 +127,7 @@ class AbstractSolver(ABC, Generic[S]):
         if isinstance(inverse, Kronecker):
             return inverse.quadratic(rows)
         solved = self.solve(state, rows).unwrap()
-        if isinstance(solved, Expansion):
+        if isinstance(solved, DualSolution):
             return solved.quadratic()
         return rows.rowwise(solved)
 

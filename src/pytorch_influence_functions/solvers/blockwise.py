@@ -10,16 +10,18 @@ from typing import Any, TypeAlias, final
 
 import torch
 
-from ..curvature import AbstractCurvature, Arnoldi, Budget, Nystrom
+from ..core.errors import InfluenceError, InvalidInput, UnknownName, nearest
+from ..curvature.base import AbstractCurvature, Budget
 from ..curvature.blockwise import Part, block_operators
-from ..damping import AbstractDamping, Shift, as_damping
-from ..errors import InfluenceError, InvalidInput, UnknownName, nearest
-from ..gradients import Derivatives
-from ..operators import AbstractSymmetric, Expansion
-from ..operators.base import AbstractOperator
-from ..operators.block_diagonal import BlockDiagonal, joined, part_of
-from ..rows import Rows
-from ..space import ROOT, BlockSpec, Space
+from ..curvature.damping import AbstractDamping, as_damping
+from ..curvature.low_rank import Arnoldi, Nystrom
+from ..gradients.per_example import Derivatives
+from ..linalg.block_diagonal import BlockDiagonal, joined, part_of
+from ..linalg.dual_solution import DualSolution
+from ..linalg.operator import AbstractOperator, AbstractSymmetric
+from ..linalg.rows import Rows
+from ..linalg.shift import Shift
+from ..linalg.space import ROOT, BlockSpec, Space
 from .auto import form_for
 from .base import AbstractSolver, Result, Solution, no_preconditioner, relative
 from .direct import Spectral
@@ -195,7 +197,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
             solved[name] = solver.solve(part, inside), inside.squared_norms().double()
         values = []
         for solution, _ in solved.values():
-            values.append(solution.value.rows() if isinstance(solution.value, Expansion) else solution.value)
+            values.append(solution.value.rows() if isinstance(solution.value, DualSolution) else solution.value)
         squares = torch.stack([(s.residual.double().square() * size) for s, size in solved.values()]).sum(0)
         residual = relative(squares.sqrt(), rows.squared_norms().double().sqrt())
         bad = [(name, s) for name, (s, _) in solved.items() if s.result is not Result.successful]

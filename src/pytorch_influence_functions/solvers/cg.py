@@ -11,21 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..damping import Shift
-from ..errors import InvalidInput
-from ..operators.base import AbstractOperator
-from ..operators.spectrum import lanczos
-from ..rows import Rows
-from .base import (
-    AbstractSolver,
-    Result,
-    Solution,
-    System,
-    apply_flat,
-    damping_that_works,
-    nonfinite_rows,
-    refuse_input,
-)
+from ..core.errors import InvalidInput
+from ..linalg.extremes import lanczos
+from ..linalg.operator import AbstractOperator
+from ..linalg.rows import Rows
+from ..linalg.shift import Shift
+from .base import AbstractSolver, Result, Solution, System, apply_flat, damping_that_works, nonfinite_rows, refuse_input
 
 # How far the recursive residual may drift from the true one before rounding is blamed for a standstill.
 _DRIFT = 0.1

@@ -8,20 +8,14 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from ..curvature import Form
-from ..damping import Shift
-from ..errors import InvalidInput
-from ..operators.base import AbstractOperator, Gram
-from ..rows import Dense, Rows, inner
-from .base import (
-    AbstractSolver,
-    Result,
-    Solution,
-    System,
-    no_preconditioner,
-    nonfinite_rows,
-    refuse_input,
-)
+from ..core.errors import InvalidInput
+from ..curvature.base import Form
+from ..linalg.blocks import Dense
+from ..linalg.gram import Gram
+from ..linalg.operator import AbstractOperator
+from ..linalg.rows import Rows, inner
+from ..linalg.shift import Shift
+from .base import AbstractSolver, Result, Solution, System, no_preconditioner, nonfinite_rows, refuse_input
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..damping import Shift
-from ..errors import InvalidInput, NonFinite, SolveFailed
-from ..operators.base import AbstractOperator, AbstractSpectral, Eigen, Matrix, check_dense, diagonal
-from ..operators.kronecker import Kronecker
-from ..operators.low_rank import LowRank
-from ..rows import Rows
+from ..core.errors import InvalidInput, NonFinite, SolveFailed
+from ..linalg.dense import Eigen, Matrix
+from ..linalg.kronecker import Kronecker
+from ..linalg.low_rank import LowRank
+from ..linalg.operator import AbstractOperator, AbstractSpectral, check_dense, diagonal
+from ..linalg.rows import Rows
+from ..linalg.shift import Shift
 from .base import (
     AbstractSolver,
     Result,

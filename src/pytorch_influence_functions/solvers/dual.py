@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..damping import Shift
-from ..errors import InvalidInput, NonFinite, TooLarge
-from ..operators.base import AbstractOperator, Gram
-from ..operators.expansion import Expansion
-from ..rows import Rows
+from ..core.errors import InvalidInput, NonFinite, TooLarge
+from ..linalg.dual_solution import DualSolution
+from ..linalg.gram import Gram
+from ..linalg.operator import AbstractOperator
+from ..linalg.rows import Rows
+from ..linalg.shift import Shift
 from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite_rows, refuse_input, relative
 
 # Above this share of D, the Gram matrix's rounding is no longer small beside it.
@@ -59,7 +60,7 @@ def _scaled_gram(operator: Gram, shift: Shift) -> Tensor:
 class Woodbury(AbstractSolver[DualState]):
     """x = D^-1 (b - G^T w), w = (N + G D^-1 G^T)^-1 G D^-1 b: solve in m dimensions instead of P.
 
-    The value is an `Expansion`: scoring against it builds no vector of length P. The first damping costs one
+    The value is an `DualSolution`: scoring against it builds no vector of length P. The first damping costs one
     Cholesky factor of the Gram matrix; the second, or `sweep=True`, one eigendecomposition, after which
     every damping is m^2 work. D must be positive. The residual is exact Gram algebra plus an estimate of
     what rounding in the rows' own precision adds. `init` raises `InvalidInput` for an operator without
@@ -127,7 +128,7 @@ class Woodbury(AbstractSolver[DualState]):
             return refuse_input(rows, bad, shift)
         overlaps = self._overlaps(state, rows)
         w = state.solve(overlaps)
-        value = Expansion(rows, basis, w, overlaps, shift, count)
+        value = DualSolution(rows, basis, w, overlaps, shift, count)
         residual = relative(_residual(state, w, overlaps), size.sqrt())
         rounding = _rounding(state)
         notes = {"damping": shift.damping, "rows": len(basis), "smallest_curvature": 0.0, "rounding": rounding}

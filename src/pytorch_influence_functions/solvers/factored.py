@@ -9,13 +9,13 @@ from typing import ClassVar, final
 from jaxtyping import Float
 from torch import Tensor
 
-from ..blocks import AbstractBlock, Conv, Dense, Outer
+from ..core.errors import InvalidInput, SolveFailed
 from ..curvature.base import Form
-from ..damping import Shift
-from ..errors import InvalidInput, SolveFailed
-from ..operators import AbstractOperator
-from ..operators.kronecker import Kronecker, KroneckerBlock
-from ..rows import Rows
+from ..linalg.blocks import AbstractBlock, Conv, Dense, Outer
+from ..linalg.kronecker import Kronecker, KroneckerBlock
+from ..linalg.operator import AbstractOperator
+from ..linalg.rows import Rows
+from ..linalg.shift import Shift
 from .base import (
     AbstractSolver,
     Result,

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..damping import Shift
-from ..errors import InvalidInput
-from ..operators.base import AbstractOperator, AbstractSampled, AbstractSymmetric
-from ..operators.spectrum import hutchinson_trace, lanczos
-from ..rows import Rows
+from ..core.errors import InvalidInput
+from ..linalg.extremes import hutchinson_trace, lanczos
+from ..linalg.operator import AbstractOperator, AbstractSampled, AbstractSymmetric
+from ..linalg.rows import Rows
+from ..linalg.shift import Shift
 from .base import (
     AbstractSolver,
     Result,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..damping import Shift
-from ..operators import AbstractOperator
-from ..rows import Rows
+from ..linalg.operator import AbstractOperator
+from ..linalg.rows import Rows
+from ..linalg.shift import Shift
 from .base import System
 from .cg import CG
 
@@ -15,7 +15,7 @@ _STEPS = 4
 
 
 @dataclass(frozen=True)
-class Trial:
+class PreconditionerTrial:
     """How far conjugate gradients got in as many steps: x^T b - x^T (C + D) x / 2, larger is nearer to the answer."""
 
     guided: float
@@ -31,7 +31,9 @@ class Trial:
         return f"tried on one gradient, {_STEPS} steps got {abs(share):.0%} {'further' if share > 0 else 'less far'}"
 
     @staticmethod
-    def of(operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator, row: Rows) -> Trial:
+    def of(
+        operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator, row: Rows
+    ) -> PreconditionerTrial:
         """Run both; decided by numbers alone, never by the clock, so that the same problem gets the same method."""
         system, b = System.of(operator, shift), row.flat()
         gained = []
@@ -39,4 +41,4 @@ class Trial:
             solver = CG(max_steps=_STEPS)
             x = solver.solve(solver.init(operator, shift, guide), row).value.flat()
             gained.append(float((x * b).sum() - (x * system.product(x)).sum() / 2))
-        return Trial(*gained)
+        return PreconditionerTrial(*gained)

@@ -1,0 +1,94 @@
+"""Self-influence of the training examples in a folder: a table to read and the numbers to compute with."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from ..core.distributed import World
+from ..core.errors import InvalidInput
+from ..core.files import write_bytes
+from ..influence.run_log import labels_of
+from ..problem.problem import Problem, sweep
+from ..scores import files as scores_io
+from ..scores.indexing import value
+from .folder import read_record
+
+RECORD: Final = "self_influence.json"
+NUMBERS: Final = "self_influence.safetensors"
+TABLE: Final = "self_influence.csv"
+_KIND: Final = "self-influence"
+# What a spreadsheet would take for a formula at the start of a cell.
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+
+
+def save(folder: Path, values: Tensor, labels: Sequence[str] | None, method: str) -> None:
+    """Write both files: all N numbers in training order, and the table with the largest first."""
+    scores_io.write(folder / NUMBERS, _KIND, {"values": values.double()}, {"n_train": len(values), "method": method})
+    made = io.StringIO()
+    writer = csv.writer(made, lineterminator="\n")
+    writer.writerow(["rank", "index", *([] if labels is None else ["label"]), "self_influence"])
+    for rank, i in enumerate(worst(values).tolist(), 1):
+        label = [] if labels is None else [_cell(labels[i])]
+        writer.writerow([rank, i, *label, repr(float(values[i]))])
+    write_bytes(folder / TABLE, made.getvalue().encode())
+
+
+def worst(values: Tensor) -> Tensor:
+    """Training indices, the largest self-influence first, equal ones by index."""
+    return values.argsort(descending=True, stable=True)
+
+
+def read(folder: Path) -> Tensor:
+    """The numbers that `save` wrote.
+
+    Raises:
+        InvalidInput: there are none, or the file is damaged.
+    """
+    return scores_io.read(folder / NUMBERS, _KIND)[0]["values"]
+
+
+def kept_self_influence(folder: Path) -> Tensor | None:
+    """The numbers where they lie in the folder of a run, else None.
+
+    Raises:
+        InvalidInput: they are of another model or other training data than the run.
+    """
+    if not (folder / NUMBERS).exists():
+        return None
+    own, run = read_record(folder, RECORD)["marks"], read_record(folder)["marks"]
+    for name in ("weights", "training data"):
+        if own.get(name) != run.get(name):
+            raise InvalidInput(
+                f"The self-influence in {str(folder)!r} is of other {name} than the scores; run ptif self-influence "
+                "--overwrite, or remove its files."
+            )
+    return read(folder)
+
+
+def label_words(problem: Problem) -> list[str] | None:
+    """Every training example's label as a person would read it; None where targets are no labels."""
+    found: list[Any] = []
+    for ids, batch in sweep(problem, label="labels", world=World()):
+        found += labels_of(batch, len(ids))
+    if any(label is None for label in found):
+        return None
+    names = problem.data.class_names
+    return [_word(value(label), names) for label in found]
+
+
+def _word(label: Any, names: Sequence[str] | None) -> str:
+    if isinstance(label, int) and names is not None and 0 <= label < len(names):
+        return names[label]
+    return f"{label:.4g}" if isinstance(label, float) else str(label)
+
+
+def _cell(text: str) -> str:
+    try:
+        float(text)
+    except ValueError:
+        return "'" + text if text.startswith(_FORMULA) else text
+    return text

@@ -1,0 +1,1 @@
+"""What every other folder uses: errors, progress, files, fingerprints, validation, distributed reductions."""

@@ -1,0 +1,147 @@
+"""How much is added to the curvature before it is inverted.
+
+`D = damping + weight decay` is diagonal. Damping keeps the answer near the trained weights and makes an
+indefinite or singular curvature invertible; weight decay is part of the objective's own curvature. The two
+are held apart in `Shift`, because only the first is a choice.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from ..core.errors import InvalidInput, NonFinite
+from ..linalg.shift import finite_number
+
+
+@runtime_checkable
+class HasMeanEigenvalue(Protocol):
+    """All that a damping rule asks of an operator."""
+
+    def mean_eigenvalue(self) -> float: ...
+
+    def block_means(self) -> dict[str, float]: ...
+
+
+class AbstractDamping(ABC):
+    """A rule that gives lambda, in units of the curvature, for an operator."""
+
+    @abstractmethod
+    def of(self, operator: HasMeanEigenvalue) -> float:
+        """Lambda for this operator: finite and not negative; where blocks differ, their size-weighted mean."""
+
+    def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
+        """Lambda block by block where this rule tells blocks apart; empty where one number is for all."""
+        return {}
+
+    def resolved(self, fitted: object) -> AbstractDamping:
+        """The rule to use for one fitted curvature, model and data in view; most rules need no more than `operator`."""
+        return self
+
+
+@dataclass(frozen=True)
+class Relative(AbstractDamping):
+    """`lambda = share * mean eigenvalue of C`: the same share means the same thing for any loss or scale.
+
+    `mean eigenvalue = trace(C) / P`. With `per_block`, every block of parameters (a layer's weight with its bias, a
+    norm's scale) gets the share of the mean eigenvalue of its own diagonal block: layers whose gradients are small are
+    then damped less. A block without any curvature gets the share of the overall mean. Raises `InvalidInput` for
+    `share <= 0`, and where the mean eigenvalue is not positive, for there "relative to the curvature" says nothing.
+
+    >>> class Ten:
+    ...     def mean_eigenvalue(self): return 10.0
+    ...     def block_means(self): return {"a": 5.0, "b": 15.0}
+    >>> Relative(0.1).of(Ten())
+    1.0
+    >>> Relative(0.1, per_block=True).blocks(Ten())
+    {'a': 0.5, 'b': 1.5}
+    """
+
+    share: float | int = 0.1
+    per_block: bool = False
+
+    def __post_init__(self) -> None:
+        if finite_number("Relative's share", self.share) <= 0:
+            raise InvalidInput(f"Relative(share={self.share}) must be positive; 0.1 is a good start.")
+
+    def of(self, operator: HasMeanEigenvalue) -> float:
+        mean = operator.mean_eigenvalue()
+        if not math.isfinite(mean):
+            raise NonFinite(f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data.")
+        if mean <= 0:
+            raise InvalidInput(
+                f"Relative() scales the mean eigenvalue of the curvature, which is {mean:.3g} here; "
+                "use GGN() instead of Hessian(), or Absolute(value)."
+            )
+        return self.share * mean
+
+    def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
+        if not self.per_block:
+            return {}
+        overall = self.of(operator)
+        # A block that no example moves (a padding row, a dead layer) has no scale of its own.
+        return {k: self.share * mean if mean > 0 else overall for k, mean in operator.block_means().items()}
+
+
+@dataclass(frozen=True)
+class Absolute(AbstractDamping):
+    """`lambda = value`, in the units of the loss per squared parameter.
+
+    `value = 0` is allowed: the solvers then refuse any curvature that is not positive definite by itself.
+
+    >>> class Ten:
+    ...     def mean_eigenvalue(self): return 10.0
+    ...     def block_means(self): return {"a": 10.0}
+    >>> Absolute(0.01).of(Ten())
+    0.01
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if finite_number("Absolute's value", self.value) < 0:
+            raise InvalidInput(f"Absolute(value={self.value}) must not be negative.")
+
+    def of(self, operator: HasMeanEigenvalue) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True)
+class FromTraining(AbstractDamping):
+    """`lambda = (1 - momentum) / (lr * steps)`: what stopping after `steps` of gradient descent amounts to.
+
+    Directions with an eigenvalue well below this lambda have not been fitted yet, so removing an example
+    cannot move the weights along them. `lr` is the mean learning rate over the run.
+
+    >>> class Ten:
+    ...     def mean_eigenvalue(self): return 10.0
+    ...     def block_means(self): return {"a": 10.0}
+    >>> round(FromTraining(lr=0.1, steps=1000, momentum=0.9).of(Ten()), 6)
+    0.001
+    """
+
+    lr: float
+    steps: int
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if finite_number("FromTraining's lr", self.lr) <= 0:
+            raise InvalidInput(f"FromTraining(lr={self.lr}) must be positive: the mean learning rate of the run.")
+        if finite_number("FromTraining's steps", self.steps) < 1:
+            raise InvalidInput(f"FromTraining(steps={self.steps}) must be at least 1: the optimiser's steps.")
+        if not 0 <= finite_number("FromTraining's momentum", self.momentum) < 1:
+            raise InvalidInput(f"FromTraining(momentum={self.momentum}) must lie in [0, 1).")
+
+    def of(self, operator: HasMeanEigenvalue) -> float:
+        return (1.0 - self.momentum) / (self.lr * self.steps)
+
+
+def as_damping(value: AbstractDamping | float) -> AbstractDamping:
+    """A damping rule; a plain number is `Absolute`.
+
+    >>> as_damping(0.5)
+    Absolute(value=0.5)
+    """
+    return value if isinstance(value, AbstractDamping) else Absolute(value)

@@ -1,0 +1,1 @@
+"""Kronecker-factored curvature: K-FAC, EK-FAC and Shampoo."""

@@ -1,0 +1,339 @@
+"""Fitting Kronecker-factored curvature: as few passes as memory allows, block by block on disk where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...core.distributed import World, current
+from ...core.errors import NonFinite
+from ...gradients.per_example import Derivatives, Tape, slopes
+from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum
+from ...linalg.kronecker import Kronecker, KroneckerBlock
+from ...linalg.rows import Rows
+from ...objectives.base import AbstractLikelihood, AbstractObjective
+from ...objectives.draws import Keyed
+from ...problem.checkpoints import Checkpoint, at_checkpoint, load_checkpoint
+from ...problem.data import Source
+from ...problem.problem import sweep
+from ..base import Budget, not_a_likelihood
+from ..exact import GGN, EmpiricalFisher, Fisher, draw_seed, evenly, finite_outputs, wide_source
+from .cache import Shelf, fingerprint
+from .moments import BlockFactors, Moments, Sharing, matrix_shape, unified
+
+# Share of the memory budget that rows kept for a second look may take.
+_KEPT_SHARE = 1 / 16
+# Up to this many outputs their classes are enumerated rather than sampled.
+_ENUMERATED = 16
+# A side of length d is measured on at least this many gradients times d.
+_TERMS_PER_SIDE = 2
+# At least so many examples for the basis and for the eigenvalues in it: where every example is one term, and where it
+# is the sum of many. Linear datamodelling score of a perceptron (one term) with 2,000, 512, 256 and 128 examples for
+# the eigenvalues: .44, .44, .43, .41.
+_ALONE, _SHARED = (256, 512), (128, 256)
+
+
+AtCheckpoint: TypeAlias = tuple[Checkpoint | None, Derivatives]
+Columns: TypeAlias = dict[str, list[AbstractBlock]]
+"""Rows of one batch: per block, one entry per column of the Fisher matrix's root."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, on what, and where it is kept: the settings of one fit."""
+
+    moments: Moments
+    sharing: Sharing
+    corrected: bool
+    fisher: GGN | Fisher | EmpiricalFisher | None
+    examples: int | None
+    largest: int
+    folder: str | PathLike[str] | None
+
+    @property
+    def words(self) -> str:
+        """The settings that change the numbers."""
+        return repr((self.moments, self.sharing, self.corrected, self.fisher, self.examples, self.largest))
+
+
+@dataclass(eq=False)
+class Fit:
+    """One fit; `run` gives the operator."""
+
+    plan: Plan
+    members: list[AtCheckpoint]
+    budget: Budget
+    world: World = field(default_factory=current)
+    columns: int = 1
+    ids: Tensor = field(default_factory=lambda: torch.arange(0))
+    more: Tensor = field(default_factory=lambda: torch.arange(0))
+    wide: Source | None = None
+
+    def run(self) -> Kronecker:
+        """Measure every block, in groups that fit in memory.
+
+        Raises:
+            NotLikelihood, TooLarge, NonFinite, SolveFailed: see `EKFAC`.
+        """
+        first = self.members[0][1]
+        look = self._look()
+        fisher, columns = self._fisher(look)
+        self.plan = replace(self.plan, fisher=fisher)
+        self.columns = columns
+        self.ids, self.more = self._ids(look)
+        self.wide = wide_source(first, look.numbers / len(look))
+        shelf = self._shelf()
+        todo = list(look.blocks) if shelf is None else shelf.missing()
+        made: dict[str, KroneckerBlock] = {}
+        for group in self._groups(todo, look, shelf is not None):
+            made |= self._fit({name: look.blocks[name] for name in group}, shelf)
+        found: Mapping[str, KroneckerBlock] = made
+        if shelf is not None:
+            whole = sum(_numbers(b, self.plan.largest) for b in look.blocks.values()) * look.dtype.itemsize
+            found = (
+                shelf.blocks() if whole > self.budget.bytes else {k: made.get(k) or shelf.get(k) for k in look.blocks}
+            )
+        return Kronecker(first.space, found, self._notes(look, found))
+
+    def _notes(self, look: Rows, found: Mapping[str, KroneckerBlock]) -> tuple[str, ...]:
+        """What should be read with the result: layers without gradient, and bases measured on too little."""
+        notes, short = [], []
+        for name, block in look.blocks.items():
+            seen = len(self.ids) * len(self.members) * _uses_of(block) * (self.columns if _uses_of(block) == 1 else 1)
+            if float(found[name].values.abs().max()) == 0.0:
+                notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
+            elif isinstance(block, (Outer, Conv)) and seen < self._side(block):
+                short.append(f"{name!r} ({seen:,} gradients, side {self._side(block):,})")
+        if short:
+            notes.append(
+                f"fewer gradients than a factor's side is long at {', '.join(short[:3])}"
+                f"{f' and {len(short) - 3} more' if len(short) > 3 else ''}: damping alone decides where none points"
+            )
+        return tuple(notes)
+
+    # ---------------------------------------------------------------- what to do
+
+    def _look(self) -> Rows:
+        """Rows of a few examples: the form of every block, and what it costs."""
+        checkpoint, derivatives = self.members[0]
+        with self._weights(checkpoint):
+            together = replace(derivatives.problem.data, batch_size=min(4, len(derivatives.problem)))
+            ids = torch.arange(together.batch_size)
+            ids, batch = next(iter(sweep(derivatives.problem, together, ids, world=World())))
+            return derivatives.loss_rows(ids, batch).rows
+
+    def _fisher(self, look: Rows) -> tuple[GGN | Fisher | EmpiricalFisher, int]:
+        """Whose gradients are measured, and how many columns that is: exact by default where they are few and cheap."""
+        derivatives, asked = self.members[0][1], self.plan.fisher
+        objective = derivatives.objective
+        if isinstance(asked, EmpiricalFisher):
+            return asked, 1
+        if not isinstance(objective, AbstractLikelihood):
+            raise not_a_likelihood("Kronecker-factored curvature without fisher=EmpiricalFisher()", objective)
+        if isinstance(asked, Fisher) and asked.samples is not None:
+            return asked, asked.samples
+        _, batch = next(iter(sweep(derivatives.problem, ids=torch.arange(1), world=World())))
+        with torch.no_grad():
+            columns = objective.root_size(objective.outputs(derivatives.problem.model, batch))
+        alone = max(_uses_of(b) for b in look.blocks.values()) == 1
+        if asked is None and not (columns <= _ENUMERATED and alone):
+            return Fisher(samples=1), 1
+        return GGN(), columns
+
+    def _ids(self, look: Rows) -> tuple[Tensor, Tensor]:
+        """The examples that the basis, and the eigenvalues in it, are measured on: evenly spaced.
+
+        A basis needs more terms than a side is long, which examples with many positions give sooner than eigenvalues
+        are known to a few per cent.
+        """
+        n = len(self.members[0][1].problem)
+        if self.plan.examples is not None:
+            return evenly(n, self.plan.examples), evenly(n, self.plan.examples)
+        alone = max(_uses_of(b) for b in look.blocks.values()) == 1
+        needed, measured = _ALONE if alone else _SHARED
+        for block in look.blocks.values():
+            # Scales and biases alone are few: their block may be of low rank, and damping fills it up.
+            if isinstance(block, (Outer, Conv)):
+                needed = max(needed, _TERMS_PER_SIDE * self._side(block) // block.terms)
+        more = evenly(n, max(needed, measured))
+        return (evenly(n, needed) if self.plan.corrected else more), more
+
+    def _side(self, block: AbstractBlock) -> int:
+        """The longest side that is decomposed."""
+        return max((d for d in matrix_shape(block.shape) if d <= self.plan.largest), default=0)
+
+    def _shelf(self) -> Shelf | None:
+        if self.plan.folder is None:
+            return None
+        states: list[Mapping[str, Tensor]] = []
+        for checkpoint, derivatives in self.members:
+            model = derivatives.problem.model
+            states.append(model.state_dict() if checkpoint is None else load_checkpoint(checkpoint, model))
+        every = torch.tensor(sorted({*self.ids.tolist(), *self.more.tolist()}))
+        mark = fingerprint(self.plan.words, [d for _, d in self.members], states, every)
+        return Shelf.at(self.plan.folder, mark, tuple(self.members[0][1].space.blocks))
+
+    def _groups(self, names: list[str], look: Rows, stored: bool) -> Iterator[list[str]]:
+        """Blocks that are fitted together: all of them, or as many as the budget holds where a folder takes them."""
+        size = look.dtype.itemsize
+        held = {
+            k: (_numbers(look.blocks[k], self.plan.largest) + _workspace(look.blocks[k], self.plan.largest)) * size
+            for k in names
+        }
+        worst = max(held.values(), default=0)
+        if not stored:
+            self.budget.check(sum(held.values()), "Fitting the Kronecker factors", "give them folder=path")
+        self.budget.check(worst, "The Kronecker factors of one layer", "lower `largest`, or leave the layer out")
+        group: list[str] = []
+        for name in names:
+            if group and sum(held[k] for k in [*group, name]) > self.budget.bytes:
+                yield group
+                group = []
+            group.append(name)
+        if group:
+            yield group
+
+    # ---------------------------------------------------------------- doing it
+
+    def _fit(self, blocks: Mapping[str, AbstractBlock], shelf: Shelf | None) -> dict[str, KroneckerBlock]:
+        plan = self.plan
+        factors = {
+            k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, len(self.ids)) for k, b in blocks.items()
+        }
+        keep = plan.corrected and len(self.ids) == len(self.more) and self._fits(blocks)
+        kept: list[Columns] = []
+        for one, other in self._batches(tuple(blocks), self.ids, (0, 1) if keep else (0,)):
+            for name, factor in factors.items():
+                factor.see(one[name])
+            if keep:
+                kept.append(other)
+        weight = len(self.members) * self._samples
+        for factor in factors.values():
+            self._summed(factor).decompose(len(self.ids) * weight)
+        made = {}
+        if plan.corrected:
+            again = iter(kept) if keep else (other for _, other in self._batches(tuple(blocks), self.more, (1,)))
+            for columns in again:
+                for name, factor in factors.items():
+                    factor.see_squares(columns[name])
+        for name, factor in factors.items():
+            block = self._finished(factor, len(self.more) * weight)
+            if shelf is not None and self.world.rank == 0:
+                shelf.put(name, block)
+            made[name] = block
+        return made
+
+    def _summed(self, factor: BlockFactors) -> BlockFactors:
+        """The moments of every worker's share of the data."""
+        if self.world.size > 1:
+            factor.left.moment = self.world.all_sum(factor.left.moment)
+            factor.right.moment = self.world.all_sum(factor.right.moment)
+            factor.terms = int(self.world.all_sum(torch.tensor(factor.terms)))
+        return factor
+
+    def _finished(self, factor: BlockFactors, count: int) -> KroneckerBlock:
+        assert factor.basis is not None, "decompose() came first"
+        block = factor.basis
+        if self.plan.corrected:
+            assert factor.squares is not None, "every block is seen in every batch"
+            factor.squares = self.world.all_sum(factor.squares)
+            block = factor.corrected(count)
+        if not bool(torch.isfinite(block.values).all()):
+            raise NonFinite(
+                f"The curvature of {factor.name!r} holds NaN or infinity; look for them in weights, data or loss."
+            )
+        return block
+
+    @property
+    def _samples(self) -> int:
+        """Draws that are averaged; enumerated classes and given labels are summed as they are."""
+        fisher = self.plan.fisher
+        return fisher.samples if isinstance(fisher, Fisher) and fisher.samples is not None else 1
+
+    def _fits(self, blocks: Mapping[str, AbstractBlock]) -> bool:
+        """Whether the rows of a whole pass may be kept for a second look."""
+        bytes_each = sum(_held(b, self.columns) * b.reference.element_size() / len(b) for b in blocks.values())
+        return bytes_each * len(self.ids) * len(self.members) <= self.budget.bytes * _KEPT_SHARE
+
+    def _batches(
+        self, names: tuple[str, ...], over: Tensor, draws: tuple[int, ...]
+    ) -> Iterator[tuple[Columns, Columns]]:
+        """For every batch the columns of draw 0 and of draw 1, as far as asked for.
+
+        Both are the same where nothing is drawn.
+        """
+        for checkpoint, derivatives in self.members:
+            with self._weights(checkpoint):
+                for ids, batch in sweep(derivatives.problem, self.wide, over, "curvature factors", self.world):
+                    tape, cotangents = self._cotangents(derivatives, ids, batch, draws)
+                    left = sum(len(c) for c in cotangents)
+                    found: list[Columns] = []
+                    for several in cotangents:
+                        columns = []
+                        for cotangent in several:
+                            left -= 1
+                            columns.append(tape.rows(cotangent, keep_graph=left > 0))
+                        found.append({k: unified([r.blocks[k] for r in columns]) for k in names})
+                    yield found[0], found[-1]
+
+    def _cotangents(
+        self, derivatives: Derivatives, ids: Tensor, batch: Any, draws: tuple[int, ...]
+    ) -> tuple[Tape, list[list[Tensor]]]:
+        """A forward pass, and per draw the columns c of the Fisher matrix's root: E[sum c c^T] is the Hessian."""
+        fisher = self.plan.fisher
+        objective: AbstractObjective = derivatives.objective
+        if isinstance(fisher, EmpiricalFisher):
+            objective = fisher.measure or objective
+        tape = derivatives.tape(batch, len(ids), objective)
+        outputs = tape.outputs.detach()
+        objective.check(outputs, batch, ids)
+        finite_outputs(outputs, ids)
+        if isinstance(fisher, EmpiricalFisher):
+            return tape, [[slopes(objective, tape.outputs, batch, ids)[1]]]
+        assert isinstance(objective, AbstractLikelihood), "_fisher() says so in a sentence first"
+        if not isinstance(fisher, Fisher) or fisher.samples is None:
+            return tape, [list(objective.root(outputs, batch))]
+        made = []
+        for draw in draws:
+            seeds = [draw_seed(fisher.seed, draw * fisher.samples + k) for k in range(fisher.samples)]
+            made.append([objective.sample_cotangent(outputs, batch, Keyed(ids, seed)) for seed in seeds])
+        return tape, made
+
+    def _weights(self, checkpoint: Checkpoint | None) -> AbstractContextManager[None]:
+        model = self.members[0][1].problem.model
+        return nullcontext() if checkpoint is None else at_checkpoint(model, checkpoint)
+
+
+def _numbers(block: AbstractBlock, largest: int) -> int:
+    """What a finished block holds: two bases, and eigenvalues in float64."""
+    o, i = matrix_shape(block.shape)
+    return sum(d * d for d in (o, i) if d <= largest) + 2 * o * i
+
+
+def _workspace(block: AbstractBlock, largest: int) -> int:
+    """What decomposing takes beside it: the longer side four times in float64."""
+    return 8 * max((d * d for d in matrix_shape(block.shape) if d <= largest), default=0)
+
+
+def _uses_of(block: AbstractBlock) -> int:
+    """How many terms an example's gradient is a sum of."""
+    if isinstance(block, Sum):
+        return max(_uses_of(p) for p in block.parts)
+    if isinstance(block, Indexed):
+        return block.index.shape[1]
+    return block.terms if isinstance(block, (Outer, Conv)) else 1
+
+
+def _held(block: AbstractBlock, columns: int) -> int:
+    """Numbers that the columns of one block hold when their input is kept once."""
+    if isinstance(block, Outer):
+        return block.left.numel() * columns + block.right.numel()
+    if isinstance(block, Conv):
+        return block.left.numel() * columns + block.x.numel()
+    return block.numbers * columns

@@ -1,0 +1,284 @@
+"""Statistics of one parameter block: second moments of its two axes, and of its gradients in a basis."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer
+from ...linalg.eigh import eigh
+from ...linalg.kronecker import KroneckerBlock
+
+# Largest temporary, in numbers, while rows are squared or unfolded.
+_PIECE = 1 << 23
+# Moments at least this long are added up in so many panels, to leave out most of the lower triangle.
+_PANELLED, _PANELS = 256, 4
+# Uses of a weight beyond this many times the longer side tell nothing new about a basis: positions are then skipped.
+_USES_PER_SIDE = 64
+
+
+class Sharing(enum.Enum):
+    """How the uses of a shared weight (sequence positions, patches, repeated calls) enter K-FAC's factors.
+
+    Reference: Eschenhagen et al. (2023), "Kronecker-Factored Approximate Curvature for Modern Neural Network
+    Architectures".
+    """
+
+    EXPAND = "expand"
+    """Every use is an example of its own: exact when uses are independent."""
+    REDUCE = "reduce"
+    """Uses are summed first: exact when the layer's input is the same for all uses, or its output is averaged."""
+
+
+class Moments(enum.Enum):
+    """Which second moments give the bases."""
+
+    FACTORS = "layer inputs and output gradients"
+    GRADIENTS = "rows and columns of the gradient matrix"
+
+
+@dataclass(eq=False)
+class Axis:
+    """Second moment of one axis: full, or only its diagonal where the axis is too long (or one-hot)."""
+
+    size: int
+    full: bool
+    moment: Tensor
+
+    @staticmethod
+    def of(size: int, full: bool, like: Tensor) -> Axis:
+        return Axis(size, full, like.new_zeros((size, size) if full else (size,)))
+
+    def add(self, x: Float[Tensor, "m d"], weight: float = 1.0) -> None:
+        """weight * sum_m x x^T; of a full moment only the upper panels: it is symmetric, five eighths of the work."""
+        if not self.full:
+            self.moment.add_(x.square().sum(0), alpha=weight)
+            return
+        step = self.size if self.size < _PANELLED else -(-self.size // _PANELS)
+        for at in range(0, self.size, step):
+            self.moment[at : at + step, at:].addmm_(x[:, at : at + step].T, x[:, at:], alpha=weight)
+
+    def eigen(self, what: str) -> tuple[Tensor | None, Float[Tensor, " d"]]:
+        """Eigenvectors (None: the coordinates themselves) and eigenvalues, clamped at 0, float64."""
+        if not self.full:
+            return None, self.moment.double()
+        upper = self.moment.triu()
+        values, vectors = eigh(upper + upper.triu(1).T, what)
+        return vectors.to(self.moment.dtype), values.clamp_min(0.0)
+
+
+@dataclass(eq=False)
+class BlockFactors:
+    """One block, seen as a matrix [o, i], while it is being measured."""
+
+    name: str
+    left: Axis
+    right: Axis
+    moments: Moments
+    sharing: Sharing
+    stride: int = 1
+    terms: int = 0
+    basis: KroneckerBlock | None = None
+    squares: Tensor | None = None
+
+    @staticmethod
+    def of(
+        name: str, block: AbstractBlock, moments: Moments, sharing: Sharing, largest: int, examples: int
+    ) -> BlockFactors:
+        """Room for one block; axes longer than `largest`, and a vocabulary, keep their coordinates as basis."""
+        o, i = matrix_shape(block.shape)
+        one_hot = isinstance(block, Indexed)
+        left = Axis.of(o, 1 < o <= largest and not one_hot, block.reference)
+        right = Axis.of(i, 1 < i <= largest, block.reference)
+        known = moments if isinstance(block, (Outer, Conv, Indexed)) else Moments.GRADIENTS
+        stride = 1
+        if isinstance(block, (Outer, Conv)) and sharing is Sharing.EXPAND:
+            stride = max(1, min(block.terms, block.terms * examples // (_USES_PER_SIDE * max(o, i))))
+        return BlockFactors(name, left, right, known, sharing, stride)
+
+    def see(self, columns: Sequence[AbstractBlock]) -> None:
+        """Add the rows of one batch to the moments, one block per column of the Fisher matrix's root."""
+        first = columns[0]
+        if isinstance(first, (Outer, Conv)) and self.moments is Moments.FACTORS:
+            for at in _pieces(len(first), first.terms * (self.left.size + self.right.size)):
+                self._see_outers(_outers(columns, at))
+            return
+        for column in columns:
+            if isinstance(column, Indexed):
+                self._see_indexed(column)
+                continue
+            for at in _pieces(len(column), self.left.size * self.right.size):
+                self._see_gradients(column.take(at))
+
+    def _see_outers(self, columns: list[Outer]) -> None:
+        """A layer's input is the same for every column, and is looked at once."""
+        lefts, rights = _distinct([c.left for c in columns]), _distinct([c.right for c in columns])
+        if self.sharing is Sharing.REDUCE:
+            lefts, rights = [x.sum(1, keepdim=True) for x in lefts], [x.mean(1, keepdim=True) for x in rights]
+        # What stands for several positions counts for as many; terms are counted likewise.
+        every = slice(self.stride // 2, None, self.stride)
+        for axis, several in ((self.left, lefts), (self.right, rights)):
+            for x in several:
+                axis.add(x[:, every].flatten(0, 1), float(self.stride))
+        self.terms += (
+            self.stride * lefts[0][:, every].shape[0] * lefts[0][:, every].shape[1] * min(len(lefts), len(rights))
+        )
+
+    def _see_indexed(self, block: Indexed) -> None:
+        """The input is one-hot: its second moment is how often each row of the table is used."""
+        flat = block.index.flatten()
+        self.left.moment.index_add_(0, flat, torch.ones_like(flat, dtype=self.left.moment.dtype))
+        self.right.add(block.values.flatten(0, 1))
+        self.terms += len(flat)
+
+    def _see_gradients(self, block: AbstractBlock) -> None:
+        if isinstance(block, Outer) and block.terms == 1:
+            left, right = block.left[:, 0], block.right[:, 0]
+            self.left.add(left * right.norm(dim=1, keepdim=True))
+            self.right.add(right * left.norm(dim=1, keepdim=True))
+            return
+        dense = block.dense().reshape(len(block), self.left.size, self.right.size)
+        self.left.add(dense.transpose(1, 2).flatten(0, 1))
+        self.right.add(dense.flatten(0, 1))
+
+    def decompose(self, count: int) -> None:
+        """Turn the moments into a basis and K-FAC's eigenvalues of the mean over `count`; the moments are let go."""
+        if self.moments is Moments.GRADIENTS:
+            whole = self.left.moment.diagonal() if self.left.full else self.left.moment
+            weight = float(whole.double().sum())
+        else:
+            weight = float(self.terms)
+        left, first = self.left.eigen(f"the outputs of {self.name!r}")
+        right, second = self.right.eigen(f"the inputs of {self.name!r}")
+        second = second / (count * weight if weight > 0 else 1.0)
+        values = first[:, None] * second[None]
+        self.basis = KroneckerBlock(left, right, values, (first, second))
+        self.left.moment = self.right.moment = values.new_zeros(0)
+
+    def see_squares(self, columns: Sequence[AbstractBlock]) -> None:
+        """Add squared gradients in the basis, summed over columns: EK-FAC's eigenvalues."""
+        assert self.basis is not None, "decompose() comes first"
+        o, i = self.basis.values.shape
+        first = columns[0]
+        if self.squares is None:
+            self.squares = torch.zeros(o, i, dtype=first.reference.dtype, device=first.reference.device)
+        if isinstance(first, (Outer, Conv)):
+            numbers = o * i if first.terms > 1 else o + i
+            for at in _pieces(len(first), numbers + first.terms * (o + i)):
+                self._squares_of_outers(_outers(columns, at))
+            return
+        for column in columns:
+            if isinstance(column, Indexed):
+                self._squares_of_indexed(column)
+                continue
+            for at in _pieces(len(column), o * i):
+                self._add_squares(self.basis.turned(column.take(at)))
+
+    def _squares_of_outers(self, columns: list[Outer]) -> None:
+        assert self.basis is not None and self.squares is not None
+        lefts, rights = _distinct([c.left for c in columns]), _distinct([c.right for c in columns])
+        if columns[0].terms == 1 and min(len(lefts), len(rights)) == 1:
+            # sum_c (Q^T g_c)^2 x (Q^T a)^2: one product for all columns.
+            left = sum(_turn(x[:, 0], self.basis.left).square_() for x in lefts)
+            right = sum(_turn(x[:, 0], self.basis.right).square_() for x in rights)
+            self.squares.addmm_(torch.as_tensor(left).T, torch.as_tensor(right))
+            return
+        if not self.basis.factors_first(columns[0].terms):
+            for column in columns:
+                self._add_squares(self.basis.turned(column))
+            return
+        known = {x.data_ptr(): _turn(x, self.basis.left) for x in lefts}
+        others = {x.data_ptr(): _turn(x, self.basis.right) for x in rights}
+        for column in columns:
+            turned = Outer(known[column.left.data_ptr()], others[column.right.data_ptr()])
+            self._add_squares(turned.dense())
+
+    def _add_squares(self, turned: Float[Tensor, "n o i"]) -> None:
+        assert self.squares is not None
+        flat = turned.reshape(len(turned), -1)
+        # A third of the time of squaring and then summing, which writes the squares out.
+        self.squares += torch.einsum("np,np->p", flat, flat).view_as(self.squares)
+
+    def _squares_of_indexed(self, block: Indexed) -> None:
+        """Only the rows of the table that an example uses have a gradient; repeated uses add up first."""
+        assert self.basis is not None and self.squares is not None
+        n = len(block)
+        key = (torch.arange(n, device=block.index.device)[:, None] * block.size + block.index).flatten()
+        pairs, which = torch.unique(key, return_inverse=True)
+        turned = _turn(block.values.flatten(0, 1), self.basis.right)
+        summed = turned.new_zeros(len(pairs), turned.shape[1]).index_add_(0, which, turned)
+        self.squares.index_add_(0, pairs % block.size, summed.square_())
+
+    def corrected(self, count: int) -> KroneckerBlock:
+        """The basis with the measured eigenvalues E[(Q^T G Q)^2]."""
+        assert self.basis is not None and self.squares is not None
+        return KroneckerBlock(self.basis.left, self.basis.right, self.squares.double() / count)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A block's shape as a matrix: the first axis against all others."""
+    return shape[0], int(torch.Size(shape[1:]).numel())
+
+
+def _turn(x: Tensor, basis: Tensor | None) -> Tensor:
+    return x.clone() if basis is None else x @ basis
+
+
+def _pieces(count: int, numbers_each: int) -> Iterator[slice]:
+    step = max(1, _PIECE // max(1, numbers_each))
+    for at in range(0, count, step):
+        yield slice(at, min(at + step, count))
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor once, where several are the same memory."""
+    found: list[Tensor] = []
+    for x in tensors:
+        if not any(_same(x, y) for y in found):
+            found.append(x)
+    return found
+
+
+def _outers(columns: Sequence[AbstractBlock], at: slice) -> list[Outer]:
+    """The rows `at` of every column with patches unfolded, once per distinct input."""
+    made: list[Outer] = []
+    unfolded: list[tuple[Tensor, Tensor]] = []
+    for column in columns:
+        part = column.take(at)
+        if isinstance(part, Outer):
+            made.append(part)
+            continue
+        assert isinstance(part, Conv)
+        patches = next((p for x, p in unfolded if _same(x, part.x)), None)
+        if patches is None:
+            patches = part.window.patches(part.x)
+            unfolded.append((part.x, patches))
+        made.append(Outer(part.left.flatten(2).mT, patches))
+    return made
+
+
+def unified(columns: Sequence[AbstractBlock]) -> list[AbstractBlock]:
+    """Columns that hold equal inputs made to share them: what is the same is stored, and computed with, once."""
+    first, found = columns[0], list(columns[:1])
+    for column in columns[1:]:
+        if isinstance(first, Outer) and isinstance(column, Outer):
+            left = first.left if _equal(first.left, column.left) else column.left
+            right = first.right if _equal(first.right, column.right) else column.right
+            column = Outer(left, right)
+        elif isinstance(first, Conv) and isinstance(column, Conv) and _equal(first.x, column.x):
+            column = Conv(column.left, first.x, column.window)
+        found.append(column)
+    return found
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and (_same(x, y) or torch.equal(x, y))

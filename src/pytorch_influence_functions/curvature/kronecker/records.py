@@ -1,0 +1,166 @@
+"""K-FAC, EK-FAC and Shampoo: block-diagonal curvature in Kronecker-factored eigenbases.
+
+| record | basis of a layer's gradient G = sum_t g_t a_t^T | eigenvalues |
+|---|---|---|
+| `KFAC` | eigenvectors of E[g g^T] and E[a a^T] (Martens & Grosse 2015) | products of theirs |
+| `EKFAC` | the same | measured: E[(Q_g^T G Q_a)^2] (George et al. 2018, Grosse et al. 2023) |
+| `Shampoo` | eigenvectors of E[G G^T] and E[G^T G] (Gupta et al. 2018) | measured likewise |
+
+Every parameter takes part: tables of embeddings keep their vocabulary as one side of the basis, scales and biases
+that stand alone get their exact small block, and a parameter without a layer rule (attention's stacked projections,
+grouped convolutions) is seen as the matrix it is, through its per-example gradients.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, ClassVar, TypeAlias, final
+
+from ...core.errors import InvalidInput
+from ...gradients.per_example import Derivatives
+from ...linalg.operator import AbstractSymmetric
+from ...problem.checkpoints import Checkpoint
+from ..base import AbstractCurvature, Budget, Form
+from ..exact import GGN, EmpiricalFisher, Fisher
+from .fit import Fit, Plan
+from .moments import Moments, Sharing
+
+Gradients: TypeAlias = GGN | Fisher | EmpiricalFisher
+
+
+class AbstractKronecker(AbstractCurvature):
+    """What K-FAC, EK-FAC and Shampoo have in common: how they are fitted."""
+
+    forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL,)
+
+    @property
+    @abstractmethod
+    def plan(self) -> Plan:
+        """What is measured, on what, and where it is kept."""
+
+    def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
+        return self.mean_of([(None, derivatives)], form, budget)
+
+    def mean_of(
+        self, members: Sequence[tuple[Checkpoint | None, Derivatives]], form: Form, budget: Budget
+    ) -> AbstractSymmetric:
+        """The curvature of the mean over checkpoints: statistics are added up before anything is decomposed."""
+        self.require(form)
+        return Fit(self.plan, list(members), budget).run()
+
+
+@final
+@dataclass(frozen=True)
+class EKFAC(AbstractKronecker):
+    r"""Eigenvalue-corrected Kronecker-factored curvature: the best block-diagonal curvature in a Kronecker basis.
+
+    For a layer with gradient G = sum_t g_t a_t^T the basis is Q_g x Q_a, the eigenvectors of E[g g^T] and E[a a^T],
+    and the eigenvalues are the second moments of the gradient in that basis, Lambda = E[(Q_g^T G Q_a)^2]: no other
+    choice of eigenvalues in this basis is closer to the layer's Gauss-Newton block in the Frobenius norm. Labels are
+    enumerated where they are few (`GGN()`), else drawn from the model, *independently* for basis and eigenvalues:
+    drawn once, the eigenvalues would be fitted to the basis' own noise.
+
+    Cost: one forward and a few backward passes over `examples`, plus a decomposition of d^3 per side of length d.
+
+    Args:
+        fisher: whose gradients are measured: `GGN()` (exact, classes enumerated), `Fisher(samples=k)`,
+            `EmpiricalFisher()` (the given labels; cheap, and not a curvature once the model fits); `None`: exact for
+            at most 16 outputs without weight sharing, else `Fisher(samples=1)`.
+        sharing: how the uses of a shared weight enter the basis: `Sharing.EXPAND` or `Sharing.REDUCE`.
+        examples: how many training examples to measure on, evenly spaced; `None`: as many as the basis needs.
+        largest: sides longer than this keep their coordinates as basis instead of being decomposed.
+        folder: where finished blocks are kept (safetensors), found again by weights, data, objective and settings; an
+            interrupted fit goes on with the blocks that are missing, and blocks larger than memory are fitted in turn.
+
+    Raises (when fitted):
+        NotLikelihood: the loss has no Fisher matrix and no other gradients were asked for.
+        TooLarge: the factors are above the memory bound and there is no `folder`.
+
+    References: George et al. (2018); Grosse et al. (2023), "Studying Large Language Model Generalization with
+    Influence Functions".
+
+    >>> EKFAC(examples=1000).examples
+    1000
+    """
+
+    fisher: Gradients | None = None
+    sharing: Sharing = Sharing.EXPAND
+    examples: int | None = None
+    largest: int = 8192
+    folder: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(Moments.FACTORS, self.sharing, True, self.fisher, self.examples, self.largest, self.folder)
+
+
+@final
+@dataclass(frozen=True)
+class KFAC(AbstractKronecker):
+    r"""Kronecker-factored curvature: each layer's Gauss-Newton block as E[a a^T] x E[g g^T].
+
+    Exact for deep linear networks with squared error, for one example, and wherever inputs and output gradients are
+    independent; elsewhere `EKFAC` is closer to the Gauss-Newton matrix in the same basis, for one more look at the
+    gradients. Arguments as for `EKFAC`.
+
+    References: Martens & Grosse (2015); Grosse & Martens (2016) for convolutions; Eschenhagen et al. (2023) for shared
+    weights.
+    """
+
+    fisher: Gradients | None = None
+    sharing: Sharing = Sharing.EXPAND
+    examples: int | None = None
+    largest: int = 8192
+    folder: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(Moments.FACTORS, self.sharing, False, self.fisher, self.examples, self.largest, self.folder)
+
+
+@final
+@dataclass(frozen=True)
+class Shampoo(AbstractKronecker):
+    r"""Shampoo's bases, the eigenvectors of E[G G^T] and E[G^T G], with measured eigenvalues as in `EKFAC`.
+
+    Needs the whole gradient matrix of every example, so shared weights cost more than under `EKFAC`. Arguments as for
+    `EKFAC`.
+
+    References: Gupta et al. (2018); Vyas et al. (2024) for the eigenvalue correction.
+    """
+
+    fisher: Gradients | None = None
+    examples: int | None = None
+    largest: int = 8192
+    folder: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(Moments.GRADIENTS, Sharing.EXPAND, True, self.fisher, self.examples, self.largest, self.folder)
+
+
+def _check(given: Any) -> None:
+    name = type(given).__name__
+    if given.fisher is not None and not isinstance(given.fisher, (GGN, Fisher, EmpiricalFisher)):
+        raise InvalidInput(
+            f"{name}(fisher={given.fisher!r}) does not say whose gradients are measured; pass GGN() for the exact "
+            "Fisher, Fisher(samples=1) for sampled labels, or EmpiricalFisher()."
+        )
+    if not isinstance(getattr(given, "sharing", Sharing.EXPAND), Sharing):
+        raise InvalidInput(f"{name}(sharing={given.sharing!r}) must be Sharing.EXPAND or Sharing.REDUCE.")
+    for field in ("examples", "largest"):
+        value = getattr(given, field)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise InvalidInput(f"{name}({field}={value!r}) must be a whole number of at least 1.")

@@ -1,0 +1,1 @@
+"""Per-example gradients, and products with them that are never written out."""

@@ -1,0 +1,286 @@
+"""Products that need no per-example gradient: directional derivatives, Gauss-Newton and Hessian products.
+
+* `losses_along`: <grad loss_n, v_q> for every example and direction by forward mode: one forward pass
+  along each solved query scores a whole batch, for any architecture (Pearlmutter 1994).
+* `ggn_product`: sum_n J_n^T H_n J_n v, `hessian_product`: sum_n (d^2 loss_n) v, for many v at once.
+
+Forward mode (`torch.func.jvp` under `vmap`) is used where every operation of the model has it; otherwise
+the same numbers come from reverse mode twice, one direction at a time.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+
+from ..core.errors import InvalidInput
+from ..linalg.rows import Rows
+from ..objectives.base import AbstractLikelihood, AbstractObjective
+from ..objectives.likelihoods import TokenCrossEntropy
+from ..problem.model_state import double_backward_safe, preserved
+from .per_example import Derivatives, tolerance
+from .vjp import at, detached, grads, quiet
+
+log = logging.getLogger("pytorch_influence_functions")
+
+# Directions pushed through the model together: bounds the activations held at once.
+DIRECTIONS = 16
+
+Tree = dict[str, Tensor]
+
+
+class Way(enum.Enum):
+    """How a model is pushed forward along a direction; the first that passes the check is used."""
+
+    FORWARD = "forward mode"
+    REVERSE = "reverse mode twice"
+    ROWS = "per-example gradients"
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """Matrix-free derivative products of one problem. `Products.of` finds out what the model supports."""
+
+    derivatives: Derivatives
+    way: Way
+
+    @staticmethod
+    def of(derivatives: Derivatives, batch: Any, n: int) -> Products:
+        """Compare J v from each way with the verified rows on one batch, and take the first that agrees.
+
+        An operation may lack a forward derivative, or have one that disagrees with its backward (padding rows of an
+        embedding, for one): both are found here rather than in the scores.
+        """
+        space = derivatives.space
+        generator = torch.Generator().manual_seed(0)
+        like = next(iter(space.values(derivatives.problem.model).values()))
+        v = space.rows(torch.randn(1, space.size, generator=generator, dtype=torch.float64).to(like))
+        tape = derivatives.tape(batch, n)
+        c = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
+        with preserved(derivatives.problem.model, space.names):
+            want = tape.rows(c).inner(v)[:, 0]
+        for way in (Way.FORWARD, Way.REVERSE):
+            made = Products(derivatives, way)
+            try:
+                moved = made._push(batch, v)
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
+                log.info("No %s for this model: %s", way.value, _short(reason))
+                continue
+            gap = ((moved * c).flatten(1).sum(1) - want).norm()
+            if bool(gap <= tolerance(like.dtype) * (want.norm() + 1e-6 * moved.norm() * c.norm())):
+                return made
+            log.info("The %s of this model disagrees with its backward pass; it is not used.", way.value)
+        return Products(derivatives, Way.ROWS)
+
+    def losses_along(
+        self, ids: Tensor, batch: Any, directions: Rows, objective: AbstractObjective | None = None
+    ) -> Float[Tensor, "n q"]:
+        """<gradient of example n's loss, direction q>, without writing any gradient out."""
+        objective = objective or self.derivatives.objective
+        if self.way is Way.ROWS:
+            return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
+        found = self._pushed(
+            lambda p: objective.losses(objective.outputs(at(self._model, p), batch), batch), directions
+        )
+        return found.T
+
+    def token_losses_along(self, batch: Any, directions: Rows) -> Float[Tensor, "q n l"]:
+        """<gradient of each token's part of the loss, direction q>; the objective is a `TokenCrossEntropy`.
+
+        Raises:
+            InvalidInput: neither forward mode nor reverse mode twice works for this model.
+        """
+        objective = self.derivatives.objective
+        assert isinstance(objective, TokenCrossEntropy), "token_scores() says so in a sentence first"
+        if self.way is Way.ROWS:
+            raise InvalidInput(
+                "Tokens cannot be told apart in this model: an operation of it has no forward derivative and no "
+                "double backward; replace it (for attention: the math backend), or use score()."
+            )
+        return self._pushed(
+            lambda p: objective.token_losses(objective.outputs(at(self._model, p), batch), batch), directions
+        )
+
+    def _pushed(self, f: Callable[[Tree], Tensor], directions: Rows) -> Tensor:
+        """The derivative of f along every direction, [q, *shape of f]."""
+        tree = self.derivatives.space.to_parameters(directions)
+        with preserved(self._model, self._names), double_backward_safe(self._model):
+            here = self._here
+            if self.way is Way.FORWARD:
+                push = vmap(lambda v: jvp(f, (here,), (v,))[1], chunk_size=DIRECTIONS, randomness="different")
+                with quiet():
+                    return cast(Tensor, push(tree))
+            return torch.stack([_push_by_reverse(f, here, v)[1] for v in _each(tree)])
+
+    def ggn_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
+        """sum over the batch of J^T (d^2 loss / d outputs^2) J v, for every direction."""
+        objective = self.derivatives.objective
+        assert isinstance(objective, AbstractLikelihood), "GGN() says so in a sentence first"
+        if self.way is Way.ROWS:
+            return self._ggn_by_rows(ids, batch, directions, objective)
+        tree = self.derivatives.space.to_parameters(directions)
+        with preserved(self._model, self._names), double_backward_safe(self._model), quiet():
+            here = self._here
+
+            def outputs(p: Tree) -> Tensor:
+                return objective.outputs(at(self._model, p), batch)
+
+            if self.way is Way.FORWARD:
+                f, pull = vjp(outputs, here)  # type: ignore[misc]
+
+                def product(v: Tree) -> Tree:
+                    moved = jvp(outputs, (here,), (v,))[1]
+                    return cast(Tree, pull(objective.hessian_product(f, batch, moved))[0])
+
+                return self._rows(vmap(product, chunk_size=DIRECTIONS, randomness="different")(tree))
+            made = []
+            for v in _each(tree):
+                f, moved = _push_by_reverse(outputs, here, v)
+                made.append(_pull(outputs, here, objective.hessian_product(f, batch, moved)))
+            return self._rows(_stack(made))
+
+    def hessian_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
+        """sum over the batch of (d^2 loss) v, for every direction."""
+        objective = self.derivatives.objective
+        tree = self.derivatives.space.to_parameters(directions)
+        with preserved(self._model, self._names), double_backward_safe(self._model), quiet():
+            here = self._here
+
+            def total(p: Tree) -> Tensor:
+                return objective.losses(objective.outputs(at(self._model, p), batch), batch).sum()
+
+            if self.way is Way.FORWARD and len(directions) > 1:
+                product = vmap(
+                    lambda v: jvp(grad(total), (here,), (v,))[1], chunk_size=DIRECTIONS, randomness="different"
+                )
+                return self._rows(product(tree))
+            return self._rows(_stack([_hessian_by_reverse(total, here, v) for v in _each(tree)]))
+
+    def check_hessian(self, ids: Tensor, batch: Any) -> None:
+        """Refuse a model whose second derivatives cannot be had, or are not symmetric.
+
+        Some operations' double backward is missing, and some are wrong (the parametrised weight norm of torch 2.13 on
+        the CPU, by 45 %): <u, H v> = <v, H u> tells, at the price of one product.
+        """
+        space = self.derivatives.space
+        like = next(iter(space.values(self._model).values()))
+        flat = torch.randn(2, space.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(like)
+        try:
+            products = self.hessian_product(ids, batch, space.rows(flat)).flat()
+            alone = self.hessian_product(ids, batch, space.rows(flat[:1])).flat()[0]
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as reason:
+            raise InvalidInput(
+                f"Hessian() needs second derivatives, and an operation of this model has none ({_short(reason)}); "
+                "use GGN() or EmpiricalFisher()."
+            ) from reason
+        # In units of the largest entry: a loss that is nearly linear here has entries whose squares are zero.
+        unit = products.abs().max().clamp_min(torch.finfo(like.dtype).tiny)
+        products, alone = products / unit, alone / unit
+        uhv, vhu = (products @ flat.T)[0, 1], (products @ flat.T)[1, 0]
+        scale = (products.norm(dim=1) * flat.norm(dim=1)).max()
+        bound = tolerance(like.dtype) * scale
+        if bool((uhv - vhu).abs() > bound) or bool((alone - products[0]).norm() > bound):
+            raise InvalidInput(
+                f"The second derivative of this model is not symmetric (u.Hv = {float(uhv * unit):.4g}, "
+                f"v.Hu = {float(vhu * unit):.4g}): an operation's double backward is wrong in this version of "
+                "PyTorch; use GGN() instead of Hessian()."
+            )
+
+    def _push(self, batch: Any, directions: Rows) -> Tensor:
+        """J v for a single direction."""
+        v = _each(self.derivatives.space.to_parameters(directions))[0]
+        objective = self.derivatives.objective
+        with preserved(self._model, self._names), double_backward_safe(self._model), quiet():
+
+            def outputs(p: Tree) -> Tensor:
+                return objective.outputs(at(self._model, p), batch)
+
+            if self.way is Way.FORWARD:
+                pushed = vmap(lambda w: jvp(outputs, (self._here,), (w,))[1], randomness="different")
+                return cast(Tensor, pushed({k: x[None] for k, x in v.items()}))[0]
+            return _push_by_reverse(outputs, self._here, v)[1]
+
+    def _ggn_by_rows(self, ids: Tensor, batch: Any, directions: Rows, objective: AbstractLikelihood) -> Rows:
+        tape = self.derivatives.tape(batch, len(ids))
+        total = torch.zeros_like(directions.flat())
+        root = objective.root(tape.outputs.detach(), batch)
+        for k, column in enumerate(root):
+            rows = tape.rows(column, keep_graph=k + 1 < len(root))
+            total += rows.combine(rows.inner(directions).T).flat()
+        return self.derivatives.space.rows(total)
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        return self.derivatives.problem.model
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.derivatives.space.names
+
+    @property
+    def _here(self) -> Tree:
+        return detached(self._model, self._names)
+
+    def _rows(self, tree: Tree) -> Rows:
+        return self.derivatives.space.from_parameters(tree)
+
+
+def _short(reason: BaseException) -> str:
+    text = str(reason).strip().splitlines()
+    return text[0][:120] if text else type(reason).__name__
+
+
+def _each(tree: Tree) -> list[Tree]:
+    count = len(next(iter(tree.values())))
+    return [{k: v[q] for k, v in tree.items()} for q in range(count)]
+
+
+def _stack(trees: list[Tree]) -> Tree:
+    return {k: torch.stack([t[k] for t in trees]) for k in trees[0]}
+
+
+def _leaves(here: Tree) -> Tree:
+    return {k: v.detach().requires_grad_() for k, v in here.items()}
+
+
+def _pull(f: Callable[[Tree], Tensor], here: Tree, cotangent: Tensor) -> Tree:
+    """J^T c by one backward pass."""
+    leaves = _leaves(here)
+    with torch.enable_grad():
+        found = grads(f(leaves), list(leaves.values()), cotangent)
+    return _filled(leaves, found)
+
+
+def _push_by_reverse(f: Callable[[Tree], Tensor], here: Tree, v: Tree) -> tuple[Tensor, Tensor]:
+    """(f, J v) by differentiating u -> <J^T u, v>, which is linear in u."""
+    leaves = _leaves(here)
+    with torch.enable_grad():
+        out = f(leaves)
+        dummy = torch.zeros_like(out, requires_grad=True)
+        pulled = grads(out, list(leaves.values()), dummy, create_graph=True)
+        inner = [(g * v[k]).sum() for k, g in zip(leaves, pulled, strict=True) if g is not None]
+        moved = torch.autograd.grad(torch.stack(inner).sum(), dummy)[0]
+    return out.detach(), moved.detach()
+
+
+def _hessian_by_reverse(total: Callable[[Tree], Tensor], here: Tree, v: Tree) -> Tree:
+    leaves = _leaves(here)
+    with torch.enable_grad():
+        first = grads(total(leaves), list(leaves.values()), create_graph=True)
+        inner = [(g * v[k]).sum() for k, g in zip(leaves, first, strict=True) if g is not None and g.requires_grad]
+        if not inner:
+            return {k: torch.zeros_like(x) for k, x in here.items()}
+        found = grads(torch.stack(inner).sum(), list(leaves.values()))
+    return _filled(leaves, found)
+
+
+def _filled(leaves: Tree, found: tuple[Tensor | None, ...]) -> Tree:
+    return {k: torch.zeros_like(leaves[k]) if g is None else g.detach() for k, g in zip(leaves, found, strict=True)}

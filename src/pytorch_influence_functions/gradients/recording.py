@@ -1,0 +1,118 @@
+"""One forward pass remembered: module inputs, and the graph edges at module outputs.
+
+Only what per-example gradients need is kept. The backward pass then runs to module *outputs*, never
+to weights, so no weight gradient is ever computed: two thirds of an ordinary training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..core.errors import InfluenceError
+from ..linalg.blocks import AbstractBlock, add
+from .layer_rules import Layout, Part, Rule, fold, rows_first
+from .vjp import grads
+
+
+@dataclass(frozen=True)
+class HookedLayer:
+    """A module with a rule: which blocks it feeds, and where the examples sit at each of its calls."""
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    parts: Mapping[str, Part]
+    layouts: tuple[Layout, ...] = ()
+
+
+@dataclass
+class Call:
+    """One call of one site."""
+
+    site: HookedLayer
+    x: Tensor
+    version: int
+    edge: GradientEdge
+    layout: Layout
+
+
+@dataclass
+class Capture:
+    """The calls of one forward pass over `n` examples."""
+
+    n: int
+    calls: list[Call] = field(default_factory=list)
+    shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+
+    def rows(self, outputs: Tensor, cotangent: Tensor, keep_graph: bool) -> dict[str, AbstractBlock]:
+        """Blocks of J_n^T c_n for every site; `cotangent` has the shape of `outputs`."""
+        if not self.calls:
+            return {}
+        found = grads(outputs, [c.edge for c in self.calls], cotangent.to(outputs.dtype), retain_graph=keep_graph)
+        blocks: dict[str, AbstractBlock] = {}
+        for call, g in zip(self.calls, found, strict=True):
+            if g is None:
+                continue
+            if call.x._version != call.version:
+                raise InfluenceError(
+                    f"The input of layer {call.site.name!r} was changed in place after the layer had read it; "
+                    "replace the in-place operation that follows it."
+                )
+            x, g = rows_first(call.x, call.layout), rows_first(g.detach(), call.layout)
+            if call.layout == "shared":
+                x = x.expand(self.n, *x.shape[1:])
+            for block, part in call.site.parts.items():
+                new = fold(call.site.rule(call.site.module, x, g, part), self.n)
+                blocks[block] = add(blocks[block], new) if block in blocks else new
+        return blocks
+
+
+def _spread(output: Tensor, n: int) -> Tensor:
+    """An output that is the same for all examples, given an axis for them so that its gradient has one too."""
+    return output.expand(n, *output.shape[1:])
+
+
+@contextmanager
+def recording(sites: Mapping[str, HookedLayer], n: int, plan_only: bool = False) -> Iterator[Capture]:
+    """Hook the sites for the forward passes inside the block; hooks are gone afterwards whatever happens.
+
+    With `plan_only` nothing but input shapes is noted: what `layers.layout_of` needs.
+    """
+    made = Capture(n)
+    handles = []
+
+    def hook(site: HookedLayer) -> Any:
+        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+                return None
+            seen = made.shapes.setdefault(site.name, [])
+            seen.append(tuple(x.shape))
+            if plan_only or not output.requires_grad or len(seen) > len(site.layouts):
+                return None
+            layout = site.layouts[len(seen) - 1]
+            changed = None
+            if layout == "shared":
+                if x.dim() == 0 or x.shape[0] != 1 or output.shape[0] != 1:
+                    x, output = x.unsqueeze(0), output.unsqueeze(0)
+                changed = output = _spread(output, n)
+            x = x.detach()
+            made.calls.append(Call(site, x, x._version, get_gradient_edge(output), layout))
+            return changed
+
+        return remember
+
+    try:
+        for site in sites.values():
+            # prepend: a user's own forward hook must not come between the layer and its recorded output
+            handles.append(site.module.register_forward_hook(hook(site), prepend=True, with_kwargs=True))
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()

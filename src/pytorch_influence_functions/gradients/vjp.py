@@ -1,0 +1,88 @@
+"""The model as a function of its parameters, and batches taken apart example by example."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from ..objectives.base import AbstractObjective
+from ..problem.data import map_tensors, tensors_of
+
+
+def at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """The model as a callable, with the named parameters replaced; the module itself is not touched."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, dict(parameters), args, kwargs)
+
+    return call
+
+
+def detached(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The named parameters, detached."""
+    found = dict(model.named_parameters())
+    return {k: found[k].detach() for k in names}
+
+
+def per_example_vjp(
+    model: nn.Module,
+    objective: AbstractObjective,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    cotangent: Tensor,
+    chunk: int | None,
+) -> dict[str, Tensor]:
+    """Rows J_n^T c_n over `parameters`, shape [n, *shape] each, by `torch.func.vmap`."""
+    n = cotangent.shape[0]
+    moving = [t for _, t in tensors_of(batch) if t.dim() > 0 and t.shape[0] == n]
+
+    def one(c: Tensor, *parts: Tensor) -> dict[str, Tensor]:
+        taken = iter(parts)
+        one_batch = map_tensors(batch, lambda t: next(taken).unsqueeze(0) if t.dim() > 0 and t.shape[0] == n else t)
+
+        def f(p: dict[str, Tensor]) -> Tensor:
+            return objective.outputs(at(model, p), one_batch).reshape(c.shape)
+
+        _, pull = vjp(f, dict(parameters))  # type: ignore[misc]
+        result: dict[str, Tensor] = pull(c)[0]
+        return result
+
+    with quiet():
+        rows: dict[str, Tensor] = vmap(one, randomness="different", chunk_size=chunk)(cotangent, *moving)
+    return {k: v.detach() for k, v in rows.items()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's remarks that some operation is batched slowly: nothing a user could act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*performance drop.*", category=UserWarning)
+        yield
+
+
+def grads(
+    outputs: Tensor,
+    inputs: Sequence[Any],
+    cotangent: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` over tensors or graph edges; None where an input plays no part."""
+    # Not through grad_outputs: checking those makes torch import its symbolic shapes, a second at the first call.
+    root = outputs if cotangent is None else (outputs * cotangent).sum()
+    found = torch.autograd.grad(
+        root, list(inputs), retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+    )
+    return cast("tuple[Tensor | None, ...]", found)
+
+
+def weighted_gradient(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """J^T c over the parameters; zeros where a parameter plays no part."""
+    found = grads(outputs, parameters, cotangent)
+    return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]

@@ -1,0 +1,1 @@
+"""A method fitted to a problem, and the pass that turns queries into scores."""

@@ -1,0 +1,126 @@
+"""What is refused at the door, in the words of the one who called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..core.errors import InvalidInput, NonFinite
+from ..curvature.base import AbstractCurvature
+from ..problem.problem import Problem
+from ..solvers.auto import Auto
+from ..solvers.base import AbstractSolver
+from ..solvers.blockwise import Blockwise
+from .scaling import AbstractScaling
+
+
+def check_parts(spec: Any) -> None:
+    """Refuse classes and names where an instance is needed: they would fail later, far from here."""
+    expected: dict[str, tuple[type | tuple[type, ...], str]] = {
+        "curvature": (AbstractCurvature, "a curvature such as GGN()"),
+        "solver": ((AbstractSolver, Auto), "a solver such as CG() or Auto()"),
+        "preconditioner": (AbstractCurvature, "a curvature such as GGN()"),
+        "scaling": (AbstractScaling, "Raw() or Leverage()"),
+    }
+    for name, (kinds, words) in expected.items():
+        given = getattr(spec, name)
+        if isinstance(given, kinds) or (given is None and name in ("curvature", "preconditioner")):
+            continue
+        if isinstance(given, type):
+            raise InvalidInput(f"{name}= is the class {given.__name__}; write {given.__name__}(), an instance.")
+        raise InvalidInput(f"{name}= must be {words}, got {given!r} of type {type(given).__name__}.")
+    if spec.damping is not None and isinstance(spec.solver, Blockwise) and spec.solver.damps_itself:
+        raise InvalidInput(
+            f"damping={spec.damping!r} would do nothing: every group of Blockwise(groups=...) has its own damping; "
+            "leave one of the two out."
+        )
+
+
+def as_weights(given: Any) -> tuple[float, ...] | None:
+    """One number per checkpoint.
+
+    Raises:
+        InvalidInput: something else was given.
+    """
+    if given is None:
+        return None
+    try:
+        found = tuple(float(w) for w in given)
+    except (TypeError, ValueError) as cause:
+        raise InvalidInput(
+            f"weights={given!r} must be one number per checkpoint, such as (0.1, 0.1, 0.01), or None for their mean."
+        ) from cause
+    if not found or not all(math.isfinite(w) for w in found) or not any(found):
+        raise InvalidInput(f"weights={given!r} must be finite numbers, one per checkpoint, and not all zero.")
+    return found
+
+
+def check_weights_fit(weights: tuple[float, ...] | None, checkpoints: int) -> None:
+    """Refuse weights that are not one per checkpoint (one for the model alone).
+
+    Raises:
+        InvalidInput: their number differs.
+    """
+    members = max(1, checkpoints)
+    if weights is not None and len(weights) != members:
+        there = f"{checkpoints} checkpoints" if checkpoints else "no checkpoints, only the model itself"
+        raise InvalidInput(
+            f"There are {len(weights)} weights and the problem has {there}; give {members} "
+            f"weight{'' if members == 1 else 's'}, or pass the checkpoints with checkpoints=."
+        )
+
+
+def check_problem(problem: Any) -> None:
+    """Refuse what is no problem, or has too few examples for a removal to mean anything."""
+    if not isinstance(problem, Problem):
+        raise InvalidInput(
+            f"fit() and forecast() take a Problem, got {type(problem).__name__}; write "
+            "Problem(model, loss, train), or call ptif.attribute(model, train, queries)."
+        )
+    if len(problem) < 2:
+        raise InvalidInput(
+            f"The training data hold {len(problem)} example, expected at least 2: removing the only one leaves nothing "
+            "to train on; give the whole training set."
+        )
+
+
+def check_top(top: Any) -> None:
+    """Refuse a `top` that is no whole number of at least 1.
+
+    Raises:
+        InvalidInput: it is not.
+    """
+    if top is None:
+        return
+    if isinstance(top, bool) or not isinstance(top, int):
+        raise InvalidInput(f"top={top!r} is no whole number; give how many examples to keep, or None for all scores.")
+    if top < 1:
+        raise InvalidInput(f"top={top} keeps nothing; give at least 1, or None for all scores.")
+
+
+_SMALL = ("The", "A", "Label", "Target", "Item", "Array", "Arrays", "Reading", "Index")
+
+
+@contextmanager
+def in_queries() -> Iterator[None]:
+    """Say that an index or shape speaks of the queries: the same sentence would be read as the training data's."""
+    try:
+        yield
+    except (InvalidInput, NonFinite) as error:
+        words = str(error)
+        if not words.startswith("In the queries"):
+            plain = words.split(" ", 1)[0] in _SMALL
+            error.args = (f"In the queries, {words[0].lower() + words[1:] if plain else words}",)
+        raise
+
+
+@contextmanager
+def of_measure() -> Iterator[None]:
+    """What is wrong with a measure is not said of the loss."""
+    try:
+        yield
+    except (InvalidInput, NonFinite) as error:
+        error.args = (str(error).replace("The loss", "The measure", 1),)
+        raise

@@ -1,0 +1,69 @@
+"""Which tokens of a training text carry its score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.distributed import World
+from ..core.errors import InvalidInput, name_ids
+from ..gradients.per_example import Derivatives
+from ..gradients.products import Products
+from ..linalg.dual_solution import DualSolution
+from ..linalg.rows import Rows
+from ..objectives.likelihoods import TokenCrossEntropy
+from ..problem.problem import Problem, sweep
+from .scaling import AbstractScaling
+
+
+class TokenScores:
+    """Sums over checkpoints of weight / N <x_q, gradient of each token's part of the loss>, for chosen examples."""
+
+    def __init__(self, problem: Problem, ids: Any, n_queries: int) -> None:
+        self.problem, self.ids, self.n_queries = problem, _checked(ids, len(problem)), n_queries
+        self.values: dict[int, Tensor] = {}
+
+    def add(self, d: Derivatives, at: Tensor, solved: Rows | DualSolution, weight: float) -> None:
+        """One more group of solved queries, at the model's present weights."""
+        directions = solved.rows() if isinstance(solved, DualSolution) else solved
+        products: Products | None = None
+        # One by one: texts differ in length, and few are asked for.
+        for i in self.ids:
+            for ids, batch in sweep(self.problem, ids=[i], label="tokens", world=World()):
+                products = products or Products.of(d, batch, len(ids))
+                found = products.token_losses_along(batch, directions)[:, 0].double().cpu()
+                total = self.values.setdefault(i, torch.zeros(self.n_queries, found.shape[1], dtype=torch.float64))
+                total[at] += found * (weight / len(self.problem))
+
+
+def check_tokens(d: Derivatives, scaling: AbstractScaling) -> None:
+    """Refuse what has no tokens, or no direction to follow.
+
+    Raises:
+        InvalidInput: the training loss is not a `TokenCrossEntropy`, or gradients are projected or rescaled.
+    """
+    if not isinstance(d.objective, TokenCrossEntropy):
+        raise InvalidInput(
+            f"token_scores() needs a loss that is a sum over tokens, TokenCrossEntropy(), and the training loss is "
+            f"{d.objective!r}; use score()."
+        )
+    if d.projector is not None:
+        raise InvalidInput("Projected gradients cannot be followed back to tokens; use a method without projection=.")
+    if not scaling.first_order:
+        raise InvalidInput(f"{scaling!r} rescales whole examples, not tokens; use scaling=Raw().")
+
+
+def _checked(ids: Any, n: int) -> list[int]:
+    try:
+        found = torch.as_tensor(ids if isinstance(ids, (Tensor, Sequence)) else list(ids)).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise InvalidInput(f"ids={ids!r} are no positions in the training dataset; give integers.") from cause
+    if found.numel() == 0 or found.dtype.is_floating_point or found.dtype == torch.bool:
+        raise InvalidInput(f"ids={ids!r} are no positions in the training dataset; give at least one integer.")
+    outside = [i for i in found.tolist() if not 0 <= i < n]
+    if outside:
+        raise InvalidInput(f"Index {name_ids(outside)} is outside the {n} training examples; count from 0.")
+    return [int(i) for i in dict.fromkeys(found.tolist())]

@@ -1,0 +1,1 @@
+"""Vectors and linear maps in parameter space; nothing here knows a model."""

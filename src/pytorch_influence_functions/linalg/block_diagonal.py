@@ -1,0 +1,55 @@
+"""C with nothing between groups of blocks: each group's own operator, over its own part of the space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+from ..core.errors import InvalidInput
+from .operator import AbstractSymmetric
+from .rows import Rows
+from .space import Space
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class BlockDiagonal(AbstractSymmetric):
+    """C = diag(C_1, ..., C_G): `parts` are operators over disjoint groups of blocks that together are the space.
+
+    Raises `InvalidInput` when a block is in no part or in several.
+    """
+
+    space: Space
+    parts: Mapping[str, AbstractSymmetric]
+
+    def __post_init__(self) -> None:
+        names = [name for part in self.parts.values() for name in part.space.blocks]
+        if sorted(names) != sorted(self.space.blocks):
+            raise InvalidInput(f"Groups over the blocks {names} do not divide the blocks {list(self.space.blocks)}.")
+
+    def apply(self, rows: Rows) -> Rows:
+        return joined(self.space, (part.apply(part_of(rows, part.space)) for part in self.parts.values()))
+
+    def block_means(self) -> dict[str, float]:
+        found = {k: mean for part in self.parts.values() for k, mean in part.block_means().items()}
+        return {k: found[k] for k in self.space.blocks}
+
+
+def subspace(space: Space, names: Iterable[str]) -> Space:
+    """Some blocks of a space, in its order."""
+    wanted = set(names)
+    blocks = {k: b for k, b in space.blocks.items() if k in wanted}
+    held = {p for b in blocks.values() for p in b.parameters}
+    return Space(blocks, {k: shape for k, shape in space.shapes.items() if k in held})
+
+
+def part_of(rows: Rows, space: Space) -> Rows:
+    """The blocks of `rows` that `space` holds."""
+    return Rows({k: rows.blocks[k] for k in space.blocks})
+
+
+def joined(space: Space, parts: Iterable[Rows]) -> Rows:
+    """Rows over several parts of a space, put together in its order."""
+    found = {k: block for part in parts for k, block in part.blocks.items()}
+    return Rows({k: found[k] for k in space.blocks})

@@ -1,0 +1,96 @@
+"""Dense symmetric matrices over the flattened space, and their eigendecompositions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.errors import InvalidInput, NonFinite
+from .operator import AbstractSpectral, Cache, cache_field, diagonal, means_of_diagonal
+from .rows import Rows
+from .space import Space
+
+
+@dataclass(frozen=True, eq=False)
+class Eigen(AbstractSpectral):
+    """C = Q diag(lam) Q^T over the flattened space, kept in that form: Q [P, P] and lam [P], both float64."""
+
+    space: Space
+    vectors: Float[Tensor, "p p"]
+    values: Float[Tensor, " p"]
+
+    def apply(self, rows: Rows) -> Rows:
+        flat = rows.flat()
+        out = (flat.to(self.vectors) @ self.vectors * self.values) @ self.vectors.T
+        return self.space.rows(out.to(flat))
+
+    def block_means(self) -> dict[str, float]:
+        return means_of_diagonal(self.space, self.vectors.square() @ self.values)
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> Eigen:
+        return Eigen(self.space, self.vectors, f(self.values))
+
+    def shifted(self, decay: Mapping[str, float]) -> Eigen:
+        dense = (self.vectors * self.values) @ self.vectors.T
+        values, vectors = torch.linalg.eigh(dense + diagonal(self.space, decay).to(dense).diag())
+        return Eigen(self.space, vectors, values)
+
+    def extremes(self) -> tuple[float, float]:
+        return float(self.values.min()), float(self.values.max())
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix(AbstractSpectral):
+    """A dense symmetric matrix over the flattened space; its eigenvalues are computed once, when first asked
+    for.
+
+    Raises `InvalidInput` for a wrong shape, `NonFinite` for NaN or infinity.
+    """
+
+    space: Space
+    matrix: Float[Tensor, "p p"]
+    _known: Cache = cache_field()
+
+    def __post_init__(self) -> None:
+        if tuple(self.matrix.shape) != (self.size, self.size):
+            raise InvalidInput(
+                f"The matrix has shape {tuple(self.matrix.shape)}; the space has {self.size} parameters."
+            )
+
+    def apply(self, rows: Rows) -> Rows:
+        flat = rows.flat()
+        return self.space.rows((flat.to(self.matrix) @ self.matrix.T).to(flat))
+
+    def block_means(self) -> dict[str, float]:
+        return means_of_diagonal(self.space, self.matrix.diagonal())
+
+    def _double(self) -> Tensor:
+        if not bool(torch.isfinite(self.matrix).all()):
+            raise NonFinite("The curvature matrix holds NaN or infinity; look for them in weights, data or loss.")
+        exact = self.matrix.double()
+        return (exact + exact.T) / 2
+
+    def eigen(self, decay: Mapping[str, float] | None = None) -> Eigen:
+        """The float64 eigendecomposition of C + diag(decay), cached per decay."""
+        key = tuple(sorted((decay or {}).items()))
+        if key not in self._known:
+            dense = self._double()
+            if decay:
+                dense = dense + diagonal(self.space, decay).to(dense).diag()
+            values, vectors = torch.linalg.eigh(dense)
+            self._known[key] = Eigen(self.space, vectors, values)
+        return cast(Eigen, self._known[key])
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> Eigen:
+        return self.eigen().function(f)
+
+    def shifted(self, decay: Mapping[str, float]) -> Eigen:
+        return self.eigen(decay)
+
+    def extremes(self) -> tuple[float, float]:
+        return self.eigen().extremes()

@@ -1,0 +1,100 @@
+"""A solution of the dual, kept as a combination of rows that are held anyway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .blocks import Dense
+from .rows import Route, Rows
+from .shift import Shift
+
+
+@dataclass(frozen=True, eq=False)
+class DualSolution:
+    """x_n = D^-1 (b_n - sum_m w[n, m] g_m), never written out unless asked.
+
+    `base` b [n], `basis` G [m], `coefficients` w [n, m] and `overlaps` b D^-1 G^T [n, m] in float64; `count`
+    is N. Behaves as `Rows` where scoring needs it: `len`, `inner`, `flat`, `take`, `scaled`,
+    `squared_norms`, dtype, device.
+    """
+
+    base: Rows
+    basis: Rows
+    coefficients: Float[Tensor, "n m"]
+    overlaps: Float[Tensor, "n m"]
+    shift: Shift
+    count: int
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def inner(self, rows: Rows, route: Route | None = None) -> Float[Tensor, "n r"]:
+        """<x_n, r> for all pairs; free when `rows` is the basis itself.
+
+        <x, g_m> = N w[m] exactly, because w solves (N + G D^-1 G^T) w = G D^-1 b: no cancellation, no
+        product.
+        """
+        if rows is self.basis:
+            return (self.count * self.coefficients).to(self.dtype)
+        uniform = self.shift.uniform
+        seen = rows if uniform is not None else self.shift.inverse(rows)
+        direct = self.base.inner(seen, route).double()
+        # The big side first: its factored form is the one whose route matters.
+        removed = self.coefficients @ self.basis.inner(seen, route).double()
+        return (direct.sub_(removed) / (uniform if uniform is not None else 1.0)).to(self.dtype)
+
+    def quadratic(self) -> Float[Tensor, " n"]:
+        """<x_n, b_n> = b^T (C + D)^-1 b per row, without an n x n product: N times the leverage of b."""
+        own = self._base_norms().double() - (self.coefficients * self.overlaps).sum(1)
+        return own.clamp_min(0.0)
+
+    def _base_norms(self) -> Tensor:
+        parts = [b.squared_norms() / d for b, d in zip(self.base.blocks.values(), self._diagonal(), strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def _diagonal(self) -> list[float]:
+        return list(self.shift.over(self.base.blocks).values())
+
+    def rows(self) -> Rows:
+        """The solution written out as `Dense` blocks: n * P numbers."""
+        removed = self.basis.combine(self.coefficients)
+        scale = dict(zip(self.base.blocks, self._diagonal(), strict=True))
+
+        def one(name: str) -> Dense:
+            b, r = self.base.blocks[name].dense(), removed.blocks[name].dense()
+            return Dense((b.reshape(r.shape) - r) / scale[name])
+
+        return Rows({name: one(name) for name in self.base.blocks})
+
+    def dense(self) -> Rows:
+        """The same as `rows()`: every block written out."""
+        return self.rows()
+
+    def flat(self) -> Float[Tensor, "n p"]:
+        return self.rows().flat()
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        return self.rows().squared_norms()
+
+    def take(self, index: Tensor | slice) -> DualSolution:
+        """The solutions `index`, in that order."""
+        base = self.base.take(index)
+        return DualSolution(base, self.basis, self.coefficients[index], self.overlaps[index], self.shift, self.count)
+
+    def scaled(self, factor: Tensor | float) -> DualSolution:
+        """Times a number, or one number per row."""
+        wide = factor.double()[:, None] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
+        base = self.base.scaled(factor)
+        return DualSolution(base, self.basis, self.coefficients * wide, self.overlaps * wide, self.shift, self.count)

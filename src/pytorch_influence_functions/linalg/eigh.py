@@ -1,0 +1,82 @@
+"""Symmetric eigendecompositions that are checked before anyone relies on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.errors import NonFinite, SolveFailed
+
+log = logging.getLogger("pytorch_influence_functions")
+
+# How far a decomposition may be off, relatively, and still be one: generous for float64, hopeless for garbage.
+_TOLERANCE = 1e-8
+
+
+def eigh(matrix: Float[Tensor, "d d"], what: str = "the matrix") -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    """Eigenvalues (ascending) and eigenvectors (columns) of a symmetric matrix, in float64 whatever its dtype.
+
+    LAPACK's divide and conquer fails to converge on some matrices, and some builds return garbage without saying
+    so; every result is therefore verified with random vectors (two products), and another algorithm is tried when
+    it does not hold.
+
+    Raises:
+        NonFinite: the matrix holds NaN or infinity.
+        SolveFailed: no algorithm gave a decomposition that holds.
+    """
+    exact = matrix.double()
+    exact = (exact + exact.T) / 2
+    if not bool(torch.isfinite(exact).all()):
+        raise NonFinite(f"The curvature of {what} holds NaN or infinity; look for them in weights, data or loss.")
+    scale = float(exact.abs().max()) if exact.numel() else 0.0
+    if scale == 0.0:
+        return exact.new_zeros(len(exact)), torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+    unit = exact / scale
+    for name, algorithm in _ALGORITHMS.items():
+        try:
+            values, vectors = algorithm(unit)
+        except (RuntimeError, np.linalg.LinAlgError) as reason:
+            log.info("%s failed on %s: %s", name, what, str(reason).splitlines()[0][:120])
+            continue
+        if holds(unit, values, vectors):
+            return values * scale, vectors
+        log.info("%s gave no decomposition of %s that holds.", name, what)
+    raise SolveFailed(
+        f"The eigendecomposition of {what} ({len(exact)} x {len(exact)}) failed by every algorithm; "
+        "scale the inputs of this layer, or leave it out with parameters=."
+    )
+
+
+def holds(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
+    """Whether Q^T Q = I and A Q = Q diag(lam), tested on random vectors."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(len(matrix), 2, generator=generator, dtype=torch.float64).to(matrix.device)
+    turned = vectors @ z
+    orthonormal = (vectors.T @ turned - z).norm() <= _TOLERANCE * z.norm()
+    diagonal = (matrix @ turned - vectors @ (values[:, None] * z)).norm() <= _TOLERANCE * z.norm() * matrix.norm()
+    return bool(orthonormal & diagonal)
+
+
+def _by_numpy(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = np.linalg.eigh(matrix.cpu().numpy())
+    return torch.from_numpy(values).to(matrix), torch.from_numpy(vectors).to(matrix)
+
+
+def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Shifted to be positive definite, where singular values are eigenvalues."""
+    shift = float(matrix.norm())
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    vectors, values, _ = torch.linalg.svd(matrix + shift * eye)
+    return values.flip(0) - shift, vectors.flip(1)
+
+
+_ALGORITHMS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "torch.linalg.eigh": torch.linalg.eigh,
+    "numpy.linalg.eigh": _by_numpy,
+    "torch.linalg.svd": _by_svd,
+}

@@ -1,0 +1,87 @@
+"""C = G^T G / N, held as the rows G it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..core.errors import InvalidInput
+from .operator import AbstractSampled, Cache, cache_field
+from .rows import Rows
+from .space import Space
+
+
+@dataclass(frozen=True, eq=False)
+class Gram(AbstractSampled):
+    """C = G^T G / count for stored rows G [m]: empirical Fisher (G = gradients) or GGN (G = H^1/2 J, m = N *
+    k).
+
+    Nothing of size P x P or m x P is made; the dual solves with `gram()`, which is m x m and cached.
+    """
+
+    space: Space
+    rows: Rows
+    count: int
+    _known: Cache = cache_field()
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InvalidInput(f"Gram(count={self.count}) needs the number of training examples, at least 1.")
+
+    @property
+    def examples(self) -> int:
+        # Only when row i is example i does "the mean over some examples" have a meaning here.
+        return self.count if len(self.rows) == self.count else 0
+
+    def apply(self, rows: Rows, ids: Int[Tensor, " b"] | None = None) -> Rows:
+        basis, count = self.rows, self.count
+        if ids is not None:
+            if not self.examples:
+                raise InvalidInput(
+                    f"These {len(self.rows)} rows are not one per example (count={self.count}), "
+                    "so a few examples cannot be picked; leave batch_size unset."
+                )
+            basis, count = self.rows.take(ids), len(ids)
+        return basis.combine(rows.inner(basis) / count)
+
+    def block_means(self) -> dict[str, float]:
+        if "means" not in self._known:
+            traces = {k: float(b.squared_norms().double().sum()) / self.count for k, b in self.rows.blocks.items()}
+            self._known["means"] = {k: trace / self.space.numel(k) for k, trace in traces.items()}
+        return dict(self._known["means"])
+
+    def gram(self) -> Float[Tensor, "m m"]:
+        """K = G G^T in float64 (accumulated in the rows' own dtype), computed once."""
+        return self.gram_by(dict.fromkeys(self.rows.blocks, 0))[0]
+
+    def gram_by(self, groups: Mapping[str, Any]) -> dict[Any, Float[Tensor, "m m"]]:
+        """K per group of blocks; `groups` maps every block to its group, and the groups sum to `gram()`."""
+        names: dict[frozenset[str], Any] = {
+            frozenset(k for k in self.rows.blocks if groups[k] == key): key for key in set(groups.values())
+        }
+        out = {}
+        for members, key in names.items():
+            if members not in self._known:
+                part = Rows({k: b for k, b in self.rows.blocks.items() if k in members})
+                k = part.inner(part).double()
+                self._known[members] = (k + k.T).div_(2)
+            out[key] = self._known[members]
+        return out
+
+    def eigen(self) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]:
+        """Eigenvalues (clamped at 0: rounding can leave tiny negative ones) and eigenvectors of `gram()`,
+        once."""
+        if "eigen" not in self._known:
+            values, vectors = torch.linalg.eigh(self.gram())
+            self._known["eigen"] = values.clamp_min(0.0), vectors
+        return cast("tuple[Tensor, Tensor]", self._known["eigen"])
+
+    @property
+    def has_eigen(self) -> bool:
+        """Whether the eigendecomposition has been paid for already."""
+        return "eigen" in self._known

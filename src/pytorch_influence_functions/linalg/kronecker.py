@@ -1,0 +1,153 @@
+"""Block-diagonal curvature, each block in an orthonormal basis that is a Kronecker product.
+
+A block of parameters, seen as a matrix [o, i], has the basis `left` (o x o) times `right` (i x i) and one
+eigenvalue per pair: `C_b vec(V) = left ((left^T V right) * values) right^T`. K-FAC, EK-FAC and Shampoo differ only in
+where bases and eigenvalues come from (`curvature/kronecker.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .blocks import AbstractBlock, Conv, Dense, Outer
+from .operator import AbstractSpectral
+from .rows import Rows
+from .space import Space
+
+# Largest temporary, in numbers, while rows are turned.
+_PIECE = 1 << 23
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class KroneckerBlock:
+    """One block's basis and eigenvalues; a basis that is None is the identity.
+
+    `left` [o, o] and `right` [i, i] hold eigenvectors as columns, in the model's dtype; `values` [o, i] is float64.
+    Where the eigenvalues are products, as in K-FAC, `sides` holds their factors [o] and [i].
+    """
+
+    left: Float[Tensor, "o o"] | None
+    right: Float[Tensor, "i i"] | None
+    values: Float[Tensor, "o i"]
+    sides: tuple[Float[Tensor, " o"], Float[Tensor, " i"]] | None = None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are held."""
+        return sum(t.numel() for t in (self.left, self.right, self.values) if t is not None)
+
+    def turned(self, block: AbstractBlock) -> Float[Tensor, "n o i"]:
+        """left^T G right for every row, by whichever order of products is cheapest."""
+        o, i = self.values.shape
+        if isinstance(block, (Outer, Conv)) and self.factors_first(block.terms):
+            outer = block if isinstance(block, Outer) else block.outer()
+            return Outer(_times(outer.left, self.left), _times(outer.right, self.right)).dense()
+        dense = block.dense().reshape(len(block), o, i)
+        if self.left is not None:
+            dense = torch.matmul(self.left.T, dense)
+        return _times(dense, self.right)
+
+    def back(self, values: Float[Tensor, "n o i"]) -> Float[Tensor, "n o i"]:
+        """left V right^T: out of the eigenbasis."""
+        if self.left is not None:
+            values = torch.matmul(self.left, values)
+        return values if self.right is None else values @ self.right.T
+
+    def factors_first(self, terms: int) -> bool:
+        """Whether turning t factor pairs costs less than turning the matrix they make."""
+        o, i = self.values.shape
+        per_factor = (o if self.left is not None else 0) * o + (i if self.right is not None else 0) * i
+        per_matrix = (o if self.left is not None else 0) + (i if self.right is not None else 0)
+        return terms * per_factor < o * i * per_matrix
+
+    def apply(self, block: AbstractBlock, shape: tuple[int, ...]) -> Dense:
+        """The block's curvature times every row."""
+        values = self.values.to(block.reference)
+        out = block.reference.new_empty(len(block), *values.shape)
+        step = max(1, _PIECE // max(1, values.numel()))
+        for at in range(0, len(block), step):
+            piece = slice(at, min(at + step, len(block)))
+            out[piece] = self.back(self.turned(block.take(piece)) * values)
+        return Dense(out.reshape(len(block), *shape))
+
+
+def _times(x: Tensor, basis: Tensor | None) -> Tensor:
+    return x if basis is None else x @ basis
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Kronecker(AbstractSpectral):
+    """C = block-diagonal over `blocks`, every eigenvalue known: any function of C costs what C itself does."""
+
+    space: Space
+    blocks: Mapping[str, KroneckerBlock]
+    notes: tuple[str, ...] = ()
+    """What should be read with the result, such as a layer that no example moves."""
+
+    def apply(self, rows: Rows) -> Rows:
+        return rows.map(lambda name, block: self.blocks[name].apply(block, self.space.blocks[name].shape))
+
+    def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
+        """b^T C b for every row: half the work of `apply`, for nothing is turned back."""
+        total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        for name, block in rows.blocks.items():
+            own = self.blocks[name]
+            values = own.values.to(block.reference)
+            step = max(1, _PIECE // max(1, values.numel()))
+            for at in range(0, len(block), step):
+                piece = slice(at, min(at + step, len(block)))
+                turned = own.turned(block.take(piece)).flatten(1)
+                total[piece] += torch.einsum("np,np,p->n", turned, turned, values.flatten()).double()
+        return total
+
+    def block_means(self) -> dict[str, float]:
+        return {k: float(b.values.mean()) for k, b in self.blocks.items()}
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> Kronecker:
+        return self._with(lambda _, values: f(values))
+
+    def shifted(self, decay: Mapping[str, float]) -> Kronecker:
+        return self._with(lambda name, values: values + decay[name])
+
+    def extremes(self) -> tuple[float, float]:
+        values = [b.values for b in self.blocks.values()]
+        return min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+
+    def eigenvalues(self) -> Float[Tensor, " p"]:
+        """All P eigenvalues, in no particular order, float64."""
+        return torch.cat([b.values.flatten() for b in self.blocks.values()])
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are held."""
+        return sum(b.numbers for b in self.blocks.values())
+
+    def _with(self, f: Callable[[str, Tensor], Tensor]) -> Kronecker:
+        return replace(self, blocks=_Changed(self.blocks, f))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Changed(Mapping[str, KroneckerBlock]):
+    """Blocks with other eigenvalues, worked out when asked for: blocks that lie on disk are read one at a time."""
+
+    blocks: Mapping[str, KroneckerBlock]
+    f: Callable[[str, Tensor], Tensor]
+
+    def __getitem__(self, name: str) -> KroneckerBlock:
+        block = self.blocks[name]
+        return replace(block, values=self.f(name, block.values), sides=None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)

@@ -1,0 +1,242 @@
+"""C known on a few directions, and a constant beside them: every function of it costs two thin products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.errors import InvalidInput
+from .operator import AbstractSpectral
+from .rows import Rows
+from .space import Space
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Some blocks, orthonormal directions over their coordinates, and what C is across those directions there.
+
+    `basis` [k, P_g] has orthonormal rows over the coordinates of `names`, in the space's order.
+    """
+
+    names: tuple[str, ...]
+    basis: Float[Tensor, "k p"]
+    rest: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left beside the directions."""
+        return self.basis.shape[0] == self.basis.shape[1]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LowRank(AbstractSpectral):
+    r"""C = W^T U diag(values) U^T W + rest (I - W^T W), with orthonormal rows W.
+
+    W is made of `spans`, each over its own blocks, so that a weight decay or damping that differs between blocks is
+    added exactly: the directions are cut at the borders where it changes, and only a small matrix is decomposed again.
+    `turn` is U [K, K], the identity when None; `values` [K] are float64.
+
+    What becomes of the complement, where nothing was measured:
+
+    * kept: f(C) is f(rest) there, so the inverse of C + lambda is 1 / (rest + lambda);
+    * `dropped`: every function of C is zero there and only the K directions answer (Schioppa et al. 2022); C + D is
+      then its own restriction to these directions, and `reach` is the part of a vector that is answered for.
+
+    Memory K x P numbers; a product with n rows costs 4 n K P operations.
+
+    Raises `InvalidInput` when shapes do not fit, or a dropped complement is given a value.
+    """
+
+    space: Space
+    spans: tuple[Span, ...]
+    values: Float[Tensor, " k"]
+    turn: Float[Tensor, "k k"] | None = None
+    dropped: bool = False
+    notes: tuple[str, ...] = ()
+    """What should be read with the result, such as directions that have not converged."""
+
+    def __post_init__(self) -> None:
+        wanted = [(len(s.basis), sum(self.space.numel(k) for k in s.names)) for s in self.spans]
+        names = [k for s in self.spans for k in s.names]
+        found = [tuple(s.basis.shape) for s in self.spans]
+        if (
+            wanted != found
+            or sorted(names) != sorted(self.space.blocks)
+            or sum(k for k, _ in found) != len(self.values)
+        ):
+            raise InvalidInput(
+                f"Directions of shapes {found} with {len(self.values)} eigenvalues do not fit a space of {self.size} "
+                "parameters; give one row of P numbers per eigenvalue."
+            )
+        if self.dropped and any(s.rest for s in self.spans):
+            raise InvalidInput("A complement that is dropped has no value; leave rest at 0, or keep it.")
+
+    @staticmethod
+    def of(
+        space: Space,
+        vectors: Float[Tensor, "k p"],
+        values: Float[Tensor, " k"],
+        rest: float = 0.0,
+        dropped: bool = False,
+        notes: tuple[str, ...] = (),
+    ) -> LowRank:
+        """From orthonormal eigenvectors as rows [k, P] and their eigenvalues [k].
+
+        >>> from torch import nn
+        >>> one = LowRank.of(Space.of(nn.Linear(2, 1)), torch.eye(3)[:1], torch.tensor([4.0]), rest=1.0)
+        >>> one.mean_eigenvalue(), one.extremes()
+        (2.0, (1.0, 4.0))
+        """
+        return LowRank(space, (Span(tuple(space.blocks), vectors, rest),), values.double(), None, dropped, notes)
+
+    def apply(self, rows: Rows) -> Rows:
+        flat = rows.flat()
+        inside = self._inside(flat)
+        moved = self._moved(inside)
+        out = torch.empty_like(flat)
+        at = 0
+        for span in self.spans:
+            here, columns = slice(at, at + len(span.basis)), self._columns(span.names)
+            along = moved[:, here] - span.rest * inside[:, here]
+            made = along.to(span.basis) @ span.basis
+            out[:, columns] = (made + span.rest * flat[:, columns].to(made) if span.rest else made).to(flat)
+            at = here.stop
+        return self.space.rows(out)
+
+    def block_means(self) -> dict[str, float]:
+        small, means, at = self._small(), {}, 0
+        for span in self.spans:
+            here = slice(at, at + len(span.basis))
+            inner = small[here, here] - span.rest * torch.eye(len(span.basis), dtype=small.dtype, device=small.device)
+            for name, columns in self._inner_columns(span.names).items():
+                part = span.basis[:, columns].double()
+                means[name] = span.rest + float((inner @ part * part).sum()) / part.shape[1]
+            at = here.stop
+        return {k: means[k] for k in self.space.blocks}
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> LowRank:
+        if self.dropped:
+            return replace(self, values=f(self.values))
+        rests = torch.tensor([s.rest for s in self.spans], dtype=self.values.dtype, device=self.values.device)
+        made = f(torch.cat([self.values, rests]))
+        # Where no complement is left f of it says nothing, and may be infinite.
+        tails = made[len(self.values) :].tolist()
+        spans = (replace(s, rest=0.0 if s.whole else t) for s, t in zip(self.spans, tails, strict=True))
+        return replace(self, values=made[: len(self.values)], spans=tuple(spans))
+
+    def shifted(self, decay: Mapping[str, float]) -> LowRank:
+        numbers = {decay[k] for k in self.space.blocks}
+        if self.dropped:
+            if len(numbers) == 1:
+                return replace(self, values=self.values + numbers.pop())
+            return self._decomposed(self._small() + self._restricted(decay), self.spans)
+        if len(numbers) == 1:
+            add = numbers.pop()
+            return replace(
+                self, values=self.values + add, spans=tuple(replace(s, rest=s.rest + add) for s in self.spans)
+            )
+        return self._cut(decay)
+
+    def extremes(self) -> tuple[float, float]:
+        seen = self.values.tolist() + [s.rest for s in self.spans if not (self.dropped or s.whole)]
+        return min(seen), max(seen)
+
+    def reach(self, flat: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """The part of every row that functions of C answer for: all of it, unless the complement is dropped."""
+        if not self.dropped:
+            return flat
+        inside, out, at = self._inside(flat), torch.empty_like(flat), 0
+        for span in self.spans:
+            part = inside[:, at : at + len(span.basis)].to(span.basis)
+            out[:, self._columns(span.names)] = (part @ span.basis).to(flat)
+            at += len(span.basis)
+        return out
+
+    # ---------------------------------------------------------------- inner workings
+
+    def _inside(self, flat: Tensor) -> Tensor:
+        """Coordinates along W, [n, K]."""
+        parts = [flat[:, self._columns(s.names)].to(s.basis) @ s.basis.T for s in self.spans]
+        return torch.cat([p.double() for p in parts], 1)
+
+    def _moved(self, inside: Tensor) -> Tensor:
+        if self.turn is None:
+            return inside * self.values
+        return (inside @ self.turn * self.values) @ self.turn.T
+
+    def _small(self) -> Tensor:
+        """U diag(values) U^T, [K, K]."""
+        return self.values.diag() if self.turn is None else (self.turn * self.values) @ self.turn.T
+
+    def _restricted(self, decay: Mapping[str, float]) -> Tensor:
+        """W D W^T, [K, K]."""
+        parts = []
+        for span in self.spans:
+            k = len(span.basis)
+            total = self.values.new_zeros(k, k)
+            for name, columns in self._inner_columns(span.names).items():
+                part = span.basis[:, columns].double()
+                total.addmm_(part, part.T, alpha=decay[name])
+            parts.append(total)
+        return _block_diagonal(parts)
+
+    def _cut(self, decay: Mapping[str, float]) -> LowRank:
+        """C + D where D differs between blocks: on the directions cut at its borders it is a small matrix again.
+
+        Each span's W_s = sum_g T_g Q_g with Q_g orthonormal over the blocks of one D; on the span of all Q the matrix
+        is T^T (M - rest) T + rest + D, and across it rest + D.
+        """
+        spans: list[Span] = []
+        turns: list[Tensor] = []
+        olds: list[Tensor] = []
+        for span in self.spans:
+            olds.append(self.values.new_full((len(span.basis),), span.rest))
+            inner = self._inner_columns(span.names)
+            pieces = []
+            for number in dict.fromkeys(decay[k] for k in span.names):
+                names = tuple(k for k in span.names if decay[k] == number)
+                part = torch.cat([span.basis[:, inner[k]] for k in names], 1)
+                q, r = torch.linalg.qr(part.T)
+                spans.append(Span(names, q.T.contiguous(), span.rest + number))
+                pieces.append(r.T.double())
+            turns.append(torch.cat(pieces, 1))
+        t = _block_diagonal(turns)
+        rests = torch.cat([self.values.new_full((len(s.basis),), s.rest) for s in spans])
+        return self._decomposed(t.T @ (self._small() - torch.cat(olds).diag()) @ t + rests.diag(), tuple(spans))
+
+    def _decomposed(self, small: Tensor, spans: tuple[Span, ...]) -> LowRank:
+        values, turn = torch.linalg.eigh((small + small.T) / 2)
+        return replace(self, spans=spans, values=values, turn=turn)
+
+    def _inner_columns(self, names: tuple[str, ...]) -> dict[str, slice]:
+        """Where each of some blocks lies among the coordinates of these blocks only."""
+        found, at = {}, 0
+        for name in names:
+            found[name] = slice(at, at + self.space.numel(name))
+            at += self.space.numel(name)
+        return found
+
+    def _columns(self, names: tuple[str, ...]) -> slice | Tensor:
+        """Where some blocks lie in a flat vector."""
+        if names == tuple(self.space.blocks):
+            return slice(None)
+        where = self.space.slices
+        device = self.spans[0].basis.device
+        return torch.cat([torch.arange(where[k].start, where[k].stop, device=device) for k in names])
+
+
+def _block_diagonal(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices one below and beside the other, zeros elsewhere."""
+    made = parts[0].new_zeros(sum(p.shape[0] for p in parts), sum(p.shape[1] for p in parts))
+    down, across = 0, 0
+    for part in parts:
+        made[down : down + part.shape[0], across : across + part.shape[1]] = part
+        down, across = down + part.shape[0], across + part.shape[1]
+    return made

@@ -1,0 +1,319 @@
+"""Rows: n vectors in parameter space, and how their inner products are routed.
+
+Per block the route is chosen by a model of floating-point operations *and* bytes moved
+(`theory`: a batch of per-example gradients written out and read back is bandwidth-bound unless
+the sequence is long, so counting operations alone chooses badly). Every route is exact.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.errors import InvalidInput
+from . import blocks as _blocks
+from .blocks import AbstractBlock as AbstractBlock
+from .blocks import Conv as Conv
+from .blocks import Dense as Dense
+from .blocks import Indexed as Indexed
+from .blocks import Outer as Outer
+from .blocks import Sum as Sum
+
+# Operations the machine does in the time it moves one byte; fixed, so that results never depend on timing noise.
+_OPERATIONS_PER_BYTE = {"cpu": 12.0, "cuda": 100.0}
+# Largest temporary, in numbers, that a contraction may make before it is cut into pieces.
+_PIECE = 1 << 24
+# Numbers that stay in a core's cache.
+_CACHED = 1 << 18
+
+
+class Route(enum.Enum):
+    """How <a_n, b_m> is computed. `AUTO` chooses per block by the cost model; the others force a choice."""
+
+    AUTO = "auto"
+    GHOST = "ghost"
+    """Factored against factored: (left . left) * (right . right), no gradient written out."""
+    APPLY = "apply"
+    """Sum_t left^T V right: the other side is dense, this side is never written out."""
+    MATERIALISE = "materialise"
+    """Write the per-example gradients out, then one matrix product."""
+    FORWARD = "forward"
+    """One forward-mode pass of the per-example losses along each solved query; no rows at all."""
+    VMAP = "vmap"
+    """Per-example gradients by torch.func.vmap, whatever the layer."""
+    LOOP = "loop"
+    """One backward pass per example: slow, always right."""
+
+    @classmethod
+    def of(cls, value: Route | str | None) -> Route:
+        """A route from its name; `None` is `AUTO`."""
+        if value is None:
+            return cls.AUTO
+        try:
+            return cls(value)
+        except ValueError:
+            known = ", ".join(repr(r.value) for r in cls)
+            raise InvalidInput(f"route={value!r} is not a route; choose one of {known}.") from None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one contraction would cost: multiply-adds and bytes moved."""
+
+    route: Route
+    macs: float
+    bytes: float
+
+    def cost(self, device: str) -> float:
+        return 2 * self.macs / _OPERATIONS_PER_BYTE.get(device, 12.0) + self.bytes
+
+
+def _outer_plans(n: int, t: int, o: int, i: int, m: int, s: int | None, size: int) -> list[Plan]:
+    """Costs for n rows of t terms against m rows that are dense (s None) or of s terms. [o, i] block."""
+    plans = [
+        Plan(Route.MATERIALISE, 1.0 * n * t * o * i + n * m * o * i, 1.0 * size * (2 * n * o * i + m * o * i)),
+        Plan(Route.APPLY, 1.0 * n * t * m * o * (i + 1), 1.0 * size * (2 * n * t * m * o + m * o * i)),
+    ]
+    if s is not None:
+        write = m * s * o * i  # the other side has to be written out for the two routes above
+        plans = [Plan(p.route, p.macs + write, p.bytes + size * m * o * i) for p in plans]
+        moved = 1.0 * size * (2 * n * m * t * s + (n * t + m * s) * (o + i))
+        plans.append(Plan(Route.GHOST, 1.0 * n * m * t * s * (o + i), moved))
+    return plans
+
+
+def _indexed_plans(a: Indexed, m: int, size: int) -> list[Plan]:
+    """A table's rows against m dense ones: gather the rows each example uses, or write its whole gradient out."""
+    n, t, d = a.values.shape
+    written = a.size * d
+    return [
+        Plan(Route.APPLY, 1.0 * n * m * t * d, 3.0 * size * n * m * t * d),
+        Plan(Route.MATERIALISE, 1.0 * n * m * written, 1.0 * size * (2 * n * written + m * written)),
+    ]
+
+
+def choose(a: AbstractBlock, b: AbstractBlock) -> Route:
+    """The cheapest exact route for <a, b>, by operations and bytes."""
+    size, device = a.reference.element_size(), a.reference.device.type
+    if isinstance(a, Indexed):
+        return min(_indexed_plans(a, len(b), size), key=lambda p: p.cost(device)).route
+    if not isinstance(a, (Outer, Conv)):
+        return Route.MATERIALISE
+    o, i = a.shape
+    s = b.terms if isinstance(b, (Outer, Conv)) else None
+    plans = _outer_plans(len(a), a.terms, o, i, len(b), s, size)
+    if isinstance(a, Conv):
+        # All routes but `apply` unfold the patches first: gathered, given the bias column, read back.
+        unfolded = 4 * size * len(a) * a.terms * i
+        plans = [p if p.route is Route.APPLY else Plan(p.route, p.macs, p.bytes + unfolded) for p in plans]
+    return min(plans, key=lambda p: p.cost(device)).route
+
+
+def _pieces(total: int, numbers_each: int) -> list[slice]:
+    step = max(1, min(total, _PIECE // max(1, numbers_each)))
+    return [slice(at, min(at + step, total)) for at in range(0, total, step)]
+
+
+def _as_outer(block: Outer | Conv) -> Outer:
+    return block if isinstance(block, Outer) else block.outer()
+
+
+def _ghost(a: Outer, b: Outer) -> Tensor:
+    if a.terms == 1 and b.terms == 1:
+        return (a.left[:, 0] @ b.left[:, 0].T).mul_(a.right[:, 0] @ b.right[:, 0].T)
+    n, m = len(a), len(b)
+    out = a.left.new_empty(n, m)
+    al, ar = a.left.flatten(0, 1), a.right.flatten(0, 1)
+    for at in _pieces(m, n * a.terms * b.terms):
+        p = b.take(at)
+        pairs = (al @ p.left.flatten(0, 1).T).mul_(ar @ p.right.flatten(0, 1).T)
+        out[:, at] = pairs.view(n, a.terms, len(p), b.terms).sum((1, 3))
+    return out
+
+
+def _apply(a: Outer | Conv, v: Tensor) -> Tensor:
+    n, (o, i), m = len(a), a.shape, v.shape[0]
+    if isinstance(a, Outer) and m == 1:
+        return _apply_one(a, v[0].reshape(o, i))
+    out = v.new_empty(n, m)
+    for at in _pieces(m, n * a.terms * o):
+        piece = v[at]
+        if isinstance(a, Conv):
+            out[:, at] = a.apply(piece)
+            continue
+        pushed = (a.right.flatten(0, 1) @ piece.reshape(-1, i).T).view(n, a.terms, piece.shape[0], o)
+        out[:, at] = torch.einsum("ntmo,nto->nm", pushed, a.left)
+    return out
+
+
+def _apply_one(a: Outer, v: Tensor) -> Tensor:
+    """`_apply` for a single direction [o, i], a few examples at a time so that what is pushed stays in cache."""
+    n, t, o = a.left.shape
+    out, vt = v.new_empty(n, 1), v.T
+    # Below this size pieces cost more to start than their memory traffic saves.
+    step = n if n * t * o <= _CACHED or v.device.type != "cpu" else max(1, _CACHED // (t * o))
+    for at in range(0, n, step):
+        here = slice(at, at + step)
+        pushed = (a.right[here].flatten(0, 1) @ vt).view(-1, t, o)
+        out[here, 0] = pushed.mul_(a.left[here]).sum((1, 2))
+    return out
+
+
+def _materialise(a: AbstractBlock, v: Tensor) -> Tensor:
+    out = v.new_empty(len(a), v.shape[0])
+    flat = v.flatten(1).T
+    for at in _pieces(len(a), flat.shape[0]):
+        out[at] = a.take(at).dense().flatten(1) @ flat
+    return out
+
+
+def _indexed_dense(a: Indexed, v: Tensor) -> Tensor:
+    out = v.new_empty(len(a), v.shape[0])
+    for at in _pieces(v.shape[0], a.values.numel()):
+        out[:, at] = torch.einsum("mntd,ntd->nm", v[at][:, a.index], a.values)
+    return out
+
+
+def _indexed_pair(a: Indexed, b: Indexed) -> Tensor:
+    out = a.values.new_empty(len(a), len(b))
+    av, ai = a.values.flatten(0, 1), a.index.flatten()
+    for at in _pieces(len(b), a.index.numel() * b.index.shape[1]):
+        p = b.take(at)
+        pairs = (av @ p.values.flatten(0, 1).T).mul_(ai[:, None] == p.index.flatten()[None])
+        out[:, at] = pairs.view(len(a), a.index.shape[1], len(p), b.index.shape[1]).sum((1, 3))
+    return out
+
+
+def _outer_indexed(a: Outer, b: Indexed) -> Tensor:
+    out = a.left.new_empty(len(a), len(b))
+    n, t = a.left.shape[:2]
+    for at in _pieces(len(b), n * t * b.index.shape[1]):
+        p = b.take(at)
+        picked = a.left[:, :, p.index.flatten()]
+        pushed = a.right @ p.values.flatten(0, 1).T
+        out[:, at] = (picked * pushed).sum(1).view(n, len(p), -1).sum(2)
+    return out
+
+
+def inner(a: AbstractBlock, b: AbstractBlock, route: Route = Route.AUTO) -> Float[Tensor, "n m"]:
+    """<a_n, b_m> for all pairs of rows of one block."""
+    if isinstance(a, Sum):
+        return torch.stack([inner(p, b, route) for p in a.parts]).sum(0)
+    if isinstance(b, Sum):
+        return torch.stack([inner(a, p, route) for p in b.parts]).sum(0)
+    if isinstance(a, Indexed) and isinstance(b, Indexed) and route is not Route.MATERIALISE:
+        return _indexed_pair(a, b)
+    if isinstance(a, Indexed) and isinstance(b, Outer) and route is not Route.MATERIALISE:
+        return _outer_indexed(b, a).T
+    if isinstance(a, Outer) and isinstance(b, Indexed) and route is not Route.MATERIALISE:
+        return _outer_indexed(a, b)
+    if isinstance(a, Indexed):
+        chosen = route if route in (Route.GHOST, Route.APPLY, Route.MATERIALISE) else choose(a, b)
+        return _materialise(a, b.dense()) if chosen is Route.MATERIALISE else _indexed_dense(a, b.dense())
+    if isinstance(a, Dense) and isinstance(b, (Indexed, Outer, Conv)):
+        return inner(b, a, route).T
+    if not isinstance(a, (Outer, Conv)):
+        return _materialise(a, b.dense())
+    chosen = route if route in (Route.GHOST, Route.APPLY, Route.MATERIALISE) else choose(a, b)
+    if chosen is Route.GHOST and isinstance(b, (Outer, Conv)):
+        return _ghost(_as_outer(a), _as_outer(b))
+    # `ghost` against a dense row has no second factor pair: apply is its form there.
+    return _materialise(a, b.dense()) if chosen is Route.MATERIALISE else _apply(a, b.dense())
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """`n` vectors in parameter space, block by block.
+
+    Blocks are named by `Space`; two `Rows` meet block by block, so they must come from the same space.
+    """
+
+    blocks: Mapping[str, AbstractBlock]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.blocks.values())))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.blocks.values())).reference.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.blocks.values())).reference.device
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers these rows hold in their present form."""
+        return sum(b.numbers for b in self.blocks.values())
+
+    def inner(self, other: Rows, route: Route | None = None) -> Float[Tensor, "n m"]:
+        """All inner products <self_n, other_m>, each block by its own route."""
+        total: Tensor | None = None
+        for name, block in self.blocks.items():
+            part = inner(block, other.blocks[name], route or Route.AUTO)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def rowwise(self, other: Rows) -> Float[Tensor, " n"]:
+        """<self_n, other_n> for matching rows."""
+        total = torch.zeros(len(self), dtype=self.dtype, device=self.device)
+        for name, block in self.blocks.items():
+            mine, theirs = block.dense().flatten(1), other.blocks[name].dense().flatten(1)
+            total += torch.einsum("np,np->n", mine, theirs)
+        return total
+
+    def routes(self, other: Rows) -> dict[str, Route]:
+        """Which route `inner` would take for each block."""
+        return {k: choose(b, other.blocks[k]) for k, b in self.blocks.items()}
+
+    def map(self, f: Callable[[str, AbstractBlock], AbstractBlock]) -> Rows:
+        return Rows({k: f(k, b) for k, b in self.blocks.items()})
+
+    def dense(self) -> Rows:
+        """Every block written out."""
+        return self.map(lambda _, b: b if isinstance(b, Dense) else Dense(b.dense()))
+
+    def flat(self) -> Float[Tensor, "n p"]:
+        """The rows written out as one matrix, in the order of the space's blocks."""
+        return torch.cat([b.dense().flatten(1) for b in self.blocks.values()], 1)
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """Squared norm of every row."""
+        return torch.stack([b.squared_norms() for b in self.blocks.values()]).sum(0)
+
+    def sums(self) -> Float[Tensor, " n"]:
+        """NaN or infinite where anything held for a row is; much cheaper than norms."""
+        return torch.stack([b.sums() for b in self.blocks.values()]).sum(0)
+
+    def take(self, index: Tensor | slice) -> Rows:
+        return self.map(lambda _, b: b.take(index))
+
+    def scaled(self, factor: Tensor | float | Mapping[str, float]) -> Rows:
+        """Times a number, one number per row, or one number per block."""
+        if isinstance(factor, Mapping):
+            return self.map(lambda k, b: b.scale(factor[k]))
+        return self.map(lambda _, b: b.scale(factor))
+
+    def combine(self, weights: Float[Tensor, "q n"]) -> Rows:
+        """Rows sum_n weights[q, n] self_n, written out."""
+        return self.map(lambda _, b: Dense(b.combine(weights.to(b.reference))))
+
+    def compact(self) -> Rows:
+        """Each block in whichever of its exact forms holds fewer numbers: what to keep in memory."""
+
+        def smaller(_: str, b: AbstractBlock) -> AbstractBlock:
+            written_out = len(b) * int(torch.Size(b.shape).numel())
+            return Dense(b.dense()) if b.numbers > written_out else b
+
+        return self.map(smaller)
+
+    @staticmethod
+    def cat(rows: Sequence[Rows]) -> Rows:
+        """Rows of several batches, one after the other."""
+        return Rows({k: _blocks.cat([r.blocks[k] for r in rows]) for k in rows[0].blocks})

@@ -1,0 +1,97 @@
+"""D = damping + weight decay per block: what is added to the curvature before a system is solved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..core.errors import InvalidInput
+from .rows import Rows
+
+
+def finite_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidInput(f"{name} is {value!r}; it must be a number.")
+    if not math.isfinite(value):
+        raise InvalidInput(f"{name} is {value}; it must be finite.")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The diagonal `D = damping + decay[block]` that is added to the curvature.
+
+    `decay` names every block of the space, or is empty when there is no weight decay. `blocks`, where given, is the
+    damping of each block, and `damping` only their mean, for the record. Raises `InvalidInput` for a negative or
+    non-finite number.
+
+    >>> Shift(0.1, {"a": 0.5, "b": 0.5}).uniform
+    0.6
+    >>> Shift(0.1, {"a": 0.5, "b": 0.0}).uniform is None
+    True
+    >>> Shift(0.2, blocks={"a": 0.1, "b": 0.3}).over(["a", "b"])
+    {'a': 0.1, 'b': 0.3}
+    """
+
+    damping: float
+    decay: Mapping[str, float] = field(default_factory=dict)
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, value in [
+            ("The damping", self.damping),
+            *((f"The damping of {k!r}", v) for k, v in self.blocks.items()),
+        ]:
+            if finite_number(what, value) < 0:
+                raise InvalidInput(f"{what} is {value}; it must not be negative.")
+        for name, value in self.decay.items():
+            if finite_number(f"The weight decay of {name!r}", value) < 0:
+                raise InvalidInput(f"The weight decay of {name!r} is {value}; it must not be negative.")
+        if self.decay and self.blocks and set(self.decay) != set(self.blocks):
+            odd = sorted(set(self.decay) ^ set(self.blocks))
+            raise InvalidInput(f"Damping and weight decay must name the same blocks; check {odd[:5]}.")
+
+    @property
+    def _per_block(self) -> dict[str, float]:
+        """D block by block; empty when one number is for all and no block is named."""
+        names = self.decay or self.blocks
+        return {k: self.blocks.get(k, self.damping) + self.decay.get(k, 0.0) for k in names}
+
+    @property
+    def uniform(self) -> float | None:
+        """The one number on the diagonal, or `None` when blocks differ."""
+        values = set(self._per_block.values()) or {self.damping}
+        return values.pop() if len(values) == 1 else None
+
+    @property
+    def smallest(self) -> float:
+        """The smallest number on the diagonal."""
+        return min(self._per_block.values(), default=self.damping)
+
+    @property
+    def largest(self) -> float:
+        """The largest number on the diagonal."""
+        return max(self._per_block.values(), default=self.damping)
+
+    def over(self, names: Iterable[str]) -> dict[str, float]:
+        """`D` block by block; raises `InvalidInput` unless what is named are exactly these blocks, or none."""
+        names, known = list(names), self._per_block
+        if known and set(known) != set(names):
+            odd = sorted(set(known) ^ set(names))
+            raise InvalidInput(f"The weight decay must name every block of the space or none; check {odd[:5]}.")
+        return {name: known.get(name, self.damping) for name in names}
+
+    def apply(self, rows: Rows) -> Rows:
+        """`D x` for every row."""
+        return rows.scaled(self.over(rows.blocks))
+
+    def inverse(self, rows: Rows) -> Rows:
+        """`D^-1 x` for every row; raises `InvalidInput` where D is zero."""
+        if self.smallest <= 0:
+            raise InvalidInput("D has a zero on its diagonal and cannot be inverted; use a positive damping.")
+        return rows.scaled({name: 1.0 / d for name, d in self.over(rows.blocks).items()})
+
+    def with_damping(self, damping: float) -> Shift:
+        """The same weight decay under another damping, one number for all blocks."""
+        return Shift(damping, self.decay)

@@ -1,0 +1,323 @@
+r"""Papers as compositions: no arithmetic lives here.
+
+Every method is one choice of curvature, solver, damping and scaling in
+`score[q, i] = (1/N) <(C + lambda)^-1 grad m(q), grad loss(i)>`. Each docstring gives the formula, the cost beside one
+forward and backward pass over the data (an epoch), the reference, and the identity that tests pin it to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+from ..core.errors import InvalidInput
+from ..curvature.base import AbstractCurvature
+from ..curvature.damping import Absolute, AbstractDamping, Relative
+from ..curvature.diagonal import Diagonal
+from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Hessian, Identity
+from ..curvature.kronecker.moments import Sharing
+from ..curvature.kronecker.records import EKFAC, KFAC, Shampoo
+from ..curvature.low_rank import Arnoldi, Nystrom
+from ..gradients.projections import Gaussian
+from ..influence.attribution import Influence
+from ..influence.scaling import Cosine, Leverage, RelatIF
+from ..objectives.measures import Margin
+from ..solvers.base import AbstractSolver
+from ..solvers.blockwise import BlockGroup, Blockwise
+from ..solvers.cg import CG
+from ..solvers.datainf import DataInf
+from ..solvers.direct import Spectral
+from ..solvers.dual import Woodbury
+from ..solvers.neumann import Neumann
+
+
+def grad_dot() -> Influence:
+    """Gradient dot product: C = I, no damping. Cost: one epoch. A baseline, not an influence function.
+
+    Reference: the one-checkpoint case of TracIn, Pruthi et al. (2020).
+    Identity: equals g_q . g_i / N of one-example autograd.
+    """
+    return Influence(Identity(), Spectral(), Absolute(0.0))
+
+
+def grad_cos() -> Influence:
+    """Cosine of gradients, over N: direction without length. A baseline. Cost: one epoch.
+
+    Identity: equals the cosine of one-example autograd gradients.
+    """
+    return Influence(Identity(), Spectral(), Absolute(0.0), scaling=Cosine())
+
+
+def tracin(learning_rates: Sequence[float], steps: Sequence[int] | int = 1) -> Influence:
+    """TracInCP: gradient dot products summed over checkpoints, each for the part of training it stands for.
+
+    score = (1/N) sum_c eta_c K_c <grad m(q), grad loss(i)> at checkpoint c: K_c steps of mini-batches visit an example
+    K_c B / N times with weight eta_c / B, so removing it changes m(q) by about this. It is influence with C = 0 and
+    lambda = 1 / (eta K), summed. The original leaves out K_c / N (`steps=1` and a factor N). Cost: one epoch per
+    checkpoint; give the problem its `checkpoints`, in the same order.
+    Reference: Pruthi et al. (2020). Identity: equals the sum over checkpoints of one-example autograd products; a
+    quadratic's training run by small steps, to first order.
+    """
+    counts = [steps] * len(learning_rates) if isinstance(steps, int) else list(steps)
+    if len(counts) != len(learning_rates):
+        raise InvalidInput(
+            f"There are {len(learning_rates)} learning rates and {len(counts)} numbers of steps; give one each per "
+            "checkpoint."
+        )
+    for eta, count in zip(learning_rates, counts, strict=True):
+        if not eta > 0 or count < 1:
+            raise InvalidInput(f"tracin() got a learning rate of {eta} for {count} steps; both must be positive.")
+    weights = tuple(float(eta) * count for eta, count in zip(learning_rates, counts, strict=True))
+    return Influence(Identity(), Spectral(), Absolute(0.0), weights=weights)
+
+
+def relatif(method: Influence | None = None, parameters: bool = False) -> Influence:
+    """Another method's scores divided by sqrt(g_i^T (C + lambda)^-1 g_i): what matters to this query, not to all.
+
+    `parameters=True` divides by |(C + lambda)^-1 g_i|. Cost: the method's, and one solve per training example.
+    Reference: Barshan, Brunet & Dziugaite (2020). Identity: equals the dense formula.
+    """
+    return replace(method or dual(), scaling=RelatIF(parameters))
+
+
+def trak(
+    k: int = 2048, per_layer: bool = False, damping: AbstractDamping | float | None = None, seed: int = 0
+) -> Influence:
+    """TRAK: margin gradients projected to k dimensions, and their second moment as curvature.
+
+    score = (1/N) phi_q^T (Phi^T Phi / N + lambda)^-1 (P^T grad loss(i)) with phi = P^T grad margin. Because
+    grad loss(i) = -(1 - p_i) grad margin(i), scores of `measure=Margin()` are TRAK's with the sign of a removal: minus
+    the original's, which are for adding. Several checkpoints are averaged score by score; the original multiplies the
+    mean kernel by the mean of 1 - p. Take k well below N: the sketch must not be able to tell every example apart, and
+    lambda = 0 is refused where it can. `per_layer`: every layer its own k dimensions and its own kernel, added up.
+    Cost: one epoch, N P k for the projection, k^3.
+    Reference: Park et al. (2023). Identity: equals phi_q^T (Phi^T Phi + N lambda)^-1 phi_i (1 - p_i) in float64.
+    """
+    solver = Blockwise(Spectral()) if per_layer else Spectral()
+    projection = Gaussian(k, per_layer=per_layer, seed=seed)
+    return Influence(EmpiricalFisher(measure=Margin()), solver, damping, projection=projection)
+
+
+def koh_liang(damping: AbstractDamping | float = 0.01, rtol: float = 1e-5, max_steps: int = 500) -> Influence:
+    """Influence functions by conjugate gradients on the exact Hessian; the paper's damping by default.
+
+    Cost: about 100 epochs for all queries together. Raises when it meets negative curvature.
+    Reference: Koh & Liang (2017). Identity: equals the dense float64 solve; ridge leave-one-out in closed form.
+    """
+    return Influence(Hessian(), CG(rtol=rtol, max_steps=max_steps), damping)
+
+
+def lissa(
+    damping: AbstractDamping | float = 0.01,
+    step: float | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+) -> Influence:
+    """LiSSA on the Hessian: stochastic gradient descent on 1/2 u^T (H + lambda) u - v^T u.
+
+    Step, batch and depth are measured when not given (theory: 1/step >= lambda_max + lambda + trace/batch).
+    Cost: independent of N for fixed depth. References: Agarwal et al. (2017), Koh & Liang (2017),
+    Klochkov & Liu (2024).
+    Identity: its fixed point is the dense solve.
+    """
+    return Influence(
+        Hessian(), Neumann(step=step, steps=steps, batch_size=batch_size, repeats=repeats, seed=seed), damping
+    )
+
+
+def gauss_newton(
+    damping: AbstractDamping | float | None = None,
+    rtol: float = 1e-3,
+    max_steps: int = 300,
+    preconditioner: AbstractCurvature | None = None,
+) -> Influence:
+    """Conjugate gradients on the exact Gauss-Newton matrix, all queries at once, exact up to the solver's rtol.
+
+    `preconditioner=EKFAC()` guides the search: the first step then is a line search along the EK-FAC solution, so
+    nothing is ever further away than that. Cost: 2 x (queries) epochs per step.
+    Reference: Martens (2010); Bae et al. (2022) for why the Gauss-Newton matrix.
+    Identity: equals the dense float64 solve.
+    """
+    return Influence(GGN(), CG(rtol=rtol, max_steps=max_steps), damping, preconditioner=preconditioner)
+
+
+def ekfac(
+    damping: AbstractDamping | float | None = None,
+    fisher: GGN | Fisher | EmpiricalFisher | None = None,
+    examples: int | None = None,
+    folder: str | PathLike[str] | None = None,
+) -> Influence:
+    """EK-FAC: a Kronecker-factored eigenbasis per layer with measured eigenvalues; lambda per layer by default.
+
+    Cost: two or three passes over `examples` and a decomposition per layer, then one epoch for any number of queries.
+    `folder` keeps the factors, and finds them again. See `EKFAC` for the arguments.
+    Reference: Grosse et al. (2023). Identity: exact for one linear layer with squared error; its eigenvalues equal
+    E[(Q^T grad Q)^2].
+    """
+    return Influence(EKFAC(fisher, examples=examples, folder=folder), Spectral(), damping)
+
+
+def kfac(
+    damping: AbstractDamping | float | None = None,
+    fisher: GGN | Fisher | EmpiricalFisher | None = None,
+    examples: int | None = None,
+    sharing: Sharing = Sharing.EXPAND,
+    folder: str | PathLike[str] | None = None,
+) -> Influence:
+    """K-FAC: each layer's Gauss-Newton block as a Kronecker product of two small matrices.
+
+    Cost: as `ekfac()` less one look at the gradients; less accurate on the same basis.
+    Reference: Martens & Grosse (2015). Identity: exact for deep linear networks with squared error.
+    """
+    return Influence(KFAC(fisher, sharing, examples, folder=folder), Spectral(), damping)
+
+
+def shampoo(
+    damping: AbstractDamping | float | None = None,
+    fisher: GGN | Fisher | EmpiricalFisher | None = None,
+    examples: int | None = None,
+    folder: str | PathLike[str] | None = None,
+) -> Influence:
+    """Shampoo's eigenbasis of each layer's gradient matrix, with measured eigenvalues.
+
+    Cost: as `ekfac()`; more where weights are shared. Reference: Gupta et al. (2018), Vyas et al. (2024).
+    Identity: its eigenvalues equal E[(Q^T grad Q)^2]; exact for one example.
+    """
+    return Influence(Shampoo(fisher, examples, folder=folder), Spectral(), damping)
+
+
+def astra(
+    damping: AbstractDamping | float | None = None,
+    preconditioner: AbstractCurvature | None = None,
+    steps: int = 200,
+    batch_size: int = 256,
+    momentum: float = 0.9,
+    halve_every: int | None = 50,
+    seed: int = 0,
+) -> Influence:
+    """ASTRA: stochastic steps on the exact Gauss-Newton system, preconditioned by EK-FAC and started from its solution.
+
+    u <- u - a (P + lambda)^-1 [(G_B + lambda) u - v] on random batches B, with momentum and a step that is halved every
+    `halve_every` steps; the first step a is measured. Cost: `steps * batch_size / N` curvature products per query,
+    whatever N: for data too large for `gauss_newton(preconditioner=EKFAC())`, which at equal cost is more accurate.
+    Reference: Wang et al. (2025), "Better Training Data Attribution via Better Inverse Hessian-Vector Products".
+    Identity: no steps leave EK-FAC's scores; full batches converge to the dense solve.
+    """
+    iteration = Neumann(
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        start="solved",
+        momentum=momentum,
+        halve_every=halve_every,
+        tolerance=0.0,
+    )
+    return Influence(GGN(), iteration, damping, preconditioner=preconditioner or EKFAC())
+
+
+def dual(curvature: AbstractCurvature | None = None, damping: AbstractDamping | float | None = None) -> Influence:
+    """The exact dual: all parameters, no projection, through the N x N Gram matrix of the gradients.
+
+    score = k_q (K + N lambda)^-1 with K = G G^T. Cost: one epoch + N^2 (row size) + N^3 / 3; every further damping,
+    all leverages and self-influences are free. With `curvature=GGN()` the matrix has N x outputs rows.
+    Identity: equals the dense solve and CG to 1e-8 on the same curvature.
+    """
+    return Influence(curvature or EmpiricalFisher(), Woodbury(), damping)
+
+
+def exact(curvature: AbstractCurvature | None = None, damping: AbstractDamping | float | None = None) -> Influence:
+    """Dense float64 eigendecomposition, for small models: the reference the others are tested against.
+
+    Cost: P^2 memory, P^3 time. Identity: leave-one-out of logistic regression by real refits (Pearson > 0.99).
+    """
+    return Influence(curvature or GGN(), Spectral(), damping)
+
+
+def one_step_newton(damping: AbstractDamping | float) -> Influence:
+    """Leverage-corrected exact influence: one Newton step per removed example.
+
+    Reference: Rubinstein & Hopkins (2025). Identity: ridge leave-one-out to machine precision.
+    """
+    return Influence(GGN(), Spectral(), damping, scaling=Leverage())
+
+
+def arnoldi(
+    rank: int = 50,
+    curvature: AbstractCurvature | None = None,
+    damping: AbstractDamping | float | None = 0.01,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Influence:
+    """The Hessian restricted to its `rank` eigenvectors of largest |eigenvalue|, what lies across them dropped.
+
+    score = (1/N) (V g_q)^T (Lambda + lambda)^-1 (V g_i) with Ritz vectors V. Cost: at most 4 rank + 64 curvature
+    products, then one epoch; rank x P memory. A baseline: low-curvature directions carry much of the influence (linear
+    datamodelling score .31 instead of .80 on logistic regression over MNIST). `Arnoldi(rank, complement="zero")` keeps
+    them. The residual in the diagnostics is the share of each query's gradient that was dropped.
+    Reference: Schioppa et al. (2022). Identity: equals the dense formula of the float64 eigendecomposition, truncated;
+    with rank = P the dense solve.
+    """
+    chosen = Arnoldi(rank, curvature or Hessian(), steps=steps, complement="dropped", seed=seed)
+    return Influence(chosen, Spectral(), damping)
+
+
+def nystrom(
+    rank: int = 50,
+    damping: AbstractDamping | float | None = None,
+    rtol: float = 1e-3,
+    max_steps: int = 300,
+    seed: int = 0,
+) -> Influence:
+    """Conjugate gradients on the exact Gauss-Newton matrix, guided by its randomised Nystrom approximation.
+
+    Cost: `rank` curvature products in one pass, then fewer steps than `gauss_newton()` where the spectrum decays; exact
+    up to rtol whatever the rank. For the approximation alone: `Influence(Nystrom(rank), Spectral())`.
+    Reference: Frangella, Tropp & Udell (2021). Identity: equals the dense float64 solve.
+    """
+    return Influence(GGN(), CG(rtol=rtol, max_steps=max_steps), damping, preconditioner=Nystrom(rank, seed=seed))
+
+
+def datainf(damping: AbstractDamping | float | None = None, per_block: bool = True) -> Influence:
+    """DataInf: the mean over examples of each one's own damped inverse, layer by layer.
+
+    score = (1/(N lambda)) [g_q . g_i - (1/N) sum_j (g_q . g_j)(g_j . g_i) / (lambda + |g_j|^2)]; lambda is a tenth of
+    each layer's mean eigenvalue, as in the paper. Cost: one epoch, all gradient rows, and Q N P operations. Close to a
+    gradient dot product (cosine above .95 where it was measured): for comparison, not a solution of (C + lambda) x = b.
+    Reference: Kwon et al. (2023). Identity: equals the loop over examples in float64.
+    """
+    return Influence(
+        EmpiricalFisher(), DataInf(per_block), Relative(0.1, per_block=per_block) if damping is None else damping
+    )
+
+
+def diagonal(
+    curvature: GGN | Fisher | EmpiricalFisher | None = None, damping: AbstractDamping | float | None = None
+) -> Influence:
+    """The curvature's exact diagonal alone: score = (1/N) sum_p g_q[p] g_i[p] / (C[p, p] + lambda).
+
+    Cost: one epoch per output and P numbers. A baseline: linear datamodelling score .15 where K-FAC has .32, on RTE
+    with BERT.
+    Reference: LeCun et al. (1990). Identity: equals the diagonal of the dense float64 matrix.
+    """
+    return Influence(Diagonal(curvature or GGN()), Spectral(), damping)
+
+
+def blockwise(
+    curvature: AbstractCurvature | None = None,
+    solver: AbstractSolver[Any] | None = None,
+    groups: Mapping[str, str | Sequence[str] | BlockGroup] | None = None,
+    damping: AbstractDamping | float | None = None,
+) -> Influence:
+    """The diagonal blocks of a curvature, one per layer or per named group, each solved by itself.
+
+    score = (1/N) sum_g <(C_gg + lambda_g)^-1 grad m(q)_g, grad loss(i)_g>. Cost with dense blocks: one epoch per
+    output, 24 P_g^2 bytes and P_g^3 operations per group. A group may have its own solver, curvature and damping: see
+    `BlockGroup`.
+    Reference: the block-diagonal approximation of Martens & Grosse (2015). Identity: equals the dense block solve; with
+    one group the dense solve.
+    """
+    return Influence(curvature or GGN(), Blockwise(solver or Spectral(), groups), damping)

@@ -1,0 +1,122 @@
+"""Checkpoints: loaded without running code, checked against the model, and put in for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike, fspath
+from typing import Any, TypeAlias
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..core.errors import InvalidInput, nearest
+
+Checkpoint: TypeAlias = Mapping[str, Tensor] | str | PathLike[str]
+
+
+_WRAPPED = ("state_dict", "model_state_dict", "model")
+
+
+def as_checkpoints(given: Sequence[Checkpoint] | Checkpoint) -> tuple[Checkpoint, ...]:
+    if isinstance(given, (str, PathLike, Mapping)):
+        return (given,)
+    found: Any = given
+    several: list[Any] = [found] if isinstance(found, nn.Module) or not isinstance(found, Iterable) else list(found)
+    odd = next((one for one in several if not isinstance(one, (str, PathLike, Mapping))), None)
+    if odd is not None:
+        hint = "pass model.state_dict()" if isinstance(odd, nn.Module) else "pass a list of them, or () for none"
+        raise InvalidInput(
+            f"checkpoints= takes state dicts (tensors by name) or paths, not {type(odd).__name__}; {hint}."
+        )
+    return tuple(several)
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, on the CPU if read from a file (never by unpickling code).
+
+    Args:
+        checkpoint: a state dict, or the path of a `.safetensors` or torch file; a dictionary that keeps the
+            state dict under "state_dict", "model_state_dict" or "model" is opened.
+        model: if given, the names and shapes must be the model's.
+
+    Raises:
+        InvalidInput: the file cannot be read, holds no state dict, or does not fit the model.
+    """
+    state: Any = checkpoint
+    what = "The checkpoint"
+    if isinstance(checkpoint, (str, PathLike)):
+        path = fspath(checkpoint)
+        what = f"The checkpoint {path!r}"
+        try:
+            if path.endswith(".safetensors"):
+                state = load_file(path)
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as cause:
+            reason = str(cause).strip().splitlines()[:1] or [type(cause).__name__]
+            raise InvalidInput(
+                f"{what} cannot be read ({reason[0]}); expected a .safetensors file or a state dict "
+                "saved with torch.save(model.state_dict(), path)."
+            ) from cause
+    for key in _WRAPPED:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InvalidInput(f"{what} is no state dict (tensors by name) but {type(state).__name__}.")
+    if model is not None:
+        _check_fits(what, state, model)
+    return dict(state)
+
+
+def _check_fits(what: str, state: Mapping[str, Tensor], model: nn.Module) -> None:
+    own = named_tensors(model, persistent_only=True)
+    unexpected = [name for name in state if name not in own]
+    if unexpected:
+        hint = nearest(unexpected[0], own)
+        raise InvalidInput(f"{what} holds {unexpected[0]!r}, which the model does not have.{hint}")
+    # A file may keep a shared tensor under one of its names only.
+    given = {id(own[name]) for name in state}
+    missing = [name for name, tensor in own.items() if id(tensor) not in given]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InvalidInput(f"{what} lacks {missing[0]!r}{more}, which the model has.{nearest(missing[0], state)}")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise InvalidInput(
+                f"{what} has shape {list(tensor.shape)} for {name!r}, the model {list(own[name].shape)}; "
+                "give a checkpoint of this very model."
+            )
+
+
+def named_tensors(model: nn.Module, persistent_only: bool = False) -> dict[str, Tensor]:
+    """Parameters and buffers by every name they have."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is None or (persistent_only and name in module._non_persistent_buffers_set):
+                continue
+            found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+@contextmanager
+def at_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
+    """Give the model a checkpoint's weights and buffers for a while, then its own back, to the bit.
+
+    Raises:
+        InvalidInput: as `load_checkpoint`, before anything is changed.
+    """
+    state = load_checkpoint(checkpoint, model)
+    own = named_tensors(model)
+    before = {id(tensor): (tensor, tensor.detach().clone()) for tensor in own.values()}
+    try:
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in before.values():
+                tensor.copy_(value)

@@ -1,0 +1,253 @@
+"""Guard: leave no trace. A model looked at is put back exactly, also after an exception or Ctrl-C."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..core.errors import UnknownName, nearest
+
+# --------------------------------------------------------------------------- random state
+
+
+def _rng_state() -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def same_rng() -> Iterator[None]:
+    """Put the random generators of torch (CPU, CUDA), numpy and python back afterwards."""
+    state = _rng_state()
+    try:
+        yield
+    finally:
+        _set_rng_state(state)
+
+
+# --------------------------------------------------------------------------- one model
+
+
+@dataclass(eq=False)
+class _Snapshot:
+    """What of a model can change under a pass, with the values it had before."""
+
+    modes: list[tuple[nn.Module, bool]]
+    parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
+    buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
+    rng: dict[str, Any]
+    frames: list[tuple[object, frozenset[int] | None]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Snapshot:
+        modules = list(model.modules())
+        return cls(
+            modes=[(m, m.training) for m in modules],
+            parameters=[(p, p.requires_grad, p.grad) for p in model.parameters()],
+            buffers=[
+                (m, name, buffer, buffer.detach().clone())
+                for m in modules
+                for name, buffer in m._buffers.items()
+                if buffer is not None
+            ],
+            rng=_rng_state(),
+        )
+
+    def enter(self) -> None:
+        # The flag is set directly: train() is often overridden, with effects that eval() would not undo.
+        for module, _ in self.modes:
+            module.training = False
+        for parameter, _, _ in self.parameters:
+            parameter.grad = None
+
+    def apply_latest(self) -> None:
+        """Make exactly the parameters of the innermost frame differentiable."""
+        wanted = next((ids for _, ids in reversed(self.frames) if ids is not None), None)
+        for parameter, before, _ in self.parameters:
+            now = before if wanted is None else id(parameter) in wanted
+            if parameter.requires_grad != now:
+                parameter.requires_grad_(now)
+
+    def restore(self) -> None:
+        for module, training in self.modes:
+            module.training = training
+        for parameter, requires_grad, grad in self.parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        with torch.no_grad():
+            for module, name, buffer, value in self.buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        _set_rng_state(self.rng)
+
+
+_active: WeakKeyDictionary[nn.Module, _Snapshot] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+@contextmanager
+def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Iterator[None]:
+    """Look at a model in eval mode and put everything back afterwards.
+
+    Inside, every module is in eval mode, `.grad` is empty, and exactly the parameters named by `trainable`
+    have `requires_grad` (`None`: as they were). Afterwards, also after an exception, the mode of each module,
+    `requires_grad`, `.grad` (the same tensors), the values of buffers and all random generators are as
+    before.
+
+    Nested use on one model costs nothing and may end in any order (generators do): the state is taken when
+    the first begins and put back when the last ends. Weights and hooks are not watched; whoever changes
+    them puts them back.
+
+    Raises:
+        UnknownName: `trainable` names a parameter the model does not have.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 1), nn.Dropout())
+        >>> with preserved(model, trainable=["0.weight"]):
+        ...     model.training, model[0].bias.requires_grad
+        (False, False)
+        >>> model.training, model[0].bias.requires_grad
+        (True, True)
+    """
+    ids = None if trainable is None else _named(model, trainable)
+    mark = object()
+    with _lock:
+        snapshot = _active.get(model)
+        if snapshot is None:
+            snapshot = _Snapshot.of(model)
+    try:
+        with _lock:
+            if not snapshot.frames:
+                _active[model] = snapshot
+                snapshot.enter()
+            snapshot.frames.append((mark, ids))
+            snapshot.apply_latest()
+        yield
+    finally:
+        with _lock:
+            snapshot.frames = [frame for frame in snapshot.frames if frame[0] is not mark]
+            if snapshot.frames:
+                snapshot.apply_latest()
+            else:
+                _active.pop(model, None)
+                snapshot.restore()
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> frozenset[int]:
+    known = dict(model.named_parameters(remove_duplicate=False))
+    ids = set()
+    for name in names:
+        if name not in known:
+            raise UnknownName(f"The model has no parameter {name!r}.{nearest(name, known)}")
+        ids.add(id(known[name]))
+    return frozenset(ids)
+
+
+# --------------------------------------------------------------------------- kernels
+
+
+@dataclass(eq=False)
+class _Switch:
+    """A process-wide setting held while at least one context wants it, whatever order they end in."""
+
+    hold: Callable[[ExitStack], None]
+    depth: int = 0
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with _lock:
+            if self.depth == 0:
+                self.hold(self.stack)
+            self.depth += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                self.depth -= 1
+                if self.depth == 0:
+                    self.stack.close()
+
+
+def _no_cudnn(stack: ExitStack) -> None:
+    backend: Any = torch.backends.cudnn
+    stack.callback(setattr, backend, "enabled", backend.enabled)
+    backend.enabled = False
+
+
+def _no_onednn(stack: ExitStack) -> None:
+    backend: Any = torch.backends.mkldnn
+    stack.callback(setattr, backend, "enabled", backend.enabled)
+    backend.enabled = False
+
+
+def _no_fastpath(stack: ExitStack) -> None:
+    stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+    torch.backends.mha.set_fastpath_enabled(False)
+
+
+def _plain_attention(stack: ExitStack) -> None:
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+
+
+_cudnn, _onednn = _Switch(_no_cudnn), _Switch(_no_onednn)
+_fastpath, _attention = _Switch(_no_fastpath), _Switch(_plain_attention)
+
+
+def _recurrent(model: nn.Module | None) -> bool:
+    return model is None or any(isinstance(m, nn.RNNBase) for m in model.modules())
+
+
+@contextmanager
+def derivative_safe(model: nn.Module | None = None) -> Iterator[None]:
+    """Kernels that allow a first derivative in eval mode.
+
+    cuDNN's recurrent kernels have no backward in eval mode, and the fused encoder path of
+    `nn.TransformerEncoder` runs without calling its submodules, so without their hooks. cuDNN is left on
+    for models without a recurrent layer; `None` means any model.
+    """
+    with ExitStack() as stack:
+        if _recurrent(model):
+            stack.enter_context(_cudnn.held())
+        stack.enter_context(_fastpath.held())
+        yield
+
+
+@contextmanager
+def double_backward_safe(model: nn.Module | None = None) -> Iterator[None]:
+    """Kernels that can be differentiated twice, and in forward mode; the previous ones come back afterwards.
+
+    In addition to `derivative_safe`, scaled dot product attention uses its plain (math) form, and recurrent
+    layers on the CPU leave oneDNN, whose LSTM has no forward mode.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(derivative_safe(model))
+        stack.enter_context(_attention.held())
+        if _recurrent(model):
+            stack.enter_context(_onednn.held())
+        yield

@@ -1,0 +1,243 @@
+"""Problem: the trained thing, a frozen record; and `sweep`, the only loop over data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..core.distributed import World, current
+from ..core.errors import InvalidInput, NonFinite, nearest
+from ..core.progress import track
+from ..linalg.space import Selection, Space
+from ..objectives.base import AbstractObjective
+from ..objectives.convert import as_objective
+from .checkpoints import Checkpoint, as_checkpoints
+from .data import IdsLike, Source, check_policy, to_device
+from .model_state import derivative_safe, preserved
+from .weight_decay import WeightDecay, as_weight_decay
+
+# --------------------------------------------------------------------------- weight decay
+
+
+# --------------------------------------------------------------------------- problem
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Problem:
+    """A model, the loss it was trained with, and what it was trained on. Making one computes nothing.
+
+    Args:
+        model: the trained model; it is never changed.
+        objective: an objective, a `torch.nn` loss, or `callable(outputs, targets)`.
+        data: what `Source.of` takes: dataset, loader, tensors or arrays.
+        parameters: which parameters take part, see `Space.of`; `None`: all that are trainable.
+        weight_decay: a number, the optimiser that trained the model, or `WeightDecay(...)`.
+        checkpoints: state dicts, or paths of `.safetensors` or torch files, loaded when they are used.
+        batch_size: examples per batch; `None`: the loader's, else 64.
+        deterministic: what to do when reading an example twice gives different values:
+            `"warn"`, `"error"` or `"ignore"`.
+        device: where to compute; `None`: where the model is.
+
+    Raises:
+        InvalidInput: a setting cannot be used as it is; the message says what to do.
+
+    Example:
+        >>> data = (torch.zeros(5, 3), torch.zeros(5, dtype=torch.long))
+        >>> problem = Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(), data, weight_decay=1e-3)
+        >>> len(problem), problem.space.size
+        (5, 8)
+    """
+
+    model: nn.Module
+    objective: AbstractObjective
+    data: Source
+    parameters: Selection
+    weight_decay: WeightDecay
+    checkpoints: tuple[Checkpoint, ...]
+    batch_size: int
+    deterministic: str
+    device: torch.device
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Any,
+        data: Any,
+        parameters: Selection = None,
+        weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
+        checkpoints: Sequence[Checkpoint] | Checkpoint = (),
+        batch_size: int | None = None,
+        deterministic: str = "warn",
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_model(model)
+        check_policy(deterministic)
+        source = Source.of(data, batch_size)
+        # An iterator of parameters would be used up by the first look at it.
+        chosen = tuple(parameters) if isinstance(parameters, Iterator) else parameters
+        values = {
+            "model": model,
+            "objective": as_objective(objective),
+            "data": source,
+            "parameters": chosen,
+            "weight_decay": as_weight_decay(weight_decay, model),
+            "checkpoints": as_checkpoints(checkpoints),
+            "batch_size": source.batch_size,
+            "deterministic": deterministic,
+            "device": model_device(model, device),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __repr__(self) -> str:
+        decay = "" if self.weight_decay.is_zero else f", weight_decay={self.weight_decay.strength}"
+        return f"Problem({type(self.model).__name__}, {self.objective!r}, {len(self)} examples{decay})"
+
+    @cached_property
+    def space(self) -> Space:
+        """The layout of the chosen parameters; worked out at first use."""
+        return Space.of(self.model, self.parameters, self.weight_decay.strength)
+
+    def with_(self, **changes: Any) -> Problem:
+        """A copy with some arguments replaced.
+
+        Raises:
+            InvalidInput: an argument that `Problem` does not have.
+        """
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise InvalidInput(f"Problem has no argument {name!r}.{nearest(name, known)}")
+        kept = {name: getattr(self, name) for name in known}
+        if "model" in changes:
+            kept["device"] = None
+        return Problem(**(kept | changes))
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        InvalidInput: something else was given.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise InvalidInput(
+            f"The model must be a torch.nn.Module, got {what}; pass the trained module itself, the model before "
+            "the data."
+        )
+
+
+def _device(asked: Any) -> torch.device:
+    try:
+        return torch.device(asked)
+    except (RuntimeError, TypeError) as cause:
+        raise InvalidInput(
+            f"device={asked!r} is no device; write 'cpu', 'cuda' or 'cuda:0', or leave it out to compute where "
+            "the model is."
+        ) from cause
+
+
+def model_device(model: nn.Module, asked: torch.device | str | None = None) -> torch.device:
+    """The one device of a model.
+
+    Raises:
+        InvalidInput: parameters lie on several devices or on `meta`, or not where was asked for.
+    """
+    found: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        found.setdefault(parameter.device, name)
+    if len(found) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in found.items())
+        raise InvalidInput(f"The model's parameters lie on several devices ({where}); move it to one with .to().")
+    wanted = None if asked is None else _device(asked)
+    if not found:
+        return wanted or torch.device("cpu")
+    device = next(iter(found))
+    if device.type == "meta":
+        raise InvalidInput("The model lies on the meta device and has no values; load its weights first.")
+    if wanted is not None and (wanted.type != device.type or wanted.index not in (None, device.index)):
+        raise InvalidInput(f"The model lies on {device}, not on {wanted}; call model.to({str(wanted)!r}) first.")
+    return device
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+
+# --------------------------------------------------------------------------- the only loop over data
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        NonFinite: names the parameters or buffers that hold NaN or infinity.
+        InvalidInput: a parameter has no values yet.
+    """
+    for name, weight in model.named_parameters():
+        if is_lazy(weight):
+            raise InvalidInput(
+                f"Parameter {name!r} is not initialised yet (a lazy module); run the model once on a batch first."
+            )
+    bad = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # The sum is one cheap pass; only if it is not finite (which overflow can also cause) look closer.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum()):
+            parameter = isinstance(tensor, nn.Parameter)
+            # A mask of -inf is a fair buffer; NaN never is.
+            wrong = ~torch.isfinite(tensor) if parameter else torch.isnan(tensor)
+            if wrong.any():
+                bad.append(name)
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise NonFinite(
+            f"The model's weights hold NaN or infinity in {', '.join(map(repr, bad[:4]))}{more}; "
+            "the training diverged, load finite weights."
+        )
+
+
+def sweep(
+    problem: Problem,
+    source: Source | None = None,
+    ids: IdsLike = None,
+    label: str = "",
+    world: World | None = None,
+) -> Iterator[tuple[Tensor, Any]]:
+    """Visit examples batch by batch in dataset order, the model in eval mode; the only loop over data.
+
+    Args:
+        problem: whose model is used, and whose data unless `source` is given.
+        source: other data, e.g. queries.
+        ids: dataset indices to visit, in this order; `None`: all of them.
+        label: what the progress bar says.
+        world: whose share to visit; `None`: the running process group's, else everything.
+
+    Yields:
+        `(ids, batch)`: a LongTensor of dataset indices on the CPU, and the collated batch on the device.
+
+    Raises:
+        NonFinite: weights, or floating point values of an example, are NaN or infinite (names, indices).
+        InvalidInput: an example cannot be read, or reads differently twice under `deterministic="error"`.
+    """
+    source = problem.data if source is None else source
+    world = current() if world is None else world
+    plan = world.shard(source.plan(ids))
+    check_weights(problem.model)
+    with ExitStack() as stack:
+        stack.enter_context(preserved(problem.model, problem.space.names))
+        stack.enter_context(derivative_safe(problem.model))
+        source.check_deterministic(problem.deterministic)
+        batches = track(source.load(plan), sum(map(len, plan)), label, lambda pair: len(pair[0]), "ex")
+        for batch_ids, batch in batches:
+            source.check_finite(batch_ids, batch)
+            yield batch_ids, to_device(batch, problem.device)

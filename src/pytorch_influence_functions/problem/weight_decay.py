@@ -1,0 +1,114 @@
+"""Weight decay: the L2 term of the training objective, read from numbers or from the optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import InvalidInput
+
+_COUPLED = (
+    "SGD",
+    "Adam",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "Adamax",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+    "SparseAdam",
+    "LBFGS",
+)
+
+
+@dataclass(frozen=True)
+class WeightDecay:
+    """An L2 term ½·strength·|θ|² in the training objective, as the optimiser's `weight_decay` means it.
+
+    Args:
+        strength: one number, or one per parameter name (absent names: 0).
+        per_example: False: the term is fixed, removing an example leaves it whole, so it only adds to the
+            curvature. True: every example carries it (a mean over examples of loss + term is trained), so
+            its slope strength·θ is also part of each example's gradient.
+    """
+
+    strength: float | Mapping[str, float] = 0.0
+    per_example: bool = False
+
+    def __post_init__(self) -> None:
+        found: Any = self.strength
+        named: dict[str, Any] = dict(found) if isinstance(found, Mapping) else {"": found}
+        for name, value in named.items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                where = f" for {name!r}" if name else ""
+                raise InvalidInput(f"Weight decay must be a finite number of at least 0, got {value!r}{where}.")
+
+    def __hash__(self) -> int:
+        found = self.strength
+        return hash((tuple(sorted(found.items())) if isinstance(found, Mapping) else found, self.per_example))
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether there is no decay at all."""
+        values = self.strength.values() if isinstance(self.strength, Mapping) else [self.strength]
+        return not any(values)
+
+    @classmethod
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> WeightDecay:
+        """Read the decay of each parameter from the optimiser's groups.
+
+        Raises:
+            InvalidInput: the decay is decoupled (AdamW) or of a kind that is not known to be an L2 term, or
+                the optimiser trains no parameter of this model.
+        """
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        strengths: dict[str, float] = {}
+        known = False
+        for group in optimizer.param_groups:
+            decay = float(group.get("weight_decay", 0.0))
+            if decay != 0.0:
+                _check_coupled(optimizer, group, decay)
+            for parameter in group["params"]:
+                if id(parameter) in name_of:
+                    known = True
+                    strengths[name_of[id(parameter)]] = decay
+        if not known:
+            raise InvalidInput(
+                "The optimiser given as weight_decay holds no parameter of the model; "
+                "pass the optimiser that trained it, or a number."
+            )
+        return cls({name: value for name, value in strengths.items() if value != 0.0} or 0.0)
+
+
+def _check_coupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], decay: float) -> None:
+    kind = type(optimizer).__name__
+    way_out = "pass weight_decay=0 and let damping=FromTraining(lr, steps) stand for it, or pass a number."
+    names = {c.__name__ for c in type(optimizer).__mro__}
+    if group.get("decoupled_weight_decay") or "AdamW" in names or "SGDW" in names:
+        raise InvalidInput(
+            f"{kind} has decoupled weight decay ({decay:g}): it shrinks the weights beside the gradient step "
+            f"and is not an L2 term of the loss, so it adds no curvature; {way_out}"
+        )
+    if not names & set(_COUPLED):
+        raise InvalidInput(
+            f"The weight decay of {kind} ({decay:g}) is not known to be an L2 term of the loss; {way_out}"
+        )
+
+
+def as_weight_decay(given: Any, model: nn.Module) -> WeightDecay:
+    """A `WeightDecay` from a number, a mapping by parameter name, an optimiser, or a `WeightDecay`."""
+    if isinstance(given, WeightDecay):
+        return given
+    if isinstance(given, torch.optim.Optimizer):
+        return WeightDecay.from_optimizer(given, model)
+    if given is None:
+        return WeightDecay()
+    if isinstance(given, (int, float, Mapping)):
+        return WeightDecay(given)
+    raise InvalidInput(f"weight_decay must be a number, an optimiser or WeightDecay(...), got {type(given).__name__}.")

@@ -1,0 +1,1 @@
+"""The result: values, labels, and how far to trust them."""

@@ -1,0 +1,313 @@
+"""How a result was made and how far its assumptions hold: the checklist to read before trusting a score."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, final
+
+from ..core.errors import InvalidInput
+
+Status: TypeAlias = Literal["ok", "warn", "bad"]
+
+LEFT_OUT = "(left out)"
+"""The name in `gradient_shares` for the parameters that did not take part."""
+
+# The training gradient beside a typical example's: 0 at a minimum, near 1 where nothing was learned.
+_STATIONARY, _MOVING = 0.1, 0.3
+# Relative residuals: below the first a ranking is safe, above the second it is the solver's noise.
+_SOLVED, _UNSOLVED = 1e-2, 1e-1
+# The least share of the gradient that the chosen parameters should carry.
+_COVERED = 0.9
+
+
+@final
+@dataclass(frozen=True)
+class Check:
+    """One line of the checklist: what was looked at, how it stands, and why.
+
+    `status` is `"ok"`, `"warn"` (read the result with care, or the fact is not known) or `"bad"` (an
+    assumption of influence functions is broken).
+    """
+
+    name: str
+    status: Status
+    text: str
+
+    def __str__(self) -> str:
+        return f"{f'[{self.status}]':<7}{self.name}: {self.text}"
+
+
+def _no_shares() -> dict[str, float]:
+    return {}
+
+
+def _no_routes() -> dict[str, str]:
+    return {}
+
+
+@final
+@dataclass(frozen=True)
+class Diagnostics:
+    """Facts of one run; `print` it for the checklist in words. NaN, None and empty words mean "not measured".
+
+    Args:
+        method: the composition, as it would be written.
+        why: why it was chosen.
+        damping: lambda as a number, in units of the curvature of the *mean* objective.
+        residual_max: largest relative residual |(C + D) x - b| / |b| over the queries.
+        residual_mean: its mean over the queries.
+        steps: products with the curvature.
+        smallest_curvature: the smallest eigenvalue (or Rayleigh quotient) of C that was seen.
+        n_train: training examples that were used.
+        n_queries: queries that were scored.
+        parameters_used: numbers in the parameters that took part.
+        parameters_total: numbers in all parameters of the model.
+        gradient_shares: per block, its share (0 to 1) of the squared gradient norm; "(left out)" is the
+            share of the parameters that did not take part.
+        relative_gradient: |gradient of the mean training objective| / typical |per-example gradient|.
+        gradient_examples: how many examples the two lines above were measured on.
+        mode: the mode the model was in, in words: eval, dropout, batch norm.
+        deterministic: whether reading an example twice gave the same: `"yes"`, `"no"` or other words.
+        reduction: the training loss's reduction, in words.
+        routes: how each block's gradients were taken: `"rule"`, or the fallback.
+        members: checkpoints that were averaged.
+        seconds: wall-clock seconds for fitting and scoring.
+        notes: anything else that should be read with the result.
+        needs_minimum: whether the method assumes that training had ended at a minimum (unrolled ones do not).
+        effective_dimension: tr(C (C + D)^-1), how many directions the data decide rather than the damping.
+        lost_to_damping: median over queries of `<g, D (C + D)^-1 g> / |g|^2`, the share of a query's squared gradient
+            norm that damping takes.
+        approximation: in words, where the method is a formula that does not solve with its curvature; else empty.
+        residual_history: largest relative residual after every step of an iterative solve, of the slowest group of
+            queries; empty for direct solves.
+
+    >>> print(Diagnostics(method="koh_liang()", residual_max=2e-6, residual_mean=1e-6, steps=12).checks()[1])
+    [ok]   solve: largest relative residual 2e-06, mean 1e-06, after 12 steps
+    """
+
+    method: str = ""
+    why: str = ""
+    damping: float = math.nan
+    residual_max: float = math.nan
+    residual_mean: float = math.nan
+    steps: int = 0
+    smallest_curvature: float | None = None
+    n_train: int = 0
+    n_queries: int = 0
+    parameters_used: int = 0
+    parameters_total: int = 0
+    gradient_shares: Mapping[str, float] = field(default_factory=_no_shares)
+    relative_gradient: float = math.nan
+    gradient_examples: int = 0
+    mode: str = "eval mode"
+    deterministic: str = "not checked"
+    reduction: str = "mean of per-example losses"
+    routes: Mapping[str, str] = field(default_factory=_no_routes)
+    members: int = 1
+    seconds: float = math.nan
+    notes: tuple[str, ...] = ()
+    needs_minimum: bool = True
+    effective_dimension: float = math.nan
+    lost_to_damping: float = math.nan
+    approximation: str = ""
+    residual_history: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Copies: a record must not change when its maker goes on counting.
+        object.__setattr__(self, "gradient_shares", dict(self.gradient_shares))
+        object.__setattr__(self, "routes", dict(self.routes))
+        object.__setattr__(self, "notes", tuple(self.notes))
+        object.__setattr__(self, "residual_history", tuple(self.residual_history))
+
+    def checks(self) -> list[Check]:
+        """The assumptions of influence functions, each with its verdict, in a fixed order."""
+        return [
+            _minimum(self),
+            _solve(self),
+            _curvature(self),
+            _parameters(self),
+            _mode(self),
+            _data(self),
+            _loss(self),
+        ]
+
+    @property
+    def worst(self) -> Status:
+        """The most serious verdict among the checks."""
+        found = {check.status for check in self.checks()}
+        return "bad" if "bad" in found else "warn" if "warn" in found else "ok"
+
+    def __str__(self) -> str:
+        lines = [f"method  {self.method or 'not recorded'}"]
+        lines += [f"why     {self.why}"] if self.why else []
+        lines += [f"size    {_size(self)}"] if self.n_train else []
+        lines += [f"time    {self.seconds:.3g} s"] if not math.isnan(self.seconds) else []
+        lines += [f"routes  {_routes(self.routes)}"] if set(self.routes.values()) - {"rule"} else []
+        lines += [f"blocks  {_largest(self.gradient_shares)}"] if self.gradient_shares else []
+        lines += [str(check) for check in self.checks()]
+        return "\n".join(lines + [f"note    {note}" for note in self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, words, lists and dictionaries; NaN and infinity as the words `"nan"`, `"inf"`."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shares = {name: _written(share) for name, share in self.gradient_shares.items()}
+        written = {name: _written(value) for name, value in found.items()}
+        return written | {
+            "notes": list(self.notes),
+            "gradient_shares": shares,
+            "residual_history": [_written(r) for r in self.residual_history],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Diagnostics:
+        """The record that `to_dict` wrote.
+
+        Raises:
+            InvalidInput: a field that this version does not know.
+        """
+        fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(fields)):
+            raise InvalidInput(
+                f"The diagnostics hold the unknown field {unknown[0]!r}; "
+                "read them with the version of pytorch_influence_functions that wrote them."
+            )
+        read: dict[str, Any] = {
+            n: float(v) if "float" in fields[n] and isinstance(v, str) else v for n, v in values.items()
+        }
+        shares = {name: float(share) for name, share in values.get("gradient_shares", {}).items()}
+        history = tuple(float(r) for r in values.get("residual_history", ()))
+        kept = {
+            "gradient_shares": shares,
+            "notes": tuple(values.get("notes", ())),
+            "residual_history": history,
+        }
+        return cls(**{**read, **kept})
+
+
+def _written(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --------------------------------------------------------------------------- the checks
+
+
+def _minimum(d: Diagnostics) -> Check:
+    name, value = "minimum", d.relative_gradient
+    if math.isnan(value):
+        return Check(name, "warn", "the gradient of the training objective was not measured")
+    seen = f"the training gradient is {value:.1%} of a typical example's"
+    seen += f" (on {d.gradient_examples:,} examples)" if d.gradient_examples else ""
+    if not d.needs_minimum:
+        return Check(name, "ok", f"{seen}; this method follows training and needs no minimum")
+    if value > _MOVING:
+        return Check(name, "bad", f"{seen}: the model is far from a minimum; train longer, or read with care")
+    if value > _STATIONARY:
+        return Check(name, "warn", f"{seen}: not quite at a minimum")
+    return Check(name, "ok", seen)
+
+
+def _solve(d: Diagnostics) -> Check:
+    name = "solve"
+    if math.isnan(d.residual_max):
+        return Check(name, "warn", "the residual of the solve was not measured")
+    seen = f"largest relative residual {d.residual_max:.1g}"
+    seen += "" if math.isnan(d.residual_mean) else f", mean {d.residual_mean:.1g}"
+    seen += f", after {d.steps:,} step{'' if d.steps == 1 else 's'}" if d.steps else ""
+    if d.approximation:
+        return Check(name, "warn", f"{d.approximation}: a formula that does not solve the system; {seen}")
+    if d.residual_max > _UNSOLVED:
+        return Check(name, "bad", f"{seen}: not solved; more steps, more damping, or a preconditioner")
+    if d.residual_max > _SOLVED:
+        return Check(name, "warn", f"{seen}: loosely solved, so close scores may swap places")
+    return Check(name, "ok", seen)
+
+
+def _curvature(d: Diagnostics) -> Check:
+    name, low = "damping", d.smallest_curvature
+    if math.isnan(d.damping):
+        return Check(name, "warn", "lambda was not recorded")
+    seen = f"lambda = {d.damping:.3g}"
+    if not math.isnan(d.effective_dimension):
+        seen += f", effective dimension {d.effective_dimension:,.4g}"
+    if not math.isnan(d.lost_to_damping):
+        seen += f", it takes {d.lost_to_damping:.0%} of a query's squared gradient norm"
+    if low is None or math.isnan(low):
+        return Check(name, "ok", f"{seen}; the smallest curvature was not measured")
+    seen += f", smallest curvature seen {low:.3g}"
+    # Rounding leaves tiny negative eigenvalues in a semidefinite matrix; lambda is the scale to judge by.
+    if low >= -1e-3 * d.damping:
+        return Check(name, "ok", seen)
+    if d.damping <= -low:
+        text = f"{seen}: lambda does not outweigh it, so there is no minimum; use GGN() or more damping"
+        return Check(name, "bad", text)
+    return Check(name, "warn", f"{seen}: negative curvature that only lambda outweighs; compare with GGN()")
+
+
+def _parameters(d: Diagnostics) -> Check:
+    name = "parameters"
+    if not d.parameters_total:
+        return Check(name, "warn", "how many parameters took part was not recorded")
+    seen = f"{d.parameters_used:,} of {d.parameters_total:,} took part"
+    if not d.gradient_shares:
+        whole = d.parameters_used == d.parameters_total
+        text = seen if whole else f"{seen}; the others' share of the gradient was not measured"
+        return Check(name, "ok" if whole else "warn", text)
+    share = 1.0 - d.gradient_shares.get(LEFT_OUT, 0.0)
+    seen += f", with {share:.1%} of the squared gradient norm"
+    if not share >= _COVERED:
+        return Check(name, "warn", f"{seen}: what the others learned is not seen")
+    return Check(name, "ok", seen)
+
+
+def _mode(d: Diagnostics) -> Check:
+    # Everything is computed in eval mode; only words that say otherwise are a warning.
+    if not d.mode:
+        return Check("mode", "warn", "the mode of the model was not recorded")
+    return Check("mode", "warn" if d.mode.startswith("train") else "ok", d.mode)
+
+
+def _data(d: Diagnostics) -> Check:
+    if d.deterministic == "yes":
+        return Check("data", "ok", "an example reads the same twice")
+    if d.deterministic == "no":
+        text = "an example reads differently twice (random augmentation?): scores belong to one random draw"
+        return Check("data", "bad", text)
+    return Check("data", "warn", "whether an example reads the same twice was not checked")
+
+
+def _loss(d: Diagnostics) -> Check:
+    n = f"; N = {d.n_train:,} examples" if d.n_train else ""
+    if not d.reduction:
+        return Check("loss", "warn", f"the reduction of the loss was not recorded{n}")
+    return Check("loss", "ok", f"{d.reduction}{n}")
+
+
+# --------------------------------------------------------------------------- lines above them
+
+
+def _size(d: Diagnostics) -> str:
+    queries = f"{d.n_queries:,} quer{'y' if d.n_queries == 1 else 'ies'} x {d.n_train:,} training examples"
+    return queries + (f", mean over {d.members} checkpoints" if d.members > 1 else "")
+
+
+def _routes(routes: Mapping[str, str]) -> str:
+    by_route: dict[str, list[str]] = {}
+    for block, route in routes.items():
+        by_route.setdefault(route, []).append(block)
+    return "; ".join(f"{route}: {_few(blocks)}" for route, blocks in by_route.items())
+
+
+def _few(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name or "(root)" for name in names[:limit]) + more
+
+
+def _largest(shares: Mapping[str, float], limit: int = 3) -> str:
+    # A NaN would make sorting meaningless; it goes first, where it is seen.
+    ranked = sorted(shares.items(), key=lambda item: (not math.isnan(item[1]), -item[1], item[0]))
+    more = f" and {len(ranked) - limit} more" if len(ranked) > limit else ""
+    shown = ", ".join(f"{name or '(root)'} {share:.0%}" for name, share in ranked[:limit])
+    return f"{shown}{more} (share of the squared gradient norm)"

@@ -1,0 +1,78 @@
+"""Picking by position: from what a person writes in brackets to whole numbers in range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..core.errors import InvalidInput, name_ids
+
+
+def value(label: Any) -> Any:
+    """A label as plain Python: tensors and numpy scalars as numbers or lists."""
+    return label.tolist() if hasattr(label, "tolist") else label
+
+
+def plain(labels: Any) -> list[Any]:
+    """A tensor, array or list of labels as a list of plain Python."""
+    return [value(label) for label in labels]
+
+
+def at(values: Any, index: int) -> Any:
+    """One member, or None where there are no members."""
+    return None if values is None else values[index]
+
+
+def take(values: Any, index: Int[Tensor, " n"]) -> Any:
+    """Some members of a tensor, a list or nothing, of the same kind."""
+    if values is None or isinstance(values, Tensor):
+        return None if values is None else values[index]
+    return [values[i] for i in index.tolist()]
+
+
+def count(k: int | None, held: int) -> int:
+    """How many of `held` are asked for by `k`; None means all.
+
+    Raises:
+        InvalidInput: `k` is not a whole number of at least 1.
+    """
+    if k is None:
+        return held
+    if isinstance(k, bool) or int(k) != k or k < 1:
+        raise InvalidInput(f"k={k} asks for no example; give a whole number of at least 1, or None for all.")
+    return min(int(k), held)
+
+
+def positions(picked: Any, size: int, what: str, twice: bool = False) -> Int[Tensor, " n"]:
+    """Positions 0 to size - 1 from an integer, slice, list, tensor or mask; -1 is the last one.
+
+    `what` names the things in messages; `twice` allows one to be picked more than once.
+
+    Raises:
+        InvalidInput: nothing picked, a position out of range, or not a whole number.
+    """
+    if isinstance(picked, slice):
+        found = torch.tensor(range(size)[picked], dtype=torch.long)
+    else:
+        found = torch.as_tensor(picked).cpu()
+        if found.dtype == torch.bool and found.shape == (size,):
+            found = found.nonzero()[:, 0]
+        if found.dtype == torch.bool or (found.is_floating_point() and found.numel()) or found.ndim > 1:
+            raise InvalidInput(
+                f"A {what} is picked by whole numbers, a slice or a mask of {size}; "
+                f"got {found.dtype} of shape {tuple(found.shape)}."
+            )
+        found = found.long().reshape(-1)
+    outside = found[(found < -size) | (found >= size)]
+    if len(outside):
+        named = name_ids(outside.tolist())
+        raise InvalidInput(f"There is no {what} {named}: they are numbered 0 to {size - 1}.")
+    if not len(found):
+        raise InvalidInput(f"No {what} was picked; pick at least one.")
+    found = found % size
+    if not twice and len(set(found.tolist())) != len(found):
+        raise InvalidInput(f"A {what} was picked twice; pick each once.")
+    return found

@@ -1,0 +1,483 @@
+"""`Scores`: what every training example does to every query, and how to ask it."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, final
+
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core.errors import InvalidInput, NonFinite, name_ids, require
+from ..core.files import write_bytes
+from . import files as scores_io
+from . import indexing as picking
+from .diagnostics import Diagnostics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..evaluation.verification import Verification
+    from ..report.page import Report
+else:
+    Figure = Report = Verification = Any  # optional, or of a higher room; annotations are looked at all the same
+
+Labels: TypeAlias = Tensor | NDArray[Any] | Sequence[Any] | None
+
+MEAN = -1
+"""The query index of a row that is a mean over queries and belongs to no single one."""
+_KIND = "scores"
+_TENSORS = ("values", "indices", "query_ids", "train_labels", "query_labels")
+_RECORD = ("lower_is_better", "n_train", "train_names", "query_names", "class_names", "provenance")
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores:
+    """Predicted change of the measure on each query when each training example is removed.
+
+    `values[q, i] = (1/N) <(C + D)^-1 grad m(q), grad loss(i)>`: the predicted change of the measure of query
+    q when example i is *removed* and the model retrained, in units of the measure. For a loss, positive
+    means helpful. `helpful` and `harmful` follow the measure: helpful is what makes the measure worse
+    when removed, so the largest scores of a loss and the smallest of a margin. They are the two ends of one
+    order, not a filter by sign: where all examples help, `harmful` starts with the one that helps least.
+    Equal scores are ordered by index.
+
+    A training example is always named by its position in the training dataset. Where not all examples are
+    held (`top=`, `scores[:, ids]`), `indices[q, j]` is the position of the example behind `values[q, j]`.
+
+    Args:
+        values: float [Q, N], or [Q, m] with `indices`.
+        lower_is_better: whether a smaller measure is better (a loss).
+        train_labels: one per training example (all N of them, whatever is held), tensor or list.
+        query_labels: one per query.
+        train_names, query_names: what to call them.
+        class_names: what to call integer labels.
+        query_ids: [Q] positions in the query dataset, by default 0 to Q - 1; -1 for a mean over queries.
+        indices: [Q, m] positions in the training dataset, each once per row, or None: all in order.
+        n_train: N, by default the number of columns; needed with `indices`.
+        diagnostics: how the scores came about and how far to trust them.
+        provenance: the method as it would be written, with versions; by default the diagnostics' method.
+        train_source, query_source: the data, for pictures; not saved.
+
+    Raises:
+        NonFinite: a score is NaN or infinite; queries and training examples are named.
+        InvalidInput: shapes that do not fit each other.
+
+    >>> scores = Scores(torch.tensor([[0.1, -0.3, 0.2]]))
+    >>> [index for index, score in scores.helpful(0, k=2)], scores.harmful(0, k=1)[0][0]
+    ([2, 0], 1)
+    """
+
+    # Shapes are checked below, in words: these fields are filled by hand too.
+    values: Tensor
+    lower_is_better: bool = True
+    train_labels: Labels = None
+    query_labels: Labels = None
+    train_names: Sequence[str] | None = None
+    query_names: Sequence[str] | None = None
+    class_names: Sequence[str] | None = None
+    query_ids: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__
+    indices: Tensor | None = None
+    n_train: int = None  # type: ignore[assignment]  # filled in by __post_init__
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    provenance: str = ""
+    train_source: Any = None
+    query_source: Any = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.values.ndim != 2 or not self.values.is_floating_point() or 0 in self.values.shape:
+            raise InvalidInput(
+                "Scores are floating point numbers of shape (queries, training examples), at least one of "
+                f"each; got {tuple(self.values.shape)} of {self.values.dtype}."
+            )
+        put("values", self.values.detach().cpu())
+        ids: Any = self.query_ids
+        put("query_ids", torch.as_tensor(range(len(self.values)) if ids is None else ids).cpu().long())
+        put("indices", None if self.indices is None else self.indices.detach().cpu().long())
+        put("provenance", self.provenance or self.diagnostics.method)
+        for name in ("train_names", "query_names", "class_names"):
+            put(name, None if getattr(self, name) is None else list(getattr(self, name)))
+        for name in ("train_labels", "query_labels"):
+            given = getattr(self, name)
+            kept = given.detach().cpu() if isinstance(given, Tensor) else given
+            put(name, kept if kept is None or isinstance(kept, Tensor) else picking.plain(kept))
+        self._check_shapes()
+        self._check_finite()
+
+    def _check_shapes(self) -> None:
+        queries, held = self.values.shape
+        known: int | None = self.n_train
+        if known is None and self.indices is None:
+            object.__setattr__(self, "n_train", held)
+        elif known is None or (self.indices is None and known != held):
+            raise InvalidInput(
+                f"{held} scores per query of n_train={known} training examples: give `indices`, which says "
+                "which examples they are, and n_train."
+            )
+        if self.indices is not None:
+            _check_indices(self.indices, self.values.shape, self.n_train)
+        sizes = {"train_labels": self.n_train, "train_names": self.n_train}
+        sizes |= {"query_labels": queries, "query_names": queries, "query_ids": queries}
+        for name, expected in sizes.items():
+            given = getattr(self, name)
+            if given is not None and len(given) != expected:
+                raise InvalidInput(f"`{name}` has {len(given)} entries; expected {expected}.")
+
+    def _check_finite(self) -> None:
+        finite = torch.isfinite(self.values)
+        if bool(finite.all()):
+            return
+        at, columns = (~finite).nonzero(as_tuple=True)
+        training = columns if self.indices is None else self.indices[at, columns]
+        queries = name_ids(sorted(set(self.query_ids[at].tolist())))
+        raise NonFinite(
+            f"Scores are NaN or infinite for query {queries} at training index "
+            f"{name_ids(sorted(set(training.tolist())))}; look for overflow there, or raise the damping."
+        )
+
+    # ---------------------------------------------------------------- asking
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(queries, scores held per query)."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def __len__(self) -> int:
+        """The number of queries."""
+        return len(self.values)
+
+    def helpful(self, q: int | None = 0, k: int | None = 10) -> list[tuple[int, float]]:
+        """The `k` most helpful training examples of query `q` as (index, score), most helpful first.
+
+        `q=None`: by the mean over queries. `k=None`, or more than are held: all.
+
+        Raises:
+            InvalidInput: no such query, or `k` below 1.
+        """
+        return self._pairs(q, k, helpful=True)
+
+    def harmful(self, q: int | None = 0, k: int | None = 10) -> list[tuple[int, float]]:
+        """The `k` most harmful training examples of query `q` as (index, score), most harmful first."""
+        return self._pairs(q, k, helpful=False)
+
+    def helpful_order(self, q: int | None = None) -> Int[Tensor, " m"]:
+        """Training indices from most helpful to most harmful, by the mean over queries or for query `q`."""
+        row, at = self._row(q)
+        return row._index(at)[row._order(at, helpful=True)]
+
+    def harmful_order(self, q: int | None = None) -> Int[Tensor, " m"]:
+        """Training indices from most harmful to most helpful, by the mean over queries or for query `q`."""
+        row, at = self._row(q)
+        return row._index(at)[row._order(at, helpful=False)]
+
+    def mean(self) -> Scores:
+        """One row: the mean score over all queries, in float64; its query index is -1.
+
+        Raises:
+            InvalidInput: the queries do not hold the same training examples (`top=`).
+        """
+        if self.indices is not None and bool((self.indices != self.indices[:1]).any()):
+            raise InvalidInput(
+                "Each query holds other training examples, so there is no mean over queries; "
+                "score without top=, take mean(), then top(k)."
+            )
+        return replace(
+            self,
+            values=self.values.double().mean(0, keepdim=True),
+            indices=None if self.indices is None else self.indices[:1],
+            query_ids=torch.tensor([MEAN]),
+            query_labels=None,
+            query_names=[f"mean over {len(self)} quer{'y' if len(self) == 1 else 'ies'}"],
+        )
+
+    def top(self, k: int) -> Scores:
+        """Only the `k` most helpful and `k` most harmful examples of each query, most helpful first.
+
+        With 2k or more examples held exactly 2k are kept, otherwise all. `helpful(q, k)` and
+        `harmful(q, k)` are unchanged.
+        """
+        k = picking.count(k, self.shape[1])
+        kept = []
+        for at in range(len(self)):
+            order, back = self._order(at, helpful=True), self._order(at, helpful=False)
+            # Among equal scores the two ends may name the same examples; the next helpful ones fill the row.
+            wanted = torch.zeros(self.shape[1], dtype=torch.bool)
+            wanted[order[:k]] = wanted[back[:k]] = True
+            missing = min(2 * k, self.shape[1]) - int(wanted.sum())
+            wanted[order[~wanted[order]][:missing]] = True
+            kept.append(order[wanted[order]])
+        columns = torch.stack(kept)
+        index = torch.stack([self._index(at)[columns[at]] for at in range(len(self))])
+        return replace(self, values=self.values.gather(1, columns), indices=index)
+
+    def __getitem__(self, key: Any) -> Scores:
+        """Some queries, `scores[0]`, `scores[2:5]`, `scores[[1, 4]]`; or some examples too, `scores[:, ids]`.
+
+        The result is `Scores` with as many rows as queries were picked (one for an integer). Examples keep
+        their positions in the training dataset: `scores[:, [7]].helpful(0)` names example 7.
+
+        Raises:
+            InvalidInput: an index out of range, or examples picked where queries hold different ones.
+        """
+        rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
+        at = picking.positions(rows, len(self), "query", twice=True)
+        found = replace(
+            self,
+            values=self.values[at],
+            indices=None if self.indices is None else self.indices[at],
+            query_ids=self.query_ids[at],
+            query_labels=picking.take(self.query_labels, at),
+            query_names=picking.take(self.query_names, at),
+        )
+        if isinstance(columns, slice) and columns == slice(None):
+            return found
+        if self.indices is not None:
+            raise InvalidInput(
+                "Only some training examples are held here, so others cannot be picked by position; "
+                "pick them from the full scores (scored without top=)."
+            )
+        ids = picking.positions(columns, self.shape[1], "training example")
+        return replace(found, values=found.values[:, ids], indices=ids.expand(len(found), -1).clone())
+
+    # ---------------------------------------------------------------- inner workings
+
+    def _position(self, q: int) -> int:
+        return int(picking.positions(q, len(self), "query")[0])
+
+    def _row(self, q: int | None) -> tuple[Scores, int]:
+        return (self.mean(), 0) if q is None else (self, self._position(q))
+
+    def _index(self, at: int) -> Int[Tensor, " m"]:
+        return torch.arange(self.shape[1]) if self.indices is None else self.indices[at]
+
+    def _order(self, at: int, helpful: bool) -> Int[Tensor, " m"]:
+        """Columns of row `at` from one end; equal scores by training index from either end."""
+        by_index = torch.argsort(self._index(at))
+        largest_first = helpful == self.lower_is_better
+        values = self.values[at, by_index]
+        return by_index[torch.argsort(values, descending=largest_first, stable=True)]
+
+    def _pairs(self, q: int | None, k: int | None, helpful: bool) -> list[tuple[int, float]]:
+        row, at = self._row(q)
+        columns = row._order(at, helpful)[: picking.count(k, row.shape[1])]
+        return list(zip(row._index(at)[columns].tolist(), row.values[at, columns].tolist(), strict=True))
+
+    # ---------------------------------------------------------------- words
+
+    def label_name(self, label: Any) -> str:
+        """A label as a person would read it: the class name where there is one."""
+        label = picking.value(label)
+        whole = isinstance(label, int) and not isinstance(label, bool)
+        if whole and self.class_names is not None and 0 <= label < len(self.class_names):
+            return str(self.class_names[label])
+        return f"{label:.4g}" if isinstance(label, float) else "" if label is None else str(label)
+
+    def query_words(self, q: int = 0) -> str:
+        """What to call query `q`: its name, or its position in the query dataset."""
+        at = self._position(q)
+        return f"query {int(self.query_ids[at])}" if self.query_names is None else self.query_names[at]
+
+    def train_words(self, index: int) -> str:
+        """Training example `index` in words: `#index`, its label and its name where known."""
+        label = self.label_name(picking.at(self.train_labels, index))
+        parts = [f"#{index}", label, picking.at(self.train_names, index) or ""]
+        return " ".join(part for part in parts if part)
+
+    def __repr__(self) -> str:
+        queries, held = self.shape
+        of = "" if held == self.n_train else f" of {self.n_train:,}"
+        d = self.diagnostics
+        facts = [f"{queries:,} quer{'y' if queries == 1 else 'ies'} x {held:,}{of} training examples"]
+        facts += [self.provenance] if self.provenance else []
+        facts += [] if math.isnan(d.damping) else [f"lambda = {d.damping:.3g}"]
+        facts += ["helpful = positive" if self.lower_is_better else "helpful = negative"]
+        ends = [
+            f"\n  {self.query_words(0)}, most {name}: " + ", ".join(f"{i} ({s:+.3g})" for i, s in find(0, 3))
+            for name, find in (("helpful", self.helpful), ("harmful", self.harmful))
+        ]
+        return f"Scores({', '.join(facts)}){''.join(ends)}"
+
+    def _repr_html_(self, rows: int = 10, k: int = 5) -> str:
+        # Names and labels come from data: everything is escaped.
+        def cell(pairs: list[tuple[int, float]]) -> str:
+            return "<br>".join(f"{html.escape(self.train_words(i))} <code>{s:+.3g}</code>" for i, s in pairs)
+
+        lines = []
+        for at in range(min(rows, len(self))):
+            name = html.escape(self.query_words(at))
+            label = html.escape(self.label_name(picking.at(self.query_labels, at)))
+            cells = (f"{name}<br>{label}", cell(self.helpful(at, k)), cell(self.harmful(at, k)))
+            lines.append("<tr>" + "".join(f"<td style='text-align:left'>{c}</td>" for c in cells) + "</tr>")
+        more = f"<p>and {len(self) - rows:,} more queries</p>" if len(self) > rows else ""
+        head = html.escape(repr(self).splitlines()[0])
+        titles = "<tr><th>query</th><th>most helpful</th><th>most harmful</th></tr>"
+        return f"<p><code>{head}</code></p><table>{titles}{''.join(lines)}</table>{more}"
+
+    # ---------------------------------------------------------------- handing on
+
+    def to_frame(self) -> Any:
+        """A long pandas table: query, train, score, rank (1 = most helpful); labels, names where known.
+
+        Ordered by query, then rank. Needs pandas (`pip install 'pytorch-influence-functions[frame]'`).
+        """
+        pandas = require("pandas", "frame")
+        held = self.shape[1]
+        columns = torch.stack([self._order(at, helpful=True) for at in range(len(self))])
+        index = torch.stack([self._index(at)[columns[at]] for at in range(len(self))]).flatten()
+        table: dict[str, Any] = {
+            "query": self.query_ids.repeat_interleave(held).numpy(),
+            "train": index.numpy(),
+            "score": self.values.gather(1, columns).flatten().double().numpy(),
+            "rank": torch.arange(1, held + 1).repeat(len(self)).numpy(),
+        }
+        rows = torch.arange(len(self)).repeat_interleave(held).tolist()
+        for side, places in (("query", rows), ("train", index.tolist())):
+            labels, names = getattr(self, f"{side}_labels"), getattr(self, f"{side}_names")
+            if labels is not None:
+                values = picking.plain(labels)
+                table[f"{side}_label"] = [values[i] for i in places]
+                if self.class_names is not None:
+                    words = [self.label_name(label) for label in values]
+                    table[f"{side}_class"] = [words[i] for i in places]
+            if names is not None:
+                table[f"{side}_name"] = [names[i] for i in places]
+        return pandas.DataFrame(table)
+
+    def to_dict(self, top_k: int | None = 500) -> dict[str, dict[str, Any]]:
+        """The seed's layout, one entry per query under its index as a string (`"mean"` for a mean).
+
+        Each entry: `label`, `num_in_dataset`, `time_calc_influence_s` (the query's share of the seconds),
+        `influence` (scores in training order), `harmful`, `helpful` (indices, at most `top_k` each). Where
+        not all examples are held, `influence` holds those of the added list `influence_indices`.
+        """
+        d = self.diagnostics
+        seconds = d.seconds / (d.n_queries or len(self)) if math.isfinite(d.seconds) else 0.0
+        found = {}
+        for at, number in enumerate(self.query_ids.tolist()):
+            entry: dict[str, Any] = {
+                "label": picking.value(picking.at(self.query_labels, at)),
+                "num_in_dataset": number,
+                "time_calc_influence_s": seconds,
+                "influence": self.values[at].tolist(),
+                "harmful": [i for i, _ in self.harmful(at, top_k)],
+                "helpful": [i for i, _ in self.helpful(at, top_k)],
+            }
+            if self.indices is not None:
+                entry["influence_indices"] = self.indices[at].tolist()
+            found["mean" if number == MEAN else str(number)] = entry
+        return found
+
+    def to_json(self, path: str | os.PathLike[str] | None = None, top_k: int | None = 500) -> str:
+        """`to_dict` as JSON text; also written to `path` when given, whole or not at all."""
+        text = json.dumps(self.to_dict(top_k), allow_nan=False)
+        if path is not None:
+            write_bytes(path, text.encode())
+        return text
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything but the data handles to one safetensors file; equal scores give equal bytes.
+
+        Raises:
+            InvalidInput: labels or names that are not numbers, words or lists of them.
+        """
+        tensors = {n: v for n in _TENSORS if isinstance(v := getattr(self, n), Tensor)}
+        record = {n: getattr(self, n) for n in _RECORD}
+        record |= {n: v for n in ("train_labels", "query_labels") if isinstance(v := getattr(self, n), list)}
+        scores_io.write(path, _KIND, tensors, record | {"diagnostics": self.diagnostics.to_dict()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """The scores that `save` wrote, bit for bit; pictures then need the data handed to `plot`.
+
+        Raises:
+            InvalidInput: no such file, another or a damaged one, or one of a later version.
+        """
+        tensors, record = scores_io.read(path, _KIND)
+        try:
+            diagnostics = Diagnostics.from_dict(record.pop("diagnostics"))
+            fields: dict[str, Any] = tensors | record
+            return cls(**fields, diagnostics=diagnostics)
+        except (KeyError, TypeError) as cause:
+            raise InvalidInput(
+                f"{os.fspath(path)!r} does not hold what scores are made of; save the scores anew."
+            ) from cause
+
+    def plot(
+        self,
+        q: int = 0,
+        k: int = 5,
+        path: str | os.PathLike[str] | None = None,
+        denormalize: Any = None,
+        train: Any = None,
+        queries: Any = None,
+        tokens: Any = None,
+        pieces: Any = None,
+    ) -> Figure:
+        """The query beside its `k` most helpful and `k` most harmful training examples, scores and labels.
+
+        Args:
+            q: which query, as a row of these scores.
+            k: how many of each.
+            path: where to write the picture; the ending says the format (png, pdf, svg).
+            denormalize: a function applied to an example before it is shown, or `(mean, std)` per channel.
+            train, queries: the data, where these scores do not remember them (after `load`).
+            tokens: for texts, what `attribution.token_scores(queries, ids)` gave: every token is coloured by its share.
+            pieces: an input's tokens as strings, one per token score; not needed where inputs are strings.
+
+        Returns:
+            a matplotlib `Figure`. Needs matplotlib (`pip install 'pytorch-influence-functions[plot]'`).
+        """
+        # The one import that looks up to a higher room: a door kept on the result, opened only when called.
+        from ..report.plots import plot_influences
+
+        return plot_influences(self, q, k, train, queries, denormalize, path=path, tokens=tokens, pieces=pieces)
+
+    def report(self, path: str | os.PathLike[str], **options: Any) -> Report:
+        """Write a page to look through, search and tick in a browser, from disk and without a network.
+
+        Options, with their meaning, are those of `pytorch_influence_functions.report.write_report`: `predictions=`
+        (class probabilities of the queries) and `self_influence=` add the most; `dry_run=True` forecasts the size.
+        Needs jinja2 and pillow (`pip install 'pytorch-influence-functions[report]'`).
+        """
+        from ..report.page import write_report
+
+        return write_report(self, path, **options)
+
+    def verify(self, recipe: Any, n: int = 12, size: int | None = None, seeds: Any = 3, **options: Any) -> Verification:
+        """Remove `n` groups of `size` examples for real, retrain, compare: `ptif.evaluation.verify`, with its options.
+
+        `print(scores.verify(recipe))` gives predicted against measured change, slope, r, and whether the top of the
+        ranking is distinguishable from noise, in one sentence. `recipe`: a `ptif.evaluation.Recipe`, or a function
+        `(dataset, seed) -> trained model` (then with `measure=`).
+        """
+        from ..evaluation.verification import verify
+
+        return verify(self, recipe, n, size, seeds, **options)
+
+
+def _check_indices(indices: Tensor, shape: torch.Size, n_train: int) -> None:
+    if indices.shape != shape:
+        raise InvalidInput(
+            f"`indices` has shape {tuple(indices.shape)} and the scores have {tuple(shape)}; make them equal."
+        )
+    ordered = indices.sort(1).values
+    if int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= n_train:
+        raise InvalidInput(f"`indices` must lie in 0 to {n_train - 1}, the training dataset.")
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise InvalidInput("`indices` names a training example twice for one query; name each once.")
+
+
+def stacked(labels: Sequence[Any]) -> list[Any] | None:
+    """The labels if any is known, else None."""
+    return list(labels) if any(x is not None for x in labels) else None

@@ -1,0 +1,1 @@
+"""Attribution along the training run."""
