@@ -16,11 +16,14 @@ from nets import mlp
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.curvature import EKFAC, GGN
+from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.demo.data import datasets
 from pytorch_influence_functions.evaluation import Recipe, trained
 from pytorch_influence_functions.influence.fitted_member import FittedMember
 from pytorch_influence_functions.linalg.rows import Rows
 from pytorch_influence_functions.problem.data import Source
+from pytorch_influence_functions.solvers import CG, Neumann
 
 DECAY, QUERIES, PASSES, BATCH = 1e-3, 20, (1, 3, 10, 30), 200
 
@@ -30,7 +33,7 @@ def methods(n: int) -> dict[str, tuple[Callable[[int], Any], Any]]:
     steps = n // BATCH
 
     def astra(passes: int) -> Any:
-        return ptif.Neumann(
+        return Neumann(
             steps=passes * steps,
             batch_size=BATCH,
             start="solved",
@@ -39,10 +42,10 @@ def methods(n: int) -> dict[str, tuple[Callable[[int], Any], Any]]:
         )
 
     return {
-        "CG": (lambda k: ptif.CG(max_steps=k), None),
-        "CG, guided by EK-FAC": (lambda k: ptif.CG(max_steps=k), ptif.EKFAC()),
-        "ASTRA (random batches, EK-FAC)": (astra, ptif.EKFAC()),
-        "LiSSA (random batches)": (lambda k: ptif.Neumann(steps=k * steps, batch_size=BATCH), None),
+        "CG": (lambda k: CG(max_steps=k), None),
+        "CG, guided by EK-FAC": (lambda k: CG(max_steps=k), EKFAC()),
+        "ASTRA (random batches, EK-FAC)": (astra, EKFAC()),
+        "LiSSA (random batches)": (lambda k: Neumann(steps=k * steps, batch_size=BATCH), None),
     }
 
 
@@ -50,7 +53,7 @@ def solved(
     problem: ptif.Problem, share: float, solver: Any, guide: Any, queries: Any
 ) -> tuple[FittedMember, Rows, Rows, float]:
     """The fitted member, right-hand sides, what the solver has when its passes are spent, and seconds of solving."""
-    method = ptif.Influence(ptif.GGN(), solver, ptif.Relative(share), preconditioner=guide)
+    method = ptif.Influence(GGN(), solver, Relative(share), preconditioner=guide)
     member = method.fit(problem).members[0]
     (slab,) = member.derivatives.stream(Source.of(queries, QUERIES))
     start = time.perf_counter()
@@ -74,9 +77,7 @@ def main() -> None:
     )
     problem = ptif.Problem(trained(recipe, (x, y), seed=0), ptif.CrossEntropy(), (x, y), weight_decay=DECAY)
     for share in (0.1, 1.0):
-        member, asked, exact, seconds = solved(
-            problem, share, ptif.CG(rtol=1e-6, max_steps=2000), ptif.EKFAC(), queries
-        )
+        member, asked, exact, seconds = solved(problem, share, CG(rtol=1e-6, max_steps=2000), EKFAC(), queries)
         rows = Rows.cat([s.rows for s in member.derivatives.stream()])
         truth = exact.inner(rows)
         whole = (exact.flat() * asked.flat()).sum(1)  # |x|^2 in the norm of C + D

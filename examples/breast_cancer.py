@@ -66,7 +66,9 @@ def main() -> None:
     model = fitted(*train)
     problem = ptif.Problem(model, ptif.CrossEntropy(), train, weight_decay=DECAY)
     # The leverage turns the first-order answer into that of a Newton step without the example.
-    attribution = ptif.Influence(ptif.GGN(), ptif.Spectral(), ptif.Absolute(0.0), scaling=ptif.Leverage()).fit(problem)
+    attribution = ptif.Influence(
+        ptif.curvature.GGN(), ptif.solvers.Spectral(), ptif.damping.Absolute(0.0), scaling=ptif.scaling.Leverage()
+    ).fit(problem)
     scores = replace(attribution.score(test), class_names=[str(name) for name in found.target_names])
 
     # Is it true? Leave patients out for real.
@@ -80,7 +82,9 @@ def main() -> None:
         with torch.no_grad():
             # N - 1 examples left: the mean over all N, with one of them gone.
             actual.append(float(F.cross_entropy(fitted(x[:300][kept], y[kept])(test[0]), test[1]) - base))
-    figure = ptif.plot_agreement(total[checked], actual, title="The patients with the largest influence, left out")
+    figure = ptif.plots.plot_agreement(
+        total[checked], actual, title="The patients with the largest influence, left out"
+    )
     figure.savefig(options.out / "left_out.png")
     r = float(torch.corrcoef(torch.stack([total[checked], torch.tensor(actual).double()]))[0, 1])
     print(

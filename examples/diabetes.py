@@ -61,7 +61,7 @@ def main() -> None:
     measure = ptif.FromFunction(prediction, lower_is_better=False)
     problem = ptif.Problem(model, ptif.SquaredError(), train, weight_decay=decay)
     # A network this small: the Gauss-Newton matrix in full, nothing left out, no more damping than weight decay.
-    attribution = ptif.exact(ptif.GGN(), damping=ptif.Absolute(0.0)).fit(problem)
+    attribution = ptif.exact(ptif.curvature.GGN(), damping=ptif.damping.Absolute(0.0)).fit(problem)
     scores = attribution.score(queries, measure)
     print(scores.diagnostics)
 
@@ -91,7 +91,7 @@ def main() -> None:
     truth = retrain(again, Subsets.leave_one_out(342, ids), seeds=1, train=train, queries=queries, measure=measure)
     print(f"Leave-one-out correlation over {len(ids)} patients: {removal_correlation(scores, truth)}")
     changes = truth.measured[:, 0, q] - truth.baseline[0, q]
-    figure = ptif.plot_agreement(
+    figure = ptif.plots.plot_agreement(
         scores.values[q, ids],
         changes,
         title=f"Patient {q}, others left out",

@@ -53,11 +53,11 @@ def main() -> None:
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), train, weight_decay=decay)
     methods = {
         "EK-FAC": ptif.ekfac(),
-        "K-FAC": ptif.kfac(),
-        "dual of the Gauss-Newton matrix": ptif.dual(ptif.GGN()),
+        "K-FAC": ptif.methods.kfac(),
+        "dual of the Gauss-Newton matrix": ptif.dual(ptif.curvature.GGN()),
         "dual of the empirical Fisher": ptif.dual(),
         "TRAK, one model": ptif.trak(256),
-        "DataInf": ptif.datainf(),
+        "DataInf": ptif.methods.datainf(),
     }
     table = ptif.evaluate(methods, truth, problem=problem, queries=queries)
     print(table)

@@ -72,8 +72,8 @@ def main() -> None:
     own = attribution.self_influence()
     found = found_when_checking(own, planted, (0.1, 0.2))
     print(f"\nWrong labels found by looking at the most self-influential 10 %: {found[0]:.0%}; 20 %: {found[1]:.0%}.")
-    ptif.plot_self_influence(own, marked=planted, path=options.out / "self_influence.png")
-    ptif.plot_class_matrix(scores, options.out / "classes.png")
+    ptif.plots.plot_self_influence(own, marked=planted, path=options.out / "self_influence.png")
+    ptif.plots.plot_class_matrix(scores, options.out / "classes.png")
     print(scores.report(options.out / "report.html", predictions=said, self_influence=own))
 
 

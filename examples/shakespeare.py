@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation import Cosine, Recipe, trained
+from pytorch_influence_functions.evaluation import CosineDecay, Recipe, trained
 
 LETTERS = "\n !',-.:;?abcdefghijklmnopqrstuvwxyz"
 PLAYS = ("hamlet", "macbeth", "twelfth_night")
@@ -104,7 +104,7 @@ def main() -> None:
     # A text is its own target: the dataset gives (letters, letters), and shift=True compares each with the next output.
     loss = ptif.TokenCrossEntropy(shift=True)
     recipe = Recipe(
-        Writer, partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.01), epochs=epochs, schedule=Cosine(), loss=loss
+        Writer, partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.01), epochs=epochs, schedule=CosineDecay(), loss=loss
     )
     model = trained(recipe, (train, train), seed=0)
     problem = ptif.Problem(model, loss, (train, train))

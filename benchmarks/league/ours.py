@@ -12,23 +12,26 @@ from peers.recipes import objective
 from peers.workloads import read, workload
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.curvature import GGN
+from pytorch_influence_functions.damping import FromCurve
+from pytorch_influence_functions.methods import EmbeddingSimilarity, Random, TrainingLoss
 
 METHODS: dict[str, Callable[[], Any]] = {
-    "random": ptif.Random,
-    "loss": ptif.TrainingLoss,
-    "embedding similarity": ptif.EmbeddingSimilarity,
-    "gradient dot product": ptif.grad_dot,
-    "gradient cosine": ptif.grad_cos,
+    "random": Random,
+    "loss": TrainingLoss,
+    "embedding similarity": EmbeddingSimilarity,
+    "gradient dot product": ptif.methods.grad_dot,
+    "gradient cosine": ptif.methods.grad_cos,
     "chosen by itself": ptif.Influence,
-    "K-FAC": ptif.kfac,
+    "K-FAC": ptif.methods.kfac,
     "EK-FAC": ptif.ekfac,
-    "Shampoo": ptif.shampoo,
-    "exact Gauss-Newton": lambda: ptif.Influence(ptif.GGN()),
+    "Shampoo": ptif.methods.shampoo,
+    "exact Gauss-Newton": lambda: ptif.Influence(GGN()),
     "dual": ptif.dual,
-    "dual, damping from the path": lambda: ptif.dual(damping=ptif.FromCurve()),
+    "dual, damping from the path": lambda: ptif.dual(damping=FromCurve()),
     "TRAK 1024": lambda: ptif.trak(1024),
-    "DataInf": ptif.datainf,
-    "Arnoldi 50": ptif.arnoldi,
+    "DataInf": ptif.methods.datainf,
+    "Arnoldi 50": ptif.methods.arnoldi,
 }
 ENSEMBLES = ("chosen by itself", "EK-FAC", "dual, damping from the path", "TRAK 1024")
 

@@ -27,9 +27,11 @@ from torch import Tensor
 
 from peers.recipes import model_of, objective, recipe
 from peers.workloads import CACHE, HOME, NETS, VOCABULARY, Workload, losses, read, workload
-from pytorch_influence_functions import CG, EKFAC, GGN, Influence, Problem, Spectral, Woodbury
+from pytorch_influence_functions import Influence, Problem
+from pytorch_influence_functions.curvature import EKFAC, GGN
 from pytorch_influence_functions.demo.data import load as demo_data
 from pytorch_influence_functions.evaluation import Subsets, retrain
+from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
 
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]
 

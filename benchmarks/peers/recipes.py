@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peers.workloads import NETS, Workload
 from pytorch_influence_functions import CrossEntropy, SquaredError, TokenCrossEntropy
-from pytorch_influence_functions.evaluation import Linear, Recipe, trained
+from pytorch_influence_functions.evaluation import LinearDecay, Recipe, trained
 
 
 def objective(this: Workload) -> Any:
@@ -57,7 +57,7 @@ def recipe(this: Workload) -> Any:
         optimizer: Any = partial(torch.optim.Adam, lr=this.rate)
     else:
         optimizer = partial(torch.optim.SGD, lr=this.rate, momentum=0.9, weight_decay=this.weight_decay)
-    return Recipe(NETS[this.net], optimizer, this.epochs, this.batch, Linear(0.1), objective(this))
+    return Recipe(NETS[this.net], optimizer, this.epochs, this.batch, LinearDecay(0.1), objective(this))
 
 
 def model_of(this: Workload, x: Tensor, y: Tensor, seed: int = 0) -> nn.Module:

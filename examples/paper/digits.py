@@ -57,7 +57,7 @@ def digits(study: Study) -> Digits:
     # Retraining leaves out the example's loss and its share of the penalty, as the paper's rescaled C does.
     decay = ptif.WeightDecay(DECAY, per_example=True)
     problem = ptif.Problem(model, ptif.CrossEntropy(), (split.x, split.y), weight_decay=decay, batch_size=500)
-    scores = ptif.koh_liang(damping=0.0, rtol=1e-8).fit(problem).score(query).values[0]
+    scores = ptif.methods.koh_liang(damping=0.0, rtol=1e-8).fit(problem).score(query).values[0]
     ids = scores.abs().argsort(descending=True)[: study.size(500, 40)]
     actual = _retrained(model, split, objective, ids, query)
     return Digits(problem, query, (int(predicted[at]), int(split.qy[at])), scores, ids, actual, gradient)

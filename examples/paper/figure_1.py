@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.report import style
+from pytorch_influence_functions.plots import style
 
 from . import data, training
 from .study import Band, Finding, Study, drawing, main, pearson
@@ -29,12 +29,12 @@ def run(study: Study) -> Finding:
     at = int((split.qy == 1).nonzero()[0])
     query = split.qx[at : at + 1], qy[at : at + 1]
     problem = ptif.Problem(model, ptif.Bernoulli(), (split.x, y), weight_decay=DECAY)
-    whole = ptif.koh_liang(damping=0.0, rtol=1e-8).fit(problem).score(query).values[0]
+    whole = ptif.methods.koh_liang(damping=0.0, rtol=1e-8).fit(problem).score(query).values[0]
     # A training gradient is -y sigma(-y theta.x) x: the middle factor is the training loss's part.
     with torch.no_grad():
         doubt = torch.sigmoid(-(2 * y - 1) * model(split.x))[:, 0]
     no_loss = whole / doubt
-    no_hessian = ptif.grad_dot().fit(problem).score(query).values[0]
+    no_hessian = ptif.methods.grad_dot().fit(problem).score(query).values[0]
     same = split.y == 1
     harmful = {name: int((s[same] < 0).sum()) for name, s in (("whole", whole), ("no_hessian", no_hessian))}
     picture = study.picture("1")

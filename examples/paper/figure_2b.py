@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.report import style
+from pytorch_influence_functions.plots import style
 
 from .digits import digits
 from .study import Band, Finding, Study, agreement, drawing, main, pearson
@@ -14,8 +14,8 @@ from .study import Band, Finding, Study, agreement, drawing, main, pearson
 def run(study: Study) -> Finding:
     """Scale 25, 5,000 steps of one example each, no damping beside the weight decay, ten repeats averaged."""
     found = digits(study)
-    paper = ptif.lissa(damping=0.0, step=1 / 25, steps=5000, batch_size=1, repeats=study.size(10, 4), seed=17)
-    tuned = ptif.lissa(damping=0.0)
+    paper = ptif.methods.lissa(damping=0.0, step=1 / 25, steps=5000, batch_size=1, repeats=study.size(10, 4), seed=17)
+    tuned = ptif.methods.lissa(damping=0.0)
     scores = {name: m.fit(found.problem).score(found.query).values[0] for name, m in (("p", paper), ("t", tuned))}
     to_actual = {name: pearson(s[found.ids], found.actual) for name, s in scores.items()}
     to_exact = {name: pearson(s[found.ids], found.predicted) for name, s in scores.items()}

@@ -16,7 +16,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import require
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.gradients.per_example import Derivatives
-from pytorch_influence_functions.report import style
+from pytorch_influence_functions.plots import style
 
 from . import data, training
 from .study import Band, Finding, Study, agreement, drawing, main, pearson, slope
@@ -79,7 +79,7 @@ class Trained:
         space = problem.space
         derivatives = Derivatives.of(problem)
         eye = space.rows(torch.eye(space.size, dtype=torch.float64))
-        matrix = ptif.GGN().of(derivatives, Form.MATRIX, Budget()).apply(eye).flat()
+        matrix = ptif.curvature.GGN().of(derivatives, Form.MATRIX, Budget()).apply(eye).flat()
         # Where each of the library's coordinates lies in theta.
         sizes = [p.numel() for p in self.model.parameters()]
         places = torch.arange(space.size, dtype=torch.float64).split(sizes)
@@ -124,7 +124,7 @@ def run(study: Study) -> Finding:
     with torch.no_grad():
         wrong = (trained.model(split.qx).argmax(1) != split.qy).nonzero().flatten()
     query = split.qx[wrong[:1]], split.qy[wrong[:1]]
-    damped = ptif.koh_liang(damping=DAMPING, rtol=1e-4, max_steps=2000).fit(trained.problem(per_example=True))
+    damped = ptif.methods.koh_liang(damping=DAMPING, rtol=1e-4, max_steps=2000).fit(trained.problem(per_example=True))
     near = ptif.gauss_newton(damping=DAMPING, rtol=1e-4, max_steps=2000).fit(trained.problem(per_example=False))
     scores, near_scores = (a.score(query).values[0] for a in (damped, near))
     ids = scores.abs().argsort(descending=True)[:100]

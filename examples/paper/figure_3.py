@@ -93,7 +93,7 @@ def _seen(model: nn.Linear, x: Tensor, y: Tensor, query: Tensor, label: Tensor) 
     for t in PAPER:
         # In units of the mean loss, with the penalty fixed while an example goes.
         problem = ptif.Problem(model, smooth_hinge(t), (x, y[:, None]), weight_decay=1 / (WEIGHT * len(y)))
-        method = ptif.koh_liang(damping=0.0, rtol=1e-6, max_steps=5000)
+        method = ptif.methods.koh_liang(damping=0.0, rtol=1e-6, max_steps=5000)
         scores = method.fit(problem).score((query, label)).values[0]
         ids = scores.abs().argsort(descending=True)[:100]
         for i in ids.tolist():

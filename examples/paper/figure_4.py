@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.report import style
+from pytorch_influence_functions.plots import style
 
 from . import training
 from .fashion import DECAY, WORDS, garments
@@ -39,7 +39,7 @@ def run(study: Study) -> Finding:
     # Both get them right; beyond a margin of one the hinge has no slope, and nothing any influence.
     asked = (right & (margin > 0) & (margin < 1)).nonzero().flatten()[: study.size(20, 8)]
     problem = ptif.Problem(machine, smooth_hinge(0.001), (kernel, sign[:, None]), weight_decay=DECAY, batch_size=len(y))
-    method = ptif.koh_liang(damping=0.0, rtol=1e-3, max_steps=5000)
+    method = ptif.methods.koh_liang(damping=0.0, rtol=1e-3, max_steps=5000)
     rbf = method.fit(problem).score((held[asked], held_sign[asked, None])).values
     queries = features[asked], qy[asked, None].double()
     network = ptif.exact(damping=0.0).fit(found.head.problem()).score(queries).values

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
-from pytorch_influence_functions.report import style
+from pytorch_influence_functions.plots import style
 
 from . import data, training
 from .study import Band, Finding, Study, drawing, main
@@ -131,7 +131,7 @@ def once(mails: Mails, seed: int) -> Tensor:
     model, y = training.linear(mails.x.shape[1], 1), labels[:, None].double()
     model.weight.data.copy_(mails.weight(z))
     problem = ptif.Problem(model, ptif.Bernoulli(), (mails.x, y), weight_decay=DECAY, batch_size=1024)
-    own = ptif.Influence(ptif.GGN(), ptif.Cholesky(), 0.0).fit(problem).self_influence()
+    own = ptif.Influence(ptif.curvature.GGN(), ptif.solvers.Cholesky(), 0.0).fit(problem).self_influence()
     with torch.no_grad():
         losses = training.binary_losses(model(mails.x), y)
     orders = (

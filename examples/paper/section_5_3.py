@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.report import style
+from pytorch_influence_functions.plots import style
 
 from . import data, training
 from .perturbation import slope_in_inputs

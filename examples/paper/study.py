@@ -24,7 +24,7 @@ from torch import Tensor
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
-from pytorch_influence_functions.report import style
+from pytorch_influence_functions.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

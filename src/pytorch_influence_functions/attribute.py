@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .core.errors import InvalidInput
-from .curvature.damping import AbstractDamping
+from .damping.rules import AbstractDamping
 from .influence.attribution import Influence
 from .influence.checks import check_top, in_queries
 from .influence.method import AbstractMethod

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, UnknownName
+from pytorch_influence_functions.curvature import Hessian
 
 D, C, N = 4, 3, 12
 _FIXED = torch.Generator().manual_seed(7)
@@ -20,7 +22,7 @@ Y = torch.arange(N) % C
 R = torch.randn(N, 1, generator=_FIXED)
 NAN, INF = float("nan"), float("inf")
 CE = nn.CrossEntropyLoss()
-GGN, HESSIAN = ptif.GGN(), ptif.Hessian()
+GGN, HESSIAN = ptif.curvature.GGN(), Hessian()
 
 
 # --------------------------------------------------------------------------- models
@@ -246,7 +248,7 @@ class Row(NamedTuple):
     model: Callable[[], Any] = net
 
 
-INPUT, NAMED, INFINITE = ptif.InvalidInput, ptif.UnknownName, ptif.NonFinite
+INPUT, NAMED, INFINITE = InvalidInput, UnknownName, NonFinite
 
 DATA = [
     Row("empty", put_in(train=(X[:0], Y[:0])), INPUT, r"^The dataset \(TensorDataset\) is empty; at least one"),

@@ -8,26 +8,29 @@ from typing import Any
 from torch import nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import SolveFailed, TooLarge
+from pytorch_influence_functions.curvature import Arnoldi, Diagonal, Nystrom
+from pytorch_influence_functions.solvers import CG, BlockGroup, Blockwise, DataInf, Spectral, Woodbury
 from tests.doors.bad_input_cases import GGN, HESSIAN, INFINITE, INPUT, NAMED, NAN, Row, broken, fitted, put_in
 
 Asked = Callable[[nn.Module], Any]
 
 
 def arnoldi(*args: Any, **changes: Any) -> Asked:
-    return lambda model: fitted(model, curvature=ptif.Arnoldi(*args, **changes), solver=ptif.Spectral(), damping=0.1)
+    return lambda model: fitted(model, curvature=Arnoldi(*args, **changes), solver=Spectral(), damping=0.1)
 
 
 def nystrom(*args: Any, **changes: Any) -> Asked:
-    return lambda model: fitted(model, curvature=ptif.Nystrom(*args, **changes), solver=ptif.Spectral(), damping=0.1)
+    return lambda model: fitted(model, curvature=Nystrom(*args, **changes), solver=Spectral(), damping=0.1)
 
 
 def blocks(groups: Any, damping: Any = 0.1, **changes: Any) -> Asked:
     """GGN by blocks, fitted."""
-    return lambda m: fitted(m, curvature=GGN, solver=ptif.Blockwise(groups=groups, **changes), damping=damping)
+    return lambda m: fitted(m, curvature=GGN, solver=Blockwise(groups=groups, **changes), damping=damping)
 
 
 def group(patterns: Any = "0", **changes: Any) -> Asked:
-    return lambda model: ptif.BlockGroup(patterns, **changes)
+    return lambda model: BlockGroup(patterns, **changes)
 
 
 LOW_RANK = [
@@ -38,49 +41,63 @@ LOW_RANK = [
         "rank above P", arnoldi(44), INPUT, r"asks for more directions than there are parameters \(43\); use at most 43"
     ),
     Row("rank above P, Nystrom", nystrom(99), INPUT, r"^Nystrom\(rank=99\) asks for more directions .*or exact\(\)"),
-    Row("default rank above P", put_in(method=ptif.arnoldi()), INPUT, r"^Arnoldi\(rank=50\) asks for more .*most 43"),
+    Row(
+        "default rank above P",
+        put_in(method=ptif.methods.arnoldi()),
+        INPUT,
+        r"^Arnoldi\(rank=50\) asks for more .*most 43",
+    ),
     Row("width 0", arnoldi(3, width=0), INPUT, r"^Arnoldi\(width=0\) must be a whole number"),
     Row("steps 0", arnoldi(3, steps=0), INPUT, r"^Arnoldi\(steps=0\) must be a whole number"),
     Row("few steps", arnoldi(9, steps=5), INPUT, r"cannot find 9 directions with fewer products; use twice the rank"),
     Row("complement", arnoldi(3, complement="drop"), INPUT, r"'drop'\) must be one of 'zero', 'smallest', 'dropped'"),
-    Row("inner class", arnoldi(3, ptif.GGN), INPUT, r"is the class GGN; write GGN\(\), an instance"),
+    Row("inner class", arnoldi(3, ptif.curvature.GGN), INPUT, r"is the class GGN; write GGN\(\), an instance"),
     Row(
         "inner text", arnoldi(3, "ggn"), INPUT, r"^Arnoldi\(curvature='ggn'\) has no products .*use GGN\(\) or Hessian"
     ),
-    Row("inner of inner", arnoldi(3, ptif.Nystrom(3)), INPUT, r"^Arnoldi\(curvature=Nystrom\(.* has no products"),
+    Row(
+        "inner of inner",
+        arnoldi(3, Nystrom(3)),
+        INPUT,
+        r"^Arnoldi\(curvature=Nystrom\(.* has no products",
+    ),
     Row(
         "indefinite Nystrom", nystrom(3, HESSIAN), INPUT, r"needs a positive semidefinite curvature.*use GGN\(\), or Ar"
     ),
     Row("NaN weights", nystrom(3), INFINITE, r"NaN", broken),
     Row(
         "no room",
-        lambda m: fitted(m, curvature=ptif.Nystrom(9), solver=ptif.Spectral(), memory=1000),
-        ptif.TooLarge,
+        lambda m: fitted(m, curvature=Nystrom(9), solver=Spectral(), memory=1000),
+        TooLarge,
         r"^Directions for Nystrom\(rank=9\) would take .*; use a smaller rank, or CG\(\)",
     ),
     Row(
         "dropped by CG",
-        lambda m: fitted(m, curvature=ptif.Arnoldi(3, complement="dropped"), solver=ptif.CG()),
+        lambda m: fitted(m, curvature=Arnoldi(3, complement="dropped"), solver=CG()),
         INPUT,
         r"drops what lies across its directions, which only Spectral\(\) can; use it, or complement='zero'",
     ),
     Row(
         "dropped guide",
         lambda m: fitted(
-            m, curvature=GGN, solver=ptif.CG(), preconditioner=ptif.Nystrom(3, complement="dropped"), damping=0.1
+            m,
+            curvature=GGN,
+            solver=CG(),
+            preconditioner=Nystrom(3, complement="dropped"),
+            damping=0.1,
         ),
         INPUT,
         r"has no inverse across its directions and cannot precondition; use complement='zero'",
     ),
     Row(
         "dual of low rank",
-        lambda m: fitted(m, curvature=ptif.Nystrom(3), solver=ptif.Woodbury(), damping=0.1),
+        lambda m: fitted(m, curvature=Nystrom(3), solver=Woodbury(), damping=0.1),
         INPUT,
         r"needs the rows of C = G\^T G / N and got LowRank",
     ),
     Row(
         "diagonal of Hessian",
-        lambda m: ptif.Diagonal(HESSIAN),  # type: ignore[arg-type]
+        lambda m: Diagonal(HESSIAN),  # type: ignore[arg-type]
         INPUT,
         r"^Diagonal\(curvature=Hessian\(\)\) needs a curvature made of rows, .* use GGN\(\)",
     ),
@@ -88,23 +105,36 @@ LOW_RANK = [
 
 DATAINF = [
     Row(
-        "of GGN", lambda m: fitted(m, curvature=GGN, solver=ptif.DataInf()), INPUT, r"36 rows for a count of 12; use Em"
+        "of GGN",
+        lambda m: fitted(m, curvature=GGN, solver=DataInf()),
+        INPUT,
+        r"36 rows for a count of 12; use Em",
     ),
     Row(
         "of Hessian",
-        lambda m: fitted(m, curvature=HESSIAN, solver=ptif.DataInf()),
+        lambda m: fitted(m, curvature=HESSIAN, solver=DataInf()),
         INPUT,
         r"^Hessian\(\) cannot be given as rows G.*another solver",
     ),
     Row(
         "of low rank",
-        lambda m: fitted(m, curvature=ptif.Nystrom(3), solver=ptif.DataInf()),
+        lambda m: fitted(m, curvature=Nystrom(3), solver=DataInf()),
         INPUT,
         r"^Nystrom\(\) cannot be given as rows G",
     ),
-    Row("undamped", put_in(method=ptif.datainf(0.0)), INPUT, r"^DataInf\(\) divides by the damping .*positive damping"),
-    Row("per block", lambda m: ptif.DataInf("layer"), INPUT, r"^DataInf\(per_block='layer'\) must be True or False"),  # type: ignore[arg-type]
-    Row("damping NaN", lambda m: ptif.datainf(NAN), INPUT, r"is nan; it must be finite"),
+    Row(
+        "undamped",
+        put_in(method=ptif.methods.datainf(0.0)),
+        INPUT,
+        r"^DataInf\(\) divides by the damping .*positive damping",
+    ),
+    Row(
+        "per block",
+        lambda m: DataInf("layer"),
+        INPUT,
+        r"^DataInf\(per_block='layer'\) must be True or False",
+    ),  # type: ignore[arg-type]
+    Row("damping NaN", lambda m: ptif.methods.datainf(NAN), INPUT, r"is nan; it must be finite"),
 ]
 
 BLOCKWISE = [
@@ -117,32 +147,37 @@ BLOCKWISE = [
     Row("patterns 3", group(3), INPUT, r"^BlockGroup\(patterns=3\) must name blocks by one or several patterns"),
     Row("no pattern", group([]), INPUT, r"^BlockGroup\(patterns=\[\]\) must name blocks"),
     Row("solver text", group(solver="cg"), INPUT, r"^BlockGroup\(solver='cg'\) must be a solver for one group"),
-    Row("solver class", blocks(None, solver=ptif.CG), INPUT, r"^Blockwise\(solver=\) is the class CG; write CG\(\)"),
-    Row("nested", blocks(None, solver=ptif.Blockwise()), INPUT, r"^Blockwise\(solver=Blockwise.* for one group"),
+    Row(
+        "solver class",
+        blocks(None, solver=CG),
+        INPUT,
+        r"^Blockwise\(solver=\) is the class CG; write CG\(\)",
+    ),
+    Row("nested", blocks(None, solver=Blockwise()), INPUT, r"^Blockwise\(solver=Blockwise.* for one group"),
     Row("curvature text", group(curvature="ggn"), INPUT, r"^BlockGroup\(curvature='ggn'\) must be a curvature"),
     Row("damping", group(damping=-1.0), INPUT, r"value=-1.0\) must not be negative"),
     Row(
         "damped twice",
-        blocks({"a": ptif.BlockGroup("*", damping=0.1)}, damping=0.2),
+        blocks({"a": BlockGroup("*", damping=0.1)}, damping=0.2),
         INPUT,
         r"would do nothing: every group of Blockwise\(groups=...\) has its own damping; leave one",
     ),
     Row(
         "no rows in a group",
-        blocks({"a": "0", "b": ptif.BlockGroup("2", ptif.Woodbury(), HESSIAN)}),
+        blocks({"a": "0", "b": BlockGroup("2", Woodbury(), HESSIAN)}),
         INPUT,
         r"^Hessian\(\) cannot be given as rows G",
     ),
     Row(
         "preconditioned",
-        lambda m: fitted(m, curvature=GGN, solver=ptif.Blockwise(ptif.CG()), preconditioner=GGN, damping=0.1),
+        lambda m: fitted(m, curvature=GGN, solver=Blockwise(CG()), preconditioner=GGN, damping=0.1),
         INPUT,
         r"^Blockwise\(\) solves directly and has no use for a preconditioner",
     ),
     Row(
         "singular group",
         blocks(None, damping=0.0),
-        ptif.SolveFailed,
+        SolveFailed,
         r"^In group '0': The smallest eigenvalue .* is 0 within rounding",
     ),
 ]

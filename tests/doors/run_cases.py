@@ -9,15 +9,18 @@ import torch
 from torch import nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import TooLarge
+from pytorch_influence_functions.curvature import Identity
+from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment
 from tests.doors.bad_input_cases import GGN, HESSIAN, INFINITE, INPUT, NAN, Row, X, put_in, state
 
 
 def segment(**changes: Any) -> Callable[[nn.Module], Any]:
     """A Segment of the model's own weights, with something else put in."""
 
-    def make(model: nn.Module) -> ptif.Segment:
+    def make(model: nn.Module) -> Segment:
         given: dict[str, Any] = {"checkpoints": [state(model)], "lr": 0.1, "steps": 10}
-        return ptif.Segment(**(given | {k: v(model) if callable(v) else v for k, v in changes.items()}))
+        return Segment(**(given | {k: v(model) if callable(v) else v for k, v in changes.items()}))
 
     return make
 
@@ -26,7 +29,7 @@ def unrolled(curvature: Any = GGN, problem: Any = None, memory: int = 1 << 30, *
     """SOURCE through the public door."""
 
     def run(model: nn.Module) -> Any:
-        method = ptif.SOURCE([segment(**changes)(model)], curvature, memory=memory)
+        method = SOURCE([segment(**changes)(model)], curvature, memory=memory)
         return put_in(method=method, **(problem or {}))(model)
 
     return run
@@ -40,9 +43,9 @@ def even(**changes: Any) -> Callable[[nn.Module], Any]:
     return make
 
 
-def adam(**changes: Any) -> Callable[[nn.Module], ptif.AdamState]:
+def adam(**changes: Any) -> Callable[[nn.Module], AdamState]:
     """Adam's second moments with something else put in, under the same names as `state`."""
-    return lambda model: ptif.AdamState({k: v.abs() for k, v in state(model, **changes).items()})
+    return lambda model: AdamState({k: v.abs() for k, v in state(model, **changes).items()})
 
 
 def _live(model: nn.Module) -> Any:
@@ -50,8 +53,8 @@ def _live(model: nn.Module) -> Any:
 
 
 RUNS = [
-    Row("no segment", lambda m: ptif.SOURCE([]), INPUT, r"^SOURCE takes segments, .* got none; ptif.source\("),
-    Row("segments text", lambda m: ptif.SOURCE("a"), INPUT, r"^SOURCE takes segments, .*, got str"),  # type: ignore[arg-type]
+    Row("no segment", lambda m: SOURCE([]), INPUT, r"^SOURCE takes segments, .* got none; ptif.source\("),
+    Row("segments text", lambda m: SOURCE("a"), INPUT, r"^SOURCE takes segments, .*, got str"),  # type: ignore[arg-type]
     Row("curvature text", unrolled("ggn"), INPUT, r"^SOURCE's curvature must be one such as GGN\(\), got str"),
     Row("no checkpoint", segment(checkpoints=()), INPUT, r"^A Segment needs at least one checkpoint"),
     Row("a model", segment(checkpoints=lambda m: [m]), INPUT, r"not Sequential; pass model.state_dict\(\)"),
@@ -80,24 +83,39 @@ RUNS = [
     Row("damping", unrolled(problem={"damping": 0.1}), INPUT, r"^SOURCE takes no damping=; leave it out\.$"),
     Row("dry run", unrolled(problem={"dry_run": True}), INPUT, r"forecasts an Influence, not SOURCE; .*fit\(\)"),
     Row("forward", unrolled(problem={"route": "forward"}), INPUT, r"makes rows, which route='forward' does not"),
-    Row("small memory", unrolled(memory=100), ptif.TooLarge, r"dense GGN\(\) of 43 parameters over 1.*memory=bytes"),
+    Row(
+        "small memory",
+        unrolled(memory=100),
+        TooLarge,
+        r"dense GGN\(\) of 43 parameters over 1.*memory=bytes",
+    ),
     Row("overflow", unrolled(HESSIAN, lr=1e9), INPUT, r"^Segment 1 of 1 has curvature -.* would overflow; use GGN\(\)"),
     Row("Adam text", segment(adam="adam"), INPUT, r"must be an AdamState, got str; write AdamState.of\("),
     Row("Adam and momentum", segment(adam=adam(), momentum=0.9), INPUT, r"so leave momentum at 0"),
     Row("Adam without", unrolled(adam=adam(**{"0__bias": None})), INPUT, r"no second moment for '0.bias'"),
     Row("Adam shape", unrolled(adam=adam(**{"0__bias": torch.ones(2)})), INPUT, r"has shape \[2\], the para"),
-    Row("Adam negative", lambda m: ptif.AdamState({"0": -torch.ones(2)}), INPUT, r"of '0' must be a tensor of finite"),
+    Row(
+        "Adam negative",
+        lambda m: AdamState({"0": -torch.ones(2)}),
+        INPUT,
+        r"of '0' must be a tensor of finite",
+    ),
     Row(
         "Adam of SGD",
-        lambda m: ptif.AdamState.of(torch.optim.SGD(m.parameters(), 0.1), m),
+        lambda m: AdamState.of(torch.optim.SGD(m.parameters(), 0.1), m),
         INPUT,
         r"^The optimiser holds no exp_avg_sq and step for '0.weight': it is not Adam",
     ),
     Row(
         "Adam of another",
-        lambda m: ptif.AdamState.of(torch.optim.Adam([nn.Parameter(X)]), m),
+        lambda m: AdamState.of(torch.optim.Adam([nn.Parameter(X)]), m),
         INPUT,
         r"^The optimiser holds no parameter of the model",
     ),
-    Row("Adam and identity", unrolled(ptif.Identity(), adam=adam()), INPUT, r"Identity\(\) has no dense matrix to mul"),
+    Row(
+        "Adam and identity",
+        unrolled(Identity(), adam=adam()),
+        INPUT,
+        r"Identity\(\) has no dense matrix to mul",
+    ),
 ]

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import classic
+from pytorch_influence_functions.core.errors import InvalidInput, NotLikelihood, SolveFailed, TooLarge
+from pytorch_influence_functions.curvature import Fisher
+from pytorch_influence_functions.damping import FromCurve, Relative
+from pytorch_influence_functions.scaling import Leverage
+from pytorch_influence_functions.solvers import CG, Spectral
 from tests.doors.bad_input_cases import (
     CE,
     DATA,
@@ -191,9 +196,12 @@ METHODS = [
         INPUT,
         r"solver= must be a solver such as CG\(\).*got 'cg' of type str",
     ),
-    Row("solver class", lambda m: fitted(m, solver=ptif.CG), INPUT, r"solver= is the class CG; write CG\(\)"),
+    Row("solver class", lambda m: fitted(m, solver=CG), INPUT, r"solver= is the class CG; write CG\(\)"),
     Row(
-        "curvature class", lambda m: fitted(m, curvature=ptif.GGN), INPUT, r"curvature= is the class GGN; write GGN\(\)"
+        "curvature class",
+        lambda m: fitted(m, curvature=ptif.curvature.GGN),
+        INPUT,
+        r"curvature= is the class GGN; write GGN\(\)",
     ),
     Row(
         "scaling text",
@@ -205,57 +213,57 @@ METHODS = [
     Row("memory text", lambda m: fitted(m, memory="4G"), INPUT, r"memory bound must be a positive number .*got '4G'"),
     Row(
         "over the bound",
-        lambda m: fitted(m, curvature=GGN, solver=ptif.Spectral(), memory=100),
-        ptif.TooLarge,
+        lambda m: fitted(m, curvature=GGN, solver=Spectral(), memory=100),
+        TooLarge,
         r"would take .* GiB and the bound is .*use CG\(\)",
     ),
     Row(
         "no curvature",
-        lambda m: fitted(m, solver=ptif.CG()),
+        lambda m: fitted(m, solver=CG()),
         INPUT,
         r"does not say which curvature .*add curvature=GGN\(\)",
     ),
     Row("no rows", put_in(method=ptif.dual(HESSIAN)), INPUT, r"^Hessian\(\) cannot be given as rows G.*another solver"),
     Row(
         "unasked help",
-        lambda m: fitted(m, curvature=GGN, solver=ptif.Spectral(), preconditioner=GGN),
+        lambda m: fitted(m, curvature=GGN, solver=Spectral(), preconditioner=GGN),
         INPUT,
         r"has no use for a preconditioner; drop it",
     ),
     Row(
         "GGN of a function",
         put_in(loss=absolute, method=ptif.exact()),
-        ptif.NotLikelihood,
+        NotLikelihood,
         r"^GGN\(\) needs the Hessian .* FromFunction gives none; use",
     ),
     Row(
         "Fisher of a function",
-        put_in(loss=absolute, method=ptif.exact(ptif.Fisher(samples=2))),
-        ptif.NotLikelihood,
+        put_in(loss=absolute, method=ptif.exact(Fisher(samples=2))),
+        NotLikelihood,
         r"^Fisher\(\) needs",
     ),
     Row(
         "indefinite",
         put_in(method=ptif.exact(HESSIAN, 0.0)),
-        ptif.SolveFailed,
+        SolveFailed,
         r"smallest eigenvalue .* is -0.*not positive definite; .*at least Absolute",
     ),
     Row(
         "indefinite, CG",
-        put_in(method=ptif.koh_liang(0.0)),
-        ptif.SolveFailed,
+        put_in(method=ptif.methods.koh_liang(0.0)),
+        SolveFailed,
         r"negative curvature .*Absolute\(.*\) would do",
     ),
     Row(
         "indefinite, LiSSA",
-        put_in(method=ptif.lissa(1e-3)),
-        ptif.SolveFailed,
+        put_in(method=ptif.methods.lissa(1e-3)),
+        SolveFailed,
         r"negative curvature .*Absolute\(.*\) would do",
     ),
     Row(
         "singular",
         put_in(method=ptif.exact(damping=0.0)),
-        ptif.SolveFailed,
+        SolveFailed,
         r"is 0 within rounding .*singular.* positive damping",
     ),
     Row(
@@ -266,25 +274,35 @@ METHODS = [
     ),
     Row(
         "LiSSA undamped",
-        put_in(method=ptif.lissa(0.0)),
+        put_in(method=ptif.methods.lissa(0.0)),
         INPUT,
         r"depth from the damping, which is 0 here; give a positive",
     ),
     Row("damping negative", put_in(damping=-1), INPUT, r"value=-1\) must not be negative"),
     Row("damping NaN", put_in(damping=NAN), INPUT, r"is nan; it must be finite"),
     Row("damping text", put_in(damping="0.1"), INPUT, r"is '0.1'; it must be a number"),
-    Row("share 0", lambda m: ask(m, damping=ptif.Relative(0.0)), INPUT, r"share=0.0\) must be positive; 0.1 is a good"),
-    Row("one lambda", lambda m: ask(m, damping=ptif.FromCurve(lambdas=[1.0])), INPUT, "at least two different values"),
+    Row(
+        "share 0",
+        lambda m: ask(m, damping=Relative(0.0)),
+        INPUT,
+        r"share=0.0\) must be positive; 0.1 is a good",
+    ),
+    Row(
+        "one lambda",
+        lambda m: ask(m, damping=FromCurve(lambdas=[1.0])),
+        INPUT,
+        "at least two different values",
+    ),
     Row(
         "a path without eigenvalues",
-        lambda m: ask(m, method=ptif.Influence(GGN, ptif.CG(), ptif.FromCurve())),
+        lambda m: ask(m, method=ptif.Influence(GGN, CG(), FromCurve())),
         INPUT,
         "which Implicit does not have; use Woodbury",
     ),
     Row("route", lambda m: fitted(m, route="gohst"), INPUT, r"'gohst' is not a route; choose one of 'auto', 'ghost'"),
     Row(
         "forward leverage",
-        lambda m: fitted(m, route="forward", scaling=ptif.Leverage()).score((X, Y)),
+        lambda m: fitted(m, route="forward", scaling=Leverage()).score((X, Y)),
         INPUT,
         r"makes no rows, which this scaling needs",
     ),
@@ -477,7 +495,7 @@ def test_bad_input_gets_one_sentence_and_the_model_is_left_alone(row: Row) -> No
 
 
 def test_the_cause_is_kept_for_those_who_debug_their_model() -> None:
-    with pytest.raises(ptif.InvalidInput) as caught:
+    with pytest.raises(InvalidInput) as caught:
         ask(Through(lambda f: f.nope))
     assert isinstance(caught.value.__cause__, AttributeError)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from pytorch_influence_functions import InvalidInput, UnknownName
 from pytorch_influence_functions.classic import Config, calc_img_wise, get_default_config, s_test
+from pytorch_influence_functions.core.errors import InvalidInput, UnknownName
 from tests.doors.classic_cases import flat, gradient, hessian, quick, toy
 
 README = {

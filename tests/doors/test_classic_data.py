@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions import InvalidInput, TrainingDataWarning, classic
+from pytorch_influence_functions import classic
 from pytorch_influence_functions.classic import (
     Config,
     InfluenceResult,
@@ -30,6 +30,7 @@ from pytorch_influence_functions.classic import (
     plot_loo_scatter,
 )
 from pytorch_influence_functions.classic.selection import labels_of
+from pytorch_influence_functions.core.errors import InvalidInput, TrainingDataWarning
 from tests.doors.classic_cases import Images, ImagesWithTargets, Toy, fit, image_model, images, quick, toy
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pytorch_influence_functions import InvalidInput
 from pytorch_influence_functions.classic import (
     Config,
     InfluenceResult,
@@ -30,6 +29,7 @@ from pytorch_influence_functions.classic import (
     load_s_test,
     save_json,
 )
+from pytorch_influence_functions.core.errors import InvalidInput
 from tests.doors.classic_cases import Toy, toy
 
 Result = InfluenceResult

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pytorch_influence_functions import InvalidInput, NonFinite, SolveFailed
 from pytorch_influence_functions.classic import (
     calc_all_grad_then_test,
     calc_img_wise,
@@ -27,6 +26,7 @@ from pytorch_influence_functions.classic import (
     s_test,
 )
 from pytorch_influence_functions.classic.engine import Settings, calculation
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
 from tests.doors.classic_cases import DECAY, Toy, fit, flat, gradient, hessian, quick, toy
 
 CE = nn.functional.cross_entropy

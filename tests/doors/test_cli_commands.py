@@ -154,7 +154,7 @@ def test_classic_takes_the_tasks_weight_decay_unless_the_config_has_one(tmp_path
     def influence(extra: str, **settings: object) -> list[float]:
         task_file(tmp_path, extra)
         found = Ran("classic", classic_config(tmp_path, test_sample_num=1, solver="auto", **settings), "--json").found
-        return next(iter(ptif.InfluenceResult.load(found["files"]["results"]).values()))["influence"]  # type: ignore[no-any-return]
+        return next(iter(ptif.classic.InfluenceResult.load(found["files"]["results"]).values()))["influence"]  # type: ignore[no-any-return]
 
     given = "\ndef get_options():\n    return {'weight_decay': 0.5}\n"
     without, taken, stated = influence(""), influence(given), influence("", weight_decay=0.5)

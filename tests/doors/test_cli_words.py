@@ -17,6 +17,7 @@ from pytorch_influence_functions.cli import blocks, options, show
 from pytorch_influence_functions.cli.outcome import Voice
 from pytorch_influence_functions.cli.spelled import METHODS, damping_of, method_of, picked
 from pytorch_influence_functions.cli.watch import Bars, Lines, watching
+from pytorch_influence_functions.damping import Absolute, FromTraining
 
 # --------------------------------------------------------------------------- progress
 
@@ -116,8 +117,8 @@ def test_every_method_without_arguments_has_a_name() -> None:
 
 
 def test_dampings_in_words() -> None:
-    assert damping_of("0.01") == ptif.Absolute(0.01)
-    assert damping_of("training:0.1:200:0.9") == ptif.FromTraining(0.1, 200, 0.9)
+    assert damping_of("0.01") == Absolute(0.01)
+    assert damping_of("training:0.1:200:0.9") == FromTraining(0.1, 200, 0.9)
 
 
 def test_ranges_of_queries() -> None:

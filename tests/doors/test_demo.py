@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import cli
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.damping import FromTraining
 from pytorch_influence_functions.demo.data import DemoData, datasets, load, mislabel
 from pytorch_influence_functions.demo.run import find_suspects, pick_queries, run
 from pytorch_influence_functions.demo.screen import Screen
@@ -192,7 +194,7 @@ def test_damping_comes_from_the_training_run() -> None:
     recipe = Recipe(epochs=2, batch_size=10, lr=0.2, momentum=0.5, warmup=1)
     rates = [recipe.rate(step, 20) for step in range(20)]
     assert recipe.steps(95) == 20 and rates[0] == pytest.approx(0.2) and rates == sorted(rates, reverse=True)
-    assert recipe.damping(95) == ptif.FromTraining(sum(rates) / 20, 20, 0.5)
+    assert recipe.damping(95) == FromTraining(sum(rates) / 20, 20, 0.5)
     assert sum(p.numel() for p in SmallCNN().parameters()) == 26_698
 
 
@@ -241,7 +243,7 @@ def test_quiet_prints_the_result_in_a_few_lines(ran: Ran) -> None:
 
 def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
-        raise ptif.InvalidInput("Nothing to see; look elsewhere.")
+        raise InvalidInput("Nothing to see; look elsewhere.")
 
     monkeypatch.setattr("pytorch_influence_functions.demo.run.run", broken)
     result = CliRunner().invoke(cli.build(), ["demo"])

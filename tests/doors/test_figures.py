@@ -12,14 +12,10 @@ import torch
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import Diagnostics, Scores
-from pytorch_influence_functions.report import (
-    plot_agreement,
-    plot_bars,
-    plot_class_matrix,
-    plot_convergence,
-    plot_damping_curve,
-    plot_self_influence,
-)
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.plots.bars import plot_bars
+from pytorch_influence_functions.plots.query import plot_agreement, plot_damping_curve
+from pytorch_influence_functions.plots.summaries import plot_class_matrix, plot_convergence, plot_self_influence
 
 pytest.importorskip("matplotlib")
 from matplotlib.testing.compare import compare_images
@@ -154,6 +150,6 @@ def test_the_history_survives_the_disk(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_in_one_sentence(call: Any, words: str) -> None:
-    with pytest.raises(ptif.InvalidInput, match=words) as caught:
+    with pytest.raises(InvalidInput, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)

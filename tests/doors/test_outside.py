@@ -14,6 +14,7 @@ from torch import nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import Scores
+from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra
 from pytorch_influence_functions.evaluation import explanations, from_dattri, lds, quanda_explainer, removal_correlation
 
 
@@ -52,7 +53,7 @@ def test_leave_one_out_layout() -> None:
     ],
 )
 def test_bad_input_in_one_sentence(call: Any, words: str) -> None:
-    with pytest.raises(ptif.InvalidInput, match=words):
+    with pytest.raises(InvalidInput, match=words):
         call()
 
 
@@ -123,5 +124,5 @@ def test_the_explainer_takes_text_as_a_mapping_without_its_labels(monkeypatch: p
 
 def test_without_quanda_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "quanda.explainers", None)
-    with pytest.raises(ptif.MissingExtra, match=r"pytorch-influence-functions\[quanda\]"):
+    with pytest.raises(MissingExtra, match=r"pytorch-influence-functions\[quanda\]"):
         quanda_explainer(ptif.exact(), nn.CrossEntropyLoss())

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, NonFinite
-from pytorch_influence_functions.report import plot_agreement, plot_damping_curve, plot_influences
-from pytorch_influence_functions.report.examples import Shown, exposed, see, target_of, wrapped
-from pytorch_influence_functions.report.style import number, power, shorten, times_ten
+from pytorch_influence_functions.plots.examples import Shown, exposed, see, target_of, wrapped
+from pytorch_influence_functions.plots.query import plot_agreement, plot_damping_curve, plot_influences
+from pytorch_influence_functions.plots.style import number, power, shorten, times_ten
 from pytorch_influence_functions.scores.scores import Scores
 
 matplotlib = pytest.importorskip("matplotlib")

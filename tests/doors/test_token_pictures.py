@@ -11,8 +11,8 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from pytorch_influence_functions.core.errors import InvalidInput
-from pytorch_influence_functions.report import style
-from pytorch_influence_functions.report.tokens import _COLUMNS, _ROWS, _Text
+from pytorch_influence_functions.plots import style
+from pytorch_influence_functions.plots.tokens import _COLUMNS, _ROWS, _Text
 from pytorch_influence_functions.scores.scores import Scores
 
 WORDS = ["to be or not", "a $1$ b <i>", "one two three", "x y z"]

@@ -10,9 +10,11 @@ from torch import Tensor
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.curvature import EKFAC, GGN
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.operator import Implicit
 from pytorch_influence_functions.linalg.shift import Shift
+from pytorch_influence_functions.solvers import Spectral
 from pytorch_influence_functions.solvers.base import System
 from pytorch_influence_functions.solvers.cg import CG
 from pytorch_influence_functions.solvers.neumann import Neumann
@@ -38,11 +40,11 @@ def test_ekfac_guides_conjugate_gradients_to_the_dense_solve_in_fewer_steps() ->
     data = mlp()
     want = oracle(data)
     plain = score(ptif.gauss_newton(SMALL, rtol=1e-9), data)
-    guided = score(ptif.gauss_newton(SMALL, rtol=1e-9, preconditioner=ptif.EKFAC(ptif.GGN())), data)
+    guided = score(ptif.gauss_newton(SMALL, rtol=1e-9, preconditioner=EKFAC(GGN())), data)
     assert relative_gap(guided.values, want) < 1e-7
     assert guided.diagnostics.steps < plain.diagnostics.steps
     assert relative_gap(score(ptif.ekfac(SMALL), data).values, want) > 1e-2
-    assert relative_gap(score(ptif.grad_dot(), data).values, want) > 0.5
+    assert relative_gap(score(ptif.methods.grad_dot(), data).values, want) > 0.5
 
 
 def test_one_guided_step_is_nearer_than_the_guide_itself() -> None:
@@ -51,7 +53,7 @@ def test_one_guided_step_is_nearer_than_the_guide_itself() -> None:
     matrix = spectrum_matrix(space)
     shift, b = Shift(0.05), some_rows(space, 5)
     rough = Matrix(space, matrix.matrix.diagonal().diag())
-    guide = ptif.Spectral().init(rough, shift).inverse
+    guide = Spectral().init(rough, shift).inverse
     system = System.of(matrix, shift)
     exact = torch.linalg.solve(matrix.matrix + 0.05 * torch.eye(space.size, dtype=F64), b.flat().T).T
 
@@ -65,22 +67,22 @@ def test_one_guided_step_is_nearer_than_the_guide_itself() -> None:
 def test_astra_without_a_step_is_ekfac() -> None:
     data = mlp()
     still = Neumann(step=1e-14, steps=1, batch_size=10, start="solved")
-    got = score(ptif.Influence(ptif.GGN(), still, SMALL, ptif.EKFAC(ptif.GGN())), data)
-    assert relative_gap(got.values, score(ptif.ekfac(SMALL, ptif.GGN()), data).values) < 1e-10
+    got = score(ptif.Influence(GGN(), still, SMALL, EKFAC(GGN())), data)
+    assert relative_gap(got.values, score(ptif.ekfac(SMALL, GGN()), data).values) < 1e-10
 
 
 def test_astra_on_all_examples_converges_to_the_dense_solve() -> None:
     data = mlp()
-    whole = ptif.astra(0.02, ptif.EKFAC(ptif.GGN()), steps=500, batch_size=60, momentum=0.0, halve_every=None)
+    whole = ptif.methods.astra(0.02, EKFAC(GGN()), steps=500, batch_size=60, momentum=0.0, halve_every=None)
     assert relative_gap(score(whole, data).values, oracle(data, 0.02)) < 1e-4
-    assert relative_gap(score(ptif.grad_dot(), data).values, oracle(data, 0.02)) > 0.5
+    assert relative_gap(score(ptif.methods.grad_dot(), data).values, oracle(data, 0.02)) > 0.5
 
 
 def test_astra_on_batches_is_nearer_than_ekfac() -> None:
     data = mlp(n=120)
     want = oracle(data)
-    start = relative_gap(score(ptif.ekfac(SMALL, ptif.GGN()), data).values, want)
-    method = ptif.astra(SMALL, ptif.EKFAC(ptif.GGN()), steps=160, batch_size=30, halve_every=40)
+    start = relative_gap(score(ptif.ekfac(SMALL, GGN()), data).values, want)
+    method = ptif.methods.astra(SMALL, EKFAC(GGN()), steps=160, batch_size=30, halve_every=40)
     got = score(method, data)
     assert relative_gap(got.values, want) < 0.8 * start
     assert torch.equal(got.values, score(method, data).values)
@@ -125,7 +127,7 @@ def test_large_data_is_measured_on_some_examples(monkeypatch: pytest.MonkeyPatch
         return original(self, rows, ids)
 
     monkeypatch.setattr(Implicit, "apply", counted)
-    score(ptif.astra(SMALL, ptif.EKFAC(ptif.GGN()), steps=5, batch_size=10), data)
+    score(ptif.methods.astra(SMALL, EKFAC(GGN()), steps=5, batch_size=10), data)
     # One full product: the residual that is reported.
     assert sizes.count(None) == 1
     assert sizes.count(20) > 20

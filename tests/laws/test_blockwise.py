@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import InvalidInput, SolveFailed, TooLarge
+from pytorch_influence_functions.curvature import GGN, Diagonal, EmpiricalFisher, Fisher, Hessian, Identity, Nystrom
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.curvature.blockwise import restricted
 from pytorch_influence_functions.curvature.kronecker.records import EKFAC
+from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.shift import Shift
+from pytorch_influence_functions.solvers import CG, BlockGroup, Cholesky, Woodbury
 from pytorch_influence_functions.solvers.blockwise import Blockwise
 from pytorch_influence_functions.solvers.direct import Spectral
 from tests.laws.solver_cases import F64, a_space, some_rows, spectrum_matrix
@@ -55,12 +59,20 @@ def test_every_layer_is_the_dense_solve_of_its_block(name: str, solver: str) -> 
     if (name, solver) == ("hessian", "woodbury"):
         pytest.skip("a Hessian has no rows")
     data = mlp()
-    made = {"spectral": ptif.Spectral(), "cholesky": ptif.Cholesky(), "woodbury": ptif.Woodbury()}
-    curvature = {"ggn": ptif.GGN(), "empirical": ptif.EmpiricalFisher(), "hessian": ptif.Hessian()}[name]
+    made = {
+        "spectral": Spectral(),
+        "cholesky": Cholesky(),
+        "woodbury": Woodbury(),
+    }
+    curvature = {
+        "ggn": GGN(),
+        "empirical": EmpiricalFisher(),
+        "hessian": Hessian(),
+    }[name]
     dense = dense_of(name, data)
     least = min(float(torch.linalg.eigvalsh(dense[p, p]).min()) for p in PARTS.values())
     damping = max(SMALL, -1.5 * least)
-    got = attributed(data, ptif.blockwise(curvature, made.get(solver, ptif.CG(1e-11, 400)), damping=damping))
+    got = attributed(data, ptif.methods.blockwise(curvature, made.get(solver, CG(1e-11, 400)), damping=damping))
     want = by_blocks(data, dict.fromkeys(PARTS, dense), dict.fromkeys(PARTS, damping))
     assert relative_gap(got.values, want) < 1e-8
     dot = oracle("identity", data, 0.0)
@@ -72,8 +84,10 @@ def test_every_layer_is_the_dense_solve_of_its_block(name: str, solver: str) -> 
 def test_one_group_is_the_dense_solve_and_two_are_not() -> None:
     data = mlp()
     want = oracle("ggn", data, SMALL)
-    assert relative_gap(attributed(data, ptif.blockwise(groups={"all": "*"}, damping=SMALL)).values, want) < 1e-9
-    assert relative_gap(attributed(data, ptif.blockwise(damping=SMALL)).values, want) > 0.05
+    assert (
+        relative_gap(attributed(data, ptif.methods.blockwise(groups={"all": "*"}, damping=SMALL)).values, want) < 1e-9
+    )
+    assert relative_gap(attributed(data, ptif.methods.blockwise(damping=SMALL)).values, want) > 0.05
 
 
 def test_groups_with_their_own_solver_curvature_and_damping() -> None:
@@ -82,9 +96,9 @@ def test_groups_with_their_own_solver_curvature_and_damping() -> None:
     own = float(empirical[PARTS["2"], PARTS["2"]].diagonal().mean())
     groups = {
         "body": "0",
-        "head": ptif.BlockGroup(["2.weight"], ptif.Woodbury(), ptif.EmpiricalFisher(), ptif.Relative(0.2)),
+        "head": BlockGroup(["2.weight"], Woodbury(), EmpiricalFisher(), Relative(0.2)),
     }
-    method = ptif.blockwise(groups=groups, damping=SMALL)
+    method = ptif.methods.blockwise(groups=groups, damping=SMALL)
     got = attributed(data, method)
     want = by_blocks(data, {"0": ggn, "2": empirical}, {"0": SMALL, "2": 0.2 * own})
     assert relative_gap(got.values, want) < 1e-8
@@ -97,13 +111,13 @@ def test_relative_damping_is_in_units_of_each_block() -> None:
     data = mlp()
     ggn = dense_of("ggn", data)
     own = {k: 0.1 * float(ggn[p, p].diagonal().mean()) for k, p in PARTS.items()}
-    got = attributed(data, ptif.blockwise(damping=ptif.Relative(0.1, per_block=True)))
+    got = attributed(data, ptif.methods.blockwise(damping=Relative(0.1, per_block=True)))
     assert relative_gap(got.values, by_blocks(data, dict.fromkeys(PARTS, ggn), own)) < 1e-9
     whole = 0.1 * float(ggn.diagonal().mean())
-    got = attributed(data, ptif.blockwise(damping=ptif.Relative(0.1)))
+    got = attributed(data, ptif.methods.blockwise(damping=Relative(0.1)))
     assert relative_gap(got.values, by_blocks(data, dict.fromkeys(PARTS, ggn), dict.fromkeys(PARTS, whole))) < 1e-9
-    every = {k: ptif.BlockGroup(k, damping=ptif.Relative(0.1)) for k in PARTS}
-    got = attributed(data, ptif.blockwise(groups=every))
+    every = {k: BlockGroup(k, damping=Relative(0.1)) for k in PARTS}
+    got = attributed(data, ptif.methods.blockwise(groups=every))
     assert relative_gap(got.values, by_blocks(data, dict.fromkeys(PARTS, ggn), own)) < 1e-9
 
 
@@ -112,7 +126,7 @@ def test_weight_decay_and_another_damping() -> None:
     model, x, y, xq, yq = data
     decay = {"0.weight": 0.02, "0.bias": 0.02}
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=decay)
-    fitted = ptif.blockwise(damping=0.1).fit(problem)
+    fitted = ptif.methods.blockwise(damping=0.1).fit(problem)
     ggn = dense_of("ggn", data)
     for damping in (0.1, SMALL):
         got = fitted.with_damping(damping).score((xq, yq))
@@ -126,18 +140,18 @@ def test_any_curvature_can_be_restricted(curvature: str) -> None:
     """What is block-diagonal already does not change; a low-rank one of full rank is the block."""
     data = mlp()
     made = {
-        "ekfac": EKFAC(ptif.GGN()),
-        "nystrom": ptif.Nystrom(21),
-        "diagonal": ptif.Diagonal(),
-        "identity": ptif.Identity(),
+        "ekfac": EKFAC(GGN()),
+        "nystrom": Nystrom(21),
+        "diagonal": Diagonal(),
+        "identity": Identity(),
     }[curvature]
-    got = attributed(data, ptif.blockwise(made, damping=0.05)).values
+    got = attributed(data, ptif.methods.blockwise(made, damping=0.05)).values
     if curvature == "nystrom":
-        exact = ptif.BlockGroup("0", curvature=ptif.GGN())
-        got = attributed(data, ptif.blockwise(made, groups={"a": exact, "b": "2"}, damping=0.05)).values
+        exact = BlockGroup("0", curvature=GGN())
+        got = attributed(data, ptif.methods.blockwise(made, groups={"a": exact, "b": "2"}, damping=0.05)).values
         want = by_blocks(data, dict.fromkeys(PARTS, dense_of("ggn", data)), dict.fromkeys(PARTS, 0.05))
     else:
-        want = attributed(data, ptif.Influence(made, ptif.Spectral(), 0.05)).values
+        want = attributed(data, ptif.Influence(made, Spectral(), 0.05)).values
     assert relative_gap(got, want) < 1e-8
 
 
@@ -146,8 +160,8 @@ def test_stochastic_and_random_curvature_see_the_same_draws() -> None:
     model, x, y, *_ = data
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y))
     derivatives = Derivatives.of(problem)
-    whole = ptif.Fisher(samples=2, seed=3).of(derivatives, Form.MATRIX, Budget())
-    parts = Blockwise().operator(ptif.Fisher(samples=2, seed=3), derivatives, Budget()).parts
+    whole = Fisher(samples=2, seed=3).of(derivatives, Form.MATRIX, Budget())
+    parts = Blockwise().operator(Fisher(samples=2, seed=3), derivatives, Budget()).parts
     assert isinstance(whole, Matrix)
     for name, part in problem.space.slices.items():
         found = parts[name]
@@ -160,10 +174,14 @@ def test_blocks_of_every_kind_of_model_are_those_of_the_whole_matrix(case: Any) 
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y))
     derivatives = Derivatives.of(problem)
     space = derivatives.space
-    for curvature, form in ((ptif.GGN(), Form.MATRIX), (ptif.Hessian(), Form.MATRIX), (ptif.GGN(), Form.IMPLICIT)):
+    for curvature, form in (
+        (GGN(), Form.MATRIX),
+        (Hessian(), Form.MATRIX),
+        (GGN(), Form.IMPLICIT),
+    ):
         whole = curvature.of(derivatives, Form.MATRIX, Budget())
         assert isinstance(whole, Matrix)
-        solver = Spectral() if form is Form.MATRIX else ptif.CG()
+        solver = Spectral() if form is Form.MATRIX else CG()
         operator = Blockwise(solver).operator(curvature, derivatives, Budget())
         groups = Blockwise(solver).members(space)
         want = torch.zeros_like(whole.matrix)
@@ -191,27 +209,27 @@ def test_restricted_rows_are_the_rows_restricted() -> None:
 def test_order_of_groups_batches_and_dtype_do_not_matter() -> None:
     data = mlp()
     model, x, y, xq, yq = data
-    exact = attributed(data, ptif.blockwise(damping=0.01)).values
-    swapped = ptif.blockwise(groups={"b": "2*", "a": "0*"}, damping=0.01)
+    exact = attributed(data, ptif.methods.blockwise(damping=0.01)).values
+    swapped = ptif.methods.blockwise(groups={"b": "2*", "a": "0*"}, damping=0.01)
     assert relative_gap(attributed(data, swapped).values, exact) < 1e-12
-    assert relative_gap(attributed(data, ptif.blockwise(damping=0.01), batch_size=7).values, exact) < 1e-10
+    assert relative_gap(attributed(data, ptif.methods.blockwise(damping=0.01), batch_size=7).values, exact) < 1e-10
     single = (model.float(), x.float(), y, xq.float(), yq)
-    assert relative_gap(attributed(single, ptif.blockwise(damping=0.01)).values, exact) < 1e-2
+    assert relative_gap(attributed(single, ptif.methods.blockwise(damping=0.01)).values, exact) < 1e-2
 
 
 def test_a_group_that_fails_is_named() -> None:
     data = mlp()
-    with pytest.raises(ptif.SolveFailed, match=r"^In group '[02]': The smallest eigenvalue .* is 0 within rounding"):
-        attributed(data, ptif.blockwise(damping=0.0))
-    tired = {"a": ptif.BlockGroup("0", ptif.CG(1e-12, max_steps=2)), "b": "2"}
-    with pytest.raises(ptif.SolveFailed, match=r"It happened in group 'a'"):
-        attributed(data, ptif.blockwise(groups=tired, damping=SMALL))
-    with pytest.raises(ptif.TooLarge, match=r"the largest '0' of 36 parameters"):
-        attributed(data, ptif.Influence(ptif.GGN(), Blockwise(), 0.1, memory=8 * 3 * (36**2 + 21**2) - 1))
-    attributed(data, ptif.Influence(ptif.GGN(), Blockwise(), 0.1, memory=8 * 3 * (36**2 + 21**2)))
+    with pytest.raises(SolveFailed, match=r"^In group '[02]': The smallest eigenvalue .* is 0 within rounding"):
+        attributed(data, ptif.methods.blockwise(damping=0.0))
+    tired = {"a": BlockGroup("0", CG(1e-12, max_steps=2)), "b": "2"}
+    with pytest.raises(SolveFailed, match=r"It happened in group 'a'"):
+        attributed(data, ptif.methods.blockwise(groups=tired, damping=SMALL))
+    with pytest.raises(TooLarge, match=r"the largest '0' of 36 parameters"):
+        attributed(data, ptif.Influence(GGN(), Blockwise(), 0.1, memory=8 * 3 * (36**2 + 21**2) - 1))
+    attributed(data, ptif.Influence(GGN(), Blockwise(), 0.1, memory=8 * 3 * (36**2 + 21**2)))
 
 
 def test_it_needs_blocks_and_says_so() -> None:
     space = a_space()
-    with pytest.raises(ptif.InvalidInput, match="needs the diagonal blocks of a curvature and got Matrix"):
+    with pytest.raises(InvalidInput, match="needs the diagonal blocks of a curvature and got Matrix"):
         Blockwise().init(spectrum_matrix(space), Shift(0.1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
-from pytorch_influence_functions.curvature.damping import Absolute, FromTraining, Relative, as_damping
+from pytorch_influence_functions.damping.rules import Absolute, FromTraining, Relative, as_damping
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.operator import Identity
 from pytorch_influence_functions.linalg.shift import Shift

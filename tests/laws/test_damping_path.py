@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
-from pytorch_influence_functions.curvature.damping import Absolute
+from pytorch_influence_functions.curvature import GGN, EmpiricalFisher, Hessian
+from pytorch_influence_functions.damping import FromCurve
+from pytorch_influence_functions.damping.rules import Absolute
+from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
 
 F64 = torch.float64
 N, D = 30, 4
@@ -48,7 +51,7 @@ def _refits(x: Tensor, y: Tensor, penalty: float) -> float:
 
 def _fit(model: nn.Module, data: Any, solver: Any, decay: Any = 0.0, curvature: Any = None, damping: Any = 0.1) -> Any:
     problem = ptif.Problem(model, ptif.SquaredError(), data, weight_decay=decay, batch_size=7)
-    return ptif.Influence(curvature or ptif.GGN(), solver, damping).fit(problem)
+    return ptif.Influence(curvature or GGN(), solver, damping).fit(problem)
 
 
 def _scale() -> float:
@@ -57,7 +60,7 @@ def _scale() -> float:
     return float(loss)
 
 
-@pytest.mark.parametrize("solver", [ptif.Woodbury(), ptif.Spectral()])
+@pytest.mark.parametrize("solver", [Woodbury(), Spectral()])
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 def test_ridge_is_press_from_any_weights(solver: Any, decay: float) -> None:
     x, y = _data()
@@ -71,7 +74,7 @@ def test_ridge_is_press_from_any_weights(solver: Any, decay: float) -> None:
     assert 0 < LAMBDAS.index(path.chosen) < len(LAMBDAS) - 1 and not path.at_edge
 
 
-@pytest.mark.parametrize("solver", [ptif.Woodbury(), ptif.Spectral()])
+@pytest.mark.parametrize("solver", [Woodbury(), Spectral()])
 def test_held_out_data_recover_the_lambda_a_ridge_was_trained_with(solver: Any) -> None:
     x, y = _data()
     c, lam = _scale(), 0.1
@@ -95,8 +98,8 @@ def test_removal_is_one_newton_step_by_hand() -> None:
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=3)
     held = (torch.randn(20, 3, dtype=F64), torch.arange(20) % 3)
     found = {}
-    for solver in (ptif.Woodbury(), ptif.Spectral()):
-        fitted = ptif.Influence(ptif.GGN(), solver, 0.1).fit(problem)
+    for solver in (Woodbury(), Spectral()):
+        fitted = ptif.Influence(GGN(), solver, 0.1).fit(problem)
         # On the way to the choice nothing but the mean over examples is kept, so compare that.
         found[solver] = _removal(fitted, held)
     flat = torch.cat([p.reshape(-1) for p in model.parameters()]).detach()
@@ -149,8 +152,8 @@ def test_the_empirical_fisher_leaves_gradients_out(refit: bool) -> None:
             for loss in losses
         ]
     )
-    for solver in (ptif.Woodbury(), ptif.Spectral()):
-        member = ptif.Influence(ptif.EmpiricalFisher(), solver, 0.1).fit(problem).members[0]
+    for solver in (Woodbury(), Spectral()):
+        member = ptif.Influence(EmpiricalFisher(), solver, 0.1).fit(problem).members[0]
         found, training = module._predicted(
             module._Basis.of(member.operator), member.derivatives, True, LAMBDAS, refit=refit
         )
@@ -172,11 +175,11 @@ def test_the_empirical_fisher_leaves_gradients_out(refit: bool) -> None:
 def test_as_a_damping_it_is_the_chosen_number() -> None:
     x, y = _data()
     model = _linear(torch.zeros(2, D, dtype=F64))
-    rule = ptif.FromCurve(lambdas=LAMBDAS)
-    fitted = _fit(model, (x, y), ptif.Woodbury(), damping=rule)
+    rule = FromCurve(lambdas=LAMBDAS)
+    fitted = _fit(model, (x, y), Woodbury(), damping=rule)
     path = fitted.damping_curve(lambdas=LAMBDAS)
     assert fitted.members[0].shift.damping == path.chosen
-    same = _fit(model, (x, y), ptif.Woodbury(), damping=path.chosen)
+    same = _fit(model, (x, y), Woodbury(), damping=path.chosen)
     torch.testing.assert_close(fitted.score((x, y)).values, same.score((x, y)).values)
     assert same.with_damping(rule).members[0].shift.damping == path.chosen
     assert rule.resolved(fitted.members[0]) == Absolute(path.chosen)
@@ -187,22 +190,22 @@ def test_as_a_damping_it_is_the_chosen_number() -> None:
 def test_batches_order_and_dtype_do_not_matter() -> None:
     x, y = _data()
     model = _linear(torch.ones(2, D, dtype=F64))
-    one = _fit(model, (x, y), ptif.Woodbury()).damping_curve()
+    one = _fit(model, (x, y), Woodbury()).damping_curve()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     problem = ptif.Problem(model, ptif.SquaredError(), (x[order], y[order]), batch_size=30)
-    two = ptif.Influence(ptif.GGN(), ptif.Woodbury(), 0.1).fit(problem).damping_curve()
+    two = ptif.Influence(GGN(), Woodbury(), 0.1).fit(problem).damping_curve()
     assert one.losses == pytest.approx(two.losses, rel=1e-9) and one.chosen == pytest.approx(two.chosen)
-    three = _fit(_linear(torch.ones(2, D)).float(), (x.float(), y.float()), ptif.Woodbury()).damping_curve()
+    three = _fit(_linear(torch.ones(2, D)).float(), (x.float(), y.float()), Woodbury()).damping_curve()
     assert one.losses == pytest.approx(three.losses, rel=1e-3)
 
 
 def test_the_edge_is_said(caplog: pytest.LogCaptureFixture) -> None:
     x, y = _data()
-    fitted = _fit(_linear(torch.zeros(2, D, dtype=F64)), (x, y), ptif.Woodbury())
+    fitted = _fit(_linear(torch.zeros(2, D, dtype=F64)), (x, y), Woodbury())
     path = fitted.damping_curve(lambdas=[10.0, 100.0])
     assert path.at_edge and "edge" in str(path)
     with caplog.at_level("WARNING"):
-        fitted.with_damping(ptif.FromCurve(lambdas=[10.0, 100.0]))
+        fitted.with_damping(FromCurve(lambdas=[10.0, 100.0]))
     assert "at the edge" in caplog.text
 
 
@@ -210,25 +213,31 @@ def test_bad_input_is_refused_in_words() -> None:
     x, y = _data()
     model = _linear(torch.zeros(2, D, dtype=F64))
     with pytest.raises(InvalidInput, match="needs at least two different values"):
-        ptif.FromCurve(lambdas=[0.1])
+        FromCurve(lambdas=[0.1])
     with pytest.raises(InvalidInput, match="finite and positive"):
-        ptif.FromCurve(lambdas=[0.0, 0.1])
+        FromCurve(lambdas=[0.0, 0.1])
     with pytest.raises(InvalidInput, match="takes several damping values"):
-        ptif.FromCurve(lambdas="many")
+        FromCurve(lambdas="many")
     with pytest.raises(InvalidInput, match="one eigendecomposition, which Implicit does not have"):
-        _fit(model, (x, y), ptif.CG(), damping=ptif.FromCurve())
+        _fit(model, (x, y), CG(), damping=FromCurve())
     with pytest.raises(InvalidInput, match=r"Hessian.. does not hold example by example"):
-        _fit(model, (x, y), ptif.Spectral(), curvature=ptif.Hessian(), damping=ptif.FromCurve())
+        _fit(model, (x, y), Spectral(), curvature=Hessian(), damping=FromCurve())
     with pytest.raises(InvalidInput, match=r"WeightDecay.per_example=True"):
-        _fit(model, (x, y), ptif.Woodbury(), ptif.WeightDecay(0.1, per_example=True), damping=ptif.FromCurve())
+        _fit(
+            model,
+            (x, y),
+            Woodbury(),
+            ptif.WeightDecay(0.1, per_example=True),
+            damping=FromCurve(),
+        )
     with pytest.raises(InvalidInput, match="looks at the model and its data"):
-        ptif.FromCurve().of(_fit(model, (x, y), ptif.Woodbury()).members[0].operator)
+        FromCurve().of(_fit(model, (x, y), Woodbury()).members[0].operator)
     # The training data themselves: no lambda predicts a loss as low as theirs.
     with pytest.raises(InvalidInput, match="below the leave-one-out loss that any of the lambdas"):
-        _fit(model, (x, y), ptif.Woodbury(), damping=ptif.FromCurve(held_out=(x, y)))
+        _fit(model, (x, y), Woodbury(), damping=FromCurve(held_out=(x, y)))
     with pytest.raises(InvalidInput, match="above the leave-one-out loss that any of the lambdas"):
-        _fit(model, (x, y), ptif.Woodbury(), damping=ptif.FromCurve(held_out=(x, y + 1e6)))
-    fitted = _fit(model, (x, y), ptif.Woodbury())
+        _fit(model, (x, y), Woodbury(), damping=FromCurve(held_out=(x, y + 1e6)))
+    fitted = _fit(model, (x, y), Woodbury())
     with pytest.raises(InvalidInput, match="1 checkpoint"):
         fitted.damping_curve(checkpoint=1)
 
@@ -240,7 +249,7 @@ def test_uneven_weight_decay_is_solved_densely_and_refused_in_the_dual() -> None
     x, y = _data()
     decay = ptif.WeightDecay({"0.weight": 0.1, "1.weight": 0.2})
     with pytest.raises(InvalidInput, match="one weight decay for all blocks in the dual"):
-        _fit(deep, (x, y), ptif.Woodbury(), decay, damping=ptif.FromCurve())
-    path = _fit(deep, (x, y), ptif.Spectral(), decay).damping_curve()
+        _fit(deep, (x, y), Woodbury(), decay, damping=FromCurve())
+    path = _fit(deep, (x, y), Spectral(), decay).damping_curve()
     assert all(math.isfinite(v) for v in path.losses)
-    assert _fit(model, (x, y), ptif.Spectral()).damping_curve().losses[0] > 0
+    assert _fit(model, (x, y), Spectral()).damping_curve().losses[0] > 0

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import SolveFailed, TooLarge
+from pytorch_influence_functions.curvature import GGN, EmpiricalFisher, Fisher, Hessian
+from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.linalg.operator import AbstractOperator
 from pytorch_influence_functions.linalg.rows import Route
+from pytorch_influence_functions.scaling import Leverage
+from pytorch_influence_functions.solvers import CG, Cholesky, Neumann, Spectral, Woodbury
 from tests.laws.zoo import CASES, build
 from tests.twin.autograd import dense_ggn, dense_hessian, example_gradients, influence
 
@@ -64,31 +69,47 @@ def hessian_damping(data: Any) -> float:
 
 
 METHODS = {
-    "identity": ("identity", lambda lam: ptif.grad_dot(), 1e-12),
-    "hessian spectral": ("hessian", lambda lam: ptif.Influence(ptif.Hessian(), ptif.Spectral(), lam), 1e-10),
-    "hessian cholesky": ("hessian", lambda lam: ptif.Influence(ptif.Hessian(), ptif.Cholesky(), lam), 1e-10),
-    "hessian cg": ("hessian", lambda lam: ptif.Influence(ptif.Hessian(), ptif.CG(1e-11, 400), lam), 1e-8),
+    "identity": ("identity", lambda lam: ptif.methods.grad_dot(), 1e-12),
+    "hessian spectral": (
+        "hessian",
+        lambda lam: ptif.Influence(Hessian(), Spectral(), lam),
+        1e-10,
+    ),
+    "hessian cholesky": (
+        "hessian",
+        lambda lam: ptif.Influence(Hessian(), Cholesky(), lam),
+        1e-10,
+    ),
+    "hessian cg": (
+        "hessian",
+        lambda lam: ptif.Influence(Hessian(), CG(1e-11, 400), lam),
+        1e-8,
+    ),
     "ggn lissa": (
         "ggn",
-        lambda lam: ptif.Influence(ptif.GGN(), ptif.Neumann(batch_size=60, tolerance=1e-4), lam),
+        lambda lam: ptif.Influence(GGN(), Neumann(batch_size=60, tolerance=1e-4), lam),
         2e-2,
     ),
-    "ggn spectral": ("ggn", lambda lam: ptif.Influence(ptif.GGN(), ptif.Spectral(), lam), 1e-10),
-    "ggn dual": ("ggn", lambda lam: ptif.Influence(ptif.GGN(), ptif.Woodbury(), lam), 1e-8),
-    "ggn cg": ("ggn", lambda lam: ptif.Influence(ptif.GGN(), ptif.CG(1e-11, 400), lam), 1e-8),
-    "fisher": ("ggn", lambda lam: ptif.Influence(ptif.Fisher(), ptif.Spectral(), lam), 1e-10),
+    "ggn spectral": ("ggn", lambda lam: ptif.Influence(GGN(), Spectral(), lam), 1e-10),
+    "ggn dual": ("ggn", lambda lam: ptif.Influence(GGN(), Woodbury(), lam), 1e-8),
+    "ggn cg": ("ggn", lambda lam: ptif.Influence(GGN(), CG(1e-11, 400), lam), 1e-8),
+    "fisher": ("ggn", lambda lam: ptif.Influence(Fisher(), Spectral(), lam), 1e-10),
     "ggn cg preconditioned": (
         "ggn",
-        lambda lam: ptif.Influence(ptif.GGN(), ptif.CG(1e-11, 400), lam, preconditioner=ptif.EmpiricalFisher()),
+        lambda lam: ptif.Influence(GGN(), CG(1e-11, 400), lam, preconditioner=EmpiricalFisher()),
         1e-8,
     ),
     "empirical spectral": (
         "empirical",
-        lambda lam: ptif.Influence(ptif.EmpiricalFisher(), ptif.Spectral(), lam),
+        lambda lam: ptif.Influence(EmpiricalFisher(), Spectral(), lam),
         1e-10,
     ),
     "empirical dual": ("empirical", lambda lam: ptif.dual(damping=lam), 1e-8),
-    "empirical cg": ("empirical", lambda lam: ptif.Influence(ptif.EmpiricalFisher(), ptif.CG(1e-11, 400), lam), 1e-8),
+    "empirical cg": (
+        "empirical",
+        lambda lam: ptif.Influence(EmpiricalFisher(), CG(1e-11, 400), lam),
+        1e-8,
+    ),
     "auto": ("ggn", lambda lam: ptif.Influence(damping=lam), 1e-10),
 }
 
@@ -129,11 +150,11 @@ def test_ridge_leave_one_out_is_influence_over_one_minus_leverage() -> None:
     change = torch.stack([(xq @ (fitted(k) - everything))[:, 0] for k in keeps], 1)
     problem = ptif.Problem(model, ptif.SquaredError(), (x, y), weight_decay=decay)
     measure = ptif.FromFunction(lambda out, t: out[:, 0], lower_is_better=False, reduction="none")
-    for solver in (ptif.Spectral(), ptif.Woodbury()):
-        spec = ptif.Influence(ptif.GGN(), solver, 1e-12, scaling=ptif.Leverage())
+    for solver in (Spectral(), Woodbury()):
+        spec = ptif.Influence(GGN(), solver, 1e-12, scaling=Leverage())
         got = spec.fit(problem).score((xq, yq), measure=measure)
-        assert relative_gap(got.values, change) < (1e-6 if isinstance(solver, ptif.Woodbury) else 1e-9)
-        first_order = ptif.Influence(ptif.GGN(), solver, 1e-12).fit(problem).score((xq, yq), measure=measure)
+        assert relative_gap(got.values, change) < (1e-6 if isinstance(solver, Woodbury) else 1e-9)
+        first_order = ptif.Influence(GGN(), solver, 1e-12).fit(problem).score((xq, yq), measure=measure)
         assert relative_gap(first_order.values, change) > 0.05
 
 
@@ -173,7 +194,7 @@ def test_logistic_regression_against_real_refits() -> None:
         model.weight.copy_(full)
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=decay)
     raw = ptif.exact(damping=1e-10).fit(problem).score((xq, yq)).values
-    corrected = ptif.one_step_newton(damping=1e-10).fit(problem).score((xq, yq)).values
+    corrected = ptif.methods.one_step_newton(damping=1e-10).fit(problem).score((xq, yq)).values
 
     def agreement(a: Tensor) -> tuple[float, float]:
         a, t = a.flatten().double().numpy(), truth.flatten().numpy()
@@ -192,7 +213,7 @@ def test_weight_decay_is_curvature_and_per_example_decay_is_a_constant_per_query
     matrix = dense_ggn(model, cross_entropy, x, y)
     g, gq = example_gradients(model, cross_entropy, x, y), example_gradients(model, cross_entropy, xq, yq)
     decay = 0.05
-    for solver in (ptif.Spectral(), ptif.Woodbury(), ptif.CG(1e-11, 400)):
+    for solver in (Spectral(), Woodbury(), CG(1e-11, 400)):
         for per_example in (False, True):
             theta = torch.cat([p.detach().flatten() for p in model.parameters()])
             rows = g + decay * theta if per_example else g
@@ -203,12 +224,12 @@ def test_weight_decay_is_curvature_and_per_example_decay_is_a_constant_per_query
                 (xq, yq),
                 loss=nn.CrossEntropyLoss(),
                 weight_decay=ptif.WeightDecay(decay, per_example=per_example),
-                method=ptif.Influence(ptif.GGN(), solver, SMALL),
+                method=ptif.Influence(GGN(), solver, SMALL),
             )
             assert relative_gap(got.values, want) < 1e-8
 
 
-@pytest.mark.parametrize("solver", [ptif.Spectral(), ptif.Woodbury(), ptif.CG(1e-11, 400)])
+@pytest.mark.parametrize("solver", [Spectral(), Woodbury(), CG(1e-11, 400)])
 def test_decay_that_differs_by_parameter(solver: Any) -> None:
     model, x, y, xq, yq = mlp()
     decay = {"0.weight": 0.2, "2.weight": 0.01}
@@ -217,18 +238,18 @@ def test_decay_that_differs_by_parameter(solver: Any) -> None:
     g, gq = example_gradients(model, cross_entropy, x, y), example_gradients(model, cross_entropy, xq, yq)
     want = influence(matrix + diagonal.diag(), SMALL, gq, g)
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=decay)
-    got = ptif.Influence(ptif.GGN(), solver, SMALL).fit(problem).score((xq, yq))
+    got = ptif.Influence(GGN(), solver, SMALL).fit(problem).score((xq, yq))
     assert relative_gap(got.values, want) < 1e-8
 
 
 @pytest.mark.parametrize("route", [r for r in Route])
-@pytest.mark.parametrize("method", [ptif.grad_dot(), ptif.Influence(ptif.GGN(), ptif.CG(1e-11, 400), SMALL)])
+@pytest.mark.parametrize("method", [ptif.methods.grad_dot(), ptif.Influence(GGN(), CG(1e-11, 400), SMALL)])
 def test_scores_do_not_depend_on_the_route(route: Route, method: ptif.Influence) -> None:
     model, x, y, xq, yq = mlp()
     want = oracle(
-        "identity" if method == ptif.grad_dot() else "ggn",
+        "identity" if method == ptif.methods.grad_dot() else "ggn",
         (model, x, y, xq, yq),
-        0.0 if method == ptif.grad_dot() else SMALL,
+        0.0 if method == ptif.methods.grad_dot() else SMALL,
     )
     forced = ptif.Influence(method.curvature, method.solver, method.damping, route=route)
     got = forced.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
@@ -243,7 +264,7 @@ def test_scores_do_not_depend_on_the_route(route: Route, method: ptif.Influence)
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 def test_matrix_free_products_equal_dense_curvature(name: str, curvature: str) -> None:
     model, x, y = build(next(c for c in CASES if c.name == name))
-    make = {"ggn": ptif.GGN(), "hessian": ptif.Hessian()}[curvature]
+    make = {"ggn": GGN(), "hessian": Hessian()}[curvature]
     with sdpa_kernel(SDPBackend.MATH):
         dense = {"ggn": dense_ggn, "hessian": dense_hessian}[curvature](model, cross_entropy, x, y)
     from pytorch_influence_functions.curvature.base import Budget, Form
@@ -270,8 +291,8 @@ def test_matrix_free_products_equal_dense_curvature(name: str, curvature: str) -
     "method",
     [
         ptif.dual(damping=SMALL),
-        ptif.Influence(ptif.GGN(), ptif.CG(1e-9, 400), 0.1),
-        ptif.Influence(ptif.Fisher(samples=2), ptif.Spectral(), SMALL),
+        ptif.Influence(GGN(), CG(1e-9, 400), 0.1),
+        ptif.Influence(Fisher(samples=2), Spectral(), SMALL),
     ],
 )
 def test_batch_size_does_not_matter(batch_size: int, method: ptif.Influence) -> None:
@@ -309,7 +330,7 @@ def test_a_shuffling_loader_changes_nothing() -> None:
 def test_the_reduction_of_the_loss_does_not_matter(loss: Any) -> None:
     data = mlp()
     model, x, y, xq, yq = data
-    method = ptif.Influence(ptif.EmpiricalFisher(), ptif.Woodbury(), SMALL)
+    method = ptif.Influence(EmpiricalFisher(), Woodbury(), SMALL)
     got = ptif.attribute(model, (x, y), (xq, yq), loss=loss, method=method)
     assert relative_gap(got.values, oracle("empirical", data, SMALL)) < 1e-8
 
@@ -328,8 +349,8 @@ def test_redamping_equals_fitting_again_and_path_sweeps() -> None:
     data = mlp()
     model, x, y, xq, yq = data
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
-    for solver in (ptif.Spectral(), ptif.Woodbury(), ptif.CG(1e-11, 400)):
-        fitted = ptif.Influence(ptif.GGN(), solver, 1.0).fit(problem)
+    for solver in (Spectral(), Woodbury(), CG(1e-11, 400)):
+        fitted = ptif.Influence(GGN(), solver, 1.0).fit(problem)
         for lam, scores in fitted.scores_over_damping((xq, yq), [1.0, 0.1, SMALL]).items():
             assert relative_gap(scores.values, oracle("ggn", data, lam)) < 1e-7
             assert scores.diagnostics.damping == pytest.approx(lam)
@@ -395,7 +416,11 @@ def test_more_queries_than_parameters() -> None:
     g = example_gradients(model, cross_entropy, x, y)
     want = influence(dense_ggn(model, cross_entropy, x, y), SMALL, g, g)
     got = ptif.attribute(
-        model, (x, y), (x, y), loss=nn.CrossEntropyLoss(), method=ptif.Influence(ptif.GGN(), ptif.CG(1e-11), SMALL)
+        model,
+        (x, y),
+        (x, y),
+        loss=nn.CrossEntropyLoss(),
+        method=ptif.Influence(GGN(), CG(1e-11), SMALL),
     )
     assert relative_gap(got.values, want) < 1e-8
 
@@ -405,8 +430,8 @@ def test_negative_curvature_is_named() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p))
-    with pytest.raises(ptif.SolveFailed, match="GGN\\(\\) instead of Hessian\\(\\)"):
-        ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=ptif.koh_liang(1e-6))
+    with pytest.raises(SolveFailed, match="GGN\\(\\) instead of Hessian\\(\\)"):
+        ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=ptif.methods.koh_liang(1e-6))
 
 
 def test_a_small_memory_bound_changes_nothing_but_the_number_of_passes() -> None:
@@ -414,11 +439,11 @@ def test_a_small_memory_bound_changes_nothing_but_the_number_of_passes() -> None
     model, x, y, xq, yq = data
     from pytorch_influence_functions.curvature.base import Budget
 
-    tight = ptif.Influence(ptif.GGN(), ptif.CG(1e-11, 400), SMALL, memory=Budget(60 * 8 * 8 * 2))
+    tight = ptif.Influence(GGN(), CG(1e-11, 400), SMALL, memory=Budget(60 * 8 * 8 * 2))
     got = tight.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
     assert relative_gap(got.values, oracle("ggn", data, SMALL)) < 1e-8
-    with pytest.raises(ptif.TooLarge, match="GiB and the bound is"):
-        ptif.Influence(ptif.GGN(), ptif.Spectral(), SMALL, memory=Budget(1000)).fit(
+    with pytest.raises(TooLarge, match="GiB and the bound is"):
+        ptif.Influence(GGN(), Spectral(), SMALL, memory=Budget(1000)).fit(
             ptif.Problem(model, ptif.CrossEntropy(), (x, y))
         )
 
@@ -428,12 +453,12 @@ def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide() -> None
     model = nn.Sequential(nn.Linear(20, 110), nn.Tanh(), nn.Linear(110, 10)).double()
     x, y = torch.randn(620, 20).double(), torch.randint(0, 10, (620,))
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=200)
-    fitted = ptif.Influence(damping=ptif.Relative(0.3)).fit(problem)
+    fitted = ptif.Influence(damping=Relative(0.3)).fit(problem)
     assert "CG" in fitted.method and "preconditioner=Fisher(samples=1" in fitted.method and "guides it" in fitted.why
-    want = ptif.Influence(ptif.GGN(), ptif.CG(1e-9), ptif.Relative(0.3)).fit(problem).score((x[:2], y[:2]))
+    want = ptif.Influence(GGN(), CG(1e-9), Relative(0.3)).fit(problem).score((x[:2], y[:2]))
     got = fitted.score((x[:2], y[:2]))
     assert relative_gap(got.values, want.values) < 5e-3
-    alone = ptif.Influence(ptif.GGN(), ptif.CG(1e-3), ptif.Relative(0.3)).fit(problem).score((x[:2], y[:2]))
+    alone = ptif.Influence(GGN(), CG(1e-3), Relative(0.3)).fit(problem).score((x[:2], y[:2]))
     assert got.diagnostics.steps < 0.8 * alone.diagnostics.steps
     operator = fitted.members[0].guide.operator  # type: ignore[union-attr]
     again = fitted.with_damping(1e-3)
@@ -450,7 +475,7 @@ def test_auto_drops_a_guide_that_does_not_pay(monkeypatch: pytest.MonkeyPatch) -
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=200)
     # A guide that swaps directions about: as wrong as a positive definite one can be.
     monkeypatch.setattr(member.Preconditioner, "inverse", lambda self, shift: _Misleading(self.operator.space))
-    fitted = ptif.Influence(damping=ptif.Relative(0.3)).fit(problem)
+    fitted = ptif.Influence(damping=Relative(0.3)).fit(problem)
     assert "preconditioner" not in fitted.method and "does not help" in fitted.why
     assert fitted.score((x[:1], y[:1])).diagnostics.residual_max <= 1e-3
 

@@ -13,23 +13,26 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, NotLikelihood, SolveFailed, TooLarge
+from pytorch_influence_functions.curvature import EKFAC, GGN, KFAC, EmpiricalFisher, Fisher, Shampoo
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.curvature.exact import root_rows
 from pytorch_influence_functions.curvature.kronecker import fit as fitting_module
 from pytorch_influence_functions.curvature.kronecker.moments import Sharing
+from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.linalg import eigh as eigen
 from pytorch_influence_functions.linalg.blocks import Conv, Dense, Indexed, Outer
 from pytorch_influence_functions.linalg.kronecker import Kronecker
 from pytorch_influence_functions.linalg.rows import Rows
 from pytorch_influence_functions.problem.data import Source
+from pytorch_influence_functions.solvers import CG, Cholesky, Factored, Spectral, Truncation, Woodbury
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.laws.zoo import CASES, build
 from tests.twin.autograd import dense_ggn, example_gradients, influence
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
-FAMILY = [ptif.KFAC, ptif.EKFAC, ptif.Shampoo]
+FAMILY = [KFAC, EKFAC, Shampoo]
 FITTED = {"deterministic": "ignore"}
 
 
@@ -66,7 +69,7 @@ def test_every_parameter_of_every_layer_takes_part(case: Any) -> None:
     model, x, y = build(case)
     derivatives = derivatives_of(model, x, y)
     exact = ggn(derivatives)
-    for curvature in (ptif.EKFAC(ptif.GGN()), ptif.Shampoo(ptif.GGN())):
+    for curvature in (EKFAC(GGN()), Shampoo(GGN())):
         operator = fitted(curvature, derivatives)
         # In an orthonormal basis the measured eigenvalues add up to the trace, block by block.
         for name, part in operator.space.slices.items():
@@ -81,7 +84,7 @@ def test_every_parameter_of_every_layer_takes_part(case: Any) -> None:
 def test_eigenvalues_are_second_moments_in_the_basis(case: Any) -> None:
     model, x, y = build(case)
     derivatives = derivatives_of(model, x, y)
-    operator = fitted(ptif.EKFAC(ptif.GGN()), derivatives)
+    operator = fitted(EKFAC(GGN()), derivatives)
     rows = list(root_rows(derivatives))
     for name, block in operator.blocks.items():
         shape = block.values.shape
@@ -99,7 +102,7 @@ def test_measured_eigenvalues_are_closer_to_the_gauss_newton_matrix(case: Any) -
     model, x, y = build(case)
     derivatives = derivatives_of(model, x, y)
     exact = ggn(derivatives)
-    kfac, ekfac = (block_gap(fitted(c(ptif.GGN()), derivatives), exact) for c in (ptif.KFAC, ptif.EKFAC))
+    kfac, ekfac = (block_gap(fitted(c(GGN()), derivatives), exact) for c in (KFAC, EKFAC))
     assert ekfac <= kfac * (1 + 1e-9)
 
 
@@ -109,11 +112,11 @@ def linear_net(*widths: int) -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-@pytest.mark.parametrize("curvature", [ptif.KFAC, ptif.EKFAC])
+@pytest.mark.parametrize("curvature", [KFAC, EKFAC])
 def test_exact_for_deep_linear_networks_with_squared_error(curvature: Any) -> None:
     model, x, y = linear_net(4, 5, 3, 2), torch.randn(20, 4).double(), torch.randn(20, 2).double()
     derivatives = derivatives_of(model, x, y, ptif.SquaredError())
-    assert block_gap(fitted(curvature(ptif.GGN()), derivatives), ggn(derivatives)) < 1e-10
+    assert block_gap(fitted(curvature(GGN()), derivatives), ggn(derivatives)) < 1e-10
 
 
 @pytest.mark.parametrize("curvature", FAMILY)
@@ -122,7 +125,7 @@ def test_exact_for_a_single_example(curvature: Any) -> None:
     model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False)).double()
     x, y = torch.randn(1, 5).double(), torch.randint(0, 2, (1,))
     derivatives = derivatives_of(model, x, y)
-    assert block_gap(fitted(curvature(ptif.GGN()), derivatives), ggn(derivatives)) < 1e-10
+    assert block_gap(fitted(curvature(GGN()), derivatives), ggn(derivatives)) < 1e-10
 
 
 def test_ekfac_solves_one_linear_layer_exactly() -> None:
@@ -140,14 +143,14 @@ def test_ekfac_solves_one_linear_layer_exactly() -> None:
     g, gq = example_gradients(model, squared, x, y), example_gradients(model, squared, xq, yq)
     want = influence(dense_ggn(model, squared, x, y), 1e-3, gq, g)
     assert relative_gap(got, want) < 1e-8
-    assert relative_gap(ptif.grad_dot().fit(problem).score((xq, yq)).values, want) > 0.5
+    assert relative_gap(ptif.methods.grad_dot().fit(problem).score((xq, yq)).values, want) > 0.5
 
 
 @pytest.mark.parametrize("curvature", FAMILY)
 def test_scores_equal_the_dense_solve_with_the_same_matrix(curvature: Any) -> None:
     data = model, x, y, xq, yq = mlp()
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), weight_decay=0.003)
-    attribution = ptif.Influence(curvature(ptif.GGN()), damping=1e-3).fit(problem)
+    attribution = ptif.Influence(curvature(GGN()), damping=1e-3).fit(problem)
     operator = attribution.members[0].operator
     assert isinstance(operator, Kronecker)
     g, gq = example_gradients(model, cross_entropy, x, y), example_gradients(model, cross_entropy, xq, yq)
@@ -156,7 +159,7 @@ def test_scores_equal_the_dense_solve_with_the_same_matrix(curvature: Any) -> No
     matrix[order[:, None], order[None]] = written_out(operator)
     want = influence(matrix, 1e-3 + 0.003, gq, g)
     assert relative_gap(attribution.score((xq, yq)).values, want) < 1e-8
-    assert relative_gap(ptif.grad_dot().fit(problem).score((xq, yq)).values, want) > 0.5
+    assert relative_gap(ptif.methods.grad_dot().fit(problem).score((xq, yq)).values, want) > 0.5
     assert len(data) == 5
 
 
@@ -173,7 +176,7 @@ def _columns(problem: Any, block: str) -> Tensor:
 
 def test_functions_and_shifts_act_on_the_eigenvalues() -> None:
     model, x, y, *_ = mlp()
-    operator = fitted(ptif.EKFAC(ptif.GGN()), derivatives_of(model, x, y))
+    operator = fitted(EKFAC(GGN()), derivatives_of(model, x, y))
     dense = written_out(operator)
     values, vectors = torch.linalg.eigh(dense)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
@@ -188,19 +191,19 @@ def test_functions_and_shifts_act_on_the_eigenvalues() -> None:
 def test_damping_per_block_equals_the_dense_solve() -> None:
     model, x, y, xq, yq = mlp()
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), weight_decay=0.01)
-    spec = ptif.Influence(ptif.GGN(), ptif.Spectral(), ptif.Relative(0.2, per_block=True))
+    spec = ptif.Influence(GGN(), Spectral(), Relative(0.2, per_block=True))
     want = spec.fit(problem).score((xq, yq)).values
-    for solver in (ptif.Cholesky(), ptif.Woodbury(), ptif.CG(rtol=1e-10)):
-        got = ptif.Influence(ptif.GGN(), solver, ptif.Relative(0.2, per_block=True)).fit(problem).score((xq, yq))
+    for solver in (Cholesky(), Woodbury(), CG(rtol=1e-10)):
+        got = ptif.Influence(GGN(), solver, Relative(0.2, per_block=True)).fit(problem).score((xq, yq))
         assert relative_gap(got.values, want) < 1e-7, solver
-    overall = ptif.Influence(ptif.GGN(), ptif.Spectral(), ptif.Relative(0.2)).fit(problem).score((xq, yq)).values
+    overall = ptif.Influence(GGN(), Spectral(), Relative(0.2)).fit(problem).score((xq, yq)).values
     assert relative_gap(overall, want) > 1e-2
 
 
 def test_factored_damping_equals_its_dense_formula_and_keeps_rows_factored() -> None:
     model, x, y, xq, yq = mlp()
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
-    attribution = ptif.Influence(ptif.KFAC(ptif.GGN()), ptif.Factored(), 0.01).fit(problem)
+    attribution = ptif.Influence(KFAC(GGN()), Factored(), 0.01).fit(problem)
     member = attribution.members[0]
     rows = member.derivatives.loss_rows(torch.arange(4), (xq, yq)).rows
     solved = member.solve(rows).unwrap()
@@ -232,7 +235,7 @@ def test_factored_damping_takes_every_form_of_rows() -> None:
         (ptif.Problem(model, ptif.CrossEntropy(), (x, y)), (x[:2], y[:2])),
         (ptif.Problem(tokens, ptif.TokenCrossEntropy(), (ids, ids.roll(-1, 1))), (ids[:2], ids[:2].roll(-1, 1))),
     ):
-        attribution = ptif.Influence(ptif.KFAC(), ptif.Factored(), 1e-8).fit(problem)
+        attribution = ptif.Influence(KFAC(), Factored(), 1e-8).fit(problem)
         member = attribution.members[0]
         rows = next(iter(member.derivatives.stream(Source.of(queries)))).rows
         dense = member.solve(rows.dense()).unwrap().flat()
@@ -243,15 +246,15 @@ def test_factored_damping_refuses_what_has_no_factors() -> None:
     model, x, y, *_ = mlp()
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
     with pytest.raises(InvalidInput, match=r"use KFAC\(\)"):
-        ptif.Influence(ptif.EKFAC(), ptif.Factored()).fit(problem)
+        ptif.Influence(EKFAC(), Factored()).fit(problem)
     with pytest.raises(SolveFailed, match="needs a positive damping"):
-        ptif.Influence(ptif.KFAC(), ptif.Factored(), 0.0).fit(problem)
+        ptif.Influence(KFAC(), Factored(), 0.0).fit(problem)
 
 
 def test_self_influence_needs_no_turning_back() -> None:
     model, x, y, *_ = mlp()
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
-    attribution = ptif.ekfac(0.01, ptif.GGN()).fit(problem)
+    attribution = ptif.ekfac(0.01, GGN()).fit(problem)
     want = attribution.score((x, y)).values.diagonal()
     torch.testing.assert_close(attribution.self_influence(), want)
     assert float(attribution.self_influence().min()) > 0
@@ -263,7 +266,7 @@ def test_low_rank_queries_are_certified_in_the_diagnostics() -> None:
     x, y = torch.randn(40, 12).double(), torch.randint(0, 3, (40,))
     problem, queries = ptif.Problem(model, ptif.CrossEntropy(), (x, y)), (x[:5] * 1.1, y[:5])
     exact = ptif.ekfac(0.01).fit(problem).score(queries)
-    spec = ptif.Influence(ptif.EKFAC(), ptif.Spectral(), 0.01, truncation=ptif.Truncation(rank=2))
+    spec = ptif.Influence(EKFAC(), Spectral(), 0.01, truncation=Truncation(rank=2))
     found = spec.fit(problem).score(queries)
     note = next(n for n in found.diagnostics.notes if "low rank" in n)
     bound = float(note.split("more than ")[1].split(" ")[0])
@@ -278,10 +281,10 @@ def test_low_rank_queries_are_certified_in_the_diagnostics() -> None:
 def test_many_sampled_labels_approach_the_exact_fisher() -> None:
     model, x, y, *_ = mlp(n=40)
     derivatives = derivatives_of(model, x, y)
-    exact = fitted(ptif.EKFAC(ptif.GGN()), derivatives)
+    exact = fitted(EKFAC(GGN()), derivatives)
     gaps = []
     for samples in (4, 400):
-        found = fitted(ptif.EKFAC(ptif.Fisher(samples=samples)), derivatives)
+        found = fitted(EKFAC(Fisher(samples=samples)), derivatives)
         gaps.append(float((written_out(found) - written_out(exact)).norm() / written_out(exact).norm()))
     assert gaps[1] < 0.1
     assert gaps[1] < 0.3 * gaps[0]
@@ -294,7 +297,7 @@ def test_eigenvalues_come_from_labels_drawn_anew() -> None:
     exact = ggn(derivatives)
     excess = []
     for seed in range(30):
-        operator = fitted(ptif.EKFAC(ptif.Fisher(samples=1, seed=seed)), derivatives)
+        operator = fitted(EKFAC(Fisher(samples=1, seed=seed)), derivatives)
         block, part = operator.blocks["0"], operator.space.slices["0"]
         vector = torch.einsum("o,i->oi", block.left[:, -1], block.right[:, -1]).flatten()  # type: ignore[index]
         true = float(vector @ exact[part, part] @ vector)
@@ -305,7 +308,7 @@ def test_eigenvalues_come_from_labels_drawn_anew() -> None:
 def test_given_labels_make_an_empirical_fisher() -> None:
     model, x, y, *_ = mlp()
     derivatives = derivatives_of(model, x, y)
-    operator = fitted(ptif.EKFAC(ptif.EmpiricalFisher()), derivatives)
+    operator = fitted(EKFAC(EmpiricalFisher()), derivatives)
     g = torch.cat([slab.rows.flat() for slab in derivatives.stream()])
     assert operator.mean_eigenvalue() == pytest.approx(float(g.square().sum()) / len(g) / g.shape[1], rel=1e-10)
 
@@ -321,7 +324,7 @@ def test_losses_of_every_kind_are_fitted() -> None:
     ]
     for objective, y in kinds:
         derivatives = derivatives_of(model, x, y, objective)
-        operator = fitted(ptif.EKFAC(), derivatives)
+        operator = fitted(EKFAC(), derivatives)
         assert operator.mean_eigenvalue() == pytest.approx(float(ggn(derivatives).trace()) / operator.size, rel=1e-9)
 
 
@@ -339,7 +342,7 @@ def test_language_models_are_fitted_on_sampled_tokens() -> None:
     model, x = Tokens().double(), torch.randint(0, 9, (12, 5))
     derivatives = derivatives_of(model, x, x.roll(-1, 1), ptif.TokenCrossEntropy())
     assert {type(b) for b in next(iter(derivatives.stream())).rows.blocks.values()} == {Indexed, Outer}
-    operator = fitted(ptif.EKFAC(ptif.Fisher(samples=300)), derivatives)
+    operator = fitted(EKFAC(Fisher(samples=300)), derivatives)
     exact = ggn(derivatives)
     for name, part in operator.space.slices.items():
         assert operator.block_means()[name] == pytest.approx(float(exact.diagonal()[part].mean()), rel=0.1)
@@ -348,7 +351,7 @@ def test_language_models_are_fitted_on_sampled_tokens() -> None:
 def test_reduce_equals_expand_without_sharing_and_is_exact_for_a_constant_input() -> None:
     model, x, y, *_ = mlp()
     derivatives = derivatives_of(model, x, y)
-    a, b = (fitted(ptif.KFAC(ptif.GGN(), s), derivatives) for s in (Sharing.EXPAND, Sharing.REDUCE))
+    a, b = (fitted(KFAC(GGN(), s), derivatives) for s in (Sharing.EXPAND, Sharing.REDUCE))
     torch.testing.assert_close(written_out(a), written_out(b))
     # One example whose positions all read the same input: the gradient is (sum_t g_t) a^T.
     torch.manual_seed(0)
@@ -356,7 +359,7 @@ def test_reduce_equals_expand_without_sharing_and_is_exact_for_a_constant_input(
     x = torch.randn(1, 1, 4).double().expand(1, 5, 4).clone()
     derivatives = derivatives_of(shared, x, torch.tensor([1]))
     exact = ggn(derivatives)
-    reduce, expand = (fitted(ptif.KFAC(ptif.GGN(), s), derivatives) for s in (Sharing.REDUCE, Sharing.EXPAND))
+    reduce, expand = (fitted(KFAC(GGN(), s), derivatives) for s in (Sharing.REDUCE, Sharing.EXPAND))
     assert block_gap(reduce, exact) < 1e-10
     assert block_gap(expand, exact) > 1e-2
 
@@ -377,31 +380,31 @@ def conv_net() -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.randn(14, 2, 6, 6).double(), torch.randint(0, 3, (14,))
 
 
-@pytest.mark.parametrize("fisher", [ptif.GGN(), ptif.Fisher(samples=2), ptif.EmpiricalFisher()], ids=repr)
+@pytest.mark.parametrize("fisher", [GGN(), Fisher(samples=2), EmpiricalFisher()], ids=repr)
 def test_independent_of_batch_size_and_of_what_fits_in_memory(fisher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = conv_net()
-    one = fitted(ptif.EKFAC(fisher), derivatives_of(model, x, y, batch_size=14))
+    one = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=14))
     monkeypatch.setattr(fitting_module, "wide_source", lambda d, _: d.problem.data)
-    three = fitted(ptif.EKFAC(fisher), derivatives_of(model, x, y, batch_size=3))
+    three = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=3))
     monkeypatch.setattr(fitting_module, "_KEPT_SHARE", 0.0)
-    again = fitted(ptif.EKFAC(fisher), derivatives_of(model, x, y, batch_size=5))
+    again = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=5))
     torch.testing.assert_close(written_out(three), written_out(one), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(written_out(again), written_out(one), rtol=1e-8, atol=1e-12)
 
 
 def test_float32_is_close_to_float64() -> None:
     model, x, y = conv_net()
-    exact = written_out(fitted(ptif.EKFAC(ptif.GGN()), derivatives_of(model, x, y)))
-    found = fitted(ptif.EKFAC(ptif.GGN()), derivatives_of(model.float(), x.float(), y))
+    exact = written_out(fitted(EKFAC(GGN()), derivatives_of(model, x, y)))
+    found = fitted(EKFAC(GGN()), derivatives_of(model.float(), x.float(), y))
     rows = found.space.rows(torch.eye(found.size))
     torch.testing.assert_close(found.apply(rows).flat().double(), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
 
 
 def test_few_examples_are_evenly_spaced_and_counted_right() -> None:
     model, x, y, *_ = mlp(n=60)
-    some = fitted(ptif.EKFAC(ptif.GGN(), examples=7), derivatives_of(model, x, y))
+    some = fitted(EKFAC(GGN(), examples=7), derivatives_of(model, x, y))
     picked = torch.linspace(0, 59, 7).long()
-    only = fitted(ptif.EKFAC(ptif.GGN()), derivatives_of(model, x[picked], y[picked]))
+    only = fitted(EKFAC(GGN()), derivatives_of(model, x[picked], y[picked]))
     torch.testing.assert_close(written_out(some), written_out(only))
 
 
@@ -410,9 +413,9 @@ def test_skipped_positions_keep_the_scale(monkeypatch: pytest.MonkeyPatch) -> No
 
     model, x, y = conv_net()
     derivatives = derivatives_of(model, x, y)
-    every = fitted(ptif.KFAC(ptif.GGN()), derivatives)
+    every = fitted(KFAC(GGN()), derivatives)
     monkeypatch.setattr(factors, "_USES_PER_SIDE", 8)
-    some = fitted(ptif.KFAC(ptif.GGN()), derivatives)
+    some = fitted(KFAC(GGN()), derivatives)
     assert float((written_out(some) - written_out(every)).norm()) > 0
     assert some.block_means()["0"] == pytest.approx(every.block_means()["0"], rel=0.3)
 
@@ -420,7 +423,7 @@ def test_skipped_positions_keep_the_scale(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_side_above_the_limit_keeps_its_coordinates() -> None:
     model, x, y = conv_net()
     derivatives = derivatives_of(model, x, y)
-    operator = fitted(ptif.EKFAC(ptif.GGN(), largest=6), derivatives)
+    operator = fitted(EKFAC(GGN(), largest=6), derivatives)
     assert operator.blocks["0"].right is None
     assert operator.blocks["0"].left is not None
     assert operator.mean_eigenvalue() == pytest.approx(float(ggn(derivatives).trace()) / operator.size, rel=1e-9)
@@ -430,7 +433,7 @@ def test_large_moments_are_added_up_by_panels() -> None:
     torch.manual_seed(0)
     model = nn.Linear(300, 2).double()
     x, y = torch.randn(9, 300).double(), torch.randint(0, 2, (9,))
-    operator = fitted(ptif.KFAC(ptif.GGN()), derivatives_of(model, x, y))
+    operator = fitted(KFAC(GGN()), derivatives_of(model, x, y))
     right = operator.blocks["(root)"].right
     wide = torch.cat([x, torch.ones(9, 1).double()], 1)
     assert right is not None
@@ -442,7 +445,7 @@ def test_forms_of_rows_meet_the_basis_in_either_order() -> None:
     """Turning factors first, or the matrix they make, is the same; so is a block written out."""
     model, x, y = conv_net()
     derivatives = derivatives_of(model, x, y)
-    operator = fitted(ptif.EKFAC(ptif.GGN()), derivatives)
+    operator = fitted(EKFAC(GGN()), derivatives)
     rows = next(iter(derivatives.stream())).rows
     assert isinstance(rows.blocks["0"], Conv)
     assert isinstance(rows.blocks["1.weight"], Dense)
@@ -455,7 +458,7 @@ def test_forms_of_rows_meet_the_basis_in_either_order() -> None:
 def test_finished_blocks_are_found_again_and_the_rest_fitted(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = conv_net()
     derivatives = derivatives_of(model, x, y)
-    curvature = ptif.EKFAC(ptif.GGN(), folder=tmp_path)
+    curvature = EKFAC(GGN(), folder=tmp_path)
     whole = written_out(fitted(curvature, derivatives))
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == len(derivatives.space.blocks)
@@ -475,24 +478,24 @@ def test_other_weights_data_or_settings_are_other_factors(tmp_path: Any) -> None
     places = set()
 
     def fit(model: nn.Module, x: Tensor, **settings: Any) -> None:
-        fitted(ptif.EKFAC(folder=tmp_path, **settings), derivatives_of(model, x, y))
+        fitted(EKFAC(folder=tmp_path, **settings), derivatives_of(model, x, y))
         places.update(p.name for p in tmp_path.iterdir())
 
-    fit(model, x, fisher=ptif.GGN())
-    fit(model, x, fisher=ptif.Fisher(samples=1))
+    fit(model, x, fisher=GGN())
+    fit(model, x, fisher=Fisher(samples=1))
     changed = x.clone()
     changed[3, 0, 0, 0] += 1e-9
-    fit(model, changed, fisher=ptif.GGN())
+    fit(model, changed, fisher=GGN())
     with torch.no_grad():
         model[0].weight[0, 0, 0, 0] += 1e-9  # type: ignore[index,operator]
-    fit(model, x, fisher=ptif.GGN())
+    fit(model, x, fisher=GGN())
     assert len(places) == 4
 
 
 def test_an_interrupted_fit_leaves_whole_files_only(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = conv_net()
     derivatives = derivatives_of(model, x, y)
-    curvature = ptif.EKFAC(ptif.GGN(), folder=tmp_path)
+    curvature = EKFAC(GGN(), folder=tmp_path)
     # Room for one block at a time, and an interruption after the first.
     monkeypatch.setattr(fitting_module.Fit, "_groups", lambda self, names, look, stored: [[n] for n in names])
     original = fitting_module.Fit._fit
@@ -513,7 +516,7 @@ def test_an_interrupted_fit_leaves_whole_files_only(tmp_path: Any, monkeypatch: 
     monkeypatch.setattr(fitting_module.Fit, "_fit", lambda self, b, s: rest.extend(b) or original(self, b, s))
     found = fitted(curvature, derivatives)
     assert sorted(rest) == sorted(set(derivatives.space.blocks) - set(done[0]))
-    torch.testing.assert_close(written_out(found), written_out(fitted(ptif.EKFAC(ptif.GGN()), derivatives)))
+    torch.testing.assert_close(written_out(found), written_out(fitted(EKFAC(GGN()), derivatives)))
 
 
 def test_factors_larger_than_memory_are_fitted_in_turn_and_stay_on_disk(tmp_path: Any) -> None:
@@ -521,22 +524,22 @@ def test_factors_larger_than_memory_are_fitted_in_turn_and_stay_on_disk(tmp_path
     model = nn.Sequential(*(nn.Linear(30, 30) for _ in range(4)), nn.Tanh(), nn.Linear(30, 3)).double()
     x, y = torch.randn(20, 30).double(), torch.randint(0, 3, (20,))
     derivatives = derivatives_of(model, x, y)
-    whole = written_out(fitted(ptif.EKFAC(ptif.GGN()), derivatives))
+    whole = written_out(fitted(EKFAC(GGN()), derivatives))
     tight = Budget(100_000)
     with pytest.raises(TooLarge, match="give them folder=path"):
-        fitted(ptif.EKFAC(ptif.GGN()), derivatives, tight)
-    found = fitted(ptif.EKFAC(ptif.GGN(), folder=tmp_path), derivatives, tight)
+        fitted(EKFAC(GGN()), derivatives, tight)
+    found = fitted(EKFAC(GGN(), folder=tmp_path), derivatives, tight)
     assert not isinstance(found.blocks, dict)
     torch.testing.assert_close(written_out(found), whole)
     with pytest.raises(TooLarge, match="factors of one layer"):
-        fitted(ptif.EKFAC(ptif.GGN(), folder=tmp_path / "b"), derivatives, Budget(10_000))
+        fitted(EKFAC(GGN(), folder=tmp_path / "b"), derivatives, Budget(10_000))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     model, x, y = conv_net()
     with pytest.raises(InvalidInput, match="cannot be made"):
-        fitted(ptif.EKFAC(ptif.GGN(), folder=tmp_path / "file"), derivatives_of(model, x, y))
+        fitted(EKFAC(GGN(), folder=tmp_path / "file"), derivatives_of(model, x, y))
 
 
 # --------------------------------------------------------------------------- what goes wrong
@@ -608,8 +611,8 @@ def test_a_loss_that_is_no_likelihood_is_refused_and_told_the_way_out() -> None:
         model, x, y, lambda outputs, targets: F.multi_margin_loss(outputs, targets, reduction="none")
     )
     with pytest.raises(NotLikelihood, match="fisher=EmpiricalFisher"):
-        fitted(ptif.EKFAC(), derivatives)
-    assert fitted(ptif.EKFAC(ptif.EmpiricalFisher()), derivatives).mean_eigenvalue() > 0
+        fitted(EKFAC(), derivatives)
+    assert fitted(EKFAC(EmpiricalFisher()), derivatives).mean_eigenvalue() > 0
 
 
 @pytest.mark.parametrize("bad", [{"fisher": "exact"}, {"examples": 0}, {"largest": 0}, {"examples": 2.5}], ids=repr)
@@ -624,7 +627,7 @@ def test_a_mean_over_checkpoints_adds_statistics_up() -> None:
     derivatives = derivatives_of(model, x, y)
     own = {k: v.clone() for k, v in model.state_dict().items()}
     other = {k: v * 1.3 for k, v in own.items()}
-    curvature = ptif.EKFAC(ptif.GGN())
+    curvature = EKFAC(GGN())
     both = curvature.mean_of([(None, derivatives), (other, derivatives)], Form.SPECTRAL, Budget())
     first = fitted(curvature, derivatives)
     model.load_state_dict(other)
@@ -637,7 +640,7 @@ def test_a_mean_over_checkpoints_adds_statistics_up() -> None:
 
 def test_files_hold_what_the_format_says(tmp_path: Any) -> None:
     model, x, y = conv_net()
-    fitted(ptif.EKFAC(ptif.GGN(), folder=tmp_path), derivatives_of(model, x, y))
+    fitted(EKFAC(GGN(), folder=tmp_path), derivatives_of(model, x, y))
     kinds = [load_file(p) for p in tmp_path.rglob("*.safetensors")]
     assert all(set(k) <= {"left", "right", "values"} and k["values"].dtype == torch.float64 for k in kinds)
     save_file(kinds[0], tmp_path / "copy.safetensors")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import SolveFailed
+from pytorch_influence_functions.curvature import GGN, Arnoldi, EmpiricalFisher, Fisher, Hessian, Nystrom
 from pytorch_influence_functions.curvature.diagonal import sum_of_squares
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer
@@ -167,7 +169,7 @@ def test_too_few_steps_are_said_and_their_residuals_true() -> None:
     assert torch.allclose(left.norm(dim=1), found.residuals, atol=1e-12) and float(found.residuals.max()) > 1e-3
     model, x, y, *_ = mlp()
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y))
-    fitted = ptif.Influence(ptif.Arnoldi(10, ptif.GGN(), steps=10, width=10), ptif.Spectral(), 0.1).fit(problem)
+    fitted = ptif.Influence(Arnoldi(10, GGN(), steps=10, width=10), Spectral(), 0.1).fit(problem)
     (note,) = fitted.members[0].operator.notes  # type: ignore[attr-defined]
     assert "raise steps" in note
 
@@ -198,11 +200,11 @@ def spec_oracle(curvature: str, data: Any, damping: float, rank: int, rest: str 
 def test_arnoldi_is_the_truncated_dense_formula(rank: int, curvature: str, rest: Any) -> None:
     data = mlp()
     model, x, y, xq, yq = data
-    inner = ptif.Hessian() if curvature == "hessian" else ptif.GGN()
+    inner = Hessian() if curvature == "hessian" else GGN()
     damping = SMALL
     if curvature == "hessian":
         damping = max(SMALL, 1.5 * -float(torch.linalg.eigvalsh(dense_hessian(model, cross_entropy, x, y)).min()))
-    method = ptif.Influence(ptif.Arnoldi(rank, inner, complement=rest), ptif.Spectral(), damping)
+    method = ptif.Influence(Arnoldi(rank, inner, complement=rest), Spectral(), damping)
     got = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method)
     assert relative_gap(got.values, spec_oracle(curvature, data, damping, rank, rest)) < 1e-8
     if rank == 57:
@@ -219,10 +221,12 @@ def test_arnoldi_keeps_what_is_negative_and_refuses_to_invert_it() -> None:
             p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=F64))
     least = float(torch.linalg.eigvalsh(dense_hessian(model, cross_entropy, x, y)).min())
     assert least < -1e-3
-    with pytest.raises(ptif.SolveFailed, match=r"smallest eigenvalue .* is -"):
-        ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=ptif.arnoldi(57, damping=1e-6))
+    with pytest.raises(SolveFailed, match=r"smallest eigenvalue .* is -"):
+        ptif.attribute(
+            model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=ptif.methods.arnoldi(57, damping=1e-6)
+        )
     got = ptif.attribute(
-        model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=ptif.arnoldi(20, damping=-1.5 * least)
+        model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=ptif.methods.arnoldi(20, damping=-1.5 * least)
     )
     assert relative_gap(got.values, spec_oracle("hessian", data, -1.5 * least, 20, "dropped")) < 1e-8
     assert got.diagnostics is not None and got.diagnostics.residual_max > 0.01
@@ -236,7 +240,7 @@ def test_nystrom_is_its_dense_formula(rank: int) -> None:
     o = in_parameter_order(ptif.Problem(model, nn.CrossEntropyLoss(), (x, y)).space, sketch(len(c), rank, 4))
     approximate = c @ o.T @ torch.linalg.pinv(o @ c @ o.T, rtol=1e-12, hermitian=True) @ o @ c
     g, gq = example_gradients(model, cross_entropy, x, y), example_gradients(model, cross_entropy, xq, yq)
-    method = ptif.Influence(ptif.Nystrom(rank, seed=4), ptif.Spectral(), 0.01)
+    method = ptif.Influence(Nystrom(rank, seed=4), Spectral(), 0.01)
     got = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method)
     assert relative_gap(got.values, influence(approximate, 0.01, gq, g)) < 1e-7
     if rank == 57:
@@ -253,7 +257,7 @@ def test_nystrom_of_low_rank_is_exact_and_never_exceeds() -> None:
     low = spectrum_matrix(space, 1e-4).matrix - (rough.vectors.T * rough.values) @ rough.vectors
     assert float(torch.linalg.eigvalsh(low).min()) > -1e-10
     assert float(nystrom(implicit(with_spectrum(space, 0 * values)), 3, 0, F64, CPU).values.max()) == 0.0
-    with pytest.raises(ptif.SolveFailed, match="not positive semidefinite"):
+    with pytest.raises(SolveFailed, match="not positive semidefinite"):
         nystrom(implicit(with_spectrum(space, -values)), 5, 0, F64, CPU)
 
 
@@ -263,11 +267,11 @@ def test_nystrom_guides_conjugate_gradients_to_the_dense_solve_in_fewer_steps() 
     steps = {}
     for name, given in (
         ("alone", None),
-        ("zero", ptif.Nystrom(25)),
-        ("smallest", ptif.Nystrom(25, complement="smallest")),
-        ("arnoldi", ptif.Arnoldi(15, ptif.GGN())),
+        ("zero", Nystrom(25)),
+        ("smallest", Nystrom(25, complement="smallest")),
+        ("arnoldi", Arnoldi(15, GGN())),
     ):
-        method = ptif.Influence(ptif.GGN(), ptif.CG(1e-9, 400), SMALL, preconditioner=given)
+        method = ptif.Influence(GGN(), CG(1e-9, 400), SMALL, preconditioner=given)
         got = ptif.attribute(model, (x, y), (xq[:2], yq[:2]), loss=nn.CrossEntropyLoss(), method=method)
         assert relative_gap(got.values, oracle("ggn", data, SMALL)[:2]) < 1e-7
         assert got.diagnostics is not None
@@ -289,7 +293,9 @@ def test_a_low_rank_guide_on_a_decaying_spectrum() -> None:
     assert guided.steps < 0.35 * alone.steps
 
 
-@pytest.mark.parametrize("make", [lambda: ptif.arnoldi(12, ptif.GGN(), 0.01), lambda: ptif.nystrom(12, 0.01, 1e-6)])
+@pytest.mark.parametrize(
+    "make", [lambda: ptif.methods.arnoldi(12, GGN(), 0.01), lambda: ptif.methods.nystrom(12, 0.01, 1e-6)]
+)
 def test_float32_batches_and_repetition_do_not_matter(make: Any) -> None:
     model, x, y, xq, yq = mlp()
 
@@ -341,7 +347,7 @@ def test_diagonal_is_the_dense_diagonal(curvature: str) -> None:
     dense = dense_ggn(model, cross_entropy, x, y) if curvature == "ggn" else g.T @ g / len(g)
     # The flat order of parameters is not the space's, but a diagonal does not mind.
     want = influence(dense.diagonal().diag(), SMALL, gq, g)
-    method = ptif.diagonal(ptif.GGN() if curvature == "ggn" else ptif.EmpiricalFisher(), SMALL)
+    method = ptif.methods.diagonal(GGN() if curvature == "ggn" else EmpiricalFisher(), SMALL)
     got = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method)
     assert relative_gap(got.values, want) < 1e-10
     assert relative_gap(oracle("identity", data, 0.0), want) > 0.3
@@ -352,7 +358,7 @@ def test_the_diagonal_covers_every_layer(name: str) -> None:
     model, x, y = build(next(c for c in CASES if c.name == name))
     dense = dense_ggn(model, cross_entropy, x, y).diagonal()
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y))
-    fitted = ptif.diagonal(damping=1.0).fit(problem)
+    fitted = ptif.methods.diagonal(damping=1.0).fit(problem)
     space = problem.space
     own = fitted.members[0].operator.values  # type: ignore[attr-defined]
     at, by_name = 0, {}
@@ -365,7 +371,7 @@ def test_the_diagonal_covers_every_layer(name: str) -> None:
 def test_a_sampled_diagonal_is_that_of_its_own_rows() -> None:
     model, x, y, *_ = mlp()
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y))
-    fisher = ptif.Fisher(samples=3, seed=5)
-    dense = ptif.Influence(fisher, ptif.Spectral(), 0.1).fit(problem).members[0].operator.matrix  # type: ignore[attr-defined]
-    own = ptif.diagonal(fisher, 0.1).fit(problem).members[0].operator.values  # type: ignore[attr-defined]
+    fisher = Fisher(samples=3, seed=5)
+    dense = ptif.Influence(fisher, Spectral(), 0.1).fit(problem).members[0].operator.matrix  # type: ignore[attr-defined]
+    own = ptif.methods.diagonal(fisher, 0.1).fit(problem).members[0].operator.values  # type: ignore[attr-defined]
     assert torch.allclose(own, dense.diagonal(), atol=1e-12)

@@ -21,14 +21,14 @@ from pytorch_influence_functions.objectives import (
     Bernoulli,
     CrossEntropy,
     FromFunction,
-    Keyed,
     Logit,
     Margin,
     SquaredError,
     TokenCrossEntropy,
-    as_objective,
-    inputs_and_targets,
 )
+from pytorch_influence_functions.objectives.base import inputs_and_targets
+from pytorch_influence_functions.objectives.convert import as_objective
+from pytorch_influence_functions.objectives.draws import Keyed
 
 Case = tuple[AbstractObjective, Tensor, Tensor]
 

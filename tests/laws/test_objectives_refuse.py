@@ -20,10 +20,10 @@ from pytorch_influence_functions.objectives import (
     Margin,
     SquaredError,
     TokenCrossEntropy,
-    as_objective,
-    detect_reduction,
-    inputs_and_targets,
 )
+from pytorch_influence_functions.objectives.base import inputs_and_targets
+from pytorch_influence_functions.objectives.convert import as_objective
+from pytorch_influence_functions.objectives.measures import detect_reduction
 
 
 def randn(*shape: int) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.curvature import GGN, Hessian
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.gradients.products import Products, Way
@@ -36,15 +38,15 @@ def test_the_way_is_found_by_comparison_and_gives_the_same_numbers(name: str, wa
     v = derivatives.space.rows(torch.randn(3, derivatives.space.size, dtype=torch.float64))
     rows = derivatives.loss_rows(ids, batch).rows
     torch.testing.assert_close(products.losses_along(ids, batch, v), rows.inner(v), rtol=1e-9, atol=1e-12)
-    dense = ptif.GGN().of(derivatives, Form.MATRIX, Budget())
+    dense = GGN().of(derivatives, Form.MATRIX, Budget())
     product = products.ggn_product(ids, batch, v).flat() / 6
     torch.testing.assert_close(product, dense.apply(v).flat(), rtol=1e-9, atol=1e-12)
 
 
 def test_a_missing_second_derivative_is_named() -> None:
     derivatives, _, _ = ready("embedding bag")
-    with pytest.raises(ptif.InvalidInput, match="an operation of this model has none"):
-        ptif.Hessian().of(derivatives, Form.IMPLICIT, Budget())
+    with pytest.raises(InvalidInput, match="an operation of this model has none"):
+        Hessian().of(derivatives, Form.IMPLICIT, Budget())
 
 
 def test_a_wrong_second_derivative_is_named() -> None:
@@ -71,8 +73,8 @@ def test_a_wrong_second_derivative_is_named() -> None:
 
     torch.manual_seed(0)
     problem = ptif.Problem(Net().double(), ptif.CrossEntropy(), (torch.randn(6, 4).double(), torch.randint(0, 3, (6,))))
-    with pytest.raises(ptif.InvalidInput, match=r"not symmetric .*use GGN\(\) instead"):
-        ptif.Hessian().of(Derivatives.of(problem), Form.IMPLICIT, Budget())
+    with pytest.raises(InvalidInput, match=r"not symmetric .*use GGN\(\) instead"):
+        Hessian().of(Derivatives.of(problem), Form.IMPLICIT, Budget())
 
 
 def test_a_second_derivative_whose_square_is_zero_in_floating_point_is_taken() -> None:
@@ -83,7 +85,7 @@ def test_a_second_derivative_whose_square_is_zero_in_floating_point_is_taken() -
     nn.init.constant_(model.bias, 5.0)
     hinge = ptif.FromFunction(lambda f, t: 0.01 * nn.functional.softplus((1 - t * f) / 0.01)[:, 0], reduction="none")
     derivatives = Derivatives.of(ptif.Problem(model, hinge, (x, y)))
-    operator = ptif.Hessian().of(derivatives, Form.IMPLICIT, Budget())
+    operator = Hessian().of(derivatives, Form.IMPLICIT, Budget())
     product = operator.apply(derivatives.space.rows(torch.ones(1, 4, dtype=torch.float64))).flat()
     # H = mean of s (1 - s) / t [x, 1] [x, 1]^T with s = sigmoid(-400).
     augmented = torch.cat([x, torch.ones(8, 1, dtype=torch.float64)], 1)

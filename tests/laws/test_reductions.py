@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pytorch_influence_functions.objectives import FromFunction, as_objective, detect_reduction
+from pytorch_influence_functions.objectives import FromFunction
+from pytorch_influence_functions.objectives.convert import as_objective
+from pytorch_influence_functions.objectives.measures import detect_reduction
 
 
 def randn(*shape: int) -> Tensor:

@@ -11,8 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation import Cosine, Linear, Recipe, Subsets, Truth, retrain, trained, training
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
+from pytorch_influence_functions.evaluation import (
+    CosineDecay,
+    LinearDecay,
+    Recipe,
+    Subsets,
+    Truth,
+    retrain,
+    trained,
+    training,
+)
 
 N, Q = 24, 5
 
@@ -73,7 +82,7 @@ def made(recipe: Any = RECIPE, subsets: Any = None, seeds: Any = 2, **options: A
         {},
         {"hold_batches": True},
         {"batch_size": None},
-        {"schedule": Cosine(warmup=0.3)},
+        {"schedule": CosineDecay(warmup=0.3)},
         {"optimizer": partial(torch.optim.AdamW, lr=0.02)},
         {"optimizer": partial(torch.optim.RMSprop, lr=0.01)},
     ],
@@ -238,8 +247,8 @@ def test_the_trained_model_is_the_baseline_of_its_seed() -> None:
 
 
 def test_schedules() -> None:
-    assert [Linear(0.5)(s, 4) for s in range(4)] == [0.5, 0.75, 0.5, 0.25]
-    assert Cosine(0.0)(0, 10) == 1.0 and abs(Cosine(0.0)(5, 10) - 0.5) < 1e-12
+    assert [LinearDecay(0.5)(s, 4) for s in range(4)] == [0.5, 0.75, 0.5, 0.25]
+    assert CosineDecay(0.0)(0, 10) == 1.0 and abs(CosineDecay(0.0)(5, 10) - 0.5) < 1e-12
     assert RECIPE.steps(24) == 15
 
 
@@ -255,7 +264,7 @@ def test_truth_on_disk(tmp_path: Path) -> None:
 
 def test_diverged_training_is_named() -> None:
     wild = Recipe(net, partial(torch.optim.SGD, lr=float("inf")), epochs=3, batch_size=5)
-    with pytest.raises(ptif.NonFinite, match="seed 0 measures NaN or infinity"):
+    with pytest.raises(NonFinite, match="seed 0 measures NaN or infinity"):
         made(wild, seeds=1)
 
 
@@ -291,7 +300,7 @@ def test_diverged_training_is_named() -> None:
     ],
 )
 def test_bad_input_in_one_sentence(call: Any, words: str) -> None:
-    with pytest.raises(ptif.InvalidInput, match=words) as caught:
+    with pytest.raises(InvalidInput, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.curvature import GGN, Identity
+from pytorch_influence_functions.methods import RepresenterPoints
+from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.twin.autograd import dense_ggn, example_gradients
 
@@ -45,7 +48,7 @@ def test_tracin_is_the_weighted_sum_over_checkpoints() -> None:
     own = sum(w * g.square().sum(1) / len(g) for w, (g, _) in zip([1.0, 1.0, 0.4], pairs, strict=True))
     torch.testing.assert_close(attribution.self_influence(), own)
     assert "weights=(1.0, 1.0, 0.4)" in attribution.method
-    mean = ptif.grad_dot().fit(problem).score((xq, yq)).values
+    mean = ptif.methods.grad_dot().fit(problem).score((xq, yq)).values
     assert relative_gap(mean, want) > 0.1
 
 
@@ -89,8 +92,8 @@ def _trained(train: Any, weight: Tensor) -> nn.Module:
 def test_weights_multiply_top_lists_too() -> None:
     model, x, y, xq, yq = mlp()
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
-    double = ptif.Influence(ptif.GGN(), ptif.Spectral(), 0.01, weights=(2.0,)).fit(problem)
-    once = ptif.Influence(ptif.GGN(), ptif.Spectral(), 0.01).fit(problem)
+    double = ptif.Influence(GGN(), Spectral(), 0.01, weights=(2.0,)).fit(problem)
+    once = ptif.Influence(GGN(), Spectral(), 0.01).fit(problem)
     torch.testing.assert_close(double.score((xq, yq), top=3).values, 2 * once.score((xq, yq), top=3).values)
 
 
@@ -105,7 +108,7 @@ def test_weights_multiply_top_lists_too() -> None:
 def test_weights_that_do_not_fit_are_refused(weights: Any, words: str) -> None:
     model, x, y, *_ = mlp()
     with pytest.raises(InvalidInput, match=words):
-        ptif.Influence(ptif.Identity(), ptif.Spectral(), 0.0, weights=weights).fit(
+        ptif.Influence(Identity(), Spectral(), 0.0, weights=weights).fit(
             ptif.Problem(model, ptif.CrossEntropy(), (x, y))
         )
 
@@ -121,12 +124,12 @@ def test_gradient_cosines_equal_their_definition() -> None:
     data = model, x, y, xq, yq = mlp()
     g, gq = gradients(model, data)
     want = F.normalize(gq, dim=1) @ F.normalize(g, dim=1).T / len(g)
-    scores = ptif.grad_cos().fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
+    scores = ptif.methods.grad_cos().fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
     assert relative_gap(scores.values, want) < 1e-10
     assert any("cosine" in note for note in scores.diagnostics.notes)
 
 
-@pytest.mark.parametrize("solver", [ptif.Spectral(), ptif.Woodbury(), ptif.CG(rtol=1e-11)], ids=repr)
+@pytest.mark.parametrize("solver", [Spectral(), Woodbury(), CG(rtol=1e-11)], ids=repr)
 @pytest.mark.parametrize("parameters", [False, True])
 def test_relatif_equals_the_dense_formula(solver: Any, parameters: bool) -> None:
     data = model, x, y, xq, yq = mlp()
@@ -135,7 +138,7 @@ def test_relatif_equals_the_dense_formula(solver: Any, parameters: bool) -> None
     solved = g @ inverse
     size = solved.norm(dim=1) if parameters else (solved * g).sum(1).sqrt()
     want = gq @ inverse @ g.T / len(g) / size
-    method = ptif.relatif(ptif.Influence(ptif.GGN(), solver, 1e-2), parameters=parameters)
+    method = ptif.methods.relatif(ptif.Influence(GGN(), solver, 1e-2), parameters=parameters)
     scores = method.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
     assert relative_gap(scores.values, want) < 1e-7
     assert relative_gap(gq @ g.T / len(g) / g.norm(dim=1), want) > 0.3
@@ -148,7 +151,7 @@ def test_relatif_of_the_stored_dual_and_of_ekfac() -> None:
     for method in (ptif.dual(damping=1e-2), ptif.ekfac(1e-2)):
         plain = method.fit(problem)
         want = plain.score((xq, yq)).values / (len(x) * plain.self_influence()).sqrt()
-        torch.testing.assert_close(ptif.relatif(method).fit(problem).score((xq, yq)).values, want)
+        torch.testing.assert_close(ptif.methods.relatif(method).fit(problem).score((xq, yq)).values, want)
 
 
 def test_an_example_without_gradient_has_the_score_zero() -> None:
@@ -157,7 +160,7 @@ def test_an_example_without_gradient_has_the_score_zero() -> None:
     x, y = torch.randn(9, 3).double(), torch.randint(0, 2, (9,))
     x[4] = 0.0
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
-    for method in (ptif.grad_cos(), ptif.relatif(ptif.ekfac())):
+    for method in (ptif.methods.grad_cos(), ptif.methods.relatif(ptif.ekfac())):
         values = method.fit(problem).score((x[:2], y[:2])).values
         assert bool(torch.isfinite(values).all())
         assert float(values[:, 4].abs().max()) == 0.0
@@ -188,7 +191,7 @@ def converged_head(decay: float = 0.05) -> tuple[nn.Module, Tensor, Tensor, Tens
 def test_representer_points_add_up_to_the_logit() -> None:
     model, x, y, xq, yq = converged_head()
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), weight_decay=0.05)
-    scores = ptif.RepresenterPoints().fit(problem).score((xq, yq), measure=ptif.Logit())
+    scores = RepresenterPoints().fit(problem).score((xq, yq), measure=ptif.Logit())
     logit = model(xq).gather(1, yq[:, None])[:, 0].detach()
     torch.testing.assert_close(-scores.values.sum(1), logit, rtol=1e-7, atol=1e-9)
 
@@ -196,7 +199,7 @@ def test_representer_points_add_up_to_the_logit() -> None:
 def test_representer_points_equal_their_formula() -> None:
     model, x, y, xq, yq = converged_head()
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), weight_decay=0.05)
-    got = ptif.RepresenterPoints().fit(problem).score((xq, yq)).values
+    got = RepresenterPoints().fit(problem).score((xq, yq)).values
     with torch.no_grad():
         f, fq = (torch.cat([model[:2](z), torch.ones(len(z), 1)], 1) for z in (x, xq))
         d, dq = (model(z).softmax(1) - F.one_hot(t, 3) for z, t in ((x, y), (xq, yq)))
@@ -208,7 +211,7 @@ def test_representer_points_leave_out_a_bias_without_decay_and_average_checkpoin
     decay = {"2.weight": 0.05}
     one = ptif.Problem(model, ptif.CrossEntropy(), (x, y), weight_decay=decay)
     two = one.with_(checkpoints=[{k: v.clone() for k, v in model.state_dict().items()}] * 2)
-    a, b = (ptif.RepresenterPoints().fit(p).score((xq, yq)).values for p in (one, two))
+    a, b = (RepresenterPoints().fit(p).score((xq, yq)).values for p in (one, two))
     torch.testing.assert_close(a, b)
     with torch.no_grad():
         d, dq = (model(z).softmax(1) - F.one_hot(t, 3) for z, t in ((x, y), (xq, yq)))
@@ -218,7 +221,7 @@ def test_representer_points_leave_out_a_bias_without_decay_and_average_checkpoin
 def test_representer_points_refuse_what_has_no_representer_theorem() -> None:
     model, x, y, *_ = mlp()
     with pytest.raises(InvalidInput, match="its strength is 0; give the strength"):
-        ptif.RepresenterPoints().fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+        RepresenterPoints().fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
     bent = nn.Sequential(model, nn.Tanh())
     with pytest.raises(InvalidInput, match="no last layer"):
-        ptif.RepresenterPoints().fit(ptif.Problem(bent, ptif.CrossEntropy(), (x, y), weight_decay=0.1))
+        RepresenterPoints().fit(ptif.Problem(bent, ptif.CrossEntropy(), (x, y), weight_decay=0.1))

@@ -13,8 +13,12 @@ from torch.func import functional_call
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import curvature as curvatures
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.curvature import GGN, Hessian
+from pytorch_influence_functions.damping import FromTraining
 from pytorch_influence_functions.influence.method import Fitted
 from pytorch_influence_functions.linalg.operator import Identity
+from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment
 from pytorch_influence_functions.trajectory.unrolling import response, survival
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.twin.autograd import dense_ggn, dense_hessian, example_gradients, flat_parameters, influence, unflatten
@@ -86,8 +90,8 @@ def descend(
     return theta
 
 
-def one(state: Any, lr: float = 0.05, steps: float = 60, **more: Any) -> ptif.Segment:
-    return ptif.Segment([state], lr=lr, steps=steps, **more)
+def one(state: Any, lr: float = 0.05, steps: float = 60, **more: Any) -> Segment:
+    return Segment([state], lr=lr, steps=steps, **more)
 
 
 def problem_of(data: Any, **changes: Any) -> ptif.Problem:
@@ -96,7 +100,7 @@ def problem_of(data: Any, **changes: Any) -> ptif.Problem:
     return ptif.Problem(model, loss, (x, y), **changes)
 
 
-def values(data: Any, method: ptif.SOURCE, **changes: Any) -> Tensor:
+def values(data: Any, method: SOURCE, **changes: Any) -> Tensor:
     return method.fit(problem_of(data, **changes)).score((data[3], data[4])).values
 
 
@@ -130,7 +134,7 @@ def half(data: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_one_segment_on_a_quadratic_is_gradient_flow_without_the_example() -> None:
     data = regression()
     h, g, gq = half(data)
-    method = ptif.SOURCE([one(data[0].state_dict())], ptif.Hessian())
+    method = SOURCE([one(data[0].state_dict())], Hessian())
     got = values(data, method, loss=squared)
     assert relative_gap(got, dense_source(gq, [flow(h, 3.0)], [g])) < 1e-10
     dot = gq @ g.T
@@ -139,7 +143,7 @@ def test_one_segment_on_a_quadratic_is_gradient_flow_without_the_example() -> No
 
 def test_real_gradient_descent_is_met_as_the_learning_rate_falls() -> None:
     data = regression()
-    method = ptif.SOURCE([one(data[0].state_dict())], ptif.Hessian())
+    method = SOURCE([one(data[0].state_dict())], Hessian())
     got = values(data, method, loss=squared)
     gaps = [relative_gap(got, removals_by_descent(data, 3.0 / steps, steps)) for steps in (30, 120, 480)]
     assert gaps[0] > 3.5 * gaps[1] > 12 * gaps[2], gaps  # first order: a quarter each time
@@ -154,15 +158,15 @@ def test_steps_of_descent_in_closed_form() -> None:
     power = torch.linalg.matrix_power(eye - 0.05 * h, 60)
     exact = gq @ (eye - power) @ torch.linalg.solve(h, g.T) / len(g)
     assert relative_gap(exact, removals_by_descent(data, 0.05, 60)) < 1e-7
-    got = values(data, ptif.SOURCE([one(data[0].state_dict())], ptif.Hessian()), loss=squared)
+    got = values(data, SOURCE([one(data[0].state_dict())], Hessian()), loss=squared)
     assert 0 < relative_gap(got, exact) < 0.05 * float(torch.linalg.eigvalsh(h).max()) / 2
 
 
 def test_momentum_is_a_larger_learning_rate() -> None:
     data = regression()
     state = data[0].state_dict()
-    heavy = values(data, ptif.SOURCE([one(state, 0.01, 60, momentum=0.8)], ptif.Hessian()), loss=squared)
-    plain = values(data, ptif.SOURCE([one(state, 0.05, 60)], ptif.Hessian()), loss=squared)
+    heavy = values(data, SOURCE([one(state, 0.01, 60, momentum=0.8)], Hessian()), loss=squared)
+    plain = values(data, SOURCE([one(state, 0.05, 60)], Hessian()), loss=squared)
     assert torch.allclose(heavy, plain, rtol=1e-12)
     gaps = [relative_gap(heavy, removals_by_descent(data, 0.6 / k, k, 0.8)) for k in (100, 400, 1600)]
     assert gaps[2] < 0.05 and gaps[0] > 2 * gaps[1] > 4 * gaps[2], gaps
@@ -172,8 +176,8 @@ def test_adam_meets_real_preconditioned_descent() -> None:
     """Steps of lr * P * gradient with P as Adam has it, one learning rate per weight."""
     data = regression()
     moments = torch.tensor([[4.0, 0.25, 1.0, 0.01]]).double()
-    segment = one(data[0].state_dict(), adam=ptif.AdamState({"weight": moments}, eps=0.01))
-    got = values(data, ptif.SOURCE([segment], ptif.Hessian()), loss=squared)
+    segment = one(data[0].state_dict(), adam=AdamState({"weight": moments}, eps=0.01))
+    got = values(data, SOURCE([segment], Hessian()), loss=squared)
     p = 1 / (moments[0].sqrt() + 0.01)
     gaps = [relative_gap(got, removals_by_descent(data, 3.0 / k * p, k)) for k in (60, 240, 960)]
     assert gaps[0] > 3.5 * gaps[1] > 12 * gaps[2] and gaps[2] < 5e-3, gaps
@@ -187,7 +191,7 @@ def test_long_training_is_the_influence_function() -> None:
     want = influence(dense_ggn(model, cross_entropy, x, y), decay, gq, g)
     gaps = []
     for steps in (1e2, 1e4, 1e6):
-        method = ptif.SOURCE([one(model.state_dict(), 0.1, steps)])
+        method = SOURCE([one(model.state_dict(), 0.1, steps)])
         gaps.append(relative_gap(values(data, method, weight_decay=decay), want))
     assert gaps[0] > 0.1 and gaps[2] < 1e-9, gaps
     solved = ptif.exact(damping=0.0).fit(problem_of(data, weight_decay=decay)).score((xq, yq)).values
@@ -201,7 +205,7 @@ def test_the_free_damping_rule() -> None:
     assert float(ratio.min()) > 1 - 1e-9 and float(ratio.max()) < 1.3
     assert torch.allclose(ratio[[0, -1]], torch.ones(2, dtype=torch.float64), atol=1e-6)
     operator = Identity(ptif.Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(2, 2), torch.ones(2, 1))).space)
-    assert ptif.FromTraining(lr=0.7, steps=100, momentum=0.9).of(operator) == pytest.approx(
+    assert FromTraining(lr=0.7, steps=100, momentum=0.9).of(operator) == pytest.approx(
         1 / one({}, 0.7, 100, momentum=0.9).span
     )
 
@@ -230,17 +234,17 @@ def test_several_segments_and_checkpoints_equal_the_formula(curvature: str) -> N
     data = mlp()
     model, _, _, xq, yq = data
     states = [moved(model, 0.3, 1), moved(model, 0.2, 2), moved(model, 0.1, 3)]
-    dense, record = (dense_ggn, ptif.GGN()) if curvature == "ggn" else (dense_hessian, ptif.Hessian())
+    dense, record = (dense_ggn, GGN()) if curvature == "ggn" else (dense_hessian, Hessian())
     (h0, h1, h2), (g0, g1, g2) = parts(data, states, dense)
     decay = 0.02 * torch.eye(len(h0), dtype=h0.dtype)
     first, second = flow((h0 + h1) / 2 + decay, 0.1 * 40), flow(h2 + decay, 0.01 * 70 / (1 - 0.5))
     gq = example_gradients(model, cross_entropy, xq, yq)
     want = dense_source(gq, [first, second], [(g0 + g1) / 2, g2])
-    segments = [ptif.Segment(states[:2], 0.1, 40), one(states[2], 0.01, 70, momentum=0.5)]
-    got = values(data, ptif.SOURCE(segments, record), weight_decay=0.02)
+    segments = [Segment(states[:2], 0.1, 40), one(states[2], 0.01, 70, momentum=0.5)]
+    got = values(data, SOURCE(segments, record), weight_decay=0.02)
     assert relative_gap(got, want) < 1e-9
     # The order of segments, and the mean over checkpoints, matter: these must not pass.
-    assert relative_gap(values(data, ptif.SOURCE(segments[::-1], record), weight_decay=0.02), want) > 0.01
+    assert relative_gap(values(data, SOURCE(segments[::-1], record), weight_decay=0.02), want) > 0.01
     assert relative_gap(dense_source(gq, [first, second], [g0, g2]), want) > 0.01
     dot = dense_source(gq, [flow(0 * h0, 1.0)], [g2])
     assert relative_gap((dot * want).sum() / (dot * dot).sum() * dot, want) > 0.1
@@ -252,14 +256,14 @@ def test_queries_may_be_measured_at_other_weights() -> None:
     state = moved(model, 0.2)
     h, g = dense_ggn(model, cross_entropy, x, y), example_gradients(model, cross_entropy, x, y)
     gq = at(model, state, lambda m: example_gradients(m, cross_entropy, xq, yq))
-    got = values(data, ptif.SOURCE([one(model.state_dict())], final=state))
+    got = values(data, SOURCE([one(model.state_dict())], final=state))
     assert relative_gap(got, dense_source(gq, [flow(h, 3.0)], [g])) < 1e-9
 
 
 def test_live_weights_are_kept_apart_and_never_taken_twice() -> None:
     """`state_dict()` hands out live tensors; the test above is one trap, this is the other."""
     model, *_ = mlp()
-    with pytest.raises(ptif.InvalidInput, match=r"^Checkpoints 1 and 2 are the same tensors .*deepcopy"):
+    with pytest.raises(InvalidInput, match=r"^Checkpoints 1 and 2 are the same tensors .*deepcopy"):
         ptif.source([model.state_dict(), model.state_dict()], 0.1, 10, segments=2)
 
 
@@ -271,7 +275,7 @@ def test_every_example_may_carry_its_penalty() -> None:
     h = h + strength * torch.eye(len(h), dtype=h.dtype)
     g = at(model, state, lambda m: example_gradients(m, cross_entropy, x, y) + strength * flat_parameters(m))
     gq = example_gradients(model, cross_entropy, xq, yq)
-    got = values(data, ptif.SOURCE([one(state)]), weight_decay=ptif.WeightDecay(strength, per_example=True))
+    got = values(data, SOURCE([one(state)]), weight_decay=ptif.WeightDecay(strength, per_example=True))
     assert relative_gap(got, dense_source(gq, [flow(h, 3.0)], [g])) < 1e-9
 
 
@@ -282,7 +286,7 @@ def test_adam_equals_the_matrix_exponential(decoupled: float) -> None:
     model, _, _, xq, yq = data
     states = [moved(model, 0.3, 1), moved(model, 0.1, 2)]
     moments = [{k: v.square() * 0.1 + 0.01 for k, v in moved(model, 1.0, s).items()} for s in (5, 6)]
-    adams = [ptif.AdamState(m, eps=1e-3, decay=decoupled) for m in moments]
+    adams = [AdamState(m, eps=1e-3, decay=decoupled) for m in moments]
     matrices, gradients = parts(data, states, dense_ggn)
     flows = []
     for h, m in zip(matrices, moments, strict=True):
@@ -291,9 +295,9 @@ def test_adam_equals_the_matrix_exponential(decoupled: float) -> None:
         flows.append(flow(h + decoupled * torch.linalg.inv(p), 0.02 * 30, p))
     want = dense_source(example_gradients(model, cross_entropy, xq, yq), flows, gradients)
     segments = [one(s, 0.02, 30, adam=a) for s, a in zip(states, adams, strict=True)]
-    got = values(data, ptif.SOURCE(segments), weight_decay=0.02)
+    got = values(data, SOURCE(segments), weight_decay=0.02)
     assert relative_gap(got, want) < 1e-9
-    without = values(data, ptif.SOURCE([one(s, 0.02, 30) for s in states]), weight_decay=0.02)
+    without = values(data, SOURCE([one(s, 0.02, 30) for s in states]), weight_decay=0.02)
     assert relative_gap(without, want) > 0.1
 
 
@@ -312,7 +316,10 @@ def test_adam_state_is_what_adam_divides_by(kind: Any) -> None:
         optimizer.step()
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     space = ptif.Problem(model, ptif.CrossEntropy(), (x, y)).space
-    for state in (ptif.AdamState.of(optimizer, model), ptif.AdamState.of(optimizer.state_dict(), model)):
+    for state in (
+        AdamState.of(optimizer, model),
+        AdamState.of(optimizer.state_dict(), model),
+    ):
         to_flat = [space.to_parameters(space.rows(v[None])) for v in (state.root(space), state.decays(space))]
         root, decay = (torch.cat([v[k].flatten() for k in model.state_dict()]) for v in to_flat)
         assert torch.allclose(after - before, -1e-3 * (root.square() * gradient + decay * before), rtol=1e-9)
@@ -348,7 +355,10 @@ def test_many_segments_meet_the_unrolled_run_of_a_network() -> None:
         size = steps // count
         segments = [one(state(s * size + size // 2), lr, size) for s in range(count)]
         gaps.append(
-            relative_gap(values((model, x, y, xq, yq), ptif.SOURCE(segments, ptif.Hessian(), final=state(-1))), want)
+            relative_gap(
+                values((model, x, y, xq, yq), SOURCE(segments, Hessian(), final=state(-1))),
+                want,
+            )
         )
     assert gaps[0] > 3 * gaps[1] > 9 * gaps[2] and gaps[2] < 0.02, gaps
 
@@ -356,10 +366,13 @@ def test_many_segments_meet_the_unrolled_run_of_a_network() -> None:
 # --------------------------------------------------------------------------- properties
 
 
-def fitted(data: Any, **changes: Any) -> tuple[ptif.SOURCE, Any]:
+def fitted(data: Any, **changes: Any) -> tuple[SOURCE, Any]:
     model = data[0]
-    segments = [ptif.Segment([moved(model, 0.2, 1), moved(model, 0.1, 2)], 0.1, 40), one(model.state_dict(), 0.02)]
-    method = ptif.SOURCE(segments, **changes.pop("spec", {}))
+    segments = [
+        Segment([moved(model, 0.2, 1), moved(model, 0.1, 2)], 0.1, 40),
+        one(model.state_dict(), 0.02),
+    ]
+    method = SOURCE(segments, **changes.pop("spec", {}))
     return method, method.fit(problem_of(data, **changes))
 
 
@@ -420,7 +433,7 @@ def test_a_measure_and_words() -> None:
     assert found.method == (
         "SOURCE([Segment(2 checkpoints, lr=0.1, steps=40), Segment(1 checkpoint, lr=0.02, steps=60)], curvature=GGN())"
     )
-    wild = ptif.SOURCE([one(moved(model, 1.0), 50.0, 3)], ptif.Hessian()).fit(problem_of(data)).score((xq, yq))
+    wild = SOURCE([one(moved(model, 1.0), 50.0, 3)], Hessian()).fit(problem_of(data)).score((xq, yq))
     assert wild.diagnostics is not None
     notes = " ".join(wild.diagnostics.notes)
     assert "descent itself would diverge" in notes and "negative curvature" in notes
@@ -441,8 +454,8 @@ def test_kronecker_curvature_equals_its_own_dense_matrix(curvature: str) -> None
     model, _, _, xq, yq = data
     states = [moved(model, 0.2, 1), moved(model, 0.1, 2), moved(model, 0.05, 3)]
     record = getattr(curvatures, curvature)()
-    segments = [ptif.Segment(states[:2], 0.1, 40), one(states[2], 0.02, 50)]
-    unrolled = ptif.SOURCE(segments, record).fit(problem_of(data, weight_decay=0.01))
+    segments = [Segment(states[:2], 0.1, 40), one(states[2], 0.02, 50)]
+    unrolled = SOURCE(segments, record).fit(problem_of(data, weight_decay=0.01))
     space = unrolled.problem.space
     flows = []
     for stretch in unrolled.stretches:

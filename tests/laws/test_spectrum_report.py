@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.curvature import EKFAC, GGN, KFAC, EmpiricalFisher, Hessian, Identity
 from pytorch_influence_functions.linalg.density import quadrature
+from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
 
 F64 = torch.float64
 N = 12
@@ -30,22 +32,22 @@ def _queries() -> tuple[Tensor, Tensor]:
 
 
 def _dense(curvature: Any, problem: ptif.Problem) -> Tensor:
-    found: Tensor = ptif.Influence(curvature, ptif.Spectral(), 10.0).fit(problem).members[0].operator.matrix
+    found: Tensor = ptif.Influence(curvature, Spectral(), 10.0).fit(problem).members[0].operator.matrix
     return found
 
 
 def _gradients(problem: ptif.Problem) -> Tensor:
-    member = ptif.Influence(ptif.GGN(), ptif.Spectral(), 1.0).fit(problem).members[0]
+    member = ptif.Influence(GGN(), Spectral(), 1.0).fit(problem).members[0]
     from pytorch_influence_functions.problem.data import Source
 
     return torch.cat([s.rows.flat() for s in member.derivatives.stream(Source.of(_queries(), 3))])
 
 
 EXACT = {
-    "dense GGN": (ptif.GGN(), ptif.Spectral()),
-    "dual GGN": (ptif.GGN(), ptif.Woodbury()),
-    "dual Fisher": (ptif.EmpiricalFisher(), ptif.Woodbury()),
-    "Hessian": (ptif.Hessian(), ptif.Spectral()),
+    "dense GGN": (GGN(), Spectral()),
+    "dual GGN": (GGN(), Woodbury()),
+    "dual Fisher": (EmpiricalFisher(), Woodbury()),
+    "Hessian": (Hessian(), Spectral()),
 }
 
 
@@ -73,10 +75,10 @@ def test_equals_the_dense_decomposition(name: str, n: int) -> None:
     assert mean == pytest.approx(spectrum.trace, rel=1e-9) and spectrum.mean == pytest.approx(mean / len(c))
 
 
-@pytest.mark.parametrize("curvature", [ptif.KFAC(), ptif.EKFAC(), ptif.Identity()], ids=repr)
+@pytest.mark.parametrize("curvature", [KFAC(), EKFAC(), Identity()], ids=repr)
 def test_operators_that_know_their_eigenvalues(curvature: Any) -> None:
     problem = _problem()
-    fitted = ptif.Influence(curvature, ptif.Spectral(), 0.1).fit(problem)
+    fitted = ptif.Influence(curvature, Spectral(), 0.1).fit(problem)
     operator, p = fitted.members[0].operator, problem.space.size
     c = operator.apply(problem.space.rows(torch.eye(p, dtype=F64))).flat()
     values = torch.linalg.eigvalsh((c + c.T) / 2)
@@ -88,8 +90,8 @@ def test_operators_that_know_their_eigenvalues(curvature: Any) -> None:
 
 def test_quadrature_lies_within_its_error_and_sees_the_ends() -> None:
     problem = _problem(40)
-    fitted = ptif.Influence(ptif.GGN(), ptif.CG(rtol=1e-10), 0.02).fit(problem)
-    values = torch.linalg.eigvalsh(_dense(ptif.GGN(), problem))
+    fitted = ptif.Influence(GGN(), CG(rtol=1e-10), 0.02).fit(problem)
+    values = torch.linalg.eigvalsh(_dense(GGN(), problem))
     trace, dimension = float(values.sum()), float((values / (values + 0.02)).sum())
     spectrum = fitted.spectrum(_queries(), probes=16)
     assert not spectrum.exact and "±" in str(spectrum) and "16 probes" in str(spectrum)
@@ -97,7 +99,7 @@ def test_quadrature_lies_within_its_error_and_sees_the_ends() -> None:
     assert abs(spectrum.trace - trace) < 4 * spectrum.trace_error
     assert abs(spectrum.effective_dimension - dimension) < 4 * spectrum.effective_dimension_error
     assert spectrum.largest == pytest.approx(float(values[-1]), rel=1e-6)
-    exact = ptif.Influence(ptif.GGN(), ptif.Spectral(), 0.02).fit(problem).spectrum(_queries())
+    exact = ptif.Influence(GGN(), Spectral(), 0.02).fit(problem).spectrum(_queries())
     torch.testing.assert_close(spectrum.lost, exact.lost, rtol=1e-6, atol=0)
     # The stated error is the real one: over seeds, errors in units of it are about standard.
     operator = fitted.members[0].operator
@@ -110,7 +112,7 @@ def test_quadrature_lies_within_its_error_and_sees_the_ends() -> None:
 
 def test_quadrature_is_exact_where_every_probe_is() -> None:
     problem = _problem(40)
-    operator = ptif.Influence(ptif.Identity(), ptif.Spectral(), 0.1).fit(problem).members[0].operator
+    operator = ptif.Influence(Identity(), Spectral(), 0.1).fit(problem).members[0].operator
     found = quadrature(operator, steps=10, probes=2, dtype=F64)
     assert found.sum(lambda x: x)[0] == pytest.approx(problem.space.size)
     assert found.extremes == pytest.approx((1.0, 1.0))
@@ -118,7 +120,7 @@ def test_quadrature_is_exact_where_every_probe_is() -> None:
 
 def test_words_and_density_name_negative_curvature() -> None:
     problem = _problem()
-    spectrum = ptif.Influence(ptif.Hessian(), ptif.Spectral(), 10.0).fit(problem).spectrum(_queries())
+    spectrum = ptif.Influence(Hessian(), Spectral(), 10.0).fit(problem).spectrum(_queries())
     assert spectrum.smallest < 0 and "(negative curvature)" in str(spectrum)
     edges, counts = spectrum.density(7)
     assert float(edges[0]) < spectrum.smallest and float(counts.sum()) == pytest.approx(problem.space.size)
@@ -126,7 +128,7 @@ def test_words_and_density_name_negative_curvature() -> None:
 
 
 def test_bad_input_is_refused_in_words() -> None:
-    fitted = ptif.Influence(ptif.GGN(), ptif.CG(), 0.1).fit(_problem())
+    fitted = ptif.Influence(GGN(), CG(), 0.1).fit(_problem())
     with pytest.raises(InvalidInput, match="at least 2 probes and 1 step"):
         fitted.spectrum(probes=1)
     with pytest.raises(InvalidInput, match="use fewer probes or steps"):
@@ -137,9 +139,9 @@ def test_bad_input_is_refused_in_words() -> None:
         fitted.spectrum(checkpoint=3)
 
 
-@pytest.mark.parametrize("solver", [ptif.Spectral(), ptif.Woodbury(sweep=True), ptif.CG(rtol=1e-10)], ids=repr)
+@pytest.mark.parametrize("solver", [Spectral(), Woodbury(sweep=True), CG(rtol=1e-10)], ids=repr)
 def test_diagnostics_tell_what_is_free(solver: Any) -> None:
-    fitted = ptif.Influence(ptif.GGN(), solver, 0.1).fit(_problem())
+    fitted = ptif.Influence(GGN(), solver, 0.1).fit(_problem())
     scores, spectrum = fitted.score(_queries()), fitted.spectrum(_queries())
     told = scores.diagnostics
     assert spectrum.lost is not None

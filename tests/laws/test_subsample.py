@@ -11,6 +11,8 @@ from torch.utils.data import TensorDataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.curvature import EKFAC, GGN, EmpiricalFisher, Fisher, Hessian, Identity, Subsample
+from pytorch_influence_functions.solvers import CG, Cholesky, Neumann, Spectral, Woodbury
 
 N, PART, DAMPING = 30, 11, 1e-3
 
@@ -50,7 +52,7 @@ def gauss_newton(problem: ptif.Problem, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", [0, 5])
 @pytest.mark.parametrize(
     "solver",
-    [ptif.CG(rtol=1e-11), ptif.Spectral(), ptif.Cholesky(), ptif.Woodbury()],
+    [CG(rtol=1e-11), Spectral(), Cholesky(), Woodbury()],
     ids=["CG", "spectral", "Cholesky", "dual"],
 )
 def test_it_is_the_matrix_of_its_part_and_scores_are_of_all(solver: Any, seed: int) -> None:
@@ -60,7 +62,7 @@ def test_it_is_the_matrix_of_its_part_and_scores_are_of_all(solver: Any, seed: i
         gauss_newton(problem, x[chosen(seed)]) + DAMPING * torch.eye(31, dtype=torch.float64),
         gradients(problem, *queries).T,
     )
-    method = ptif.Influence(ptif.Subsample(ptif.GGN(), PART, seed), solver, DAMPING)
+    method = ptif.Influence(Subsample(GGN(), PART, seed), solver, DAMPING)
     found = method.fit(problem).score(queries).values
     torch.testing.assert_close(found, want.T @ gradients(problem, x, y).T / N, rtol=1e-6, atol=1e-10)
 
@@ -71,53 +73,51 @@ def test_the_empirical_fishers_rows_are_not_taken_for_everybodys() -> None:
     g = gradients(problem, x, y)
     part = g[chosen()]
     matrix = part.T @ part / PART + DAMPING * torch.eye(31, dtype=torch.float64)
-    attribution = ptif.dual(ptif.Subsample(ptif.EmpiricalFisher(), PART), DAMPING).fit(problem)
+    attribution = ptif.dual(Subsample(EmpiricalFisher(), PART), DAMPING).fit(problem)
     want = torch.linalg.solve(matrix, gradients(problem, *queries).T).T @ g.T / N
     torch.testing.assert_close(attribution.score(queries).values, want, rtol=1e-7, atol=1e-10)
     own = (g * torch.linalg.solve(matrix, g.T).T).sum(1) / N
     torch.testing.assert_close(attribution.self_influence(), own, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("curvature", [ptif.GGN(), ptif.EKFAC(), ptif.Fisher(1), ptif.Hessian()])
+@pytest.mark.parametrize("curvature", [GGN(), EKFAC(), Fisher(1), Hessian()])
 def test_all_examples_are_the_curvature_itself(curvature: Any) -> None:
     problem, queries = setting()
-    solver = ptif.CG() if isinstance(curvature, ptif.Hessian) else ptif.Spectral()
+    solver = CG() if isinstance(curvature, Hessian) else Spectral()
     found, want = (
         ptif.Influence(c, solver, 2.0).fit(problem).score(queries).values
-        for c in (ptif.Subsample(curvature, 10 * N), curvature)
+        for c in (Subsample(curvature, 10 * N), curvature)
     )
     assert torch.equal(found, want)
-    other = ptif.Influence(ptif.Subsample(curvature, 5), solver, 2.0).fit(problem).score(queries).values
+    other = ptif.Influence(Subsample(curvature, 5), solver, 2.0).fit(problem).score(queries).values
     assert not torch.allclose(other, want, rtol=1e-3)
 
 
 def test_guided_and_random_batches_stay_inside_the_part() -> None:
     """A preconditioner on all data and a system on a part; the same system by random batches."""
     problem, queries = setting()
-    part = ptif.Subsample(ptif.GGN(), PART)
-    exact = ptif.Influence(part, ptif.Spectral(), 0.05).fit(problem).score(queries).values
-    guided = ptif.Influence(part, ptif.CG(rtol=1e-10), 0.05, preconditioner=ptif.EKFAC()).fit(problem)
+    part = Subsample(GGN(), PART)
+    exact = ptif.Influence(part, Spectral(), 0.05).fit(problem).score(queries).values
+    guided = ptif.Influence(part, CG(rtol=1e-10), 0.05, preconditioner=EKFAC()).fit(problem)
     torch.testing.assert_close(guided.score(queries).values, exact, rtol=1e-6, atol=1e-9)
-    drawn = ptif.Influence(part, ptif.Neumann(steps=3000, batch_size=PART), 0.05).fit(problem).score(queries).values
+    drawn = ptif.Influence(part, Neumann(steps=3000, batch_size=PART), 0.05).fit(problem).score(queries).values
     assert float((drawn - exact).norm() / exact.norm()) < 0.05
 
 
 def test_the_forecast_counts_its_passes_over_its_part() -> None:
     problem, _ = setting()
-    full, part = (
-        ptif.Influence(c, ptif.CG(), 0.1).forecast(problem).passes for c in (ptif.GGN(), ptif.Subsample(ptif.GGN(), 3))
-    )
+    full, part = (ptif.Influence(c, CG(), 0.1).forecast(problem).passes for c in (GGN(), Subsample(GGN(), 3)))
     assert part - 1 == pytest.approx((full - 1) * 3 / N)
 
 
 def test_bad_input_gets_one_sentence() -> None:
     with pytest.raises(InvalidInput, match="takes a curvature such as GGN"):
-        ptif.Subsample("GGN", 5)
+        Subsample("GGN", 5)
     with pytest.raises(InvalidInput, match="takes a curvature such as GGN"):
-        ptif.Subsample(ptif.Subsample(ptif.GGN(), 5), 5)
+        Subsample(Subsample(GGN(), 5), 5)
     for wrong in (0, 2.5, True):
         with pytest.raises(InvalidInput, match="whole number of at least 1"):
-            ptif.Subsample(ptif.GGN(), wrong)
+            Subsample(GGN(), wrong)
     problem, _ = setting()
     with pytest.raises(InvalidInput, match="only as"):
-        ptif.Influence(ptif.Subsample(ptif.Identity(), 5), ptif.Cholesky(), 0.1).fit(problem)
+        ptif.Influence(Subsample(Identity(), 5), Cholesky(), 0.1).fit(problem)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.curvature import EKFAC, EmpiricalFisher
 from pytorch_influence_functions.gradients.vjp import at, detached
 from pytorch_influence_functions.influence.run_log import RunLog
-from pytorch_influence_functions.influence.scaling import RelatIF
 from pytorch_influence_functions.problem.data import Source
+from pytorch_influence_functions.scaling.relative import RelatIF
+from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
 
 VOCABULARY, LENGTH, DAMPING = 5, 6, 1e-3
 
@@ -63,10 +65,10 @@ def token_gradients(problem: ptif.Problem, item: dict[str, Tensor], average: boo
 
 
 @pytest.mark.parametrize("average", [True, False])
-@pytest.mark.parametrize("solver", [ptif.Spectral(), ptif.CG(rtol=1e-11), ptif.Woodbury()])
+@pytest.mark.parametrize("solver", [Spectral(), CG(rtol=1e-11), Woodbury()])
 def test_every_token_has_its_own_gradients_part(solver: Any, average: bool) -> None:
     problem, queries = setting(average)
-    method = ptif.Influence(ptif.EmpiricalFisher(), solver, DAMPING)
+    method = ptif.Influence(EmpiricalFisher(), solver, DAMPING)
     found = method.fit(problem).token_scores(queries, [7, 2])
     each = [token_gradients(problem, item, average) for item in texts(9, 0)]
     g = torch.stack([rows.sum(0) for rows in each])
@@ -92,7 +94,7 @@ def test_tokens_add_up_to_the_score_also_over_checkpoints() -> None:
 def test_a_token_that_teaches_nothing_new_moves_with_its_own_loss_only() -> None:
     """The parts are derivatives: a step along the solved direction changes each token's loss by its part, times N."""
     problem, queries = setting()
-    attribution = ptif.Influence(ptif.EmpiricalFisher(), ptif.Spectral(), 0.1).fit(problem)
+    attribution = ptif.Influence(EmpiricalFisher(), Spectral(), 0.1).fit(problem)
     part = attribution.token_scores(queries[:1], [4])[4][0] * len(problem)
     ((_, solved),) = attribution._solved(attribution.members[0], Source.of(queries[:1]), problem.objective, RunLog())
     tree = problem.space.to_parameters(solved)
@@ -117,4 +119,4 @@ def test_bad_input_gets_one_sentence() -> None:
     with pytest.raises(InvalidInput, match="needs a loss that is a sum over tokens"):
         ptif.ekfac().fit(plain).token_scores((torch.randn(1, 2), torch.zeros(1).long()), [0])
     with pytest.raises(InvalidInput, match="rescales whole examples"):
-        ptif.Influence(ptif.EKFAC(), scaling=RelatIF()).fit(problem).token_scores(queries, [0])
+        ptif.Influence(EKFAC(), scaling=RelatIF()).fit(problem).token_scores(queries, [0])

@@ -11,10 +11,12 @@ from torch import Tensor
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, SolveFailed
+from pytorch_influence_functions.curvature import EKFAC, GGN, Budget, EmpiricalFisher, Hessian
 from pytorch_influence_functions.curvature.base import Form
-from pytorch_influence_functions.gradients import projections
+from pytorch_influence_functions.gradients import Gaussian, projections
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.problem.data import Source
+from pytorch_influence_functions.solvers import CG, Cholesky, Spectral, Woodbury
 from tests.laws.test_influence import mlp, relative_gap
 
 K = 12
@@ -26,7 +28,7 @@ def rows_of(problem: ptif.Problem, objective: Any = None, source: Any = None) ->
     return torch.cat([slab.rows.flat() for slab in slabs])
 
 
-def matrix(problem: ptif.Problem, projection: ptif.Gaussian) -> Tensor:
+def matrix(problem: ptif.Problem, projection: Gaussian) -> Tensor:
     """P [parameters, k]: what the identity is projected to."""
     space = problem.space
     return projection.projector(space).apply(space.rows(torch.eye(space.size, dtype=torch.float64))).flat()
@@ -43,7 +45,7 @@ def setup() -> tuple[ptif.Problem, tuple[Tensor, Tensor], Tensor, Tensor, Tensor
 
 def test_trak_equals_its_formula() -> None:
     problem, queries, margins, query_margins, p = setup()
-    sketch = matrix(problem, ptif.Gaussian(K, seed=3))
+    sketch = matrix(problem, Gaussian(K, seed=3))
     phi, phi_q = margins @ sketch, query_margins @ sketch
     lam = 1e-3
     kernel = torch.linalg.inv(phi.T @ phi + len(phi) * lam * torch.eye(K).double())
@@ -53,9 +55,12 @@ def test_trak_equals_its_formula() -> None:
     assert not got.lower_is_better
     dot = -phi_q @ phi.T * (1 - p) / len(phi)
     assert relative_gap(dot, -trak) > 0.5
-    for solver in (ptif.Woodbury(), ptif.Cholesky()):
+    for solver in (Woodbury(), Cholesky()):
         spec = ptif.Influence(
-            ptif.EmpiricalFisher(measure=ptif.Margin()), solver, lam, projection=ptif.Gaussian(K, seed=3)
+            EmpiricalFisher(measure=ptif.Margin()),
+            solver,
+            lam,
+            projection=Gaussian(K, seed=3),
         )
         other = spec.fit(problem).score(queries, measure=ptif.Margin())
         assert relative_gap(other.values, -trak) < 1e-8
@@ -64,7 +69,7 @@ def test_trak_equals_its_formula() -> None:
 def test_kernels_of_single_layers_add_up() -> None:
     problem, queries, margins, query_margins, p = setup()
     lam, total, at = 1e-3, 0.0, 0
-    parts = matrix(problem, ptif.Gaussian(K, per_layer=True, seed=1))
+    parts = matrix(problem, Gaussian(K, per_layer=True, seed=1))
     for part in problem.space.slices.values():
         k = min(K, part.stop - part.start)
         sketch = parts[part, at : at + k]
@@ -81,7 +86,7 @@ def test_inner_products_are_kept_up_to_one_over_root_k() -> None:
     g = F.normalize(rows_of(problem), dim=1)
     gaps = []
     for k in (8, 32):
-        found = [g @ matrix(problem, ptif.Gaussian(k, seed=s)) for s in range(40)]
+        found = [g @ matrix(problem, Gaussian(k, seed=s)) for s in range(40)]
         gaps.append(float(torch.stack([(z @ z.T - g @ g.T).square().mean() for z in found]).mean()) ** 0.5)
     assert gaps[0] / gaps[1] == pytest.approx(2.0, rel=0.25)
     # Var <Pa, Pb> = (|a|^2 |b|^2 + <a, b>^2) / k
@@ -99,10 +104,10 @@ def test_the_seed_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_self_influence_top_lists_decay_and_checkpoints() -> None:
     problem, queries, *_ = setup()
-    spec = ptif.Influence(ptif.GGN(), ptif.Spectral(), 1e-2, projection=ptif.Gaussian(K))
-    sketch = matrix(problem, ptif.Gaussian(K))
+    spec = ptif.Influence(GGN(), Spectral(), 1e-2, projection=Gaussian(K))
+    sketch = matrix(problem, Gaussian(K))
     g = rows_of(problem) @ sketch
-    exact = ptif.GGN().of(Derivatives.of(problem), Form.MATRIX, ptif.Budget()).matrix  # type: ignore[attr-defined]
+    exact = GGN().of(Derivatives.of(problem), Form.MATRIX, Budget()).matrix  # type: ignore[attr-defined]
     inverse = torch.linalg.inv(sketch.T @ exact @ sketch + (1e-2 + 0.3) * torch.eye(K).double())
     decayed = spec.fit(problem.with_(weight_decay=0.3))
     torch.testing.assert_close(decayed.self_influence(), ((g @ inverse) * g).sum(1) / len(g))
@@ -124,10 +129,19 @@ def test_a_sketch_that_tells_every_example_apart_needs_damping() -> None:
     ("spec", "words"),
     [
         (lambda: ptif.trak(10**6), "no smaller than the"),
-        (lambda: ptif.Influence(ptif.GGN(), ptif.CG(), 0.1, projection=ptif.Gaussian(K)), "cannot take a projection"),
-        (lambda: ptif.Influence(ptif.EKFAC(), projection=ptif.Gaussian(K)), "cannot take a projection"),
-        (lambda: ptif.Influence(ptif.Hessian(), projection=ptif.Gaussian(K)), "cannot take a projection"),
-        (lambda: ptif.Gaussian(0), "at least 1"),
+        (
+            lambda: ptif.Influence(GGN(), CG(), 0.1, projection=Gaussian(K)),
+            "cannot take a projection",
+        ),
+        (
+            lambda: ptif.Influence(EKFAC(), projection=Gaussian(K)),
+            "cannot take a projection",
+        ),
+        (
+            lambda: ptif.Influence(Hessian(), projection=Gaussian(K)),
+            "cannot take a projection",
+        ),
+        (lambda: Gaussian(0), "at least 1"),
     ],
 )
 def test_what_cannot_be_projected_is_refused(spec: Any, words: str) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pytorch_influence_functions.core.errors import InvalidInput
-from pytorch_influence_functions.influence.truncation import Truncation
 from pytorch_influence_functions.linalg.blocks import Dense, Outer
 from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.solvers.truncation import Truncation
 
 
 def some(n: int, decay: float = 0.6) -> Rows:

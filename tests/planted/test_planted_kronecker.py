@@ -10,11 +10,13 @@ from _pytest.outcomes import Failed
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.curvature import GGN
 from pytorch_influence_functions.curvature.kronecker import fit as fitting
 from pytorch_influence_functions.curvature.kronecker import moments as factors
-from pytorch_influence_functions.influence.truncation import Truncated
 from pytorch_influence_functions.linalg import kronecker
+from pytorch_influence_functions.solvers import Spectral
 from pytorch_influence_functions.solvers.trial import PreconditionerTrial
+from pytorch_influence_functions.solvers.truncation import Truncated
 from tests.laws import test_kronecker as laws
 from tests.laws import test_truncation
 from tests.laws.test_influence import relative_gap
@@ -29,7 +31,7 @@ def textbook_law() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False)).double()
     x, y, xq, yq = torch.randn(25, 4).double(), torch.arange(25) % 3, torch.randn(2, 4).double(), torch.arange(2)
-    got = ptif.ekfac(LAMBDA, ptif.GGN()).fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq)).values
+    got = ptif.ekfac(LAMBDA, GGN()).fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq)).values
     w1, w2 = (p.detach() for p in model.parameters())
 
     def parts(x: Tensor, cotangent: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -89,7 +91,7 @@ def trial_law() -> None:
 
     space = a_space()
     matrix, shift, row = spectrum_matrix(space), Shift(0.01), some_rows(space, 1)
-    exact = ptif.Spectral().init(matrix, shift).inverse
+    exact = Spectral().init(matrix, shift).inverse
     assert PreconditionerTrial.of(matrix, shift, exact, row).pays
     assert not PreconditionerTrial.of(matrix, shift, matrix.function(lambda v: v + 0.01), row).pays
 

@@ -10,9 +10,10 @@ from _pytest.outcomes import Failed
 from torch import nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.curvature import GGN
+from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment, unrolling
 from pytorch_influence_functions.trajectory import segments as schedule
 from pytorch_influence_functions.trajectory import source as trajectory
-from pytorch_influence_functions.trajectory import unrolling
 from tests.laws.test_influence import relative_gap
 from tests.laws.test_source import dense_source, flow, moved, problem_of
 from tests.planted.test_planted_bugs import Bug, Law, cross_entropy, swap
@@ -28,9 +29,9 @@ def run_law(with_adam: bool = False) -> Law:
         x, y, xq, yq = torch.randn(12, 3).double(), torch.arange(12) % 2, torch.randn(2, 3).double(), torch.arange(2)
         states, decay = [moved(model, 0.4, s) for s in (1, 2, 3)], 0.05
         moments = {k: v.square() + 0.1 for k, v in moved(model, 0.5, 4).items()}
-        adam = ptif.AdamState(moments, eps=0.1, decay=0.02) if with_adam else None
-        segments = [ptif.Segment(states[:2], 0.1, 30, adam=adam)]
-        segments.append(ptif.Segment(states[2], 0.05, 20, momentum=0.0 if with_adam else 0.6, adam=adam))
+        adam = AdamState(moments, eps=0.1, decay=0.02) if with_adam else None
+        segments = [Segment(states[:2], 0.1, 30, adam=adam)]
+        segments.append(Segment(states[2], 0.05, 20, momentum=0.0 if with_adam else 0.6, adam=adam))
         matrices, gradients, own = [], [], model.state_dict()
         own = {k: v.clone() for k, v in own.items()}
         for state in states:
@@ -47,7 +48,7 @@ def run_law(with_adam: bool = False) -> Law:
         gq = example_gradients(model, cross_entropy, xq, yq)
         want = dense_source(gq, flows, [(gradients[0] + gradients[1]) / 2, gradients[2]])
         problem = problem_of((model, x, y), weight_decay=ptif.WeightDecay(decay, per_example=True))
-        fitted = ptif.SOURCE(segments).fit(problem)
+        fitted = SOURCE(segments).fit(problem)
         assert relative_gap(fitted.score((xq, yq)).values, want) < 1e-8
         assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
 
@@ -77,7 +78,7 @@ BUGS = [
     Bug("the inverse alone", swap(unrolling, "response", lambda f, lam, span: 1 / lam), run_law()),
     Bug("one learning rate too many", swap(unrolling, "survival", lambda f, lam, t: f(lam, 2 * t)), run_law()),
     Bug("segments in the wrong order", swap(RUN, "_propagated", other_end), run_law()),
-    Bug("curvature of one checkpoint only", swap(ptif.GGN, "mean_of", only_first), run_law()),
+    Bug("curvature of one checkpoint only", swap(GGN, "mean_of", only_first), run_law()),
     Bug("penalty lost", swap(RUN, "_decay_term", lambda f, self, d, x: None), run_law()),
     Bug("Adam on both sides", swap(STRETCH, "_between", adam_on_both_sides), BOTH),
     Bug("Adam transposed", swap(STRETCH, "_between", transposed), BOTH),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.curvature import EKFAC, GGN, KFAC, EmpiricalFisher, Hessian, Sharing
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.gradients.per_example import Derivatives
 
@@ -65,13 +66,13 @@ def ours(curvature: Any, form: Form, model: nn.Module, x: Tensor, y: Tensor) -> 
 @pytest.mark.parametrize(
     ("curvature", "form", "kind"),
     [
-        (ptif.Hessian(), Form.MATRIX, "Hessian"),
-        (ptif.Hessian(), Form.IMPLICIT, "Hessian"),
-        (ptif.GGN(), Form.MATRIX, "GGN"),
-        (ptif.GGN(), Form.IMPLICIT, "GGN"),
-        (ptif.GGN(), Form.GRAM, "GGN"),
-        (ptif.EmpiricalFisher(), Form.GRAM, "EF"),
-        (ptif.EmpiricalFisher(), Form.IMPLICIT, "EF"),
+        (Hessian(), Form.MATRIX, "Hessian"),
+        (Hessian(), Form.IMPLICIT, "Hessian"),
+        (GGN(), Form.MATRIX, "GGN"),
+        (GGN(), Form.IMPLICIT, "GGN"),
+        (GGN(), Form.GRAM, "GGN"),
+        (EmpiricalFisher(), Form.GRAM, "EF"),
+        (EmpiricalFisher(), Form.IMPLICIT, "EF"),
     ],
     ids=str,
 )
@@ -84,10 +85,10 @@ def test_operators_are_equal(network: str, curvature: Any, form: Form, kind: str
 @pytest.mark.parametrize(
     ("curvature", "kind", "fisher"),
     [
-        (ptif.KFAC(ptif.GGN()), "KFAC", "type-2"),
-        (ptif.KFAC(ptif.EmpiricalFisher()), "KFAC", "empirical"),
-        (ptif.EKFAC(ptif.GGN()), "EKFAC", "type-2"),
-        (ptif.EKFAC(ptif.EmpiricalFisher()), "EKFAC", "empirical"),
+        (KFAC(GGN()), "KFAC", "type-2"),
+        (KFAC(EmpiricalFisher()), "KFAC", "empirical"),
+        (EKFAC(GGN()), "EKFAC", "type-2"),
+        (EKFAC(EmpiricalFisher()), "EKFAC", "empirical"),
     ],
     ids=str,
 )
@@ -101,5 +102,5 @@ def test_kronecker_factors_are_equal(network: str, curvature: Any, kind: str, fi
 def test_the_reduced_sharing_is_equal(network: str) -> None:
     case = NETWORKS[network]
     want = theirs("KFAC", *case, fisher_type="type-2", separate_weight_and_bias=False, kfac_approx="reduce")
-    found = ours(ptif.KFAC(ptif.GGN(), ptif.Sharing.REDUCE), Form.SPECTRAL, *case)
+    found = ours(KFAC(GGN(), Sharing.REDUCE), Form.SPECTRAL, *case)
     torch.testing.assert_close(found, want, rtol=1e-7, atol=1e-9)

@@ -10,20 +10,22 @@ import numpy as np
 
 import pytorch_influence_functions as ptif
 from peers.workloads import read
+from pytorch_influence_functions.curvature import EKFAC, GGN, Fisher
 from pytorch_influence_functions.influence.attribution import Influence
+from pytorch_influence_functions.solvers import CG
 
 METHODS: dict[str, Callable[[float], Any]] = {
-    "grad_dot": lambda damping: ptif.grad_dot(),
-    "kfac": lambda damping: ptif.kfac(damping),
+    "grad_dot": lambda damping: ptif.methods.grad_dot(),
+    "kfac": lambda damping: ptif.methods.kfac(damping),
     "ekfac": lambda damping: ptif.ekfac(damping),
     "ekfac, own damping": lambda damping: ptif.ekfac(),
-    "ekfac of drawn labels": lambda damping: ptif.ekfac(damping, fisher=ptif.Fisher()),
+    "ekfac of drawn labels": lambda damping: ptif.ekfac(damping, fisher=Fisher()),
     "dual": lambda damping: ptif.dual(damping=damping),
     "dual, own damping": lambda damping: ptif.dual(),
-    "arnoldi 50": lambda damping: ptif.arnoldi(50, curvature=ptif.GGN(), damping=damping),
-    "datainf": lambda damping: ptif.datainf(damping),
+    "arnoldi 50": lambda damping: ptif.methods.arnoldi(50, curvature=GGN(), damping=damping),
+    "datainf": lambda damping: ptif.methods.datainf(damping),
     "cg guided by ekfac": lambda damping: Influence(
-        ptif.GGN(), ptif.CG(rtol=1e-2, max_steps=1000), damping, preconditioner=ptif.EKFAC()
+        GGN(), CG(rtol=1e-2, max_steps=1000), damping, preconditioner=EKFAC()
     ),
 }
 

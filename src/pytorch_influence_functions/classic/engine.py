@@ -23,8 +23,8 @@ from ..core.distributed import World
 from ..core.errors import InvalidInput, SolveFailed
 from ..core.progress import progress as progress_setting
 from ..curvature.base import Budget, Form
-from ..curvature.damping import Absolute
 from ..curvature.exact import Hessian
+from ..damping.rules import Absolute
 from ..gradients.per_example import Derivatives
 from ..gradients.products import Products
 from ..influence.attribution import Attribution, Influence

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 from ..core.errors import InvalidInput, UnknownName, nearest
-from ..curvature.damping import Absolute, AbstractDamping, FromTraining, Relative
+from ..damping.rules import Absolute, AbstractDamping, FromTraining, Relative
 from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod
 from ..methods import papers as methods

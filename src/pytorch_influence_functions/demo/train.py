@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..curvature.damping import FromTraining
+from ..damping.rules import FromTraining
 
 Weights: TypeAlias = dict[str, Tensor]
 

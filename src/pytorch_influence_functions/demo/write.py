@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from ..core.files import write_bytes
-from ..report.plots import plot_agreement, plot_influences
+from ..plots.query import plot_agreement, plot_influences
 from .show import summary
 from .story import Removal, Story, agreement
 

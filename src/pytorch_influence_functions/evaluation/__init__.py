@@ -14,9 +14,9 @@ from .outside import explanations as explanations
 from .outside import from_dattri as from_dattri
 from .outside import quanda_explainer as quanda_explainer
 from .pbrf import pbrf as pbrf
-from .recipe import Constant as Constant
-from .recipe import Cosine as Cosine
-from .recipe import Linear as Linear
+from .recipe import ConstantRate as ConstantRate
+from .recipe import CosineDecay as CosineDecay
+from .recipe import LinearDecay as LinearDecay
 from .recipe import Recipe as Recipe
 from .removal import RemovalCurves as RemovalCurves
 from .removal import removal_curves as removal_curves

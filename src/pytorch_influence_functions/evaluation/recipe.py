@@ -28,7 +28,7 @@ TrainFunction: TypeAlias = Callable[[Any, int], nn.Module]
 
 @final
 @dataclass(frozen=True)
-class Constant:
+class ConstantRate:
     """The same learning rate at every step."""
 
     def __call__(self, step: int, steps: int) -> float:
@@ -38,10 +38,10 @@ class Constant:
 
 @final
 @dataclass(frozen=True)
-class Linear:
+class LinearDecay:
     """Up from zero during the share `warmup` of all steps, then down to zero in a straight line.
 
-    >>> [Linear(warmup=0.0)(step, 4) for step in range(4)]
+    >>> [LinearDecay(warmup=0.0)(step, 4) for step in range(4)]
     [1.0, 0.75, 0.5, 0.25]
     """
 
@@ -54,7 +54,7 @@ class Linear:
 
 @final
 @dataclass(frozen=True)
-class Cosine:
+class CosineDecay:
     """Up from zero during the share `warmup` of all steps, and down to zero along half a cosine."""
 
     warmup: float = 0.1
@@ -68,7 +68,7 @@ def _rising(step: int, steps: int, warmup: float) -> float:
     return min(1.0, (step + 1) / max(1.0, warmup * steps))
 
 
-Schedule: TypeAlias = Constant | Linear | Cosine
+Schedule: TypeAlias = ConstantRate | LinearDecay | CosineDecay
 
 
 @final
@@ -85,7 +85,7 @@ class Recipe:
             belongs to it.
         epochs: passes over the subset.
         batch_size: examples per step; `None`: all of them (for L-BFGS, say).
-        schedule: `Constant()`, `Linear(warmup)` or `Cosine(warmup)`, per step.
+        schedule: `ConstantRate()`, `LinearDecay(warmup)` or `CosineDecay(warmup)`, per step.
         loss: the training loss, as `ptif.attribute` takes it; the mean over the batch is minimised. `None`: inferred.
         start: weights to begin with instead of the seed's own: a warm start.
         hold_batches: leave all batches as they are in training on everything, and give what is left out weight 0 (the
@@ -101,7 +101,7 @@ class Recipe:
     optimizer: Optimizer = field(default=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     epochs: int = 20
     batch_size: int | None = 64
-    schedule: Schedule = Linear()
+    schedule: Schedule = LinearDecay()
     loss: Any = None
     start: Mapping[str, Tensor] | None = field(default=None, compare=False)
     hold_batches: bool = False

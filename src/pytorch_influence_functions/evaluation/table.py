@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput, UnknownName, nearest, require
-from ..curvature.damping import Absolute
 from ..curvature.exact import Identity
+from ..damping.rules import Absolute
 from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod
 from ..methods.baselines import EmbeddingSimilarity, Random, TrainingLoss
@@ -107,7 +107,7 @@ class Evaluation:
         Raises:
             MissingExtra: matplotlib is not installed.
         """
-        from ..report.bars import plot_bars
+        from ..plots.bars import plot_bars
 
         values = {row.name: (row.estimate.value, row.estimate.low, row.estimate.high) for row in self.rows}
         return plot_bars(values, self.metric, self.ceiling, self.protocol)

@@ -82,7 +82,7 @@ class Verification:
         Raises:
             MissingExtra: matplotlib is not installed.
         """
-        from ..report.plots import plot_agreement
+        from ..plots.query import plot_agreement
 
         return plot_agreement([r.predicted for r in self.removals], [r.actual for r in self.removals])
 

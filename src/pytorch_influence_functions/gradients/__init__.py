@@ -1,1 +1,9 @@
-"""Per-example gradients, and products with them that are never written out."""
+"""Per-example gradients, products with them that are never written out, and projections."""
+
+from ..linalg.rows import Route
+from .projections import Gaussian
+
+__all__ = [
+    "Gaussian",
+    "Route",
+]

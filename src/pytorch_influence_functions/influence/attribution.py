@@ -14,7 +14,9 @@ from torch import Tensor
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput
 from ..curvature.base import AbstractCurvature, Budget
-from ..curvature.damping import AbstractDamping, as_damping
+from ..curvature.spectrum import Spectrum, spectrum_of
+from ..damping.curve import DampingCurve, FromCurve
+from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives, GradientBatch
 from ..gradients.products import Products
 from ..gradients.projections import Gaussian
@@ -23,21 +25,19 @@ from ..linalg.rows import Route, Rows
 from ..objectives.base import AbstractObjective
 from ..problem.data import Source
 from ..problem.problem import Problem, sweep
+from ..scaling.base import AbstractScaling, Raw, Solving
 from ..scores.scores import Scores
 from ..solvers.auto import Auto, Forecast, ProblemSize, forecast
 from ..solvers.base import AbstractSolver
 from ..solvers.cg import CG
 from ..solvers.neumann import Neumann
+from ..solvers.truncation import Truncation
 from .checks import as_weights, check_parts, check_problem, check_top, check_weights_fit, in_queries
-from .damping_curve import DampingCurve, FromCurve
 from .fitted_member import FittedMember, choice_of, fit_member, gradient_route, initialised, words_of
 from .method import AbstractMethod, as_scores, resolved_measure, weights_of
 from .run_log import RunLog, refuse_nonfinite
-from .scaling import AbstractScaling, Raw, Solving, rowwise
-from .spectrum import Spectrum, spectrum_of
 from .tokens import TokenScores, check_tokens
 from .topk import TopK
-from .truncation import Truncation
 
 Solved: TypeAlias = Rows | DualSolution
 
@@ -275,7 +275,7 @@ class Attribution:
             for part in torch.split(torch.arange(len(slab.ids)), self._room(member)):
                 rows = slab.rows.take(part)
                 solved, size = member.solve(rows).unwrap(), rows.squared_norms().double()
-                taken = rowwise(solved, member.shift.apply(rows)).double()
+                taken = solved.rowwise(member.shift.apply(rows)).double()
                 out[slab.ids[part]] = torch.where(size > 0, taken / size, torch.zeros_like(size)).cpu()
         return out
 

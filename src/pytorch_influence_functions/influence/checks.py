@@ -10,10 +10,10 @@ from typing import Any
 from ..core.errors import InvalidInput, NonFinite
 from ..curvature.base import AbstractCurvature
 from ..problem.problem import Problem
+from ..scaling.base import AbstractScaling
 from ..solvers.auto import Auto
 from ..solvers.base import AbstractSolver
 from ..solvers.blockwise import Blockwise
-from .scaling import AbstractScaling
 
 
 def check_parts(spec: Any) -> None:

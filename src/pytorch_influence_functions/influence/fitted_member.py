@@ -10,8 +10,8 @@ import torch
 from ..core.distributed import World
 from ..core.errors import InvalidInput
 from ..curvature.base import Budget, Form
-from ..curvature.damping import AbstractDamping, as_damping
 from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Identity
+from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
 from ..linalg.gram import Gram
 from ..linalg.operator import AbstractOperator, AbstractSymmetric
@@ -19,6 +19,7 @@ from ..linalg.rows import Route, Rows
 from ..linalg.shift import Shift
 from ..problem.checkpoints import Checkpoint
 from ..problem.problem import Problem
+from ..scaling.base import Raw
 from ..solvers.auto import Auto, Composition, ProblemSize, choose, default_damping, form_for
 from ..solvers.base import Solution
 from ..solvers.blockwise import Blockwise, operator_for, shift_for
@@ -26,7 +27,6 @@ from ..solvers.preconditioner import Preconditioner
 from ..solvers.trial import PreconditionerTrial
 from .assumptions import StationarityCheck
 from .method import weights_of
-from .scaling import Raw
 
 if TYPE_CHECKING:
     from .attribution import Influence

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import NonFinite, name_ids
+from ..curvature.spectrum import effective
 from ..linalg.density import known
 from ..linalg.dual_solution import DualSolution
 from ..linalg.gram import Gram
@@ -22,10 +23,8 @@ from ..scores.diagnostics import Diagnostics
 from ..solvers.base import Result, Solution
 from ..solvers.direct import Spectral
 from ..solvers.dual import Woodbury
+from ..solvers.truncation import Truncated
 from .assumptions import StationarityCheck
-from .scaling import rowwise
-from .spectrum import effective
-from .truncation import Truncated
 
 if TYPE_CHECKING:
     from .attribution import Attribution
@@ -77,7 +76,7 @@ class RunLog:
         if d is None or solution.result is not Result.successful or "approximation" in solution.notes:
             return
         value, size = solution.value, rows.squared_norms().double()
-        taken = value.quadratic() if isinstance(value, DualSolution) else rowwise(value, rows)
+        taken = value.quadratic() if isinstance(value, DualSolution) else value.rowwise(rows)
         self.lost += (d * taken.double()[size > 0] / size[size > 0]).tolist()
 
     def diagnostics(self, fitted: Attribution, n_queries: int) -> Diagnostics:

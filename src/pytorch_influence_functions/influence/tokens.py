@@ -16,7 +16,7 @@ from ..linalg.dual_solution import DualSolution
 from ..linalg.rows import Rows
 from ..objectives.likelihoods import TokenCrossEntropy
 from ..problem.problem import Problem, sweep
-from .scaling import AbstractScaling
+from ..scaling.base import AbstractScaling
 
 
 class TokenScores:

@@ -88,6 +88,10 @@ class DualSolution:
     def squared_norms(self) -> Float[Tensor, " n"]:
         return self.rows().squared_norms()
 
+    def rowwise(self, other: Rows) -> Float[Tensor, " n"]:
+        """<x_n, other_n> for matching rows."""
+        return other.rowwise(self.rows())
+
     def take(self, index: Tensor | slice) -> DualSolution:
         """The solutions `index`, in that order."""
         base = self.base.take(index)

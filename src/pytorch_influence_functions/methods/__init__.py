@@ -1,1 +1,54 @@
-"""The methods of the papers as compositions, and the baselines any method has to beat."""
+"""Ready-made methods: the papers as compositions, and the baselines that any method has to beat."""
+
+from ..trajectory.source import source
+from .baselines import EmbeddingSimilarity, Random, RepresenterPoints, TrainingLoss
+from .papers import (
+    arnoldi,
+    astra,
+    blockwise,
+    datainf,
+    diagonal,
+    dual,
+    ekfac,
+    exact,
+    gauss_newton,
+    grad_cos,
+    grad_dot,
+    kfac,
+    koh_liang,
+    lissa,
+    nystrom,
+    one_step_newton,
+    relatif,
+    shampoo,
+    tracin,
+    trak,
+)
+
+__all__ = [
+    "EmbeddingSimilarity",
+    "Random",
+    "RepresenterPoints",
+    "TrainingLoss",
+    "arnoldi",
+    "astra",
+    "blockwise",
+    "datainf",
+    "diagonal",
+    "dual",
+    "ekfac",
+    "exact",
+    "gauss_newton",
+    "grad_cos",
+    "grad_dot",
+    "kfac",
+    "koh_liang",
+    "lissa",
+    "nystrom",
+    "one_step_newton",
+    "relatif",
+    "shampoo",
+    "source",
+    "tracin",
+    "trak",
+]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput
-from ..curvature.damping import Absolute
 from ..curvature.exact import Identity
+from ..damping.rules import Absolute
 from ..influence.attribution import Attribution, Influence
 from ..influence.checks import check_problem, in_queries
 from ..influence.method import AbstractMethod, resolved_measure, weights_of

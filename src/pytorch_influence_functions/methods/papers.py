@@ -14,16 +14,17 @@ from typing import Any
 
 from ..core.errors import InvalidInput
 from ..curvature.base import AbstractCurvature
-from ..curvature.damping import Absolute, AbstractDamping, Relative
 from ..curvature.diagonal import Diagonal
 from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Hessian, Identity
 from ..curvature.kronecker.moments import Sharing
 from ..curvature.kronecker.records import EKFAC, KFAC, Shampoo
 from ..curvature.low_rank import Arnoldi, Nystrom
+from ..damping.rules import Absolute, AbstractDamping, Relative
 from ..gradients.projections import Gaussian
 from ..influence.attribution import Influence
-from ..influence.scaling import Cosine, Leverage, RelatIF
 from ..objectives.measures import Margin
+from ..scaling.leverage import Leverage
+from ..scaling.relative import Cosine, RelatIF
 from ..solvers.base import AbstractSolver
 from ..solvers.blockwise import BlockGroup, Blockwise
 from ..solvers.cg import CG

@@ -15,8 +15,8 @@ from typing import Any, final
 
 from ..core.errors import InvalidInput, require
 from ..core.files import write_bytes
+from ..plots.examples import Denormalize
 from ..scores.scores import Scores
-from .examples import Denormalize
 from .overview import Overview
 from .page_data import EXAMPLES_PER_CHUNK, QUERIES_PER_CHUNK, Contents, Writer, clean, contents
 from .predictions import said_of, self_influence_of

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InvalidInput, NonFinite, require
+from ..plots.examples import Denormalize, Scale, Shown, row_of, see, target_of
 from ..problem.data import Source
-from .examples import Denormalize, Scale, Shown, row_of, see, target_of
 
 _LOSSLESS = 40  # pictures up to this side are kept pixel by pixel
 _SAMPLE = 200  # examples looked at to find the scale of all

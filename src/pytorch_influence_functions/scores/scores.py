@@ -439,7 +439,7 @@ class Scores:
             a matplotlib `Figure`. Needs matplotlib (`pip install 'pytorch-influence-functions[plot]'`).
         """
         # The one import that looks up to a higher room: a door kept on the result, opened only when called.
-        from ..report.plots import plot_influences
+        from ..plots.query import plot_influences
 
         return plot_influences(self, q, k, train, queries, denormalize, path=path, tokens=tokens, pieces=pieces)
 

@@ -13,8 +13,8 @@ import torch
 from ..core.errors import InfluenceError, InvalidInput, UnknownName, nearest
 from ..curvature.base import AbstractCurvature, Budget
 from ..curvature.blockwise import Part, block_operators
-from ..curvature.damping import AbstractDamping, as_damping
 from ..curvature.low_rank import Arnoldi, Nystrom
+from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
 from ..linalg.block_diagonal import BlockDiagonal, joined, part_of
 from ..linalg.dual_solution import DualSolution

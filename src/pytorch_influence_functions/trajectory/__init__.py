@@ -1,1 +1,10 @@
 """Attribution along the training run."""
+
+from .segments import AdamState, Segment
+from .source import SOURCE
+
+__all__ = [
+    "SOURCE",
+    "AdamState",
+    "Segment",
+]

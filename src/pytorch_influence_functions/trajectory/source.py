@@ -29,7 +29,6 @@ from ..influence.assumptions import StationarityCheck
 from ..influence.checks import check_problem, check_top, in_queries
 from ..influence.method import AbstractMethod, as_scores, resolved_measure, weights_of
 from ..influence.run_log import RunLog, refuse_nonfinite
-from ..influence.scaling import rowwise
 from ..influence.topk import TopK
 from ..linalg.dense import Matrix
 from ..linalg.operator import AbstractSpectral
@@ -290,7 +289,7 @@ class SourceAttribution:
         """<x_n, g_n> at these weights for matching rows, in float64."""
         found, at = [], 0
         for slab in derivatives.stream(ids=ids, label="self-influence", world=World()):
-            found.append(rowwise(solved.take(slice(at, at + len(slab.ids))), slab.rows))
+            found.append(solved.take(slice(at, at + len(slab.ids))).rowwise(slab.rows))
             at += len(slab.ids)
         pull = self._decay_term(derivatives, solved)
         own = torch.cat(found)

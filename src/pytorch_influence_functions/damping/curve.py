@@ -19,7 +19,6 @@ from torch import Tensor
 from ..core.distributed import World
 from ..core.errors import InvalidInput, NonFinite
 from ..curvature.base import AbstractCurvature
-from ..curvature.damping import Absolute, AbstractDamping, HasMeanEigenvalue
 from ..curvature.exact import GGN, EmpiricalFisher, Fisher
 from ..gradients.per_example import Derivatives, slopes
 from ..linalg.dense import Eigen, Matrix
@@ -29,7 +28,7 @@ from ..linalg.rows import Rows
 from ..objectives.base import AbstractLikelihood
 from ..problem.data import Source
 from ..problem.problem import sweep
-from .scaling import rowwise
+from .rules import Absolute, AbstractDamping, HasMeanEigenvalue
 
 log = logging.getLogger("pytorch_influence_functions")
 
@@ -397,7 +396,7 @@ def _outputs(basis: _Basis, derivatives: Derivatives, theta: Rows | None, goal: 
         if basis.count is not None:
             for k in range(width):
                 for j in range(k + 1):
-                    own[:, k, j] = own[:, j, k] = rowwise(rows[k], rows[j]).double()
+                    own[:, k, j] = own[:, j, k] = rows[k].rowwise(rows[j]).double()
         yield _Local(
             torch.stack([basis.project(r) for r in rows], 1),
             own,

@@ -1,0 +1,13 @@
+"""lambda: rules that choose how much is added to the curvature."""
+
+from .curve import DampingCurve, FromCurve
+from .rules import Absolute, AbstractDamping, FromTraining, Relative
+
+__all__ = [
+    "Absolute",
+    "AbstractDamping",
+    "DampingCurve",
+    "FromCurve",
+    "FromTraining",
+    "Relative",
+]

@@ -1,0 +1,15 @@
+"""Figures of scores. Each function returns a matplotlib `Figure`, opens no window and changes no setting."""
+
+from .bars import plot_bars
+from .query import plot_agreement, plot_damping_curve, plot_influences
+from .summaries import plot_class_matrix, plot_convergence, plot_self_influence
+
+__all__ = [
+    "plot_agreement",
+    "plot_bars",
+    "plot_class_matrix",
+    "plot_convergence",
+    "plot_damping_curve",
+    "plot_influences",
+    "plot_self_influence",
+]

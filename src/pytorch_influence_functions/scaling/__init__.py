@@ -1,0 +1,13 @@
+"""What becomes of the raw first-order scores."""
+
+from .base import AbstractScaling, Raw
+from .leverage import Leverage
+from .relative import Cosine, RelatIF
+
+__all__ = [
+    "AbstractScaling",
+    "Cosine",
+    "Leverage",
+    "Raw",
+    "RelatIF",
+]

@@ -1,0 +1,62 @@
+"""What becomes of raw first-order scores.
+
+First-order influence *underestimates* removals, the more so the higher an example's leverage: removing
+it also removes its share of the curvature. `Leverage()` corrects for that. `RelatIF()` and `Cosine()` divide by how
+much an example moves the model at all: for finding examples that matter to this query and not to every query. Their
+scores are no predicted changes any more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..gradients.per_example import Derivatives, GradientBatch
+from ..linalg.rows import Rows
+from ..solvers.base import Solution
+
+
+@dataclass(frozen=True, eq=False)
+class Solving:
+    """What a scaling may ask of a fitted model: `solve` gives (C + D)^-1 of rows, `count` is N."""
+
+    solve: Callable[[Rows], Solution]
+    quadratic: Callable[[Rows], Tensor]
+    """b^T (C + D)^-1 b for every row."""
+    count: int
+
+
+class AbstractScaling(ABC):
+    """How raw scores are rescaled: by which rows stand for the training examples."""
+
+    first_order: ClassVar[bool]
+    """Whether the rows are the plain loss gradients, so that stored rows and forward mode may stand in for them."""
+
+    @abstractmethod
+    def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
+        """The training rows, batch by batch in dataset order."""
+
+    def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:
+        """One number per query that its scores are multiplied by; `rows` are the unsolved query gradients."""
+        return None
+
+    @property
+    def note(self) -> str:
+        """What to say with a result that is no predicted change; empty for one that is."""
+        return ""
+
+
+@final
+@dataclass(frozen=True)
+class Raw(AbstractScaling):
+    """The first-order scores as they are."""
+
+    first_order: ClassVar[bool] = True
+
+    def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
+        return derivatives.stream(label="scoring")
