@@ -460,9 +460,9 @@ def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide() -> None
     assert relative_gap(got.values, want.values) < 5e-3
     alone = ptif.Influence(GGN(), CG(1e-3), Relative(0.3)).fit(problem).score((x[:2], y[:2]))
     assert got.diagnostics.steps < 0.8 * alone.diagnostics.steps
-    operator = fitted.members[0].guide.operator  # type: ignore[union-attr]
+    operator = fitted.members[0].preconditioner.operator  # type: ignore[union-attr]
     again = fitted.with_damping(1e-3)
-    assert again.members[0].guide.operator is operator  # type: ignore[union-attr]
+    assert again.members[0].preconditioner.operator is operator  # type: ignore[union-attr]
     assert again.score((x[:1], y[:1])).diagnostics.residual_max <= 1e-3
 
 

@@ -17,6 +17,7 @@ from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.curvature import GGN, Hessian
 from pytorch_influence_functions.damping import FromTraining
 from pytorch_influence_functions.influence.method import Fitted
+from pytorch_influence_functions.influence.scoring import grouped
 from pytorch_influence_functions.linalg.operator import Identity
 from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment
 from pytorch_influence_functions.trajectory.unrolling import response, survival
@@ -405,8 +406,8 @@ def test_queries_are_grouped_by_memory() -> None:
     _, unrolled = fitted(data)
     each = unrolled.problem.space.size * 8 * 4
     small = replace(unrolled, spec=replace(unrolled.spec, memory=each * 4 * 3))
-    groups = [[len(s.ids) for s in held] for held in small._grouped(small.derivatives.stream())]
-    assert all(sum(g) <= 3 for g in groups) and sum(map(sum, groups)) == 20
+    groups = grouped(((g.ids, g.rows) for g in small.derivatives.stream()), small._room())
+    assert [len(ids) for ids, _ in groups] == [3] * 6 + [2]
     assert torch.allclose(small.self_influence(), unrolled.self_influence(), rtol=1e-10)
     got, want = small.score((data[1], data[2])), unrolled.score((data[1], data[2]))
     assert torch.allclose(got.values, want.values, rtol=1e-10)
@@ -458,7 +459,7 @@ def test_kronecker_curvature_equals_its_own_dense_matrix(curvature: str) -> None
     unrolled = SOURCE(segments, record).fit(problem_of(data, weight_decay=0.01))
     space = unrolled.problem.space
     flows = []
-    for stretch in unrolled.stretches:
+    for stretch in unrolled.segments:
         eye = torch.eye(space.size, dtype=torch.float64)
         flows.append(flow(stretch.operator.apply(space.rows(eye)).flat(), stretch.segment.span))
     _, (g0, g1, g2) = parts(data, states, lambda *a: torch.zeros(1))

@@ -12,7 +12,6 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.curvature import EKFAC, EmpiricalFisher
 from pytorch_influence_functions.gradients.vjp import at, detached
-from pytorch_influence_functions.influence.run_log import RunLog
 from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.scaling.relative import RelatIF
 from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
@@ -96,7 +95,9 @@ def test_a_token_that_teaches_nothing_new_moves_with_its_own_loss_only() -> None
     problem, queries = setting()
     attribution = ptif.Influence(EmpiricalFisher(), Spectral(), 0.1).fit(problem)
     part = attribution.token_scores(queries[:1], [4])[4][0] * len(problem)
-    ((_, solved),) = attribution._solved(attribution.members[0], Source.of(queries[:1]), problem.objective, RunLog())
+    member = attribution.members[0]
+    (gradients,) = member.derivatives.stream(Source.of(queries[:1]))
+    solved = member.solve(gradients.rows).unwrap()
     tree = problem.space.to_parameters(solved)
     objective, item = ptif.TokenCrossEntropy(shift=True), problem.data.item(4)
     batch = {k: v[None] for k, v in item.items()}

@@ -25,8 +25,7 @@ from pytorch_influence_functions.gradients import Route
 from pytorch_influence_functions.gradients import layer_rules as layers
 from pytorch_influence_functions.gradients import per_example as gradients
 from pytorch_influence_functions.gradients import recording as capture
-from pytorch_influence_functions.influence import attribution, topk
-from pytorch_influence_functions.influence import method as fitting
+from pytorch_influence_functions.influence import attribution, scoring, topk
 from pytorch_influence_functions.linalg import rows
 from pytorch_influence_functions.linalg.blocks import Conv, Dense, Outer
 from pytorch_influence_functions.linalg.dense import Eigen
@@ -34,7 +33,7 @@ from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.space import Space
 from pytorch_influence_functions.problem import model_state as guard
 from pytorch_influence_functions.problem.data import Source
-from pytorch_influence_functions.scaling import base as scaling
+from pytorch_influence_functions.scaling import leverage as scaling
 from pytorch_influence_functions.solvers import CG, Neumann, Spectral, Woodbury, neumann
 from pytorch_influence_functions.solvers.base import Solution, System
 from tests.laws.zoo import CASES, build
@@ -304,9 +303,9 @@ def scored(change: Callable[[Any, Tensor], Tensor]) -> Patch:
     """A bug in what leaves the scoring pass."""
 
     def bug(original: Any, self: Any, *args: Any) -> Any:
-        return ((at, ids, change(self, v)) for at, ids, v in original(self, *args))
+        return ((ids, change(self, v)) for ids, v in original(self, *args))
 
-    return swap(attribution.Attribution, "_blocks", bug)
+    return swap(scoring.TrainingStream, "blocks", bug)
 
 
 def one_step_only(original: Any, self: Any, seed: int) -> Tensor:
@@ -333,7 +332,7 @@ SNAPSHOT = guard._Snapshot
 
 BUGS = [
     Bug("eigenvectors transposed", swap(Eigen, "function", transposed), DENSE),
-    Bug("1/N lost", scored(lambda self, v: v * len(self.problem)), DENSE),
+    Bug("1/N lost", scored(lambda self, v: v * len(self.derivatives.problem)), DENSE),
     Bug("sign flipped", scored(lambda self, v: -v), DENSE),
     Bug("damping left out of the product", swap(System, "product", lambda f, self, x: self.curvature(x)), ITERATED),
     Bug(
@@ -367,7 +366,7 @@ BUGS = [
     Bug("batches under wrong indices", swap(Source, "load", wrong_indices), shuffled_law),
     Bug("model left in eval mode", swap(SNAPSHOT, "restore", left_in_eval), trace_law),
     Bug("frozen parameters thawed", swap(SNAPSHOT, "restore", left_thawed), trace_law),
-    Bug("checkpoint left in the model", swap(fitting, "at_checkpoint", checkpoint_left_in), trace_law),
+    Bug("checkpoint left in the model", swap(attribution, "at_checkpoint", checkpoint_left_in), trace_law),
     Bug("leverage added, not removed", swap(scaling, "leverage_corrected", added_leverage), ridge_law),
     Bug("NaN ranked", swap(ptif.Scores, "_check_finite", lambda f, self: None), nan_law),
     Bug("last batch lost in the merge", swap(topk.TopK, "add", last_batch_lost), top_law),

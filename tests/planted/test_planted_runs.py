@@ -11,6 +11,7 @@ from torch import nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import GGN
+from pytorch_influence_functions.influence import scoring
 from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment, unrolling
 from pytorch_influence_functions.trajectory import segments as schedule
 from pytorch_influence_functions.trajectory import source as trajectory
@@ -59,8 +60,8 @@ def only_first(original: Any, self: Any, members: Any, form: Any, budget: Any) -
     return original(self, members[:1], form, budget)
 
 
-def other_end(original: Any, self: Any, rows: Any, ledger: Any = None) -> Any:
-    return original(self, rows, ledger)[::-1]
+def other_end(original: Any, self: Any, rows: Any, log: Any = None) -> Any:
+    return original(self, rows, log)[::-1]
 
 
 def adam_on_both_sides(original: Any, self: Any, rows: Any, operator: Any, into: int, out: int) -> Any:
@@ -79,7 +80,7 @@ BUGS = [
     Bug("one learning rate too many", swap(unrolling, "survival", lambda f, lam, t: f(lam, 2 * t)), run_law()),
     Bug("segments in the wrong order", swap(RUN, "_propagated", other_end), run_law()),
     Bug("curvature of one checkpoint only", swap(GGN, "mean_of", only_first), run_law()),
-    Bug("penalty lost", swap(RUN, "_decay_term", lambda f, self, d, x: None), run_law()),
+    Bug("penalty lost", swap(scoring, "decay_term", lambda f, d, x: None), run_law()),
     Bug("Adam on both sides", swap(STRETCH, "_between", adam_on_both_sides), BOTH),
     Bug("Adam transposed", swap(STRETCH, "_between", transposed), BOTH),
     Bug("Adam's eps lost", swap(schedule.AdamState, "root", lambda f, self, s: f(self, s) * 1.1), BOTH),

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..core.distributed import World
 from ..core.errors import InvalidInput
 from ..core.files import write_bytes
-from ..influence.run_log import labels_of
 from ..problem.problem import Problem, sweep
 from ..scores import files as scores_io
 from ..scores.indexing import value
@@ -71,13 +70,15 @@ def kept_self_influence(folder: Path) -> Tensor | None:
 
 def label_words(problem: Problem) -> list[str] | None:
     """Every training example's label as a person would read it; None where targets are no labels."""
-    found: list[Any] = []
-    for ids, batch in sweep(problem, label="labels", world=World()):
-        found += labels_of(batch, len(ids))
-    if any(label is None for label in found):
+    labels = problem.labels
+    if not labels.complete:  # where nothing was computed, nothing has been read either
+        for _ in sweep(problem, label="labels", world=World()):
+            pass
+    known = labels.as_list(World())
+    if known is None or any(label is None for label in known):
         return None
     names = problem.data.class_names
-    return [_word(value(label), names) for label in found]
+    return [_word(value(label), names) for label in known]
 
 
 def _word(label: Any, names: Sequence[str] | None) -> str:

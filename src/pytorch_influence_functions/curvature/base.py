@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -90,7 +89,7 @@ class AbstractCurvature(ABC):
         total: AbstractSymmetric | None = None
         for checkpoint, derivatives in members:
             model = derivatives.problem.model
-            with nullcontext() if checkpoint is None else at_checkpoint(model, checkpoint):
+            with at_checkpoint(model, checkpoint):
                 one = self.of(derivatives, form, budget)
             if len(members) == 1:
                 return one

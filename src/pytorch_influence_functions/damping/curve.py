@@ -53,7 +53,7 @@ class FittedCurvature(Protocol):
     @property
     def derivatives(self) -> Derivatives: ...
     @property
-    def choice(self) -> Choosing: ...
+    def composition(self) -> Choosing: ...
 
 
 @final
@@ -167,10 +167,10 @@ class FromCurve(AbstractDamping):
                 tried predicts the held-out loss.
         """
         derivatives, operator = fitted.derivatives, fitted.operator
-        _refuse(fitted.choice.curvature, derivatives)
+        _refuse(fitted.composition.curvature, derivatives)
         basis = _Basis.of(operator)
         lambdas = self.lambdas or tuple((_GRID * _scale(operator)).tolist())
-        empirical = isinstance(fitted.choice.curvature, EmpiricalFisher)
+        empirical = isinstance(fitted.composition.curvature, EmpiricalFisher)
         target = None if self.held_out is None else _held_out_loss(derivatives, self.held_out)
         losses, training = _predicted(basis, derivatives, empirical, lambdas, refit=target is None)
         return _chosen(lambdas, losses, training, target)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInput, SolveFailed
 from ..core.progress import track
 from ..gradients.vjp import at, detached
-from ..influence.method import resolved_measure
+from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
 from ..problem.data import Source, map_tensors
 from ..problem.problem import Problem
@@ -65,8 +65,8 @@ def pbrf(
     if not 0 < step <= 1:
         raise InvalidInput(f"step must lie above 0 and be at most 1, got {step}.")
     asked = Source.of(queries)
-    trained = resolved_measure(problem, problem.objective, problem.objective, problem.data)
-    measured = resolved_measure(problem, trained, measure, asked)
+    trained = resolve_measure(problem, problem.objective, problem.objective, problem.data)
+    measured = resolve_measure(problem, trained, measure, asked)
     subsets = Subsets.leave_one_out(len(problem), ids)
     response = _Response(problem, trained, damping, step)
     query_batch = _double(Examples.of(asked).batch)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..core.errors import InvalidInput
 from ..core.progress import Meter
-from ..influence.method import resolved_measure
+from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
@@ -130,7 +130,7 @@ def _objective(recipe: Recipe, source: Source, seed: int) -> tuple[Problem, Abst
     """The training loss, inferred where it is not given, with its reduction known."""
     model = recipe.fresh(seed)
     problem = Problem(model, recipe.objective() or infer_objective(model, source), source)
-    return problem, resolved_measure(problem, problem.objective, problem.objective, source)
+    return problem, resolve_measure(problem, problem.objective, problem.objective, source)
 
 
 @final
@@ -165,7 +165,7 @@ class _Plan:
         for name, tensor in sorted(model.state_dict().items()):
             kept.absorb(made, name, tensor)
         threads = 1 if way.draws else workers or torch.get_num_threads()
-        measured = resolved_measure(problem, objective, asked, queries)
+        measured = resolve_measure(problem, objective, asked, queries)
         said = f"{way.words}; {threads} thread{'s' * (threads != 1)}"
         parts = (recipe, objective, measured, source, queries, examples, way, threads, repr(recipe), said)
         return _Plan(*parts, _mark(made, source, queries, measured))
@@ -183,7 +183,7 @@ class _Plan:
         if isinstance(measured, FromFunction):  # how it averages is found by trying it on a model
             probe = own.Work(recipe, source, queries, measured)
             first = probe.train(Job(torch.ones(len(source), dtype=torch.bool), {}, seed))
-            measured = resolved_measure(Problem(first, measured, queries), measured, measured, queries)
+            measured = resolve_measure(Problem(first, measured, queries), measured, measured, queries)
         made = hashlib.sha256()
         kept.absorb(made, __version__, words(recipe), code_of(recipe))
         place = "in this process" if workers == 1 else f"in {workers} processes"

@@ -8,50 +8,99 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+# Columns gathered before they are merged: one selection over many columns is cheaper than many over few.
+_COLUMNS = 1024
+
 
 @dataclass(eq=False)
 class TopK:
-    """Per query the `k` largest and the `k` smallest scores seen, with their training indices.
+    """Per query the `k` largest and the `k` smallest scores of a stream, with their training indices.
 
-    Ties go to the smaller index, so the result does not depend on how the stream was cut.
+    Equal scores go to the smaller index, so the result does not depend on how the stream was cut. Holds 3 k scores per
+    query, and a buffer of a few thousand columns for one group of queries.
     """
 
     n_queries: int
     k: int
-    _held: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _largest: _Extremes = field(init=False)
+    _smallest: _Extremes = field(init=False)
+    _queries: Tensor | None = field(default=None, init=False)
+    _buffer: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._largest = _Extremes.empty(self.n_queries, self.k, sign=1.0)
+        # Twice as many: where equal scores stand among both the largest and the smallest, the next ones move up.
+        self._smallest = _Extremes.empty(self.n_queries, 2 * self.k, sign=-1.0)
 
     def add(self, at: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
         """Merge one block: scores of queries `at` on training examples `ids`."""
-        values = values.double().cpu()
-        for row, q in enumerate(at.tolist()):
-            found, index = values[row], ids
-            if q in self._held:
-                found = torch.cat([self._held[q][0], found])
-                index = torch.cat([self._held[q][1], index])
-            keep = _extremes(found, index, self.k)
-            self._held[q] = (found[keep], index[keep])
+        if self._queries is not None and not torch.equal(self._queries, at):
+            self._merge()
+        self._queries = at
+        self._buffer.append((ids.cpu(), values.double().cpu()))
+        if sum(len(i) for i, _ in self._buffer) >= max(_COLUMNS, 4 * self.k):
+            self._merge()
 
     def result(self) -> tuple[Float[Tensor, "q m"], Int[Tensor, "q m"]]:
-        """Scores and training indices, each row in descending order of score."""
-        rows = []
-        for q in range(self.n_queries):
-            values, index = self._held[q]
-            order = _order(values, index)
-            rows.append((values[order], index[order]))
-        return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
+        """Scores and training indices, each row in descending order of score; m is 2 k, or N where that is less."""
+        self._merge()
+        largest, smallest = self._largest, self._smallest
+        values = torch.cat([largest.values, smallest.values], 1)
+        ids = torch.cat([largest.ids, smallest.ids], 1)
+        twice = (smallest.ids[:, :, None] == largest.ids[:, None]).any(2)
+        usable = torch.cat([largest.ids >= 0, (smallest.ids >= 0) & ~twice], 1)
+        width = min(2 * self.k, int(usable.sum(1).min()))
+        # The usable ones first, the largest before the smallest: both are in the order in which they are taken.
+        kept = torch.argsort((~usable).int(), dim=1, stable=True)[:, :width]
+        values, ids = values.gather(1, kept), ids.gather(1, kept)
+        order = _descending(values, ids)
+        return values.gather(1, order), ids.gather(1, order)
+
+    def _merge(self) -> None:
+        if self._queries is None:
+            return
+        ids = torch.cat([i for i, _ in self._buffer])
+        values = torch.cat([v for _, v in self._buffer], 1)
+        for extremes in (self._largest, self._smallest):
+            extremes.merge(self._queries, ids, values)
+        self._queries = None
+        self._buffer.clear()
 
 
-def _order(values: Tensor, index: Tensor) -> Tensor:
-    """Descending by value, ascending by index among equals."""
-    by_index = torch.argsort(index)
-    return by_index[torch.argsort(values[by_index], descending=True, stable=True)]
+@dataclass(eq=False)
+class _Extremes:
+    """The best scores of every query in descending order of sign * score; -1 stands where there is none yet."""
+
+    values: Float[Tensor, "q k"]
+    ids: Int[Tensor, "q k"]
+    sign: float
+
+    @staticmethod
+    def empty(n_queries: int, k: int, sign: float) -> _Extremes:
+        values = torch.full((n_queries, k), -sign * torch.inf, dtype=torch.float64)
+        return _Extremes(values, torch.full((n_queries, k), -1), sign)
+
+    def merge(self, at: Tensor, ids: Tensor, values: Tensor) -> None:
+        known = self.ids[at]
+        ids = torch.cat([known, ids.expand(len(at), -1)], 1)
+        signed = self.sign * torch.cat([self.values[at], values], 1)
+        best = _best(signed, ids, known.shape[1])
+        self.values[at] = self.sign * signed.gather(1, best)
+        self.ids[at] = ids.gather(1, best)
 
 
-def _extremes(values: Tensor, index: Tensor, k: int) -> Tensor:
-    if len(values) <= 2 * k:
-        return torch.arange(len(values))
-    descending = _order(values, index)
-    # The other end in the same order of indices among equals; what both ends claim is taken once, the gap filled.
-    ascending = _order(-values, index)
-    kept = list(dict.fromkeys(descending[:k].tolist() + ascending.tolist()))
-    return torch.tensor(kept[: 2 * k])
+def _best(values: Float[Tensor, "q w"], ids: Int[Tensor, "q w"], k: int) -> Int[Tensor, "q k"]:
+    """Columns of the k largest values of every row in descending order, the smaller id first among equals."""
+    largest, columns = torch.topk(values, k, dim=1)
+    # Which of several equal values `topk` takes is not promised, so rows with equals among them are sorted in full.
+    unclear = ((values >= largest[:, -1:]).sum(1) > k) | (largest[:, 1:] == largest[:, :-1]).any(1)
+    rows = unclear.nonzero().flatten()
+    if len(rows):
+        columns[rows] = _descending(values[rows], ids[rows])[:, :k]
+    return columns
+
+
+def _descending(values: Tensor, ids: Tensor) -> Tensor:
+    """The order of every row: descending by value, ascending by id among equals."""
+    by_id = torch.argsort(ids, dim=1)
+    return by_id.gather(1, torch.argsort(values.gather(1, by_id), dim=1, descending=True, stable=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,8 @@ class DualSolution:
     is N. Behaves as `Rows` where scoring needs it: `len`, `inner`, `flat`, `take`, `scaled`,
     `squared_norms`, dtype, device.
     """
+
+    written_out: ClassVar[bool] = False
 
     base: Rows
     basis: Rows
@@ -54,6 +57,10 @@ class DualSolution:
         # The big side first: its factored form is the one whose route matters.
         removed = self.coefficients @ self.basis.inner(seen, route).double()
         return (direct.sub_(removed) / (uniform if uniform is not None else 1.0)).to(self.dtype)
+
+    def against(self, training: Rows, route: Route | None = None) -> Float[Tensor, "n m"]:
+        """The same as `inner`, under the name that `Rows` has for it."""
+        return self.inner(training, route)
 
     def quadratic(self) -> Float[Tensor, " n"]:
         """<x_n, b_n> = b^T (C + D)^-1 b per row, without an n x n product: N times the leverage of b."""
@@ -89,7 +96,9 @@ class DualSolution:
         return self.rows().squared_norms()
 
     def rowwise(self, other: Rows) -> Float[Tensor, " n"]:
-        """<x_n, other_n> for matching rows."""
+        """<x_n, other_n> for matching rows; cheap where they are the right-hand sides themselves."""
+        if other is self.base:
+            return self.quadratic()
         return other.rowwise(self.rows())
 
     def take(self, index: Tensor | slice) -> DualSolution:

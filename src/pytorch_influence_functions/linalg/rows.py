@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -233,6 +234,9 @@ class Rows:
     Blocks are named by `Space`; two `Rows` meet block by block, so they must come from the same space.
     """
 
+    written_out: ClassVar[bool] = True
+    """Whether each row can be followed as a direction without further work; a `DualSolution` cannot."""
+
     blocks: Mapping[str, AbstractBlock]
 
     def __len__(self) -> int:
@@ -260,6 +264,10 @@ class Rows:
         assert total is not None
         return total
 
+    def against(self, training: Rows, route: Route | None = None) -> Float[Tensor, "n m"]:
+        """<self_n, training_m> for solved queries, routed by the form in which the training rows are held."""
+        return training.inner(self, route).T
+
     def rowwise(self, other: Rows) -> Float[Tensor, " n"]:
         """<self_n, other_n> for matching rows."""
         total = torch.zeros(len(self), dtype=self.dtype, device=self.device)
@@ -271,6 +279,10 @@ class Rows:
     def routes(self, other: Rows) -> dict[str, Route]:
         """Which route `inner` would take for each block."""
         return {k: choose(b, other.blocks[k]) for k, b in self.blocks.items()}
+
+    def rows(self) -> Rows:
+        """These rows; a `DualSolution` writes itself out."""
+        return self
 
     def map(self, f: Callable[[str, AbstractBlock], AbstractBlock]) -> Rows:
         return Rows({k: f(k, b) for k, b in self.blocks.items()})

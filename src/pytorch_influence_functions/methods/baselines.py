@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -16,10 +17,12 @@ from ..core.errors import InvalidInput
 from ..curvature.exact import Identity
 from ..damping.rules import Absolute
 from ..influence.attribution import Attribution, Influence
-from ..influence.checks import check_problem, in_queries
-from ..influence.method import AbstractMethod, resolved_measure, weights_of
+from ..influence.checks import check_problem
+from ..influence.method import AbstractMethod
+from ..influence.question import Question, resolve_measure
+from ..influence.scoring import ScoringPass
 from ..linalg.space import ROOT, Space
-from ..objectives.base import AbstractObjective
+from ..problem.checkpoints import at_checkpoint
 from ..problem.data import Source
 from ..problem.model_state import preserved
 from ..problem.problem import Problem, sweep
@@ -106,39 +109,75 @@ def last_linear(problem: Problem) -> str:
 # ------------------------------------------------------------------------------------------ plain ones
 
 
+class AbstractBaseline(AbstractMethod):
+    """A plain method: a number for every query and training example, without any derivative."""
+
+    why: ClassVar[str]
+    """What the number is, in words."""
+
+    @abstractmethod
+    def values(self, problem: Problem, queries: Source) -> Float[Tensor, "q n"]:
+        """A number for every query and training example at the model's present weights, high where it helps."""
+
+    @abstractmethod
+    def own_values(self, problem: Problem) -> Float[Tensor, " n"]:
+        """Every training example's number on itself."""
+
+    def fit(self, problem: Problem, n_queries: int = 1) -> FittedBaseline:
+        check_problem(problem)
+        return FittedBaseline(self, problem)
+
+
 @final
 @dataclass(frozen=True)
-class Random(AbstractMethod):
+class Random(AbstractBaseline):
     """Numbers drawn at random: what any method has to beat.
+
+    Args:
+        seed: other seeds give other numbers.
 
     >>> Random(seed=1)
     Random(seed=1)
     """
 
     seed: int = 0
+    why: ClassVar[str] = "random numbers"
 
-    def fit(self, problem: Problem, n_queries: int = 1) -> FittedBaseline:
-        return FittedBaseline(self, problem, "random numbers")
+    def values(self, problem: Problem, queries: Source) -> Tensor:
+        return torch.randn(len(queries), len(problem), generator=torch.Generator().manual_seed(self.seed))
+
+    def own_values(self, problem: Problem) -> Tensor:
+        return torch.randn(len(problem), generator=torch.Generator().manual_seed(self.seed))
 
 
 @final
 @dataclass(frozen=True)
-class TrainingLoss(AbstractMethod):
+class TrainingLoss(AbstractBaseline):
     """The training loss of each example, the same for every query: what is learnt least is taken to matter most.
 
-    As self-scores it is the usual way to look for wrong labels.
+    As self-influence it is the usual way to look for wrong labels.
 
     >>> TrainingLoss()
     TrainingLoss()
     """
 
-    def fit(self, problem: Problem, n_queries: int = 1) -> FittedBaseline:
-        return FittedBaseline(self, problem, "the loss of each training example, whatever the query")
+    why: ClassVar[str] = "the loss of each training example, whatever the query"
+
+    def values(self, problem: Problem, queries: Source) -> Tensor:
+        return self.own_values(problem).expand(len(queries), -1)
+
+    def own_values(self, problem: Problem) -> Tensor:
+        objective = resolve_measure(problem, problem.objective, problem.objective, problem.data)
+        losses = []
+        for _, batch in sweep(problem, label="losses", world=World()):
+            with torch.no_grad():
+                losses.append(objective.losses(objective.outputs(problem.model, batch), batch).float().cpu())
+        return torch.cat(losses)
 
 
 @final
 @dataclass(frozen=True)
-class EmbeddingSimilarity(AbstractMethod):
+class EmbeddingSimilarity(AbstractBaseline):
     """Cosine between the features that enter the last linear layer: what looks alike is taken to help.
 
     Features of several positions (tokens) are averaged. Raises (when fitted) `InvalidInput` where the outputs are not a
@@ -148,8 +187,28 @@ class EmbeddingSimilarity(AbstractMethod):
     EmbeddingSimilarity()
     """
 
+    why: ClassVar[str] = "cosine of the features before the last layer"
+
     def fit(self, problem: Problem, n_queries: int = 1) -> FittedBaseline:
-        return FittedBaseline(self, problem, "cosine of the features before the last layer", last_linear(problem))
+        check_problem(problem)
+        last_linear(problem)
+        return FittedBaseline(self, problem)
+
+    def values(self, problem: Problem, queries: Source) -> Tensor:
+        layer = last_linear(problem)
+        return self._features(problem, layer, queries) @ self._features(problem, layer, problem.data).T
+
+    def own_values(self, problem: Problem) -> Tensor:
+        return torch.ones(len(problem))
+
+    def _features(self, problem: Problem, layer: str, source: Source) -> Tensor:
+        features = []
+        for _, batch in sweep(problem, source, label="features", world=World()):
+            with entering(problem.model, layer) as calls, torch.no_grad():
+                problem.objective.outputs(problem.model, batch)
+            x = calls[-1].float().cpu()
+            features.append(x if x.dim() == 2 else x.flatten(1, -2).mean(1))
+        return nn.functional.normalize(torch.cat(features), dim=1)
 
 
 @final
@@ -157,13 +216,13 @@ class EmbeddingSimilarity(AbstractMethod):
 class FittedBaseline:
     """A plain baseline with a problem; what it gives is in no unit, only its order means something."""
 
-    spec: Random | TrainingLoss | EmbeddingSimilarity
+    spec: AbstractBaseline
     problem: Problem
-    why: str
-    layer: str = ROOT
 
-    def __post_init__(self) -> None:
-        check_problem(self.problem)
+    @property
+    def why(self) -> str:
+        """What the numbers are."""
+        return self.spec.why
 
     @property
     def method(self) -> str:
@@ -172,69 +231,29 @@ class FittedBaseline:
 
     def score(self, queries: Any, measure: Any = None, top: int | None = None) -> Scores:
         """A number for every query and training example, high (of a loss) where the example is taken to help."""
-        with in_queries():
-            source = Source.of(queries, self.problem.batch_size)
-        objective = resolved_measure(self.problem, self.problem.objective, measure, source)
-        members = self.problem.checkpoints or (None,)
-        total = torch.zeros(len(source), len(self.problem))
-        for member in members:
-            with weights_of(self.problem, member):
-                total += self._values(source) / len(members)
-        values = total if objective.lower_is_better else -total
-        found = Scores(
-            values,
-            lower_is_better=objective.lower_is_better,
-            class_names=self.problem.data.class_names,
-            diagnostics=Diagnostics(
-                method=self.method,
-                why=self.why,
-                n_train=len(self.problem),
-                n_queries=len(source),
-                members=len(members),
-                needs_minimum=False,
-                approximation="a plain baseline: no prediction of any change",
-            ),
-            train_source=self.problem.data,
-            query_source=source,
+        problem = self.problem
+        question = Question.of(problem, problem.objective, queries, measure, top)
+        checkpoints = problem.checkpoints or (None,)
+        scoring = ScoringPass(problem, question, streamed=len(checkpoints) == 1)
+        sign = 1.0 if question.measure.lower_is_better else -1.0
+        everyone, at = torch.arange(len(problem)), torch.arange(len(question))
+        for checkpoint in checkpoints:
+            with at_checkpoint(problem.model, checkpoint):
+                values = self.spec.values(problem, question.source)
+                scoring.add(at, everyone, values.double() * (sign / len(checkpoints)))
+        facts = Diagnostics(
+            method=self.method,
+            why=self.spec.why,
+            n_train=len(problem),
+            members=len(checkpoints),
+            needs_minimum=False,
+            approximation="a plain baseline: no prediction of any change",
         )
-        return found if top is None else found.top(top)
+        return scoring.scores(lambda log: facts)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's number on itself: its loss, for `TrainingLoss`."""
-        if isinstance(self.spec, TrainingLoss):
-            return self._losses()
-        if isinstance(self.spec, EmbeddingSimilarity):
-            return torch.ones(len(self.problem))
-        return self._drawn(1)[0]
-
-    def _values(self, queries: Source) -> Tensor:
-        if isinstance(self.spec, Random):
-            return self._drawn(len(queries))
-        if isinstance(self.spec, TrainingLoss):
-            return self._losses().expand(len(queries), -1)
-        return self._features(queries) @ self._features(self.problem.data).T
-
-    def _drawn(self, n_queries: int) -> Tensor:
-        assert isinstance(self.spec, Random)
-        return torch.randn(n_queries, len(self.problem), generator=torch.Generator().manual_seed(self.spec.seed))
-
-    def _losses(self) -> Tensor:
-        objective: AbstractObjective = self.problem.objective
-        objective = resolved_measure(self.problem, objective, objective, self.problem.data)
-        found = []
-        for _, batch in sweep(self.problem, label="losses", world=World()):
-            with torch.no_grad():
-                found.append(objective.losses(objective.outputs(self.problem.model, batch), batch).float().cpu())
-        return torch.cat(found)
-
-    def _features(self, source: Source) -> Tensor:
-        found = []
-        for _, batch in sweep(self.problem, source, label="features", world=World()):
-            with entering(self.problem.model, self.layer) as seen, torch.no_grad():
-                self.problem.objective.outputs(self.problem.model, batch)
-            x = seen[-1].float().cpu()
-            found.append(x if x.dim() == 2 else x.flatten(1, -2).mean(1))
-        return nn.functional.normalize(torch.cat(found), dim=1)
+        return self.spec.own_values(self.problem)
 
 
 @contextmanager

@@ -102,12 +102,17 @@ def named_tensors(model: nn.Module, persistent_only: bool = False) -> dict[str, 
 
 
 @contextmanager
-def at_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
+def at_checkpoint(model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[None]:
     """Give the model a checkpoint's weights and buffers for a while, then its own back, to the bit.
+
+    `None` stands for the model's own weights: nothing is changed.
 
     Raises:
         InvalidInput: as `load_checkpoint`, before anything is changed.
     """
+    if checkpoint is None:
+        yield
+        return
     state = load_checkpoint(checkpoint, model)
     own = named_tensors(model)
     before = {id(tensor): (tensor, tensor.detach().clone()) for tensor in own.values()}

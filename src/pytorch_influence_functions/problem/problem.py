@@ -20,6 +20,7 @@ from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 from .checkpoints import Checkpoint, as_checkpoints
 from .data import IdsLike, Source, check_policy, to_device
+from .labels import Labels
 from .model_state import derivative_safe, preserved
 from .weight_decay import WeightDecay, as_weight_decay
 
@@ -108,6 +109,11 @@ class Problem:
         """The layout of the chosen parameters; worked out at first use."""
         return Space.of(self.model, self.parameters, self.weight_decay.strength)
 
+    @cached_property
+    def labels(self) -> Labels:
+        """The labels of the training examples that passes over them have seen so far."""
+        return Labels(len(self))
+
     def with_(self, **changes: Any) -> Problem:
         """A copy with some arguments replaced.
 
@@ -171,9 +177,6 @@ def model_device(model: nn.Module, asked: torch.device | str | None = None) -> t
     return device
 
 
-# --------------------------------------------------------------------------- checkpoints
-
-
 # --------------------------------------------------------------------------- the only loop over data
 
 
@@ -230,6 +233,8 @@ def sweep(
         InvalidInput: an example cannot be read, or reads differently twice under `deterministic="error"`.
     """
     source = problem.data if source is None else source
+    # The same data in batches of another size are the training data still.
+    source_is_training = source.dataset is problem.data.dataset
     world = current() if world is None else world
     plan = world.shard(source.plan(ids))
     check_weights(problem.model)
@@ -240,4 +245,6 @@ def sweep(
         batches = track(source.load(plan), sum(map(len, plan)), label, lambda pair: len(pair[0]), "ex")
         for batch_ids, batch in batches:
             source.check_finite(batch_ids, batch)
+            if source_is_training:
+                problem.labels.add(batch_ids, batch)
             yield batch_ids, to_device(batch, problem.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -24,26 +24,30 @@ from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, TooLarge
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.exact import GGN
-from ..gradients.per_example import Derivatives, GradientBatch
+from ..gradients.per_example import Derivatives
 from ..influence.assumptions import StationarityCheck
-from ..influence.checks import check_problem, check_top, in_queries
-from ..influence.method import AbstractMethod, as_scores, resolved_measure, weights_of
-from ..influence.run_log import RunLog, refuse_nonfinite
-from ..influence.topk import TopK
+from ..influence.checks import check_problem
+from ..influence.method import AbstractMethod
+from ..influence.question import Question
+from ..influence.run_log import RunLog
+from ..influence.scoring import (
+    QUERY_SHARE,
+    ScoringPass,
+    TrainingStream,
+    decay_term,
+    grouped,
+    refuse_nonfinite,
+    self_influence_rows,
+)
 from ..linalg.dense import Matrix
 from ..linalg.operator import AbstractSpectral
 from ..linalg.rows import Route, Rows
-from ..objectives.base import AbstractObjective
-from ..problem.checkpoints import Checkpoint
-from ..problem.data import Source
+from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.problem import Problem
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
 from .segments import Segment, apart, evenly, refuse_shared
 from .unrolling import FittedSegment, form_of, preconditioned, refuse_overflow
-
-# Share of the memory budget that propagated queries may take.
-_QUERY_SHARE = 1 / 4
 
 
 @final
@@ -134,24 +138,24 @@ class SOURCE(AbstractMethod):
                 f"SOURCE takes its checkpoints by segment and the problem has {len(problem.checkpoints)} of its own; "
                 "leave checkpoints= out."
             )
-        with weights_of(problem, self.final):
+        with at_checkpoint(problem.model, self.final):
             derivatives = self._derivatives(problem)
-            standing = StationarityCheck.of(derivatives)
+            stationarity = StationarityCheck.of(derivatives)
         self._check_room(problem)
-        stretches = tuple(self._stretch(problem, number) for number in range(len(self.parts)))
-        refuse_overflow(stretches, problem)
-        return SourceAttribution(self, problem, derivatives, standing, stretches, time.perf_counter() - start)
+        segments = tuple(self._fit_segment(problem, number) for number in range(len(self.parts)))
+        refuse_overflow(segments, problem)
+        return SourceAttribution(self, problem, derivatives, stationarity, segments, time.perf_counter() - start)
 
     def _derivatives(self, problem: Problem) -> Derivatives:
         return Derivatives.of(problem, Route.of(self.route) if self.route in (Route.VMAP, Route.LOOP) else Route.AUTO)
 
-    def _stretch(self, problem: Problem, number: int) -> FittedSegment:
+    def _fit_segment(self, problem: Problem, number: int) -> FittedSegment:
         segment = self.parts[number]
         members = []
         for k, given in enumerate(segment.held):
             with _speaking_of(number, k):
                 checkpoint = apart(given, problem.model)
-                with weights_of(problem, checkpoint):
+                with at_checkpoint(problem.model, checkpoint):
                     members.append((checkpoint, self._derivatives(problem)))
         form = form_of(self.curvature, segment.adam is not None)
         operator = self.curvature.mean_of(members, form, Budget.of(self.memory))
@@ -219,8 +223,8 @@ class SourceAttribution:
     spec: SOURCE
     problem: Problem
     derivatives: Derivatives
-    standing: StationarityCheck
-    stretches: tuple[FittedSegment, ...]
+    stationarity: StationarityCheck
+    segments: tuple[FittedSegment, ...]
     fit_seconds: float = 0.0
 
     @property
@@ -240,6 +244,7 @@ class SourceAttribution:
             queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
             measure: what is measured on a query, an objective or loss; `None`: the training objective.
             top: keep only the k most helpful and k most harmful examples per query.
+            batch_size: queries read at once; `None`: the problem's.
 
         Returns:
             `Scores` of shape (queries, N).
@@ -247,24 +252,13 @@ class SourceAttribution:
         Raises:
             NonFinite: a gradient or score is NaN or infinite; the indices are named.
         """
-        start = time.perf_counter()
-        check_top(top)
-        with in_queries():
-            source = Source.of(queries, self.problem.batch_size if batch_size is None else batch_size)
-        n, ledger = len(self.problem), RunLog()
-        merged = TopK(len(source), top) if top is not None else None
-        whole = torch.zeros(len(source) if merged is None else 0, n, dtype=torch.float64)
-        with weights_of(self.problem, self.spec.final):
-            objective = resolved_measure(self.problem, self.derivatives.objective, measure, source)
-            for at, rows in self._queries(source, objective, ledger):
-                block = current().all_sum(self._block(at, rows, ledger))
-                if merged is None:
-                    whole[at] = block
-                else:
-                    merged.add(at, torch.arange(n), block)
-        ledger.seconds = self.fit_seconds + time.perf_counter() - start
-        found = whole if merged is None else merged
-        return as_scores(self.problem, found, objective, source, ledger, self._diagnostics(ledger, len(source)))
+        model, everyone = self.problem.model, torch.arange(len(self.problem))
+        with at_checkpoint(model, self.spec.final):
+            question = Question.of(self.problem, self.derivatives.objective, queries, measure, top, batch_size)
+            scoring = ScoringPass(self.problem, question, streamed=True)
+            for at, rows in scoring.query_groups(self.derivatives, self._room()):
+                scoring.add(at, everyone, current().all_sum(self._block(at, rows, scoring.log)))
+            return scoring.scores(self._diagnostics, self.fit_seconds)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's score on its own loss, shape [N]: how much the model leant on it to fit it.
@@ -272,114 +266,78 @@ class SourceAttribution:
         The loss is taken at the final weights, the gradients along the run, so a sign is not guaranteed. Costs one pass
         over the data per checkpoint and one at the end.
         """
-        out = torch.zeros(len(self.problem), dtype=torch.float64)
-        with weights_of(self.problem, self.spec.final):
-            for held in self._grouped(self.derivatives.stream(label="self-influence", world=World())):
-                ids = torch.cat([s.ids for s in held])
-                solved = self._propagated(Rows.cat([s.rows for s in held]))
-                for stretch, x in zip(self.stretches, solved, strict=True):
-                    for checkpoint, derivatives in stretch.members:
-                        with weights_of(self.problem, checkpoint):
-                            out[ids] += self._own(derivatives, ids, x) / (len(out) * len(stretch.members))
-        return out
+        model, n = self.problem.model, len(self.problem)
+        own = torch.zeros(n, dtype=torch.float64)
+        with at_checkpoint(model, self.spec.final):
+            for ids, rows in grouped(self_influence_rows(self.derivatives, self._room()), self._room()):
+                for segment, solved in zip(self.segments, self._propagated(rows), strict=True):
+                    for checkpoint, derivatives in segment.members:
+                        with at_checkpoint(model, checkpoint):
+                            own[ids] += self._own(derivatives, ids, solved) / (n * len(segment.members))
+        return own
 
     # ---------------------------------------------------------------- inner workings
 
     def _own(self, derivatives: Derivatives, ids: Tensor, solved: Rows) -> Tensor:
         """<x_n, g_n> at these weights for matching rows, in float64."""
-        found, at = [], 0
-        for slab in derivatives.stream(ids=ids, label="self-influence", world=World()):
-            found.append(solved.take(slice(at, at + len(slab.ids))).rowwise(slab.rows))
-            at += len(slab.ids)
-        pull = self._decay_term(derivatives, solved)
-        own = torch.cat(found)
-        return (own if pull is None else own + pull).double().cpu()
+        products, start = [], 0
+        for gradients in derivatives.stream(ids=ids, label="self-influence", world=World()):
+            part = solved.take(slice(start, start + len(gradients.ids)))
+            products.append(part.rowwise(gradients.rows))
+            start += len(gradients.ids)
+        constant = decay_term(derivatives, solved)
+        own = torch.cat(products)
+        return (own if constant is None else own + constant).double().cpu()
 
-    def _grouped(self, slabs: Iterator[GradientBatch]) -> Iterator[list[GradientBatch]]:
-        """Batches in groups as large as memory allows: a query is held once per segment."""
-        each = self.derivatives.space.size * 8 * (len(self.stretches) + 2)
-        room = max(1, int(Budget.of(self.spec.memory).bytes * _QUERY_SHARE / each))
-        held: list[GradientBatch] = []
-        for slab in slabs:
-            for part in torch.split(torch.arange(len(slab.ids)), room):
-                piece = slab if len(part) == len(slab.ids) else _part(slab, part)
-                if held and sum(len(s.ids) for s in held) + len(part) > room:
-                    yield held
-                    held = []
-                held.append(piece)
-        if held:
-            yield held
+    def _room(self) -> int:
+        """How many queries fit the memory budget: each is held once per segment."""
+        each = self.derivatives.space.size * 8 * (len(self.segments) + 2)
+        return max(1, int(Budget.of(self.spec.memory).bytes * QUERY_SHARE / each))
 
-    def _queries(self, source: Source, objective: AbstractObjective, ledger: RunLog) -> Iterator[tuple[Tensor, Rows]]:
-        """(query indices, gradients of the measure at the final weights), group by group."""
+    def _propagated(self, rows: Rows, log: RunLog | None = None) -> list[Rows]:
+        """For every segment x_l with <x_l, g> = <S_{l+1} ... S_L u, (I - S_l) H_l^-1 g>, in the order of training."""
+        u, solved = rows, []
+        for k in reversed(range(len(self.segments))):
+            segment = self.segments[k]
+            solved.append(segment.responds(u).dense())
+            if log is not None:
+                log.residuals.append(segment.residual(u.take(slice(0, 1))))
+            u = segment.survives(u) if k else u
+        return solved[::-1]
 
-        def seen() -> Iterator[GradientBatch]:
-            slabs = self.derivatives.stream(source, objective, label="query gradients", world=World())
-            while True:
-                with in_queries():
-                    slab = next(slabs, None)
-                if slab is None:
-                    return
-                ledger.see_queries(slab.ids, slab.batch)
-                yield slab
-
-        for held in self._grouped(seen()):
-            yield torch.cat([s.ids for s in held]), Rows.cat([s.rows for s in held])
-
-    def _propagated(self, rows: Rows, ledger: RunLog | None = None) -> list[Rows]:
-        """For every segment x_l with <x_l, g> = <S_{l+1} ... S_L u, (I - S_l) H_l^-1 g>, from the last to the first."""
-        u, found = rows, []
-        for k in reversed(range(len(self.stretches))):
-            stretch = self.stretches[k]
-            found.append(stretch.responds(u).dense())
-            if ledger is not None:
-                ledger.residuals.append(stretch.residual(u.take(slice(0, 1))))
-            u = stretch.survives(u) if k else u
-        return found[::-1]
-
-    def _block(self, at: Tensor, rows: Rows, ledger: RunLog) -> Tensor:
+    def _block(self, at: Tensor, rows: Rows, log: RunLog) -> Tensor:
         """Scores [q, N] of a group of queries: the training data pass once per checkpoint."""
-        n, route = len(self.problem), Route.of(self.spec.route)
-        total = torch.zeros(len(at), n, dtype=torch.float64)
-        for stretch, x in zip(self.stretches, self._propagated(rows, ledger), strict=True):
-            share = 1.0 / (n * len(stretch.members))
-            for checkpoint, derivatives in stretch.members:
-                with weights_of(self.problem, checkpoint):
-                    pull = self._decay_term(derivatives, x)
-                    for slab in derivatives.stream(label="scoring"):
-                        ledger.see_training(slab.ids, slab.batch)
-                        values = slab.rows.inner(x, route).T
-                        values = values if pull is None else values + pull[:, None]
-                        refuse_nonfinite(values, at, slab.ids)
-                        total[:, slab.ids] += values.double().cpu() * share
+        route = Route.of(self.spec.route)
+        total = torch.zeros(len(at), len(self.problem), dtype=torch.float64)
+        for segment, solved in zip(self.segments, self._propagated(rows, log), strict=True):
+            for checkpoint, derivatives in segment.members:
+                with at_checkpoint(self.problem.model, checkpoint):
+                    for ids, values in TrainingStream(derivatives, solved, route).blocks():
+                        refuse_nonfinite(values, at, ids)
+                        total[:, ids] += values.double().cpu() / len(segment.members)
         return total
 
-    def _decay_term(self, derivatives: Derivatives, solved: Rows) -> Tensor | None:
-        """<x, weight decay * theta> at these weights: only where every example carries its own penalty."""
-        if not self.problem.weight_decay.per_example or self.problem.weight_decay.is_zero:
-            return None
-        space = derivatives.space
-        values = {k: v.detach()[None] for k, v in space.values(self.problem.model).items()}
-        return solved.inner(space.from_parameters(values).scaled(space.decay))[:, 0]
-
-    def _diagnostics(self, ledger: RunLog, n_queries: int) -> Diagnostics:
-        spans = [s.segment.span for s in self.stretches]
-        found = ledger.of_method(self, self.problem, self.standing, self.derivatives.routes, n_queries)
-        return replace(
-            found,
+    def _diagnostics(self, log: RunLog) -> Diagnostics:
+        spans = [s.segment.span for s in self.segments]
+        return log.diagnostics(
+            self.problem,
+            self.stationarity,
+            self.derivatives.routes,
+            method=self.method,
+            why=self.why,
             damping=1.0 / sum(spans),
-            smallest_curvature=min(s.extremes[0] for s in self.stretches),
+            smallest_curvature=min(s.extremes[0] for s in self.segments),
             needs_minimum=False,
             notes=tuple(self._notes()),
         )
 
     def _notes(self) -> Iterator[str]:
-        members = sum(len(s.members) for s in self.stretches)
+        members = sum(len(s.members) for s in self.segments)
         yield (
-            f"unrolled over {len(self.stretches)} segments with {members} checkpoints; no damping was added, the "
+            f"unrolled over {len(self.segments)} segments with {members} checkpoints; no damping was added, the "
             "lambda above is 1 / (learning rate x steps), which the length of training stands for"
         )
-        for k, s in enumerate(self.stretches):
+        for k, s in enumerate(self.segments):
             low, high = s.extremes
             # Where heavy-ball descent on a quadratic diverges: lr * lam > 2 (1 + momentum).
             if s.segment.lr * high > 2 * (1 + s.segment.momentum):
@@ -392,10 +350,6 @@ class SourceAttribution:
                     f"segment {k + 1}: negative curvature {low:.3g} is taken to grow by e^{s.growth:.3g} over its "
                     "steps; compare with GGN()"
                 )
-
-
-def _part(slab: GradientBatch, part: Tensor) -> GradientBatch:
-    return GradientBatch(slab.ids[part], slab.rows.take(part), slab.losses[part.to(slab.losses.device)], slab.batch)
 
 
 @contextmanager

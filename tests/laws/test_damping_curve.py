@@ -129,7 +129,7 @@ def test_removal_is_one_newton_step_by_hand() -> None:
 
 def _removal(fitted: Any, held: Any) -> list[float]:
     """The calibration curve, whatever the held-out loss."""
-    from pytorch_influence_functions.influence import damping_path as module
+    from pytorch_influence_functions.damping import curve as module
 
     member = fitted.members[0]
     losses, _ = module._predicted(module._Basis.of(member.operator), member.derivatives, False, LAMBDAS, refit=False)
@@ -138,7 +138,7 @@ def _removal(fitted: Any, held: Any) -> list[float]:
 
 @pytest.mark.parametrize("refit", [False, True])
 def test_the_empirical_fisher_leaves_gradients_out(refit: bool) -> None:
-    from pytorch_influence_functions.influence import damping_path as module
+    from pytorch_influence_functions.damping import curve as module
 
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()

@@ -1,0 +1,66 @@
+"""What is asked: queries as a data source, and what is measured on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..core.distributed import World
+from ..objectives.base import AbstractObjective, inputs_and_targets
+from ..objectives.convert import as_objective
+from ..objectives.measures import FromFunction
+from ..problem.data import Source
+from ..problem.labels import Labels
+from ..problem.problem import Problem, sweep
+from .checks import check_top, in_queries, of_measure
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Queries and a measure, ready to be asked; `labels` fills while the queries are read."""
+
+    source: Source
+    measure: AbstractObjective
+    top: int | None
+    labels: Labels
+
+    @staticmethod
+    def of(
+        problem: Problem,
+        objective: AbstractObjective,
+        queries: Any,
+        measure: Any = None,
+        top: int | None = None,
+        batch_size: int | None = None,
+    ) -> Question:
+        """Read what was asked; `objective` is the training objective, which is measured where `measure` is None.
+
+        Raises:
+            InvalidInput: queries, measure or `top` cannot be used as they are.
+        """
+        check_top(top)
+        with in_queries():
+            source = Source.of(queries, problem.batch_size if batch_size is None else batch_size)
+        return Question(source, resolve_measure(problem, objective, measure, source), top, Labels(len(source)))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def resolve_measure(problem: Problem, trained: AbstractObjective, measure: Any, source: Source) -> AbstractObjective:
+    """What is measured on a query, as an objective; `None` is the training objective."""
+    if measure is None:
+        return trained
+    with of_measure():
+        objective = as_objective(measure)
+    if isinstance(objective, FromFunction):
+        ids = torch.arange(min(2, len(source)))
+        with in_queries():
+            _, batch = next(iter(sweep(problem, source, ids, world=World())))
+            with torch.no_grad():
+                outputs = objective.outputs(problem.model, batch)
+        with of_measure():
+            objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
+    return objective

@@ -1,0 +1,250 @@
+"""The one scoring pass: queries are differentiated in groups, and the training data pass by each solved group once.
+
+Every method that scores uses it. `ScoringPass` reads the queries, adds up blocks of scores, and makes the result;
+`TrainingStream` is one pass of the training data against solved queries, by whichever way is cheapest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..core.distributed import World, current
+from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..gradients.per_example import Derivatives, GradientBatch
+from ..gradients.products import Products
+from ..linalg.dual_solution import DualSolution
+from ..linalg.rows import Route, Rows
+from ..problem.problem import Problem, sweep
+from ..scores.diagnostics import Diagnostics
+from ..scores.scores import Scores
+from ..solvers.truncation import Truncation
+from .checks import in_queries
+from .question import Question
+from .run_log import RunLog
+from .topk import TopK
+
+Solved: TypeAlias = Rows | DualSolution
+
+# Share of the memory budget that solved queries, with what the solver holds beside each, may take.
+QUERY_SHARE = 1 / 4
+# Up to this many queries one forward-mode pass per query is cheaper than rows for layers without a rule.
+_FORWARD_QUERIES = 8
+
+
+@dataclass(eq=False)
+class ScoringPass:
+    """One question on its way to scores.
+
+    Args:
+        problem: whose training examples are scored.
+        question: the queries and what is measured on them.
+        streamed: whether every block that is added is final, so that the extremes of `question.top` can be kept without
+            holding all scores. False where several blocks of the same scores are added up.
+    """
+
+    problem: Problem
+    question: Question
+    streamed: bool
+    log: RunLog = field(default_factory=RunLog)
+    _started: float = field(default_factory=time.perf_counter, init=False)
+    _extremes: TopK | None = field(default=None, init=False)
+    _total: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.streamed and self.question.top is not None:
+            self._extremes = TopK(len(self.question), self.question.top)
+
+    def query_groups(self, derivatives: Derivatives, room: int) -> Iterator[tuple[Int[Tensor, " q"], Rows]]:
+        """(query indices, gradients of the measure) in groups of `room`, whatever the batches are.
+
+        Each group costs a pass over the training data, so groups are filled up to the last row.
+        """
+        yield from grouped(((g.ids, g.rows) for g in self._query_gradients(derivatives)), room)
+
+    def _query_gradients(self, derivatives: Derivatives) -> Iterator[GradientBatch]:
+        question = self.question
+        batches = derivatives.stream(question.source, question.measure, label="query gradients", world=World())
+        while True:
+            # Only what the stream itself raises speaks of the queries.
+            with in_queries():
+                gradients = next(batches, None)
+            if gradients is None:
+                return
+            question.labels.add(gradients.ids, gradients.batch)
+            yield gradients
+
+    def add(self, at: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
+        """Add a block of scores: queries `at` on training examples `ids`.
+
+        Raises:
+            NonFinite: a score is NaN or infinite: nothing is ranked around it.
+        """
+        refuse_nonfinite(values, at, ids)
+        if self._extremes is not None:
+            self._extremes.add(at, ids, values)
+        else:
+            self._whole()[at[:, None], ids[None]] += values.double().cpu()
+
+    def _whole(self) -> Tensor:
+        """All scores [Q, N], made when the first block comes: who asks for the queries alone holds none."""
+        if self._total is None:
+            self._total = torch.zeros(len(self.question), len(self.problem), dtype=torch.float64)
+        return self._total
+
+    def sum_over_workers(self) -> None:
+        """Add up what every worker scored of its own share of the training data; once, when all is added."""
+        if self._extremes is None:
+            self._total = current().all_sum(self._whole())
+
+    def scores(self, diagnostics: Callable[[RunLog], Diagnostics], fit_seconds: float = 0.0) -> Scores:
+        """The result, with labels, sources and the diagnostics that `diagnostics` makes of the log.
+
+        Scores are in the model's precision, at least float32.
+        """
+        problem, question = self.problem, self.question
+        values, indices = (self._whole(), None) if self._extremes is None else self._extremes.result()
+        dtype = next(iter(problem.space.values(problem.model).values())).dtype
+        seconds = fit_seconds + time.perf_counter() - self._started
+        record = replace(diagnostics(self.log), n_queries=len(question), seconds=seconds)
+        scores = Scores(
+            values.to(torch.float64 if dtype == torch.float64 else torch.float32),
+            lower_is_better=question.measure.lower_is_better,
+            n_train=len(problem),
+            indices=indices,
+            train_labels=problem.labels.as_list(),
+            query_labels=question.labels.as_list(World()),
+            class_names=problem.data.class_names or question.source.class_names,
+            diagnostics=record,
+            train_source=problem.data,
+            query_source=question.source,
+        )
+        return scores if question.top is None or indices is not None else scores.top(question.top)
+
+
+def grouped(batches: Iterable[tuple[Tensor, Rows]], room: int) -> Iterator[tuple[Tensor, Rows]]:
+    """Indices and rows in groups of exactly `room` rows (fewer in the last), whatever the batches are."""
+    ids: list[Tensor] = []
+    parts: list[Rows] = []
+    filled = 0
+    for batch_ids, rows in batches:
+        start, n = 0, len(batch_ids)
+        while start < n:
+            part = slice(start, start + min(n - start, room - filled))
+            ids.append(batch_ids[part])
+            parts.append(rows.take(part))
+            start, filled = part.stop, filled + part.stop - part.start
+            if filled == room:
+                yield _joined(ids, parts)
+                filled = 0
+        del batch_ids, rows
+    if ids:
+        yield _joined(ids, parts)
+
+
+def _joined(ids: list[Tensor], parts: list[Rows]) -> tuple[Tensor, Rows]:
+    """All parts as one, and the lists emptied: they must not keep the parts alive."""
+    joined = torch.cat(ids), Rows.cat(parts)
+    ids.clear()
+    parts.clear()
+    return joined
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingStream:
+    """Solved queries against every training example at the model's present weights, in one pass.
+
+    Args:
+        derivatives: how gradients are taken at these weights.
+        solved: (C + D)^-1 grad m(q) of a group of queries.
+        route: the way of the inner products, see `Route`.
+        training_rows: the rows that stand for the training examples, batch by batch; None: their loss gradients.
+        stored: all training gradients, where a fit has kept them: then nothing is read.
+        truncation: keep the solved queries in low rank while they are used.
+        log: takes the certificate of the truncation.
+    """
+
+    derivatives: Derivatives
+    solved: Solved
+    route: Route = Route.AUTO
+    training_rows: Callable[[], Iterator[GradientBatch]] | None = None
+    stored: Rows | None = None
+    truncation: Truncation | None = None
+    log: RunLog = field(default_factory=RunLog)
+
+    def blocks(self) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "q n"]]]:
+        """(training ids, scores of the group on them), in dataset order."""
+        n, constant = len(self.derivatives.problem), decay_term(self.derivatives, self.solved)
+        for ids, values in self._products():
+            yield ids, (values if constant is None else values + constant[:, None]) / n
+
+    def _products(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.stored is not None and self.training_rows is None:
+            # Every worker holds all stored rows; one of them speaks.
+            if current().rank == 0:
+                yield torch.arange(len(self.stored)), self.solved.against(self.stored)
+        elif self._takes_forward_mode():
+            yield from self._by_forward_mode()
+        else:
+            yield from self._by_rows()
+
+    def _by_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n = len(self.derivatives.problem)
+        truncated = None if self.truncation is None else self.truncation.of(self.solved.rows())
+        solved = self.solved if truncated is None else truncated.rows
+        rows = self.derivatives.stream(label="scoring") if self.training_rows is None else self.training_rows()
+        for gradients in rows:
+            if truncated is not None:
+                self.log.add_truncation(truncated, truncated.bound(gradients.rows) / n)
+            yield gradients.ids, solved.against(gradients.rows, self.route)
+
+    def _takes_forward_mode(self) -> bool:
+        d = self.derivatives
+        if self.route is Route.FORWARD:
+            if self.training_rows is not None:
+                raise InvalidInput(
+                    "route='forward' makes no rows, which this scaling needs; leave the route to 'auto'."
+                )
+            return True
+        ruleless = bool(d.vmapped or d.looped) and d.projector is None
+        few = len(self.solved) <= _FORWARD_QUERIES
+        return self.route is Route.AUTO and ruleless and few and self.training_rows is None and self.solved.written_out
+
+    def _by_forward_mode(self) -> Iterator[tuple[Tensor, Tensor]]:
+        directions, products = self.solved.rows(), None
+        for ids, batch in sweep(self.derivatives.problem, label="scoring (forward mode)"):
+            products = products or Products.of(self.derivatives, batch, len(ids))
+            yield ids, products.losses_along(ids, batch, directions).T
+
+
+def decay_term(derivatives: Derivatives, solved: Solved) -> Float[Tensor, " q"] | None:
+    """<x, weight decay * theta> at the model's present weights: only where every example carries its own penalty."""
+    decay, space = derivatives.problem.weight_decay, derivatives.space
+    if not decay.per_example or decay.is_zero:
+        return None
+    values = {k: v.detach()[None] for k, v in space.values(derivatives.problem.model).items()}
+    return solved.inner(space.from_parameters(values).scaled(space.decay))[:, 0]
+
+
+def self_influence_rows(derivatives: Derivatives, room: int) -> Iterator[tuple[Int[Tensor, " n"], Rows]]:
+    """(training ids, loss gradients) in pieces of at most `room` rows: every example is its own query."""
+    for gradients in derivatives.stream(label="self-influence", world=World()):
+        for part in torch.split(torch.arange(len(gradients.ids)), room):
+            yield gradients.ids[part], gradients.rows.take(part)
+
+
+def refuse_nonfinite(values: Tensor, at: Tensor, ids: Tensor) -> None:
+    """Nothing is ranked around a NaN: scores `[q, n]` of queries `at` on training examples `ids` must be finite."""
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad):
+        raise NonFinite(
+            f"Scores of queries {name_ids(sorted(set(at[bad[:, 0].cpu()].tolist())))} are NaN or infinite at training "
+            f"indices {name_ids(sorted(set(ids[bad[:, 1].cpu()].tolist())))}; look at these examples "
+            "or raise the damping."
+        )
