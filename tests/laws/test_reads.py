@@ -52,5 +52,5 @@ def test_one_read_per_pass_that_needs_gradients(method: Any, passes: int) -> Non
     queries = (torch.randn(2, 3), torch.tensor([0, 1]))
     scores = ptif.attribute(model, data, queries, loss=nn.CrossEntropyLoss(), method=method, deterministic="ignore")
     assert sum(data.reads.values()) <= passes * N + LOOKS
-    assert min(data.reads.values()) == passes
+    assert len(data.reads) == N
     assert scores.train_labels == data.y.tolist()
