@@ -8,11 +8,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Installed with these versions of these files: remade only when one of them changes.
 STAMP := .venv/.installed
 
-.PHONY: help install demo test referee test-browser lint format types layers docs bench peers quanda league paper check clean
+.PHONY: help install demo test crosscheck test-browser lint format types layers docs bench peers quanda league paper check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | referee | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
+	@echo "make demo | test | crosscheck | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
 
 install: $(STAMP)
 
@@ -32,9 +32,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-referee: $(STAMP)
-	$(INSTALL) --no-deps --requirement tests/referee/requirements.txt
-	$(BIN)/python -m pytest tests/referee
+crosscheck: $(STAMP)
+	$(INSTALL) --no-deps --requirement tests/crosscheck/requirements.txt
+	$(BIN)/python -m pytest tests/crosscheck
 
 # The report page in a real browser: Debian's chromium, fetched here where it is missing and one may.
 test-browser: $(STAMP)
@@ -77,7 +77,7 @@ quanda: $(STAMP)
 league: $(STAMP)
 	$(BIN)/python benchmarks/league/run.py --peers $(ARGS)
 
-check: test referee lint types layers docs
+check: test crosscheck lint types layers docs
 
 clean:
 	rm -rf .venv demo outdir dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
