@@ -1,18 +1,22 @@
 # One command does it all, on a fresh machine too:
 #   make demo    which training images made the model say that, and which labels are wrong?
-#   make test    the tests
+#   make test    the tests, in parallel; make test-fast the properties alone, within a minute
 #   make check   everything CI runs
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Installed with these versions of these files: remade only when one of them changes.
 STAMP := .venv/.installed
+# One process a core, each with one thread (tests/conftest.py). To debug, ARGS="-n 0" runs all in one process. Compiled
+# tests are kept between runs even where the environment says otherwise: compiling takes each process 10 seconds.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install demo test referee test-browser lint format types layers docs bench peers quanda league paper check clean
+.PHONY: help install demo test test-fast test-portable crosscheck test-browser lint format types layers docs bench peers quanda league paper check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | referee | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
+	@echo "make demo | test | test-fast | test-portable | crosscheck | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
 
 install: $(STAMP)
 
@@ -30,18 +34,31 @@ demo: $(STAMP)
 	$(BIN)/ptif demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(PARALLEL) $(ARGS)
 
-referee: $(STAMP)
-	$(INSTALL) --no-deps --requirement tests/referee/requirements.txt
-	$(BIN)/python -m pytest tests/referee
+# For the inner loop: the properties, without those that train models many times.
+test-fast: $(STAMP)
+	$(PYTEST) $(PARALLEL) -m "not slow" tests/laws $(ARGS)
+
+# The same tests under the arithmetic of other machines: more threads, older instruction sets, another order of sums.
+# Minutes for each setting.
+SETTINGS := PTIF_TEST_THREADS=2 PTIF_TEST_THREADS=4 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE
+test-portable: $(STAMP)
+	@failed=; for setting in $(SETTINGS); do \
+		echo "== $$setting"; \
+		env $$setting $(PYTEST) $(PARALLEL) tests/laws tests/planted tests/file_formats $(ARGS) || failed="$$failed $$setting"; \
+	done; test -z "$$failed" || { echo "Tests failed with$$failed."; exit 1; }
+
+crosscheck: $(STAMP)
+	$(INSTALL) --no-deps --requirement tests/crosscheck/requirements.txt
+	$(PYTEST) tests/crosscheck
 
 # The report page in a real browser: Debian's chromium, fetched here where it is missing and one may.
 test-browser: $(STAMP)
 	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } \
 		|| { echo "The browser tests need chromium: install Debian's package chromium."; exit 1; }
 	$(INSTALL) --no-deps --requirement tests/browser/requirements.txt
-	PTIF_BROWSER=1 $(BIN)/python -m pytest tests/browser $(ARGS)
+	PTIF_BROWSER=1 $(PYTEST) tests/browser $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -59,7 +76,7 @@ layers: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/run_snippets.py
-	$(BIN)/python -m pytest --doctest-modules --durations=0 src
+	$(PYTEST) --doctest-modules --durations=0 src
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP)
@@ -77,7 +94,7 @@ quanda: $(STAMP)
 league: $(STAMP)
 	$(BIN)/python benchmarks/league/run.py --peers $(ARGS)
 
-check: test referee lint types layers docs
+check: test crosscheck lint types layers docs
 
 clean:
 	rm -rf .venv demo outdir dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -10,8 +11,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-# One thread: the arrays are tiny, so threads only cost; and sums come out in the same order on every machine.
-torch.set_num_threads(1)
+from tests import shapes
+
+shapes.check("pytorch_influence_functions")
+
+# One thread: the arrays are tiny, and `make test` runs one process a core. Programs that a test starts get one as well.
+# `make test-portable` asks for more, because sums then come out in another order.
+THREADS = int(os.environ.get("PTIF_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 # No deadline: the first example of a property pays for imports and caches. Derandomised: a failure seen once
 # is seen again.
@@ -43,6 +51,12 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+def pytest_report_header() -> str:
+    """What the last digits of a result depend on, for the report of a failure seen on one machine only."""
+    order = os.environ.get("MKL_CBWR", "unset")
+    return f"torch {torch.__version__}: {torch.backends.cpu.get_cpu_capability()}, {THREADS} threads, MKL_CBWR {order}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

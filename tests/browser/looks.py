@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import pytorch_influence_functions.report.page as pages
-from tests.doors.report_cases import ATTACK, pictures, probabilities, tables, texts
+from tests.interface.report_cases import ATTACK, pictures, probabilities, tables, texts
 
 VIEWS = (
     "overview",

@@ -65,7 +65,7 @@ def test_the_browser_keeps_them_for_this_report_and_forgets_when_told(look: Call
 
 
 def test_formulas_reach_no_spreadsheet(look: Callable[..., Looks], tmp_path: Path) -> None:
-    from tests.doors.report_cases import pictures
+    from tests.interface.report_cases import pictures
 
     names = ['=HYPERLINK("http://x")', "+1", "-1", "@a", 'say "a", b', *[f"n{i}" for i in range(35)]]
     own = torch.linspace(1, 0, 40)  # the first five are among the doubtful

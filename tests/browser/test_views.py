@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.browser.looks import VIEWS, Looks
-from tests.doors.report_cases import CLASSES, Page, probabilities
+from tests.interface.report_cases import CLASSES, Page, probabilities
 
 
 def tiles(page: Looks) -> int:

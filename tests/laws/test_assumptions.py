@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pytorch_influence_functions as ptif
-from tests.twin.autograd import example_gradients
+from tests.oracles.autograd import example_gradients
 
 
 def test_shares_of_the_gradient_norm_and_the_distance_from_a_minimum() -> None:

@@ -20,7 +20,7 @@ from pytorch_influence_functions.solvers.cg import CG
 from pytorch_influence_functions.solvers.neumann import Neumann
 from tests.laws.solver_cases import F64, a_space, some_rows, spectrum_matrix
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
-from tests.twin.autograd import dense_ggn, example_gradients, influence
+from tests.oracles.autograd import dense_ggn, example_gradients, influence
 
 SMALL = 1e-3
 

@@ -24,7 +24,7 @@ from pytorch_influence_functions.solvers.direct import Spectral
 from tests.laws.solver_cases import F64, a_space, some_rows, spectrum_matrix
 from tests.laws.test_influence import SMALL, cross_entropy, mlp, oracle, relative_gap
 from tests.laws.zoo import CASES, build
-from tests.twin.autograd import dense_ggn, dense_hessian, example_gradients, influence
+from tests.oracles.autograd import dense_ggn, dense_hessian, example_gradients, influence
 
 PARTS = {"0": slice(0, 36), "2": slice(36, 57)}
 """Coordinates of the two layers of `mlp()`."""

@@ -25,7 +25,7 @@ from tests.laws.solver_cases import (
     worst,
 )
 from tests.laws.test_influence import SMALL, cross_entropy, mlp, oracle, relative_gap
-from tests.twin.autograd import example_gradients
+from tests.oracles.autograd import example_gradients
 
 
 def loop(g: Tensor, d: Tensor, parts: list[slice], b: Tensor) -> Tensor:

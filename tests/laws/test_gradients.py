@@ -17,7 +17,7 @@ from pytorch_influence_functions.linalg.rows import Route, Rows
 from pytorch_influence_functions.objectives import CrossEntropy
 from pytorch_influence_functions.problem.problem import Problem
 from tests.laws.zoo import CASES, Case, TimeFirst, build
-from tests.twin.autograd import example_gradients
+from tests.oracles.autograd import example_gradients
 
 TIGHT = 1e-10
 

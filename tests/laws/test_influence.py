@@ -20,7 +20,7 @@ from pytorch_influence_functions.linalg.rows import Route
 from pytorch_influence_functions.scaling import Leverage
 from pytorch_influence_functions.solvers import CG, Cholesky, Neumann, Spectral, Woodbury
 from tests.laws.zoo import CASES, build
-from tests.twin.autograd import dense_ggn, dense_hessian, example_gradients, influence
+from tests.oracles.autograd import dense_ggn, dense_hessian, example_gradients, influence
 
 SMALL = 1e-3
 """A damping at which curvature decides: a gradient dot product is far from every answer here."""

@@ -28,7 +28,7 @@ from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.solvers import CG, Cholesky, Factored, Spectral, Truncation, Woodbury
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.laws.zoo import CASES, build
-from tests.twin.autograd import dense_ggn, example_gradients, influence
+from tests.oracles.autograd import dense_ggn, example_gradients, influence
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 

@@ -15,7 +15,7 @@ from pytorch_influence_functions.curvature import GGN, Identity
 from pytorch_influence_functions.methods import RepresenterPoints
 from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
-from tests.twin.autograd import dense_ggn, example_gradients
+from tests.oracles.autograd import dense_ggn, example_gradients
 
 
 def gradients(model: nn.Module, data: Any) -> tuple[Tensor, Tensor]:

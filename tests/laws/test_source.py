@@ -22,7 +22,7 @@ from pytorch_influence_functions.linalg.operator import Identity
 from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment
 from pytorch_influence_functions.trajectory.unrolling import response, survival
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
-from tests.twin.autograd import dense_ggn, dense_hessian, example_gradients, flat_parameters, influence, unflatten
+from tests.oracles.autograd import dense_ggn, dense_hessian, example_gradients, flat_parameters, influence, unflatten
 
 State = dict[str, Tensor]
 

@@ -37,7 +37,7 @@ from pytorch_influence_functions.scaling import leverage as scaling
 from pytorch_influence_functions.solvers import CG, Neumann, Spectral, Woodbury, neumann
 from pytorch_influence_functions.solvers.base import Solution, System
 from tests.laws.zoo import CASES, build
-from tests.twin.autograd import dense_ggn, example_gradients, influence
+from tests.oracles.autograd import dense_ggn, example_gradients, influence
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 Law = Callable[[], None]

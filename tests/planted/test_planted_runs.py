@@ -17,8 +17,8 @@ from pytorch_influence_functions.trajectory import segments as schedule
 from pytorch_influence_functions.trajectory import source as trajectory
 from tests.laws.test_influence import relative_gap
 from tests.laws.test_source import dense_source, flow, moved, problem_of
+from tests.oracles.autograd import dense_ggn, example_gradients, flat_parameters
 from tests.planted.test_planted_bugs import Bug, Law, cross_entropy, swap
-from tests.twin.autograd import dense_ggn, example_gradients, flat_parameters
 
 
 def run_law(with_adam: bool = False) -> Law:

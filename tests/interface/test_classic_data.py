@@ -31,7 +31,7 @@ from pytorch_influence_functions.classic import (
 )
 from pytorch_influence_functions.classic.selection import labels_of
 from pytorch_influence_functions.core.errors import InvalidInput, TrainingDataWarning
-from tests.doors.classic_cases import Images, ImagesWithTargets, Toy, fit, image_model, images, quick, toy
+from tests.interface.classic_cases import Images, ImagesWithTargets, Toy, fit, image_model, images, quick, toy
 
 
 def short(folder: Path, **changes: Any) -> Config:

@@ -10,7 +10,7 @@ import torch
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.cli.task import load
-from tests.doors.cli_cases import QUERIES, N, Ran, task_file
+from tests.interface.cli_cases import QUERIES, N, Ran, task_file
 
 
 @pytest.fixture

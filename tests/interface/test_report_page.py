@@ -19,7 +19,7 @@ from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
 from pytorch_influence_functions.report import page as pages
 from pytorch_influence_functions.report.ranking import Classes, Sums, ends, histogram
 from pytorch_influence_functions.scores.scores import Scores
-from tests.doors.report_cases import ATTACK, CLASSES, Page, pictures, probabilities, tables, texts, values
+from tests.interface.report_cases import ATTACK, CLASSES, Page, pictures, probabilities, tables, texts, values
 
 pytest.importorskip("jinja2")
 images = pytest.importorskip("PIL.Image")

@@ -27,7 +27,7 @@ from pytorch_influence_functions.classic import (
 )
 from pytorch_influence_functions.classic.engine import Settings, calculation
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
-from tests.doors.classic_cases import DECAY, Toy, fit, flat, gradient, hessian, quick, toy
+from tests.interface.classic_cases import DECAY, Toy, fit, flat, gradient, hessian, quick, toy
 
 CE = nn.functional.cross_entropy
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pytorch_influence_functions.classic import Config, calc_img_wise, get_default_config, s_test
 from pytorch_influence_functions.core.errors import InvalidInput, UnknownName
-from tests.doors.classic_cases import flat, gradient, hessian, quick, toy
+from tests.interface.classic_cases import flat, gradient, hessian, quick, toy
 
 README = {
     "save_pth": None,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import pytorch_influence_functions as ptif
-from tests.doors.cli_cases import Ran, task_file
+from tests.interface.cli_cases import Ran, task_file
 
 
 def refused(*arguments: object) -> str:

@@ -12,7 +12,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import TooLarge
 from pytorch_influence_functions.curvature import Identity
 from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment
-from tests.doors.bad_input_cases import GGN, HESSIAN, INFINITE, INPUT, NAN, Row, X, put_in, state
+from tests.interface.bad_input_cases import GGN, HESSIAN, INFINITE, INPUT, NAN, Row, X, put_in, state
 
 
 def segment(**changes: Any) -> Callable[[nn.Module], Any]:

@@ -19,7 +19,7 @@ from pytorch_influence_functions.curvature import Fisher
 from pytorch_influence_functions.damping import FromCurve, Relative
 from pytorch_influence_functions.scaling import Leverage
 from pytorch_influence_functions.solvers import CG, Spectral
-from tests.doors.bad_input_cases import (
+from tests.interface.bad_input_cases import (
     CE,
     DATA,
     GGN,
@@ -62,8 +62,8 @@ from tests.doors.bad_input_cases import (
     through,
     with_idle,
 )
-from tests.doors.curvature_cases import CURVATURES
-from tests.doors.run_cases import RUNS
+from tests.interface.curvature_cases import CURVATURES
+from tests.interface.run_cases import RUNS
 
 MODELS = [
     Row("a function", put_in(), INPUT, r"must be a torch.nn.Module, got function", lambda: lambda x: x),

@@ -11,7 +11,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import SolveFailed, TooLarge
 from pytorch_influence_functions.curvature import Arnoldi, Diagonal, Nystrom
 from pytorch_influence_functions.solvers import CG, BlockGroup, Blockwise, DataInf, Spectral, Woodbury
-from tests.doors.bad_input_cases import GGN, HESSIAN, INFINITE, INPUT, NAMED, NAN, Row, broken, fitted, put_in
+from tests.interface.bad_input_cases import GGN, HESSIAN, INFINITE, INPUT, NAMED, NAN, Row, broken, fitted, put_in
 
 Asked = Callable[[nn.Module], Any]
 

@@ -1,4 +1,4 @@
-"""Another library's operators on the same model and data: equal, entry by entry. Run by `make referee`."""
+"""Another library's operators on the same model and data: equal, entry by entry. Run by `make crosscheck`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytorch_influence_functions.curvature import EKFAC, GGN, KFAC, EmpiricalFis
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.gradients.per_example import Derivatives
 
-referee = pytest.importorskip("curvlinops", reason="make referee installs it")
+curvlinops = pytest.importorskip("curvlinops", reason="make crosscheck installs it")
 
 
 def networks() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
@@ -41,7 +41,7 @@ NETWORKS = networks()
 def theirs(kind: str, model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """Their operator as a matrix over the concatenation of the model's parameters."""
     parameters = list(model.parameters())
-    make = getattr(referee, f"{kind}LinearOperator")
+    make = getattr(curvlinops, f"{kind}LinearOperator")
     operator = make(model, nn.CrossEntropyLoss(), parameters, [(x, y)], **options)
     size = sum(p.numel() for p in parameters)
     return torch.as_tensor(operator @ torch.eye(size, dtype=torch.float64))

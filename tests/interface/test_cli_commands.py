@@ -16,7 +16,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.cli import doctor, self_influence
 from pytorch_influence_functions.cli.report import predictions
 from pytorch_influence_functions.cli.task import load
-from tests.doors.cli_cases import N, Ran, task_file
+from tests.interface.cli_cases import N, Ran, task_file
 
 # --------------------------------------------------------------------------- self-influence
 

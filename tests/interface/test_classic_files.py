@@ -30,7 +30,7 @@ from pytorch_influence_functions.classic import (
     save_json,
 )
 from pytorch_influence_functions.core.errors import InvalidInput
-from tests.doors.classic_cases import Toy, toy
+from tests.interface.classic_cases import Toy, toy
 
 Result = InfluenceResult
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pytorch_influence_functions as ptif
-from tests.doors.cli_cases import QUERIES, Ran, task_file
+from tests.interface.cli_cases import QUERIES, Ran, task_file
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are sent differently there")
 
