@@ -16,9 +16,9 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.cli import blocks, options, show
 from pytorch_influence_functions.cli.outcome import Voice
 from pytorch_influence_functions.cli.spelled import damping_of, method_of, picked
-from pytorch_influence_functions.methods.names import METHODS
 from pytorch_influence_functions.cli.watch import Bars, Lines, watching
 from pytorch_influence_functions.damping import Absolute, FromTraining
+from pytorch_influence_functions.methods.names import METHODS
 
 # --------------------------------------------------------------------------- progress
 
