@@ -15,12 +15,13 @@ What is typed daily stands here; the rest stands in one module per part of the f
 import warnings
 from typing import TYPE_CHECKING, Any
 
-# The last three: old submodules by their old names; `ptif.calc_influence_function.calc_s_test` keeps working.
+# Three are old submodules by their old names: `ptif.calc_influence_function.calc_s_test(...)` keeps working.
 from . import (
     calc_influence_function,
     classic,
     curvature,
     damping,
+    errors,
     evaluation,
     gradients,
     influence_function,
@@ -44,8 +45,8 @@ from .classic import (
     influential_loader,
     init_logging,
 )
-from .core import errors
 from .core.errors import InfluenceError
+from .core.errors import nearest as _nearest
 from .core.progress import progress
 from .evaluation.table import evaluate
 from .influence.attribution import Attribution, Influence
@@ -142,7 +143,7 @@ if not TYPE_CHECKING:  # a type checker shall see only the names that are there
     def __getattr__(name: str) -> Any:
         """Hand a name that moved out from its new place, with one sentence that says where that is."""
         if name not in _MOVED:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{errors.nearest(name, __all__)}")
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{_nearest(name, [*__all__, *_MOVED])}")
         place, _, new_name = _MOVED[name].partition(".")
         warnings.warn(f"ptif.{name} is now ptif.{place}.{new_name}.", DeprecationWarning, stacklevel=2)
         value = getattr(globals()[place], new_name)
