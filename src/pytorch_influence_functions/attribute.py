@@ -130,19 +130,8 @@ def forecast(
     Runs and times one small batch; nothing else is computed. Memory is what is needed beside the model.
 
     Args:
-        model: as for `attribute`.
-        train: as for `attribute`.
-        queries: as for `attribute`; how many there are decides the cost.
-        loss: as for `attribute`.
-        method: as for `attribute`.
-        damping: as for `attribute`.
-        route: as for `attribute`.
-        parameters: as for `attribute`.
-        weight_decay: as for `attribute`.
-        checkpoints: as for `attribute`; every one of them is paid for.
-        batch_size: as for `attribute`.
-        deterministic: as for `attribute`.
-        device: as for `attribute`.
+        model, train, queries, loss, method, damping, route: as for `attribute`.
+        parameters, weight_decay, checkpoints, batch_size, deterministic, device: as for `attribute`.
 
     Raises:
         InvalidInput: as for `attribute`, or the method has no forecast.
