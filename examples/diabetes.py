@@ -61,7 +61,7 @@ def main() -> None:
     measure = ptif.FromFunction(prediction, lower_is_better=False)
     problem = ptif.Problem(model, ptif.SquaredError(), train, weight_decay=decay)
     # A network this small: the Gauss-Newton matrix in full, nothing left out, no more damping than weight decay.
-    attribution = ptif.exact(ptif.curvature.GGN(), damping=ptif.damping.Absolute(0.0)).fit(problem)
+    attribution = ptif.exact(damping=0.0).fit(problem)
     scores = attribution.score(queries, measure)
     print(scores.diagnostics)
 

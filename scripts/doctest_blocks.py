@@ -7,12 +7,18 @@ from typing import Any
 
 import griffe
 
-_EXAMPLE = re.compile(r"(?m)^(?:>>> .*\n?)(?:(?:>>> |\.\.\. ?).*\n?|(?!\s*$)(?!>>> ).+\n?)*")
+# A run of `>>>` lines with what they print, up to an empty line, at the margin or indented under `Example:`.
+_EXAMPLE = re.compile(r"(?m)^(?P<indent> *)>>> .*(?:\n(?P=indent) *\S.*)*")
 
 
 def fenced(text: str) -> str:
     """The text with every run of `>>>` lines, and what they print, fenced as a Python session."""
-    return _EXAMPLE.sub(lambda found: f"```pycon\n{found.group(0).rstrip()}\n```\n", text)
+
+    def fence(match: re.Match[str]) -> str:
+        indent = match["indent"]
+        return f"{indent}```pycon\n{match[0].rstrip()}\n{indent}```"
+
+    return _EXAMPLE.sub(fence, text)
 
 
 class DoctestBlocks(griffe.Extension):

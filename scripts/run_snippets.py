@@ -1,10 +1,10 @@
-"""Run the Python examples in README.md and docs/*.md, so that no page shows code that does not work.
+"""Run the Python examples in README.md and docs, so that no page shows code that does not work.
 
 Each file's ```python blocks run in order, in one namespace, in a temporary working folder. A block whose
 preceding line is `<!-- no-run -->` is skipped, and the number skipped is printed. A failure names the file
-and line in the page, as if the page were the program.
+and line in the page, as if the page were the program. A name that moved is a failure too.
 
-    python scripts/run_snippets.py              # README.md and docs/*.md
+    python scripts/run_snippets.py              # README.md and all pages in docs
     python scripts/run_snippets.py page.md …    # these
 """
 
@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,21 +56,22 @@ def snippets(text: str) -> Iterator[Snippet]:
 
 def run_page(page: Path) -> tuple[int, int]:
     """Run one page's snippets in a fresh folder; returns (run, skipped). Exceptions pass through."""
-    found = list(snippets(page.read_text(encoding="utf-8")))
+    blocks = list(snippets(page.read_text(encoding="utf-8")))
     namespace: dict[str, object] = {"__name__": "__snippet__"}
     before = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("error", r"ptif\.", DeprecationWarning)
         os.chdir(folder)
         try:
-            for snippet in found:
+            for snippet in blocks:
                 if snippet.run:
                     # Empty lines in front make the line numbers in a traceback those of the page.
                     code = "\n" * (snippet.line - 1) + snippet.code
                     exec(compile(code, str(page), "exec"), namespace)
         finally:
             os.chdir(before)
-    run = sum(snippet.run for snippet in found)
-    return run, len(found) - run
+    run = sum(snippet.run for snippet in blocks)
+    return run, len(blocks) - run
 
 
 def main(pages: list[Path]) -> int:
@@ -92,5 +94,5 @@ def main(pages: list[Path]) -> int:
 
 
 if __name__ == "__main__":
-    given = [Path(argument).resolve() for argument in sys.argv[1:]]
-    sys.exit(1 if main(given or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]) else 0)
+    named = [Path(argument).resolve() for argument in sys.argv[1:]]
+    sys.exit(1 if main(named or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]) else 0)

@@ -13,14 +13,15 @@ What is typed daily stands here; the rest stands in one module per part of the f
 """
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# The last three: old submodules by their old names; `ptif.calc_influence_function.calc_s_test` keeps working.
+# Three are old submodules by their old names: `ptif.calc_influence_function.calc_s_test(...)` keeps working.
 from . import (
     calc_influence_function,
     classic,
     curvature,
     damping,
+    errors,
     evaluation,
     gradients,
     influence_function,
@@ -33,7 +34,7 @@ from . import (
     utils,
 )
 from ._version import __version__
-from .attribute import attribute
+from .attribute import attribute, forecast
 from .classic import (
     calc_all_grad_then_test,
     calc_img_wise,
@@ -44,8 +45,8 @@ from .classic import (
     influential_loader,
     init_logging,
 )
-from .core import errors
 from .core.errors import InfluenceError
+from .core.errors import nearest as _nearest
 from .core.progress import progress
 from .evaluation.table import evaluate
 from .influence.attribution import Attribution, Influence
@@ -91,6 +92,7 @@ __all__ = [
     "evaluate",
     "evaluation",
     "exact",
+    "forecast",
     "gauss_newton",
     "get_default_config",
     "gradients",
@@ -110,7 +112,7 @@ __all__ = [
     "utils",
 ]
 
-# Names that stood at this level in version 1.0's previews: where each went.
+# Where the names went that stood at this level in the previews of version 1.0.
 _PLACES = {
     "curvature": (
         "Arnoldi Budget Diagonal EKFAC EmpiricalFisher Fisher GGN Hessian Identity KFAC Nystrom Shampoo "
@@ -125,9 +127,7 @@ _PLACES = {
         "EmbeddingSimilarity Random RepresenterPoints TrainingLoss arnoldi astra blockwise datainf diagonal "
         "grad_cos grad_dot kfac koh_liang lissa nystrom one_step_newton relatif shampoo"
     ),
-    "errors": (
-        "InvalidInput MissingExtra NonFinite NotLikelihood SolveFailed TooLarge TrainingDataWarning UnknownName"
-    ),
+    "errors": "InvalidInput MissingExtra NonFinite NotLikelihood SolveFailed TooLarge TrainingDataWarning UnknownName",
     "plots": "plot_agreement plot_class_matrix plot_convergence plot_self_influence",
     "classic": "Config InfluenceResult plot_influences plot_loo_scatter",
 }
@@ -138,14 +138,18 @@ _MOVED |= {
     "plot_damping_path": "plots.plot_damping_curve",
 }
 
+if not TYPE_CHECKING:  # a type checker shall see only the names that are there
 
-def __getattr__(name: str) -> Any:
-    """A name that moved is handed out from its new place, with one sentence that says where that is."""
-    if name not in _MOVED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{errors.nearest(name, __all__)}")
-    place, _, new_name = _MOVED[name].partition(".")
-    warnings.warn(f"ptif.{name} is now ptif.{place}.{new_name}.", DeprecationWarning, stacklevel=2)
-    return getattr(globals()[place], new_name)
+    def __getattr__(name: str) -> Any:
+        """Hand a name that moved out from its new place, with one sentence that says where that is."""
+        if name not in _MOVED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{_nearest(name, [*__all__, *_MOVED])}")
+        place, _, new_name = _MOVED[name].partition(".")
+        warnings.warn(f"ptif.{name} is now ptif.{place}.{new_name}.", DeprecationWarning, stacklevel=2)
+        value = getattr(globals()[place], new_name)
+        # `from ... import name` looks twice; the second look shall not warn again.
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -1,21 +1,23 @@
-"""The one call: which training examples made the model do this?"""
+"""The one call: which training examples made the model do this, and what would it cost to find out?"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from .core.errors import InvalidInput
+from .core.errors import InvalidInput, UnknownName, nearest
 from .damping.rules import AbstractDamping
 from .influence.attribution import Influence
 from .influence.checks import check_top, in_queries
 from .influence.method import AbstractMethod
 from .linalg.rows import Route
 from .linalg.space import Selection
+from .methods.names import MethodLike, as_method
 from .problem.checkpoints import Checkpoint
 from .problem.data import Source
 from .problem.infer_loss import infer_objective
@@ -24,90 +26,37 @@ from .problem.weight_decay import WeightDecay
 from .scores.scores import Scores
 from .solvers.auto import Forecast
 
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:  # torch brings it along
+    from typing_extensions import Unpack
 
-@overload
+
+class ProblemOptions(TypedDict, total=False):
+    """The keyword arguments of `attribute` and `forecast` that are handed to `Problem`."""
+
+    parameters: Selection
+    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay
+    checkpoints: Sequence[Checkpoint] | Checkpoint
+    batch_size: int | None
+    deterministic: str
+    device: torch.device | str | None
+
+
 def attribute(
     model: nn.Module,
     train: Any,
     queries: Any,
     *,
     loss: Any = None,
-    method: AbstractMethod | None = None,
-    measure: Any = None,
-    parameters: Selection = None,
-    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
+    method: MethodLike | None = None,
     damping: AbstractDamping | float | None = None,
     route: Route | str | None = None,
-    checkpoints: Sequence[Checkpoint] | Checkpoint = (),
-    top: int | None = None,
-    batch_size: int | None = None,
-    deterministic: str = "warn",
-    device: torch.device | str | None = None,
-    verify: Any = None,
-    dry_run: Literal[False] = False,
-) -> Scores: ...
-@overload
-def attribute(
-    model: nn.Module,
-    train: Any,
-    queries: Any,
-    *,
-    loss: Any = None,
-    method: AbstractMethod | None = None,
     measure: Any = None,
-    parameters: Selection = None,
-    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
-    damping: AbstractDamping | float | None = None,
-    route: Route | str | None = None,
-    checkpoints: Sequence[Checkpoint] | Checkpoint = (),
     top: int | None = None,
-    batch_size: int | None = None,
-    deterministic: str = "warn",
-    device: torch.device | str | None = None,
     verify: Any = None,
-    dry_run: Literal[True],
-) -> Forecast: ...
-@overload
-def attribute(
-    model: nn.Module,
-    train: Any,
-    queries: Any,
-    *,
-    loss: Any = None,
-    method: AbstractMethod | None = None,
-    measure: Any = None,
-    parameters: Selection = None,
-    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
-    damping: AbstractDamping | float | None = None,
-    route: Route | str | None = None,
-    checkpoints: Sequence[Checkpoint] | Checkpoint = (),
-    top: int | None = None,
-    batch_size: int | None = None,
-    deterministic: str = "warn",
-    device: torch.device | str | None = None,
-    verify: Any = None,
-    dry_run: bool,
-) -> Scores | Forecast: ...
-def attribute(
-    model: nn.Module,
-    train: Any,
-    queries: Any,
-    *,
-    loss: Any = None,
-    method: AbstractMethod | None = None,
-    measure: Any = None,
-    parameters: Selection = None,
-    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
-    damping: AbstractDamping | float | None = None,
-    route: Route | str | None = None,
-    checkpoints: Sequence[Checkpoint] | Checkpoint = (),
-    top: int | None = None,
-    batch_size: int | None = None,
-    deterministic: str = "warn",
-    device: torch.device | str | None = None,
-    verify: Any = None,
-    dry_run: bool = False,
-) -> Scores | Forecast:
+    **problem: Unpack[ProblemOptions],
+) -> Scores:
     r"""Predict, for every query and every training example, what removing that example would change.
 
     `score[q, i] = (1/N) <(C + lambda)^-1 grad m(q), grad loss(i)>` is the predicted change of the measure `m(q)` when
@@ -120,84 +69,133 @@ def attribute(
         queries: what is asked about, in the same forms.
         loss: the training loss: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. `None`: inferred
             from outputs and targets where that is unambiguous.
-        method: an `Influence`, e.g. `ptif.dual()`, or another method such as `SOURCE`; `None`: chosen by `Auto`.
-        measure: what is measured on a query, e.g. `ptif.Margin()`; `None`: the training loss.
-        parameters: names, globs, modules or a predicate; `None`: everything that is trainable.
-        weight_decay: the L2 strength of training, or the optimiser it is read from.
+        method: a method such as `ptif.ekfac()`, its name such as `"ekfac"`, or a curvature such as
+            `ptif.curvature.GGN()`; `None`: chosen by size.
         damping: `Relative(share)`, `Absolute(value)`, `FromTraining(lr, steps)` or a number; `None`: the method's own.
         route: force one route for gradients and inner products, see `Route`; `None`: the method's own.
-        checkpoints: state dicts or files; scores are averaged over them.
-        top: keep only the k most helpful and k most harmful examples per query.
-        batch_size: examples per batch; `None`: the loader's, else 64.
-        deterministic: `"warn"`, `"error"` or `"ignore"` when reading an example twice gives different values.
-        device: where to compute; `None`: where the model is.
+        measure: what is measured on a query, e.g. `ptif.Margin()`; `None`: the training loss.
+        top: keep only the k most helpful and k most harmful examples per query; `None`: all scores.
         verify: how the model was trained, an `evaluation.Recipe` or `(dataset, seed) -> trained model`: a handful of
             removals is retrained, and the verdict stands in `scores.diagnostics.notes`. See `Scores.verify`.
-        dry_run: print and return the forecast (method, passes, memory, seconds) instead of scores.
+        parameters: names, globs, modules or a predicate; by default everything that is trainable.
+        weight_decay: the L2 strength of training, or the optimiser it is read from; by default 0.
+        checkpoints: state dicts or files; scores are averaged over them. By default the model's weights alone.
+        batch_size: examples per batch; by default the loader's, else 64.
+        deterministic: `"warn"` (the default), `"error"` or `"ignore"` when reading an example twice gives different
+            values.
+        device: where to compute; by default where the model is.
 
     Returns:
         `Scores` with `values` of shape (queries, N), indices being positions in the training dataset.
 
     Raises:
-        InvalidInput, NonFinite, SolveFailed, TooLarge: one sentence each, saying what was seen and what to do.
+        InvalidInput: the data, model, loss or an argument cannot be used; the message says what to change.
+        NonFinite: a weight, an example, a gradient or a score is NaN or infinite; the indices are named.
+        SolveFailed: a solve did not converge; the message says why.
+        TooLarge: the method would take more memory than its bound.
 
     Example:
         >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
         >>> model = nn.Linear(3, 2)
-        >>> scores = attribute(model, (x, y), (x[:2], y[:2]))
+        >>> scores = attribute(model, (x, y), (x[:2], y[:2]), method="dual")
         >>> scores.values.shape
         torch.Size([2, 40])
         >>> index, score = scores.helpful(0, k=1)[0]
     """
-    check_model(model)
     check_top(top)
-    source = Source.of(train, batch_size)
-    with in_queries():
-        asked = Source.of(queries, batch_size)
-    objective = infer_objective(model, source, device) if loss is None else loss
-    problem = Problem(
-        model,
-        objective,
-        source,
-        parameters=parameters,
-        weight_decay=weight_decay,
-        checkpoints=checkpoints,
-        batch_size=batch_size,
-        deterministic=deterministic,
-        device=device,
-    )
-    spec: AbstractMethod = Influence() if method is None else method
-    if not isinstance(spec, AbstractMethod):
-        raise InvalidInput(
-            f"method must be an Influence such as ptif.dual(), got {type(spec).__name__}; call what makes one, with ()."
-        )
-    spec = _with_options(spec, damping=damping, route=route)
-    if dry_run:
-        if not isinstance(spec, Influence):
-            raise InvalidInput(
-                f"dry_run=True forecasts an Influence, not {type(spec).__name__}; leave it out, or call fit() and "
-                "score() one after the other."
-            )
-        forecast = spec.forecast(problem, len(asked))
-        print(forecast)
-        return forecast
-    fitted = spec.fit(problem, n_queries=len(asked))
+    spec, whole, source = _prepare("attribute", model, train, queries, loss, method, (damping, route), problem)
+    fitted = spec.fit(whole, n_queries=len(source))
     if verify is None:
-        return fitted.score(asked, measure, top=top)
-    scores = fitted.score(asked, measure)
-    verdict = scores.verify(verify, measure=problem.objective if measure is None else measure)
-    noted = replace(scores.diagnostics, notes=(*scores.diagnostics.notes, verdict.sentence))
-    scores = replace(scores, diagnostics=noted)
+        return fitted.score(source, measure, top=top)
+    scores = fitted.score(source, measure)
+    verdict = scores.verify(verify, measure=whole.objective if measure is None else measure)
+    diagnostics = replace(scores.diagnostics, notes=(*scores.diagnostics.notes, verdict.sentence))
+    scores = replace(scores, diagnostics=diagnostics)
     return scores if top is None else scores.top(top)
 
 
+def forecast(
+    model: nn.Module,
+    train: Any,
+    queries: Any,
+    *,
+    loss: Any = None,
+    method: MethodLike | None = None,
+    damping: AbstractDamping | float | None = None,
+    route: Route | str | None = None,
+    **problem: Unpack[ProblemOptions],
+) -> Forecast:
+    """What `attribute` would choose, and what it would cost: passes over the data, memory and seconds.
+
+    Runs and times one small batch; nothing else is computed. Memory is what is needed beside the model.
+
+    Args:
+        model, train, queries, loss, method, damping, route: as for `attribute`.
+        parameters, weight_decay, checkpoints, batch_size, deterministic, device: as for `attribute`.
+
+    Raises:
+        InvalidInput: as for `attribute`, or the method has no forecast.
+
+    Example:
+        >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
+        >>> costs = forecast(nn.Linear(3, 2), (x, y), (x[:2], y[:2]), method="ekfac")
+        >>> costs.why
+        'EKFAC comes with its eigenvalues'
+    """
+    spec, whole, source = _prepare("forecast", model, train, queries, loss, method, (damping, route), problem)
+    if not isinstance(spec, Influence):
+        raise InvalidInput(
+            f"forecast() speaks of an Influence, not of {type(spec).__name__}; call attribute(), or fit() and score() "
+            "one after the other."
+        )
+    return spec.forecast(whole, len(source))
+
+
+def _prepare(
+    name: str,
+    model: Any,
+    train: Any,
+    queries: Any,
+    loss: Any,
+    method: Any,
+    changes: tuple[Any, Any],
+    options: ProblemOptions,
+) -> tuple[AbstractMethod, Problem, Source]:
+    """The method, the problem and the queries that were asked for."""
+    check_model(model)
+    _check_options(name, options)
+    damping, route = changes
+    spec = _with_options(as_method(method), damping=damping, route=route)
+    batch_size = options.get("batch_size")
+    data = Source.of(train, batch_size)
+    with in_queries():
+        source = Source.of(queries, batch_size)
+    objective = infer_objective(model, data, options.get("device")) if loss is None else loss
+    return spec, Problem(model, objective, data, **options), source
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that do not exist, as Python would, but say which one was meant."""
+    known = [*ProblemOptions.__annotations__, "loss", "method", "damping", "route"]
+    rest = ["measure", "top", "verify"]
+    for option in options:
+        if option in ProblemOptions.__annotations__:
+            continue
+        if option == "dry_run":
+            raise InvalidInput("dry_run= became a function: write ptif.forecast(model, train, queries, ...).")
+        if option in rest:
+            raise InvalidInput(f"{name}() takes no {option}=, which does not change what is forecast; leave it out.")
+        close = nearest(option, [*known, *(rest if name == "attribute" else [])])
+        raise UnknownName(f"{name}() has no argument {option!r}.{close}")
+
+
 def _with_options(spec: AbstractMethod, **options: Any) -> AbstractMethod:
-    """The method with what was asked for at the door; an option it does not have is refused."""
-    asked = {name: value for name, value in options.items() if value is not None}
+    """The method with the options of the call; an option that it does not have is refused."""
+    changes = {name: value for name, value in options.items() if value is not None}
     record: Any = spec
     known = {f.name for f in fields(record)} if is_dataclass(record) else set()
-    for name in asked:
+    for name in changes:
         if name not in known:
             raise InvalidInput(f"{type(spec).__name__} takes no {name}=; leave it out.")
-    made: AbstractMethod = replace(record, **asked) if asked else spec
-    return made
+    changed: AbstractMethod = replace(record, **changes) if changes else spec
+    return changed

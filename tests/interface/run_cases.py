@@ -81,7 +81,6 @@ RUNS = [
     ),
     Row("its own", unrolled(problem={"checkpoints": [{}]}), INPUT, r"by segment and the problem has 1 of its own"),
     Row("damping", unrolled(problem={"damping": 0.1}), INPUT, r"^SOURCE takes no damping=; leave it out\.$"),
-    Row("dry run", unrolled(problem={"dry_run": True}), INPUT, r"forecasts an Influence, not SOURCE; .*fit\(\)"),
     Row("forward", unrolled(problem={"route": "forward"}), INPUT, r"makes rows, which route='forward' does not"),
     Row(
         "small memory",

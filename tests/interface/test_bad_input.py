@@ -16,7 +16,8 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions import classic
 from pytorch_influence_functions.core.errors import InvalidInput, NotLikelihood, SolveFailed, TooLarge
 from pytorch_influence_functions.curvature import Fisher
-from pytorch_influence_functions.damping import FromCurve, Relative
+from pytorch_influence_functions.damping import Absolute, FromCurve, Relative
+from pytorch_influence_functions.influence.method import AbstractMethod
 from pytorch_influence_functions.scaling import Leverage
 from pytorch_influence_functions.solvers import CG, Spectral
 from tests.interface.bad_input_cases import (
@@ -42,6 +43,7 @@ from tests.interface.bad_input_cases import (
     as_float,
     ask,
     broken,
+    costs,
     detached,
     elementwise,
     fitted,
@@ -188,8 +190,15 @@ LOSSES = [
 ]
 
 METHODS = [
-    Row("text", put_in(method="dual"), INPUT, r"must be an Influence such as ptif.dual\(\), got str"),
-    Row("not called", put_in(method=ptif.dual), INPUT, r"got function; call what makes one, with \(\)"),
+    Row("number", put_in(method=3), INPUT, r"^method= must be a method such as .* got int; leave it out"),
+    Row("name", put_in(method="daul"), NAMED, r"^There is no method 'daul'\. Did you mean 'dual'\? The names are"),
+    Row("short name", put_in(method="tracin"), INPUT, r"^The method 'tracin' needs learning_rates, which a name"),
+    Row("not called", put_in(method=ptif.tracin), INPUT, r"^method=tracin is not called and needs learning"),
+    Row("abstract", put_in(method=AbstractMethod), INPUT, r"got the class AbstractMethod; leave it out"),
+    Row("a solver", put_in(method=CG()), INPUT, r"^CG is a solver, .*write method=.*GGN\(\), solver=CG\(\.\.\.\)\)\.$"),
+    Row("a solver class", put_in(method=CG), INPUT, r"^CG is a solver, one part of a method"),
+    Row("a damping", put_in(method=Absolute(0.1)), INPUT, r"^Absolute is a damping, .*write damping=Absolute\("),
+    Row("a scaling", put_in(method=Leverage()), INPUT, r"^Leverage is a scaling, .*write .*scaling=Leverage\("),
     Row(
         "solver text",
         lambda m: fitted(m, solver="cg"),
@@ -407,7 +416,27 @@ CHOICES = [
     Row("a model", lambda m: ask(m, checkpoints=m), INPUT, r"not Sequential; pass model.state_dict\(\)"),
     Row("a count", put_in(checkpoints=3), INPUT, r"takes state dicts .* or paths, not int"),
     Row("top 0", put_in(top=0), INPUT, r"^top=0 keeps nothing; give at least 1"),
-    Row("top 0, dry", put_in(top=0, dry_run=True), INPUT, r"^top=0 keeps nothing"),
+    Row("dry run", put_in(dry_run=True), INPUT, r"^dry_run= became a function: write ptif\.forecast\(model, train, "),
+    Row(
+        "argument",
+        put_in(wieght_decay=1),
+        NAMED,
+        r"has no argument 'wieght_decay'\. Did you mean 'weight_decay'",
+    ),
+    Row("forecast of top", costs(top=3), INPUT, r"^forecast\(\) takes no top=, which does not change"),
+    Row(
+        "forecast argument",
+        costs(batchsize=1),
+        NAMED,
+        r"has no argument 'batchsize'\. Did you mean 'batch_size'",
+    ),
+    Row("forecast of numbers", costs(method="random"), NAMED, r"^There is no method 'random'"),
+    Row(
+        "forecast of Random",
+        costs(method=ptif.methods.Random()),
+        INPUT,
+        r"speaks of an Influence, not of Random",
+    ),
     Row("top 2.5", put_in(top=2.5), INPUT, r"^top=2.5 is no whole number"),
     Row("query 5", lambda m: ask(m).helpful(5), INPUT, r"There is no query 5: they are numbered 0 to 1"),
     Row("query slice", lambda m: ask(m)[7:], INPUT, r"No query was picked"),
@@ -523,4 +552,4 @@ def test_the_right_input_passes() -> None:
     """The table's starting point is fine: each row fails for its own reason only."""
     assert ask(net()).shape == (2, N)
     assert real()(single()).shape == (2, N)
-    assert re.match("method", str(ask(net(), dry_run=True)))
+    assert re.match("method", str(costs()(net())))

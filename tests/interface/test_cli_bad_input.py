@@ -78,7 +78,10 @@ def test_a_task_file_that_says_too_little(tmp_path: Path, text: str, words: str)
         ("def get_dataloaders(): return Points(4, 0), None", r"^task.py gives no queries; let get_dataloaders"),
         ("def get_options(): return 3", r"^get_options\(\) of task.py returns int; return a dictionary"),
         ("def get_options(): return {'wieght_decay': 1}", r"holds 'wieght_decay'\. Did you mean 'weight_decay'\?"),
-        ("def get_options(): return {'method': 'ekfac'}", r"is str; give one such as ptif.ekfac\(\)"),
+        (
+            "def get_options(): return {'method': 'ekfak'}",
+            r"^In get_options\(\) of task.py: There is .*'ekfac'",
+        ),
         ("def get_options(): return {'loss': 3}", r"^The loss is 3 of type int"),
         ("def get_model(): return 5", r"^The model must be a torch.nn.Module, got int"),
     ],

@@ -15,9 +15,11 @@ from rich.progress import Progress
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.cli import blocks, options, show
 from pytorch_influence_functions.cli.outcome import Voice
-from pytorch_influence_functions.cli.spelled import METHODS, damping_of, method_of, picked
+from pytorch_influence_functions.cli.spelled import damping_of, method_of, picked
 from pytorch_influence_functions.cli.watch import Bars, Lines, watching
 from pytorch_influence_functions.damping import Absolute, FromTraining
+from pytorch_influence_functions.errors import InvalidInput, UnknownName
+from pytorch_influence_functions.methods.names import METHODS
 
 # --------------------------------------------------------------------------- progress
 
@@ -109,11 +111,12 @@ def test_quiet_and_the_environment_silence_progress(
 # --------------------------------------------------------------------------- words
 
 
-def test_every_method_without_arguments_has_a_name() -> None:
-    for name, make in METHODS.items():
-        assert isinstance(make(), ptif.Influence)
-        assert name == "auto" or getattr(ptif, name) is make
+def test_a_method_is_given_by_name() -> None:
     assert method_of("Gauss-Newton") == ptif.gauss_newton() and method_of("auto") == ptif.Influence()
+    with pytest.raises(UnknownName, match=r"Did you mean 'ekfac'\? .* can be made in get_options\(\) of the task file"):
+        method_of("ekfak")
+    with pytest.raises(InvalidInput, match=r"needs learning_rates, .* can be made in get_options\(\) of the task file"):
+        method_of("tracin")
 
 
 def test_dampings_in_words() -> None:

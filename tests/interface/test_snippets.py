@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+import pytorch_influence_functions as ptif
+
 SCRIPT = Path(__file__).parents[2] / "scripts/run_snippets.py"
 
 
@@ -71,6 +73,15 @@ def test_a_failure_is_counted_and_names_the_line_of_the_page(
     assert runner.main([tmp_path / "bad.md", tmp_path / "good.md"]) == 1
     captured = capsys.readouterr()
     assert 'bad.md", line 5' in captured.err and "FAILED" in captured.out and "ok " in captured.out
+
+
+def test_a_page_with_an_old_name_fails(
+    runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(vars(ptif), "GGN", raising=False)  # as if nobody had asked for it yet
+    (tmp_path / "old.md").write_text("```python\nimport pytorch_influence_functions as ptif\n\nptif.GGN()\n```\n")
+    assert runner.main([tmp_path / "old.md"]) == 1
+    assert "ptif.GGN is now ptif.curvature.GGN." in capsys.readouterr().err
 
 
 def test_an_open_block_is_an_error(runner: ModuleType) -> None:

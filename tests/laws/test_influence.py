@@ -394,7 +394,7 @@ def test_the_sign_follows_the_measure() -> None:
 
 def test_the_forecast_names_the_method_and_nothing_is_run() -> None:
     model, x, y, xq, yq = mlp()
-    made = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), dry_run=True)
+    made = ptif.forecast(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss())
     assert "GGN" in made.method and "dense" in made.why and made.seconds > 0 and made.memory_bytes > 0
     assert "forward+backward" in str(made)
 

@@ -81,7 +81,7 @@ def test_the_mean_over_queries_orders_the_top_level_lists() -> None:
     assert s.helpful(None, 2) == [(2, 0.5), (1, 0.0)] == mean.helpful(0, 2)
     assert s.harmful(None, 1) == [(0, -1.0)]
     assert s.helpful_order().tolist() == [2, 1, 0] and s.harmful_order().tolist() == [0, 1, 2]
-    assert mean.query_ids.tolist() == [-1] and mean.query_words(0) == "mean over 2 queries"
+    assert mean.query_ids.tolist() == [-1] and mean.describe_query(0) == "mean over 2 queries"
     assert s[0].helpful_order().tolist() == s.helpful_order(0).tolist()
 
 
@@ -108,7 +108,7 @@ def test_picked_training_examples_keep_their_positions_in_the_dataset() -> None:
     assert part.shape == (2, 2) and part.n_train == 5
     assert part.helpful(0, None) == [(4, 0.0), (1, -0.3)]
     assert part.mean().helpful(0, 1) == [(4, 0.0)]
-    assert part.train_words(4) == "#4 14"
+    assert part.describe_train(4) == "#4 14"
     assert s[0, 2:].helpful(0, None) == [(2, 0.2), (3, 0.1), (4, 0.0)]
 
 

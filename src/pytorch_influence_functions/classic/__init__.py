@@ -54,3 +54,7 @@ __all__ = [
     "s_test",
     "save_json",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

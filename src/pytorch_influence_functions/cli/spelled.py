@@ -1,38 +1,12 @@
 """How methods, dampings and queries are spelled on a command line."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Final
 
-from ..core.errors import InvalidInput, UnknownName, nearest
+from ..core.errors import InvalidInput
 from ..damping.rules import Absolute, AbstractDamping, FromTraining, Relative
 from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod
-from ..methods import papers as methods
-
-AUTO: Final = "auto"
-METHODS: Final[Mapping[str, Callable[[], Influence]]] = {
-    AUTO: Influence,
-    "arnoldi": methods.arnoldi,
-    "astra": methods.astra,
-    "blockwise": methods.blockwise,
-    "datainf": methods.datainf,
-    "diagonal": methods.diagonal,
-    "dual": methods.dual,
-    "ekfac": methods.ekfac,
-    "exact": methods.exact,
-    "gauss_newton": methods.gauss_newton,
-    "grad_cos": methods.grad_cos,
-    "grad_dot": methods.grad_dot,
-    "kfac": methods.kfac,
-    "koh_liang": methods.koh_liang,
-    "lissa": methods.lissa,
-    "nystrom": methods.nystrom,
-    "relatif": methods.relatif,
-    "shampoo": methods.shampoo,
-    "trak": methods.trak,
-}
-"""Every method that needs no argument; others are made in the task file's `get_options()`."""
+from ..methods.names import find_method
 
 
 def method_of(word: str) -> Influence:
@@ -40,17 +14,16 @@ def method_of(word: str) -> Influence:
 
     Raises:
         UnknownName: there is none; the nearest one is offered.
+        InvalidInput: the method needs arguments.
 
-    >>> method_of("grad-dot") == methods.grad_dot()
-    True
+    >>> method_of("grad-dot").curvature
+    Identity()
     """
-    name = word.strip().lower().replace("-", "_")
-    if name not in METHODS:
-        raise UnknownName(
-            f"There is no method {word!r}.{nearest(name, METHODS)} The names are {', '.join(METHODS)}; any other "
-            "method can be made in get_options() of the task file."
-        )
-    return METHODS[name]()
+    try:
+        return find_method(word)
+    except InvalidInput as error:
+        error.args = (f"{error} Any method can be made in get_options() of the task file.",)
+        raise
 
 
 def damped(method: AbstractMethod, word: str | None) -> AbstractMethod:

@@ -12,6 +12,7 @@ import torch
 
 from ..core.errors import InvalidInput, UnknownName, nearest
 from ..influence.method import AbstractMethod
+from ..methods.names import as_method
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.problem import Problem, check_model
@@ -85,12 +86,7 @@ def load(path: Path, overrides: Overrides | None = None) -> Task:
         _to(problem.model, flags.device)
     problem = problem.with_(**changes) if changes else problem
     source = None if queries is None else Source.of(queries, flags.batch_size)
-    method = options.get("method")
-    if method is not None and not isinstance(method, AbstractMethod):
-        raise InvalidInput(
-            f"method in get_options() of {path.name} is {type(method).__name__}; give one such as ptif.ekfac()."
-        )
-    return Task(path, problem, source, options.get("measure"), method)
+    return Task(path, problem, source, options.get("measure"), _method(path, options.get("method")))
 
 
 def _executed(path: Path) -> ModuleType:
@@ -152,6 +148,15 @@ def _options(path: Path, names: Mapping[str, Any]) -> dict[str, Any]:
                 f"{', '.join(OPTIONS)}."
             )
     return dict(found)
+
+
+def _method(path: Path, given: Any) -> AbstractMethod | None:
+    """What `method` in `get_options()` means; as in `ptif.attribute`."""
+    try:
+        return None if given is None else as_method(given)
+    except InvalidInput as error:
+        error.args = (f"In get_options() of {path.name}: {error}",)
+        raise
 
 
 def _given(path: Path, names: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Problem, Any]:

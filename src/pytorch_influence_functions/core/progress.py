@@ -26,6 +26,9 @@ class progress:
     Called alone it switches from now on; used in a `with` statement it switches back at the end.
     The environment variable `PTIF_PROGRESS=0` silences bars everywhere (callbacks are still called).
 
+    Args:
+        enabled: `True`, `False` or the callback.
+
     Example:
         >>> with progress(lambda label, done, total: print(label, done, total)):
         ...     _ = list(track([10, 20], total=2, label="demo"))

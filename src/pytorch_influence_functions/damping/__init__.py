@@ -11,3 +11,7 @@ __all__ = [
     "FromTraining",
     "Relative",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -151,7 +151,11 @@ class FromCurve(AbstractDamping):
         )
 
     def resolved(self, fitted: object) -> AbstractDamping:
-        """The lambda that was found, as a number for this curvature."""
+        """The lambda that was found, as a number for this curvature.
+
+        Args:
+            fitted: as for `path`.
+        """
         found = self.path(fitted)  # type: ignore[arg-type]
         if found.at_edge:
             log.warning(
@@ -161,6 +165,9 @@ class FromCurve(AbstractDamping):
 
     def path(self, fitted: FittedCurvature) -> DampingCurve:
         """The whole curve for one fitted curvature.
+
+        Args:
+            fitted: the fitted member of an attribution: its operator, derivatives and choice.
 
         Raises:
             InvalidInput: the curvature has no eigenvalues at hand, does not hold the examples one by one, or no lambda

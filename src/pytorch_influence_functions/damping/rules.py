@@ -30,14 +30,26 @@ class AbstractDamping(ABC):
 
     @abstractmethod
     def of(self, operator: HasMeanEigenvalue) -> float:
-        """Lambda for this operator: finite and not negative; where blocks differ, their size-weighted mean."""
+        """Lambda for this operator: finite and not negative; where blocks differ, their size-weighted mean.
+
+        Args:
+            operator: the curvature, of which only the mean eigenvalue is asked.
+        """
 
     def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
-        """Lambda block by block where this rule tells blocks apart; empty where one number is for all."""
+        """Lambda block by block where this rule tells blocks apart; empty where one number is for all.
+
+        Args:
+            operator: as for `of`.
+        """
         return {}
 
     def resolved(self, fitted: object) -> AbstractDamping:
-        """The rule to use for one fitted curvature, model and data in view; most rules need no more than `operator`."""
+        """The rule to use for one fitted curvature, model and data in view; most rules need no more than `operator`.
+
+        Args:
+            fitted: the fitted member of an attribution: its operator, derivatives and choice.
+        """
         return self
 
 
@@ -49,6 +61,10 @@ class Relative(AbstractDamping):
     norm's scale) gets the share of the mean eigenvalue of its own diagonal block: layers whose gradients are small are
     then damped less. A block without any curvature gets the share of the overall mean. Raises `InvalidInput` for
     `share <= 0`, and where the mean eigenvalue is not positive, for there "relative to the curvature" says nothing.
+
+    Args:
+        share: of the mean eigenvalue.
+        per_block: take every block's own mean eigenvalue instead of the overall one.
 
     >>> class Ten:
     ...     def mean_eigenvalue(self): return 10.0
@@ -113,7 +129,12 @@ class FromTraining(AbstractDamping):
     """`lambda = (1 - momentum) / (lr * steps)`: what stopping after `steps` of gradient descent amounts to.
 
     Directions with an eigenvalue well below this lambda have not been fitted yet, so removing an example
-    cannot move the weights along them. `lr` is the mean learning rate over the run.
+    cannot move the weights along them.
+
+    Args:
+        lr: the mean learning rate over the run.
+        steps: the optimiser steps of the run.
+        momentum: SGD's.
 
     >>> class Ten:
     ...     def mean_eigenvalue(self): return 10.0

@@ -1,32 +1,60 @@
 """Ground truth by retraining, and how well scores predict it."""
 
-from .correlate import Estimate as Estimate
-from .metrics import evaluated as evaluated
-from .metrics import found_when_checking as found_when_checking
-from .metrics import lds as lds
-from .metrics import mislabel_auc as mislabel_auc
-from .metrics import noise_ceiling as noise_ceiling
-from .metrics import precision_at as precision_at
-from .metrics import removal_correlation as removal_correlation
-from .metrics import removal_slope as removal_slope
-from .metrics import top_overlap as top_overlap
-from .outside import explanations as explanations
-from .outside import from_dattri as from_dattri
-from .outside import quanda_explainer as quanda_explainer
-from .pbrf import pbrf as pbrf
-from .recipe import ConstantRate as ConstantRate
-from .recipe import CosineDecay as CosineDecay
-from .recipe import LinearDecay as LinearDecay
-from .recipe import Recipe as Recipe
-from .removal import RemovalCurves as RemovalCurves
-from .removal import removal_curves as removal_curves
-from .retraining import retrain as retrain
-from .retraining import trained as trained
-from .subsets import Protocol as Protocol
-from .subsets import Subsets as Subsets
-from .table import BASELINES as BASELINES
-from .table import Evaluation as Evaluation
-from .table import evaluate as evaluate
-from .truth import Truth as Truth
-from .verification import Verification as Verification
-from .verification import verify as verify
+from .correlate import Estimate
+from .metrics import (
+    evaluated,
+    found_when_checking,
+    lds,
+    mislabel_auc,
+    noise_ceiling,
+    precision_at,
+    removal_correlation,
+    removal_slope,
+    top_overlap,
+)
+from .outside import explanations, from_dattri, quanda_explainer
+from .pbrf import pbrf
+from .recipe import ConstantRate, CosineDecay, LinearDecay, Recipe
+from .removal import RemovalCurves, removal_curves
+from .retraining import retrain, trained
+from .subsets import Protocol, Subsets
+from .table import BASELINES, Evaluation, evaluate
+from .truth import Truth
+from .verification import Verification, verify
+
+__all__ = [
+    "BASELINES",
+    "ConstantRate",
+    "CosineDecay",
+    "Estimate",
+    "Evaluation",
+    "LinearDecay",
+    "Protocol",
+    "Recipe",
+    "RemovalCurves",
+    "Subsets",
+    "Truth",
+    "Verification",
+    "evaluate",
+    "evaluated",
+    "explanations",
+    "found_when_checking",
+    "from_dattri",
+    "lds",
+    "mislabel_auc",
+    "noise_ceiling",
+    "pbrf",
+    "precision_at",
+    "quanda_explainer",
+    "removal_correlation",
+    "removal_curves",
+    "removal_slope",
+    "retrain",
+    "top_overlap",
+    "trained",
+    "verify",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

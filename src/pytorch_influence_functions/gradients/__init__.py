@@ -7,3 +7,7 @@ __all__ = [
     "Gaussian",
     "Route",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -35,6 +35,11 @@ class Gaussian:
     seed, strip by strip, and depends on nothing else. Uniform weight decay stays the same number on the projected
     diagonal.
 
+    Args:
+        k: how many numbers a gradient is projected to.
+        per_layer: project every block of parameters by itself.
+        seed: of the matrix.
+
     Reference: Park et al. (2023); Johnson & Lindenstrauss (1984).
 
     >>> Gaussian(512).k
@@ -52,6 +57,9 @@ class Gaussian:
 
     def projector(self, space: Space) -> Projector:
         """The projection of one parameter space.
+
+        Args:
+            space: the parameters that take part.
 
         Raises:
             InvalidInput: k is no smaller than the number of parameters, or weight decay differs between parameters.

@@ -87,7 +87,9 @@ class Influence(AbstractMethod):
     def fit(self, problem: Problem, n_queries: int = 1) -> Attribution:
         """Do the work that does not depend on the queries, once per checkpoint.
 
-        `n_queries` is how many are expected; it only guides `Auto`.
+        Args:
+            problem: model, loss and training data.
+            n_queries: how many are expected; it only guides `Auto`.
         """
         start = time.perf_counter()
         check_problem(problem)
@@ -114,7 +116,12 @@ class Influence(AbstractMethod):
             )
 
     def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
-        """What `fit` and `score` would cost; runs one batch."""
+        """What `fit` and `score` would cost; runs one batch.
+
+        Args:
+            problem: model, loss and training data.
+            n_queries: how many queries there will be.
+        """
         check_problem(problem)
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
             derivatives = Derivatives.of(problem, self._gradient_route)
@@ -168,7 +175,11 @@ class Influence(AbstractMethod):
         return as_damping(self.damping)
 
     def describe(self, composition: Composition) -> str:
-        """The composition in use, as it would be written."""
+        """The composition in use, as it would be written.
+
+        Args:
+            composition: curvature, solver and preconditioner, as they were asked for or chosen.
+        """
         parts = [repr(composition.curvature), repr(composition.solver), f"damping={self._damping_of(composition)!r}"]
         optional = {
             "preconditioner": composition.preconditioner,
@@ -183,7 +194,16 @@ class Influence(AbstractMethod):
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """A fitted method: curvature and solver are ready, any number of queries may follow."""
+    """A fitted method: curvature and solver are ready, any number of queries may follow.
+
+    `Influence(...).fit(problem)` makes one.
+
+    Attributes:
+        spec: the method.
+        problem: model, loss and training data.
+        members: the fitted curvature and solver, one per checkpoint.
+        fit_seconds: how long the fit took.
+    """
 
     spec: Influence
     problem: Problem
@@ -273,7 +293,11 @@ class Attribution:
         return tokens.values
 
     def with_damping(self, damping: AbstractDamping | float) -> Attribution:
-        """The same fit under another damping: nothing but the solver's own preparation is repeated."""
+        """The same fit under another damping: nothing but the solver's own preparation is repeated.
+
+        Args:
+            damping: as for `Influence`.
+        """
         rule, members = as_damping(damping), []
         for member in self.members:
             with at_checkpoint(self.problem.model, member.checkpoint):
@@ -281,7 +305,13 @@ class Attribution:
         return replace(self, spec=replace(self.spec, damping=rule), members=tuple(members))
 
     def scores_over_damping(self, queries: Any, lambdas: Any, measure: Any = None) -> dict[float, Scores]:
-        """Scores for every damping value in `lambdas` (absolute), without refitting."""
+        """Scores for every damping value in `lambdas` (absolute), without refitting.
+
+        Args:
+            queries: as for `score`.
+            lambdas: the dampings, as numbers.
+            measure: as for `score`.
+        """
         try:
             values = [float(x) for x in lambdas]
         except (TypeError, ValueError) as cause:
@@ -291,7 +321,13 @@ class Attribution:
         return {x: self.with_damping(x).score(queries, measure) for x in values}
 
     def damping_curve(self, held_out: Any = None, lambdas: Any = None, checkpoint: int = 0) -> DampingCurve:
-        """The curve on which `FromCurve(held_out, lambdas)` would choose lambda, for one of the checkpoints."""
+        """The curve on which `FromCurve(held_out, lambdas)` would choose lambda, for one of the checkpoints.
+
+        Args:
+            held_out: as for `FromCurve`.
+            lambdas: as for `FromCurve`.
+            checkpoint: which of the problem's checkpoints, counted from 0.
+        """
         member = self._member(checkpoint)
         with at_checkpoint(self.problem.model, member.checkpoint):
             return FromCurve(held_out, lambdas).path(member)
@@ -309,6 +345,14 @@ class Attribution:
 
         Exact where the eigenvalues are at hand or one decomposition of the dual gives them; otherwise `steps` products
         with `probes` random vectors, with standard errors. See `Spectrum`.
+
+        Args:
+            queries: whose gradients are looked at, as for `score`; `None`: none.
+            measure: as for `score`.
+            checkpoint: which of the problem's checkpoints, counted from 0.
+            steps: products with each random vector, where the eigenvalues are not at hand.
+            probes: how many random vectors.
+            seed: of the random vectors.
         """
         member = self._member(checkpoint)
         with at_checkpoint(self.problem.model, member.checkpoint):

@@ -25,7 +25,13 @@ class Fitted(Protocol):
         """Why this one."""
 
     def score(self, queries: Any, measure: Any = None, top: int | None = None) -> Scores:
-        """Predicted change of the measure on every query when each training example is removed."""
+        """Predicted change of the measure on every query when each training example is removed.
+
+        Args:
+            queries: what is asked about: a Dataset, a DataLoader, tensors or arrays.
+            measure: what is measured on a query; `None`: the training loss.
+            top: keep only the k most helpful and k most harmful examples per query; `None`: all scores.
+        """
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's score on itself."""
@@ -36,4 +42,9 @@ class AbstractMethod(ABC):
 
     @abstractmethod
     def fit(self, problem: Problem, n_queries: int = 1) -> Fitted:
-        """Do the work that does not depend on the queries. `n_queries` is how many are expected."""
+        """Do the work that does not depend on the queries.
+
+        Args:
+            problem: model, loss and training data.
+            n_queries: how many queries are expected.
+        """

@@ -52,7 +52,11 @@ class Route(enum.Enum):
 
     @classmethod
     def of(cls, value: Route | str | None) -> Route:
-        """A route from its name; `None` is `AUTO`."""
+        """A route from its name; `None` is `AUTO`.
+
+        Args:
+            value: a route, its name such as `"ghost"`, or `None`.
+        """
         if value is None:
             return cls.AUTO
         try:

@@ -52,3 +52,7 @@ __all__ = [
     "tracin",
     "trak",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

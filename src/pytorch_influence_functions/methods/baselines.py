@@ -117,11 +117,20 @@ class AbstractBaseline(AbstractMethod):
 
     @abstractmethod
     def values(self, problem: Problem, queries: Source) -> Float[Tensor, "q n"]:
-        """A number for every query and training example at the model's present weights, high where it helps."""
+        """A number for every query and training example at the model's present weights, high where it helps.
+
+        Args:
+            problem: model, loss and training data.
+            queries: the queries' data.
+        """
 
     @abstractmethod
     def own_values(self, problem: Problem) -> Float[Tensor, " n"]:
-        """Every training example's number on itself."""
+        """Every training example's number on itself.
+
+        Args:
+            problem: model, loss and training data.
+        """
 
     def fit(self, problem: Problem, n_queries: int = 1) -> FittedBaseline:
         check_problem(problem)

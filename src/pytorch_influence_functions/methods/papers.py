@@ -35,8 +35,9 @@ from ..solvers.neumann import Neumann
 
 
 def grad_dot() -> Influence:
-    """Gradient dot product: C = I, no damping. Cost: one epoch. A baseline, not an influence function.
+    """Gradient dot product: C = I, no damping. A baseline, not an influence function.
 
+    Cost: one epoch.
     Reference: the one-checkpoint case of TracIn, Pruthi et al. (2020).
     Identity: equals g_q . g_i / N of one-example autograd.
     """
@@ -44,8 +45,9 @@ def grad_dot() -> Influence:
 
 
 def grad_cos() -> Influence:
-    """Cosine of gradients, over N: direction without length. A baseline. Cost: one epoch.
+    """Cosine of gradients, over N: their direction without their length. A baseline.
 
+    Cost: one epoch.
     Identity: equals the cosine of one-example autograd gradients.
     """
     return Influence(Identity(), Spectral(), Absolute(0.0), scaling=Cosine())
@@ -54,12 +56,18 @@ def grad_cos() -> Influence:
 def tracin(learning_rates: Sequence[float], steps: Sequence[int] | int = 1) -> Influence:
     """TracInCP: gradient dot products summed over checkpoints, each for the part of training it stands for.
 
-    score = (1/N) sum_c eta_c K_c <grad m(q), grad loss(i)> at checkpoint c: K_c steps of mini-batches visit an example
-    K_c B / N times with weight eta_c / B, so removing it changes m(q) by about this. It is influence with C = 0 and
-    lambda = 1 / (eta K), summed. The original leaves out K_c / N (`steps=1` and a factor N). Cost: one epoch per
-    checkpoint; give the problem its `checkpoints`, in the same order.
-    Reference: Pruthi et al. (2020). Identity: equals the sum over checkpoints of one-example autograd products; a
-    quadratic's training run by small steps, to first order.
+    score = (1/N) sum_c eta_c K_c <grad m(q), grad loss(i)> at checkpoint c. K_c steps of mini-batches of B examples use
+    an example K_c B / N times, with weight eta_c / B, so removing the example changes m(q) by about this. It is the sum
+    of influences with C = 0 and lambda = 1 / (eta K). The original leaves out K_c / N (`steps=1` and a factor N). Give
+    the problem its `checkpoints`, in the same order.
+
+    Args:
+        learning_rates: one per checkpoint.
+        steps: how many optimiser steps each checkpoint stands for: one number for all, or one per checkpoint.
+
+    Cost: one epoch per checkpoint.
+    Reference: Pruthi et al. (2020). Identity: equals the sum over checkpoints of one-example autograd products; for a
+    quadratic trained by small steps it equals the effect of the removal to first order.
     """
     counts = [steps] * len(learning_rates) if isinstance(steps, int) else list(steps)
     if len(counts) != len(learning_rates):
@@ -75,9 +83,15 @@ def tracin(learning_rates: Sequence[float], steps: Sequence[int] | int = 1) -> I
 
 
 def relatif(method: Influence | None = None, parameters: bool = False) -> Influence:
-    """Another method's scores divided by sqrt(g_i^T (C + lambda)^-1 g_i): what matters to this query, not to all.
+    """RelatIF: scores divided by each example's own size, for examples that matter to this query and not to all.
 
-    `parameters=True` divides by |(C + lambda)^-1 g_i|. Cost: the method's, and one solve per training example.
+    score[q, i] / sqrt(g_i^T (C + lambda)^-1 g_i).
+
+    Args:
+        method: whose scores are divided; `None`: `dual()`.
+        parameters: divide by |(C + lambda)^-1 g_i| instead, by how far the example moves the weights.
+
+    Cost: the method's, and one solve per training example.
     Reference: Barshan, Brunet & Dziugaite (2020). Identity: equals the dense formula.
     """
     return replace(method or dual(), scaling=RelatIF(parameters))
@@ -91,9 +105,17 @@ def trak(
     score = (1/N) phi_q^T (Phi^T Phi / N + lambda)^-1 (P^T grad loss(i)) with phi = P^T grad margin. Because
     grad loss(i) = -(1 - p_i) grad margin(i), scores of `measure=Margin()` are TRAK's with the sign of a removal: minus
     the original's, which are for adding. Several checkpoints are averaged score by score; the original multiplies the
-    mean kernel by the mean of 1 - p. Take k well below N: the sketch must not be able to tell every example apart, and
-    lambda = 0 is refused where it can. `per_layer`: every layer its own k dimensions and its own kernel, added up.
-    Cost: one epoch, N P k for the projection, k^3.
+    mean kernel by the mean of 1 - p.
+
+    Args:
+        k: dimensions of the projection. Take it well below N: the sketch must not tell every example apart, and
+            lambda = 0 is refused where it can.
+        per_layer: give every layer its own k dimensions and its own kernel; the layers' scores are added.
+        damping: what is added to the kernel: `Relative(share)` of its mean eigenvalue, `Absolute(value)` or a number;
+            `None`: `Relative(0.1)`, and `Relative(3.0)` with `per_layer`.
+        seed: of the projection.
+
+    Cost: one epoch, N P k operations for the projection, k^3 for the kernel.
     Reference: Park et al. (2023). Identity: equals phi_q^T (Phi^T Phi + N lambda)^-1 phi_i (1 - p_i) in float64.
     """
     solver = Blockwise(Spectral()) if per_layer else Spectral()
@@ -102,9 +124,15 @@ def trak(
 
 
 def koh_liang(damping: AbstractDamping | float = 0.01, rtol: float = 1e-5, max_steps: int = 500) -> Influence:
-    """Influence functions by conjugate gradients on the exact Hessian; the paper's damping by default.
+    """Influence functions by conjugate gradients on the exact Hessian, as in the first paper.
 
-    Cost: about 100 epochs for all queries together. Raises when it meets negative curvature.
+    Args:
+        damping: what is added to the Hessian: a number, `Absolute(value)`, `Relative(share)` of its mean eigenvalue;
+            0.01 as in the paper.
+        rtol: the relative residual at which a query is solved.
+        max_steps: the most steps that are taken.
+
+    Cost: about 100 epochs for all queries together. Fails where it meets negative curvature.
     Reference: Koh & Liang (2017). Identity: equals the dense float64 solve; ridge leave-one-out in closed form.
     """
     return Influence(Hessian(), CG(rtol=rtol, max_steps=max_steps), damping)
@@ -120,9 +148,18 @@ def lissa(
 ) -> Influence:
     """LiSSA on the Hessian: stochastic gradient descent on 1/2 u^T (H + lambda) u - v^T u.
 
-    Step, batch and depth are measured when not given (theory: 1/step >= lambda_max + lambda + trace/batch).
-    Cost: independent of N for fixed depth. References: Agarwal et al. (2017), Koh & Liang (2017),
-    Klochkov & Liu (2024).
+    What is not given is measured (theory: 1/step >= lambda_max + lambda + trace/batch).
+
+    Args:
+        damping: what is added to the Hessian: a number, `Absolute(value)`, `Relative(share)` of its mean eigenvalue.
+        step: the step length; the paper's `scale` is 1 / step. `None`: measured.
+        steps: how many steps are taken, the paper's recursion depth. `None`: enough for the weakest direction.
+        batch_size: examples per step. `None`: measured.
+        repeats: how many runs on different batches are averaged.
+        seed: of the batches.
+
+    Cost: independent of N for a fixed number of steps.
+    References: Agarwal et al. (2017), Koh & Liang (2017), Klochkov & Liu (2024).
     Identity: its fixed point is the dense solve.
     """
     return Influence(
@@ -136,10 +173,19 @@ def gauss_newton(
     max_steps: int = 300,
     preconditioner: AbstractCurvature | None = None,
 ) -> Influence:
-    """Conjugate gradients on the exact Gauss-Newton matrix, all queries at once, exact up to the solver's rtol.
+    """Conjugate gradients on the exact Gauss-Newton matrix, for all queries at once.
 
-    `preconditioner=EKFAC()` guides the search: the first step then is a line search along the EK-FAC solution, so
-    nothing is ever further away than that. Cost: 2 x (queries) epochs per step.
+    Exact up to `rtol`. With `preconditioner=EKFAC()` the first step is a line search along the EK-FAC solution, so no
+    answer is ever further away than that one.
+
+    Args:
+        damping: what is added to the matrix: `Relative(share)` of its mean eigenvalue, `Absolute(value)` or a number,
+            `FromTraining(lr, steps)`; `None`: `Relative(3.0)`.
+        rtol: the relative residual at which a query is solved.
+        max_steps: the most steps that are taken.
+        preconditioner: a curvature whose damped inverse guides the search, such as `EKFAC()`; `None`: none.
+
+    Cost: 2 x (queries) epochs per step.
     Reference: Martens (2010); Bae et al. (2022) for why the Gauss-Newton matrix.
     Identity: equals the dense float64 solve.
     """
@@ -152,10 +198,18 @@ def ekfac(
     examples: int | None = None,
     folder: str | PathLike[str] | None = None,
 ) -> Influence:
-    """EK-FAC: a Kronecker-factored eigenbasis per layer with measured eigenvalues; lambda per layer by default.
+    """EK-FAC: a Kronecker-factored eigenbasis per layer, with measured eigenvalues.
+
+    Args:
+        damping: what is added to each layer's curvature: `Relative(share, per_block=True)` of the layer's own mean
+            eigenvalue, `Relative(share)` of the overall one, `Absolute(value)` or a number; `None`:
+            `Relative(1.0, per_block=True)`.
+        fisher: whose gradients are measured: `GGN()` (every class), `Fisher(samples=k)` (drawn labels) or
+            `EmpiricalFisher()` (the given labels); `None`: by the number of outputs, see `EKFAC`.
+        examples: how many training examples are measured; `None`: as many as the longest side needs.
+        folder: where the factors of finished layers are kept, and found again; `None`: nowhere.
 
     Cost: two or three passes over `examples` and a decomposition per layer, then one epoch for any number of queries.
-    `folder` keeps the factors, and finds them again. See `EKFAC` for the arguments.
     Reference: Grosse et al. (2023). Identity: exact for one linear layer with squared error; its eigenvalues equal
     E[(Q^T grad Q)^2].
     """
@@ -171,7 +225,17 @@ def kfac(
 ) -> Influence:
     """K-FAC: each layer's Gauss-Newton block as a Kronecker product of two small matrices.
 
-    Cost: as `ekfac()` less one look at the gradients; less accurate on the same basis.
+    Args:
+        damping: what is added to each layer's curvature: `Relative(share, per_block=True)` of the layer's own mean
+            eigenvalue, `Relative(share)` of the overall one, `Absolute(value)` or a number; `None`:
+            `Relative(1.0, per_block=True)`.
+        fisher: whose gradients are measured: `GGN()` (every class), `Fisher(samples=k)` (drawn labels) or
+            `EmpiricalFisher()` (the given labels); `None`: by the number of outputs, see `EKFAC`.
+        examples: how many training examples are measured; `None`: as many as the longest side needs.
+        sharing: how the uses of a shared weight enter the factors, `Sharing.EXPAND` or `Sharing.REDUCE`.
+        folder: where the factors of finished layers are kept, and found again; `None`: nowhere.
+
+    Cost: as `ekfac()` less one pass over `examples`; less accurate on the same basis.
     Reference: Martens & Grosse (2015). Identity: exact for deep linear networks with squared error.
     """
     return Influence(KFAC(fisher, sharing, examples, folder=folder), Spectral(), damping)
@@ -185,8 +249,18 @@ def shampoo(
 ) -> Influence:
     """Shampoo's eigenbasis of each layer's gradient matrix, with measured eigenvalues.
 
-    Cost: as `ekfac()`; more where weights are shared. Reference: Gupta et al. (2018), Vyas et al. (2024).
-    Identity: its eigenvalues equal E[(Q^T grad Q)^2]; exact for one example.
+    Args:
+        damping: what is added to each layer's curvature: `Relative(share, per_block=True)` of the layer's own mean
+            eigenvalue, `Relative(share)` of the overall one, `Absolute(value)` or a number; `None`:
+            `Relative(1.0, per_block=True)`.
+        fisher: whose gradients are measured: `GGN()` (every class), `Fisher(samples=k)` (drawn labels) or
+            `EmpiricalFisher()` (the given labels); `None`: by the number of outputs, see `EKFAC`.
+        examples: how many training examples are measured; `None`: as many as the longest side needs.
+        folder: where the factors of finished layers are kept, and found again; `None`: nowhere.
+
+    Cost: as `ekfac()`; more where weights are shared.
+    Reference: Gupta et al. (2018), Vyas et al. (2024). Identity: its eigenvalues equal E[(Q^T grad Q)^2]; exact for one
+    example.
     """
     return Influence(Shampoo(fisher, examples, folder=folder), Spectral(), damping)
 
@@ -200,13 +274,25 @@ def astra(
     halve_every: int | None = 50,
     seed: int = 0,
 ) -> Influence:
-    """ASTRA: stochastic steps on the exact Gauss-Newton system, preconditioned by EK-FAC and started from its solution.
+    """ASTRA: stochastic steps on the exact Gauss-Newton system, preconditioned by EK-FAC and started at its solution.
 
-    u <- u - a (P + lambda)^-1 [(G_B + lambda) u - v] on random batches B, with momentum and a step that is halved every
-    `halve_every` steps; the first step a is measured. Cost: `steps * batch_size / N` curvature products per query,
-    whatever N: for data too large for `gauss_newton(preconditioner=EKFAC())`, which at equal cost is more accurate.
+    u <- u - a (P + lambda)^-1 [(G_B + lambda) u - v] on random batches B, with momentum. The first step length a is
+    measured and then halved at regular intervals. For data too large for `gauss_newton(preconditioner=EKFAC())`, which
+    at equal cost is more accurate.
+
+    Args:
+        damping: what is added to the matrix and to the preconditioner: `Relative(share)` of the mean eigenvalue,
+            `Absolute(value)` or a number; `None`: `Relative(3.0)`.
+        preconditioner: P; `None`: `EKFAC()`.
+        steps: how many steps are taken.
+        batch_size: examples per step.
+        momentum: the share of the last move that is kept.
+        halve_every: after how many steps the step length is halved; `None`: never.
+        seed: of the batches.
+
+    Cost: `steps * batch_size / N` curvature products per query.
     Reference: Wang et al. (2025), "Better Training Data Attribution via Better Inverse Hessian-Vector Products".
-    Identity: no steps leave EK-FAC's scores; full batches converge to the dense solve.
+    Identity: with no steps the scores are EK-FAC's; full batches converge to the dense solve.
     """
     iteration = Neumann(
         steps=steps,
@@ -223,8 +309,15 @@ def astra(
 def dual(curvature: AbstractCurvature | None = None, damping: AbstractDamping | float | None = None) -> Influence:
     """The exact dual: all parameters, no projection, through the N x N Gram matrix of the gradients.
 
-    score = k_q (K + N lambda)^-1 with K = G G^T. Cost: one epoch + N^2 (row size) + N^3 / 3; every further damping,
-    all leverages and self-influences are free. With `curvature=GGN()` the matrix has N x outputs rows.
+    score = k_q (K + N lambda)^-1 with K = G G^T. Every further damping, all leverages and self-influences are free.
+
+    Args:
+        curvature: `EmpiricalFisher()`, `Fisher(samples=k)` or `GGN()`, whose matrix has N x outputs rows; `None`:
+            `EmpiricalFisher()`.
+        damping: what is added to the curvature: `Relative(share)` of its mean eigenvalue, `Absolute(value)` or a
+            number, `FromTraining(lr, steps)`, `FromCurve(held_out)`; `None`: `Relative(3.0)`.
+
+    Cost: one epoch + N^2 (row size) + N^3 / 3 operations.
     Identity: equals the dense solve and CG to 1e-8 on the same curvature.
     """
     return Influence(curvature or EmpiricalFisher(), Woodbury(), damping)
@@ -233,7 +326,13 @@ def dual(curvature: AbstractCurvature | None = None, damping: AbstractDamping | 
 def exact(curvature: AbstractCurvature | None = None, damping: AbstractDamping | float | None = None) -> Influence:
     """Dense float64 eigendecomposition, for small models: the reference the others are tested against.
 
-    Cost: P^2 memory, P^3 time. Identity: leave-one-out of logistic regression by real refits (Pearson > 0.99).
+    Args:
+        curvature: any curvature with a dense matrix, such as `Hessian()`; `None`: `GGN()`.
+        damping: what is added to the curvature: `Relative(share)` of its mean eigenvalue, `Absolute(value)` or a
+            number, `FromTraining(lr, steps)`, `FromCurve(held_out)`; `None`: `Relative(0.1)`.
+
+    Cost: P^2 memory, P^3 time.
+    Identity: leave-one-out of logistic regression by real refits (Pearson > 0.99).
     """
     return Influence(curvature or GGN(), Spectral(), damping)
 
@@ -241,6 +340,11 @@ def exact(curvature: AbstractCurvature | None = None, damping: AbstractDamping |
 def one_step_newton(damping: AbstractDamping | float) -> Influence:
     """Leverage-corrected exact influence: one Newton step per removed example.
 
+    Args:
+        damping: what is added to the curvature: `Absolute(value)` or a number, 0 where the weight decay alone makes the
+            minimum unique; `Relative(share)` of the mean eigenvalue.
+
+    Cost: as `exact()`, and one solve per example and output.
     Reference: Rubinstein & Hopkins (2025). Identity: ridge leave-one-out to machine precision.
     """
     return Influence(GGN(), Spectral(), damping, scaling=Leverage())
@@ -253,12 +357,22 @@ def arnoldi(
     steps: int | None = None,
     seed: int = 0,
 ) -> Influence:
-    """The Hessian restricted to its `rank` eigenvectors of largest |eigenvalue|, what lies across them dropped.
+    """The Hessian restricted to its `rank` eigenvectors of largest |eigenvalue|; the rest of a gradient is dropped.
 
-    score = (1/N) (V g_q)^T (Lambda + lambda)^-1 (V g_i) with Ritz vectors V. Cost: at most 4 rank + 64 curvature
-    products, then one epoch; rank x P memory. A baseline: low-curvature directions carry much of the influence (linear
-    datamodelling score .31 instead of .80 on logistic regression over MNIST). `Arnoldi(rank, complement="zero")` keeps
-    them. The residual in the diagnostics is the share of each query's gradient that was dropped.
+    score = (1/N) (V g_q)^T (Lambda + lambda)^-1 (V g_i) with Ritz vectors V. A baseline: directions of low curvature
+    carry much of the influence (linear datamodelling score .31 instead of .80 on logistic regression over MNIST). The
+    curvature `Arnoldi(rank, complement="zero")` keeps them. The residual in the diagnostics is the share of each
+    query's gradient that was dropped.
+
+    Args:
+        rank: how many directions are kept.
+        curvature: whose products are taken; `None`: `Hessian()`.
+        damping: what is added to the eigenvalues: a number, `Absolute(value)`, `Relative(share)` of their mean over all
+            parameters, zeros included; `None`: `Relative(0.1)`.
+        steps: how many products with one vector are spent; `None`: at most 4 rank + 64.
+        seed: of the first vectors.
+
+    Cost: `steps` curvature products, then one epoch; rank x P memory.
     Reference: Schioppa et al. (2022). Identity: equals the dense formula of the float64 eigendecomposition, truncated;
     with rank = P the dense solve.
     """
@@ -275,8 +389,17 @@ def nystrom(
 ) -> Influence:
     """Conjugate gradients on the exact Gauss-Newton matrix, guided by its randomised Nystrom approximation.
 
-    Cost: `rank` curvature products in one pass, then fewer steps than `gauss_newton()` where the spectrum decays; exact
-    up to rtol whatever the rank. For the approximation alone: `Influence(Nystrom(rank), Spectral())`.
+    Exact up to `rtol` whatever the rank. For the approximation alone: `Influence(Nystrom(rank), Spectral())`.
+
+    Args:
+        rank: of the approximation.
+        damping: what is added to the matrix: `Relative(share)` of its mean eigenvalue, `Absolute(value)` or a number;
+            `None`: `Relative(3.0)`.
+        rtol: the relative residual at which a query is solved.
+        max_steps: the most steps that are taken.
+        seed: of the random test vectors.
+
+    Cost: `rank` curvature products in one pass, then fewer steps than `gauss_newton()` where the spectrum decays.
     Reference: Frangella, Tropp & Udell (2021). Identity: equals the dense float64 solve.
     """
     return Influence(GGN(), CG(rtol=rtol, max_steps=max_steps), damping, preconditioner=Nystrom(rank, seed=seed))
@@ -285,9 +408,15 @@ def nystrom(
 def datainf(damping: AbstractDamping | float | None = None, per_block: bool = True) -> Influence:
     """DataInf: the mean over examples of each one's own damped inverse, layer by layer.
 
-    score = (1/(N lambda)) [g_q . g_i - (1/N) sum_j (g_q . g_j)(g_j . g_i) / (lambda + |g_j|^2)]; lambda is a tenth of
-    each layer's mean eigenvalue, as in the paper. Cost: one epoch, all gradient rows, and Q N P operations. Close to a
-    gradient dot product (cosine above .95 where it was measured): for comparison, not a solution of (C + lambda) x = b.
+    score = (1/(N lambda)) [g_q . g_i - (1/N) sum_j (g_q . g_j)(g_j . g_i) / (lambda + |g_j|^2)]. Close to a gradient
+    dot product (cosine above .95 where it was measured): for comparison, not a solution of (C + lambda) x = b.
+
+    Args:
+        damping: lambda: `Relative(share, per_block=True)` of each layer's mean eigenvalue, `Absolute(value)` or a
+            number; `None`: `Relative(0.1, per_block=True)` as in the paper.
+        per_block: apply the formula layer by layer, as in the paper, or to all parameters at once, with one lambda.
+
+    Cost: one epoch, all gradient rows, and Q N P operations.
     Reference: Kwon et al. (2023). Identity: equals the loop over examples in float64.
     """
     return Influence(
@@ -300,8 +429,14 @@ def diagonal(
 ) -> Influence:
     """The curvature's exact diagonal alone: score = (1/N) sum_p g_q[p] g_i[p] / (C[p, p] + lambda).
 
-    Cost: one epoch per output and P numbers. A baseline: linear datamodelling score .15 where K-FAC has .32, on RTE
-    with BERT.
+    A baseline: linear datamodelling score .15 where K-FAC has .32, on RTE with BERT.
+
+    Args:
+        curvature: whose diagonal: `GGN()`, `Fisher(samples=k)` or `EmpiricalFisher()`; `None`: `GGN()`.
+        damping: what is added to the diagonal: `Relative(share)` of its mean, `Absolute(value)` or a number; `None`:
+            `Relative(0.1)`.
+
+    Cost: one epoch per output and P numbers.
     Reference: LeCun et al. (1990). Identity: equals the diagonal of the dense float64 matrix.
     """
     return Influence(Diagonal(curvature or GGN()), Spectral(), damping)
@@ -315,9 +450,17 @@ def blockwise(
 ) -> Influence:
     """The diagonal blocks of a curvature, one per layer or per named group, each solved by itself.
 
-    score = (1/N) sum_g <(C_gg + lambda_g)^-1 grad m(q)_g, grad loss(i)_g>. Cost with dense blocks: one epoch per
-    output, 24 P_g^2 bytes and P_g^3 operations per group. A group may have its own solver, curvature and damping: see
-    `BlockGroup`.
+    score = (1/N) sum_g <(C_gg + lambda_g)^-1 grad m(q)_g, grad loss(i)_g>.
+
+    Args:
+        curvature: whose blocks; `None`: `GGN()`.
+        solver: solves every group that has none of its own; `None`: `Spectral()`.
+        groups: names to patterns over layers or parameters, or to `BlockGroup(...)` with a solver, curvature or damping
+            of its own; `None`: one group per layer.
+        damping: what is added to every block: `Relative(share, per_block=True)` of the block's own mean eigenvalue,
+            `Relative(share)` of the overall one, `Absolute(value)` or a number; `None`: `Relative(3.0)`.
+
+    Cost: with dense blocks one epoch per output, 24 P_g^2 bytes and P_g^3 operations per group.
     Reference: the block-diagonal approximation of Martens & Grosse (2015). Identity: equals the dense block solve; with
     one group the dense solve.
     """

@@ -227,7 +227,12 @@ class AbstractObjective(ABC):
 
     @abstractmethod
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        """One number per example, differentiable in `outputs`; example n's own outputs only."""
+        """One number per example, differentiable in `outputs`; example n's own outputs only.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+        """
 
     @abstractmethod
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
@@ -287,31 +292,63 @@ class AbstractLikelihood(AbstractObjective):
 
     @abstractmethod
     def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
-        """The batch with targets drawn from the model's own distribution p(y | f)."""
+        """The batch with targets drawn from the model's own distribution p(y | f).
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+            generator: where random numbers come from; `None`: torch's own generator.
+        """
 
     @abstractmethod
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
-        """Random c_n with mean 0 and E[c_n c_nᵀ] = H_n: rows Jᵀc are rows of the sampled Fisher."""
+        """Random c_n with mean 0 and E[c_n c_nᵀ] = H_n: rows Jᵀc are rows of the sampled Fisher.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+            generator: where random numbers come from; `None`: torch's own generator.
+        """
 
     @abstractmethod
     def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
-        """Columns with Σ_k root[k, n] root[k, n]ᵀ = H_n exactly (classes are enumerated)."""
+        """Columns with Σ_k root[k, n] root[k, n]ᵀ = H_n exactly (classes are enumerated).
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+        """
 
     @abstractmethod
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
-        """The k of `root`, without building it."""
+        """The k of `root`, without building it.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+        """
 
     @abstractmethod
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
     ) -> Float[Tensor, "n *out"]:
-        """H_n v_n in closed form."""
+        """H_n v_n in closed form.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+            v: one vector per example, of the shape of the outputs.
+        """
 
     @final
     def output_hessian(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "n c c"]:
-        """H_n written out, over the outputs of an example flattened."""
+        """H_n written out, over the outputs of an example flattened.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+        """
         size = outputs[0].numel()
         units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
         columns = [

@@ -297,6 +297,10 @@ class TokenCrossEntropy(AbstractLikelihood):
 
         With `average` the parts are divided by the number of tokens that count, so that they add up to `losses`.
 
+        Args:
+            outputs: the model's outputs [n, T, C].
+            batch: the batch that the outputs came from.
+
         >>> batch = {"input_ids": torch.tensor([[0, 1, 1]])}
         >>> TokenCrossEntropy(shift=True).token_losses(torch.zeros(1, 3, 2), batch)
         tensor([[0.0000, 0.3466, 0.3466]])

@@ -199,6 +199,10 @@ class FromFunction(AbstractObjective):
     def resolved(self, outputs: Tensor, targets: Any) -> FromFunction:
         """The same with its reduction found on the first two examples, and its derivative seen to exist.
 
+        Args:
+            outputs: the outputs of at least two examples.
+            targets: their targets.
+
         Raises:
             InvalidInput: see `detect_reduction`; or the result does not depend differentiably on the outputs.
         """

@@ -13,3 +13,7 @@ __all__ = [
     "plot_influences",
     "plot_self_influence",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -118,7 +118,7 @@ def _tiles(
         raise InvalidInput(f"queries= has {len(queries)} examples and the scores are of query {at}; pass theirs.")
     item = queries.item(at)
     label = target_of(item) if one.query_labels is None else one.query_labels[0]
-    shown, captions = [see(item, at, denormalize)], [(one.query_words(0), (scores.label_name(label), ""))]
+    shown, captions = [see(item, at, denormalize)], [(one.describe_query(0), (scores.label_name(label), ""))]
     for index, score in found[0] + found[1]:
         item = train.item(index)
         label = target_of(item) if scores.train_labels is None else scores.train_labels[index]
@@ -374,7 +374,7 @@ def plot_damping_curve(
             axes.axvline(middle, color=style.FAINT, linewidth=0.8, linestyle="dotted", zorder=0)
             axes.tick_params(labelsize=8)
             axes.set_title(title, fontsize=10, fontweight="bold")
-        name = given[middle].query_words(q)
+        name = given[middle].describe_query(q)
         figure.text(0.085, 0.94, name[:1].upper() + name[1:], fontsize=9, color=style.FAINT, parse_math=False)
         style.save(figure, path)
     return figure

@@ -99,7 +99,7 @@ def plot_tokens(
     ]
     asked = _spelled(queries.item(at), None, pieces, f"query {at}")
     label = one.query_labels[0] if one.query_labels is not None else target_of(queries.item(at))
-    name = one.query_words(0)
+    name = one.describe_query(0)
     with style.styled():
         figure = _drawn(_Text(asked, (0.0,) * len(asked), (_label(scores, label),)), found, name, sign)
         style.save(figure, path)

@@ -117,6 +117,9 @@ class Problem:
     def with_(self, **changes: Any) -> Problem:
         """A copy with some arguments replaced.
 
+        Args:
+            changes: arguments of `Problem` by name, with their new values.
+
         Raises:
             InvalidInput: an argument that `Problem` does not have.
         """

@@ -63,6 +63,10 @@ class WeightDecay:
     def from_optimizer(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> WeightDecay:
         """Read the decay of each parameter from the optimiser's groups.
 
+        Args:
+            optimizer: the optimiser that trained the model.
+            model: the model, whose parameters are looked up in the optimiser.
+
         Raises:
             InvalidInput: the decay is decoupled (AdamW) or of a kind that is not known to be an L2 term, or
                 the optimiser trains no parameter of this model.

@@ -100,7 +100,7 @@ def _queries(scores: Scores, said: list[Said] | None) -> dict[str, Any]:
     labels = [None] * len(scores) if scores.query_labels is None else picking.plain(scores.query_labels)
     found: dict[str, Any] = {
         "id": scores.query_ids.tolist(),
-        "name": [clean(scores.query_words(q)) for q in range(len(scores))],
+        "name": [clean(scores.describe_query(q)) for q in range(len(scores))],
         "label": [clean(scores.label_name(label)) for label in labels],
     }
     if said is not None:

@@ -39,7 +39,12 @@ class AbstractScaling(ABC):
 
     @abstractmethod
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        """The training rows, batch by batch in dataset order."""
+        """The training rows, batch by batch in dataset order.
+
+        Args:
+            derivatives: the source of the plain training rows.
+            solving: how the fitted model solves for rows, where a scaling needs that.
+        """
 
     def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:
         """One number per query that its scores are multiplied by; `rows` are the unsolved query gradients."""

@@ -165,6 +165,9 @@ class Diagnostics:
     def from_dict(cls, values: Mapping[str, Any]) -> Diagnostics:
         """The record that `to_dict` wrote.
 
+        Args:
+            values: what `to_dict` gave.
+
         Raises:
             InvalidInput: a field that this version does not know.
         """

@@ -76,3 +76,20 @@ def positions(picked: Any, size: int, what: str, twice: bool = False) -> Int[Ten
     if not twice and len(set(found.tolist())) != len(found):
         raise InvalidInput(f"A {what} was picked twice; pick each once.")
     return found
+
+
+def check_indices(indices: Tensor, shape: torch.Size, n_train: int) -> None:
+    """Refuse indices of scores that do not fit the scores, lie outside the data or name an example twice.
+
+    Raises:
+        InvalidInput: they do.
+    """
+    if indices.shape != shape:
+        raise InvalidInput(
+            f"`indices` has shape {tuple(indices.shape)} and the scores have {tuple(shape)}; make them equal."
+        )
+    ordered = indices.sort(1).values
+    if int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= n_train:
+        raise InvalidInput(f"`indices` must lie in 0 to {n_train - 1}, the training dataset.")
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise InvalidInput("`indices` names a training example twice for one query; name each once.")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..evaluation.verification import Verification
     from ..report.page import Report
 else:
-    Figure = Report = Verification = Any  # optional, or of a higher room; annotations are looked at all the same
+    Figure = Report = Verification = Any  # optional, or of a folder above; annotations are looked at all the same
 
 Labels: TypeAlias = Tensor | NDArray[Any] | Sequence[Any] | None
 
@@ -44,14 +44,13 @@ class Scores:
     """Predicted change of the measure on each query when each training example is removed.
 
     `values[q, i] = (1/N) <(C + D)^-1 grad m(q), grad loss(i)>`: the predicted change of the measure of query
-    q when example i is *removed* and the model retrained, in units of the measure. For a loss, positive
-    means helpful. `helpful` and `harmful` follow the measure: helpful is what makes the measure worse
-    when removed, so the largest scores of a loss and the smallest of a margin. They are the two ends of one
-    order, not a filter by sign: where all examples help, `harmful` starts with the one that helps least.
-    Equal scores are ordered by index.
+    q when example i is *removed* and the model retrained, in units of the measure. For a loss, positive means helpful.
+    `helpful` and `harmful` follow the measure: helpful is what makes the measure worse when removed, so the largest
+    scores of a loss and the smallest of a margin. They are the two ends of one order, not a filter by sign: where all
+    examples help, `harmful` starts with the one that helps least. Equal scores are ordered by index.
 
-    A training example is always named by its position in the training dataset. Where not all examples are
-    held (`top=`, `scores[:, ids]`), `indices[q, j]` is the position of the example behind `values[q, j]`.
+    A training example is always named by its position in the training dataset. Where not all examples are held (`top=`,
+    `scores[:, ids]`), `indices[q, j]` is the position of the example behind `values[q, j]`.
 
     Args:
         values: float [Q, N], or [Q, m] with `indices`.
@@ -126,7 +125,7 @@ class Scores:
                 "which examples they are, and n_train."
             )
         if self.indices is not None:
-            _check_indices(self.indices, self.values.shape, self.n_train)
+            picking.check_indices(self.indices, self.values.shape, self.n_train)
         sizes = {"train_labels": self.n_train, "train_names": self.n_train}
         sizes |= {"query_labels": queries, "query_names": queries, "query_ids": queries}
         for name, expected in sizes.items():
@@ -160,7 +159,9 @@ class Scores:
     def helpful(self, q: int | None = 0, k: int | None = 10) -> list[tuple[int, float]]:
         """The `k` most helpful training examples of query `q` as (index, score), most helpful first.
 
-        `q=None`: by the mean over queries. `k=None`, or more than are held: all.
+        Args:
+            q: which query, as a row of these scores; `None`: the mean over queries.
+            k: how many; `None`, or more than are held: all.
 
         Raises:
             InvalidInput: no such query, or `k` below 1.
@@ -168,7 +169,12 @@ class Scores:
         return self._pairs(q, k, helpful=True)
 
     def harmful(self, q: int | None = 0, k: int | None = 10) -> list[tuple[int, float]]:
-        """The `k` most harmful training examples of query `q` as (index, score), most harmful first."""
+        """The `k` most harmful training examples of query `q` as (index, score), most harmful first.
+
+        Args:
+            q: as for `helpful`.
+            k: as for `helpful`.
+        """
         return self._pairs(q, k, helpful=False)
 
     def helpful_order(self, q: int | None = None) -> Int[Tensor, " m"]:
@@ -204,8 +210,7 @@ class Scores:
     def top(self, k: int) -> Scores:
         """Only the `k` most helpful and `k` most harmful examples of each query, most helpful first.
 
-        With 2k or more examples held exactly 2k are kept, otherwise all. `helpful(q, k)` and
-        `harmful(q, k)` are unchanged.
+        With 2k or more examples held exactly 2k are kept, otherwise all. `helpful(q, k)` and `harmful(q, k)` stay.
         """
         k = picking.count(k, self.shape[1])
         kept = []
@@ -276,20 +281,24 @@ class Scores:
     # ---------------------------------------------------------------- words
 
     def label_name(self, label: Any) -> str:
-        """A label as a person would read it: the class name where there is one."""
+        """A label as a person would read it: the class name where there is one.
+
+        Args:
+            label: a label, such as a class number.
+        """
         label = picking.value(label)
         whole = isinstance(label, int) and not isinstance(label, bool)
         if whole and self.class_names is not None and 0 <= label < len(self.class_names):
             return str(self.class_names[label])
         return f"{label:.4g}" if isinstance(label, float) else "" if label is None else str(label)
 
-    def query_words(self, q: int = 0) -> str:
-        """What to call query `q`: its name, or its position in the query dataset."""
+    def describe_query(self, q: int = 0) -> str:
+        """Query `q` by its name, else by its position in the query dataset."""
         at = self._position(q)
         return f"query {int(self.query_ids[at])}" if self.query_names is None else self.query_names[at]
 
-    def train_words(self, index: int) -> str:
-        """Training example `index` in words: `#index`, its label and its name where known."""
+    def describe_train(self, index: int) -> str:
+        """Training example `index` as `#index` with its label and its name, where known."""
         label = self.label_name(picking.at(self.train_labels, index))
         parts = [f"#{index}", label, picking.at(self.train_names, index) or ""]
         return " ".join(part for part in parts if part)
@@ -303,7 +312,7 @@ class Scores:
         facts += [] if math.isnan(d.damping) else [f"lambda = {d.damping:.3g}"]
         facts += ["helpful = positive" if self.lower_is_better else "helpful = negative"]
         ends = [
-            f"\n  {self.query_words(0)}, most {name}: " + ", ".join(f"{i} ({s:+.3g})" for i, s in find(0, 3))
+            f"\n  {self.describe_query(0)}, most {name}: " + ", ".join(f"{i} ({s:+.3g})" for i, s in find(0, 3))
             for name, find in (("helpful", self.helpful), ("harmful", self.harmful))
         ]
         return f"Scores({', '.join(facts)}){''.join(ends)}"
@@ -311,11 +320,11 @@ class Scores:
     def _repr_html_(self, rows: int = 10, k: int = 5) -> str:
         # Names and labels come from data: everything is escaped.
         def cell(pairs: list[tuple[int, float]]) -> str:
-            return "<br>".join(f"{html.escape(self.train_words(i))} <code>{s:+.3g}</code>" for i, s in pairs)
+            return "<br>".join(f"{html.escape(self.describe_train(i))} <code>{s:+.3g}</code>" for i, s in pairs)
 
         lines = []
         for at in range(min(rows, len(self))):
-            name = html.escape(self.query_words(at))
+            name = html.escape(self.describe_query(at))
             label = html.escape(self.label_name(picking.at(self.query_labels, at)))
             cells = (f"{name}<br>{label}", cell(self.helpful(at, k)), cell(self.harmful(at, k)))
             lines.append("<tr>" + "".join(f"<td style='text-align:left'>{c}</td>" for c in cells) + "</tr>")
@@ -357,9 +366,9 @@ class Scores:
     def to_dict(self, top_k: int | None = 500) -> dict[str, dict[str, Any]]:
         """The seed's layout, one entry per query under its index as a string (`"mean"` for a mean).
 
-        Each entry: `label`, `num_in_dataset`, `time_calc_influence_s` (the query's share of the seconds),
-        `influence` (scores in training order), `harmful`, `helpful` (indices, at most `top_k` each). Where
-        not all examples are held, `influence` holds those of the added list `influence_indices`.
+        Each entry: `label`, `num_in_dataset`, `time_calc_influence_s` (the query's share of the seconds), `influence`
+        (scores in training order), `harmful`, `helpful` (indices, at most `top_k` each). Where not all examples are
+        held, `influence` holds those of the added list `influence_indices`.
         """
         d = self.diagnostics
         seconds = d.seconds / (d.n_queries or len(self)) if math.isfinite(d.seconds) else 0.0
@@ -379,7 +388,12 @@ class Scores:
         return found
 
     def to_json(self, path: str | os.PathLike[str] | None = None, top_k: int | None = 500) -> str:
-        """`to_dict` as JSON text; also written to `path` when given, whole or not at all."""
+        """`to_dict` as JSON text.
+
+        Args:
+            path: where to write it too, whole or not at all; `None`: nowhere.
+            top_k: as for `to_dict`.
+        """
         text = json.dumps(self.to_dict(top_k), allow_nan=False)
         if path is not None:
             write_bytes(path, text.encode())
@@ -387,6 +401,9 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything but the data handles to one safetensors file; equal scores give equal bytes.
+
+        Args:
+            path: the file; one that is there is replaced, whole or not at all.
 
         Raises:
             InvalidInput: labels or names that are not numbers, words or lists of them.
@@ -399,6 +416,9 @@ class Scores:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """The scores that `save` wrote, bit for bit; pictures then need the data handed to `plot`.
+
+        Args:
+            path: the file.
 
         Raises:
             InvalidInput: no such file, another or a damaged one, or one of a later version.
@@ -438,7 +458,7 @@ class Scores:
         Returns:
             a matplotlib `Figure`. Needs matplotlib (`pip install 'pytorch-influence-functions[plot]'`).
         """
-        # The one import that looks up to a higher room: a door kept on the result, opened only when called.
+        # An import that looks up, as in report() and verify(): kept on the result for convenience, made when called.
         from ..plots.query import plot_influences
 
         return plot_influences(self, q, k, train, queries, denormalize, path=path, tokens=tokens, pieces=pieces)
@@ -446,8 +466,11 @@ class Scores:
     def report(self, path: str | os.PathLike[str], **options: Any) -> Report:
         """Write a page to look through, search and tick in a browser, from disk and without a network.
 
-        Options, with their meaning, are those of `pytorch_influence_functions.report.write_report`: `predictions=`
-        (class probabilities of the queries) and `self_influence=` add the most; `dry_run=True` forecasts the size.
+        Args:
+            path: the file to write, `.html`.
+            options: those of `pytorch_influence_functions.report.write_report`. `predictions=` (class probabilities of
+                the queries) and `self_influence=` add the most; `dry_run=True` forecasts the size.
+
         Needs jinja2 and pillow (`pip install 'pytorch-influence-functions[report]'`).
         """
         from ..report.page import write_report
@@ -458,24 +481,18 @@ class Scores:
         """Remove `n` groups of `size` examples for real, retrain, compare: `ptif.evaluation.verify`, with its options.
 
         `print(scores.verify(recipe))` gives predicted against measured change, slope, r, and whether the top of the
-        ranking is distinguishable from noise, in one sentence. `recipe`: a `ptif.evaluation.Recipe`, or a function
-        `(dataset, seed) -> trained model` (then with `measure=`).
+        ranking is distinguishable from noise, in one sentence.
+
+        Args:
+            recipe: a `ptif.evaluation.Recipe`, or a function `(dataset, seed) -> trained model` (then with `measure=`).
+            n: how many groups are removed.
+            size: how many examples are in a group; `None`: 2 % of them.
+            seeds: how many trainings, or which, each group is measured on.
+            options: `train=`, `queries=`, `measure=`, `folder=`, `workers=`.
         """
         from ..evaluation.verification import verify
 
         return verify(self, recipe, n, size, seeds, **options)
-
-
-def _check_indices(indices: Tensor, shape: torch.Size, n_train: int) -> None:
-    if indices.shape != shape:
-        raise InvalidInput(
-            f"`indices` has shape {tuple(indices.shape)} and the scores have {tuple(shape)}; make them equal."
-        )
-    ordered = indices.sort(1).values
-    if int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= n_train:
-        raise InvalidInput(f"`indices` must lie in 0 to {n_train - 1}, the training dataset.")
-    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        raise InvalidInput("`indices` names a training example twice for one query; name each once.")
 
 
 def stacked(labels: Sequence[Any]) -> list[Any] | None:

@@ -8,3 +8,7 @@ __all__ = [
     "AdamState",
     "Segment",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -73,6 +73,10 @@ class AdamState:
         A state dict knows parameters by number only, unless it was made from named ones: they are taken in the order
         of `model.parameters()`.
 
+        Args:
+            optimizer: the optimiser, or its `state_dict()`.
+            model: the model that it trained.
+
         Raises:
             InvalidInput: no Adam state is there (not an Adam, or no step was taken), it does not fit the model, or
                 its groups differ in eps.
@@ -100,6 +104,9 @@ class AdamState:
     def root(self, space: Space) -> Tensor:
         """`P^(1/2)` over the flattened space, [P] in float64.
 
+        Args:
+            space: the parameters that take part.
+
         Raises:
             InvalidInput: a parameter of the space has no moment, one of another shape, or a denominator of zero.
         """
@@ -123,7 +130,11 @@ class AdamState:
         return space.from_parameters(values).flat()[0]
 
     def decays(self, space: Space) -> Tensor:
-        """Decoupled decay over the flattened space, [P] in float64."""
+        """Decoupled decay over the flattened space, [P] in float64.
+
+        Args:
+            space: the parameters that take part.
+        """
         strengths = self.decay if isinstance(self.decay, Mapping) else dict.fromkeys(space.names, float(self.decay))
         values = {
             name: torch.full((1, *space.shapes[name]), float(strengths.get(name, 0.0)), dtype=torch.float64)

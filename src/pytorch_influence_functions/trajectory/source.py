@@ -126,6 +126,10 @@ class SOURCE(AbstractMethod):
     def fit(self, problem: Problem, n_queries: int = 1) -> SourceAttribution:
         """The curvature of every segment, once.
 
+        Args:
+            problem: model, loss and training data.
+            n_queries: how many queries are expected; not used.
+
         Raises:
             InvalidInput: a checkpoint does not fit the model, the problem has checkpoints of its own, or negative
                 curvature would blow every number up.

@@ -75,9 +75,9 @@ class EKFAC(AbstractKronecker):
         folder: where finished blocks are kept (safetensors), found again by weights, data, objective and settings; an
             interrupted fit goes on with the blocks that are missing, and blocks larger than memory are fitted in turn.
 
-    Raises (when fitted):
-        NotLikelihood: the loss has no Fisher matrix and no other gradients were asked for.
-        TooLarge: the factors are above the memory bound and there is no `folder`.
+    Raises:
+        NotLikelihood: when fitted, the loss has no Fisher matrix and no other gradients were asked for.
+        TooLarge: when fitted, the factors are above the memory bound and there is no `folder`.
 
     References: George et al. (2018); Grosse et al. (2023), "Studying Large Language Model Generalization with
     Influence Functions".
