@@ -10,7 +10,7 @@ import torch
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
 from pytorch_influence_functions.damping.rules import Absolute, FromTraining, Relative, as_damping
 from pytorch_influence_functions.linalg.dense import Matrix
-from pytorch_influence_functions.linalg.operator import Identity
+from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.linalg.shift import Shift
 from tests.laws.solver_cases import F64, a_space, dense_shift, outer_rows, some_rows, spectrum_matrix, uneven
 
@@ -32,7 +32,7 @@ def test_relative_follows_the_scale_of_the_curvature() -> None:
     ten = Matrix(space, 10 * one.matrix)
     assert Relative(0.3).of(one) == pytest.approx(0.3 * float(one.matrix.trace()) / space.size, rel=1e-12)
     assert Relative(0.3).of(ten) == pytest.approx(10 * Relative(0.3).of(one), rel=1e-12)
-    assert Relative(0.3).of(Identity(space, 2.0)) == pytest.approx(0.6)
+    assert Relative(0.3).of(ScaledIdentity(space, 2.0)) == pytest.approx(0.6)
 
 
 def test_from_training_is_the_inverse_of_the_distance_travelled() -> None:
@@ -110,7 +110,7 @@ def test_damping_per_block_follows_each_blocks_own_scale() -> None:
 def test_a_block_without_curvature_is_damped_by_the_overall_mean() -> None:
     space = a_space()
     first = next(iter(space.blocks))
-    flat = Identity(space, dict.fromkeys(space.blocks, 2.0) | {first: 0.0})
+    flat = ScaledIdentity(space, dict.fromkeys(space.blocks, 2.0) | {first: 0.0})
     found = Relative(0.5, per_block=True).blocks(flat)
     assert found[first] == pytest.approx(0.5 * flat.mean_eigenvalue())
     assert set(found.values()) == {found[first], 1.0}

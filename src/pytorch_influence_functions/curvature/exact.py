@@ -23,11 +23,12 @@ from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS, Products
 from ..linalg.dense import Matrix
-from ..linalg.extremes import hutchinson_traces
 from ..linalg.gram import Gram
-from ..linalg.operator import AbstractSymmetric, Implicit
-from ..linalg.operator import Identity as IdentityOperator
+from ..linalg.implicit import Implicit
+from ..linalg.operator import AbstractSymmetric
 from ..linalg.rows import Rows
+from ..linalg.scaled_identity import ScaledIdentity
+from ..linalg.trace import hutchinson_block_traces
 from ..objectives.base import AbstractLikelihood, AbstractObjective
 from ..objectives.draws import Keyed
 from ..problem.data import Source, batch_slice, tensors_of
@@ -56,7 +57,7 @@ class Identity(AbstractCurvature):
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)
-        return IdentityOperator(derivatives.space)
+        return ScaledIdentity(derivatives.space)
 
 
 @final
@@ -76,7 +77,7 @@ class Hessian(AbstractCurvature):
             if isinstance(derivatives.objective, AbstractLikelihood):
                 return _block_means(derivatives)  # of its positive part, the Gauss-Newton matrix
             like = next(iter(space.values(derivatives.problem.model).values()))
-            traces = hutchinson_traces(operator, samples=8, seed=0, dtype=like.dtype, device=like.device)
+            traces = hutchinson_block_traces(operator, samples=8, seed=0, dtype=like.dtype, device=like.device)
             return {k: trace / space.numel(k) for k, trace in traces.items()}
 
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:

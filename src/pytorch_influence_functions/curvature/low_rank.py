@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..gradients.per_example import Derivatives
-from ..linalg.krylov import BlockLanczos, Pairs, default_steps, nystrom
+from ..linalg.lanczos import Eigenpairs, default_steps, leading_eigenpairs
 from ..linalg.low_rank import LowRank
+from ..linalg.nystrom import nystrom_pairs
 from ..linalg.operator import AbstractSymmetric
 from .base import AbstractCurvature, Budget, Form
 from .exact import GGN, Hessian
@@ -86,7 +87,7 @@ class Arnoldi(AbstractCurvature):
         steps = min(size, (self.steps or default_steps(size, self.rank)) + self.width)
         _affordable(self, budget, (steps + self.rank) * size * like.element_size())
         inner = self.curvature.of(derivatives, Form.IMPLICIT, budget)
-        pairs = BlockLanczos(inner, self.rank, self.steps, self.width, self.seed, like.dtype, like.device).run()
+        pairs = leading_eigenpairs(inner, self.rank, self.steps, self.width, self.seed, like.dtype, like.device)
         return _operator(self, derivatives, pairs, _rough(self, pairs))
 
 
@@ -139,17 +140,17 @@ class Nystrom(AbstractCurvature):
         _fits(self, size)
         _affordable(self, budget, 3 * 8 * self.rank * size)
         inner = self.curvature.of(derivatives, Form.IMPLICIT, budget)
-        return _operator(self, derivatives, nystrom(inner, self.rank, self.seed, like.dtype, like.device), ())
+        return _operator(self, derivatives, nystrom_pairs(inner, self.rank, self.seed, like.dtype, like.device), ())
 
 
-def _operator(spec: Arnoldi | Nystrom, derivatives: Derivatives, pairs: Pairs, notes: tuple[str, ...]) -> LowRank:
+def _operator(spec: Arnoldi | Nystrom, derivatives: Derivatives, pairs: Eigenpairs, notes: tuple[str, ...]) -> LowRank:
     # Where the complement is everything that can be said of, zero is the smallest eigenvalue there is.
     rest = max(0.0, float(pairs.values.abs().min())) if spec.complement == "smallest" else 0.0
     values = pairs.values.to(pairs.vectors.device)
     return LowRank.of(derivatives.space, pairs.vectors, values, rest, spec.complement == "dropped", notes)
 
 
-def _rough(spec: Arnoldi, pairs: Pairs) -> tuple[str, ...]:
+def _rough(spec: Arnoldi, pairs: Eigenpairs) -> tuple[str, ...]:
     """In words, the directions that have not been found."""
     scale = float(pairs.values.abs().max())
     rough = pairs.residuals > _ROUGH * scale

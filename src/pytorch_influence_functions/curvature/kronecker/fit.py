@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.distributed import World, current
 from ...core.errors import NonFinite
 from ...gradients.per_example import Derivatives, Tape, slopes
-from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum
+from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum, matrix_shape
 from ...linalg.kronecker import Kronecker, KroneckerBlock
 from ...linalg.rows import Rows
 from ...objectives.base import AbstractLikelihood, AbstractObjective
@@ -25,7 +25,7 @@ from ...problem.problem import sweep
 from ..base import Budget, not_a_likelihood
 from ..exact import GGN, EmpiricalFisher, Fisher, draw_seed, evenly, finite_outputs, wide_source
 from .cache import Shelf, fingerprint
-from .moments import BlockFactors, Moments, Sharing, matrix_shape, unified
+from .moments import BlockFactors, Moments, Sharing, unified
 
 # Share of the memory budget that rows kept for a second look may take.
 _KEPT_SHARE = 1 / 16
