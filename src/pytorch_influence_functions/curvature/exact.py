@@ -18,8 +18,10 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from ..core.batches import batch_slice, tensors_of
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..core.indexing import evenly_spaced
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS, Products
 from ..linalg.dense import Matrix
@@ -31,7 +33,7 @@ from ..linalg.scaled_identity import ScaledIdentity
 from ..linalg.trace import hutchinson_block_traces
 from ..objectives.base import AbstractLikelihood, AbstractObjective
 from ..objectives.draws import Keyed
-from ..problem.data import Source, batch_slice, tensors_of
+from ..problem.data import Source
 from ..problem.problem import sweep
 from .base import AbstractCurvature, Budget, Form, not_a_likelihood
 
@@ -39,7 +41,8 @@ from .base import AbstractCurvature, Budget, Form, not_a_likelihood
 _RESIDENT_BYTES = 256 << 20
 # Examples on which a trace is estimated when exact enumeration would cost more than a few passes.
 _TRACE_EXAMPLES = 2000
-_ENUMERATED = 16
+# Up to this many outputs their classes are enumerated rather than sampled.
+ENUMERATED_OUTPUTS = 16
 # Columns of the identity pushed through the Hessian together.
 _COLUMNS = 64
 
@@ -290,7 +293,7 @@ def _implicit_from_rows(derivatives: Derivatives, rows_of: Callable[[Tensor, Any
         return derivatives.space.rows(world.all_sum(total) / count)
 
     def mean() -> dict[str, float]:
-        some = evenly(len(problem), _TRACE_EXAMPLES)
+        some = evenly_spaced(len(problem), _TRACE_EXAMPLES)
         rows = (rows_of(ids, batch) for ids, batch in sweep(problem, ids=some, label="trace", world=World()))
         return _means_of(derivatives, rows, len(some) * per)
 
@@ -347,22 +350,17 @@ def finite_outputs(outputs: Tensor, ids: Tensor) -> None:
         )
 
 
-def evenly(n: int, most: int) -> Tensor:
-    """At most `most` of n indices, evenly spaced: the same ones every time."""
-    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
-
-
 def _block_means(derivatives: Derivatives) -> dict[str, float]:
     """trace(GGN) / P block by block: exact for few outputs and examples, else from one sampled cotangent each."""
     problem = derivatives.problem
-    some = evenly(len(problem), _TRACE_EXAMPLES)
+    some = evenly_spaced(len(problem), _TRACE_EXAMPLES)
 
     def rows() -> Iterator[Rows]:
         for ids, batch in sweep(problem, ids=some, label="trace", world=World()):
             objective = _likelihood(derivatives, "GGN()")
             with torch.no_grad():
                 size = objective.root_size(objective.outputs(problem.model, batch))
-            if size <= _ENUMERATED:
+            if size <= ENUMERATED_OUTPUTS:
                 yield from roots_of(derivatives, ids, batch)
             else:
                 yield sampled_rows(derivatives, ids, batch, 1, 0)

@@ -18,7 +18,7 @@ from ..curvature.spectrum import effective
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives, GradientBatch
 from ..linalg.gram import Gram
-from ..linalg.operator import AbstractOperator, AbstractSpectral, AbstractSymmetric
+from ..linalg.operator import AbstractOperator, AbstractSymmetric
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from ..problem.checkpoints import Checkpoint

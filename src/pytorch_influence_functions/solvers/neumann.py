@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.indexing import evenly_spaced
 from ..linalg.lanczos import estimate_extremes, power_iteration
 from ..linalg.operator import AbstractOperator, AbstractSampled, AbstractSymmetric, apply_flat
 from ..linalg.rows import Rows
@@ -425,7 +426,7 @@ def _measure_preconditioned(options: Neumann, state: NeumannState, dtype: torch.
     system, p, budget = state.system, state.system.operator.size, 20
     generator = torch.Generator().manual_seed(options.seed)
     # Where a full product is out of reach, some examples stand for all: fewer only raise the largest eigenvalue.
-    some = torch.linspace(0, state.examples - 1, _MEASURED).long() if state.examples > _MEASURED else None
+    some = evenly_spaced(state.examples, _MEASURED) if state.examples > _MEASURED else None
 
     def probe(n: int) -> Tensor:
         return torch.randn(n, p, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)

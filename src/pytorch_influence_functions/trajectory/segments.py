@@ -264,7 +264,7 @@ class Segment:
         return f"Segment({', '.join(parts)})"
 
 
-def evenly(
+def split_evenly(
     checkpoints: Sequence[Checkpoint],
     lr: float | int | Sequence[float | int],
     steps: float | int | Sequence[float | int],
