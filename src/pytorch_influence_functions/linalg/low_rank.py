@@ -192,7 +192,8 @@ class LowRank(AbstractSpectral):
                 part = span.basis[:, columns].double()
                 total.addmm_(part, part.T, alpha=decay[name])
             parts.append(total)
-        return torch.block_diag(*parts)
+        blocks: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
+        return blocks
 
     def _cut(self, decay: Mapping[str, float]) -> LowRank:
         """C + D where D differs between blocks: on the directions cut at its borders it is a small matrix again.
@@ -214,7 +215,7 @@ class LowRank(AbstractSpectral):
                 spans.append(Span(names, q.T.contiguous(), span.rest + number))
                 pieces.append(r.T.double())
             turns.append(torch.cat(pieces, 1))
-        t = torch.block_diag(*turns)
+        t = torch.block_diag(*turns)  # type: ignore[no-untyped-call]
         rests = torch.cat([self.values.new_full((len(s.basis),), s.rest) for s in spans])
         return self._decomposed(t.T @ (self._small() - torch.cat(olds).diag()) @ t + rests.diag(), tuple(spans))
 
