@@ -235,7 +235,7 @@ def test_steady_data_pass() -> None:
 
 
 def test_unknown_policy() -> None:
-    with pytest.raises(InvalidInput, match="'warn', 'error' or 'ignore', got 'maybe'"):
+    with pytest.raises(InvalidInput, match="deterministic='maybe' must be 'warn', 'error' or 'ignore'"):
         Source.of((X, Y)).check_deterministic("maybe")
 
 
@@ -363,7 +363,7 @@ def test_values_that_are_not_finite_are_named_by_dataset_index(value: float) -> 
         (lambda: Source.of((np.array([{}, {}], dtype=object), Y[:2])), "Array 0 has dtype object"),
         (lambda: Source.of((X, np.array(["cat"] * 10))), "Array 1 has dtype <U3"),
         (lambda: Source.of((X, torch.tensor(1))), "Array 1 is a single number"),
-        (lambda: Source.of((X, Y), 0), "batch_size must be a whole number of at least 1, got 0"),
+        (lambda: Source.of((X, Y), 0), "^batch_size=0 must be a whole number of at least 1"),
         (
             lambda: Source.of((X, Y)).plan([3, 10, -1]),
             "Index 10, -1 is outside the dataset, whose items are 0 to 9",

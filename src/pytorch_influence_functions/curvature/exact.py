@@ -22,6 +22,7 @@ from ..core.batches import batch_slice, tensors_of
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..core.indexing import evenly_spaced
+from ..core.validate import whole_number
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS, Products
 from ..linalg.dense import Matrix
@@ -126,8 +127,8 @@ class Fisher(AbstractCurvature):
     forms: ClassVar[tuple[Form, ...]] = (Form.MATRIX, Form.GRAM, Form.IMPLICIT)
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
-            raise InvalidInput(f"Fisher(samples={self.samples}) draws nothing; use None (exact) or at least 1.")
+        if self.samples is not None:
+            whole_number("samples", self.samples, owner=self, hint="None takes every label into account")
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.errors import InvalidInput
+from ..core.validate import whole_number
 from ..linalg.density import Density
 from ..linalg.lanczos import estimate_density
 from ..linalg.operator import AbstractSymmetric
@@ -64,8 +64,7 @@ class Spectrum:
         Bins are equal in the logarithm from 1e-12 of the largest |eigenvalue| where none is negative (smaller ones, the
         zeros with them, go to the first bin), else equal in the eigenvalue.
         """
-        if bins < 1:
-            raise InvalidInput(f"density(bins={bins}) needs a whole number of at least 1.")
+        whole_number("bins", bins)
         values, weights = self.eigenvalues.values, self.eigenvalues.weights / len(self.eigenvalues.weights)
         top = max(abs(self.smallest), abs(self.largest))
         tiny = 1e-12 * top

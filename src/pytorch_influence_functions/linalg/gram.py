@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.validate import whole_number
 from .density import Density
 from .operator import AbstractSampled, Cache, cache_field
 from .rows import Rows
@@ -30,8 +31,7 @@ class Gram(AbstractSampled):
     _known: Cache = cache_field()
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InvalidInput(f"Gram(count={self.count}) needs the number of training examples, at least 1.")
+        whole_number("count", self.count, owner=self, hint="give the number of training examples")
 
     @property
     def examples(self) -> int:

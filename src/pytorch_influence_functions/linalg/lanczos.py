@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite
+from ..core.validate import whole_number
 from .density import Density
 from .operator import AbstractOperator, apply_flat
 
@@ -170,8 +171,8 @@ def estimate_density(
     Meurant (1994) for blocks.
     """
     size = operator.size
-    if probes < 2 or steps < 1:
-        raise InvalidInput(f"The spectrum takes at least 2 probes and 1 step, got {probes} and {steps}.")
+    whole_number("probes", probes, 2, owner="spectrum")
+    whole_number("steps", steps, owner="spectrum")
     numbers = probes * min(steps, size) * size
     if numbers > _LARGEST_BASIS:
         raise InvalidInput(

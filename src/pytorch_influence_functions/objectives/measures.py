@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from ..core.batches import batch_slice, example_tensors, with_example_tensors
 from ..core.errors import InfluenceError, InvalidInput, NonFinite, first_line
+from ..core.validate import choice
 from .base import (
     AbstractObjective,
     Batch,
@@ -174,10 +175,7 @@ class FromFunction(AbstractObjective):
             raise InvalidInput(
                 f"FromFunction needs a function of (outputs, targets), got {type(self.function).__name__}."
             )
-        if self.reduction is not None and self.reduction not in _REDUCTIONS:
-            raise InvalidInput(
-                f"The reduction is {self.reduction!r}, expected 'none', 'mean', 'sum', or None to find out."
-            )
+        choice("reduction", self.reduction, (*_REDUCTIONS, None), owner=self, hint="None finds it out")
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         args, kwargs, _ = inputs_and_targets(batch)

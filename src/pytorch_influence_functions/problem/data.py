@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 from ..core.batches import tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
+from ..core.validate import choice, whole_number
 from .model_state import same_rng
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
@@ -120,19 +121,13 @@ def _check_dataset(dataset: Any) -> None:
         raise InvalidInput(f"The dataset ({kind}) is empty; at least one example is needed.")
 
 
-def _is_count(value: Any) -> bool:
-    number = isinstance(value, (int, float, np.integer)) and not isinstance(value, bool)
-    return number and value >= 1 and float(value).is_integer()
-
-
 def check_policy(policy: str) -> None:
     """Refuse anything but `"warn"`, `"error"` or `"ignore"`.
 
     Raises:
         InvalidInput: another value.
     """
-    if policy not in POLICIES:
-        raise InvalidInput(f"deterministic must be 'warn', 'error' or 'ignore', got {policy!r}.")
+    choice("deterministic", policy, POLICIES)
 
 
 # --------------------------------------------------------------------------- reading
@@ -224,14 +219,14 @@ class Source:
             InvalidInput: data that can only be iterated, has no length or is empty; arrays of different
                 lengths or without numbers; a loader without batches.
         """
-        if batch_size is not None and not _is_count(batch_size):
-            raise InvalidInput(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
+        if batch_size is not None:
+            batch_size = whole_number("batch_size", batch_size)
         if isinstance(data, Source):
-            return data if batch_size is None else replace(data, batch_size=int(batch_size))
+            return data if batch_size is None else replace(data, batch_size=batch_size)
         if not isinstance(data, DataLoader):
             dataset = _as_dataset(data)
             _check_dataset(dataset)
-            return cls(dataset, batch_size=int(batch_size or BATCH_SIZE))
+            return cls(dataset, batch_size=batch_size or BATCH_SIZE)
         _check_dataset(data.dataset)
         if data.batch_sampler is None:
             raise InvalidInput(
