@@ -293,9 +293,9 @@ DATA = [
     Row(
         "augmented", put_in(train=Items(noisy), deterministic="error"), INPUT, r"^Item 0 .* read twice .* random transf"
     ),
-    Row("policy", put_in(deterministic="eror"), INPUT, r"must be 'warn', 'error' or 'ignore', got 'eror'"),
-    Row("batch size 0", put_in(batch_size=0), INPUT, r"batch_size must be a whole number of at least 1, got 0"),
-    Row("batch size text", put_in(batch_size="8"), INPUT, r"batch_size must be a whole number .*got '8'"),
+    Row("policy", put_in(deterministic="eror"), INPUT, r"^deterministic='eror' must be 'warn', 'error' or 'ignore'"),
+    Row("batch size 0", put_in(batch_size=0), INPUT, r"batch_size=0 must be a whole number of at least 1"),
+    Row("batch size text", put_in(batch_size="8"), INPUT, r"batch_size='8' must be a whole number of at least 1"),
     Row("NaN", put_in(train=(put(X, 5, NAN), Y)), INFINITE, r"^The data hold NaN or infinity at dataset index 5 "),
     Row("infinity", put_in(train=(put(X, [5, 8], INF), Y)), INFINITE, r"at dataset index 5, 8 \(in batch\[0\]\); rep"),
     Row("NaN asked", put_in(queries=(put(X, 1, NAN), Y)), INFINITE, r"In the queries, the data hold NaN .* index 1 "),

@@ -50,7 +50,12 @@ LOW_RANK = [
     Row("width 0", arnoldi(3, width=0), INPUT, r"^Arnoldi\(width=0\) must be a whole number"),
     Row("steps 0", arnoldi(3, steps=0), INPUT, r"^Arnoldi\(steps=0\) must be a whole number"),
     Row("few steps", arnoldi(9, steps=5), INPUT, r"cannot find 9 directions with fewer products; use twice the rank"),
-    Row("complement", arnoldi(3, complement="drop"), INPUT, r"'drop'\) must be one of 'zero', 'smallest', 'dropped'"),
+    Row(
+        "complement",
+        arnoldi(3, complement="drop"),
+        INPUT,
+        r"^Arnoldi\(complement='drop'\) must be 'zero', 'smallest' or 'dropped'",
+    ),
     Row("inner class", arnoldi(3, ptif.curvature.GGN), INPUT, r"is the class GGN; write GGN\(\), an instance"),
     Row(
         "inner text", arnoldi(3, "ggn"), INPUT, r"^Arnoldi\(curvature='ggn'\) has no products .*use GGN\(\) or Hessian"
@@ -134,7 +139,12 @@ DATAINF = [
         INPUT,
         r"^DataInf\(per_block='layer'\) must be True or False",
     ),  # type: ignore[arg-type]
-    Row("damping NaN", lambda m: ptif.methods.datainf(NAN), INPUT, r"is nan; it must be finite"),
+    Row(
+        "damping NaN",
+        lambda m: ptif.methods.datainf(NAN),
+        INPUT,
+        r"^Absolute\(value=nan\) must be a finite number of at least 0",
+    ),
 ]
 
 BLOCKWISE = [
@@ -155,7 +165,7 @@ BLOCKWISE = [
     ),
     Row("nested", blocks(None, solver=Blockwise()), INPUT, r"^Blockwise\(solver=Blockwise.* for one group"),
     Row("curvature text", group(curvature="ggn"), INPUT, r"^BlockGroup\(curvature='ggn'\) must be a curvature"),
-    Row("damping", group(damping=-1.0), INPUT, r"value=-1.0\) must not be negative"),
+    Row("damping", group(damping=-1.0), INPUT, r"value=-1.0\) must be a finite number of at least 0"),
     Row(
         "damped twice",
         blocks({"a": BlockGroup("*", damping=0.1)}, damping=0.2),

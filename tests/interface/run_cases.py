@@ -58,15 +58,22 @@ RUNS = [
     Row("curvature text", unrolled("ggn"), INPUT, r"^SOURCE's curvature must be one such as GGN\(\), got str"),
     Row("no checkpoint", segment(checkpoints=()), INPUT, r"^A Segment needs at least one checkpoint"),
     Row("a model", segment(checkpoints=lambda m: [m]), INPUT, r"not Sequential; pass model.state_dict\(\)"),
-    Row("lr 0", segment(lr=0.0), INPUT, r"^Segment's lr is 0.0; it must be positive"),
-    Row("lr text", segment(lr="0.1"), INPUT, r"^Segment's lr is '0.1'; it must be a finite number"),
-    Row("no steps", segment(steps=-5), INPUT, r"^Segment's steps is -5; it must be positive"),
-    Row("momentum", segment(momentum=1.0), INPUT, r"^Segment's momentum is 1.0; it must lie in \[0, 1\)"),
+    Row("lr 0", segment(lr=0.0), INPUT, r"^Segment\(lr=0.0\) must be a finite number above 0"),
+    Row("lr text", segment(lr="0.1"), INPUT, r"^Segment\(lr='0.1'\) must be a finite number above 0"),
+    Row("no steps", segment(steps=-5), INPUT, r"^Segment\(steps=-5\) must be a finite number above 0"),
+    Row(
+        "momentum", segment(momentum=1.0), INPUT, r"^Segment\(momentum=1.0\) must be a number of at least 0 and below 1"
+    ),
     Row("live weights", _live, INPUT, r"^Checkpoints 1 and 2 are the same tensors .* copy.deepcopy"),
     Row("few rates", even(lr=[0.1, 0.2]), INPUT, r"^lr has 2 numbers for 4 checkpoints; give one each"),
     Row("few steps", even(steps=[1]), INPUT, r"^steps has 1 numbers for 4 checkpoints"),
-    Row("a rate of 0", even(lr=[0.1, 0.2, 0.0, 0.1]), INPUT, r"^lr\[2\] is 0.0; it must be positive"),
-    Row("many segments", even(segments=5), INPUT, r"^segments=5 for 4 checkpoints; .* from 1"),
+    Row("a rate of 0", even(lr=[0.1, 0.2, 0.0, 0.1]), INPUT, r"^lr\[2\] is 0.0; it must be a finite number above 0"),
+    Row(
+        "many segments",
+        even(segments=5),
+        INPUT,
+        r"^segments=5 must be a whole number from 1 to 4; there cannot be more segments",
+    ),
     Row(
         "wrong key",
         unrolled(checkpoints=lambda m: state(m, **{"0__weight": None})),

@@ -36,7 +36,7 @@ def refused(*arguments: object) -> str:
         (("--batch-size", "0"), r"^--batch-size is 0; it must be"),
         (("--weight-decay", "-1"), r"^--weight-decay is -1.0; it must be a number of at least 0\.$"),
         (("--damping", "much"), r"^'much' is no damping; write a number such as 0.01"),
-        (("--damping", "relative:0"), r"Relative\(share=0.0\) must be positive"),
+        (("--damping", "relative:0"), r"Relative\(share=0.0\) must be a finite number above 0"),
         (("--damping", "training:0.1:x"), r"is no damping"),
         (("--device", "gpu7"), r"^The model cannot be moved to --device gpu7 \("),
     ],

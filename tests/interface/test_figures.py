@@ -136,7 +136,7 @@ def test_the_history_survives_the_disk(tmp_path: Path) -> None:
     ("call", "words"),
     [
         (lambda: plot_self_influence([]), "one number per training example, got shape"),
-        (lambda: plot_self_influence([1.0, float("nan")]), "NaN or infinite at training index 1"),
+        (lambda: plot_self_influence([1.0, float("nan")]), "The self-influence holds NaN or infinity at position 1"),
         (lambda: plot_self_influence([1.0, 2.0], labels=[1]), "2 values and 1 labels"),
         (lambda: plot_self_influence([1.0, 2.0], marked=[5]), "indices from 0 to 1"),
         (lambda: plot_class_matrix(Scores(torch.ones(2, 3))), "labels of queries and training examples are not"),

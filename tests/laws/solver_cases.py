@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pytorch_influence_functions.linalg.blocks import Outer
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.gram import Gram
-from pytorch_influence_functions.linalg.operator import Implicit
+from pytorch_influence_functions.linalg.implicit import Implicit
 from pytorch_influence_functions.linalg.rows import Rows
 from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.linalg.space import Space

@@ -12,7 +12,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.curvature import EKFAC, GGN
 from pytorch_influence_functions.linalg.dense import Matrix
-from pytorch_influence_functions.linalg.operator import Implicit
+from pytorch_influence_functions.linalg.implicit import Implicit
 from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers import Spectral
 from pytorch_influence_functions.solvers.base import System

@@ -12,8 +12,10 @@ from torch import Tensor
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.gram import Gram
-from pytorch_influence_functions.linalg.operator import AbstractOperator, Identity, Implicit
+from pytorch_influence_functions.linalg.implicit import Implicit
+from pytorch_influence_functions.linalg.operator import AbstractOperator
 from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers.base import Result
 from pytorch_influence_functions.solvers.cg import CG
@@ -145,7 +147,7 @@ def test_negative_curvature_is_named_with_a_damping_that_works(preconditioned: b
     space, solver = a_space(), CG(rtol=1e-8, max_steps=500)
     matrix = spectrum_matrix(space, -0.2)
     b = some_rows(space, 3)
-    inverse = Identity(space, 2.0) if preconditioned else None
+    inverse = ScaledIdentity(space, 2.0) if preconditioned else None
     solution = solver.solve(solver.init(implicit(matrix), Shift(0.01), inverse), b)
     assert solution.result is Result.negative_curvature
     assert -0.2 <= solution.notes["smallest_curvature"] < -0.01
@@ -216,7 +218,7 @@ def test_what_is_not_finite_is_told_apart() -> None:
     space, solver = a_space(), CG()
     flat = some_rows(space, 3).flat().clone()
     flat[1, 5] = math.inf
-    bad = solver.solve(solver.init(Identity(space), Shift(0.1)), space.rows(flat))
+    bad = solver.solve(solver.init(ScaledIdentity(space), Shift(0.1)), space.rows(flat))
     assert (bad.result, bad.failed, bad.steps) == (Result.nonfinite_input, (1,), 0)
     with pytest.raises(NonFinite, match=r"before any solving.*Rows: 1\."):
         bad.unwrap()
@@ -234,7 +236,7 @@ def test_what_is_not_finite_is_told_apart() -> None:
 def test_an_indefinite_preconditioner_is_named() -> None:
     space, solver = a_space(), CG()
     matrix = spectrum_matrix(space, 1e-2)
-    solution = solver.solve(solver.init(matrix, Shift(0.1), Identity(space, -1.0)), some_rows(space, 2))
+    solution = solver.solve(solver.init(matrix, Shift(0.1), ScaledIdentity(space, -1.0)), some_rows(space, 2))
     with pytest.raises(SolveFailed, match="preconditioner is not positive definite"):
         solution.unwrap()
 
@@ -256,7 +258,7 @@ def test_nonsense_options_are_refused(kwargs, match) -> None:  # type: ignore[no
 def test_a_decay_of_unknown_blocks_is_refused() -> None:
     space = a_space()
     with pytest.raises(InvalidInput, match="must name every block"):
-        CG().init(Identity(space), Shift(0.1, {"nowhere": 1.0}))
+        CG().init(ScaledIdentity(space), Shift(0.1, {"nowhere": 1.0}))
 
 
 def test_rounding_is_not_mistaken_for_negative_curvature() -> None:

@@ -10,7 +10,7 @@ import torch
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
 from pytorch_influence_functions.damping.rules import Absolute, FromTraining, Relative, as_damping
 from pytorch_influence_functions.linalg.dense import Matrix
-from pytorch_influence_functions.linalg.operator import Identity
+from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.linalg.shift import Shift
 from tests.laws.solver_cases import F64, a_space, dense_shift, outer_rows, some_rows, spectrum_matrix, uneven
 
@@ -32,7 +32,7 @@ def test_relative_follows_the_scale_of_the_curvature() -> None:
     ten = Matrix(space, 10 * one.matrix)
     assert Relative(0.3).of(one) == pytest.approx(0.3 * float(one.matrix.trace()) / space.size, rel=1e-12)
     assert Relative(0.3).of(ten) == pytest.approx(10 * Relative(0.3).of(one), rel=1e-12)
-    assert Relative(0.3).of(Identity(space, 2.0)) == pytest.approx(0.6)
+    assert Relative(0.3).of(ScaledIdentity(space, 2.0)) == pytest.approx(0.6)
 
 
 def test_from_training_is_the_inverse_of_the_distance_travelled() -> None:
@@ -49,18 +49,18 @@ def test_a_number_is_absolute_damping() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Relative(0.0), r"Relative\(share=0.0\) must be positive"),
-        (lambda: Relative(-1.0), "must be positive"),
-        (lambda: Relative(math.nan), "must be finite"),
-        (lambda: Absolute(-0.1), "must not be negative"),
-        (lambda: Absolute(math.inf), "must be finite"),
-        (lambda: FromTraining(0.0, 10), r"FromTraining\(lr=0.0\) must be positive"),
-        (lambda: FromTraining(0.1, 0), "at least 1"),
-        (lambda: FromTraining(0.1, 10, 1.0), r"must lie in \[0, 1\)"),
+        (lambda: Relative(0.0), r"^Relative\(share=0.0\) must be a finite number above 0; 0.1 is a good start"),
+        (lambda: Relative(-1.0), r"^Relative\(share=-1.0\) must be a finite number above 0"),
+        (lambda: Relative(math.nan), r"share=nan\) must be a finite number above 0"),
+        (lambda: Absolute(-0.1), r"^Absolute\(value=-0.1\) must be a finite number of at least 0"),
+        (lambda: Absolute(math.inf), r"value=inf\) must be a finite number of at least 0"),
+        (lambda: FromTraining(0.0, 10), r"^FromTraining\(lr=0.0\) must be a finite number above 0"),
+        (lambda: FromTraining(0.1, 0), r"steps=0\) must be a finite number of at least 1"),
+        (lambda: FromTraining(0.1, 10, 1.0), r"momentum=1.0\) must be a number of at least 0 and below 1"),
         (lambda: Relative(0.1).of(_Mean(-2.0)), "which is -2 here; use GGN"),
         (lambda: Relative(0.1).of(_Mean(0.0)), "which is 0 here"),
-        (lambda: Shift(-1.0), "must not be negative"),
-        (lambda: Shift(math.nan), "must be finite"),
+        (lambda: Shift(-1.0), "^The damping is -1.0; it must be a finite number of at least 0"),
+        (lambda: Shift(math.nan), "^The damping is nan; it must be a finite number of at least 0"),
         (lambda: Shift(0.1, {"0": -0.5}), "weight decay of '0' is -0.5"),
         (lambda: Shift(0.1, {"0": 0.5, "typo": 0.5}).over(["0", "2"]), r"check \['2', 'typo'\]"),
         (lambda: Shift(0.0).inverse(some_rows(a_space(), 1)), "zero on its diagonal"),
@@ -110,7 +110,7 @@ def test_damping_per_block_follows_each_blocks_own_scale() -> None:
 def test_a_block_without_curvature_is_damped_by_the_overall_mean() -> None:
     space = a_space()
     first = next(iter(space.blocks))
-    flat = Identity(space, dict.fromkeys(space.blocks, 2.0) | {first: 0.0})
+    flat = ScaledIdentity(space, dict.fromkeys(space.blocks, 2.0) | {first: 0.0})
     found = Relative(0.5, per_block=True).blocks(flat)
     assert found[first] == pytest.approx(0.5 * flat.mean_eigenvalue())
     assert set(found.values()) == {found[first], 1.0}

@@ -22,8 +22,15 @@ from torch.utils.data import (
     default_collate,
 )
 
+from pytorch_influence_functions.core.batches import (
+    batch_slice,
+    example_tensors,
+    tensors_of,
+    to_device,
+    with_example_tensors,
+)
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, TrainingDataWarning
-from pytorch_influence_functions.problem.data import Source, batch_slice, same, tensors_of, to_device
+from pytorch_influence_functions.problem.data import Source, same
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10) % 3
 
@@ -228,7 +235,7 @@ def test_steady_data_pass() -> None:
 
 
 def test_unknown_policy() -> None:
-    with pytest.raises(InvalidInput, match="'warn', 'error' or 'ignore', got 'maybe'"):
+    with pytest.raises(InvalidInput, match="deterministic='maybe' must be 'warn', 'error' or 'ignore'"):
         Source.of((X, Y)).check_deterministic("maybe")
 
 
@@ -292,6 +299,16 @@ def test_a_batch_is_sliced_by_example() -> None:
     assert type(picked) is Pair and torch.equal(picked.y, Y[[3, 1]])
 
 
+def test_tensors_of_examples_are_taken_out_and_put_back_in_one_order() -> None:
+    batch = {"b": [X, (torch.tensor(2.0), Y)], "a": Encoding({"x": X + 1, "table": torch.zeros(3, 3)})}
+    tensors = example_tensors(batch, len(X))
+    assert [t.data_ptr() for t in tensors][:2] == [X.data_ptr(), Y.data_ptr()] and len(tensors) == 3
+    doubled = with_example_tensors(batch, len(X), [2 * t for t in tensors])
+    assert torch.equal(doubled["b"][0], 2 * X) and torch.equal(doubled["b"][1][1], 2 * Y)
+    assert type(doubled["a"]) is Encoding and torch.equal(doubled["a"]["x"], 2 * X + 2)
+    assert doubled["a"]["table"] is batch["a"]["table"] and float(doubled["b"][1][0]) == 2.0
+
+
 # --------------------------------------------------------------------------- names and finiteness
 
 
@@ -346,7 +363,7 @@ def test_values_that_are_not_finite_are_named_by_dataset_index(value: float) -> 
         (lambda: Source.of((np.array([{}, {}], dtype=object), Y[:2])), "Array 0 has dtype object"),
         (lambda: Source.of((X, np.array(["cat"] * 10))), "Array 1 has dtype <U3"),
         (lambda: Source.of((X, torch.tensor(1))), "Array 1 is a single number"),
-        (lambda: Source.of((X, Y), 0), "batch_size must be a whole number of at least 1, got 0"),
+        (lambda: Source.of((X, Y), 0), "^batch_size=0 must be a whole number of at least 1"),
         (
             lambda: Source.of((X, Y)).plan([3, 10, -1]),
             "Index 10, -1 is outside the dataset, whose items are 0 to 9",

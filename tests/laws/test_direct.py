@@ -11,8 +11,8 @@ import torch
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed, TooLarge
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.gram import Gram
-from pytorch_influence_functions.linalg.operator import Identity
 from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers.base import Result, Solution
 from pytorch_influence_functions.solvers.direct import Cholesky, Spectral
@@ -98,7 +98,7 @@ def test_zero_damping_needs_a_positive_definite_curvature(solver) -> None:  # ty
 def test_identity_is_solved_block_by_block() -> None:
     space = a_space()
     b, shift = outer_rows(space, 3), uneven(space)
-    value = Spectral().solve(Spectral().init(Identity(space), shift), b).unwrap()
+    value = Spectral().solve(Spectral().init(ScaledIdentity(space), shift), b).unwrap()
     assert worst(value.flat(), dense_solve(space, torch.eye(space.size), shift, b.flat())) < 1e-12
 
 

@@ -112,9 +112,9 @@ def test_one_eigendecomposition_serves_every_damping(monkeypatch: pytest.MonkeyP
     gram = a_gram()
     b = some_rows(gram.space, 3, 9)
     first = Woodbury().init(gram, Shift(1e-1))
-    assert first.factor is not None and not gram.has_eigen  # one damping: a Cholesky factor is enough
+    assert first.factor is not None and not gram.eigenvalues_at_hand  # one damping: a Cholesky factor is enough
     Woodbury().init(gram, Shift(1e-2))
-    assert gram.has_eigen
+    assert gram.eigenvalues_at_hand
     monkeypatch.setattr(torch.linalg, "eigh", lambda *_: pytest.fail("decomposed again"))
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *_: pytest.fail("factorised again"))
     for damping in (1e-4, 1.0):

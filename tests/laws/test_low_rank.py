@@ -15,8 +15,9 @@ from pytorch_influence_functions.curvature.diagonal import sum_of_squares
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer
 from pytorch_influence_functions.linalg.dense import Matrix
-from pytorch_influence_functions.linalg.krylov import BlockLanczos, Pairs, nystrom, sketch
+from pytorch_influence_functions.linalg.lanczos import Eigenpairs, leading_eigenpairs
 from pytorch_influence_functions.linalg.low_rank import LowRank
+from pytorch_influence_functions.linalg.nystrom import nystrom_pairs, sketch
 from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.linalg.space import Space
 from pytorch_influence_functions.solvers.cg import CG
@@ -36,8 +37,8 @@ def with_spectrum(space: Space, values: Tensor, seed: int = 3) -> Matrix:
     return Matrix(space, (dense + dense.T) / 2)
 
 
-def lanczos(matrix: Matrix, rank: int, steps: int | None = None, width: int = 4, seed: int = 0) -> Pairs:
-    return BlockLanczos(implicit(matrix), rank, steps, width, seed, F64, CPU).run()
+def lanczos(matrix: Matrix, rank: int, steps: int | None = None, width: int = 4, seed: int = 0) -> Eigenpairs:
+    return leading_eigenpairs(implicit(matrix), rank, steps, width, seed, F64, CPU)
 
 
 def truncated(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -251,14 +252,14 @@ def test_nystrom_of_low_rank_is_exact_and_never_exceeds() -> None:
     space = wide_space(80)
     values = torch.cat([torch.zeros(70, dtype=F64), torch.logspace(-2, 0, 10, dtype=F64)])
     matrix = with_spectrum(space, values)
-    found = nystrom(implicit(matrix), 15, 0, F64, CPU)
+    found = nystrom_pairs(implicit(matrix), 15, 0, F64, CPU)
     assert torch.allclose(found.values[:10], values.flip(0)[:10], rtol=1e-6) and float(found.values[10:].max()) < 1e-10
-    rough = nystrom(implicit(spectrum_matrix(space, 1e-4)), 15, 0, F64, CPU)
+    rough = nystrom_pairs(implicit(spectrum_matrix(space, 1e-4)), 15, 0, F64, CPU)
     low = spectrum_matrix(space, 1e-4).matrix - (rough.vectors.T * rough.values) @ rough.vectors
     assert float(torch.linalg.eigvalsh(low).min()) > -1e-10
-    assert float(nystrom(implicit(with_spectrum(space, 0 * values)), 3, 0, F64, CPU).values.max()) == 0.0
+    assert float(nystrom_pairs(implicit(with_spectrum(space, 0 * values)), 3, 0, F64, CPU).values.max()) == 0.0
     with pytest.raises(SolveFailed, match="not positive semidefinite"):
-        nystrom(implicit(with_spectrum(space, -values)), 5, 0, F64, CPU)
+        nystrom_pairs(implicit(with_spectrum(space, -values)), 5, 0, F64, CPU)
 
 
 def test_nystrom_guides_conjugate_gradients_to_the_dense_solve_in_fewer_steps() -> None:
@@ -284,7 +285,7 @@ def test_a_low_rank_guide_on_a_decaying_spectrum() -> None:
     matrix = spectrum_matrix(space, 1e-8)
     rows, shift = some_rows(space, 3), Shift(1e-5)
     want = dense_solve(space, matrix.matrix, shift, rows.flat())
-    pairs = nystrom(implicit(matrix), 60, 0, F64, CPU)
+    pairs = nystrom_pairs(implicit(matrix), 60, 0, F64, CPU)
     guide = Spectral()
     prepared = guide.init(LowRank.of(space, pairs.vectors, pairs.values), shift)
     alone = CG(1e-10, 2000).solve(CG().init(matrix, shift), rows)

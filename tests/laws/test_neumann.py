@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
 from pytorch_influence_functions.linalg.gram import Gram
-from pytorch_influence_functions.linalg.operator import Identity, Implicit
+from pytorch_influence_functions.linalg.implicit import Implicit
 from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers.base import Result
 from pytorch_influence_functions.solvers.neumann import Neumann, Start
@@ -204,7 +205,7 @@ def test_divergence_to_infinity_is_divergence() -> None:
     space = a_space()
     solver = Neumann(step=1e60, steps=50)
     b = some_rows(space, 2)
-    assert solver.solve(solver.init(Identity(space), Shift(0.01)), b).result is Result.diverged
+    assert solver.solve(solver.init(ScaledIdentity(space), Shift(0.01)), b).result is Result.diverged
 
 
 @pytest.mark.parametrize("options", [Neumann(), Neumann(step=0.5, steps=3000)], ids=["tuned", "given"])
@@ -233,7 +234,7 @@ def test_worse_than_zero_is_never_success() -> None:
     space = a_space()
     b = space.rows(torch.cat([torch.ones(1, space.size, dtype=F64), torch.zeros(1, space.size, dtype=F64)]))
     solver = Neumann(step=2.1, steps=1, start="zero")  # x = 2.1 b where b / 1.01 was wanted
-    solution = solver.solve(solver.init(Identity(space), Shift(0.01)), b)
+    solution = solver.solve(solver.init(ScaledIdentity(space), Shift(0.01)), b)
     assert (solution.result, solution.failed) == (Result.unsettled, (0,))
     assert solution.residual[1] == 0
 
@@ -242,13 +243,13 @@ def test_bad_input_is_refused_in_words() -> None:
     space = a_space()
     flat = some_rows(space, 3).flat().clone()
     flat[2, 0] = math.nan
-    bad = Neumann().solve(Neumann().init(Identity(space), Shift(0.1)), space.rows(flat))
+    bad = Neumann().solve(Neumann().init(ScaledIdentity(space), Shift(0.1)), space.rows(flat))
     with pytest.raises(NonFinite, match=r"Rows: 2\."):
         bad.unwrap()
-    with pytest.raises(InvalidInput, match="Identity is not a mean over examples"):
-        Neumann(batch_size=8).init(Identity(space), Shift(0.1))
+    with pytest.raises(InvalidInput, match="ScaledIdentity is not a mean over examples"):
+        Neumann(batch_size=8).init(ScaledIdentity(space), Shift(0.1))
     with pytest.raises(InvalidInput, match="takes its depth from the damping, which is 0 here"):
-        Neumann().init(Identity(space), Shift(0.0))
+        Neumann().init(ScaledIdentity(space), Shift(0.0))
 
 
 @pytest.mark.parametrize(

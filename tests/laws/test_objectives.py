@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -238,6 +238,29 @@ def test_a_batch_is_its_examples_one_by_one(name: str) -> None:
         return objective.losses(f[None], (None, y[None]))[0]
 
     close(vmap(one, randomness="different")(outputs, batch[1]), whole)
+
+
+Boxes = namedtuple("Boxes", "low high")
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+@pytest.mark.parametrize("kind", [dict, UserDict, Boxes, tuple, list])
+def test_targets_of_any_nesting_are_taken_apart(kind: Any, vectorised: bool) -> None:
+    """A tokenizer's mapping as well: each example sees its own entries, in a container of the same kind."""
+    outputs, low, high = randn(5), randn(5), randn(5).abs()
+    named = {"low": low, "high": high}
+    targets = kind(**named) if kind is Boxes else kind(named) if kind in (dict, UserDict) else kind([low, high])
+
+    def loss(f: Tensor, y: Any) -> Tensor:
+        assert type(y) is kind
+        below, above = (y["low"], y["high"]) if kind in (dict, UserDict) else y
+        if not vectorised and float(f.detach().sum()) > 100:  # a branch on values cannot be vectorised
+            return f.sum()
+        return ((f - below) ** 2 * above).mean()
+
+    objective = FromFunction(loss).resolved(outputs, targets)
+    assert objective.reduction == "mean"
+    close(objective.losses(outputs, (None, targets)), (outputs - low) ** 2 * high)
 
 
 # --------------------------------------------------------------------------- torch's own losses

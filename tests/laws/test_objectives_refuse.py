@@ -72,7 +72,7 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     (checks(as_objective(nn.NLLLoss()), F3, Y3), "not log-probabilities, which NLLLoss .*log_softmax"),
     (lambda: CrossEntropy(torch.ones(2, 2)), "class weights have shape \\(2, 2\\), expected \\[C\\]"),
     (lambda: CrossEntropy(-torch.ones(2)), "class weight is negative or not finite"),
-    (lambda: CrossEntropy(label_smoothing=2.0), "label_smoothing is 2, expected a number from 0 to 1"),
+    (lambda: CrossEntropy(label_smoothing=2.0), "^CrossEntropy\\(label_smoothing=2.0\\) must be a number from 0 to 1"),
     # tokens
     (checks(TokenCrossEntropy(), F3, Y3), "outputs of shape \\(3, 4\\), expected \\[n, T, C\\]"),
     (checks(TokenCrossEntropy(), torch.zeros(3, 2, 4), Y3), "expected integers of shape \\(3, 2\\)"),
@@ -113,7 +113,10 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: as_objective(Margin), "pass an instance, Margin"),
     (lambda: as_objective(int), "loss is the class int; pass a loss"),
     (lambda: FromFunction(3), "needs a function of \\(outputs, targets\\), got int"),
-    (lambda: FromFunction(abs, reduction="max"), "reduction is 'max', expected"),
+    (
+        lambda: FromFunction(abs, reduction="max"),
+        "^FromFunction\\(reduction='max'\\) must be 'none', 'mean', 'sum' or None; None finds it out",
+    ),
 ]
 
 

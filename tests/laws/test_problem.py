@@ -157,9 +157,12 @@ def _decay(make: Callable[[Any], Any]) -> Problem:
         ),
         (Homemade, r"weight decay of Homemade \(0.1\) is not known to be an L2 term"),
         (lambda p: torch.optim.SGD(nn.Linear(1, 1).parameters()), "holds no parameter of the model"),
-        (lambda p: -0.1, "at least 0, got -0.1"),
-        (lambda p: float("nan"), "at least 0, got nan"),
-        (lambda p: WeightDecay({"0.weight": -1.0}), "got -1.0 for '0.weight'"),
+        (lambda p: -0.1, "^weight_decay=-0.1 must be a finite number of at least 0"),
+        (lambda p: float("nan"), "^weight_decay=nan must be a finite number of at least 0"),
+        (
+            lambda p: WeightDecay({"0.weight": -1.0}),
+            "^The weight decay of '0.weight' is -1.0; it must be a finite number of at least 0",
+        ),
     ],
 )
 def test_decay_that_is_no_l2_term_is_refused(make: Callable[[Any], Any], match: str) -> None:
@@ -182,8 +185,8 @@ class TwoDevices(nn.Module):
         (lambda: problem(TwoDevices()), "several devices.*'here.weight' on cpu, 'there.weight' on meta"),
         (lambda: problem(nn.Linear(2, 3, device="meta")), "meta device and has no values"),
         (lambda: problem(device="cuda"), r"lies on cpu, not on cuda; call model.to\('cuda'\) first"),
-        (lambda: problem(deterministic="maybe"), "'warn', 'error' or 'ignore', got 'maybe'"),
-        (lambda: problem(batch_size=0), "batch_size must be a whole number"),
+        (lambda: problem(deterministic="maybe"), "deterministic='maybe' must be 'warn', 'error' or 'ignore'"),
+        (lambda: problem(batch_size=0), "^batch_size=0 must be a whole number of at least 1"),
         (lambda: problem().with_(bach_size=3), "no argument 'bach_size'. Did you mean 'batch_size'"),
         (lambda: Problem(net(), LOSS, (X, Y[:3])), "different lengths"),
     ],

@@ -18,7 +18,7 @@ from pytorch_influence_functions.curvature import GGN, Hessian
 from pytorch_influence_functions.damping import FromTraining
 from pytorch_influence_functions.influence.method import Fitted
 from pytorch_influence_functions.influence.scoring import grouped
-from pytorch_influence_functions.linalg.operator import Identity
+from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment
 from pytorch_influence_functions.trajectory.unrolling import response, survival
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
@@ -205,7 +205,7 @@ def test_the_free_damping_rule() -> None:
     ratio = response(lam, t) * (lam + 1 / t)
     assert float(ratio.min()) > 1 - 1e-9 and float(ratio.max()) < 1.3
     assert torch.allclose(ratio[[0, -1]], torch.ones(2, dtype=torch.float64), atol=1e-6)
-    operator = Identity(ptif.Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(2, 2), torch.ones(2, 1))).space)
+    operator = ScaledIdentity(ptif.Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(2, 2), torch.ones(2, 1))).space)
     assert FromTraining(lr=0.7, steps=100, momentum=0.9).of(operator) == pytest.approx(
         1 / one({}, 0.7, 100, momentum=0.9).span
     )

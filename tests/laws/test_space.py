@@ -222,7 +222,7 @@ def _with_complex() -> nn.Module:
         (lambda: Space.of(_with_int(), "*"), InvalidInput, "'count' is torch.int64"),
         (lambda: Space.of(_with_complex()), InvalidInput, "'phase' is torch.complex64"),
         (lambda: Space.of(nn.Sequential(nn.LazyLinear(2))), InvalidInput, "'0.weight' is not initialised"),
-        (lambda: Space.of(net(), decay=-1.0), InvalidInput, "at least 0, got -1.0"),
+        (lambda: Space.of(net(), decay=-1.0), InvalidInput, "is -1.0; it must be a finite number of at least 0"),
         (lambda: Space.of(net(), decay={"0.weigth": 0.1}), UnknownName, "Did you mean '0.weight'"),
         (lambda: Space.of(net()).numel("3"), UnknownName, "'3' is neither a block nor a parameter"),
         (lambda: Space.of(net()).rows(torch.zeros(2, 3)), InvalidInput, r"\[n, 26\], got shape \[2, 3\]"),

@@ -9,9 +9,12 @@ import torch
 
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, TooLarge
 from pytorch_influence_functions.linalg.dense import Eigen, Matrix
-from pytorch_influence_functions.linalg.extremes import hutchinson_trace, lanczos
 from pytorch_influence_functions.linalg.gram import Gram
-from pytorch_influence_functions.linalg.operator import Identity, Implicit, check_dense
+from pytorch_influence_functions.linalg.implicit import Implicit
+from pytorch_influence_functions.linalg.lanczos import estimate_extremes
+from pytorch_influence_functions.linalg.operator import check_dense
+from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
+from pytorch_influence_functions.linalg.trace import hutchinson_trace
 from tests.laws.solver_cases import (
     F64,
     a_space,
@@ -54,7 +57,7 @@ def test_gram_by_group_sums_to_the_whole() -> None:
 def test_combination_in_pieces_is_the_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
     space = a_space()
     rows, c = outer_rows(space, 11, terms=2), torch.randn(4, 11, dtype=F64)
-    monkeypatch.setattr("pytorch_influence_functions.linalg.blocks._PIECE", 60)
+    monkeypatch.setattr("pytorch_influence_functions.linalg.chunks.CHUNK_NUMBERS", 60)
     assert worst(rows.combine(c).flat(), c @ rows.flat()) < 1e-12
 
 
@@ -70,7 +73,7 @@ def test_rows_that_are_not_examples_cannot_be_sampled() -> None:
 def test_functions_of_a_spectral_operator_compose(kind: str) -> None:
     space = a_space()
     matrix = spectrum_matrix(space, 1e-2)
-    operator = {"matrix": matrix, "identity": Identity(space, 3.0), "eigen": matrix.eigen()}[kind]
+    operator = {"matrix": matrix, "identity": ScaledIdentity(space, 3.0), "eigen": matrix.eigen()}[kind]
     b = some_rows(space, 3)
     root = operator.function(torch.sqrt)
     assert worst(root.apply(root.apply(b)).flat(), operator.apply(b).flat()) < 1e-10
@@ -85,7 +88,7 @@ def test_functions_of_a_spectral_operator_compose(kind: str) -> None:
 def test_shifted_adds_one_number_per_block(kind: str) -> None:
     space = a_space()
     matrix = spectrum_matrix(space, 1e-2)
-    operator = {"matrix": matrix, "identity": Identity(space, 3.0), "eigen": matrix.eigen()}[kind]
+    operator = {"matrix": matrix, "identity": ScaledIdentity(space, 3.0), "eigen": matrix.eigen()}[kind]
     shift, b = uneven(space, 0.0), some_rows(space, 3)
     expected = operator.apply(b).flat() + shift.apply(b).flat()
     assert worst(operator.shifted(shift.decay).apply(b).flat(), expected) < 1e-12
@@ -102,8 +105,8 @@ def test_eigen_is_computed_once_per_decay() -> None:
 def test_identity_with_scale_one_is_the_gradient_itself() -> None:
     space = a_space()
     b = outer_rows(space, 2)
-    assert Identity(space).apply(b) is b
-    assert Identity(space).mean_eigenvalue() == 1.0
+    assert ScaledIdentity(space).apply(b) is b
+    assert ScaledIdentity(space).mean_eigenvalue() == 1.0
 
 
 def test_implicit_asks_for_the_trace_once() -> None:
@@ -122,10 +125,10 @@ def test_lanczos_finds_both_ends(low: float) -> None:
     space = a_space()
     matrix = spectrum_matrix(space, low)
     values = torch.linalg.eigvalsh(matrix.matrix)
-    found = lanczos(implicit(matrix), 39, dtype=F64)
+    found = estimate_extremes(implicit(matrix), 39, dtype=F64)
     assert found.largest == pytest.approx(float(values[-1]), rel=1e-9)
     assert found.smallest == pytest.approx(float(values[0]), abs=1e-9)
-    few = lanczos(implicit(matrix), 12, dtype=F64)
+    few = estimate_extremes(implicit(matrix), 12, dtype=F64)
     assert few.largest <= float(values[-1]) + 1e-12
     assert few.smallest >= float(values[0]) - 1e-12
     assert few.largest > 0.9 * float(values[-1])
@@ -133,9 +136,9 @@ def test_lanczos_finds_both_ends(low: float) -> None:
 
 def test_lanczos_stops_in_an_invariant_space_without_ghosts() -> None:
     space = a_space()
-    assert lanczos(Identity(space, 2.5), 20, dtype=F64) == pytest.approx((2.5, 2.5))
+    assert estimate_extremes(ScaledIdentity(space, 2.5), 20, dtype=F64) == pytest.approx((2.5, 2.5))
     g = some_rows(space, 3)
-    found = lanczos(Gram(space, g, 1), 39, dtype=F64)
+    found = estimate_extremes(Gram(space, g, 1), 39, dtype=F64)
     assert found.largest == pytest.approx(float(torch.linalg.eigvalsh(g.flat() @ g.flat().T)[-1]), rel=1e-10)
     assert found.smallest == pytest.approx(0.0, abs=1e-10)
 
@@ -143,10 +146,10 @@ def test_lanczos_stops_in_an_invariant_space_without_ghosts() -> None:
 def test_estimates_never_touch_the_global_generator() -> None:
     operator, _ = implicit_examples(a_space(), 20)
     before = torch.random.get_rng_state()
-    first = lanczos(operator, 5, 3, dtype=F64), hutchinson_trace(operator, 4, 3, dtype=F64)
+    first = estimate_extremes(operator, 5, 3, dtype=F64), hutchinson_trace(operator, 4, 3, dtype=F64)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(99)
-    assert first == (lanczos(operator, 5, 3, dtype=F64), hutchinson_trace(operator, 4, 3, dtype=F64))
+    assert first == (estimate_extremes(operator, 5, 3, dtype=F64), hutchinson_trace(operator, 4, 3, dtype=F64))
     assert first[1] != hutchinson_trace(operator, 4, 4, dtype=F64)
 
 

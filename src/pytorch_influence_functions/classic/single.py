@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.batches import tensors_of, to_device
 from ..core.errors import InvalidInput
 from ..gradients.per_example import slopes
 from ..gradients.vjp import weighted_gradient
@@ -16,7 +17,7 @@ from ..objectives.base import AbstractObjective, inputs_and_targets
 from ..objectives.convert import as_objective
 from ..objectives.likelihoods import CrossEntropy
 from ..objectives.measures import FromFunction
-from ..problem.data import Source, tensors_of, to_device
+from ..problem.data import Source
 from ..problem.model_state import double_backward_safe
 from ..problem.problem import model_device
 from .config import Config, Number

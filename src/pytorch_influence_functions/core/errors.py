@@ -65,6 +65,16 @@ def name_ids(ids: Iterable[int], limit: int = 8) -> str:
     return ", ".join(map(str, ids[:limit])) + more
 
 
+def first_line(failure: BaseException, most: int = 200) -> str:
+    """The first line of a failure's message without a full stop, at most so long; its class where it has none.
+
+    >>> first_line(ValueError("no such layer.\\nTraceback"))
+    'no such layer'
+    """
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    return lines[0][:most].rstrip(".")
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional library, or say in one line how to install it."""
     try:

@@ -6,9 +6,10 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core.errors import InvalidInput, NotLikelihood, TooLarge
+from ..core.validate import finite_number
 from ..gradients.per_example import Derivatives
 from ..linalg.dense import Matrix
 from ..linalg.operator import AbstractSymmetric
@@ -35,9 +36,7 @@ class Budget:
     bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
-        given: Any = self.bytes
-        if not isinstance(given, (int, float)) or isinstance(given, bool) or not given > 0:
-            raise InvalidInput(f"The memory bound must be a positive number of bytes, got {given!r}.")
+        finite_number("memory", self.bytes, above=0, hint="it is a number of bytes")
 
     @staticmethod
     def of(given: Budget | int | float) -> Budget:

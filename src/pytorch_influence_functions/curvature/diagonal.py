@@ -13,6 +13,7 @@ from ..core.distributed import World
 from ..core.errors import InvalidInput, NonFinite
 from ..gradients.per_example import Derivatives
 from ..linalg.blocks import AbstractBlock, Indexed, Outer
+from ..linalg.chunks import chunks
 from ..linalg.diagonal import DiagonalOperator
 from ..linalg.operator import AbstractSymmetric
 from ..linalg.rows import Rows
@@ -21,9 +22,6 @@ from .base import AbstractCurvature, Budget, Form
 from .exact import GGN, EmpiricalFisher, Fisher, root_rows, sampled_rows
 
 FromRows: TypeAlias = GGN | Fisher | EmpiricalFisher
-
-# Largest piece of written-out rows, in numbers, while they are squared.
-_PIECE = 1 << 24
 
 
 @final
@@ -92,7 +90,6 @@ def sum_of_squares(block: AbstractBlock) -> Tensor:
         zeros = block.values.new_zeros(block.shape)
         return zeros.index_add_(0, block.index[:, 0], block.values[:, 0].square())
     total = block.reference.new_zeros(block.shape)
-    step = max(1, _PIECE // max(1, total.numel()))
-    for at in range(0, len(block), step):
-        total += block.take(slice(at, at + step)).dense().reshape(-1, *block.shape).square().sum(0)
+    for chunk in chunks(len(block), total.numel()):
+        total += block.take(chunk).dense().reshape(-1, *block.shape).square().sum(0)
     return total

@@ -18,19 +18,23 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from ..core.batches import batch_slice, tensors_of
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..core.indexing import evenly_spaced
+from ..core.validate import whole_number
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS, Products
 from ..linalg.dense import Matrix
-from ..linalg.extremes import hutchinson_traces
 from ..linalg.gram import Gram
-from ..linalg.operator import AbstractSymmetric, Implicit
-from ..linalg.operator import Identity as IdentityOperator
+from ..linalg.implicit import Implicit
+from ..linalg.operator import AbstractSymmetric
 from ..linalg.rows import Rows
+from ..linalg.scaled_identity import ScaledIdentity
+from ..linalg.trace import hutchinson_block_traces
 from ..objectives.base import AbstractLikelihood, AbstractObjective
 from ..objectives.draws import Keyed
-from ..problem.data import Source, batch_slice, tensors_of
+from ..problem.data import Source
 from ..problem.problem import sweep
 from .base import AbstractCurvature, Budget, Form, not_a_likelihood
 
@@ -38,7 +42,8 @@ from .base import AbstractCurvature, Budget, Form, not_a_likelihood
 _RESIDENT_BYTES = 256 << 20
 # Examples on which a trace is estimated when exact enumeration would cost more than a few passes.
 _TRACE_EXAMPLES = 2000
-_ENUMERATED = 16
+# Up to this many outputs their classes are enumerated rather than sampled.
+ENUMERATED_OUTPUTS = 16
 # Columns of the identity pushed through the Hessian together.
 _COLUMNS = 64
 
@@ -56,7 +61,7 @@ class Identity(AbstractCurvature):
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)
-        return IdentityOperator(derivatives.space)
+        return ScaledIdentity(derivatives.space)
 
 
 @final
@@ -76,7 +81,7 @@ class Hessian(AbstractCurvature):
             if isinstance(derivatives.objective, AbstractLikelihood):
                 return _block_means(derivatives)  # of its positive part, the Gauss-Newton matrix
             like = next(iter(space.values(derivatives.problem.model).values()))
-            traces = hutchinson_traces(operator, samples=8, seed=0, dtype=like.dtype, device=like.device)
+            traces = hutchinson_block_traces(operator, samples=8, seed=0, dtype=like.dtype, device=like.device)
             return {k: trace / space.numel(k) for k, trace in traces.items()}
 
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:
@@ -122,8 +127,8 @@ class Fisher(AbstractCurvature):
     forms: ClassVar[tuple[Form, ...]] = (Form.MATRIX, Form.GRAM, Form.IMPLICIT)
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
-            raise InvalidInput(f"Fisher(samples={self.samples}) draws nothing; use None (exact) or at least 1.")
+        if self.samples is not None:
+            whole_number("samples", self.samples, owner=self, hint="None takes every label into account")
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)
@@ -289,7 +294,7 @@ def _implicit_from_rows(derivatives: Derivatives, rows_of: Callable[[Tensor, Any
         return derivatives.space.rows(world.all_sum(total) / count)
 
     def mean() -> dict[str, float]:
-        some = evenly(len(problem), _TRACE_EXAMPLES)
+        some = evenly_spaced(len(problem), _TRACE_EXAMPLES)
         rows = (rows_of(ids, batch) for ids, batch in sweep(problem, ids=some, label="trace", world=World()))
         return _means_of(derivatives, rows, len(some) * per)
 
@@ -346,22 +351,17 @@ def finite_outputs(outputs: Tensor, ids: Tensor) -> None:
         )
 
 
-def evenly(n: int, most: int) -> Tensor:
-    """At most `most` of n indices, evenly spaced: the same ones every time."""
-    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
-
-
 def _block_means(derivatives: Derivatives) -> dict[str, float]:
     """trace(GGN) / P block by block: exact for few outputs and examples, else from one sampled cotangent each."""
     problem = derivatives.problem
-    some = evenly(len(problem), _TRACE_EXAMPLES)
+    some = evenly_spaced(len(problem), _TRACE_EXAMPLES)
 
     def rows() -> Iterator[Rows]:
         for ids, batch in sweep(problem, ids=some, label="trace", world=World()):
             objective = _likelihood(derivatives, "GGN()")
             with torch.no_grad():
                 size = objective.root_size(objective.outputs(problem.model, batch))
-            if size <= _ENUMERATED:
+            if size <= ENUMERATED_OUTPUTS:
                 yield from roots_of(derivatives, ids, batch)
             else:
                 yield sampled_rows(derivatives, ids, batch, 1, 0)

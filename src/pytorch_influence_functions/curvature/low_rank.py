@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Literal, final
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.validate import choice, whole_number
 from ..gradients.per_example import Derivatives
-from ..linalg.krylov import BlockLanczos, Pairs, default_steps, nystrom
+from ..linalg.lanczos import Eigenpairs, default_steps, leading_eigenpairs
 from ..linalg.low_rank import LowRank
+from ..linalg.nystrom import nystrom_pairs
 from ..linalg.operator import AbstractSymmetric
 from .base import AbstractCurvature, Budget, Form
 from .exact import GGN, Hessian
@@ -71,13 +73,13 @@ class Arnoldi(AbstractCurvature):
     def __post_init__(self) -> None:
         _check(self, "GGN() or Hessian()")
         if self.steps is not None:
-            _whole(self, "steps")
+            whole_number("steps", self.steps, owner=self)
             if self.steps < self.rank:
                 raise InvalidInput(
                     f"Arnoldi(rank={self.rank}, steps={self.steps}) cannot find {self.rank} directions with fewer "
                     "products; use twice the rank, or None."
                 )
-        _whole(self, "width")
+        whole_number("width", self.width, owner=self)
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)
@@ -86,7 +88,7 @@ class Arnoldi(AbstractCurvature):
         steps = min(size, (self.steps or default_steps(size, self.rank)) + self.width)
         _affordable(self, budget, (steps + self.rank) * size * like.element_size())
         inner = self.curvature.of(derivatives, Form.IMPLICIT, budget)
-        pairs = BlockLanczos(inner, self.rank, self.steps, self.width, self.seed, like.dtype, like.device).run()
+        pairs = leading_eigenpairs(inner, self.rank, self.steps, self.width, self.seed, like.dtype, like.device)
         return _operator(self, derivatives, pairs, _rough(self, pairs))
 
 
@@ -139,17 +141,17 @@ class Nystrom(AbstractCurvature):
         _fits(self, size)
         _affordable(self, budget, 3 * 8 * self.rank * size)
         inner = self.curvature.of(derivatives, Form.IMPLICIT, budget)
-        return _operator(self, derivatives, nystrom(inner, self.rank, self.seed, like.dtype, like.device), ())
+        return _operator(self, derivatives, nystrom_pairs(inner, self.rank, self.seed, like.dtype, like.device), ())
 
 
-def _operator(spec: Arnoldi | Nystrom, derivatives: Derivatives, pairs: Pairs, notes: tuple[str, ...]) -> LowRank:
+def _operator(spec: Arnoldi | Nystrom, derivatives: Derivatives, pairs: Eigenpairs, notes: tuple[str, ...]) -> LowRank:
     # Where the complement is everything that can be said of, zero is the smallest eigenvalue there is.
     rest = max(0.0, float(pairs.values.abs().min())) if spec.complement == "smallest" else 0.0
     values = pairs.values.to(pairs.vectors.device)
     return LowRank.of(derivatives.space, pairs.vectors, values, rest, spec.complement == "dropped", notes)
 
 
-def _rough(spec: Arnoldi, pairs: Pairs) -> tuple[str, ...]:
+def _rough(spec: Arnoldi, pairs: Eigenpairs) -> tuple[str, ...]:
     """In words, the directions that have not been found."""
     scale = float(pairs.values.abs().max())
     rough = pairs.residuals > _ROUGH * scale
@@ -167,24 +169,15 @@ def _like(derivatives: Derivatives) -> Tensor:
     return next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
 
 
-def _whole(spec: Any, name: str) -> None:
-    value = getattr(spec, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidInput(f"{type(spec).__name__}({name}={value!r}) must be a whole number of at least 1.")
-
-
 def _check(spec: Any, instead: str) -> None:
     name = type(spec).__name__
-    _whole(spec, "rank")
+    whole_number("rank", spec.rank, owner=spec)
     inner: Any = spec.curvature
     if isinstance(inner, type):
         raise InvalidInput(f"{name}(curvature=) is the class {inner.__name__}; write {inner.__name__}(), an instance.")
     if not isinstance(inner, AbstractCurvature) or Form.IMPLICIT not in inner.forms:
         raise InvalidInput(f"{name}(curvature={inner!r}) has no products to take directions from; use {instead}.")
-    if spec.complement not in _COMPLEMENTS:
-        raise InvalidInput(
-            f"{name}(complement={spec.complement!r}) must be one of {', '.join(map(repr, _COMPLEMENTS))}."
-        )
+    choice("complement", spec.complement, _COMPLEMENTS, owner=spec)
 
 
 def _fits(spec: Arnoldi | Nystrom, size: int) -> None:

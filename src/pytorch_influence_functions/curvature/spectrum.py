@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.errors import InvalidInput
-from ..linalg.density import Density, known, quadrature
+from ..core.validate import whole_number
+from ..linalg.density import Density
+from ..linalg.lanczos import estimate_density
 from ..linalg.operator import AbstractSymmetric
 from ..linalg.shift import Shift
 
@@ -63,8 +64,7 @@ class Spectrum:
         Bins are equal in the logarithm from 1e-12 of the largest |eigenvalue| where none is negative (smaller ones, the
         zeros with them, go to the first bin), else equal in the eigenvalue.
         """
-        if bins < 1:
-            raise InvalidInput(f"density(bins={bins}) needs a whole number of at least 1.")
+        whole_number("bins", bins)
         values, weights = self.eigenvalues.values, self.eigenvalues.weights / len(self.eigenvalues.weights)
         top = max(abs(self.smallest), abs(self.largest))
         tiny = 1e-12 * top
@@ -111,17 +111,17 @@ def spectrum_of(
     operator: AbstractSymmetric, shift: Shift, like: Tensor, lost: Tensor | None, steps: int, probes: int, seed: int
 ) -> Spectrum:
     """The record for one curvature under one D; `like` has the model's dtype and device."""
-    found = known(operator)
-    if found is None:
-        found = quadrature(operator, steps, probes, seed, dtype=like.dtype, device=like.device)
-    low, high = found.extremes
-    trace, trace_error = found.sum(lambda x: x)
+    density = operator.known_eigenvalues()
+    if density is None:
+        density = estimate_density(operator, steps, probes, seed, dtype=like.dtype, device=like.device)
+    low, high = density.extremes
+    trace, trace_error = density.sum(lambda x: x)
     space = operator.space
     mean = sum(d * space.numel(k) for k, d in shift.over(space.blocks).items()) / space.size
-    dimension, error = found.sum(lambda x: effective(x, mean))
+    dimension, error = density.sum(lambda x: effective(x, mean))
     means = operator.block_means()
     return Spectrum(
-        space.size, shift.damping, low, high, trace, dimension, means, lost, found.exact, trace_error, error, found
+        space.size, shift.damping, low, high, trace, dimension, means, lost, density.exact, trace_error, error, density
     )
 
 

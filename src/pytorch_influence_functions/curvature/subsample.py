@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Subset
 
 from ..core.errors import InvalidInput
+from ..core.validate import whole_number
 from ..gradients.per_example import Derivatives
 from ..linalg.operator import AbstractSymmetric
 from .base import AbstractCurvature, Budget, Form
@@ -43,9 +44,7 @@ class Subsample(AbstractCurvature):
         inner = self.curvature
         if not isinstance(inner, AbstractCurvature) or isinstance(inner, Subsample):
             raise InvalidInput(f"Subsample() takes a curvature such as GGN(), got {inner!r}.")
-        count = self.examples
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InvalidInput(f"Subsample(examples={count!r}) must be a whole number of at least 1.")
+        whole_number("examples", self.examples, owner=self)
 
     @property
     def forms(self) -> tuple[Form, ...]:  # type: ignore[override]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from ..core.errors import InvalidInput, NonFinite
-from ..linalg.shift import finite_number
+from ..core.validate import finite_number
 
 
 @runtime_checkable
@@ -79,8 +79,7 @@ class Relative(AbstractDamping):
     per_block: bool = False
 
     def __post_init__(self) -> None:
-        if finite_number("Relative's share", self.share) <= 0:
-            raise InvalidInput(f"Relative(share={self.share}) must be positive; 0.1 is a good start.")
+        finite_number("share", self.share, above=0, owner=self, hint="0.1 is a good start")
 
     def of(self, operator: HasMeanEigenvalue) -> float:
         mean = operator.mean_eigenvalue()
@@ -117,8 +116,7 @@ class Absolute(AbstractDamping):
     value: float
 
     def __post_init__(self) -> None:
-        if finite_number("Absolute's value", self.value) < 0:
-            raise InvalidInput(f"Absolute(value={self.value}) must not be negative.")
+        finite_number("value", self.value, least=0, owner=self)
 
     def of(self, operator: HasMeanEigenvalue) -> float:
         return float(self.value)
@@ -148,12 +146,9 @@ class FromTraining(AbstractDamping):
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        if finite_number("FromTraining's lr", self.lr) <= 0:
-            raise InvalidInput(f"FromTraining(lr={self.lr}) must be positive: the mean learning rate of the run.")
-        if finite_number("FromTraining's steps", self.steps) < 1:
-            raise InvalidInput(f"FromTraining(steps={self.steps}) must be at least 1: the optimiser's steps.")
-        if not 0 <= finite_number("FromTraining's momentum", self.momentum) < 1:
-            raise InvalidInput(f"FromTraining(momentum={self.momentum}) must lie in [0, 1).")
+        finite_number("lr", self.lr, above=0, owner=self, hint="it is the mean learning rate of the run")
+        finite_number("steps", self.steps, least=1, owner=self, hint="they are the optimiser's steps")
+        finite_number("momentum", self.momentum, least=0, below=1, owner=self)
 
     def of(self, operator: HasMeanEigenvalue) -> float:
         return (1.0 - self.momentum) / (self.lr * self.steps)

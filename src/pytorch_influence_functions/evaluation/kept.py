@@ -12,8 +12,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..core.batches import tensors_of
 from ..core.errors import InvalidInput
-from ..problem.data import Source, tensors_of
+from ..problem.data import Source
 from ..scores import files as scores_io
 from .training import Job
 

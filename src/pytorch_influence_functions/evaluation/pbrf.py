@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.batches import map_tensors
 from ..core.errors import InvalidInput, SolveFailed
 from ..core.progress import track
 from ..gradients.vjp import at, detached
 from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
-from ..problem.data import Source, map_tensors
+from ..problem.data import Source
 from ..problem.problem import Problem
 from .subsets import Subsets
 from .training import Examples

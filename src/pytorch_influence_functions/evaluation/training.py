@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import vmap
 
+from ..core.batches import map_tensors, tensors_of
 from ..core.errors import InvalidInput, NonFinite
 from ..gradients.vjp import at, grads, quiet
 from ..objectives.base import AbstractObjective, tensor_targets, with_targets
-from ..problem.data import Source, map_tensors, tensors_of
+from ..problem.data import Source
 from .recipe import Recipe
 
 # Numbers of all parameters together that one step still handles well: above, they fall out of the cache.

@@ -18,14 +18,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..core.batches import batch_slice
 from ..core.distributed import World
-from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..core.errors import InvalidInput, NonFinite, first_line, name_ids
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
 from ..objectives.base import AbstractObjective, check_outputs, inputs_and_targets
 from ..objectives.measures import FromFunction
-from ..problem.data import Source, batch_slice
+from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, sweep
 from .layer_rules import Layout, Part, find_rule, layout_of
@@ -319,7 +320,7 @@ def _refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, o
         except (RuntimeError, ValueError, IndexError, TypeError) as failure:
             raise InvalidInput(
                 f"The model runs on a batch of {n} examples but not on one alone "
-                f"({_first_line(failure.__cause__ or failure)}); every example needs an output of its "
+                f"({first_line(failure.__cause__ or failure)}); every example needs an output of its "
                 "own, so use running statistics or GroupNorm and keep the batch axis."
             ) from failure
         if alone.numel() != outputs[e].numel():
@@ -334,10 +335,6 @@ def _refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, o
                 "batch, so it has no gradient of its own; the usual cause is batch normalisation without running "
                 "statistics. Use running statistics or GroupNorm."
             )
-
-
-def _first_line(failure: BaseException) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:160]
 
 
 def _located(model: nn.Module, space: Space, probe: _Probe) -> dict[str, HookedLayer]:

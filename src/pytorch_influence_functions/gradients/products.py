@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, first_line
 from ..linalg.rows import Rows
 from ..objectives.base import AbstractLikelihood, AbstractObjective
 from ..objectives.likelihoods import TokenCrossEntropy
@@ -72,7 +72,7 @@ class Products:
             try:
                 moved = made._push(batch, v)
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
-                log.info("No %s for this model: %s", way.value, _short(reason))
+                log.info("No %s for this model: %s", way.value, first_line(reason))
                 continue
             gap = ((moved * c).flatten(1).sum(1) - want).norm()
             if bool(gap <= tolerance(like.dtype) * (want.norm() + 1e-6 * moved.norm() * c.norm())):
@@ -178,7 +178,7 @@ class Products:
             alone = self.hessian_product(ids, batch, space.rows(flat[:1])).flat()[0]
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as reason:
             raise InvalidInput(
-                f"Hessian() needs second derivatives, and an operation of this model has none ({_short(reason)}); "
+                f"Hessian() needs second derivatives, and an operation of this model has none ({first_line(reason)}); "
                 "use GGN() or EmpiricalFisher()."
             ) from reason
         # In units of the largest entry: a loss that is nearly linear here has entries whose squares are zero.
@@ -231,11 +231,6 @@ class Products:
 
     def _rows(self, tree: Tree) -> Rows:
         return self.derivatives.space.from_parameters(tree)
-
-
-def _short(reason: BaseException) -> str:
-    text = str(reason).strip().splitlines()
-    return text[0][:120] if text else type(reason).__name__
 
 
 def _each(tree: Tree) -> list[Tree]:

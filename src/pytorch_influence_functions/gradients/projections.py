@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.validate import whole_number
 from ..linalg.blocks import Dense
 from ..linalg.rows import Rows
 from ..linalg.space import BlockSpec, Space
@@ -51,9 +52,7 @@ class Gaussian:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        given: Any = self.k
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise InvalidInput(f"Gaussian(k={self.k!r}) must be a whole number of at least 1; 512 to 4096 are usual.")
+        whole_number("k", self.k, owner=self, hint="512 to 4096 are usual")
 
     def projector(self, space: Space) -> Projector:
         """The projection of one parameter space.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from ..core.batches import example_tensors, with_example_tensors
 from ..objectives.base import AbstractObjective
-from ..problem.data import map_tensors, tensors_of
 
 
 def at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
@@ -40,11 +40,9 @@ def per_example_vjp(
 ) -> dict[str, Tensor]:
     """Rows J_n^T c_n over `parameters`, shape [n, *shape] each, by `torch.func.vmap`."""
     n = cotangent.shape[0]
-    moving = [t for _, t in tensors_of(batch) if t.dim() > 0 and t.shape[0] == n]
 
     def one(c: Tensor, *parts: Tensor) -> dict[str, Tensor]:
-        taken = iter(parts)
-        one_batch = map_tensors(batch, lambda t: next(taken).unsqueeze(0) if t.dim() > 0 and t.shape[0] == n else t)
+        one_batch = with_example_tensors(batch, n, [x[None] for x in parts])
 
         def f(p: dict[str, Tensor]) -> Tensor:
             return objective.outputs(at(model, p), one_batch).reshape(c.shape)
@@ -54,7 +52,9 @@ def per_example_vjp(
         return result
 
     with quiet():
-        rows: dict[str, Tensor] = vmap(one, randomness="different", chunk_size=chunk)(cotangent, *moving)
+        rows: dict[str, Tensor] = vmap(one, randomness="different", chunk_size=chunk)(
+            cotangent, *example_tensors(batch, n)
+        )
     return {k: v.detach() for k, v in rows.items()}
 
 

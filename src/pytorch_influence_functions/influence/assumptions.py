@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.distributed import World
+from ..core.indexing import evenly_spaced
 from ..gradients.per_example import Derivatives, one_by_one, slopes
 from ..gradients.vjp import weighted_gradient
 from ..problem.model_state import preserved
@@ -41,21 +42,19 @@ class StationarityCheck:
     def of(derivatives: Derivatives) -> StationarityCheck:
         """Look at a few evenly spaced examples."""
         problem, space = derivatives.problem, derivatives.space
-        some = _spread(len(problem), _LOOK)
+        some = evenly_spaced(len(problem), _LOOK)
         mean = _mean_gradient(derivatives, some)
         if not problem.weight_decay.is_zero:
             here = space.from_parameters({k: v.detach()[None] for k, v in space.values(problem.model).items()})
             mean = mean + here.scaled(space.decay).flat()[0]
         # One backward pass per batch tells the mean; what is typical for one example, fewer of them tell as well.
-        few = derivatives.stream(ids=_spread(len(problem), _NORMED), label="looking at the gradient", world=World())
+        few = derivatives.stream(
+            ids=evenly_spaced(len(problem), _NORMED), label="looking at the gradient", world=World()
+        )
         norms = torch.cat([slab.rows.squared_norms().double().sqrt() for slab in few])
         relative = float(mean.norm()) / float(norms.mean()) if float(norms.max()) > 0 else 0.0
         total_count = sum(p.numel() for p in problem.model.parameters())
         return StationarityCheck(relative, len(some), _shares(derivatives), space.size, total_count)
-
-
-def _spread(n: int, most: int) -> Tensor:
-    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
 
 
 def _mean_gradient(derivatives: Derivatives, some: Tensor) -> Tensor:

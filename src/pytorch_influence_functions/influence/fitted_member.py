@@ -17,9 +17,8 @@ from ..curvature.exact import EmpiricalFisher
 from ..curvature.spectrum import effective
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives, GradientBatch
-from ..linalg.density import known
 from ..linalg.gram import Gram
-from ..linalg.operator import AbstractOperator, AbstractSpectral, AbstractSymmetric
+from ..linalg.operator import AbstractOperator, AbstractSymmetric
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from ..problem.checkpoints import Checkpoint
@@ -145,10 +144,10 @@ class FittedMember:
 
     @property
     def effective_dimension(self) -> float:
-        """tr(C (C + D)^-1) where the eigenvalues have been paid for; NaN elsewhere."""
+        """tr(C (C + D)^-1) where the solver has used the eigenvalues; NaN elsewhere."""
         operator, d = self.operator, self.shift.uniform
-        paid = operator.has_eigen if isinstance(operator, Gram) else isinstance(operator, AbstractSpectral)
-        if d is None or not paid or not isinstance(self.composition.solver, (Woodbury, Spectral)):
+        at_hand = operator.eigenvalues_at_hand and isinstance(self.composition.solver, (Woodbury, Spectral))
+        if d is None or not at_hand:
             return math.nan
-        density = known(operator)
+        density = operator.known_eigenvalues()
         return math.nan if density is None else density.sum(lambda x: effective(x, d))[0]

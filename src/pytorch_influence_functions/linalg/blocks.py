@@ -7,6 +7,7 @@ until a route asks for it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Largest piece of written-out rows, in numbers, while rows are combined.
-_PIECE = 1 << 25
+from .chunks import chunks
 
 
 class AbstractBlock(ABC):
@@ -67,11 +67,14 @@ class AbstractBlock(ABC):
         """sum_n weights[q, n] G_n, shape [q, *shape]; by default through written-out rows, a piece at a time."""
         width = int(torch.Size(self.shape).numel())
         total = self.reference.new_zeros(weights.shape[0], width)
-        step = max(1, _PIECE // max(1, width))
-        for at in range(0, len(self), step):
-            piece = slice(at, min(at + step, len(self)))
-            total.addmm_(weights[:, piece], self.take(piece).dense().flatten(1))
+        for chunk in chunks(len(self), width):
+            total.addmm_(weights[:, chunk], self.take(chunk).dense().flatten(1))
         return total.reshape(-1, *self.shape)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A block's shape as a matrix: the first axis against all others."""
+    return shape[0], math.prod(shape[1:])
 
 
 def _rowwise(factor: Tensor | float, like: Tensor) -> Tensor | float:

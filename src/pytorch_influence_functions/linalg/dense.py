@@ -11,9 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite
-from .operator import AbstractSpectral, Cache, cache_field, diagonal, means_of_diagonal
+from .density import Density
+from .operator import AbstractSpectral, Cache, cache_field, diagonal_vector, means_of_diagonal
 from .rows import Rows
 from .space import Space
+
+# The key of the decomposition of C itself.
+_NO_DECAY: tuple[()] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +41,19 @@ class Eigen(AbstractSpectral):
 
     def shifted(self, decay: Mapping[str, float]) -> Eigen:
         dense = (self.vectors * self.values) @ self.vectors.T
-        values, vectors = torch.linalg.eigh(dense + diagonal(self.space, decay).to(dense).diag())
+        values, vectors = torch.linalg.eigh(dense + diagonal_vector(self.space, decay).to(dense).diag())
         return Eigen(self.space, vectors, values)
 
     def extremes(self) -> tuple[float, float]:
         return float(self.values.min()), float(self.values.max())
 
+    def known_eigenvalues(self) -> Density:
+        return Density.of(self.values)
+
 
 @dataclass(frozen=True, eq=False)
 class Matrix(AbstractSpectral):
-    """A dense symmetric matrix over the flattened space; its eigenvalues are computed once, when first asked
-    for.
+    """A dense symmetric matrix over the flattened space; its eigenvalues are computed once, when first asked for.
 
     Raises `InvalidInput` for a wrong shape, `NonFinite` for NaN or infinity.
     """
@@ -77,11 +83,11 @@ class Matrix(AbstractSpectral):
 
     def eigen(self, decay: Mapping[str, float] | None = None) -> Eigen:
         """The float64 eigendecomposition of C + diag(decay), cached per decay."""
-        key = tuple(sorted((decay or {}).items()))
+        key = tuple(sorted(decay.items())) if decay else _NO_DECAY
         if key not in self._known:
             dense = self._double()
             if decay:
-                dense = dense + diagonal(self.space, decay).to(dense).diag()
+                dense = dense + diagonal_vector(self.space, decay).to(dense).diag()
             values, vectors = torch.linalg.eigh(dense)
             self._known[key] = Eigen(self.space, vectors, values)
         return cast(Eigen, self._known[key])
@@ -94,3 +100,10 @@ class Matrix(AbstractSpectral):
 
     def extremes(self) -> tuple[float, float]:
         return self.eigen().extremes()
+
+    def known_eigenvalues(self) -> Density:
+        return self.eigen().known_eigenvalues()
+
+    @property
+    def eigenvalues_at_hand(self) -> bool:
+        return _NO_DECAY in self._known

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from .blocks import Dense
-from .operator import AbstractSpectral
+from .density import Density
+from .operator import AbstractSpectral, diagonal_vector, means_of_diagonal
 from .rows import Rows
 from .space import Space
 
@@ -31,24 +32,24 @@ class DiagonalOperator(AbstractSpectral):
             raise InvalidInput(f"The diagonal has {len(self.values)} entries; the space has {self.size} parameters.")
 
     def apply(self, rows: Rows) -> Rows:
-        where = self.space.slices
-        made = {}
+        columns = self.space.slices
+        products = {}
         for name, block in rows.blocks.items():
             dense = block.dense()
-            made[name] = Dense(dense * self.values[where[name]].to(dense).view(1, *dense.shape[1:]))
-        return Rows(made)
+            products[name] = Dense(dense * self.values[columns[name]].to(dense).view(1, *dense.shape[1:]))
+        return Rows(products)
 
     def block_means(self) -> dict[str, float]:
-        return {k: float(self.values[part].mean()) for k, part in self.space.slices.items()}
+        return means_of_diagonal(self.space, self.values)
 
     def function(self, f: Callable[[Tensor], Tensor]) -> DiagonalOperator:
         return replace(self, values=f(self.values))
 
     def shifted(self, decay: Mapping[str, float]) -> DiagonalOperator:
-        added = self.values.clone()
-        for name, part in self.space.slices.items():
-            added[part] += decay[name]
-        return replace(self, values=added)
+        return replace(self, values=self.values + diagonal_vector(self.space, decay).to(self.values))
 
     def extremes(self) -> tuple[float, float]:
         return float(torch.min(self.values)), float(torch.max(self.values))
+
+    def known_eigenvalues(self) -> Density:
+        return Density.of(self.values)

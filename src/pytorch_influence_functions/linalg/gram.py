@@ -1,4 +1,4 @@
-"""C = G^T G / N, held as the rows G it is made of."""
+"""C = G^T G / N, stored as the rows G it is made of."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.validate import whole_number
+from .density import Density
 from .operator import AbstractSampled, Cache, cache_field
 from .rows import Rows
 from .space import Space
@@ -18,8 +20,7 @@ from .space import Space
 
 @dataclass(frozen=True, eq=False)
 class Gram(AbstractSampled):
-    """C = G^T G / count for stored rows G [m]: empirical Fisher (G = gradients) or GGN (G = H^1/2 J, m = N *
-    k).
+    """C = G^T G / count for stored rows G [m]: empirical Fisher (G = gradients) or GGN (G = H^1/2 J, m = N * k).
 
     Nothing of size P x P or m x P is made; the dual solves with `gram()`, which is m x m and cached.
     """
@@ -30,8 +31,7 @@ class Gram(AbstractSampled):
     _known: Cache = cache_field()
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InvalidInput(f"Gram(count={self.count}) needs the number of training examples, at least 1.")
+        whole_number("count", self.count, owner=self, hint="give the number of training examples")
 
     @property
     def examples(self) -> int:
@@ -74,14 +74,19 @@ class Gram(AbstractSampled):
         return out
 
     def eigen(self) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]:
-        """Eigenvalues (clamped at 0: rounding can leave tiny negative ones) and eigenvectors of `gram()`,
-        once."""
+        """Eigenvalues (clamped at 0: rounding can leave tiny negative ones) and eigenvectors of `gram()`, once."""
         if "eigen" not in self._known:
             values, vectors = torch.linalg.eigh(self.gram())
             self._known["eigen"] = values.clamp_min(0.0), vectors
         return cast("tuple[Tensor, Tensor]", self._known["eigen"])
 
+    def known_eigenvalues(self) -> Density:
+        values = self.eigen()[0] / self.count
+        if len(values) > self.size:
+            # A Gram matrix larger than the space has zeros that are no eigenvalues of C.
+            values = values.sort().values[-self.size :]
+        return Density.of(values, zeros=self.size - len(values))
+
     @property
-    def has_eigen(self) -> bool:
-        """Whether the eigendecomposition has been paid for already."""
+    def eigenvalues_at_hand(self) -> bool:
         return "eigen" in self._known

@@ -16,12 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .blocks import AbstractBlock, Conv, Dense, Outer
+from .chunks import chunks
+from .density import Density
 from .operator import AbstractSpectral
 from .rows import Rows
 from .space import Space
-
-# Largest temporary, in numbers, while rows are turned.
-_PIECE = 1 << 23
 
 
 @final
@@ -71,10 +70,8 @@ class KroneckerBlock:
         """The block's curvature times every row."""
         values = self.values.to(block.reference)
         out = block.reference.new_empty(len(block), *values.shape)
-        step = max(1, _PIECE // max(1, values.numel()))
-        for at in range(0, len(block), step):
-            piece = slice(at, min(at + step, len(block)))
-            out[piece] = self.back(self.turned(block.take(piece)) * values)
+        for chunk in chunks(len(block), values.numel()):
+            out[chunk] = self.back(self.turned(block.take(chunk)) * values)
         return Dense(out.reshape(len(block), *shape))
 
 
@@ -101,11 +98,9 @@ class Kronecker(AbstractSpectral):
         for name, block in rows.blocks.items():
             own = self.blocks[name]
             values = own.values.to(block.reference)
-            step = max(1, _PIECE // max(1, values.numel()))
-            for at in range(0, len(block), step):
-                piece = slice(at, min(at + step, len(block)))
-                turned = own.turned(block.take(piece)).flatten(1)
-                total[piece] += torch.einsum("np,np,p->n", turned, turned, values.flatten()).double()
+            for chunk in chunks(len(block), values.numel()):
+                turned = own.turned(block.take(chunk)).flatten(1)
+                total[chunk] += torch.einsum("np,np,p->n", turned, turned, values.flatten()).double()
         return total
 
     def block_means(self) -> dict[str, float]:
@@ -121,9 +116,8 @@ class Kronecker(AbstractSpectral):
         values = [b.values for b in self.blocks.values()]
         return min(float(v.min()) for v in values), max(float(v.max()) for v in values)
 
-    def eigenvalues(self) -> Float[Tensor, " p"]:
-        """All P eigenvalues, in no particular order, float64."""
-        return torch.cat([b.values.flatten() for b in self.blocks.values()])
+    def known_eigenvalues(self) -> Density:
+        return Density.of(torch.cat([b.values.flatten() for b in self.blocks.values()]))
 
     @property
     def numbers(self) -> int:

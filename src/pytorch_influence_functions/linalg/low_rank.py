@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from .density import Density
 from .operator import AbstractSpectral
 from .rows import Rows
 from .space import Space
@@ -148,6 +149,12 @@ class LowRank(AbstractSpectral):
         seen = self.values.tolist() + [s.rest for s in self.spans if not (self.dropped or s.whole)]
         return min(seen), max(seen)
 
+    def known_eigenvalues(self) -> Density:
+        rests = [(s.rest, float(s.basis.shape[1] - s.basis.shape[0])) for s in self.spans]
+        values, counts = torch.tensor(rests, dtype=torch.float64).T
+        ones = torch.ones(len(self.values), dtype=torch.float64)
+        return Density.of(torch.cat([self.values.cpu(), values]), torch.cat([ones, counts]))
+
     def reach(self, flat: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
         """The part of every row that functions of C answer for: all of it, unless the complement is dropped."""
         if not self.dropped:
@@ -185,7 +192,8 @@ class LowRank(AbstractSpectral):
                 part = span.basis[:, columns].double()
                 total.addmm_(part, part.T, alpha=decay[name])
             parts.append(total)
-        return _block_diagonal(parts)
+        blocks: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
+        return blocks
 
     def _cut(self, decay: Mapping[str, float]) -> LowRank:
         """C + D where D differs between blocks: on the directions cut at its borders it is a small matrix again.
@@ -207,7 +215,7 @@ class LowRank(AbstractSpectral):
                 spans.append(Span(names, q.T.contiguous(), span.rest + number))
                 pieces.append(r.T.double())
             turns.append(torch.cat(pieces, 1))
-        t = _block_diagonal(turns)
+        t = torch.block_diag(*turns)  # type: ignore[no-untyped-call]
         rests = torch.cat([self.values.new_full((len(s.basis),), s.rest) for s in spans])
         return self._decomposed(t.T @ (self._small() - torch.cat(olds).diag()) @ t + rests.diag(), tuple(spans))
 
@@ -230,13 +238,3 @@ class LowRank(AbstractSpectral):
         where = self.space.slices
         device = self.spans[0].basis.device
         return torch.cat([torch.arange(where[k].start, where[k].stop, device=device) for k in names])
-
-
-def _block_diagonal(parts: Sequence[Tensor]) -> Tensor:
-    """Matrices one below and beside the other, zeros elsewhere."""
-    made = parts[0].new_zeros(sum(p.shape[0] for p in parts), sum(p.shape[1] for p in parts))
-    down, across = 0, 0
-    for part in parts:
-        made[down : down + part.shape[0], across : across + part.shape[1]] = part
-        down, across = down + part.shape[0], across + part.shape[1]
-    return made

@@ -1,15 +1,14 @@
 """Linear maps on rows: what is known of a curvature decides which solver may use it.
 
-`AbstractOperator` can be applied; `AbstractSymmetric` also knows its mean eigenvalue; `AbstractSpectral`
-knows all its eigenvalues, so any function of it is free. Asking for more than the type promises is an error
-at the door.
+`AbstractOperator` can be applied; `AbstractSymmetric` also knows its mean eigenvalue; `AbstractSpectral` knows all its
+eigenvalues, so any function of it is free. A solver that needs more than an operator's type promises refuses it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import TooLarge
+from .density import Density
 from .rows import Rows
 from .space import Space
 
@@ -24,6 +24,7 @@ Cache = dict[Any, Any]
 
 
 def cache_field() -> Any:
+    """A field that starts as an empty `Cache`."""
     return field(default_factory=dict, init=False, repr=False)
 
 
@@ -34,7 +35,7 @@ class AbstractOperator(ABC):
 
     @abstractmethod
     def apply(self, rows: Rows) -> Rows:
-        """The map applied to every row; rows keep their order, dtype and device."""
+        """C applied to every row; rows keep their order, dtype and device."""
 
     @property
     def size(self) -> int:
@@ -52,6 +53,15 @@ class AbstractSymmetric(AbstractOperator):
     def mean_eigenvalue(self) -> float:
         """trace(C) / P."""
         return sum(mean * self.space.numel(name) for name, mean in self.block_means().items()) / self.size
+
+    def known_eigenvalues(self) -> Density | None:
+        """Every eigenvalue, where the operator has them or one decomposition gives them; None where it does not."""
+        return None
+
+    @property
+    def eigenvalues_at_hand(self) -> bool:
+        """Whether `known_eigenvalues` costs nothing more, because no decomposition is needed or it is done."""
+        return False
 
 
 class AbstractSampled(AbstractSymmetric):
@@ -82,14 +92,27 @@ class AbstractSpectral(AbstractSymmetric):
     def extremes(self) -> tuple[float, float]:
         """The smallest and the largest eigenvalue."""
 
+    @abstractmethod
+    def known_eigenvalues(self) -> Density: ...
 
-def diagonal(space: Space, per_block: Mapping[str, float]) -> Float[Tensor, " p"]:
+    @property
+    def eigenvalues_at_hand(self) -> bool:
+        return True
+
+
+def apply_flat(operator: AbstractOperator, x: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+    """An operator on rows written out as one matrix."""
+    return operator.apply(operator.space.rows(x)).flat()
+
+
+def diagonal_vector(space: Space, per_block: Mapping[str, float]) -> Float[Tensor, " p"]:
     """One number per block, spread over the space's flat order, in float64."""
     return torch.cat([torch.full((space.numel(k),), per_block[k], dtype=torch.float64) for k in space.blocks])
 
 
 def means_of_diagonal(space: Space, values: Float[Tensor, " p"]) -> dict[str, float]:
-    return {k: float(values[part].double().mean()) for k, part in space.slices.items()}
+    """The mean of every block's entries of a diagonal."""
+    return {k: float(values[columns].double().mean()) for k, columns in space.slices.items()}
 
 
 def dense_bytes(size: int) -> int:
@@ -105,64 +128,3 @@ def check_dense(size: int, max_bytes: int, what: str) -> None:
             f"{max_bytes / 2**30:.2f} GiB; use CG() or Woodbury(), select fewer parameters, "
             "or raise max_bytes."
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Identity(AbstractSpectral):
-    """C = scale * I, or one scale per block. With scale 1 the influence is the gradient dot product."""
-
-    space: Space
-    scale: float | Mapping[str, float] = 1.0
-
-    def _per_block(self) -> dict[str, float]:
-        if isinstance(self.scale, Mapping):
-            return {k: float(self.scale[k]) for k in self.space.blocks}
-        return dict.fromkeys(self.space.blocks, float(self.scale))
-
-    def apply(self, rows: Rows) -> Rows:
-        return rows if self.scale == 1.0 else rows.scaled(self._per_block())
-
-    def block_means(self) -> dict[str, float]:
-        return self._per_block()
-
-    def function(self, f: Callable[[Tensor], Tensor]) -> Identity:
-        scales = self._per_block()
-        new = f(torch.tensor(list(scales.values()), dtype=torch.float64)).tolist()
-        return Identity(self.space, dict(zip(scales, new, strict=True)))
-
-    def shifted(self, decay: Mapping[str, float]) -> Identity:
-        return Identity(self.space, {k: v + decay[k] for k, v in self._per_block().items()})
-
-    def extremes(self) -> tuple[float, float]:
-        values = self._per_block().values()
-        return min(values), max(values)
-
-
-@dataclass(frozen=True, eq=False)
-class Implicit(AbstractSampled):
-    """A curvature known only by its products.
-
-    `product(rows, ids)` applies C to every row, over all data when `ids` is None, else the mean over those
-    examples; `mean()` gives trace(C_bb) / P_b per block, or one number for all of them, and is called at most once;
-    `count` is N.
-    """
-
-    space: Space
-    product: Callable[[Rows, Tensor | None], Rows]
-    mean: Callable[[], float | Mapping[str, float]]
-    count: int
-    _known: Cache = cache_field()
-
-    @property
-    def examples(self) -> int:
-        return self.count
-
-    def apply(self, rows: Rows, ids: Int[Tensor, " b"] | None = None) -> Rows:
-        return self.product(rows, ids)
-
-    def block_means(self) -> dict[str, float]:
-        if "means" not in self._known:
-            found = self.mean()
-            one = dict.fromkeys(self.space.blocks, found) if isinstance(found, (int, float)) else dict(found)
-            self._known["means"] = {k: float(v) for k, v in one.items()}
-        return dict(self._known["means"])

@@ -18,17 +18,11 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from . import blocks as _blocks
-from .blocks import AbstractBlock as AbstractBlock
-from .blocks import Conv as Conv
-from .blocks import Dense as Dense
-from .blocks import Indexed as Indexed
-from .blocks import Outer as Outer
-from .blocks import Sum as Sum
+from .blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
+from .chunks import chunks
 
 # Operations the machine does in the time it moves one byte; fixed, so that results never depend on timing noise.
 _OPERATIONS_PER_BYTE = {"cpu": 12.0, "cuda": 100.0}
-# Largest temporary, in numbers, that a contraction may make before it is cut into pieces.
-_PIECE = 1 << 24
 # Numbers that stay in a core's cache.
 _CACHED = 1 << 18
 
@@ -67,7 +61,7 @@ class Route(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoutePlan:
     """What one contraction would cost: multiply-adds and bytes moved."""
 
     route: Route
@@ -78,31 +72,31 @@ class Plan:
         return 2 * self.macs / _OPERATIONS_PER_BYTE.get(device, 12.0) + self.bytes
 
 
-def _outer_plans(n: int, t: int, o: int, i: int, m: int, s: int | None, size: int) -> list[Plan]:
+def _outer_plans(n: int, t: int, o: int, i: int, m: int, s: int | None, size: int) -> list[RoutePlan]:
     """Costs for n rows of t terms against m rows that are dense (s None) or of s terms. [o, i] block."""
     plans = [
-        Plan(Route.MATERIALISE, 1.0 * n * t * o * i + n * m * o * i, 1.0 * size * (2 * n * o * i + m * o * i)),
-        Plan(Route.APPLY, 1.0 * n * t * m * o * (i + 1), 1.0 * size * (2 * n * t * m * o + m * o * i)),
+        RoutePlan(Route.MATERIALISE, 1.0 * n * t * o * i + n * m * o * i, 1.0 * size * (2 * n * o * i + m * o * i)),
+        RoutePlan(Route.APPLY, 1.0 * n * t * m * o * (i + 1), 1.0 * size * (2 * n * t * m * o + m * o * i)),
     ]
     if s is not None:
         write = m * s * o * i  # the other side has to be written out for the two routes above
-        plans = [Plan(p.route, p.macs + write, p.bytes + size * m * o * i) for p in plans]
+        plans = [RoutePlan(p.route, p.macs + write, p.bytes + size * m * o * i) for p in plans]
         moved = 1.0 * size * (2 * n * m * t * s + (n * t + m * s) * (o + i))
-        plans.append(Plan(Route.GHOST, 1.0 * n * m * t * s * (o + i), moved))
+        plans.append(RoutePlan(Route.GHOST, 1.0 * n * m * t * s * (o + i), moved))
     return plans
 
 
-def _indexed_plans(a: Indexed, m: int, size: int) -> list[Plan]:
+def _indexed_plans(a: Indexed, m: int, size: int) -> list[RoutePlan]:
     """A table's rows against m dense ones: gather the rows each example uses, or write its whole gradient out."""
     n, t, d = a.values.shape
     written = a.size * d
     return [
-        Plan(Route.APPLY, 1.0 * n * m * t * d, 3.0 * size * n * m * t * d),
-        Plan(Route.MATERIALISE, 1.0 * n * m * written, 1.0 * size * (2 * n * written + m * written)),
+        RoutePlan(Route.APPLY, 1.0 * n * m * t * d, 3.0 * size * n * m * t * d),
+        RoutePlan(Route.MATERIALISE, 1.0 * n * m * written, 1.0 * size * (2 * n * written + m * written)),
     ]
 
 
-def choose(a: AbstractBlock, b: AbstractBlock) -> Route:
+def choose_route(a: AbstractBlock, b: AbstractBlock) -> Route:
     """The cheapest exact route for <a, b>, by operations and bytes."""
     size, device = a.reference.element_size(), a.reference.device.type
     if isinstance(a, Indexed):
@@ -115,13 +109,8 @@ def choose(a: AbstractBlock, b: AbstractBlock) -> Route:
     if isinstance(a, Conv):
         # All routes but `apply` unfold the patches first: gathered, given the bias column, read back.
         unfolded = 4 * size * len(a) * a.terms * i
-        plans = [p if p.route is Route.APPLY else Plan(p.route, p.macs, p.bytes + unfolded) for p in plans]
+        plans = [p if p.route is Route.APPLY else RoutePlan(p.route, p.macs, p.bytes + unfolded) for p in plans]
     return min(plans, key=lambda p: p.cost(device)).route
-
-
-def _pieces(total: int, numbers_each: int) -> list[slice]:
-    step = max(1, min(total, _PIECE // max(1, numbers_each)))
-    return [slice(at, min(at + step, total)) for at in range(0, total, step)]
 
 
 def _as_outer(block: Outer | Conv) -> Outer:
@@ -134,10 +123,10 @@ def _ghost(a: Outer, b: Outer) -> Tensor:
     n, m = len(a), len(b)
     out = a.left.new_empty(n, m)
     al, ar = a.left.flatten(0, 1), a.right.flatten(0, 1)
-    for at in _pieces(m, n * a.terms * b.terms):
-        p = b.take(at)
-        pairs = (al @ p.left.flatten(0, 1).T).mul_(ar @ p.right.flatten(0, 1).T)
-        out[:, at] = pairs.view(n, a.terms, len(p), b.terms).sum((1, 3))
+    for chunk in chunks(m, n * a.terms * b.terms):
+        part = b.take(chunk)
+        pairs = (al @ part.left.flatten(0, 1).T).mul_(ar @ part.right.flatten(0, 1).T)
+        out[:, chunk] = pairs.view(n, a.terms, len(part), b.terms).sum((1, 3))
     return out
 
 
@@ -146,13 +135,13 @@ def _apply(a: Outer | Conv, v: Tensor) -> Tensor:
     if isinstance(a, Outer) and m == 1:
         return _apply_one(a, v[0].reshape(o, i))
     out = v.new_empty(n, m)
-    for at in _pieces(m, n * a.terms * o):
-        piece = v[at]
+    for chunk in chunks(m, n * a.terms * o):
+        part = v[chunk]
         if isinstance(a, Conv):
-            out[:, at] = a.apply(piece)
+            out[:, chunk] = a.apply(part)
             continue
-        pushed = (a.right.flatten(0, 1) @ piece.reshape(-1, i).T).view(n, a.terms, piece.shape[0], o)
-        out[:, at] = torch.einsum("ntmo,nto->nm", pushed, a.left)
+        pushed = (a.right.flatten(0, 1) @ part.reshape(-1, i).T).view(n, a.terms, part.shape[0], o)
+        out[:, chunk] = torch.einsum("ntmo,nto->nm", pushed, a.left)
     return out
 
 
@@ -162,46 +151,46 @@ def _apply_one(a: Outer, v: Tensor) -> Tensor:
     out, vt = v.new_empty(n, 1), v.T
     # Below this size pieces cost more to start than their memory traffic saves.
     step = n if n * t * o <= _CACHED or v.device.type != "cpu" else max(1, _CACHED // (t * o))
-    for at in range(0, n, step):
-        here = slice(at, at + step)
-        pushed = (a.right[here].flatten(0, 1) @ vt).view(-1, t, o)
-        out[here, 0] = pushed.mul_(a.left[here]).sum((1, 2))
+    for start in range(0, n, step):
+        chunk = slice(start, start + step)
+        pushed = (a.right[chunk].flatten(0, 1) @ vt).view(-1, t, o)
+        out[chunk, 0] = pushed.mul_(a.left[chunk]).sum((1, 2))
     return out
 
 
 def _materialise(a: AbstractBlock, v: Tensor) -> Tensor:
     out = v.new_empty(len(a), v.shape[0])
     flat = v.flatten(1).T
-    for at in _pieces(len(a), flat.shape[0]):
-        out[at] = a.take(at).dense().flatten(1) @ flat
+    for chunk in chunks(len(a), flat.shape[0]):
+        out[chunk] = a.take(chunk).dense().flatten(1) @ flat
     return out
 
 
 def _indexed_dense(a: Indexed, v: Tensor) -> Tensor:
     out = v.new_empty(len(a), v.shape[0])
-    for at in _pieces(v.shape[0], a.values.numel()):
-        out[:, at] = torch.einsum("mntd,ntd->nm", v[at][:, a.index], a.values)
+    for chunk in chunks(v.shape[0], a.values.numel()):
+        out[:, chunk] = torch.einsum("mntd,ntd->nm", v[chunk][:, a.index], a.values)
     return out
 
 
 def _indexed_pair(a: Indexed, b: Indexed) -> Tensor:
     out = a.values.new_empty(len(a), len(b))
     av, ai = a.values.flatten(0, 1), a.index.flatten()
-    for at in _pieces(len(b), a.index.numel() * b.index.shape[1]):
-        p = b.take(at)
-        pairs = (av @ p.values.flatten(0, 1).T).mul_(ai[:, None] == p.index.flatten()[None])
-        out[:, at] = pairs.view(len(a), a.index.shape[1], len(p), b.index.shape[1]).sum((1, 3))
+    for chunk in chunks(len(b), a.index.numel() * b.index.shape[1]):
+        part = b.take(chunk)
+        pairs = (av @ part.values.flatten(0, 1).T).mul_(ai[:, None] == part.index.flatten()[None])
+        out[:, chunk] = pairs.view(len(a), a.index.shape[1], len(part), b.index.shape[1]).sum((1, 3))
     return out
 
 
 def _outer_indexed(a: Outer, b: Indexed) -> Tensor:
     out = a.left.new_empty(len(a), len(b))
     n, t = a.left.shape[:2]
-    for at in _pieces(len(b), n * t * b.index.shape[1]):
-        p = b.take(at)
-        picked = a.left[:, :, p.index.flatten()]
-        pushed = a.right @ p.values.flatten(0, 1).T
-        out[:, at] = (picked * pushed).sum(1).view(n, len(p), -1).sum(2)
+    for chunk in chunks(len(b), n * t * b.index.shape[1]):
+        part = b.take(chunk)
+        columns = a.left[:, :, part.index.flatten()]
+        pushed = a.right @ part.values.flatten(0, 1).T
+        out[:, chunk] = (columns * pushed).sum(1).view(n, len(part), -1).sum(2)
     return out
 
 
@@ -218,13 +207,13 @@ def inner(a: AbstractBlock, b: AbstractBlock, route: Route = Route.AUTO) -> Floa
     if isinstance(a, Outer) and isinstance(b, Indexed) and route is not Route.MATERIALISE:
         return _outer_indexed(a, b)
     if isinstance(a, Indexed):
-        chosen = route if route in (Route.GHOST, Route.APPLY, Route.MATERIALISE) else choose(a, b)
+        chosen = route if route in (Route.GHOST, Route.APPLY, Route.MATERIALISE) else choose_route(a, b)
         return _materialise(a, b.dense()) if chosen is Route.MATERIALISE else _indexed_dense(a, b.dense())
     if isinstance(a, Dense) and isinstance(b, (Indexed, Outer, Conv)):
         return inner(b, a, route).T
     if not isinstance(a, (Outer, Conv)):
         return _materialise(a, b.dense())
-    chosen = route if route in (Route.GHOST, Route.APPLY, Route.MATERIALISE) else choose(a, b)
+    chosen = route if route in (Route.GHOST, Route.APPLY, Route.MATERIALISE) else choose_route(a, b)
     if chosen is Route.GHOST and isinstance(b, (Outer, Conv)):
         return _ghost(_as_outer(a), _as_outer(b))
     # `ghost` against a dense row has no second factor pair: apply is its form there.
@@ -282,7 +271,7 @@ class Rows:
 
     def routes(self, other: Rows) -> dict[str, Route]:
         """Which route `inner` would take for each block."""
-        return {k: choose(b, other.blocks[k]) for k, b in self.blocks.items()}
+        return {k: choose_route(b, other.blocks[k]) for k, b in self.blocks.items()}
 
     def rows(self) -> Rows:
         """These rows; a `DualSolution` writes itself out."""

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..core.errors import InvalidInput
+from ..core.validate import finite_number
 from .rows import Rows
-
-
-def finite_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidInput(f"{name} is {value!r}; it must be a number.")
-    if not math.isfinite(value):
-        raise InvalidInput(f"{name} is {value}; it must be finite.")
-    return float(value)
 
 
 @dataclass(frozen=True)
@@ -39,15 +31,11 @@ class Shift:
     blocks: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for what, value in [
-            ("The damping", self.damping),
-            *((f"The damping of {k!r}", v) for k, v in self.blocks.items()),
-        ]:
-            if finite_number(what, value) < 0:
-                raise InvalidInput(f"{what} is {value}; it must not be negative.")
+        finite_number("The damping", self.damping, least=0)
+        for name, value in self.blocks.items():
+            finite_number(f"The damping of {name!r}", value, least=0)
         for name, value in self.decay.items():
-            if finite_number(f"The weight decay of {name!r}", value) < 0:
-                raise InvalidInput(f"The weight decay of {name!r} is {value}; it must not be negative.")
+            finite_number(f"The weight decay of {name!r}", value, least=0)
         if self.decay and self.blocks and set(self.decay) != set(self.blocks):
             odd = sorted(set(self.decay) ^ set(self.blocks))
             raise InvalidInput(f"Damping and weight decay must name the same blocks; check {odd[:5]}.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.errors import InvalidInput, UnknownName, nearest
+from ..core.validate import finite_number
 from .blocks import Dense
 from .rows import Rows
 
@@ -312,8 +313,7 @@ def _decays(names: _Names, decay: Mapping[str, float] | float) -> dict[str, floa
         if name not in names.canonical:
             hint = nearest(name, names.canonical)
             raise UnknownName(f"Weight decay is given for {name!r}, which is no parameter of the model.{hint}")
-        if not (math.isfinite(strength) and strength >= 0):
-            raise InvalidInput(f"Weight decay must be finite and at least 0, got {strength} for {name!r}.")
+        finite_number(f"The weight decay of {name!r}", strength, least=0)
     return {names.canonical[name]: float(strength) for name, strength in decay.items()}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import InfluenceError, InvalidInput
+from ..core.errors import InfluenceError, InvalidInput, first_line
 
 # What torch writes when numbers of two types meet.
 _TYPE_WORDS = ("dtype", "same type", "scalar type", "expected scalar")
@@ -26,7 +26,7 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
     layer, where = _innermost(cause.__traceback__)
     floats = _first_float(layer)
     given = None if floats is None else _misfit(floats.dtype, [t for _, t in _tensors(args, kwargs)])
-    reason = _first_line(cause)
+    reason = first_line(cause)
     seen = _shapes(args, kwargs)
     if (
         floats is not None
@@ -98,10 +98,6 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple
 def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     found = [f"{name}{tuple(value.shape)}" for name, value in _tensors(args, kwargs)]
     return ", ".join(found) if found else "none (no tensor)"
-
-
-def _first_line(cause: BaseException) -> str:
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200].rstrip(".")
 
 
 _METHODS = {torch.float64: "double", torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}

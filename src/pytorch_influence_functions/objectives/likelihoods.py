@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.validate import finite_number
 from .base import (
     AbstractLikelihood,
     Batch,
@@ -106,8 +107,7 @@ class CrossEntropy(AbstractLikelihood):
     lower_is_better: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise InvalidInput(f"label_smoothing is {self.label_smoothing:g}, expected a number from 0 to 1.")
+        finite_number("label_smoothing", self.label_smoothing, least=0, most=1, owner=self)
         if self.weight is not None:
             if self.weight.dim() != 1:
                 raise InvalidInput(

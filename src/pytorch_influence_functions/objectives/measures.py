@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..core.errors import InfluenceError, InvalidInput, NonFinite
+from ..core.batches import batch_slice, example_tensors, with_example_tensors
+from ..core.errors import InfluenceError, InvalidInput, NonFinite, first_line
+from ..core.validate import choice
 from .base import (
     AbstractObjective,
     Batch,
@@ -174,10 +175,7 @@ class FromFunction(AbstractObjective):
             raise InvalidInput(
                 f"FromFunction needs a function of (outputs, targets), got {type(self.function).__name__}."
             )
-        if self.reduction is not None and self.reduction not in _REDUCTIONS:
-            raise InvalidInput(
-                f"The reduction is {self.reduction!r}, expected 'none', 'mean', 'sum', or None to find out."
-            )
+        choice("reduction", self.reduction, (*_REDUCTIONS, None), owner=self, hint="None finds it out")
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         args, kwargs, _ = inputs_and_targets(batch)
@@ -208,7 +206,7 @@ class FromFunction(AbstractObjective):
         """
         with torch.enable_grad():
             leaf = outputs.detach()[:2].requires_grad_()
-            first = _part(targets, len(outputs), slice(0, 2))
+            first = batch_slice(targets, len(outputs), slice(0, 2))
             found = self.reduction or detect_reduction(self.function, leaf, first)
             made = replace(self, reduction=found)
             losses = made.losses(leaf, (None, first))
@@ -246,7 +244,7 @@ def detect_reduction(function: Callable[[Any, Any], Any], outputs: Tensor, targe
     """
     n = min(2, len(outputs))
     parts = [slice(0, n), slice(0, 1), slice(1, 2)][: n + 1]
-    values = [_call(function, outputs[p], _part(targets, len(outputs), p)) for p in parts]
+    values = [_call(function, outputs[p], batch_slice(targets, len(outputs), p)) for p in parts]
     together, alone = values[0], [v.detach() for v in values[1:]]
     if any(v.numel() != 1 for v in alone):
         raise InvalidInput(_not_scalar(function, alone[0]))
@@ -299,10 +297,9 @@ def _call(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) ->
         raise
     except Exception as cause:
         seen = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise InvalidInput(
             f"The loss {_name(function)} failed on outputs of shape {tuple(outputs.shape)} and targets of "
-            f"shape {seen} ({reason}); it must take (outputs, targets) of any number of examples."
+            f"shape {seen} ({first_line(cause)}); it must take (outputs, targets) of any number of examples."
         ) from cause
     return _result(value)
 
@@ -325,31 +322,18 @@ def _one_each(value: Tensor, n: int) -> Tensor:
     return value.reshape(n)
 
 
-def _part(targets: Any, n: int, index: slice) -> Any:
-    """The targets of some of `n` examples."""
-    leaves, spec = tree_flatten(targets)
-    return tree_unflatten([x[index] if _runs_over(x, n) else x for x in leaves], spec)
-
-
-def _runs_over(leaf: Any, n: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
-
-
 def _apart(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
     """The function's value on each example alone, [n]."""
     n = len(outputs)
-    leaves, spec = tree_flatten(targets)
-    moving = [_runs_over(x, n) for x in leaves]
 
     def one(f: Tensor, *parts: Tensor) -> Tensor:
-        taken = iter(parts)
-        own = [next(taken)[None] if m else x for x, m in zip(leaves, moving, strict=True)]
-        value = _result(function(f[None], tree_unflatten(own, spec)))
+        own = with_example_tensors(targets, n, [x[None] for x in parts])
+        value = _result(function(f[None], own))
         if value.numel() != 1:
             raise InvalidInput(_not_scalar(function, value))
         return value.reshape(())
 
-    parts = [x for x, m in zip(leaves, moving, strict=True) if m]
+    parts = example_tensors(targets, n)
     try:
         return vmap(one, randomness="different")(outputs, *parts)
     except InfluenceError:

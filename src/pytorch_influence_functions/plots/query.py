@@ -263,7 +263,8 @@ def plot_agreement(
     Raises:
         InvalidInput: different lengths, fewer than two points, or NaN.
     """
-    x, y = _numbers(predicted, "predicted"), _numbers(actual, "actual")
+    x = style.finite_numbers(predicted, "predicted").reshape(-1)
+    y = style.finite_numbers(actual, "actual").reshape(-1)
     if len(x) != len(y) or len(x) < 2:
         raise InvalidInput(f"There are {len(x)} predicted and {len(y)} actual changes; give equally many, at least 2.")
     words, exponent = _fit_words(x, y), style.power(float(max(abs(x).max(), abs(y).max())))
@@ -316,15 +317,6 @@ def _fit_words(x: NDArray[Any], y: NDArray[Any]) -> str:
         return f"n = {len(x)}, r undefined: one side is constant"
     r, slope = float(np.corrcoef(x, y)[0, 1]), float(np.polyfit(x, y, 1)[0])
     return f"n = {len(x)}, r = {r:.3f}, slope = {slope:.3g}".replace("-", "−")
-
-
-def _numbers(values: Any, name: str) -> NDArray[Any]:
-    held = values.detach().cpu() if isinstance(values, Tensor) else values
-    found = np.asarray(held, dtype=np.float64).reshape(-1)
-    bad = np.flatnonzero(~np.isfinite(found))
-    if len(bad):
-        raise InvalidInput(f"{name} holds NaN or infinity at position {int(bad[0])}; leave such points out.")
-    return found
 
 
 # --------------------------------------------------------------------------- damping

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import require
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core.errors import InvalidInput, name_ids, require
 from ..core.files import write_bytes
 
 if TYPE_CHECKING:
@@ -75,6 +79,15 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
     figure.savefig(buffer, format=kind, metadata=undated)
     write_bytes(name, buffer.getvalue())
+
+
+def finite_numbers(values: Any, name: str) -> NDArray[Any]:
+    """A tensor, array or list as float64; raises `InvalidInput`, with the position, where a number is not finite."""
+    numbers = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(numbers))
+    if len(bad):
+        raise InvalidInput(f"{name} holds NaN or infinity at position {name_ids(bad.tolist())}; leave such values out.")
+    return numbers
 
 
 def number(value: float) -> str:

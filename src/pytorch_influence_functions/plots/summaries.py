@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.errors import InvalidInput, name_ids, require
+from ..core.errors import InvalidInput, require
 from ..scores import indexing as picking
 from ..scores.scores import Scores
 from . import style
@@ -45,7 +45,9 @@ def plot_self_influence(
         InvalidInput: no values, NaN, or labels of another length.
         MissingExtra: matplotlib is not installed.
     """
-    found = _numbers(values, "self-influence")
+    found = style.finite_numbers(values, "The self-influence")
+    if found.ndim != 1 or not len(found):
+        raise InvalidInput(f"The self-influence must be one number per training example, got shape {found.shape}.")
     if labels is not None and len(labels) != len(found):
         raise InvalidInput(f"There are {len(found)} values and {len(labels)} labels; give one label each.")
     chosen = _marked(marked, len(found))
@@ -174,17 +176,6 @@ def plot_convergence(scores: Scores, path: str | os.PathLike[str] | None = None)
         figure.text(0.14, 0.87, style.shorten(d.method, 64), fontsize=8, color=style.FAINT, parse_math=False)
         style.save(figure, path)
     return figure
-
-
-def _numbers(values: Any, name: str) -> NDArray[Any]:
-    held = values.detach().cpu() if isinstance(values, Tensor) else values
-    found = np.asarray(held, dtype=np.float64)
-    if found.ndim != 1 or not len(found):
-        raise InvalidInput(f"The {name} must be one number per training example, got shape {found.shape}.")
-    bad = np.flatnonzero(~np.isfinite(found))
-    if len(bad):
-        raise InvalidInput(f"The {name} is NaN or infinite at training index {name_ids(bad.tolist())}; repair it.")
-    return found
 
 
 def _short(value: float, largest: float) -> str:

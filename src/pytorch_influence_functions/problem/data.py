@@ -23,7 +23,9 @@ from torch.utils.data import (
     default_collate,
 )
 
+from ..core.batches import tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
+from ..core.validate import choice, whole_number
 from .model_state import same_rng
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
@@ -31,53 +33,6 @@ Collate: TypeAlias = Callable[[list[Any]], Any]
 
 BATCH_SIZE = 64
 POLICIES = ("warn", "error", "ignore")
-
-
-# --------------------------------------------------------------------------- nested batches
-
-
-def _rebuild(batch: Any, f: Callable[[Any], Any]) -> Any:
-    """A container of the same kind holding `f` of each member; anything else as it is."""
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(f, batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map(f, batch))
-    if isinstance(batch, Mapping):
-        members = {key: f(value) for key, value in batch.items()}
-        try:
-            return type(batch)(members)  # type: ignore[call-arg]
-        except Exception:  # a mapping with a constructor of its own
-            return members
-    return batch
-
-
-def map_tensors(batch: Any, f: Callable[[Tensor], Any]) -> Any:
-    """`batch` with `f` applied to every tensor in it, containers kept; anything else is left as it is."""
-    return f(batch) if isinstance(batch, Tensor) else _rebuild(batch, lambda x: map_tensors(x, f))
-
-
-def tensors_of(batch: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a nested batch, with a name for where it is (`"[0]"`, `"['x']"`)."""
-    if isinstance(batch, Tensor):
-        yield "", batch
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from ((f"[{key!r}]{inner}", t) for inner, t in tensors_of(value))
-    elif isinstance(batch, (tuple, list)):
-        for i, value in enumerate(batch):
-            yield from ((f"[{i}]{inner}", t) for inner, t in tensors_of(value))
-
-
-def to_device(batch: Any, device: torch.device | str) -> Any:
-    """A nested batch moved whole; objects with a `.to(device)` of their own (packed sequences) are asked."""
-    if callable(getattr(batch, "to", None)):
-        return batch.to(device)
-    return _rebuild(batch, lambda x: to_device(x, device))
-
-
-def batch_slice(batch: Any, n: int, index: slice | Tensor) -> Any:
-    """A part of a nested batch of `n` examples: tensors with first dimension `n` are indexed, others kept."""
-    return map_tensors(batch, lambda t: t[index] if t.ndim > 0 and t.shape[0] == n else t)
 
 
 # --------------------------------------------------------------------------- tensors as data
@@ -166,19 +121,13 @@ def _check_dataset(dataset: Any) -> None:
         raise InvalidInput(f"The dataset ({kind}) is empty; at least one example is needed.")
 
 
-def _is_count(value: Any) -> bool:
-    number = isinstance(value, (int, float, np.integer)) and not isinstance(value, bool)
-    return number and value >= 1 and float(value).is_integer()
-
-
 def check_policy(policy: str) -> None:
     """Refuse anything but `"warn"`, `"error"` or `"ignore"`.
 
     Raises:
         InvalidInput: another value.
     """
-    if policy not in POLICIES:
-        raise InvalidInput(f"deterministic must be 'warn', 'error' or 'ignore', got {policy!r}.")
+    choice("deterministic", policy, POLICIES)
 
 
 # --------------------------------------------------------------------------- reading
@@ -270,14 +219,14 @@ class Source:
             InvalidInput: data that can only be iterated, has no length or is empty; arrays of different
                 lengths or without numbers; a loader without batches.
         """
-        if batch_size is not None and not _is_count(batch_size):
-            raise InvalidInput(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
+        if batch_size is not None:
+            batch_size = whole_number("batch_size", batch_size)
         if isinstance(data, Source):
-            return data if batch_size is None else replace(data, batch_size=int(batch_size))
+            return data if batch_size is None else replace(data, batch_size=batch_size)
         if not isinstance(data, DataLoader):
             dataset = _as_dataset(data)
             _check_dataset(dataset)
-            return cls(dataset, batch_size=int(batch_size or BATCH_SIZE))
+            return cls(dataset, batch_size=batch_size or BATCH_SIZE)
         _check_dataset(data.dataset)
         if data.batch_sampler is None:
             raise InvalidInput(

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.batches import to_device
 from ..core.errors import InvalidInput
 from ..objectives.base import AbstractObjective, check_outputs, inputs_and_targets
 from ..objectives.bernoulli import Bernoulli
 from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
-from .data import Source, to_device
+from .data import Source
 from .model_state import preserved
 from .problem import check_weights, model_device
 

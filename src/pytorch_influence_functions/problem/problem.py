@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..core.batches import to_device
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, nearest
 from ..core.progress import track
@@ -19,7 +20,7 @@ from ..linalg.space import Selection, Space
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 from .checkpoints import Checkpoint, as_checkpoints
-from .data import IdsLike, Source, check_policy, to_device
+from .data import IdsLike, Source, check_policy
 from .labels import Labels
 from .model_state import derivative_safe, preserved
 from .weight_decay import WeightDecay, as_weight_decay

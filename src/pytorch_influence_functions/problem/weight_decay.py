@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.errors import InvalidInput
+from ..core.validate import finite_number
 
 _COUPLED = (
     "SGD",
@@ -45,9 +45,7 @@ class WeightDecay:
         found: Any = self.strength
         named: dict[str, Any] = dict(found) if isinstance(found, Mapping) else {"": found}
         for name, value in named.items():
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                where = f" for {name!r}" if name else ""
-                raise InvalidInput(f"Weight decay must be a finite number of at least 0, got {value!r}{where}.")
+            finite_number(f"The weight decay of {name!r}" if name else "weight_decay", value, least=0)
 
     def __hash__(self) -> int:
         found = self.strength

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..core.errors import InvalidInput, name_ids
+from ..core.validate import whole_number
 
 
 def value(label: Any) -> Any:
@@ -41,9 +42,7 @@ def count(k: int | None, held: int) -> int:
     """
     if k is None:
         return held
-    if isinstance(k, bool) or int(k) != k or k < 1:
-        raise InvalidInput(f"k={k} asks for no example; give a whole number of at least 1, or None for all.")
-    return min(int(k), held)
+    return min(whole_number("k", k, hint="None stands for all"), held)
 
 
 def positions(picked: Any, size: int, what: str, twice: bool = False) -> Int[Tensor, " n"]:

@@ -12,13 +12,13 @@ from ..core.distributed import World
 from ..curvature.base import AbstractCurvature, Form
 from ..curvature.diagonal import Diagonal
 from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Hessian, Identity
-from ..curvature.kronecker.moments import matrix_shape
 from ..curvature.kronecker.records import EKFAC, AbstractKronecker
 from ..curvature.low_rank import Arnoldi, Nystrom
 from ..curvature.subsample import Subsample
 from ..damping.rules import AbstractDamping, Relative
 from ..gradients.per_example import Derivatives
-from ..linalg.krylov import default_steps
+from ..linalg.blocks import matrix_shape
+from ..linalg.lanczos import default_steps
 from ..objectives.base import AbstractLikelihood
 from ..problem.problem import sweep
 from .base import AbstractSolver

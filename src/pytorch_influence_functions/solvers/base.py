@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput, NonFinite, SolveFailed
 from ..linalg.dual_solution import DualSolution
 from ..linalg.kronecker import Kronecker
-from ..linalg.operator import AbstractOperator, diagonal
+from ..linalg.operator import AbstractOperator, apply_flat, diagonal_vector
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 
@@ -148,7 +148,7 @@ class System:
         """D as a number, or as a vector [P] where blocks differ."""
         if self.shift.uniform is not None:
             return self.shift.uniform
-        return diagonal(self.operator.space, self.shift.over(self.operator.space.blocks)).to(like)
+        return diagonal_vector(self.operator.space, self.shift.over(self.operator.space.blocks)).to(like)
 
     def curvature(self, x: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
         """C x."""
@@ -161,11 +161,6 @@ class System:
     def residual(self, x: Float[Tensor, "n p"], b: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
         """|(C + D) x - b| / |b| per row, recomputed; 0 where both are zero."""
         return relative((self.product(x) - b).norm(dim=1), b.norm(dim=1))
-
-
-def apply_flat(operator: AbstractOperator, x: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
-    """An operator on rows written out as one matrix."""
-    return operator.apply(operator.space.rows(x)).flat()
 
 
 def relative(error: Float[Tensor, " n"], size: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..linalg.extremes import lanczos
-from ..linalg.operator import AbstractOperator
+from ..linalg.lanczos import estimate_extremes
+from ..linalg.operator import AbstractOperator, apply_flat
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
-from .base import AbstractSolver, Result, Solution, System, apply_flat, damping_that_works, nonfinite_rows, refuse_input
+from .base import AbstractSolver, Result, Solution, System, damping_that_works, nonfinite_rows, refuse_input
 
 # How far the recursive residual may drift from the true one before rounding is blamed for a standstill.
 _DRIFT = 0.1
@@ -264,7 +264,7 @@ class _Run:
         """Where C bends down, how much, and a lambda above the most negative curvature Lanczos can find."""
         system = self.state.system
         row, quotient = min(self.negative.items(), key=lambda item: item[1])
-        found = lanczos(system.operator, 40, dtype=self.b.dtype, device=self.b.device)
+        found = estimate_extremes(system.operator, 40, dtype=self.b.dtype, device=self.b.device)
         lowest = min(quotient, found.smallest, self.smallest)
         return (
             f"In row {row}, p^T C p / p^T p = {quotient:.3g}; the smallest eigenvalue of C is about "

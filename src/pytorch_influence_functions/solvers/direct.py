@@ -14,7 +14,7 @@ from ..core.errors import InvalidInput, NonFinite, SolveFailed
 from ..linalg.dense import Eigen, Matrix
 from ..linalg.kronecker import Kronecker
 from ..linalg.low_rank import LowRank
-from ..linalg.operator import AbstractOperator, AbstractSpectral, check_dense, diagonal
+from ..linalg.operator import AbstractOperator, AbstractSpectral, check_dense, diagonal_vector
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from .base import (
@@ -179,7 +179,7 @@ class Cholesky(AbstractSolver[CholeskyState]):
             raise NonFinite("The curvature matrix holds NaN or infinity; look for them in weights, data or loss.")
         dense = operator.matrix.double()
         dense = (dense + dense.T) / 2
-        d = diagonal(operator.space, shift.over(operator.space.blocks)).to(dense)
+        d = diagonal_vector(operator.space, shift.over(operator.space.blocks)).to(dense)
         factor, info = torch.linalg.cholesky_ex(dense + d.diag())
         # A zero eigenvalue can slip through as a pivot of rounding size.
         pivots = factor.diagonal()

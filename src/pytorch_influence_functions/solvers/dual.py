@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput, NonFinite, TooLarge
 from ..linalg.dual_solution import DualSolution
 from ..linalg.gram import Gram
+from ..linalg.lanczos import power_iteration
 from ..linalg.operator import AbstractOperator
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
@@ -89,7 +90,7 @@ class Woodbury(AbstractSolver[DualState]):
             assert k is not None and shift.uniform is not None
             known = operator._known
             again = known.setdefault("first damping", shift.uniform) != shift.uniform
-            if not (self.sweep or again or operator.has_eigen):
+            if not (self.sweep or again or operator.eigenvalues_at_hand):
                 factor = _factor(k / shift.uniform, operator.count)
                 if factor is not None:
                     return DualState(operator, shift, None, factor, None, None)
@@ -192,11 +193,7 @@ def _rounding(state: DualState) -> float:
 
     Far below 1 the weakest directions are still decided by D and not by rounding.
     """
-    k = state.operator.gram()
-    v = k.diagonal().sqrt()
-    if float(v.norm()) == 0.0:
-        return 0.0
-    for _ in range(6):
-        v = k @ (v / v.norm())
+    gram = state.operator.gram()
+    largest = power_iteration(lambda v: gram @ v, gram.diagonal().sqrt(), steps=6)
     eps = torch.finfo(state.operator.rows.dtype).eps
-    return float(v.norm()) * eps / (state.operator.count * state.shift.smallest)
+    return largest * eps / (state.operator.count * state.shift.smallest)

@@ -18,16 +18,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..linalg.extremes import hutchinson_trace, lanczos
-from ..linalg.operator import AbstractOperator, AbstractSampled, AbstractSymmetric
+from ..core.indexing import evenly_spaced
+from ..linalg.lanczos import estimate_extremes, power_iteration
+from ..linalg.operator import AbstractOperator, AbstractSampled, AbstractSymmetric, apply_flat
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
+from ..linalg.trace import hutchinson_trace
 from .base import (
     AbstractSolver,
     Result,
     Solution,
     System,
-    apply_flat,
     damping_that_works,
     nonfinite_rows,
     refuse_input,
@@ -405,7 +406,7 @@ def _check_measured(*numbers: float) -> None:
 def _measure(options: Neumann, state: NeumannState, dtype: torch.dtype, device: torch.device) -> Tuning:
     """theory §6.3: the contraction needs 1 / step > largest + D + trace / batch."""
     operator, shift = state.system.operator, state.system.shift
-    largest, smallest = lanczos(operator, 20, options.seed, dtype=dtype, device=device)
+    largest, smallest = estimate_extremes(operator, 20, options.seed, dtype=dtype, device=device)
     trace, cost = _trace(operator, dtype, device)
     _check_measured(largest, smallest, trace)
     size = max(largest, abs(smallest))
@@ -425,17 +426,13 @@ def _measure_preconditioned(options: Neumann, state: NeumannState, dtype: torch.
     system, p, budget = state.system, state.system.operator.size, 20
     generator = torch.Generator().manual_seed(options.seed)
     # Where a full product is out of reach, some examples stand for all: fewer only raise the largest eigenvalue.
-    some = torch.linspace(0, state.examples - 1, _MEASURED).long() if state.examples > _MEASURED else None
+    some = evenly_spaced(state.examples, _MEASURED) if state.examples > _MEASURED else None
 
     def probe(n: int) -> Tensor:
         return torch.randn(n, p, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
 
     def power(f: Callable[[Tensor], Tensor]) -> float:
-        v, found = probe(1), 0.0
-        for _ in range(budget):
-            v = f(v / v.norm().clamp_min(torch.finfo(dtype).tiny))
-            found = float(v.norm())
-        return found
+        return power_iteration(f, probe(1), budget)
 
     def curved(v: Tensor) -> Tensor:
         return (

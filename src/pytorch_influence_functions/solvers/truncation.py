@@ -10,11 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..linalg.blocks import AbstractBlock, Dense, Outer
+from ..linalg.blocks import AbstractBlock, Dense, Outer, matrix_shape
+from ..linalg.chunks import chunks
 from ..linalg.rows import Rows
-
-# Numbers of one group of queries that are decomposed together.
-_PIECE = 1 << 24
 
 
 @final
@@ -62,11 +60,11 @@ class Truncation:
 
     def _block(self, block: AbstractBlock) -> tuple[AbstractBlock, Float[Tensor, " n"]]:
         nothing = torch.zeros(len(block), dtype=torch.float64, device=block.reference.device)
-        if not isinstance(block, Dense) or len(block.shape) < 2 or min(_matrix(block.shape)) < 2:
+        if not isinstance(block, Dense) or len(block.shape) < 2 or min(matrix_shape(block.shape)) < 2:
             return block, nothing
-        o, i = _matrix(block.shape)
-        step = max(1, _PIECE // (o * i))
-        parts = [torch.linalg.svd(p.reshape(-1, o, i), full_matrices=False) for p in torch.split(block.values, step)]
+        o, i = matrix_shape(block.shape)
+        matrices = block.values.reshape(-1, o, i)
+        parts = [torch.linalg.svd(matrices[chunk], full_matrices=False) for chunk in chunks(len(block), o * i)]
         u, s, v = (torch.cat([p[k] for p in parts]) for k in range(3))
         lost = s.double().square().flip(1).cumsum(1).flip(1)  # lost[:, r]: what ranks above r hold
         rank = self._rank(lost)
@@ -104,7 +102,3 @@ class Truncated:
     def ranks(self) -> dict[str, int]:
         """The rank kept in every layer that was truncated."""
         return {k: b.terms for k, b in self.rows.blocks.items() if isinstance(b, Outer)}
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], int(torch.Size(shape[1:]).numel())

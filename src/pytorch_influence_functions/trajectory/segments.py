@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, nearest
+from ..core.validate import finite_number, whole_number
 from ..linalg.space import Space
 from ..problem.checkpoints import Checkpoint, load_checkpoint
 
@@ -56,10 +56,10 @@ class AdamState:
                     f"The second moment of {name!r} must be a tensor of finite numbers of at least 0; take exp_avg_sq "
                     "from the optimiser's state."
                 )
-        _number("AdamState's eps", self.eps)
+        finite_number("eps", self.eps, least=0, owner=self)
         decays = self.decay.items() if isinstance(self.decay, Mapping) else [("all", self.decay)]
         for name, strength in decays:
-            _number(f"AdamState's decay of {name!r}", strength)
+            finite_number(f"AdamState's decay of {name!r}", strength, least=0)
 
     def __repr__(self) -> str:
         n = len(self.second_moments)
@@ -237,10 +237,9 @@ class Segment:
         object.__setattr__(self, "checkpoints", _several(self.checkpoints, "Segment's checkpoints"))
         if not self.held:
             raise InvalidInput("A Segment needs at least one checkpoint, a state dict or a path from within it.")
-        _number("Segment's lr", self.lr, above=True)
-        _number("Segment's steps", self.steps, above=True)
-        if _number("Segment's momentum", self.momentum) >= 1:
-            raise InvalidInput(f"Segment's momentum is {self.momentum}; it must lie in [0, 1).")
+        finite_number("lr", self.lr, above=0, owner=self)
+        finite_number("steps", self.steps, above=0, owner=self)
+        finite_number("momentum", self.momentum, least=0, below=1, owner=self)
         if self.adam is not None and not isinstance(self.adam, AdamState):
             raise InvalidInput(
                 f"Segment's adam must be an AdamState, got {type(self.adam).__name__}; write "
@@ -275,7 +274,7 @@ class Segment:
         return f"Segment({', '.join(parts)})"
 
 
-def evenly(
+def split_evenly(
     checkpoints: Sequence[Checkpoint],
     lr: float | int | Sequence[float | int],
     steps: float | int | Sequence[float | int],
@@ -288,12 +287,7 @@ def evenly(
     number, or one per checkpoint. A segment's own lr is their mean weighted by steps, so that lr x steps adds up.
     """
     several = _several(checkpoints, "checkpoints")
-    wanted: Any = segments
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= len(several):
-        raise InvalidInput(
-            f"segments={segments!r} for {len(several)} checkpoints; give a whole number from 1 to the number of "
-            "checkpoints."
-        )
+    whole_number("segments", segments, 1, len(several), hint="there cannot be more segments than checkpoints")
     rates = _each("lr", lr, len(several), share=False)
     counts = _each("steps", steps, len(several), share=True)
     made, at = [], 0
@@ -347,8 +341,8 @@ def _each(name: str, given: Any, n: int, share: bool) -> list[float]:
         values = list(given)
         if len(values) != n:
             raise InvalidInput(f"{name} has {len(values)} numbers for {n} checkpoints; give one each, or one number.")
-        return [_number(f"{name}[{i}]", v, above=True) for i, v in enumerate(values)]
-    one = _number(name, given, above=True)
+        return [finite_number(f"{name}[{i}]", v, above=0) for i, v in enumerate(values)]
+    one = finite_number(name, given, above=0)
     return [one / n if share else one] * n
 
 
@@ -361,11 +355,3 @@ def _several(given: Any, what: str) -> tuple[Checkpoint, ...]:
         hint = "; pass model.state_dict()" if isinstance(odd, nn.Module) else ""
         raise InvalidInput(f"{what} are state dicts (tensors by name) or paths, not {type(odd).__name__}{hint}.")
     return tuple(found)
-
-
-def _number(name: str, value: Any, above: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidInput(f"{name} is {value!r}; it must be a finite number.")
-    if value < 0 or (above and value == 0):
-        raise InvalidInput(f"{name} is {value}; it must {'be positive' if above else 'not be negative'}.")
-    return float(value)

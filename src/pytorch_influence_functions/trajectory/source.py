@@ -46,7 +46,7 @@ from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.problem import Problem
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
-from .segments import Segment, apart, evenly, refuse_shared
+from .segments import Segment, apart, refuse_shared, split_evenly
 from .unrolling import FittedSegment, form_of, preconditioned, refuse_overflow
 
 
@@ -214,7 +214,7 @@ def source(
     >>> source([state] * 4, lr=[0.1, 0.1, 0.02, 0.01], steps=400, segments=2)
     SOURCE([Segment(2 checkpoints, lr=0.1, steps=200), Segment(2 checkpoints, lr=0.015, steps=200)], curvature=GGN())
     """
-    return SOURCE(evenly(checkpoints, lr, steps, segments, momentum), GGN() if curvature is None else curvature)
+    return SOURCE(split_evenly(checkpoints, lr, steps, segments, momentum), GGN() if curvature is None else curvature)
 
 
 # --------------------------------------------------------------------------- the fitted run

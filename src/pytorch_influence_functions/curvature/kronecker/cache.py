@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..._version import __version__
+from ...core.batches import tensors_of
 from ...core.distributed import World
 from ...core.errors import InvalidInput
 from ...gradients.per_example import Derivatives
 from ...linalg.kronecker import KroneckerBlock
-from ...problem.data import tensors_of
 from ...problem.problem import sweep
 
 _FORMAT = "ptif-kronecker-1"

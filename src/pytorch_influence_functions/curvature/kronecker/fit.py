@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...core.distributed import World, current
 from ...core.errors import NonFinite
+from ...core.indexing import evenly_spaced
 from ...gradients.per_example import Derivatives, Tape, slopes
-from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum
+from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum, matrix_shape
 from ...linalg.kronecker import Kronecker, KroneckerBlock
 from ...linalg.rows import Rows
 from ...objectives.base import AbstractLikelihood, AbstractObjective
@@ -23,14 +24,12 @@ from ...problem.checkpoints import Checkpoint, at_checkpoint, load_checkpoint
 from ...problem.data import Source
 from ...problem.problem import sweep
 from ..base import Budget, not_a_likelihood
-from ..exact import GGN, EmpiricalFisher, Fisher, draw_seed, evenly, finite_outputs, wide_source
+from ..exact import ENUMERATED_OUTPUTS, GGN, EmpiricalFisher, Fisher, draw_seed, finite_outputs, wide_source
 from .cache import Shelf, fingerprint
-from .moments import BlockFactors, Moments, Sharing, matrix_shape, unified
+from .moments import BlockFactors, Moments, Sharing, unified
 
 # Share of the memory budget that rows kept for a second look may take.
 _KEPT_SHARE = 1 / 16
-# Up to this many outputs their classes are enumerated rather than sampled.
-_ENUMERATED = 16
 # A side of length d is measured on at least this many gradients times d.
 _TERMS_PER_SIDE = 2
 # At least so many examples for the basis and for the eigenvalues in it: where every example is one term, and where it
@@ -142,7 +141,7 @@ class Fit:
         with torch.no_grad():
             columns = objective.root_size(objective.outputs(derivatives.problem.model, batch))
         alone = max(_uses_of(b) for b in look.blocks.values()) == 1
-        if asked is None and not (columns <= _ENUMERATED and alone):
+        if asked is None and not (columns <= ENUMERATED_OUTPUTS and alone):
             return Fisher(samples=1), 1
         return GGN(), columns
 
@@ -154,15 +153,15 @@ class Fit:
         """
         n = len(self.members[0][1].problem)
         if self.plan.examples is not None:
-            return evenly(n, self.plan.examples), evenly(n, self.plan.examples)
+            return evenly_spaced(n, self.plan.examples), evenly_spaced(n, self.plan.examples)
         alone = max(_uses_of(b) for b in look.blocks.values()) == 1
         needed, measured = _ALONE if alone else _SHARED
         for block in look.blocks.values():
             # Scales and biases alone are few: their block may be of low rank, and damping fills it up.
             if isinstance(block, (Outer, Conv)):
                 needed = max(needed, _TERMS_PER_SIDE * self._side(block) // block.terms)
-        more = evenly(n, max(needed, measured))
-        return (evenly(n, needed) if self.plan.corrected else more), more
+        more = evenly_spaced(n, max(needed, measured))
+        return (evenly_spaced(n, needed) if self.plan.corrected else more), more
 
     def _side(self, block: AbstractBlock) -> int:
         """The longest side that is decomposed."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer
+from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
+from ...linalg.chunks import chunks
 from ...linalg.eigh import eigh
 from ...linalg.kronecker import KroneckerBlock
 
-# Largest temporary, in numbers, while rows are squared or unfolded.
-_PIECE = 1 << 23
 # Moments at least this long are added up in so many panels, to leave out most of the lower triangle.
 _PANELLED, _PANELS = 256, 4
 # Uses of a weight beyond this many times the longer side tell nothing new about a basis: positions are then skipped.
@@ -105,15 +104,15 @@ class BlockFactors:
         """Add the rows of one batch to the moments, one block per column of the Fisher matrix's root."""
         first = columns[0]
         if isinstance(first, (Outer, Conv)) and self.moments is Moments.FACTORS:
-            for at in _pieces(len(first), first.terms * (self.left.size + self.right.size)):
-                self._see_outers(_outers(columns, at))
+            for chunk in chunks(len(first), first.terms * (self.left.size + self.right.size)):
+                self._see_outers(_outers(columns, chunk))
             return
         for column in columns:
             if isinstance(column, Indexed):
                 self._see_indexed(column)
                 continue
-            for at in _pieces(len(column), self.left.size * self.right.size):
-                self._see_gradients(column.take(at))
+            for chunk in chunks(len(column), self.left.size * self.right.size):
+                self._see_gradients(column.take(chunk))
 
     def _see_outers(self, columns: list[Outer]) -> None:
         """A layer's input is the same for every column, and is looked at once."""
@@ -169,15 +168,15 @@ class BlockFactors:
             self.squares = torch.zeros(o, i, dtype=first.reference.dtype, device=first.reference.device)
         if isinstance(first, (Outer, Conv)):
             numbers = o * i if first.terms > 1 else o + i
-            for at in _pieces(len(first), numbers + first.terms * (o + i)):
-                self._squares_of_outers(_outers(columns, at))
+            for chunk in chunks(len(first), numbers + first.terms * (o + i)):
+                self._squares_of_outers(_outers(columns, chunk))
             return
         for column in columns:
             if isinstance(column, Indexed):
                 self._squares_of_indexed(column)
                 continue
-            for at in _pieces(len(column), o * i):
-                self._add_squares(self.basis.turned(column.take(at)))
+            for chunk in chunks(len(column), o * i):
+                self._add_squares(self.basis.turned(column.take(chunk)))
 
     def _squares_of_outers(self, columns: list[Outer]) -> None:
         assert self.basis is not None and self.squares is not None
@@ -220,19 +219,8 @@ class BlockFactors:
         return KroneckerBlock(self.basis.left, self.basis.right, self.squares.double() / count)
 
 
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A block's shape as a matrix: the first axis against all others."""
-    return shape[0], int(torch.Size(shape[1:]).numel())
-
-
 def _turn(x: Tensor, basis: Tensor | None) -> Tensor:
     return x.clone() if basis is None else x @ basis
-
-
-def _pieces(count: int, numbers_each: int) -> Iterator[slice]:
-    step = max(1, _PIECE // max(1, numbers_each))
-    for at in range(0, count, step):
-        yield slice(at, min(at + step, count))
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
@@ -248,12 +236,12 @@ def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _outers(columns: Sequence[AbstractBlock], at: slice) -> list[Outer]:
-    """The rows `at` of every column with patches unfolded, once per distinct input."""
+def _outers(columns: Sequence[AbstractBlock], chunk: slice) -> list[Outer]:
+    """The rows `chunk` of every column with patches unfolded, once per distinct input."""
     made: list[Outer] = []
     unfolded: list[tuple[Tensor, Tensor]] = []
     for column in columns:
-        part = column.take(at)
+        part = column.take(chunk)
         if isinstance(part, Outer):
             made.append(part)
             continue

@@ -20,6 +20,7 @@ from os import PathLike
 from typing import Any, ClassVar, TypeAlias, final
 
 from ...core.errors import InvalidInput
+from ...core.validate import whole_number
 from ...gradients.per_example import Derivatives
 from ...linalg.operator import AbstractSymmetric
 from ...problem.checkpoints import Checkpoint
@@ -160,7 +161,6 @@ def _check(given: Any) -> None:
         )
     if not isinstance(getattr(given, "sharing", Sharing.EXPAND), Sharing):
         raise InvalidInput(f"{name}(sharing={given.sharing!r}) must be Sharing.EXPAND or Sharing.REDUCE.")
-    for field in ("examples", "largest"):
-        value = getattr(given, field)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InvalidInput(f"{name}({field}={value!r}) must be a whole number of at least 1.")
+    if given.examples is not None:
+        whole_number("examples", given.examples, owner=given)
+    whole_number("largest", given.largest, owner=given)

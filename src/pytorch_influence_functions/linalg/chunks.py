@@ -1,0 +1,22 @@
+"""How much is worked on at once: long loops over rows are cut into chunks whose temporaries fit in memory."""
+
+from __future__ import annotations
+
+# The numbers that the temporaries of one chunk may take, whatever is computed.
+CHUNK_NUMBERS = 1 << 24
+
+
+def chunks(count: int, numbers_each: int, most: int | None = None) -> list[slice]:
+    """Slices that cover `count` items in order, so that the items of one slice take at most `CHUNK_NUMBERS` numbers.
+
+    Args:
+        count: how many items there are.
+        numbers_each: how many numbers one item takes; one item is never cut.
+        most: another bound than `CHUNK_NUMBERS`.
+
+    >>> chunks(5, 10, most=20)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    bound = CHUNK_NUMBERS if most is None else most
+    step = max(1, bound // max(1, numbers_each))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

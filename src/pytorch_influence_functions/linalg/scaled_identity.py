@@ -1,0 +1,50 @@
+"""C = scale * I, or one scale per block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .density import Density
+from .operator import AbstractSpectral
+from .rows import Rows
+from .space import Space
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledIdentity(AbstractSpectral):
+    """C = scale * I, or one scale per block. With scale 1 the influence is the gradient dot product."""
+
+    space: Space
+    scale: float | Mapping[str, float] = 1.0
+
+    def _per_block(self) -> dict[str, float]:
+        if isinstance(self.scale, Mapping):
+            return {k: float(self.scale[k]) for k in self.space.blocks}
+        return dict.fromkeys(self.space.blocks, float(self.scale))
+
+    def apply(self, rows: Rows) -> Rows:
+        return rows if self.scale == 1.0 else rows.scaled(self._per_block())
+
+    def block_means(self) -> dict[str, float]:
+        return self._per_block()
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> ScaledIdentity:
+        scales = self._per_block()
+        new = f(torch.tensor(list(scales.values()), dtype=torch.float64)).tolist()
+        return ScaledIdentity(self.space, dict(zip(scales, new, strict=True)))
+
+    def shifted(self, decay: Mapping[str, float]) -> ScaledIdentity:
+        return ScaledIdentity(self.space, {k: v + decay[k] for k, v in self._per_block().items()})
+
+    def extremes(self) -> tuple[float, float]:
+        values = self._per_block().values()
+        return min(values), max(values)
+
+    def known_eigenvalues(self) -> Density:
+        scales = self._per_block()
+        counts = [float(self.space.numel(name)) for name in scales]
+        return Density.of(torch.tensor(list(scales.values()), dtype=torch.float64), torch.tensor(counts))
