@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.distributed import World
 from ..objectives.base import AbstractObjective, inputs_and_targets
 from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
 from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.data import Source
-from ..problem.problem import Problem, sweep
+from ..problem.problem import Problem, first_batch
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores, stacked
 from .checks import in_queries, of_measure
@@ -67,10 +66,8 @@ def resolved_measure(problem: Problem, trained: AbstractObjective, measure: Any,
         objective = as_objective(measure)
     if isinstance(objective, FromFunction):
         ids = torch.arange(min(2, len(source)))
-        with in_queries():
-            _, batch = next(iter(sweep(problem, source, ids, world=World())))
-            with torch.no_grad():
-                outputs = objective.outputs(problem.model, batch)
+        with in_queries(), first_batch(problem, source, ids) as (_, batch), torch.no_grad():
+            outputs = objective.outputs(problem.model, batch)
         with of_measure():
             objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
     return objective
