@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from pytorch_influence_functions.classic import Config, calc_img_wise, get_default_config, s_test
+from pytorch_influence_functions.classic.engine import Engine, Settings, calculation
 from pytorch_influence_functions.core.errors import InvalidInput, UnknownName
 from tests.interface.classic_cases import flat, gradient, hessian, quick, toy
 
@@ -191,6 +192,27 @@ def test_auto_tune_lowers_r_where_runs_agree() -> None:
     assert noisy["r"] == 3
     between = Config(progress=False, r=1000, damp=0.02).auto_tune(t.model, t.train, noise=0.02)
     assert 1 < between["r"] < 1000
+
+
+NOISE = 0.005
+
+
+def test_the_r_of_auto_tune_brings_the_noise_down_to_what_was_asked() -> None:
+    """The mean of r runs varies by 1 / sqrt(r) of one run's standard deviation, seen in three runs."""
+    t = toy(n=24)
+    data = (t.x, t.y)  # as a loader, it would be shuffled anew
+    config = Config(progress=False, r=10**6, damp=0.02).auto_tune(t.model, data, noise=NOISE)
+    runs = []
+    for k in range(3):
+        settings = Settings.of(Config(config, r=1, seed=config["seed"] + k))
+        with calculation(t.model, settings):
+            engine = Engine.of(t.model, data, settings)
+            runs.append(engine.s_test(engine.gradients(engine.problem.data, [0]).rows).flat()[0])
+    every = torch.stack(runs)
+    deviation = every.std(0, unbiased=True).norm() / every.mean(0).norm()
+    needed = float(deviation / NOISE) ** 2
+    assert needed > 20, "too few runs to tell one rule from another"
+    assert config["r"] == math.ceil(needed)
 
 
 def test_auto_tune_needs_data_and_damping() -> None:

@@ -57,6 +57,22 @@ def test_bad_input_in_one_sentence(call: Any, words: str) -> None:
         call()
 
 
+def test_exports_are_positive_for_proponents_whatever_was_measured() -> None:
+    """Of two classes, the loss falls exactly where the margin rises: d loss = -sigmoid(-margin) d margin."""
+    x, y = torch.randn(40, 3).double(), torch.arange(40) % 2
+    model, queries = nn.Linear(3, 2).double(), (torch.randn(6, 3).double(), torch.arange(6) % 2)
+    fitted = ptif.exact(damping=0.01).fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+    of_loss, of_margin = fitted.score(queries), fitted.score(queries, ptif.Margin())
+    assert of_loss.lower_is_better and not of_margin.lower_is_better
+    outputs = model(queries[0]).detach()
+    margins = (outputs[:, 0] - outputs[:, 1]) * (1 - 2 * queries[1])
+    exported = explanations(of_margin) * torch.sigmoid(-margins)[:, None]
+    torch.testing.assert_close(exported, explanations(of_loss))
+    torch.testing.assert_close(explanations(of_loss), of_loss.values)
+    for q in range(6):
+        assert int(explanations(of_margin)[q].argmax()) == of_margin.helpful(q, 1)[0][0] == of_loss.helpful(q, 1)[0][0]
+
+
 class Explainer:
     """What quanda's own does with these arguments; the real one is asked by `make quanda`."""
 

@@ -233,3 +233,17 @@ def test_it_needs_blocks_and_says_so() -> None:
     space = a_space()
     with pytest.raises(InvalidInput, match="needs the diagonal blocks of a curvature and got Matrix"):
         Blockwise().init(spectrum_matrix(space), Shift(0.1))
+
+
+def test_a_group_of_unequal_blocks_is_recorded_with_their_mean_damping_by_size() -> None:
+    """What a group's record says is lambda is the mean over its parameters, not over its blocks."""
+    model, x, y, *_ = mlp()
+    derivatives = Derivatives.of(ptif.Problem(model, nn.CrossEntropyLoss(), (x, y)))
+    space, solver = derivatives.space, Blockwise(groups={"all": "*"})
+    own = {name: 0.1 * (k + 1) for k, name in enumerate(space.blocks)}
+    shift = Shift(0.5, {}, own)
+    state = solver.init(solver.operator(GGN(), derivatives, Budget()), shift)
+    solution = solver.solve(state, space.rows(torch.randn(2, space.size).double()))
+    each = torch.cat([torch.full((block.numel,), own[name]) for name, block in space.blocks.items()])
+    assert solution.notes["groups"]["all"]["damping"] == pytest.approx(float(each.mean()))
+    assert float(each.mean()) != pytest.approx(sum(own.values()) / len(own), rel=0.05)

@@ -48,7 +48,7 @@ def by_hand(recipe: Recipe, kept: Tensor, seed: int, y: Tensor | None = None) ->
     x, labels = data()
     labels = labels if y is None else y
     torch.manual_seed(seed)
-    model = net()
+    model = recipe.model()
     order = torch.Generator().manual_seed(seed)
     optimizer = recipe.optimizer(model.parameters())
     rates = [g["lr"] for g in optimizer.param_groups]
@@ -97,6 +97,35 @@ def test_the_engine_is_the_loop_written_out(change: dict[str, Any]) -> None:
         assert torch.allclose(truth.baseline[r], expected, rtol=1e-9, atol=1e-12)
         for s, kept in enumerate(truth.subsets.kept):
             assert torch.allclose(truth.measured[s, r], by_hand(recipe, kept, r), rtol=1e-9, atol=1e-12)
+
+
+class Pictures(nn.Module):
+    """A convolution, which is trained one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x[:, None])
+        return result
+
+
+def pictures() -> nn.Module:
+    return Pictures().double()
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("size", [5, None])
+def test_one_by_one_is_the_loop_written_out(held: bool, size: int | None) -> None:
+    recipe = Recipe(pictures, RECIPE.optimizer, epochs=3, batch_size=size, hold_batches=held)
+    truth = made(recipe)
+    assert "one by one" in truth.how
+    for r in range(2):
+        for s, kept in enumerate(truth.subsets.kept):
+            expected = by_hand(recipe, kept, r)
+            assert torch.allclose(truth.measured[s, r], expected, rtol=1e-9, atol=1e-12)
+            assert not torch.allclose(truth.baseline[r], expected, rtol=1e-3)
 
 
 def test_together_is_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

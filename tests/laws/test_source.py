@@ -441,10 +441,16 @@ def test_a_measure_and_words() -> None:
 
 
 def test_an_even_split_keeps_the_training_time() -> None:
+    """lr x steps of every segment is the sum over its stretches, whose rates and lengths all differ."""
     states: list[Any] = [nn.Linear(1, 1).state_dict() for _ in range(7)]
-    made = ptif.source(states, lr=[1, 1, 1, 0.5, 0.5, 0.1, 0.1], steps=[10, 20, 30, 10, 10, 5, 5], momentum=0.5)
-    assert [len(s.held) for s in made.parts] == [3, 2, 2] and [s.steps for s in made.parts] == [60, 20, 10]
-    assert sum(s.span for s in made.parts) == pytest.approx(2 * (60 + 10 + 1))
+    rates, steps = [0.9, 0.7, 0.4, 0.3, 0.1, 0.05, 0.01], [10, 20, 30, 5, 40, 25, 5]
+    made = ptif.source(states, lr=rates, steps=steps, momentum=0.5)
+    assert [len(s.held) for s in made.parts] == [3, 2, 2] and [s.steps for s in made.parts] == [60, 45, 30]
+    spans = [sum(r * n for r, n in zip(rates[a:b], steps[a:b], strict=True)) for a, b in ((0, 3), (3, 5), (5, 7))]
+    assert [s.span for s in made.parts] == pytest.approx([2 * span for span in spans])
+    assert [s.lr for s in made.parts] == pytest.approx(
+        [span / s.steps for span, s in zip(spans, made.parts, strict=True)]
+    )
     assert ptif.source(states, 0.1, 70, segments=1).parts[0].span == pytest.approx(7.0)
 
 

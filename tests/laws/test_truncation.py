@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.linalg.blocks import Dense, Outer
 from pytorch_influence_functions.linalg.rows import Rows
@@ -61,3 +65,55 @@ def test_a_rank_that_saves_nothing_leaves_the_rows_as_they_are() -> None:
 def test_settings_without_meaning_are_refused(bad: Any) -> None:
     with pytest.raises(InvalidInput, match="Truncation"):
         Truncation(**bad)
+
+
+LAYERS = {"first": (10, 8, 3.0), "second": (6, 9, 1.0), "last": (7, 7, 0.01)}
+"""Sizes of three layers, and how large their gradients are: what the last one loses is next to nothing."""
+
+
+def layers(n: int, seed: int, rough: bool) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    blocks: dict[str, Any] = {}
+    for name, (o, i, size) in LAYERS.items():
+        g = torch.randn(n, o, i, generator=generator, dtype=torch.float64)
+        u, s, v = torch.linalg.svd(g, full_matrices=False)
+        blocks[name] = Dense(size * (g if rough else (u * (0.6 ** torch.arange(s.shape[1]).double())) @ v))
+    return Rows(blocks)
+
+
+def lost(block: Tensor, rank: int) -> Tensor:
+    """|V - V_r|_F, by dense singular values."""
+    return torch.linalg.svdvals(block)[:, rank:].square().sum(1).sqrt()
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_bound_adds_up_what_every_layer_loses(rank: int) -> None:
+    queries, training = layers(7, 1, rough=False), layers(30, 2, rough=True)
+    made = Truncation(rank=rank).of(queries)
+    want = torch.zeros(7, 30, dtype=torch.float64)
+    for name in LAYERS:
+        sizes = training.blocks[name].dense().flatten(1).norm(dim=1)
+        want += lost(queries.blocks[name].dense(), rank)[:, None] * sizes[None]
+    bound = made.bound(training)
+    torch.testing.assert_close(bound, want)
+    error = (made.rows.inner(training) - queries.inner(training)).abs()
+    assert bool((error <= bound * (1 + 1e-12)).all())
+    # No single layer's loss would do: each alone promises less than some score is off by.
+    for name in ("second", "last"):
+        alone = lost(queries.blocks[name].dense(), rank)[:, None] * training.blocks[name].dense().flatten(1).norm(dim=1)
+        assert bool((error > alone).any())
+
+
+def test_no_score_of_a_network_is_off_by_more_than_the_diagnostics_say() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    x, y = torch.randn(30, 8).double(), torch.arange(30) % 4
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+    spec = ptif.Influence(ptif.curvature.GGN(), ptif.solvers.Spectral(), 1e-2)
+    full = spec.fit(problem).score((x[:5], y[:5]))
+    low = dataclasses.replace(spec, truncation=Truncation(rank=1)).fit(problem).score((x[:5], y[:5]))
+    (note,) = [n for n in low.diagnostics.notes if "off by more than" in n]
+    assert "0 1, 2 1, 4 1" in note  # all three layers are kept at rank 1
+    promised = float(re.findall(r"off by more than ([\d.e+-]+)", note)[0])
+    error = (low.values - full.values).abs().max()
+    assert 0 < float(error) <= promised * 1.05 and promised < 300 * float(error)

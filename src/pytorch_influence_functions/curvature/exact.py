@@ -35,7 +35,7 @@ from ..linalg.trace import hutchinson_block_traces
 from ..objectives.base import AbstractLikelihood, AbstractObjective
 from ..objectives.draws import Keyed
 from ..problem.data import Source
-from ..problem.problem import sweep
+from ..problem.problem import first_batch, sweep
 from .base import AbstractCurvature, Budget, Form, not_a_likelihood
 
 # A dataset smaller than this, in bytes, is kept collated for mini-batch products.
@@ -240,7 +240,8 @@ class _Passes:
         """The first examples, on which ways are compared."""
         problem = self.derivatives.problem
         together = replace(problem.data, batch_size=min(4, len(problem)))
-        return next(iter(sweep(problem, together, torch.arange(together.batch_size), world=World())))
+        with first_batch(problem, together, torch.arange(together.batch_size)) as pair:
+            return pair
 
     @cached_property
     def wide(self) -> Source:
@@ -255,16 +256,16 @@ class _Passes:
         """The whole dataset as one batch on the device, when it is small and made of stackable tensors."""
         problem = self.derivatives.problem
         n = len(problem)
-        _, first = next(iter(sweep(problem, ids=torch.arange(1), world=World())))
-        size = sum(t.numel() * t.element_size() for _, t in tensors_of(first)) * n
+        with first_batch(problem, ids=torch.arange(1)) as (_, first):
+            size = sum(t.numel() * t.element_size() for _, t in tensors_of(first)) * n
         if size > _RESIDENT_BYTES:
             return None
         whole = replace(problem.data, batch_size=n)
         try:
-            _, batch = next(iter(sweep(problem, whole, label="loading", world=World())))
+            with first_batch(problem, whole, label="loading") as (_, batch):
+                stacked = all(t.dim() > 0 and t.shape[0] == n for _, t in tensors_of(batch))
         except InvalidInput:  # examples of unequal length cannot lie in one batch
             return None
-        stacked = all(t.dim() > 0 and t.shape[0] == n for _, t in tensors_of(batch))
         return batch if stacked else None
 
     def average(self, product: Callable[[Tensor, Any], Rows], rows: Rows, ids: Tensor | None) -> Rows:

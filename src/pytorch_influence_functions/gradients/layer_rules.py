@@ -7,10 +7,13 @@ A rule is a function `(module, x, g, part) -> AbstractBlock`, where
 * `part` says which parameter block is wanted: `"joint"` (weight and bias side by side, `[o, i + 1]`),
   `"weight"` or `"bias"`.
 
-To teach the library a new layer, write such a function and add it to `RULES`: the law
-`tests/laws/test_gradients.py` then checks it against one-example autograd. Modules without a rule
-lose nothing but speed. Every rule is verified against autograd on real examples before it is used,
-so a rule that does not hold for a particular module is set aside, never trusted.
+To teach the library a new layer, write such a function, add it to `RULES`, and add a model with that
+layer to `CASES` in `tests/laws/zoo.py`: the law `tests/laws/test_gradients.py` then requires that the
+rule is used, and that its rows are those of one-example autograd. A rule can only be written for a
+layer that reads one tensor, its first argument, and whose parameters are named `weight` and `bias`.
+
+Modules without a rule lose nothing but speed. Every rule is verified against autograd on real examples
+before it is used, so a rule that does not hold for a particular module is set aside, never trusted.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from ..objectives.base import AbstractObjective, check_outputs, inputs_and_targe
 from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
-from ..problem.problem import Problem, check_weights, sweep
+from ..problem.problem import Problem, check_weights, first_batch, sweep
 from .layer_rules import Layout, Part, find_rule, layout_of
 from .projections import Gaussian, Projector
 from .recording import Capture, HookedLayer, recording
@@ -271,10 +271,9 @@ class _Probe:
         model, space = problem.model, problem.space
         count = min(3, len(problem.data))
         together = replace(problem.data, batch_size=count)
-        _, batch = next(iter(sweep(problem, together, torch.arange(count), world=World())))
         picked = torch.arange(3) % count
-        batch = batch_slice(batch, count, picked)
-        with torch.no_grad():
+        with first_batch(problem, together, torch.arange(count)) as (_, several), torch.no_grad():
+            batch = batch_slice(several, count, picked)
             outputs = problem.objective.outputs(model, batch)
         check_outputs(outputs, picked)
         objective = problem.objective

@@ -13,7 +13,7 @@ from ..core.indexing import evenly_spaced
 from ..gradients.per_example import Derivatives, one_by_one, slopes
 from ..gradients.vjp import weighted_gradient
 from ..problem.model_state import preserved
-from ..problem.problem import sweep
+from ..problem.problem import first_batch, sweep
 
 # Examples on which the gradient at the trained weights is looked at.
 _LOOK = 128
@@ -77,8 +77,7 @@ def _shares(derivatives: Derivatives) -> dict[str, float]:
     problem, model = derivatives.problem, derivatives.problem.model
     names = [k for k, p in model.named_parameters() if p.is_floating_point()]
     count = min(_SHARES, len(problem))
-    ids, batch = next(iter(sweep(problem, ids=torch.arange(count), world=World())))
-    with preserved(model, names):
+    with first_batch(problem, ids=torch.arange(count)) as (ids, batch), preserved(model, names):
         with torch.no_grad():
             outputs = derivatives.objective.outputs(model, batch)
         _, slope = slopes(derivatives.objective, outputs, batch, ids)

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from ..core.distributed import World
 from ..objectives.base import AbstractObjective, inputs_and_targets
 from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.labels import Labels
-from ..problem.problem import Problem, sweep
+from ..problem.problem import Problem, first_batch
 from .checks import check_top, in_queries, of_measure
 
 
@@ -57,10 +56,8 @@ def resolve_measure(problem: Problem, trained: AbstractObjective, measure: Any, 
         objective = as_objective(measure)
     if isinstance(objective, FromFunction):
         ids = torch.arange(min(2, len(source)))
-        with in_queries():
-            _, batch = next(iter(sweep(problem, source, ids, world=World())))
-            with torch.no_grad():
-                outputs = objective.outputs(problem.model, batch)
+        with in_queries(), first_batch(problem, source, ids) as (_, batch), torch.no_grad():
+            outputs = objective.outputs(problem.model, batch)
         with of_measure():
             objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
     return objective

@@ -24,8 +24,7 @@ from ..influence.scoring import ScoringPass
 from ..linalg.space import ROOT, Space
 from ..problem.checkpoints import at_checkpoint
 from ..problem.data import Source
-from ..problem.model_state import preserved
-from ..problem.problem import Problem, sweep
+from ..problem.problem import Problem, first_batch, sweep
 from ..problem.weight_decay import WeightDecay
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
@@ -91,8 +90,8 @@ def last_linear(problem: Problem) -> str:
         if isinstance(module, nn.Linear)
     ]
     try:
-        _, batch = next(iter(sweep(problem, ids=torch.arange(min(2, len(problem))), world=World())))
-        with preserved(problem.model), torch.no_grad():
+        two = torch.arange(min(2, len(problem)))
+        with first_batch(problem, ids=two) as (_, batch), torch.no_grad():
             outputs: Any = problem.objective.outputs(problem.model, batch)
     finally:
         for handle in handles:

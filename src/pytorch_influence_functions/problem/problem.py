@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -219,7 +219,7 @@ def sweep(
     ids: IdsLike = None,
     label: str = "",
     world: World | None = None,
-) -> Iterator[tuple[Tensor, Any]]:
+) -> Generator[tuple[Tensor, Any], None, None]:
     """Visit examples batch by batch in dataset order, the model in eval mode; the only loop over data.
 
     Args:
@@ -252,3 +252,24 @@ def sweep(
             if source_is_training:
                 problem.labels.add(batch_ids, batch)
             yield batch_ids, to_device(batch, problem.device)
+
+
+@contextmanager
+def first_batch(
+    problem: Problem, source: Source | None = None, ids: IdsLike = None, label: str = ""
+) -> Iterator[tuple[Tensor, Any]]:
+    """Give the first batch of a sweep, and keep the model in eval mode until the block ends.
+
+    `next(iter(sweep(...)))` ends the sweep at once, so a forward pass after it would run in the caller's mode: in
+    training mode it would move the running statistics of batch normalisation.
+
+    Raises: as `sweep`.
+
+    Example:
+        >>> problem = Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(), (torch.zeros(5, 3), torch.arange(5) % 2))
+        >>> with first_batch(problem, ids=[3, 4]) as (ids, _):
+        ...     ids.tolist(), problem.model.training
+        ([3, 4], False)
+    """
+    with closing(sweep(problem, source, ids, label, World())) as batches:
+        yield next(batches)

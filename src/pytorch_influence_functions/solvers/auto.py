@@ -8,7 +8,6 @@ from typing import Any, final
 
 import torch
 
-from ..core.distributed import World
 from ..curvature.base import AbstractCurvature, Form
 from ..curvature.diagonal import Diagonal
 from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Hessian, Identity
@@ -20,7 +19,7 @@ from ..gradients.per_example import Derivatives
 from ..linalg.blocks import matrix_shape
 from ..linalg.lanczos import default_steps
 from ..objectives.base import AbstractLikelihood
-from ..problem.problem import sweep
+from ..problem.problem import first_batch
 from .base import AbstractSolver
 from .cg import CG
 from .datainf import DataInf
@@ -80,13 +79,13 @@ class ProblemSize:
         """Count on one small batch."""
         problem, objective = derivatives.problem, derivatives.objective
         some = torch.arange(min(len(problem), problem.batch_size))
-        ids, batch = next(iter(sweep(problem, ids=some, world=World())))
-        with torch.no_grad():
-            outputs = objective.outputs(problem.model, batch)
-        derivatives.loss_rows(ids, batch)
-        start = time.perf_counter()
-        rows = derivatives.loss_rows(ids, batch).rows
-        seconds = time.perf_counter() - start
+        with first_batch(problem, ids=some) as (ids, batch):
+            with torch.no_grad():
+                outputs = objective.outputs(problem.model, batch)
+            derivatives.loss_rows(ids, batch)
+            start = time.perf_counter()
+            rows = derivatives.loss_rows(ids, batch).rows
+            seconds = time.perf_counter() - start
         return ProblemSize(
             parameters=derivatives.space.size,
             examples=len(problem),

@@ -22,7 +22,7 @@ from ...objectives.base import AbstractLikelihood, AbstractObjective
 from ...objectives.draws import Keyed
 from ...problem.checkpoints import Checkpoint, at_checkpoint, load_checkpoint
 from ...problem.data import Source
-from ...problem.problem import sweep
+from ...problem.problem import first_batch, sweep
 from ..base import Budget, not_a_likelihood
 from ..exact import ENUMERATED_OUTPUTS, GGN, EmpiricalFisher, Fisher, draw_seed, finite_outputs, wide_source
 from .cache import Shelf, fingerprint
@@ -123,9 +123,9 @@ class Fit:
         checkpoint, derivatives = self.members[0]
         with self._weights(checkpoint):
             together = replace(derivatives.problem.data, batch_size=min(4, len(derivatives.problem)))
-            ids = torch.arange(together.batch_size)
-            ids, batch = next(iter(sweep(derivatives.problem, together, ids, world=World())))
-            return derivatives.loss_rows(ids, batch).rows
+            some = torch.arange(together.batch_size)
+            with first_batch(derivatives.problem, together, some) as (ids, batch):
+                return derivatives.loss_rows(ids, batch).rows
 
     def _fisher(self, look: Rows) -> tuple[GGN | Fisher | EmpiricalFisher, int]:
         """Whose gradients are measured, and how many columns that is: exact by default where they are few and cheap."""
@@ -137,8 +137,7 @@ class Fit:
             raise not_a_likelihood("Kronecker-factored curvature without fisher=EmpiricalFisher()", objective)
         if isinstance(asked, Fisher) and asked.samples is not None:
             return asked, asked.samples
-        _, batch = next(iter(sweep(derivatives.problem, ids=torch.arange(1), world=World())))
-        with torch.no_grad():
+        with first_batch(derivatives.problem, ids=torch.arange(1)) as (_, batch), torch.no_grad():
             columns = objective.root_size(objective.outputs(derivatives.problem.model, batch))
         alone = max(_uses_of(b) for b in look.blocks.values()) == 1
         if asked is None and not (columns <= ENUMERATED_OUTPUTS and alone):
