@@ -24,8 +24,8 @@ def once(widths: tuple[int, ...], alone: bool, models: int) -> float:
     y = torch.arange(2000) % widths[-1]
     recipe = Recipe(lambda: mlp(*widths), partial(torch.optim.SGD, lr=0.05, momentum=0.9), epochs=3, batch_size=100)
     queries: tuple[Tensor, Tensor] = (x[:50], y[:50])
-    large = training._LARGE
-    training._LARGE = 0 if alone else large
+    large = training._LARGE_MODEL
+    training._LARGE_MODEL = 0 if alone else large
     try:
         start = time.perf_counter()
         retrain(
@@ -33,7 +33,7 @@ def once(widths: tuple[int, ...], alone: bool, models: int) -> float:
         )
         return time.perf_counter() - start
     finally:
-        training._LARGE = large
+        training._LARGE_MODEL = large
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import EKFAC, GGN
 from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.demo.data import datasets
-from pytorch_influence_functions.evaluation import Recipe, trained
+from pytorch_influence_functions.evaluation import Recipe, train_model
 from pytorch_influence_functions.influence.fitted_member import FittedMember
 from pytorch_influence_functions.linalg.rows import Rows
 from pytorch_influence_functions.problem.data import Source
@@ -75,7 +75,7 @@ def main() -> None:
         partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=DECAY),
         epochs=30,
     )
-    problem = ptif.Problem(trained(recipe, (x, y), seed=0), ptif.CrossEntropy(), (x, y), weight_decay=DECAY)
+    problem = ptif.Problem(train_model(recipe, (x, y), seed=0), ptif.CrossEntropy(), (x, y), weight_decay=DECAY)
     for share in (0.1, 1.0):
         member, asked, exact, seconds = solved(problem, share, CG(rtol=1e-6, max_steps=2000), EKFAC(), queries)
         rows = Rows.cat([s.rows for s in member.derivatives.stream()])

@@ -19,7 +19,7 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation import Recipe, Subsets, removal_correlation, retrain, trained
+from pytorch_influence_functions.evaluation import Recipe, Subsets, removal_correlation, retrain, train_model
 
 
 def network() -> nn.Module:
@@ -52,7 +52,7 @@ def main() -> None:
         batch_size=None,
         loss=ptif.SquaredError(),
     )
-    model = trained(recipe, train, seed=0)
+    model = train_model(recipe, train, seed=0)
     with torch.no_grad():
         said = model(queries[0])
     explained = 1 - float((said - queries[1]).square().mean() / queries[1].var())

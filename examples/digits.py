@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation import Recipe, Subsets, retrain, trained
+from pytorch_influence_functions.evaluation import Recipe, Subsets, retrain, train_model
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     truth = retrain(recipe, halves, seeds=seeds, train=train, queries=queries, folder=options.out / "trainings")
     print(truth)
 
-    model = trained(recipe, train, seed=0)
+    model = train_model(recipe, train, seed=0)
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), train, weight_decay=decay)
     methods = {
         "EK-FAC": ptif.ekfac(),

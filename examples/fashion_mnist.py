@@ -19,7 +19,7 @@ from torch import nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.demo.data import datasets, load
-from pytorch_influence_functions.evaluation import Recipe, found_when_checking, trained
+from pytorch_influence_functions.evaluation import Recipe, found_when_checking, train_model
 
 
 def network() -> nn.Module:
@@ -47,7 +47,7 @@ def main() -> None:
     recipe = Recipe(
         network, partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=decay), epochs=4 if options.small else 20
     )
-    model = trained(recipe, train, seed=0)
+    model = train_model(recipe, train, seed=0)
     images = torch.stack([test[i][0] for i in range(asked)])
     labels = torch.tensor([int(test[i][1]) for i in range(asked)])
     with torch.no_grad():

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation import CosineDecay, Recipe, trained
+from pytorch_influence_functions.evaluation import CosineDecay, Recipe, train_model
 
 LETTERS = "\n !',-.:;?abcdefghijklmnopqrstuvwxyz"
 PLAYS = ("hamlet", "macbeth", "twelfth_night")
@@ -106,7 +106,7 @@ def main() -> None:
     recipe = Recipe(
         Writer, partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.01), epochs=epochs, schedule=CosineDecay(), loss=loss
     )
-    model = trained(recipe, (train, train), seed=0)
+    model = train_model(recipe, (train, train), seed=0)
     problem = ptif.Problem(model, loss, (train, train))
     with torch.no_grad():
         surprise = loss.losses(model(queries), (queries, queries)).mean()

@@ -28,7 +28,7 @@ from peers import environments  # noqa: E402
 from peers.run import Limits, child, python_of  # noqa: E402
 
 from league.ours import ENSEMBLES, METHODS  # noqa: E402 - found through the line above
-from pytorch_influence_functions.evaluation import Evaluation, Truth, evaluated, noise_ceiling  # noqa: E402
+from pytorch_influence_functions.evaluation import Evaluation, Truth, evaluate_one, noise_ceiling  # noqa: E402
 from pytorch_influence_functions.evaluation.table import Row  # noqa: E402
 
 SETTINGS = (1, 2, 3, 4, 5)
@@ -78,7 +78,7 @@ def setting(number: int, asked: argparse.Namespace, limits: Limits) -> Cell:
             elif not np.isfinite(scores := np.load(save)).all():
                 cell["failed"] = "scores are not finite"
             else:
-                estimate = evaluated(torch.from_numpy(scores).double(), truth)
+                estimate = evaluate_one(torch.from_numpy(scores).double(), truth)
                 cell |= {"estimate": estimate, "seconds": answer["seconds"]}
                 cell["mib"] = answer["peak_mib"] - answer["start_mib"]
             cells.append(cell)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peers.workloads import NETS, Workload
 from pytorch_influence_functions import CrossEntropy, SquaredError, TokenCrossEntropy
-from pytorch_influence_functions.evaluation import LinearDecay, Recipe, trained
+from pytorch_influence_functions.evaluation import LinearDecay, Recipe, train_model
 
 
 def objective(this: Workload) -> Any:
@@ -63,4 +63,6 @@ def recipe(this: Workload) -> Any:
 def model_of(this: Workload, x: Tensor, y: Tensor, seed: int = 0) -> nn.Module:
     """The model trained on everything."""
     how = recipe(this)
-    return how(torch.utils.data.TensorDataset(x, y), seed) if isinstance(how, Convex) else trained(how, (x, y), seed)
+    return (
+        how(torch.utils.data.TensorDataset(x, y), seed) if isinstance(how, Convex) else train_model(how, (x, y), seed)
+    )

@@ -449,7 +449,12 @@ CHOICES = [
     Row("top 2.5", put_in(top=2.5), INPUT, r"^top=2.5 is no whole number"),
     Row("query 5", lambda m: ask(m).helpful(5), INPUT, r"There is no query 5: they are numbered 0 to 1"),
     Row("query slice", lambda m: ask(m)[7:], INPUT, r"No query was picked"),
-    Row("k 0", lambda m: ask(m).harmful(0, k=0), INPUT, r"^k=0 must be a whole number of at least 1; None stands for all"),
+    Row(
+        "k 0",
+        lambda m: ask(m).harmful(0, k=0),
+        INPUT,
+        r"^k=0 must be a whole number of at least 1; None",
+    ),
     Row(
         "scores of NaN",
         lambda m: ptif.Scores(put(X, (1, 2), NAN)),

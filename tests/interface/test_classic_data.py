@@ -29,7 +29,7 @@ from pytorch_influence_functions.classic import (
     plot_influences,
     plot_loo_scatter,
 )
-from pytorch_influence_functions.classic.selection import labels_of
+from pytorch_influence_functions.classic.selection import dataset_labels
 from pytorch_influence_functions.core.errors import InvalidInput, TrainingDataWarning
 from tests.interface.classic_cases import Images, ImagesWithTargets, Toy, fit, image_model, images, quick, toy
 
@@ -158,9 +158,9 @@ def test_every_kind_of_dataset(form: str, tmp_path: Path) -> None:
 
 def test_labels_are_found_without_reading_every_image() -> None:
     data = images(ImagesWithTargets)
-    assert labels_of(Subset(data, [3, 1])) == [0, 2] and data.reads == 1
+    assert dataset_labels(Subset(data, [3, 1])) == [0, 2] and data.reads == 1
     plain = images(Images)
-    assert labels_of(DataLoader(plain, batch_size=5)) == plain.labels_ and plain.reads == 12
+    assert dataset_labels(DataLoader(plain, batch_size=5)) == plain.labels_ and plain.reads == 12
 
 
 def test_attributes_that_disagree_with_the_items_are_not_believed() -> None:
@@ -174,7 +174,7 @@ def test_attributes_that_disagree_with_the_items_are_not_believed() -> None:
         def targets(self) -> list[int]:
             return [label + 1 for label in self.labels_]
 
-    assert labels_of(Shifted(data.pixels, data.labels_)) == data.labels_
+    assert dataset_labels(Shifted(data.pixels, data.labels_)) == data.labels_
 
 
 def test_target_transform_is_applied() -> None:
@@ -186,7 +186,7 @@ def test_target_transform_is_applied() -> None:
             return picture, 2 * label
 
     data = images(Doubled)
-    assert labels_of(data) == [2 * x for x in data.labels_] and data.reads == 1
+    assert dataset_labels(data) == [2 * x for x in data.labels_] and data.reads == 1
 
 
 def test_sample_ids_per_class(caplog: pytest.LogCaptureFixture) -> None:

@@ -253,7 +253,7 @@ def test_partial_results(t: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from pytorch_influence_functions.classic import calc
 
     seen: list[list[str]] = []
-    real = calc._one
+    real = calc._calculate_item
 
     def watched(run: Any, i: int) -> Any:
         seen.append(sorted(p.name for p in (tmp_path / "w").glob("*tmp*")))
@@ -261,8 +261,8 @@ def test_partial_results(t: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
         return real(run, i)
 
-    monkeypatch.setattr(calc, "_one", watched)
-    monkeypatch.setattr(calc._Pace, "due", True)
+    monkeypatch.setattr(calc, "_calculate_item", watched)
+    monkeypatch.setattr(calc._WriteTimer, "due", True)
     with pytest.raises(KeyboardInterrupt):
         calc_img_wise(short(tmp_path / "w"), t.model, t.train, t.test)
     assert seen == [[], ["influence_results_tmp_0_1_last-i_0.json"], ["influence_results_tmp_0_1_last-i_1.json"]]

@@ -25,7 +25,7 @@ from pytorch_influence_functions.classic import (
     hvp,
     s_test,
 )
-from pytorch_influence_functions.classic.engine import Settings, calculation
+from pytorch_influence_functions.classic.engine import ClassicSettings, calculation
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
 from tests.interface.classic_cases import DECAY, Toy, fit, flat, gradient, hessian, quick, toy
 
@@ -259,7 +259,7 @@ def test_grad_z_names_bad_input() -> None:
         grad_z(torch.full((1, 4), torch.nan), torch.tensor([0]), model)
     with pytest.raises(InvalidInput, match="gpu=99 was asked for"):
         grad_z(torch.randn(1, 4), torch.tensor([0]), model, gpu=99)
-    with pytest.raises(InvalidInput, match=r"must be a torch\.nn\.Module"), calculation("model", Settings()):
+    with pytest.raises(InvalidInput, match=r"must be a torch\.nn\.Module"), calculation("model", ClassicSettings()):
         pass
 
 

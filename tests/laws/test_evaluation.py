@@ -34,7 +34,7 @@ from pytorch_influence_functions.evaluation import (
     removal_slope,
     retrain,
     top_overlap,
-    trained,
+    train_model,
     verify,
 )
 from pytorch_influence_functions.scaling import Leverage
@@ -62,9 +62,9 @@ def test_ranks_and_correlations_are_scipys() -> None:
     a = torch.randint(0, 6, (4, 25), generator=generator).double()  # many ties
     b = torch.randn(4, 25, generator=generator, dtype=torch.float64)
     for function, other in ((correlate.spearman, stats.spearmanr), (correlate.pearson, stats.pearsonr)):
-        found = correlate.plain(function, a, b)
+        found = correlate.per_query(function, a, b)
         assert found.tolist() == pytest.approx([other(x, y).statistic for x, y in zip(a, b, strict=True)], abs=1e-12)
-    slopes = correlate.plain(correlate.slope, a, b)
+    slopes = correlate.per_query(correlate.slope, a, b)
     assert slopes.tolist() == pytest.approx([stats.linregress(x, y).slope for x, y in zip(a, b, strict=True)])
 
 
@@ -277,7 +277,7 @@ def classes() -> tuple[Recipe, ptif.Problem, tuple[Tensor, Tensor], tuple[Tensor
         batch_size=30,
         loss=nn.CrossEntropyLoss(),
     )
-    model = trained(recipe, (x, y))
+    model = train_model(recipe, (x, y))
     return recipe, ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=3e-3), (x, y), (qx, qy)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
 from pytorch_influence_functions.evaluation import (
     CosineDecay,
@@ -19,7 +20,7 @@ from pytorch_influence_functions.evaluation import (
     Subsets,
     Truth,
     retrain,
-    trained,
+    train_model,
     training,
 )
 
@@ -130,7 +131,7 @@ def test_one_by_one_is_the_loop_written_out(held: bool, size: int | None) -> Non
 
 def test_together_is_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     together = made()
-    monkeypatch.setattr(training, "_LARGE", 1)
+    monkeypatch.setattr(training, "_LARGE_MODEL", 1)
     alone = made()
     assert "one by one" in alone.how
     assert torch.allclose(together.measured, alone.measured, rtol=1e-9, atol=1e-12)
@@ -140,7 +141,7 @@ def test_together_is_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_and_chunks_change_nothing(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_MOST", workers + 1)
+    monkeypatch.setattr(training, "_MAX_STACK", workers + 1)
     assert torch.allclose(made(workers=workers).measured, made().measured, rtol=1e-9, atol=1e-12)
 
 
@@ -220,7 +221,7 @@ def test_interrupted_work_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: 
         trained.extend(jobs)
         return real(recipe, objective, examples, jobs, stop)
 
-    monkeypatch.setattr(training, "_MOST", 2)
+    monkeypatch.setattr(training, "_MAX_STACK", 2)
     monkeypatch.setattr(training, "train_together", counting)
     with pytest.raises(KeyboardInterrupt):
         made(folder=tmp_path, workers=1)
@@ -269,10 +270,39 @@ def test_a_warm_start() -> None:
 
 
 def test_the_trained_model_is_the_baseline_of_its_seed() -> None:
-    model, truth = trained(RECIPE, data(), seed=1), made()
+    model, truth = train_model(RECIPE, data(), seed=1), made()
     qx, qy = queries()
     losses = functional.cross_entropy(model(qx), qy, reduction="none")
     assert torch.allclose(losses, truth.baseline[1], rtol=1e-9) and not model.training
+
+
+def test_training_reports_its_steps() -> None:
+    reports: list[tuple[str, int, int]] = []
+    with ptif.progress(lambda *report: reports.append(report)):
+        train_model(RECIPE, data())
+    steps = RECIPE.steps(N)
+    assert reports == [("training", done, steps) for done in range(steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Constant", "ConstantRate"),
+        ("Cosine", "CosineDecay"),
+        ("Linear", "LinearDecay"),
+        ("evaluated", "evaluate_one"),
+        ("trained", "train_model"),
+    ],
+)
+def test_an_old_name_says_what_it_is_called_now(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"^ptif\.evaluation\.{old} is now ptif\.evaluation\.{new}\.$"):
+        answer = getattr(ptif.evaluation, old)
+    assert answer is getattr(ptif.evaluation, new)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'retrains' Did you mean 'retrain'"):
+        _ = ptif.evaluation.retrains
 
 
 def test_schedules() -> None:

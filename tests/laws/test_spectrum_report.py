@@ -133,7 +133,7 @@ def test_bad_input_is_refused_in_words() -> None:
         fitted.spectrum(probes=1)
     with pytest.raises(InvalidInput, match="use fewer probes or steps"):
         fitted.spectrum(probes=1 << 28)
-    with pytest.raises(InvalidInput, match="^bins=0 must be a whole number of at least 1"):
+    with pytest.raises(InvalidInput, match=r"^bins=0 must be a whole number of at least 1"):
         fitted.spectrum().density(0)
     with pytest.raises(InvalidInput, match="none of the 1 checkpoint; count from 0"):
         fitted.spectrum(checkpoint=3)

@@ -1,4 +1,4 @@
-"""The API of the package this one replaces, working: translation to `Influence`, no arithmetic of its own.
+"""The API of the original package, kept working: it is translated to `Influence` and computes nothing of its own.
 
     config = ptif.get_default_config()
     influences, harmful, helpful = ptif.calc_img_wise(config, model, trainloader, testloader)

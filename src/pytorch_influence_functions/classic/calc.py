@@ -1,4 +1,4 @@
-"""The seed's `calc_influence_function` module: from a config to results and files."""
+"""The original `calc_influence_function` module: from a config to results and files."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from ..problem.data import Source
 from ..scores.scores import Scores
 from .config import Config, Number
 from .console import log, logged_to
-from .engine import Engine, Settings, calculation, source_of
-from .files import GRAD_Z, S_TEST, Names, Stored, Vectors, load_grad_z, named, save_vectors
-from .results import InfluenceResult, entry
-from .selection import chosen
+from .engine import ClassicSettings, Engine, calculation, make_source
+from .files import GRAD_Z, S_TEST, ResultFiles, StoredVectors, Vectors, load_grad_z, save_vectors, vector_file_name
+from .results import InfluenceResult, result_entry
+from .selection import choose_test_ids
 
-# Numbers of stored gradients, and of s_test vectors, held in memory at once.
-_HELD = 1 << 26
+# How many numbers of stored gradients, and of s_test vectors, are in memory at once.
+_NUMBERS_AT_ONCE = 1 << 26
 # The file of partial results grows with every item; writing it may take this share of the time.
-_TMP_SHARE = 0.1
+_WRITING_SHARE = 0.1
 
 
 # --------------------------------------------------------------------------- one run
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
-    """A config, its data and its engine, within `calculation`."""
+class _ClassicRun:
+    """A config with its data and its engine; made inside `calculation`."""
 
     config: Config
     engine: Engine
     test: Source
     ids: list[int]
-    names: Names
+    files: ResultFiles
 
     @property
     def folder(self) -> Path:
-        """Where vectors go."""
+        """The folder of stored vectors."""
         return Path(self.config["save_pth"] or self.config["outdir"])
 
     def s_test_path(self, i: int) -> Path:
         c = self.config
-        return self.folder / "s_test" / named(c["s_test_pattern"], i, c["recursion_depth"], c["r"])
+        return self.folder / "s_test" / vector_file_name(c["s_test_pattern"], i, c["recursion_depth"], c["r"])
 
     @property
-    def cut(self) -> int | None:
+    def list_length(self) -> int | None:
         k = self.config["top_k"]
         return None if k is None else min(int(k), len(self.engine))
 
@@ -70,30 +70,30 @@ class _Run:
 
 
 @contextmanager
-def _opened(
+def _open_run(
     config: Mapping[str, Any] | None,
     model: nn.Module,
     train_loader: Any,
     test_loader: Any,
     extras: Mapping[str, Any],
-) -> Iterator[_Run]:
-    """Everything that both modes do first, and the meta file."""
+) -> Iterator[_ClassicRun]:
+    """Do what both modes do first: read the config and the data, and write the meta file."""
     c = Config.of(config)
     train = c["train_loader"] if train_loader is None else train_loader
     test = c["test_loader"] if test_loader is None else test_loader
     if train is None or test is None:
         which = "train_loader" if train is None else "test_loader"
         raise InvalidInput(f"There is no {which}; pass it, or set config[{which!r}].")
-    settings = Settings.of(c, **extras)
+    settings = ClassicSettings.of(c, **extras)
     with ExitStack() as stack:
         stack.enter_context(logged_to(c["log_filename"]))
         stack.enter_context(calculation(model, settings))
-        asked = source_of(test, settings.deterministic)
-        ids = chosen(asked, c["test_sample_num"], c["test_sample_start_per_class"], c["num_classes"])
+        queries = make_source(test, settings.deterministic)
+        ids = choose_test_ids(queries, c["test_sample_num"], c["test_sample_start_per_class"], c["num_classes"])
         start, num = int(c["test_sample_start_per_class"] or 0), int(c["test_sample_num"] or 0)
-        names = Names(Path(c["outdir"]), start, num, c["results_name"], c["keep_tmp"])
-        names.meta({**c.items_for_json(), "test_sample_index_list": ids})
-        yield _Run(c, Engine.of(model, train, settings), asked, ids, names)
+        files = ResultFiles(Path(c["outdir"]), start, num, c["results_name"], c["keep_tmp"])
+        files.meta({**c.items_for_json(), "test_sample_index_list": ids})
+        yield _ClassicRun(c, Engine.of(model, train, settings), queries, ids, files)
 
 
 def calc_img_wise(
@@ -133,30 +133,30 @@ def calc_img_wise(
     Reference: Koh & Liang (2017), "Understanding Black-box Predictions via Influence Functions".
     """
     extras = {"loss_fn": loss_fn, "params": params, "generator": generator, "progress": progress}
-    with _opened(config, model, train_loader, test_loader, extras) as run:
-        return _by_engine(run) if run.config["solver"] == "auto" else _one_by_one(run)
+    with _open_run(config, model, train_loader, test_loader, extras) as run:
+        return _calculate_at_once(run) if run.config["solver"] == "auto" else _calculate_one_by_one(run)
 
 
-def _one_by_one(run: _Run) -> InfluenceResult:
+def _calculate_one_by_one(run: _ClassicRun) -> InfluenceResult:
     influences: dict[str, dict[str, Any]] = {}
     parts: list[Scores] = []
-    pace = _Pace()
-    done = _in_turn(run) if run.config["num_workers"] == 1 else _in_workers(run)
-    items = track(zip(run.ids, done, strict=True), len(run.ids), "test items")
+    timer = _WriteTimer()
+    results = _run_here(run) if run.config["num_workers"] == 1 else _run_in_workers(run)
+    items = track(zip(run.ids, results, strict=True), len(run.ids), "test items")
     for k, (i, (values, label, seconds)) in enumerate(items):
         parts.append(run.scores(values, [i], [label]))
-        influences[str(i)] = entry(parts[-1], 0, label, seconds, run.cut)
-        if k + 1 < len(run.ids) and (run.config["keep_tmp"] or pace.due):
-            pace.timed(partial(run.names.partial, influences, k))
-    path = run.names.result(influences)
+        influences[str(i)] = result_entry(parts[-1], 0, label, seconds, run.list_length)
+        if k + 1 < len(run.ids) and (run.config["keep_tmp"] or timer.due):
+            timer.time(partial(run.files.partial, influences, k))
+    path = run.files.result(influences)
     values = torch.cat([s.values for s in parts])
     return InfluenceResult.of(influences, run.scores(values, run.ids, [e["label"] for e in influences.values()]), path)
 
 
-_Item = tuple[Tensor, Any, float]
+_ItemResult = tuple[Tensor, Any, float]
 
 
-def _one(run: _Run, i: int) -> _Item:
+def _calculate_item(run: _ClassicRun, i: int) -> _ItemResult:
     """Influences [1, N], label and seconds of one test item."""
     start = time.perf_counter()
     query = run.engine.gradients(run.test, [i])
@@ -166,64 +166,64 @@ def _one(run: _Run, i: int) -> _Item:
     return run.engine.influence(solved), query.labels[0], time.perf_counter() - start
 
 
-def _in_turn(run: _Run) -> Iterator[_Item]:
-    return (_one(run, i) for i in run.ids)
+def _run_here(run: _ClassicRun) -> Iterator[_ItemResult]:
+    return (_calculate_item(run, i) for i in run.ids)
 
 
-# What a worker works on: inherited when the process is forked, so nothing needs to be picklable.
-_work: _Run | None = None
+# The run that workers calculate. A forked process inherits it, so nothing needs to be picklable.
+_worker_run: _ClassicRun | None = None
 
 
-def _in_worker(i: int) -> tuple[Any, Any, float]:
-    assert _work is not None
-    values, label, seconds = _one(_work, i)
-    return values.numpy(), label, seconds  # plain memory: a tensor would travel by a shared file
+def _run_in_worker(i: int) -> tuple[Any, Any, float]:
+    assert _worker_run is not None
+    values, label, seconds = _calculate_item(_worker_run, i)
+    return values.numpy(), label, seconds  # a tensor would be sent through a shared file
 
 
-def _in_workers(run: _Run) -> Iterator[_Item]:
-    """The same items by several processes, in order; each result does not depend on who makes it."""
-    global _work
+def _run_in_workers(run: _ClassicRun) -> Iterator[_ItemResult]:
+    """The same items in several processes, in order; a result does not depend on the process that calculates it."""
+    global _worker_run
     if "fork" not in multiprocessing.get_all_start_methods() or run.engine.problem.device.type != "cpu":
         raise InvalidInput(
             f"num_workers={run.config['num_workers']} needs a model on the CPU and a system that can fork; use "
             "num_workers=1 and split the run by test_sample_start_per_class."
         )
-    _ = run.engine.attribution  # fitted once, before the processes part
-    _work = run
+    _ = run.engine.attribution  # fitted once, before the processes are forked
+    _worker_run = run
     try:
         with multiprocessing.get_context("fork").Pool(run.config["num_workers"], torch.set_num_threads, (1,)) as pool:
-            for values, label, seconds in pool.imap(_in_worker, run.ids):
+            for values, label, seconds in pool.imap(_run_in_worker, run.ids):
                 yield torch.from_numpy(values), label, seconds
     finally:
-        _work = None
+        _worker_run = None
 
 
-class _Pace:
-    """Lets a growing file be written often at first and then as often as its share of the time allows."""
+class _WriteTimer:
+    """Says when a growing file may be written again, so that writing takes only a share of the time."""
 
     def __init__(self) -> None:
         self._took, self._ended = 0.0, time.perf_counter()
 
     @property
     def due(self) -> bool:
-        return (time.perf_counter() - self._ended) * _TMP_SHARE >= self._took
+        return (time.perf_counter() - self._ended) * _WRITING_SHARE >= self._took
 
-    def timed(self, write: Callable[[], Any]) -> None:
+    def time(self, write: Callable[[], Any]) -> None:
         start = time.perf_counter()
         write()
         self._ended = time.perf_counter()
         self._took = self._ended - start
 
 
-def _by_engine(run: _Run) -> InfluenceResult:
+def _calculate_at_once(run: _ClassicRun) -> InfluenceResult:
     start = time.perf_counter()
-    scores = run.engine.scored_by_engine(run.test, run.ids)
+    scores = run.engine.score_automatically(run.test, run.ids)
     seconds = (time.perf_counter() - start) / len(run.ids)
     log.info("solver 'auto': %s", scores.diagnostics.method)
     labels = [None] * len(run.ids) if scores.query_labels is None else [x for x in scores.query_labels]
-    made = run.scores(scores.values, run.ids, labels)
-    influences = {str(i): entry(made, q, labels[q], seconds, run.cut) for q, i in enumerate(run.ids)}
-    return InfluenceResult.of(influences, made, run.names.result(influences))
+    scores = run.scores(scores.values, run.ids, labels)
+    influences = {str(i): result_entry(scores, q, labels[q], seconds, run.list_length) for q, i in enumerate(run.ids)}
+    return InfluenceResult.of(influences, scores, run.files.result(influences))
 
 
 def calc_all_grad_then_test(
@@ -239,13 +239,13 @@ def calc_all_grad_then_test(
 ) -> InfluenceResult:
     """The same influences as `calc_img_wise` by way of the disk: all training gradients, all s_test, then products.
 
-    Worth its space (a file of the model's size per training example under `save_pth`, by default `outdir`) where
-    gradients are slower to compute than to read. Arguments, returned value and errors as in `calc_img_wise`.
+    It writes a file of the model's size per training example under `save_pth`, by default `outdir`. That is worth the
+    space if gradients are slower to compute than to read. Arguments, returned value and errors as in `calc_img_wise`.
     `config["solver"]` must be "lissa": it is the one that makes s_test vectors. The results are written to
     `influence_results.json`.
     """
     extras = {"loss_fn": loss_fn, "params": params, "generator": generator, "progress": progress}
-    with _opened(config, model, train_loader, test_loader, extras) as run:
+    with _open_run(config, model, train_loader, test_loader, extras) as run:
         if run.config["solver"] != "lissa":
             raise InvalidInput(
                 "calc_all_grad_then_test stores s_test vectors, which config['solver']='auto' does not always make; "
@@ -262,17 +262,20 @@ def calc_all_grad_then_test(
             seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
         gradients = load_grad_z(run.folder / "grad_z", len(run.engine), pattern=pattern)
-        values = products(gradients, Stored(tuple(run.s_test_path(i) for i in run.ids)))
+        values = inner_products(gradients, StoredVectors(tuple(run.s_test_path(i) for i in run.ids)))
         share = (time.perf_counter() - start) / len(run.ids)
         scores = run.scores(values, run.ids, labels)
-        influences = {str(i): entry(scores, q, labels[q], seconds[q] + share, run.cut) for q, i in enumerate(run.ids)}
-        return InfluenceResult.of(influences, scores, run.names.result(influences, all_at_once=True))
+        influences = {
+            str(i): result_entry(scores, q, labels[q], seconds[q] + share, run.list_length)
+            for q, i in enumerate(run.ids)
+        }
+        return InfluenceResult.of(influences, scores, run.files.result(influences, all_at_once=True))
 
 
 def calc_influences(
     config: Mapping[str, Any] | None, model: nn.Module, train_loader: Any = None, test_loader: Any = None, **extras: Any
 ) -> InfluenceResult:
-    """Whichever of the two modes `config["calc_method"]` names."""
+    """Run the mode that `config["calc_method"]` names."""
     img_wise = Config.of(config)["calc_method"] == "img_wise"
     return (calc_img_wise if img_wise else calc_all_grad_then_test)(config, model, train_loader, test_loader, **extras)
 
@@ -284,25 +287,27 @@ def _flat(vectors: Sequence[Tensor]) -> Tensor:
     return torch.cat([v.detach().reshape(-1) for v in vectors])
 
 
-def products(gradients: Sequence[Sequence[Tensor]], solved: Sequence[Sequence[Tensor]]) -> Tensor:
+def inner_products(gradients: Sequence[Sequence[Tensor]], solved: Sequence[Sequence[Tensor]]) -> Tensor:
     """(1/N) <s_test, gradient>, [queries, N], with a bounded number of vectors in memory at once."""
     n, size = len(gradients), max(1, _flat(gradients[0]).numel())
-    room = max(1, _HELD // size)
+    count = max(1, _NUMBERS_AT_ONCE // size)
     rows = []
-    for at in range(0, len(solved), room):
-        held = torch.stack([_flat(s) for s in solved[at : at + room]])
-        parts = [held @ torch.stack([_flat(g) for g in gradients[j : j + room]]).to(held).T for j in range(0, n, room)]
+    for start in range(0, len(solved), count):
+        block = torch.stack([_flat(s) for s in solved[start : start + count]])
+        parts = [
+            block @ torch.stack([_flat(g) for g in gradients[j : j + count]]).to(block).T for j in range(0, n, count)
+        ]
         rows.append(torch.cat(parts, 1) / n)
     return torch.cat(rows)
 
 
-def _store_gradients(engine: Engine, folder: Path, pattern: str, ids: Sequence[int]) -> Stored:
+def _store_gradients(engine: Engine, folder: Path, pattern: str, ids: Sequence[int]) -> StoredVectors:
     paths = []
     for slab in engine.derivatives.stream(ids=torch.tensor(list(ids)), label="training gradients"):
         for i, vectors in zip(slab.ids.tolist(), engine.to_lists(slab.rows), strict=True):
-            paths.append(folder / named(pattern, i))
+            paths.append(folder / vector_file_name(pattern, i))
             save_vectors(vectors, paths[-1])
-    return Stored(tuple(paths))
+    return StoredVectors(tuple(paths))
 
 
 def calc_grad_z(
@@ -320,35 +325,37 @@ def calc_grad_z(
     """The gradient of every training item from `start` on, as lists of CPU tensors in parameter order.
 
     Args:
-        save_pth: a folder to write them to as `{index}.grad_z`; what is returned then reads them from there when used.
+        save_pth: a folder to write them to as `{index}.grad_z`; the returned gradients are then read from it when used.
         gpu, loss_fn, params, progress: as in `calc_img_wise`.
         pattern: how the files are named.
 
     Returns:
         `(gradients, save_pth)`.
     """
-    settings = Settings(gpu=gpu, loss_fn=loss_fn, params=params, progress=progress)
+    settings = ClassicSettings(gpu=gpu, loss_fn=loss_fn, params=params, progress=progress)
     with calculation(model, settings):
         engine = Engine.of(model, train_loader, settings)
-        ids = _from(start, len(engine))
+        ids = _ids_from(start, len(engine))
         if save_pth:
             return _store_gradients(engine, Path(save_pth), pattern, ids), save_pth
-        found: list[Vectors] = []
+        gradients: list[Vectors] = []
         for slab in engine.derivatives.stream(ids=torch.tensor(ids), label="training gradients"):
-            found += engine.to_lists(slab.rows)
-        return found, save_pth
+            gradients += engine.to_lists(slab.rows)
+        return gradients, save_pth
 
 
-def _from(start: int, size: int) -> list[int]:
-    at = int(start or 0)
-    if not 0 <= at < size:
+def _ids_from(start: int, size: int) -> list[int]:
+    first = int(start or 0)
+    if not 0 <= first < size:
         raise InvalidInput(f"start={start} lies outside the data, whose items are 0 to {size - 1}.")
-    return list(range(at, size))
+    return list(range(first, size))
 
 
-def _settings(gpu: int, damp: Number, scale: Number, depth: int, r: int, extras: Mapping[str, Any]) -> Settings:
+def _make_settings(
+    gpu: int, damp: Number, scale: Number, depth: int, r: int, extras: Mapping[str, Any]
+) -> ClassicSettings:
     config = Config(gpu=gpu, damp=damp, scale=scale, recursion_depth=depth, r=r)
-    return Settings.of(config, **extras)
+    return ClassicSettings.of(config, **extras)
 
 
 def calc_s_test(
@@ -379,16 +386,16 @@ def calc_s_test(
         `(list of lists of tensors, save)`.
     """
     extras = {"loss_fn": loss_fn, "params": params, "generator": generator, "progress": progress}
-    settings = _settings(gpu, damp, scale, recursion_depth, r, extras)
+    settings = _make_settings(gpu, damp, scale, recursion_depth, r, extras)
     with calculation(model, settings):
         engine, test = Engine.of(model, train_loader, settings), Source.of(test_loader)
-        ids, found = _from(start, len(test)), []
+        ids, solutions = _ids_from(start, len(test)), []
         _ = engine.attribution
         for i in track(ids, len(ids), "s_test"):
-            found.append(engine.to_lists(engine.s_test(engine.gradients(test, [i]).rows))[0])
+            solutions.append(engine.to_lists(engine.s_test(engine.gradients(test, [i]).rows))[0])
             if save:
-                save_vectors(found[-1], Path(save) / named(pattern, i, recursion_depth, r))
-    return found, save
+                save_vectors(solutions[-1], Path(save) / vector_file_name(pattern, i, recursion_depth, r))
+    return solutions, save
 
 
 def calc_s_test_single(
@@ -409,7 +416,7 @@ def calc_s_test_single(
     return s_test(z_test, t_test, model, train_loader, gpu, damp, scale, recursion_depth, r=r, **extras)
 
 
-def _ranked(values: Tensor) -> tuple[list[float], list[int], list[int]]:
+def _rank(values: Tensor) -> tuple[list[float], list[int], list[int]]:
     scores = Scores(values[None])
     return values.tolist(), scores.harmful_order(0).tolist(), scores.helpful_order(0).tolist()
 
@@ -442,10 +449,10 @@ def calc_influence_function(
     solved = load_s_test(s_test_dir, s_test_id)[0] if e_s_test is None else e_s_test
     if len(gradients) != train_dataset_size:
         raise InvalidInput(f"There are {len(gradients)} gradients for {train_dataset_size} training examples.")
-    shapes, want = [tuple(g.shape) for g in gradients[0]], [tuple(s.shape) for s in solved]
-    if shapes != want:
-        raise InvalidInput(f"The gradients have shapes {shapes} and the s_test {want}; they must be of one model.")
-    return _ranked(products(gradients, [solved])[0])
+    shapes, expected = [tuple(g.shape) for g in gradients[0]], [tuple(s.shape) for s in solved]
+    if shapes != expected:
+        raise InvalidInput(f"The gradients have shapes {shapes} and the s_test {expected}; they must be of one model.")
+    return _rank(inner_products(gradients, [solved])[0])
 
 
 def calc_influence_single(
@@ -472,7 +479,7 @@ def calc_influence_single(
         `(influences, harmful, helpful, test_id_num)`; positive = helpful.
     """
     extras = {"loss_fn": loss_fn, "params": params, "generator": generator, "progress": progress}
-    settings = _settings(gpu, damp, scale, recursion_depth, r, extras)
+    settings = _make_settings(gpu, damp, scale, recursion_depth, r, extras)
     with calculation(model, settings):
         start = time.perf_counter()
         engine = Engine.of(model, train_loader, settings)
@@ -483,4 +490,4 @@ def calc_influence_single(
         values = engine.influence(solved)[0]
         if time_logging:
             log.info("Influences on test item %d took %.3f s.", test_id_num, time.perf_counter() - start)
-    return (*_ranked(values), test_id_num)
+    return (*_rank(values), test_id_num)

@@ -1,22 +1,22 @@
-"""The seed's settings: a dictionary with the README's names and defaults that refuses what it does not know."""
+"""The original package's settings: a dictionary with the README's names and defaults that refuses unknown keys."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 from torch import nn
 
 from ..core.errors import InvalidInput, UnknownName, nearest
+from ..problem.data import POLICIES
 from .console import log
 
 Number: TypeAlias = float | int | None
-"""A number as people write it; None stands for the README's value."""
+"""A number; None stands for the README's value."""
 
-METHODS: Final = ("img_wise", "all_grad_then_test")
+CALC_METHODS: Final = ("img_wise", "all_grad_then_test")
 SOLVERS: Final = ("lissa", "auto")
-POLICIES: Final = ("warn", "error", "ignore")
 
 ALIASES: Final[Mapping[str, str]] = {
     "r_averaging": "r",
@@ -60,9 +60,9 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 
 
 class Config(dict[str, Any]):
-    """The settings of a calculation. A dictionary in all respects, except that it knows its keys.
+    """The settings of a calculation. It is a dictionary that refuses unknown keys and values.
 
-    Every key is always there; a plain dictionary is completed by `Config(plain)`. `None` for `damp` or `scale`
+    Every key is always there; `Config(dictionary)` completes a plain dictionary. `None` for `damp` or `scale`
     means the README's value. Old and new names (`ALIASES`) read and write one value. Deleting a key brings its
     default back.
 
@@ -103,24 +103,24 @@ class Config(dict[str, Any]):
         return cls(given)
 
     @staticmethod
-    def _known(key: Any) -> str:
+    def _canonical(key: Any) -> str:
         name = ALIASES.get(key, key)
         if name not in DEFAULTS:
             raise UnknownName(f"The config has no key {key!r}.{nearest(str(key), [*DEFAULTS, *ALIASES])}")
         return str(name)
 
     def __getitem__(self, key: str) -> Any:
-        return super().__getitem__(self._known(key))
+        return super().__getitem__(self._canonical(key))
 
     def __setitem__(self, key: str, value: Any) -> None:
-        name = self._known(key)
+        name = self._canonical(key)
         if value is None and name in ("damp", "scale"):
             value = DEFAULTS[name]
-        checked = _checked(name, value)
-        super().__setitem__(name, float(checked) if name in _FLOATS else checked)
+        valid = _check_value(name, value)
+        super().__setitem__(name, float(valid) if name in _FLOATS else valid)
 
     def __delitem__(self, key: str) -> None:
-        name = self._known(key)
+        name = self._canonical(key)
         super().__setitem__(name, DEFAULTS[name])
 
     def __contains__(self, key: object) -> bool:
@@ -135,7 +135,7 @@ class Config(dict[str, Any]):
         return self[key]
 
     def pop(self, key: str, *default: Any) -> Any:
-        """The value of `key`, whose default comes back."""
+        """Take out the value of `key`, which is reset to its default."""
         if default and key not in self:
             return default[0]
         value = self[key]
@@ -159,7 +159,7 @@ class Config(dict[str, Any]):
         return self
 
     def copy(self) -> Config:
-        """A copy that knows its keys as well."""
+        """A copy that is a `Config` as well."""
         return Config(self)
 
     def __copy__(self) -> Config:
@@ -169,8 +169,8 @@ class Config(dict[str, Any]):
         return Config, (dict(self),)
 
     def items_for_json(self) -> dict[str, Any]:
-        """The settings with whatever JSON does not know (loaders, callbacks, paths) in words."""
-        return {key: _plain(value) for key, value in self.items()}
+        """The settings for JSON: what it cannot hold (loaders, callbacks, paths) becomes text."""
+        return {key: _as_json(value) for key, value in self.items()}
 
     def auto_tune(
         self,
@@ -188,7 +188,8 @@ class Config(dict[str, Any]):
         The largest eigenvalue (20 steps of Lanczos) and the trace (the objective's own, or Hutchinson's estimate) give
         `batch_size = max(16, trace / largest)`, `scale = 1.1 (largest + damping + trace / batch_size)`, and
         `recursion_depth = 3 scale / damping`, at which the weakest direction has 5 % of its error left. An `r` above
-        1 is lowered to what brings the noise of the mini-batches, seen in three runs, to `noise` of the answer.
+        1 is lowered to the number of runs at which the noise of the mini-batches, measured in three runs, falls to
+        `noise` of the answer.
 
         Args:
             model: the trained model; not changed.
@@ -207,26 +208,28 @@ class Config(dict[str, Any]):
 
         Reference: the rule follows from the contraction of stochastic gradient descent; Klochkov & Liu (2024).
         """
-        from .engine import Settings, measured, spread
+        from .engine import ClassicSettings, measure_curvature, relative_deviation
 
         data = self["train_loader"] if loader is None else loader
         if data is None:
             raise InvalidInput("auto_tune needs the training data; pass the train loader as second argument.")
-        wanted = self["damp"] * self["scale"] if damping is None else float(damping)
-        tuning = measured(model, data, Settings.of(self, loss_fn=loss_fn, params=params), wanted)
+        damping = self["damp"] * self["scale"] if damping is None else float(damping)
+        settings = ClassicSettings.of(self, loss_fn=loss_fn, params=params)
+        tuning = measure_curvature(model, data, settings, damping)
         scale = 1.0 / tuning.step
-        depth = max(1, math.ceil(3.0 * scale / wanted))
+        depth = max(1, math.ceil(3.0 * scale / damping))
         if depth > max_depth:
             log.warning(
                 "auto_tune: damping %.3g asks for %d steps of scale %.4g; %d are kept, so directions of curvature "
                 "below %.3g are damped further.",
-                wanted, depth, scale, max_depth, 3.0 * scale / max_depth,
+                damping, depth, scale, max_depth, 3.0 * scale / max_depth,
             )  # fmt: skip
-        self.update(scale=scale, damp=wanted / scale, recursion_depth=min(depth, max_depth))
+        self.update(scale=scale, damp=damping / scale, recursion_depth=min(depth, max_depth))
         self["batch_size"] = tuning.batch or None
         if self["r"] > 1:
-            seen = spread(model, data, Settings.of(self, loss_fn=loss_fn, params=params))
-            self["r"] = min(self["r"], max(1, math.ceil((seen / noise) ** 2)))
+            settings = ClassicSettings.of(self, loss_fn=loss_fn, params=params)
+            deviation = relative_deviation(model, data, settings)
+            self["r"] = min(self["r"], max(1, math.ceil((deviation / noise) ** 2)))
         log.info(
             "auto_tune: largest eigenvalue %.4g, trace %.4g: scale %.4g, damp %.4g, batch_size %s, recursion_depth %d.",
             tuning.largest, tuning.trace, scale, self["damp"], self["batch_size"], self["recursion_depth"],
@@ -267,7 +270,7 @@ _TEXT_I: _Check = (lambda v: isinstance(v, str) and "{i}" in v, "a file name wit
 _CHECKS: Mapping[str, _Check] = {
     "seed": (_is_whole, "a whole number"),
     "gpu": (lambda v: _is_whole(v) and v >= -1, "-1 for the CPU or the number of a GPU"),
-    "calc_method": (lambda v: v in METHODS, f"one of {', '.join(map(repr, METHODS))}"),
+    "calc_method": (lambda v: v in CALC_METHODS, f"one of {', '.join(map(repr, CALC_METHODS))}"),
     "test_sample_start_per_class": _SAMPLES,
     "test_sample_num": _SAMPLES,
     "recursion_depth": _COUNT,
@@ -291,7 +294,7 @@ _CHECKS: Mapping[str, _Check] = {
 _FLOATS = ("damp", "scale", "tolerance")
 
 
-def _checked(name: str, value: Any) -> Any:
+def _check_value(name: str, value: Any) -> Any:
     if hasattr(value, "item") and not hasattr(value, "__len__"):
         value = value.item()  # a NumPy number
     if name in _CHECKS and not _CHECKS[name][0](value):
@@ -299,19 +302,13 @@ def _checked(name: str, value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else repr(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _as_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_as_json(v) for v in value]
     return str(value) if hasattr(value, "__fspath__") else f"<{type(value).__name__}>"
-
-
-def keys() -> Iterator[str]:
-    """Every key, old names included."""
-    yield from DEFAULTS
-    yield from ALIASES

@@ -1,4 +1,4 @@
-"""What the seed showed while it ran: log lines, and a line that counts up."""
+"""The original package's output while it runs: log lines, and a line that counts up."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 LOGGER = "pytorch_influence_functions"
 log = logging.getLogger(LOGGER)
 
-_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-_MINE = "_ptif_classic"
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_MARK = "_ptif_classic"
 
 
-def _handler(handler: logging.Handler) -> logging.Handler:
-    handler.setFormatter(logging.Formatter(_FORMAT))
-    setattr(handler, _MINE, True)
+def _marked(handler: logging.Handler) -> logging.Handler:
+    handler.setFormatter(logging.Formatter(_LOG_FORMAT))
+    setattr(handler, _MARK, True)
     return handler
 
 
@@ -36,25 +36,25 @@ def init_logging(filename: str | os.PathLike[str] | None = None) -> logging.Logg
     'pytorch_influence_functions'
     """
     for handler in list(log.handlers):
-        if getattr(handler, _MINE, False):
+        if getattr(handler, _MARK, False):
             _close(handler)
     log.setLevel(logging.INFO)
-    log.addHandler(_handler(logging.StreamHandler(sys.stdout)))
+    log.addHandler(_marked(logging.StreamHandler(sys.stdout)))
     if filename is not None:
         Path(filename).parent.mkdir(parents=True, exist_ok=True)
-        log.addHandler(_handler(logging.FileHandler(filename, encoding="utf-8")))
+        log.addHandler(_marked(logging.FileHandler(filename, encoding="utf-8")))
     return log
 
 
 @contextmanager
 def logged_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Within, also write the library's log to `filename`; `None` changes nothing."""
+    """Inside, also write the library's log to `filename`; `None` changes nothing."""
     if filename is None:
         yield
         return
     Path(filename).parent.mkdir(parents=True, exist_ok=True)
     handler, level = logging.FileHandler(filename, encoding="utf-8"), log.level
-    log.addHandler(_handler(handler))
+    log.addHandler(_marked(handler))
     log.setLevel(logging.INFO)
     try:
         yield

@@ -1,6 +1,6 @@
-"""The translation: the seed's words on one side, `Influence` on the other. What is computed is computed there.
+"""The translation of the original package's settings to `Influence`, which does the computing.
 
-The seed's recursion `h <- v + (1 - damp) h - H_B h / scale` with `s_test = h / scale` is
+The original recursion `h <- v + (1 - damp) h - H_B h / scale` with `s_test = h / scale` is
 `Influence(Hessian(), Neumann(step=1 / scale, steps=recursion_depth, repeats=r), Absolute(damp * scale))`,
 whose fixed point is `(H + damp * scale)^-1 v`.
 """
@@ -39,15 +39,15 @@ from ..scores.scores import Scores
 from ..solvers.base import Result, Solution
 from ..solvers.neumann import Neumann, Tuning
 from .console import log
-from .selection import picked_tensor, split
+from .selection import index_tensor, split_labels
 
-# A loader's batch size is made for LiSSA's mini-batches; passes over all data may take more at a time.
-_AT_LEAST = 64
+# A loader's batch size is meant for LiSSA's mini-batches; passes over all data take at least so many at a time.
+_MIN_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What one calculation needs to know, under the README's names."""
+class ClassicSettings:
+    """The settings of one calculation, under the README's names."""
 
     damp: float = 0.01
     scale: float = 25.0
@@ -71,25 +71,25 @@ class Settings:
         params: Any = None,
         generator: torch.Generator | None = None,
         progress: Any = None,
-    ) -> Settings:
-        """From a complete config and the keyword-only extras."""
+    ) -> ClassicSettings:
+        """Make settings from a complete config and the keyword-only extras."""
         names = (
             "damp", "scale", "recursion_depth", "r", "gpu", "solver", "batch_size", "tolerance", "weight_decay",
             "deterministic",
         )  # fmt: skip
-        return Settings(
+        return ClassicSettings(
             **{name: config[name] for name in names},
-            seed=drawn_seed(generator, config["seed"]),
+            seed=draw_seed(generator, config["seed"]),
             loss_fn=loss_fn,
             params=params,
             progress=config["progress"] if progress is None else progress,
         )
 
 
-def drawn_seed(generator: torch.Generator | None, otherwise: int = 42) -> int:
-    """A seed from a generator if there is one: its draws, not its identity, decide the result."""
+def draw_seed(generator: torch.Generator | None, default: int = 42) -> int:
+    """Draw a seed from a generator, if there is one: its state, not its identity, decides the result."""
     if generator is None:
-        return otherwise
+        return default
     return int(torch.randint(2**31, (), generator=generator, device=generator.device))
 
 
@@ -98,7 +98,7 @@ def drawn_seed(generator: torch.Generator | None, otherwise: int = 42) -> int:
 
 @contextmanager
 def on_device(model: nn.Module, gpu: int) -> Iterator[None]:
-    """The model on GPU number `gpu` for a while; -1 leaves it where it is.
+    """Inside, the model is on GPU number `gpu`; -1 leaves it where it is.
 
     Raises:
         InvalidInput: there is no such GPU.
@@ -109,34 +109,34 @@ def on_device(model: nn.Module, gpu: int) -> Iterator[None]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu >= count:
         raise InvalidInput(f"gpu={gpu} was asked for and there are {count} CUDA devices; use gpu=-1 for the CPU.")
-    before, wanted = model_device(model), torch.device("cuda", gpu)
-    if before == wanted:
+    before, device = model_device(model), torch.device("cuda", gpu)
+    if before == device:
         yield
         return
     try:
-        model.to(wanted)
+        model.to(device)
         yield
     finally:
         model.to(before)
 
 
 @contextmanager
-def reports(setting: Any) -> Iterator[None]:
-    """Progress as asked: `None` or True as set for the whole library, False silent, or a callback."""
+def show_progress(setting: Any) -> Iterator[None]:
+    """Inside, progress is shown as asked: `None` or True as set for the whole library, False silent, or a callback."""
     with nullcontext() if setting is None or setting is True else progress_setting(setting):
         yield
 
 
 @contextmanager
-def calculation(model: Any, settings: Settings) -> Iterator[None]:
-    """Everything around a calculation: device, seeds, progress; the model and all random states come back as they were.
+def calculation(model: Any, settings: ClassicSettings) -> Iterator[None]:
+    """Set device, seeds and progress for a calculation; afterwards the model and all random states are as before.
 
-    Holding the model still here also spares every step of the recursion from doing it again.
+    Because the model is preserved here, no step of the recursion has to do so.
     """
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
     with ExitStack() as stack:
-        stack.enter_context(reports(settings.progress))
+        stack.enter_context(show_progress(settings.progress))
         stack.enter_context(on_device(model, settings.gpu))
         stack.enter_context(preserved(model))
         stack.enter_context(double_backward_safe(model))
@@ -147,27 +147,27 @@ def calculation(model: Any, settings: Settings) -> Iterator[None]:
 
 
 @dataclass(eq=False)
-class Remembering(Dataset[Any]):
-    """A dataset whose items stay as they were first read: one draw of a random augmentation, kept."""
+class CachedItems(Dataset[Any]):
+    """A dataset whose items stay as they were first read, random augmentations included."""
 
     dataset: Any
-    _kept: dict[int, Any] = field(default_factory=dict)
+    _items: dict[int, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        if index not in self._kept:
-            self._kept[index] = self.dataset[index]
-        return self._kept[index]
+        if index not in self._items:
+            self._items[index] = self.dataset[index]
+        return self._items[index]
 
 
-def source_of(data: Any, deterministic: Any) -> Source:
+def make_source(data: Any, deterministic: Any) -> Source:
     """The data by index; with `deterministic=True` every item is kept as first read."""
     source = Source.of(data)
     if deterministic is True:
-        # Kept here, in this process: a worker's memory of an item is lost with the worker.
-        source = replace(source, dataset=Remembering(source.dataset), num_workers=0, worker_options={}, _seen={})
+        # Items are kept in this process, because a worker's memory is lost with the worker.
+        source = replace(source, dataset=CachedItems(source.dataset), num_workers=0, worker_options={}, _seen={})
     return source
 
 
@@ -175,8 +175,8 @@ def source_of(data: Any, deterministic: Any) -> Source:
 
 
 @dataclass(frozen=True)
-class Solved:
-    """The s_test of some queries, and what is written down about them."""
+class QueryGradients:
+    """The gradients of some queries, one row each, and their labels."""
 
     rows: Rows
     labels: list[Any]
@@ -184,22 +184,22 @@ class Solved:
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """One model, one training set, one way to solve; made within `calculation`."""
+    """One model, one training set and one solver; made inside `calculation`."""
 
     problem: Problem
-    settings: Settings
+    settings: ClassicSettings
     loader_batch: int
 
     @staticmethod
-    def of(model: nn.Module, train: Any, settings: Settings) -> Engine:
-        """Translate; nothing is computed yet."""
-        source = source_of(train, settings.deterministic)
+    def of(model: nn.Module, train: Any, settings: ClassicSettings) -> Engine:
+        """Translate the settings; nothing is computed yet."""
+        source = make_source(train, settings.deterministic)
         policy = settings.deterministic if isinstance(settings.deterministic, str) else "ignore"
         loss = CrossEntropy() if settings.loss_fn is None else settings.loss_fn
         problem = Problem(
             model,
             loss,
-            replace(source, batch_size=max(source.batch_size, _AT_LEAST)),
+            replace(source, batch_size=max(source.batch_size, _MIN_BATCH)),
             parameters=settings.params,
             weight_decay=settings.weight_decay,
             deterministic=policy,
@@ -208,7 +208,7 @@ class Engine:
 
     @property
     def method(self) -> Influence:
-        """The composition that stands for the settings."""
+        """The `Influence` that the settings stand for."""
         s = self.settings
         if s.solver == "auto":
             return Influence()
@@ -247,12 +247,12 @@ class Engine:
     def __len__(self) -> int:
         return len(self.problem)
 
-    def gradients(self, source: Source, ids: Sequence[int]) -> Solved:
+    def gradients(self, source: Source, ids: Sequence[int]) -> QueryGradients:
         """The gradients of some items of `source`, one row each."""
-        at = picked_tensor(ids)
-        slabs = list(self.derivatives.stream(source, ids=at, label="query gradients", world=World()))
-        labels = [x for s in slabs for x in split(inputs_and_targets(s.batch)[2], len(s.ids))]
-        return Solved(Rows.cat([s.rows for s in slabs]), labels)
+        indices = index_tensor(ids)
+        slabs = list(self.derivatives.stream(source, ids=indices, label="query gradients", world=World()))
+        labels = [x for s in slabs for x in split_labels(inputs_and_targets(s.batch)[2], len(s.ids))]
+        return QueryGradients(Rows.cat([s.rows for s in slabs]), labels)
 
     def gradient_of(self, batch: Any, n: int) -> Rows:
         """One row: the gradient of the mean loss over a batch."""
@@ -268,19 +268,19 @@ class Engine:
         solution = self.attribution.members[0].solve(rows)
         if solution.result is not Result.successful:
             self._refuse(solution)
-        found = solution.unwrap()
-        assert isinstance(found, Rows), "the series works on rows"
-        return found
+        solved = solution.unwrap()
+        assert isinstance(solved, Rows), "the series works on rows"
+        return solved
 
     def _refuse(self, solution: Solution) -> None:
-        """The solver's own words, in those of the config."""
-        s, works = self.settings, solution.notes.get("step_that_works")
-        if works is not None:
+        """Raise the solver's error in terms of the config's keys."""
+        s, step = self.settings, solution.notes.get("step_that_works")
+        if step is not None:
             raise SolveFailed(
                 f"The s_test recursion diverged with scale={s.scale:g}: scale must be above the largest eigenvalue "
                 "plus damping plus the noise of mini-batches. Set "
-                f"config['scale'] to at least {1.0 / works:.4g} (and damp to "
-                f"{s.damp * s.scale * works:.3g} for the same damping), or call config.auto_tune(model, train_loader)."
+                f"config['scale'] to at least {1.0 / step:.4g} (and damp to "
+                f"{s.damp * s.scale * step:.3g} for the same damping), or call config.auto_tune(model, train_loader)."
             )
         if solution.result is Result.negative_curvature:
             raise SolveFailed(
@@ -292,20 +292,20 @@ class Engine:
     def influence(self, solved: Rows) -> Tensor:
         """(1/N) <s_test, gradient i> for every row and every training item: [n, N], positive = helpful."""
         d, n = self.derivatives, len(self.problem)
-        out = torch.empty(len(solved), n, dtype=torch.promote_types(solved.dtype, torch.float32))
+        values = torch.empty(len(solved), n, dtype=torch.promote_types(solved.dtype, torch.float32))
         products: Products | None = None
         for ids, batch in sweep(self.problem, label="scoring", world=World()):
-            if d.vmapped or d.looped:  # no layer rule for some parameter: one forward-mode pass beats rows
+            if d.vmapped or d.looped:  # some parameter has no layer rule: one forward-mode pass is faster than rows
                 products = products or Products.of(d, batch, len(ids))
-                values = products.losses_along(ids, batch, solved)
+                inner = products.losses_along(ids, batch, solved)
             else:
-                values = d.loss_rows(ids, batch).rows.inner(solved)
-            out[:, ids] = values.T.cpu() / n
-        return out
+                inner = d.loss_rows(ids, batch).rows.inner(solved)
+            values[:, ids] = inner.T.cpu() / n
+        return values
 
-    def scored_by_engine(self, source: Source, ids: Sequence[int]) -> Scores:
-        """The engine's own choice of method, all queries at once."""
-        return self.method.fit(self.problem, len(ids)).score(source.subset(picked_tensor(ids)))
+    def score_automatically(self, source: Source, ids: Sequence[int]) -> Scores:
+        """Score all queries at once by the method that `solver='auto'` chooses."""
+        return self.method.fit(self.problem, len(ids)).score(source.subset(index_tensor(ids)))
 
     def to_lists(self, rows: Rows) -> list[list[Tensor]]:
         """One list of tensors per row, in parameter order, on the CPU."""
@@ -318,20 +318,21 @@ class Engine:
         Raises:
             InvalidInput: not one tensor per selected parameter, in its shape.
         """
-        found = self.derivatives.space.values(self.problem.model)
-        want = [tuple(found[name].shape) for name in self.names]
-        got = [tuple(v.shape) for v in vectors]
-        if want != got:
+        parameters = self.derivatives.space.values(self.problem.model)
+        expected = [tuple(parameters[name].shape) for name in self.names]
+        shapes = [tuple(v.shape) for v in vectors]
+        if expected != shapes:
             raise InvalidInput(
-                f"The vector holds tensors of shapes {got}; expected one per selected parameter, {want}, in order."
+                f"The vector holds tensors of shapes {shapes}; expected one per selected parameter, {expected}, in "
+                "order."
             )
-        like = found[self.names[0]]
+        like = parameters[self.names[0]]
         tree = {k: v.detach().to(like)[None] for k, v in zip(self.names, vectors, strict=True)}
         return self.derivatives.space.from_parameters(tree)
 
 
-def measured(model: nn.Module, train: Any, settings: Settings, damping: float) -> Tuning:
-    """Largest eigenvalue, trace, and the step and batch that follow from them.
+def measure_curvature(model: nn.Module, train: Any, settings: ClassicSettings, damping: float) -> Tuning:
+    """Measure the largest eigenvalue and the trace, and the step and batch size that follow from them.
 
     Raises:
         InvalidInput: the damping is not positive, or the curvature is negative beyond it.
@@ -354,14 +355,14 @@ def measured(model: nn.Module, train: Any, settings: Settings, damping: float) -
     return tuning
 
 
-def spread(model: nn.Module, train: Any, settings: Settings, runs: int = 3) -> float:
-    """How much single runs of the recursion differ by their mini-batches: standard deviation over norm, on one item."""
+def relative_deviation(model: nn.Module, train: Any, settings: ClassicSettings, runs: int = 3) -> float:
+    """Standard deviation of single runs of the recursion over the norm of their mean, on one item."""
     with calculation(model, settings):
-        found = []
+        solutions = []
         for k in range(runs):
             engine = Engine.of(model, train, replace(settings, r=1, seed=settings.seed + k))
-            found.append(engine.s_test(engine.gradients(engine.problem.data, [0]).rows).flat()[0].double())
-    every = torch.stack(found)
-    mean = every.mean(0)
-    deviation = ((every - mean).square().sum() / (runs - 1)).sqrt()
+            solutions.append(engine.s_test(engine.gradients(engine.problem.data, [0]).rows).flat()[0].double())
+    solved = torch.stack(solutions)
+    mean = solved.mean(0)
+    deviation = ((solved - mean).square().sum() / (runs - 1)).sqrt()
     return float(deviation / mean.norm()) if float(mean.norm()) > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The seed's files: JSON with names that never collide, and vectors that load without unpickling code."""
+"""The original package's files: JSON with names that never collide, and vectors that load without running code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .config import DEFAULTS
 from .console import log
 
 Vectors = list[Tensor]
-Folder = str | os.PathLike[str]
+FolderPath = str | os.PathLike[str]
 
 S_TEST: str = DEFAULTS["s_test_pattern"]
 GRAD_Z: str = DEFAULTS["grad_z_pattern"]
@@ -38,12 +38,12 @@ def save_json(
 ) -> Path:
     """Write `json_obj` to `json_path`, whole or not at all, and return where it went.
 
-    Where the file exists, the first of these decides: `overwrite_if_exists` replaces it; `append_if_exists` adds the
+    If the file exists, the first of these decides: `overwrite_if_exists` replaces it; `append_if_exists` adds the
     object on a line of its own; `unique_fn_if_exists` writes to `name_YEAR-MONTH-DAY-HOUR-MINUTE-SECOND.json` instead;
     otherwise it is refused.
 
     Raises:
-        InvalidInput: the object holds something JSON has no word for, NaN included; nothing is written.
+        InvalidInput: the object holds something that JSON cannot hold, NaN included; nothing is written.
         FileExistsError: the file exists and no flag says what to do.
     """
     path = Path(json_path)
@@ -56,25 +56,25 @@ def save_json(
             before = path.read_text(encoding="utf-8")
             text = before + ("" if before.endswith("\n") or not before else "\n") + text + "\n"
         elif unique_fn_if_exists:
-            path = _unused(path)
+            path = _unused_path(path)
         else:
             raise FileExistsError(f"{path} exists; pass overwrite_if_exists=True, or another name.")
     write_bytes(path, text.encode("utf-8"))
     return path
 
 
-def _unused(path: Path) -> Path:
+def _unused_path(path: Path) -> Path:
     stamp = datetime.now().strftime("_%Y-%m-%d-%H-%M-%S")
-    found, count = path.with_name(f"{path.stem}{stamp}{path.suffix}"), 1
-    while found.exists():  # twice within one second
+    candidate, count = path.with_name(f"{path.stem}{stamp}{path.suffix}"), 1
+    while candidate.exists():  # two files within one second
         count += 1
-        found = path.with_name(f"{path.stem}{stamp}-{count}{path.suffix}")
-    return found
+        candidate = path.with_name(f"{path.stem}{stamp}-{count}{path.suffix}")
+    return candidate
 
 
 @dataclass(eq=False)
-class Names:
-    """Where one run's results go. `num` is what the config said; all test items is called "all"."""
+class ResultFiles:
+    """The files of one run's results. `num` comes from the config; where it is 0, the file names say "all"."""
 
     outdir: Path
     start: int
@@ -92,7 +92,7 @@ class Names:
         return save_json(content, self.outdir / f"influences_results_meta_{self.start}-{self._num}.json")
 
     def partial(self, content: Any, i: int) -> Path:
-        """Write what there is after item `i`, then remove what was written before it."""
+        """Write the results up to item `i`, then remove the file written before."""
         path = self.outdir / f"influence_results_tmp_{self.start}_{self._num}_last-i_{i}.json"
         save_json(content, path, overwrite_if_exists=True)
         before, self._last = self._last, path
@@ -101,7 +101,7 @@ class Names:
         return path
 
     def result(self, content: Any, all_at_once: bool = False) -> Path:
-        """Write the results; the partial file is no longer needed."""
+        """Write the results and remove the partial file."""
         name = "influence_results.json" if all_at_once else f"influence_results_{self.start}_{self._num}.json"
         if self.results_name is not None:
             name = self.results_name.replace("{start}", str(self.start)).replace("{num}", self._num)
@@ -115,32 +115,32 @@ class Names:
 # --------------------------------------------------------------------------- vectors
 
 
-def named(pattern: str, i: int, d: int = 0, r: int = 0) -> str:
+def vector_file_name(pattern: str, i: int, d: int = 0, r: int = 0) -> str:
     """A file name from a pattern with the fields {i}, {d} (recursion depth) and {r}.
 
-    >>> named("{i}_recdep{d}_r{r}.s_test", 3, 5000, 1)
+    >>> vector_file_name("{i}_recdep{d}_r{r}.s_test", 3, 5000, 1)
     '3_recdep5000_r1.s_test'
     """
     return pattern.replace("{i}", str(i)).replace("{d}", str(d)).replace("{r}", str(r))
 
 
-def _read_name(pattern: str) -> re.Pattern[str]:
+def _file_name_regex(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\{[idr]\})", pattern)
-    seen: set[str] = set()
-    out = ""
+    fields: set[str] = set()
+    regex = ""
     for part in parts:
         if part in ("{i}", "{d}", "{r}"):
-            out += rf"(?P={part[1]})" if part in seen else rf"(?P<{part[1]}>\d+)"
-            seen.add(part)
+            regex += rf"(?P={part[1]})" if part in fields else rf"(?P<{part[1]}>\d+)"
+            fields.add(part)
         else:
-            out += re.escape(part)
-    return re.compile(out + r"\Z")
+            regex += re.escape(part)
+    return re.compile(regex + r"\Z")
 
 
 def save_vectors(vectors: Sequence[Tensor], path: Path) -> None:
     """Write a list of tensors, on the CPU and each with memory of its own, for `torch.load(weights_only=True)`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not synced to the disk one by one: there is one file per training example.
+    # The files are not synced one by one, because there is one per training example.
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         torch.save([v.detach().cpu().contiguous().clone() for v in vectors], aside)
@@ -157,19 +157,19 @@ def load_vectors(path: Path) -> Vectors:
         InvalidInput: the file is damaged or holds something else.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        vectors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as cause:
         raise InvalidInput(f"{path} cannot be read as a list of tensors ({type(cause).__name__}).") from cause
-    if not isinstance(found, list) or not all(isinstance(v, Tensor) for v in found):
-        raise InvalidInput(f"{path} holds {type(found).__name__}, expected a list of tensors.")
-    return found
+    if not isinstance(vectors, list) or not all(isinstance(v, Tensor) for v in vectors):
+        raise InvalidInput(f"{path} holds {type(vectors).__name__}, expected a list of tensors.")
+    return vectors
 
 
 @dataclass(frozen=True)
-class Stored(Sequence[Vectors]):
-    """Lists of tensors on disk, read when they are asked for: a folder may be larger than memory."""
+class StoredVectors(Sequence[Vectors]):
+    """Lists of tensors on disk, each read when it is used: a folder may be larger than memory."""
 
     paths: tuple[Path, ...]
 
@@ -177,27 +177,29 @@ class Stored(Sequence[Vectors]):
         return len(self.paths)
 
     @overload
-    def __getitem__(self, at: int) -> Vectors: ...
+    def __getitem__(self, index: int) -> Vectors: ...
     @overload
-    def __getitem__(self, at: slice) -> Stored: ...
-    def __getitem__(self, at: int | slice) -> Vectors | Stored:
-        return Stored(self.paths[at]) if isinstance(at, slice) else load_vectors(self.paths[at])
+    def __getitem__(self, index: slice) -> StoredVectors: ...
+    def __getitem__(self, index: int | slice) -> Vectors | StoredVectors:
+        return StoredVectors(self.paths[index]) if isinstance(index, slice) else load_vectors(self.paths[index])
 
     def __iter__(self) -> Iterator[Vectors]:
         return map(load_vectors, self.paths)
 
 
-def _found(folder: Folder, pattern: str) -> list[tuple[dict[str, int], Path]]:
-    where = Path(folder)
-    if not where.is_dir():
-        raise InvalidInput(f"There is no folder {str(where)!r}; give the one the vectors were saved in.")
-    reader = _read_name(pattern)
-    hits = [(reader.match(p.name), p) for p in where.iterdir()]
-    found = [({k: int(v) for k, v in m.groupdict().items()}, p) for m, p in hits if m is not None]
-    return sorted(found, key=lambda pair: (*pair[0].values(), pair[1].name))
+def _find_vectors(folder: FolderPath, pattern: str) -> list[tuple[dict[str, int], Path]]:
+    path = Path(folder)
+    if not path.is_dir():
+        raise InvalidInput(f"There is no folder {str(path)!r}; give the one the vectors were saved in.")
+    regex = _file_name_regex(pattern)
+    matches = [(regex.match(p.name), p) for p in path.iterdir()]
+    files = [({k: int(v) for k, v in m.groupdict().items()}, p) for m, p in matches if m is not None]
+    return sorted(files, key=lambda pair: (*pair[0].values(), pair[1].name))
 
 
-def load_grad_z(grad_z_dir: Folder = "grad_z", train_dataset_size: int = -1, *, pattern: str = GRAD_Z) -> Stored:
+def load_grad_z(
+    grad_z_dir: FolderPath = "grad_z", train_dataset_size: int = -1, *, pattern: str = GRAD_Z
+) -> StoredVectors:
     """The training gradients saved in a folder, by index: a sequence of lists of tensors, each read when used.
 
     Args:
@@ -208,17 +210,17 @@ def load_grad_z(grad_z_dir: Folder = "grad_z", train_dataset_size: int = -1, *, 
     Raises:
         InvalidInput: no folder, no file, or missing indices (named).
     """
-    by_index = {fields["i"]: path for fields, path in _found(grad_z_dir, pattern)}
+    by_index = {fields["i"]: path for fields, path in _find_vectors(grad_z_dir, pattern)}
     size = train_dataset_size if train_dataset_size != -1 else max(by_index, default=-1) + 1
     missing = [i for i in range(size) if i not in by_index]
     if missing or not size:
-        what = f"lacks training gradients {name_ids(missing)}" if missing else f"holds no file like {pattern!r}"
-        raise InvalidInput(f"The folder {str(grad_z_dir)!r} {what}; save them with calc_grad_z(..., save_pth=folder).")
-    return Stored(tuple(by_index[i] for i in range(size)))
+        fault = f"lacks training gradients {name_ids(missing)}" if missing else f"holds no file like {pattern!r}"
+        raise InvalidInput(f"The folder {str(grad_z_dir)!r} {fault}; save them with calc_grad_z(..., save_pth=folder).")
+    return StoredVectors(tuple(by_index[i] for i in range(size)))
 
 
 def load_s_test(
-    s_test_dir: Folder = "s_test",
+    s_test_dir: FolderPath = "s_test",
     s_test_id: int = 0,
     r_sample_size: int = 10,
     train_dataset_size: int = -1,
@@ -243,15 +245,15 @@ def load_s_test(
     Raises:
         InvalidInput: there is none for this example.
     """
-    mine = [(f, p) for f, p in _found(s_test_dir, pattern) if f["i"] == s_test_id]
-    if not mine:
+    matching = [(f, p) for f, p in _find_vectors(s_test_dir, pattern) if f["i"] == s_test_id]
+    if not matching:
         raise InvalidInput(
             f"The folder {str(s_test_dir)!r} holds no s_test of test example {s_test_id} (named like {pattern!r}); "
             "save it with calc_s_test(..., save=folder)."
         )
-    deepest = max(f.get("d", 0) for f, _ in mine)
-    used = [p for f, p in mine if f.get("d", 0) == deepest][:r_sample_size]
-    if len(used) < len(mine):
-        log.info("load_s_test: %d of %d files of test example %d are used.", len(used), len(mine), s_test_id)
-    every = list(map(load_vectors, used))
-    return [torch.stack(parts).mean(0) for parts in zip(*every, strict=True)], every
+    deepest = max(f.get("d", 0) for f, _ in matching)
+    used = [p for f, p in matching if f.get("d", 0) == deepest][:r_sample_size]
+    if len(used) < len(matching):
+        log.info("load_s_test: %d of %d files of test example %d are used.", len(used), len(matching), s_test_id)
+    solutions = list(map(load_vectors, used))
+    return [torch.stack(parts).mean(0) for parts in zip(*solutions, strict=True)], solutions

@@ -1,8 +1,7 @@
-"""What to do with a result: pictures, and a loader of the examples that mattered."""
+"""Uses of a result: pictures, and a loader of the most influential examples."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Subset
 
 from ..core.errors import InvalidInput
+from ..plots import query
 from ..problem.data import Source
 from .results import InfluenceResult
 
@@ -34,18 +34,16 @@ def plot_influences(
         test_index: position in the test data.
         k: examples per row.
         path: also write the picture there.
-        options: `denormalize`, `class_names`: see `pytorch_influence_functions.report.plot_influences`.
+        options: `denormalize`, `class_names`: see `pytorch_influence_functions.plots.plot_influences`.
 
     Raises:
         InvalidInput: the test example was not part of the run.
         MissingExtra: matplotlib is not installed.
     """
-    # Found by name when called: without a picture nothing of it is loaded.
-    plots = importlib.import_module("pytorch_influence_functions.report")
     train, test = Source.of(train_ds), Source.of(test_ds)
     scores = replace(result.scores, train_source=train, query_source=test)
     names = {"class_names": scores.class_names or train.class_names or test.class_names} | options
-    return plots.plot_influences(scores, result.position(test_index), k, train=train, queries=test, path=path, **names)
+    return query.plot_influences(scores, result.position(test_index), k, train=train, queries=test, path=path, **names)
 
 
 def plot_loo_scatter(
@@ -64,8 +62,7 @@ def plot_loo_scatter(
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    plots = importlib.import_module("pytorch_influence_functions.report")
-    return plots.plot_agreement(predicted, actual, path=path, **options)
+    return query.plot_agreement(predicted, actual, path=path, **options)
 
 
 def influential_loader(
@@ -107,8 +104,8 @@ def influential_loader(
     ranked = result.helpful if which == "helpful" else result.harmful
     picked = ranked[:count]
     if drop:
-        out = set(picked)
-        picked = [i for i in range(n) if i not in out]
+        dropped = set(picked)
+        picked = [i for i in range(n) if i not in dropped]
     settings: dict[str, Any] = {
         "batch_size": source.batch_size,
         "collate_fn": source.collate,

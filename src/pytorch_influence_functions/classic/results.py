@@ -1,4 +1,4 @@
-"""What a calculation gives back: three things to unpack, and a dictionary for those who knew it as one."""
+"""The result of a calculation: it unpacks into three values, and can also be used as a dictionary."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class InfluenceResult:
         return InfluenceResult.of(influences, Scores(values, query_ids=ids, query_labels=labels), Path(path))
 
     def __iter__(self) -> Iterator[Any]:
-        """Exactly three: influences, harmful, helpful."""
+        """Influences, harmful, helpful, in this order."""
         return iter((self.influences, self.harmful, self.helpful))
 
     def __len__(self) -> int:
@@ -105,11 +105,11 @@ class InfluenceResult:
 
     def __repr__(self) -> str:
         rows, n = self.scores.shape
-        where = "" if self.path is None else f", {str(self.path)!r}"
-        return f"InfluenceResult({rows} test examples x {n:,} training examples{where})"
+        file = "" if self.path is None else f", {str(self.path)!r}"
+        return f"InfluenceResult({rows} test examples x {n:,} training examples{file})"
 
 
-def entry(scores: Scores, q: int, label: Any, seconds: float, top_k: int | None) -> dict[str, Any]:
-    """One test example in the seed's layout."""
-    made: Mapping[str, Any] = next(iter(scores[q].to_dict(top_k).values()))
-    return {**made, "label": label, "time_calc_influence_s": seconds}
+def result_entry(scores: Scores, q: int, label: Any, seconds: float, top_k: int | None) -> dict[str, Any]:
+    """One test example in the original package's layout."""
+    content: Mapping[str, Any] = next(iter(scores[q].to_dict(top_k).values()))
+    return {**content, "label": label, "time_calc_influence_s": seconds}

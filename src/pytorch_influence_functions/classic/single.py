@@ -1,4 +1,4 @@
-"""The seed's `influence_function` module: one batch at a time. Every function leaves the model as it was."""
+"""The original `influence_function` module: one batch at a time. Every function leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ..problem.data import Source
 from ..problem.model_state import double_backward_safe
 from ..problem.problem import model_device
 from .config import Config, Number
-from .engine import Engine, Settings, calculation, drawn_seed
+from .engine import ClassicSettings, Engine, calculation, draw_seed
 
-# What autograd gives for inputs that may play no part.
-Gradients = tuple[Tensor | None, ...]
+# Autograd gives None for an input that plays no part.
+OptionalGradients = tuple[Tensor | None, ...]
 
 
-def _objective(loss_fn: Any) -> AbstractObjective:
+def _loss_objective(loss_fn: Any) -> AbstractObjective:
     return CrossEntropy() if loss_fn is None else as_objective(loss_fn)
 
 
-def batch_of(z: Any, t: Any) -> tuple[Any, ...]:
-    """Inputs and targets as one batch; several inputs come as a tuple or list."""
+def make_batch(z: Any, t: Any) -> tuple[Any, ...]:
+    """Join inputs and targets to one batch; several inputs come as a tuple or list."""
     return (*z, t) if isinstance(z, (tuple, list)) else (z, t)
 
 
-def _size(batch: Any) -> int:
+def _batch_length(batch: Any) -> int:
     targets = inputs_and_targets(batch)[2]
     first = targets if isinstance(targets, Tensor) and targets.dim() else next((x for _, x in tensors_of(batch)), None)
     if first is None or first.dim() == 0:
@@ -58,13 +58,13 @@ def calc_loss(y: Tensor, t: Tensor, *, loss_fn: Any = None) -> Tensor:
     if loss_fn is None:
         alone = y.dim() == 1
         return nn.functional.cross_entropy(y[None] if alone else y, t.reshape(1) if alone else t)
-    return _objective(loss_fn).losses(y, (None, t)).mean()
+    return _loss_objective(loss_fn).losses(y, (None, t)).mean()
 
 
 def grad_z(z: Any, t: Any, model: nn.Module, gpu: int = -1, *, loss_fn: Any = None, params: Any = None) -> list[Tensor]:
     """The gradient of the mean loss on a batch, one detached tensor per selected parameter, in parameter order.
 
-    Parameters that play no part have zeros.
+    The gradient of a parameter that plays no part is zero.
 
     Args:
         z, t: a collated batch of inputs (a tensor, mapping, or tuple of several) and targets.
@@ -76,16 +76,16 @@ def grad_z(z: Any, t: Any, model: nn.Module, gpu: int = -1, *, loss_fn: Any = No
     Raises:
         NonFinite: the loss is NaN or infinite.
     """
-    objective, batch = _objective(loss_fn), batch_of(z, t)
-    n = _size(batch)
-    with calculation(model, Settings(gpu=gpu)):
+    objective, batch = _loss_objective(loss_fn), make_batch(z, t)
+    n = _batch_length(batch)
+    with calculation(model, ClassicSettings(gpu=gpu)):
         batch = to_device(batch, model_device(model))
         space = Space.of(model, params)
-        found = dict(model.named_parameters())
-        chosen = [found[name] for name in found if name in set(space.names)]
-        flags = [p.requires_grad for p in chosen]
+        names = set(space.names)
+        parameters = [p for name, p in model.named_parameters() if name in names]
+        flags = [p.requires_grad for p in parameters]
         try:
-            for p in chosen:
+            for p in parameters:
                 p.requires_grad_(True)
             with torch.enable_grad():
                 outputs = objective.outputs(model, batch)
@@ -93,9 +93,9 @@ def grad_z(z: Any, t: Any, model: nn.Module, gpu: int = -1, *, loss_fn: Any = No
                 objective = objective.resolved(outputs, t)
             objective.check(outputs.detach(), batch, torch.arange(n))
             _, slope = slopes(objective, outputs, batch, torch.arange(n))
-            return weighted_gradient(outputs, chosen, slope / n)
+            return weighted_gradient(outputs, parameters, slope / n)
         finally:
-            for p, flag in zip(chosen, flags, strict=True):
+            for p, flag in zip(parameters, flags, strict=True):
                 p.requires_grad_(flag)
 
 
@@ -121,12 +121,14 @@ def hvp(y: Tensor, w: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
     if y.numel() != 1:
         raise InvalidInput(f"y has shape {tuple(y.shape)}; hvp needs a single number, e.g. the mean loss.")
     with double_backward_safe(), torch.enable_grad():
-        first: Gradients = torch.autograd.grad(y.sum(), list(w), create_graph=True, allow_unused=True)
-        # What does not depend on w through a graph has no second derivative.
+        first: OptionalGradients = torch.autograd.grad(y.sum(), list(w), create_graph=True, allow_unused=True)
+        # A gradient that does not depend on w has no second derivative.
         inner = [(g * x.detach()).sum() for g, x in zip(first, v, strict=True) if g is not None and g.requires_grad]
         if not inner:
             return [torch.zeros_like(x) for x in w]
-        second: Gradients = torch.autograd.grad(torch.stack(inner).sum(), list(w), retain_graph=True, allow_unused=True)
+        second: OptionalGradients = torch.autograd.grad(
+            torch.stack(inner).sum(), list(w), retain_graph=True, allow_unused=True
+        )
     return [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(w, second, strict=True)]
 
 
@@ -151,14 +153,14 @@ def s_test(
     r"""`(H + damp * scale)^-1 grad L(z_test)` by LiSSA, one tensor per selected parameter on the CPU.
 
     `h <- v + (1 - damp) h - H_B h / scale` on random mini-batches B of the training data, then `h / scale`; the mean
-    over `r` runs. Nothing of it is kept for backpropagation.
+    over `r` runs. The result carries no graph for backpropagation.
 
     Args:
-        z_test, t_test: a collated batch; several examples stand for their mean loss.
+        z_test, t_test: a collated batch; of several examples the mean loss is taken.
         z_loader: the training data; its batch size is that of the mini-batches unless `batch_size` says otherwise.
         damp, scale, recursion_depth: as in the config; `None` for damp and scale are the README's values.
         generator: where the seed of the mini-batches is drawn from; by default it is 42.
-        tolerance: stop early once settled to it; 0 runs every step.
+        tolerance: the recursion stops early once it changes by less; 0 runs every step.
 
     Raises:
         SolveFailed: the recursion diverges; the message names a scale that works.
@@ -166,9 +168,9 @@ def s_test(
     Reference: Agarwal et al. (2017); Koh & Liang (2017), section 3.
     """
     config = Config(damp=damp, scale=scale, recursion_depth=recursion_depth, gpu=gpu, r=r)
-    config.update(batch_size=batch_size, tolerance=tolerance, seed=drawn_seed(generator))
-    settings = Settings.of(config, loss_fn, params, None, progress)
+    config.update(batch_size=batch_size, tolerance=tolerance, seed=draw_seed(generator))
+    settings = ClassicSettings.of(config, loss_fn, params, None, progress)
     with calculation(model, settings):
         engine = Engine.of(model, Source.of(z_loader), settings)
-        batch = to_device(batch_of(z_test, t_test), engine.problem.device)
-        return engine.to_lists(engine.s_test(engine.gradient_of(batch, _size(batch))))[0]
+        batch = to_device(make_batch(z_test, t_test), engine.problem.device)
+        return engine.to_lists(engine.s_test(engine.gradient_of(batch, _batch_length(batch))))[0]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from ..demo.screen import plain_output
+from ..demo.screen import allow_any_encoding
 from .attribute import attribute
 from .classic import classic
 from .demo import demo
@@ -50,4 +50,4 @@ def ptif(
     ] = False,
 ) -> None:
     """Nothing of its own: options that come before the command."""
-    plain_output()
+    allow_any_encoding()

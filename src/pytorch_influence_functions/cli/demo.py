@@ -1,4 +1,4 @@
-"""`ptif demo`: the whole story on real images that come with the package."""
+"""`ptif demo`: train, explain, find wrong labels and check by retraining, on images that come with the package."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +14,9 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the summary only.")] = False,
 ) -> None:
     """Train a small CNN on real images, 10 % of them mislabelled; explain it, find them, check by retraining."""
-    from ..demo.run import run
+    from ..demo.run import run_demo
     from ..demo.screen import Screen
-    from ..demo.train import Recipe
 
     with ending(Voice()) as state:
         state.kept = "the demo keeps nothing before its end"
-        run(Screen(quiet), out, recipe=Recipe(seed=seed))
+        run_demo(Screen(quiet), out, seed)

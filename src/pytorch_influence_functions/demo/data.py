@@ -36,7 +36,7 @@ SEED = 42
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DemoData:
-    """Images, labels as a careless annotator left them, and the truth the demo checks itself against.
+    """Images, labels of which some are wrong, and the true labels that the demo is checked against.
 
     `train_labels` differs from `true_labels` exactly where `planted` is True. `train_index` and
     `test_index` are the positions in the original Fashion-MNIST files.
@@ -66,7 +66,7 @@ class DemoData:
 
 
 class ImageDataset(TensorDataset):
-    """A `TensorDataset` of (image, label) that knows its classes' names, as torchvision's datasets do."""
+    """A `TensorDataset` of (image, label) with its class names in `classes`, as torchvision's datasets have them."""
 
     def __init__(self, images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
         super().__init__(images, labels)
@@ -74,7 +74,7 @@ class ImageDataset(TensorDataset):
 
 
 class DemoDatasets(NamedTuple):
-    """What `datasets()` returns: unpack it, or use the names."""
+    """The result of `datasets()`: unpack it, or use the names."""
 
     train: ImageDataset
     test: ImageDataset
@@ -94,12 +94,12 @@ def mislabel(
     # RandomState, not default_rng: numpy promises that its stream never changes, so the same labels are wrong
     # on every machine and under every version.
     random = np.random.RandomState(seed)
-    chosen = random.permutation(len(labels))[:count]
+    changed = random.permutation(len(labels))[:count]
     wrong = labels.copy()
     # A step of 1 … classes − 1 around the circle of classes can never lead back to the true one.
-    wrong[chosen] = (wrong[chosen] + random.randint(1, classes, size=count)) % classes
+    wrong[changed] = (wrong[changed] + random.randint(1, classes, size=count)) % classes
     planted = np.zeros(len(labels), dtype=bool)
-    planted[chosen] = True
+    planted[changed] = True
     return wrong, planted
 
 
@@ -126,7 +126,7 @@ def load() -> DemoData:
 def datasets(data: DemoData | None = None) -> DemoDatasets:
     """Training and test set for torch: float images `[1, 28, 28]` in [0, 1], labels int64.
 
-    The training labels include the wrong ones, as in life.
+    The training labels include the wrong ones.
 
     >>> train, test = datasets()
     >>> len(train), len(test), train[0][0].shape, test.classes[9]

@@ -1,4 +1,4 @@
-"""What the demo shows: headings, lines, tables and bars on a terminal; in a log the same without bars or colour."""
+"""What the demo prints: headings, lines, tables and bars on a terminal; in a log the same without bars or colour."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, final
 
 from ..core.errors import require
 
-WIDTH = 80
+COLUMNS = 80
 
 
 @final
 class Screen:
     """Prints through rich, at most 80 columns wide.
 
-    `quiet` shows nothing but what `always=True` asks for.
+    With `quiet` only lines with `always=True` are printed.
 
     Raises:
         MissingExtra: rich is not installed.
@@ -26,21 +26,21 @@ class Screen:
         self.quiet = quiet
         rich = require("rich.console", "cli")
         self.console = rich.Console(highlight=False) if console is None else console
-        self.console.width = min(WIDTH, self.console.width) if self.console.is_terminal else WIDTH
+        self.console.width = min(COLUMNS, self.console.width) if self.console.is_terminal else COLUMNS
 
-    def heading(self, number: int, words: str) -> None:
-        """Begin a part."""
+    def heading(self, number: int, title: str) -> None:
+        """Print the heading of a part."""
         if not self.quiet:
-            self.console.print(f"\n[bold cyan]{number}[/]  [bold]{words}[/]")
+            self.console.print(f"\n[bold cyan]{number}[/]  [bold]{title}[/]")
 
-    def line(self, words: str = "", always: bool = False) -> None:
-        """One paragraph, wrapped under its own indent."""
+    def line(self, text: str = "", always: bool = False) -> None:
+        """Print one paragraph, indented."""
         if always or not self.quiet:
             padding = require("rich.padding", "cli")
-            self.console.print(padding.Padding(words, (0, 0, 0, 3), expand=False) if words else "")
+            self.console.print(padding.Padding(text, (0, 0, 0, 3), expand=False) if text else "")
 
     def table(self, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
-        """Rows under `columns` of (title, "left" or "right"); no heading where all titles are empty."""
+        """Print rows under `columns` of (title, "left" or "right"); without a heading if all titles are empty."""
         if self.quiet:
             return
         tables, padding = require("rich.table", "cli"), require("rich.padding", "cli")
@@ -53,26 +53,14 @@ class Screen:
         self.console.print(padding.Padding(table, (0, 0, 0, 3), expand=False))
 
     @contextmanager
-    def bar(self, words: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar that is taken down at the end; yields `advance(n)`. Only on a terminal."""
-        if self.quiet or not self.console.is_terminal:
-            yield lambda n: None
-            return
-        bars = require("rich.progress", "cli")
-        parts = ("   {task.description}", bars.BarColumn(24), "{task.percentage:>3.0f} %", bars.TimeRemainingColumn())
-        with bars.Progress(*parts, console=self.console, transient=True) as progress:
-            task = progress.add_task(words, total=total)
-            yield lambda n: progress.advance(task, n)
-
-    @contextmanager
-    def passes(self) -> Iterator[Callable[[str, int, int], None]]:
-        """Bars for the engine's passes over data: a callback for `ptif.progress`."""
+    def bars(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Yield a callback for `ptif.progress` that draws bars on a terminal and takes them down at the end."""
         if self.quiet or not self.console.is_terminal:
             yield lambda label, done, total: None
             return
-        bars = require("rich.progress", "cli")
-        parts = ("   {task.description}", bars.BarColumn(24), "{task.percentage:>3.0f} %")
-        with bars.Progress(*parts, console=self.console, transient=True) as progress:
+        rich = require("rich.progress", "cli")
+        columns = ("   {task.description}", rich.BarColumn(24), "{task.percentage:>3.0f} %", rich.TimeRemainingColumn())
+        with rich.Progress(*columns, console=self.console, transient=True) as progress:
             tasks: dict[str, Any] = {}
 
             def report(label: str, done: int, total: int) -> None:
@@ -83,8 +71,8 @@ class Screen:
             yield report
 
 
-def plain_output() -> None:
-    """Let symbols pass on terminals that only know ASCII, as question marks instead of a crash."""
+def allow_any_encoding() -> None:
+    """Print symbols that a terminal cannot encode as question marks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -1,21 +1,21 @@
-"""The demo's words: what each part prints. No arithmetic beyond formatting."""
+"""The text that each part of the demo prints. Nothing is computed here, only formatted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..evaluation.recipe import Recipe
 from ..scores.scores import Scores
 from .data import DemoData
 from .screen import Screen
-from .story import Plan, Removal, Story, Suspects, Trained, agreement
-from .train import Recipe
+from .story import Comparison, Extent, Story, Suspects, TrainedModel, agreement
 
 _HELPS, _HARMS = "blue", "red"
 
 
-def opening(screen: Screen, data: DemoData, recipe: Recipe) -> None:
-    """What is about to happen."""
+def show_setting(screen: Screen, data: DemoData, recipe: Recipe) -> None:
+    """Print what the demo is about to do."""
     screen.heading(0, "A small CNN, trained on labels some of which are wrong")
     screen.line(
         f"{len(data.train_images):,} Fashion-MNIST images, {int(data.planted.sum())} of them mislabelled on purpose; "
@@ -23,8 +23,8 @@ def opening(screen: Screen, data: DemoData, recipe: Recipe) -> None:
     )
 
 
-def trained(screen: Screen, t: Trained) -> None:
-    """How well the model does."""
+def show_model(screen: Screen, t: TrainedModel) -> None:
+    """Print the model's size and accuracy."""
     size = sum(p.numel() for p in t.model.parameters())
     screen.line(
         f"{size:,} parameters. Accuracy [bold]{t.train_accuracy:.1%}[/] on the training labels (the wrong ones "
@@ -32,8 +32,10 @@ def trained(screen: Screen, t: Trained) -> None:
     )
 
 
-def explained(screen: Screen, data: DemoData, t: Trained, scores: Scores, queries: Sequence[int], plan: Plan) -> None:
-    """The most helpful and the most harmful training images of each query."""
+def show_scores(
+    screen: Screen, data: DemoData, t: TrainedModel, scores: Scores, queries: Sequence[int], extent: Extent
+) -> None:
+    """Print the most helpful and the most harmful training images of each query."""
     d = scores.diagnostics
     screen.heading(1, "Which training images made the model say that?")
     screen.line(
@@ -45,30 +47,30 @@ def explained(screen: Screen, data: DemoData, t: Trained, scores: Scores, querie
     verdict = f"[yellow]look at {', '.join(doubts)}[/]" if doubts else f"[green]all {len(d.checks())} hold[/]"
     screen.line(f"Assumptions of influence functions, checked: {verdict} (in words: summary.txt).")
     for q in queries:
-        true, said = int(data.test_labels[q]), int(t.test_odds[q].argmax())
-        odds = float(t.test_odds[q, said])
-        verdict = f"called {data.class_names[said]}" if said != true else "recognised"
-        sure = f"{odds:.0%} sure, loss {float(t.test_losses[q]):.2f}"
+        true, predicted = int(data.test_labels[q]), int(t.test_probabilities[q].argmax())
+        probability = float(t.test_probabilities[q, predicted])
+        verdict = f"called {data.class_names[predicted]}" if predicted != true else "recognised"
+        certainty = f"{probability:.0%} sure, loss {float(t.test_losses[q]):.2f}"
         screen.line()
-        screen.line(f"[bold]Test #{q}, {_a(data.class_names[true])}[/]: {verdict} ({sure})")
+        screen.line(f"[bold]Test #{q}, {_with_article(data.class_names[true])}[/]: {verdict} ({certainty})")
         columns = (("most helpful", "left"), ("", "right"), ("    most harmful", "left"), ("", "right"))
-        pairs = zip(scores.helpful(q, plan.shown), scores.harmful(q, plan.shown), strict=True)
+        pairs = zip(scores.helpful(q, extent.shown), scores.harmful(q, extent.shown), strict=True)
         screen.table(
             columns,
             [
                 (
                     _image(data, i),
-                    f"[{_HELPS}]{signed(a)}[/]",
+                    f"[{_HELPS}]{format_change(a)}[/]",
                     "    " + _image(data, j),
-                    f"[{_HARMS}]{signed(b)}[/]",
+                    f"[{_HARMS}]{format_change(b)}[/]",
                 )
                 for (i, a), (j, b) in pairs
             ],
         )
 
 
-def suspected(screen: Screen, data: DemoData, t: Trained, s: Suspects) -> None:
-    """How many planted labels the ranking finds."""
+def show_suspects(screen: Screen, data: DemoData, t: TrainedModel, s: Suspects) -> None:
+    """Print how many planted labels the ranking finds."""
     screen.heading(2, "Which labels are wrong?")
     screen.line(
         "Ranked by each image's predicted loss had the model never been trained on it: its loss now, plus its own "
@@ -94,7 +96,7 @@ def suspected(screen: Screen, data: DemoData, t: Trained, s: Suspects) -> None:
             (
                 f"#{i}",
                 data.class_names[int(data.train_labels[i])] + ("*" if data.planted[i] else ""),
-                data.class_names[int(t.train_said[i])],
+                data.class_names[int(t.train_classes[i])],
                 data.class_names[int(data.true_labels[i])],
             )
             for i in first
@@ -102,38 +104,38 @@ def suspected(screen: Screen, data: DemoData, t: Trained, s: Suspects) -> None:
     )
 
 
-def checked(screen: Screen, groups: Sequence[Removal], singles: Sequence[Removal]) -> None:
-    """Predicted beside actual."""
+def show_comparisons(screen: Screen, groups: Sequence[Comparison], singles: Sequence[Comparison]) -> None:
+    """Print predicted beside actual changes."""
     screen.heading(3, "Is that true? Images removed, model retrained")
     screen.line(
         f"{len(groups) + len(singles)} retrainings from the same initial weights with the same batch order; "
         "only the removed images no longer count."
     )
     measures = ("Groups of images: change of the mean test loss", "One image: change of the loss of one test image")
-    for removals, measured in zip((groups, singles), measures, strict=True):
+    for comparisons, measure in zip((groups, singles), measures, strict=True):
         screen.line()
-        screen.line(f"[bold]{measured}[/]")
+        screen.line(f"[bold]{measure}[/]")
         screen.table(
             (("removed", "left"), ("predicted", "right"), ("actual", "right")),
-            [(r.name, signed(r.predicted), signed(r.actual)) for r in removals],
+            [(c.name, format_change(c.predicted), format_change(c.actual)) for c in comparisons],
         )
-        r, slope = agreement(removals)
-        screen.line(f"correlation [bold]{r:.3f}[/], slope {slope:.2f} (n = {len(removals)})".replace("-", "−"))
+        r, slope = agreement(comparisons)
+        screen.line(f"correlation [bold]{r:.3f}[/], slope {slope:.2f} (n = {len(comparisons)})".replace("-", "−"))
 
 
-def closing(screen: Screen, story: Story, out: Path, files: Sequence[tuple[str, str]], seconds: float) -> None:
-    """Where everything is; in quiet mode also the result in three lines."""
+def show_files(screen: Screen, story: Story, out: Path, files: Sequence[tuple[str, str]], seconds: float) -> None:
+    """Print what was written where; in quiet mode also the result in three lines."""
     if screen.quiet:
-        for words in summary(story):
-            screen.line(words, always=True)
+        for line in summarise(story):
+            screen.line(line, always=True)
     screen.heading(4, f"Written to {out}/")
     screen.table((("", "left"), ("", "left")), files)
     screen.line()
     screen.line(f"{seconds:.0f} s in all.", always=True)
 
 
-def summary(story: Story) -> list[str]:
-    """The result in a few lines."""
+def summarise(story: Story) -> list[str]:
+    """The result in three lines."""
     s, t = story.suspects, story.trained
     by_group, by_single = agreement(story.groups), agreement(story.singles)
     return [
@@ -145,10 +147,10 @@ def summary(story: Story) -> list[str]:
     ]
 
 
-def signed(value: float) -> str:
-    """Four digits after the point, with a minus as wide as the plus.
+def format_change(value: float) -> str:
+    """Format a change with its sign and four decimals; the minus is as wide as the plus.
 
-    >>> signed(0.0312), signed(-0.2)
+    >>> format_change(0.0312), format_change(-0.2)
     ('+0.0312', '−0.2000')
     """
     return f"{value:+.4f}".replace("-", "−")
@@ -158,5 +160,5 @@ def _image(data: DemoData, i: int) -> str:
     return f"#{i} {data.class_names[int(data.train_labels[i])]}{'*' if data.planted[i] else ''}"
 
 
-def _a(name: str) -> str:
+def _with_article(name: str) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

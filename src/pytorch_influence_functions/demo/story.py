@@ -1,4 +1,4 @@
-"""What the demo is asked to do, and the record of what it found."""
+"""How much the demo explains and checks, and the record of its results."""
 
 from __future__ import annotations
 
@@ -10,54 +10,53 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..evaluation.recipe import Recipe
 from ..scores.scores import Scores
 from .data import DemoData
-from .train import Recipe, Weights
 
 
 @final
 @dataclass(frozen=True)
-class Plan:
+class Extent:
     """How much is explained and checked."""
 
     wrong: int = 3
-    """Misclassified test images explained: the first ones of the test set, each of another class."""
+    """How many misclassified test images are explained: the first ones of the test set, each of another class."""
     right: int = 2
-    """Correctly classified ones."""
+    """How many correctly classified ones."""
     shown: int = 3
-    """Most helpful and most harmful training images printed for each."""
+    """How many of the most helpful and of the most harmful training images are printed for each."""
     suspects: int = 200
-    """How far down the ranking of suspected labels one looks."""
+    """How many of the most suspected labels are compared with the planted ones."""
     group: int = 40
-    """Images removed together."""
+    """How many images a group removes together."""
     groups: int = 2
-    """Groups from either end of the predicted effect, and as many random ones."""
+    """How many groups are taken from either end of the predicted effect, and how many random ones."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Trained:
-    """The model and what it makes of both sets."""
+class TrainedModel:
+    """The model, with its losses and predictions on both sets."""
 
     model: nn.Module
-    start: Weights
     train_losses: Float[Tensor, " n"]
-    train_said: Int[Tensor, " n"]
+    train_classes: Int[Tensor, " n"]
+    """The class that the model gives each training image."""
     train_accuracy: float
     test_losses: Float[Tensor, " m"]
-    test_odds: Float[Tensor, "m classes"]
+    test_probabilities: Float[Tensor, "m classes"]
     test_accuracy: float
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Suspects:
-    """Training images by how wrong their label looks."""
+    """Training images ranked by how wrong their label looks."""
 
-    own: Float[Tensor, " n"]
-    """Self-influence of each."""
+    self_influence: Float[Tensor, " n"]
     suspicion: Float[Tensor, " n"]
-    """Predicted loss of each image for a model that was never trained on it."""
+    """The predicted loss of each image for a model that was never trained on it."""
     order: Int[Tensor, " n"]
     """Most suspected first."""
     count: int
@@ -69,8 +68,8 @@ class Suspects:
 
 @final
 @dataclass(frozen=True)
-class Removal:
-    """Images left out together, the change predicted, and the change found by retraining."""
+class Comparison:
+    """Images removed together, the change predicted, and the change measured by retraining."""
 
     name: str
     ids: tuple[int, ...]
@@ -83,21 +82,22 @@ class Removal:
 @final
 @dataclass(frozen=True, eq=False)
 class Story:
-    """Everything the demo found."""
+    """All results of the demo."""
 
     data: DemoData
     recipe: Recipe
-    trained: Trained
+    seed: int
+    trained: TrainedModel
     scores: Scores
     queries: tuple[int, ...]
     suspects: Suspects
-    groups: tuple[Removal, ...]
-    singles: tuple[Removal, ...]
+    groups: tuple[Comparison, ...]
+    singles: tuple[Comparison, ...]
     seconds: float
 
 
-def agreement(removals: Sequence[Removal]) -> tuple[float, float]:
+def agreement(comparisons: Sequence[Comparison]) -> tuple[float, float]:
     """Pearson's r between predicted and actual changes, and the least-squares slope of actual on predicted."""
-    predicted, actual = ([getattr(r, n) for r in removals] for n in ("predicted", "actual"))
+    predicted, actual = ([getattr(c, n) for c in comparisons] for n in ("predicted", "actual"))
     slope = float(np.polyfit(predicted, actual, 1)[0])
     return float(np.corrcoef(predicted, actual)[0, 1]), slope

@@ -14,10 +14,10 @@ from ..core.errors import InvalidInput
 
 RESAMPLES = 1000
 LEVEL = 0.95
-# Numbers of one slab of resampled ranks.
-_SLAB = 20_000_000
+# How many resampled ranks are held in memory at once.
+_RANKS_AT_ONCE = 20_000_000
 Statistic = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(predicted [Q, S], actual [Q, S], weights [B, S]) -> [B, Q]`, every subset counting so many times."""
+"""`(predicted [Q, S], actual [Q, S], weights [B, S]) -> [B, Q]`; weights say how many times each subset counts."""
 
 
 def weighted_ranks(values: Float[Tensor, "q s"], weights: Float[Tensor, "b s"]) -> Float[Tensor, "b q s"]:
@@ -25,13 +25,13 @@ def weighted_ranks(values: Float[Tensor, "q s"], weights: Float[Tensor, "b s"]) 
     order = values.argsort(-1)
     ordered = values.gather(-1, order)
     s = values.shape[-1]
-    at = torch.arange(s).expand_as(order)
+    position = torch.arange(s).expand_as(order)
     opens = torch.ones_like(order, dtype=torch.bool)
     opens[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     closes = opens.roll(-1, -1)
     closes[:, -1] = True
-    first = torch.where(opens, at, 0).cummax(-1).values
-    last = torch.where(closes, at, s - 1).flip(-1).cummin(-1).values.flip(-1)
+    first = torch.where(opens, position, 0).cummax(-1).values
+    last = torch.where(closes, position, s - 1).flip(-1).cummin(-1).values.flip(-1)
     total = weights[:, order].cumsum(-1)
     before = torch.cat([torch.zeros_like(total[..., :1]), total], -1)
     spread = total.shape
@@ -44,8 +44,8 @@ def _linear(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     w = (weights / weights.sum(-1, keepdim=True))[:, None]
     a, b = a - (a * w).sum(-1, keepdim=True), b - (b * w).sum(-1, keepdim=True)
     size = ((a * a * w).sum(-1) * (b * b * w).sum(-1)).clamp_min(0).sqrt()
-    found: Tensor = torch.where(size > 0, (a * b * w).sum(-1) / size.where(size > 0, 1.0), 0.0)
-    return found
+    correlation: Tensor = torch.where(size > 0, (a * b * w).sum(-1) / size.where(size > 0, 1.0), 0.0)
+    return correlation
 
 
 def pearson(predicted: Tensor, actual: Tensor, weights: Tensor) -> Tensor:
@@ -64,19 +64,19 @@ def slope(predicted: Tensor, actual: Tensor, weights: Tensor) -> Tensor:
     x, y = predicted[None], actual[None]
     x, y = x - (x * w).sum(-1, keepdim=True), y - (y * w).sum(-1, keepdim=True)
     size = (x * x * w).sum(-1)
-    found: Tensor = torch.where(size > 0, (x * y * w).sum(-1) / size.where(size > 0, 1.0), 0.0)
-    return found
+    slopes: Tensor = torch.where(size > 0, (x * y * w).sum(-1) / size.where(size > 0, 1.0), 0.0)
+    return slopes
 
 
-def plain(statistic: Statistic, predicted: Tensor, actual: Tensor) -> Float[Tensor, " q"]:
-    """The statistic per query, every subset once."""
+def per_query(statistic: Statistic, predicted: Tensor, actual: Tensor) -> Float[Tensor, " q"]:
+    """The statistic of each query, in which every subset counts once."""
     return statistic(predicted.double(), actual.double(), torch.ones(1, predicted.shape[-1], dtype=torch.float64))[0]
 
 
 def resampled(
     statistic: Statistic, predicted: Tensor, actual: Tensor, resamples: int, seed: int = 0
 ) -> Float[Tensor, " b"]:
-    """The mean over queries under resampled subsets. The same seed gives the same draws: differences are paired."""
+    """The mean over queries under resampled subsets. The same seed gives the same draws, so differences are paired."""
     predicted, actual = predicted.double(), actual.double()
     return torch.cat([statistic(predicted, actual, w).mean(-1) for w in _draws(predicted.shape, resamples, seed)])
 
@@ -87,13 +87,13 @@ def _draws(shape: torch.Size, resamples: int, seed: int) -> Iterator[Tensor]:
     picked = torch.randint(subsets, (resamples, subsets), generator=generator)
     weights = torch.zeros(resamples, subsets, dtype=torch.float64)
     weights.scatter_add_(1, picked, torch.ones_like(weights))
-    yield from torch.split(weights, max(1, _SLAB // (queries * subsets)))
+    yield from torch.split(weights, max(1, _RANKS_AT_ONCE // (queries * subsets)))
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
-    """A number with the middle 95 % of what resampling gives, and the protocol it belongs to."""
+    """A number, the middle 95 % of its resampled values, and the protocol it belongs to."""
 
     value: float
     low: float
@@ -103,7 +103,7 @@ class Estimate:
 
     @staticmethod
     def of(value: float, draws: Tensor, protocol: str) -> Estimate:
-        """From the value on everything and on every resampling."""
+        """Make an estimate from the value on everything and the values on each resampling."""
         if not len(draws):
             raise InvalidInput("resamples must be at least 1.")
         tail = (1.0 - LEVEL) / 2
@@ -111,7 +111,7 @@ class Estimate:
         return Estimate(float(value), low, high, protocol, draws)
 
     def minus(self, other: Estimate) -> Estimate:
-        """The difference, paired: both must have been resampled alike.
+        """The paired difference; both estimates must have been resampled alike.
 
         Raises:
             InvalidInput: numbers of different protocols, or of different numbers of resamplings.

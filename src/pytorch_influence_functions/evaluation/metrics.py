@@ -1,4 +1,4 @@
-"""How well scores predict what retraining measured: one named protocol per number, with its interval and ceiling."""
+"""How well scores predict what retraining measured: each number carries its protocol, interval and ceiling."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..scores.scores import Scores
-from .correlate import RESAMPLES, Estimate, Statistic, pearson, plain, resampled, slope, spearman, weighted_ranks
+from .correlate import RESAMPLES, Estimate, Statistic, pearson, per_query, resampled, slope, spearman, weighted_ranks
 from .subsets import Protocol
 from .truth import Truth
 
 _SUBSETS = (Protocol.HALVES, Protocol.DROPS, Protocol.OWN)
 _REMOVALS = (Protocol.LEAVE_ONE_OUT, Protocol.GROUPS)
-# Ways to halve the seeds that are looked at for the ceiling.
-_SPLITS = 50
+# The noise ceiling looks at no more than so many ways to halve the seeds.
+_MAX_SPLITS = 50
 
 
-def values_of(scores: Scores | Tensor, truth: Truth) -> Float[Tensor, "q n"]:
+def score_values(scores: Scores | Tensor, truth: Truth) -> Float[Tensor, "q n"]:
     """Scores as a matrix, checked against the truth.
 
     Raises:
@@ -48,7 +48,7 @@ def values_of(scores: Scores | Tensor, truth: Truth) -> Float[Tensor, "q n"]:
     return scores.values.double()
 
 
-def _demand(truth: Truth, known: tuple[Protocol, ...], metric: str, other: str) -> None:
+def _require_protocol(truth: Truth, known: tuple[Protocol, ...], metric: str, other: str) -> None:
     if truth.protocol not in known:
         raise InvalidInput(f"{metric} is not defined for {truth.protocol.value}; use {other}.")
     if len(truth.subsets) < 3:
@@ -56,11 +56,11 @@ def _demand(truth: Truth, known: tuple[Protocol, ...], metric: str, other: str) 
 
 
 def _over_subsets(scores: Scores | Tensor, truth: Truth, statistic: Statistic, resamples: int) -> Estimate:
-    predicted = truth.predicted(values_of(scores, truth))
+    predicted = truth.predicted(score_values(scores, truth))
     actual = truth.changes().mean(1).T
-    value = float(plain(statistic, predicted, actual).mean())
+    value = float(per_query(statistic, predicted, actual).mean())
     draws = resampled(statistic, predicted, actual, resamples)
-    # A rank correlation of few distinct points comes out lower, and resampled points are fewer: centred on the value.
+    # Resampling leaves fewer distinct points, whose rank correlation is lower: the draws are centred on the value.
     draws = draws - draws.mean() + value
     return Estimate.of(value, draws if statistic is slope else draws.clamp(-1.0, 1.0), truth.name)
 
@@ -69,14 +69,14 @@ def lds(scores: Scores | Tensor, truth: Truth, resamples: int = RESAMPLES) -> Es
     """Linear datamodelling score: rank correlation over subsets of predicted with measured change, mean over queries.
 
     The prediction of a subset is the sum of the scores of what it leaves out; the measurement is the mean over seeds.
-    The interval resamples subsets. Half subsets and small drops are different protocols: each number carries its own.
+    The interval resamples subsets. Half subsets and small drops are different protocols; each number names its own.
 
     Raises:
         InvalidInput: a truth of single removals (use `removal_correlation`), or shapes that do not fit.
 
     Reference: Park et al. (2023), "TRAK".
     """
-    _demand(truth, _SUBSETS, "The linear datamodelling score", "removal_correlation")
+    _require_protocol(truth, _SUBSETS, "The linear datamodelling score", "removal_correlation")
     return _over_subsets(scores, truth, spearman, resamples)
 
 
@@ -89,13 +89,13 @@ def removal_correlation(scores: Scores | Tensor, truth: Truth, resamples: int = 
     Raises:
         InvalidInput: a truth of random subsets (use `lds`), or shapes that do not fit.
     """
-    _demand(truth, _REMOVALS, "The correlation over removals", "lds")
+    _require_protocol(truth, _REMOVALS, "The correlation over removals", "lds")
     return _over_subsets(scores, truth, pearson, resamples)
 
 
 def removal_slope(scores: Scores | Tensor, truth: Truth, resamples: int = RESAMPLES) -> Estimate:
     """Slope of measured on predicted change over removals, mean over queries: 1 where sizes are right."""
-    _demand(truth, _REMOVALS, "The slope over removals", "lds")
+    _require_protocol(truth, _REMOVALS, "The slope over removals", "lds")
     return _over_subsets(scores, truth, slope, resamples)
 
 
@@ -104,13 +104,13 @@ def main_metric(truth: Truth) -> tuple[str, Statistic]:
     return ("LDS", spearman) if truth.protocol in _SUBSETS else ("correlation", pearson)
 
 
-def evaluated(scores: Scores | Tensor, truth: Truth, resamples: int = RESAMPLES) -> Estimate:
-    """The truth's own metric: `lds` over random subsets, `removal_correlation` over removals."""
+def evaluate_one(scores: Scores | Tensor, truth: Truth, resamples: int = RESAMPLES) -> Estimate:
+    """Evaluate scores by the truth's own metric: `lds` over random subsets, `removal_correlation` over removals."""
     return (lds if truth.protocol in _SUBSETS else removal_correlation)(scores, truth, resamples)
 
 
 def noise_ceiling(truth: Truth, statistic: Statistic | None = None) -> float | None:
-    r"""What perfect predictions of the expected change would reach with these seeds; None with one seed.
+    r"""The correlation that perfect predictions of the expected change would reach; None with one seed.
 
     The seeds are split into halves (every way, at most 50); the correlation rho between the halves' means, stepped up
     to all R seeds by Spearman-Brown, k rho / (1 + (k - 1) rho) with k = R / half, is the reliability of the mean, and
@@ -122,22 +122,22 @@ def noise_ceiling(truth: Truth, statistic: Statistic | None = None) -> float | N
         return None
     half = seeds // 2
     changes = truth.changes()
-    found = []
+    correlations = []
     for first in _halves(seeds, half):
         rest = [r for r in range(seeds) if r not in first][:half]
         means = (changes[:, list(part)].mean(1).T for part in (first, rest))
-        found.append(float(plain(statistic, *means).mean()))
-    rho = max(sum(found) / len(found), 0.0)
+        correlations.append(float(per_query(statistic, *means).mean()))
+    rho = max(sum(correlations) / len(correlations), 0.0)
     k = seeds / half
     return float((k * rho / (1 + (k - 1) * rho)) ** 0.5)
 
 
 def _halves(seeds: int, half: int) -> list[tuple[int, ...]]:
-    ways = list(combinations(range(seeds), half))
-    if len(ways) <= _SPLITS:
-        return ways
+    splits = list(combinations(range(seeds), half))
+    if len(splits) <= _MAX_SPLITS:
+        return splits
     generator = torch.Generator().manual_seed(0)
-    return [tuple(torch.randperm(seeds, generator=generator)[:half].tolist()) for _ in range(_SPLITS)]
+    return [tuple(torch.randperm(seeds, generator=generator)[:half].tolist()) for _ in range(_MAX_SPLITS)]
 
 
 # ------------------------------------------------------------------------------------------ without retraining
@@ -152,22 +152,22 @@ def mislabel_auc(suspicion: Tensor, planted: Tensor, resamples: int = RESAMPLES)
 
     The interval resamples examples.
     """
-    suspicion, wrong = _suspects(suspicion, planted)
+    suspicion, wrong = _check_suspicion(suspicion, planted)
 
     def area(weights: Tensor) -> Tensor:
         ranks = weighted_ranks(suspicion[None], weights)[:, 0]
         bad = (weights * wrong).sum(-1)
         good = (weights * ~wrong).sum(-1)
-        # Ranks here are positions between neighbours, from 0: the sum over the wrong ones of the right ones below.
-        inner = (ranks * weights * wrong).sum(-1) - bad * bad / 2
-        return inner / (bad * good).clamp_min(1)
+        # Ranks count from 0. Summed over the wrong labels they count the right labels below each.
+        right_below = (ranks * weights * wrong).sum(-1) - bad * bad / 2
+        return right_below / (bad * good).clamp_min(1)
 
     return _over_examples(area, len(suspicion), resamples, f"mislabel AUC, {int(wrong.sum())} of {len(wrong)} wrong")
 
 
 def precision_at(suspicion: Tensor, planted: Tensor, k: int, resamples: int = RESAMPLES) -> Estimate:
     """Share of wrong labels among the `k` most suspected; the interval resamples those k."""
-    suspicion, wrong = _suspects(suspicion, planted)
+    suspicion, wrong = _check_suspicion(suspicion, planted)
     if not 1 <= k <= len(wrong):
         raise InvalidInput(f"k must lie between 1 and {len(wrong)}, the number of examples; got {k}.")
     hits = wrong[suspicion.argsort(descending=True, stable=True)[:k]].double()
@@ -177,26 +177,26 @@ def precision_at(suspicion: Tensor, planted: Tensor, k: int, resamples: int = RE
 
 def found_when_checking(suspicion: Tensor, planted: Tensor, shares: Sequence[float]) -> list[float]:
     """Share of the wrong labels found after checking the most suspected `shares` of all examples."""
-    suspicion, wrong = _suspects(suspicion, planted)
+    suspicion, wrong = _check_suspicion(suspicion, planted)
     ordered = wrong[suspicion.argsort(descending=True, stable=True)].double().cumsum(0)
     counts = [min(max(round(s * len(wrong)), 0), len(wrong)) for s in shares]
     return [float(ordered[c - 1] / ordered[-1]) if c else 0.0 for c in counts]
 
 
-def _suspects(suspicion: Tensor, planted: Tensor) -> tuple[Tensor, Tensor]:
+def _check_suspicion(suspicion: Tensor, planted: Tensor) -> tuple[Tensor, Tensor]:
     wrong = torch.as_tensor(planted)
-    found = torch.as_tensor(suspicion).detach().cpu().double()
-    if found.ndim != 1 or wrong.shape != found.shape or wrong.dtype != torch.bool:
+    values = torch.as_tensor(suspicion).detach().cpu().double()
+    if values.ndim != 1 or wrong.shape != values.shape or wrong.dtype != torch.bool:
         raise InvalidInput(
-            f"Expected one number and one bool per example, got {tuple(found.shape)} numbers and {wrong.dtype} of "
+            f"Expected one number and one bool per example, got {tuple(values.shape)} numbers and {wrong.dtype} of "
             f"shape {tuple(wrong.shape)}."
         )
-    bad = (~torch.isfinite(found)).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
     if bad:
         raise NonFinite(f"The suspicion of example {name_ids(bad)} is NaN or infinite; nothing is ranked around it.")
     if not 0 < int(wrong.sum()) < len(wrong):
         raise InvalidInput(f"{int(wrong.sum())} of {len(wrong)} labels are planted wrong; both kinds are needed.")
-    return found, wrong
+    return values, wrong
 
 
 def _over_examples(value: Any, n: int, resamples: int, name: str) -> Estimate:
@@ -209,10 +209,10 @@ def _over_examples(value: Any, n: int, resamples: int, name: str) -> Estimate:
 
 
 def top_overlap(runs: Sequence[Scores], k: int = 10, resamples: int = RESAMPLES) -> Estimate:
-    """How much of the `k` most helpful examples two runs share: mean over pairs of runs and queries, 0 to 1.
+    """The share of the `k` most helpful examples that two runs have in common: mean over pairs of runs and queries.
 
-    Runs differ by seed, say; what they do not share, no single one of them can be trusted with. By chance k / N. The
-    interval resamples queries.
+    Runs differ by seed, for instance. An example that only one run names depends on that run. Random runs share k / N.
+    The interval resamples queries.
     """
     if len(runs) < 2:
         raise InvalidInput(f"Overlap is between runs: give at least 2 scores, got {len(runs)}.")

@@ -1,4 +1,4 @@
-"""The proximal Bregman response: what an influence function predicts, found by really moving the weights."""
+"""The proximal Bregman response: what an influence function predicts, measured by moving the weights."""
 
 from __future__ import annotations
 
@@ -65,25 +65,25 @@ def pbrf(
         raise InvalidInput(f"damping must be above 0, got {damping}; take scores.diagnostics.damping.")
     if not 0 < step <= 1:
         raise InvalidInput(f"step must lie above 0 and be at most 1, got {step}.")
-    asked = Source.of(queries)
-    trained = resolve_measure(problem, problem.objective, problem.objective, problem.data)
-    measured = resolve_measure(problem, trained, measure, asked)
+    query_source = Source.of(queries)
+    training_loss = resolve_measure(problem, problem.objective, problem.objective, problem.data)
+    measured = resolve_measure(problem, training_loss, measure, query_source)
     subsets = Subsets.leave_one_out(len(problem), ids)
-    response = _Response(problem, trained, damping, step)
-    query_batch = _double(Examples.of(asked).batch)
+    response = _Response(problem, training_loss, damping, step)
+    query_batch = _double(Examples.of(query_source).batch)
 
-    def look(model: Any) -> Tensor:
+    def measure_with(model: Any) -> Tensor:
         with torch.no_grad():
             return measured.losses(measured.outputs(model, query_batch), query_batch)
 
-    before = look(response.model)
-    found = []
+    before = measure_with(response.model)
+    responses = []
     for row in track(~subsets.kept, len(subsets), "proximal responses", unit="model"):
-        by = response.without(int(row.nonzero()), max_steps, rtol)
-        found.append(before + (look(response.moved(by)) - before) / step)
+        move = response.without(int(row.nonzero()), max_steps, rtol)
+        responses.append(before + (measure_with(response.moved(move)) - before) / step)
     return Truth(
         subsets,
-        torch.stack(found)[:, None],
+        torch.stack(responses)[:, None],
         before[None],
         (0,),
         measured.lower_is_better,
@@ -100,7 +100,7 @@ def _double(batch: Any) -> Any:
 class _Response:
     """A float64 copy of the model, and how far from its weights each removal moves it.
 
-    The unknown is the move in units of step / N, so that numbers stay near 1: L-BFGS takes far smaller ones for none.
+    The unknown is the move in units of step / N, so that numbers stay near 1: L-BFGS treats far smaller ones as zero.
     """
 
     def __init__(self, problem: Problem, objective: AbstractObjective, damping: float, step: float) -> None:
@@ -118,26 +118,26 @@ class _Response:
             self.slope = torch.autograd.grad(losses.sum(), outputs)[0]
         self.outputs, self.losses = outputs.detach(), losses.detach()
 
-    def moved(self, by: Mapping[str, Tensor]) -> Any:
+    def moved(self, move: Mapping[str, Tensor]) -> Any:
         """The model after a move."""
-        return at(self.model, {name: start + self.unit * by[name] for name, start in self.start.items()})
+        return at(self.model, {name: start + self.unit * move[name] for name, start in self.start.items()})
 
-    def value(self, by: Mapping[str, Tensor], i: int) -> Tensor:
-        """What is minimised without example `i`, in units of (step / N)^2."""
-        outputs = self.objective.outputs(self.moved(by), self.batch)
+    def value(self, move: Mapping[str, Tensor], i: int) -> Tensor:
+        """The function whose minimum is the response to removing example `i`, in units of (step / N)^2."""
+        outputs = self.objective.outputs(self.moved(move), self.batch)
         losses = self.objective.losses(outputs, self.batch)
-        # Differences first: what is minimised is far smaller than the losses it is made of.
+        # Differences are taken first, because the result is far smaller than the losses themselves.
         change = losses - self.losses
         near = (change.sum() - (self.slope * (outputs - self.outputs)).sum()) / self.n
-        pull = torch.stack([s / 2 * by[name].square().sum() for name, s in self.strengths.items()]).sum()
+        pull = torch.stack([s / 2 * move[name].square().sum() for name, s in self.strengths.items()]).sum()
         return (near - self.unit * change[i]) / self.unit**2 + pull
 
     def without(self, i: int, max_steps: int, rtol: float) -> dict[str, Tensor]:
         """The move to the minimum without example `i`."""
-        by = {name: torch.zeros_like(start, requires_grad=True) for name, start in self.start.items()}
-        # Steps by gradients alone: near the minimum the values differ by less than their rounding.
+        move = {name: torch.zeros_like(start, requires_grad=True) for name, start in self.start.items()}
+        # The gradients alone decide when to stop: near the minimum, values differ by less than their rounding.
         optimizer = torch.optim.LBFGS(
-            list(by.values()), max_iter=max_steps, max_eval=4 * max_steps, tolerance_grad=0.0, tolerance_change=0.0,
+            list(move.values()), max_iter=max_steps, max_eval=4 * max_steps, tolerance_grad=0.0, tolerance_change=0.0,
             history_size=50,
         )  # fmt: skip
         sizes: list[float] = []
@@ -145,9 +145,9 @@ class _Response:
         def closure() -> Any:
             optimizer.zero_grad()
             with torch.enable_grad():
-                value = self.value(by, i)
+                value = self.value(move, i)
                 value.backward()  # type: ignore[no-untyped-call]
-            size = torch.stack([p.grad.square().sum() for p in by.values() if p.grad is not None]).sum().sqrt()
+            size = torch.stack([p.grad.square().sum() for p in move.values() if p.grad is not None]).sum().sqrt()
             sizes.append(float(size))
             if sizes[-1] <= rtol * sizes[0]:
                 raise _Arrived
@@ -156,7 +156,7 @@ class _Response:
         try:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except _Arrived:
-            return {name: p.detach() for name, p in by.items()}
+            return {name: p.detach() for name, p in move.items()}
         raise SolveFailed(
             f"The response to removing example {i} stopped at a gradient of {sizes[-1] / sizes[0]:.1e} of its start, "
             f"above rtol = {rtol:.1e}, within {max_steps} steps; raise max_steps or the damping."

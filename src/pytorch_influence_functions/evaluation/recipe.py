@@ -1,4 +1,4 @@
-"""How a model comes about: the built-in training recipe. A user's own training function is the other kind."""
+"""The built-in training recipe. The alternative is a user's own training function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..core.errors import InvalidInput
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 
-# The random generator is one for all threads; models are made one after the other.
+# All threads share one random generator, so models are made one after the other.
 _seeding = threading.Lock()
 
 Optimizer: TypeAlias = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -39,7 +39,7 @@ class ConstantRate:
 @final
 @dataclass(frozen=True)
 class LinearDecay:
-    """Up from zero during the share `warmup` of all steps, then down to zero in a straight line.
+    """The rate rises from zero during the share `warmup` of all steps, then falls to zero in a straight line.
 
     >>> [LinearDecay(warmup=0.0)(step, 4) for step in range(4)]
     [1.0, 0.75, 0.5, 0.25]
@@ -55,7 +55,7 @@ class LinearDecay:
 @final
 @dataclass(frozen=True)
 class CosineDecay:
-    """Up from zero during the share `warmup` of all steps, and down to zero along half a cosine."""
+    """The rate rises from zero during the share `warmup` of all steps, and falls to zero along half a cosine."""
 
     warmup: float = 0.1
 
@@ -130,20 +130,20 @@ class Recipe:
         """The model before its first step. The global random state is left alone."""
         with _seeding, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = self.model()
-        if not isinstance(made, nn.Module):
-            raise InvalidInput(f"The recipe's model() gave {type(made).__name__}, expected a torch.nn.Module.")
+            model = self.model()
+        if not isinstance(model, nn.Module):
+            raise InvalidInput(f"The recipe's model() gave {type(model).__name__}, expected a torch.nn.Module.")
         if self.start is not None:
             try:
-                made.load_state_dict(dict(self.start))
+                model.load_state_dict(dict(self.start))
             except RuntimeError as cause:
                 raise InvalidInput(
                     f"The recipe's start does not fit its model: {str(cause).splitlines()[-1].strip()}"
                 ) from cause
-        return made.train()
+        return model.train()
 
     def __repr__(self) -> str:
-        """Without what has no words: a warm start by name, not by its numbers."""
+        """The settings; a warm start is only mentioned, without its numbers."""
         parts = [words(self.model), f"optimizer={words(self.optimizer)}", f"epochs={self.epochs}"]
         parts += [f"batch_size={self.batch_size}", f"schedule={self.schedule!r}"]
         parts += [] if self.loss is None else [f"loss={words(self.loss)}"]

@@ -1,4 +1,4 @@
-"""Subset-removal curves: take away what scores call most helpful to a query, and see how far it falls."""
+"""Subset-removal curves: retrain without the examples most helpful to a query, and measure how much worse it gets."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .table import contenders
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class RemovalCurves:
-    """What happened to each query when its own top examples were removed. More harm is better attribution.
+    """How each query changed when its own top examples were removed. More harm means better attribution.
 
     Args:
         counts: the numbers k of removed examples.
         measured: for each name [K, R, Q], the query's measure after training without its own top k.
         baseline: [R, Q], after training on everything.
         lower_is_better: of the measure.
-        protocol: in words.
-        left_out: controls that could not be had, with the reason.
+        protocol: a description.
+        left_out: controls that could not be computed, with the reason.
     """
 
     counts: tuple[int, ...]
@@ -43,7 +43,7 @@ class RemovalCurves:
     left_out: Mapping[str, str]
 
     def harm(self, name: str, count: int, resamples: int = RESAMPLES) -> Estimate:
-        """Mean over queries of how much worse the measure became; the interval resamples queries.
+        """The mean over queries of how much worse the measure became; the interval resamples queries.
 
         Raises:
             UnknownName: no such method.
@@ -59,18 +59,18 @@ class RemovalCurves:
         return Estimate.of(float(worse.mean()), worse[picked].mean(1), f"{self.protocol}, {count} removed")
 
     def below_zero(self, name: str, count: int) -> float:
-        """Share of trainings and queries whose measure is below zero: flipped predictions, where it is a margin."""
+        """The share of trainings and queries with a measure below zero: for a margin, the flipped predictions."""
         return float((self.measured[name][self.counts.index(count)] < 0).double().mean())
 
     def __str__(self) -> str:
-        wide = max(map(len, self.measured))
+        width = max(map(len, self.measured))
         lines = [f"harm to a query by {self.protocol}; 95 % intervals over queries"]
-        lines.append("  " + " " * wide + "".join(f"  {f'{k} removed':>24}" for k in self.counts))
+        lines.append("  " + " " * width + "".join(f"  {f'{k} removed':>24}" for k in self.counts))
         order = sorted(self.measured, key=lambda name: -self.harm(name, self.counts[-1], 1).value)
         for name in order:
             cells = "".join(f"  {self.harm(name, k)!s:>24}" for k in self.counts)
-            lines.append(f"  {name:<{wide}}{cells}")
-        lines += [f"  {name:<{wide}}  not available: {why}" for name, why in self.left_out.items()]
+            lines.append(f"  {name:<{width}}{cells}")
+        lines += [f"  {name:<{width}}  not available: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -91,24 +91,25 @@ def removal_curves(
 ) -> RemovalCurves:
     """Retrain without each query's `k` most helpful examples, for every method and k: brittleness curves.
 
-    Controls (random, loss, embedding similarity, gradient dot product) are run with `problem`; random always. One
-    training per method, query, k and seed. Other arguments as in `retrain`; methods as in `evaluate`.
+    With `problem` the controls (random, loss, embedding similarity, gradient dot product) are run too; without it only
+    the random one. One training per method, query, k and seed. `methods` are given as in `evaluate`, the other
+    arguments as in `retrain`.
 
     Raises:
         InvalidInput: k below 1 or not below N, scores that do not fit.
 
     Reference: Ilyas et al. (2022), "Datamodels".
     """
-    source, asked = Source.of(train), Source.of(queries)
-    n, q = len(source), len(asked)
+    source, query_source = Source.of(train), Source.of(queries)
+    n, q = len(source), len(query_source)
     removed = tuple(int(k) for k in counts)
     if not removed or min(removed) < 1 or max(removed) >= n or len(set(removed)) < len(removed):
         raise InvalidInput(f"counts must be different numbers from 1 to {n - 1}, got {tuple(counts)}.")
-    found, left_out = contenders(methods, (q, n), problem, asked, measure)
-    orders = {c.name: helpful_orders(c.scores, (q, n)) for c in found}
-    groups = [order[at, :k] for order in orders.values() for k in removed for at in range(q)]
+    scored, left_out = contenders(methods, (q, n), problem, query_source, measure)
+    orders = {c.name: helpful_orders(c.scores, (q, n)) for c in scored}
+    groups = [order[row, :k] for order in orders.values() for k in removed for row in range(q)]
     truth = retrain(
-        recipe, Subsets.groups(n, groups), seeds, train=source, queries=asked, measure=measure, folder=folder,
+        recipe, Subsets.groups(n, groups), seeds, train=source, queries=query_source, measure=measure, folder=folder,
         workers=workers,
     )  # fmt: skip
     table = truth.measured.reshape(len(orders), len(removed), q, len(truth.seeds), q)

@@ -1,4 +1,4 @@
-"""Train on each subset with each seed and measure: the ground truth of data attribution."""
+"""Train on each subset with each seed and measure the queries: the ground truth of data attribution."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.model_state import same_rng
 from ..problem.problem import Problem
-from . import kept, own, training
+from . import kept, training, user_training
 from .recipe import Recipe, TrainFunction, code_of, words
 from .subsets import Subsets
-from .training import Examples, Job, Stack, Way
+from .training import Examples, Job, Stack, TrainingMode, one_thread
 from .truth import Truth
 
 
@@ -47,7 +47,7 @@ def retrain(
 ) -> Truth:
     """Train on each subset with each seed, and on everything with each seed; measure every query each time.
 
-    The same request gives the same numbers, in whatever order or number of workers. With `folder` every finished
+    The same request gives the same numbers, in any order and with any number of workers. With `folder` every finished
     training is kept there under a hash of recipe, data, queries and measure: an interrupted run goes on where it
     stopped, and further subsets or seeds add to what is there.
 
@@ -76,14 +76,14 @@ def retrain(
     torch.Size([6, 2, 1])
     """
     began = time.perf_counter()
-    source, asked = Source.of(train), Source.of(queries)
-    parts = Subsets.of(subsets)
-    if parts.n != len(source):
+    source, query_source = Source.of(train), Source.of(queries)
+    subsets = Subsets.of(subsets)
+    if subsets.n != len(source):
         raise InvalidInput(
-            f"The subsets are of {parts.n} examples and the training data hold {len(source)}; make them fit."
+            f"The subsets are of {subsets.n} examples and the training data hold {len(source)}; make them fit."
         )
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(s) for s in seeds)
-    if not chosen or len(set(chosen)) < len(chosen):
+    seed_list = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(s) for s in seeds)
+    if not seed_list or len(set(seed_list)) < len(seed_list):
         raise InvalidInput(f"seeds must be a number of at least 1, or different whole numbers; got {seeds!r}.")
     if not isinstance(recipe, Recipe) and not callable(recipe):
         raise InvalidInput(
@@ -91,43 +91,44 @@ def retrain(
         )
     if workers is not None and workers < 1:
         raise InvalidInput(f"workers must be at least 1, got {workers}.")
-    plan = _Plan.of(recipe, source, asked, measure, chosen[0], workers)
-    everything = torch.ones(parts.n, dtype=torch.bool)
-    jobs = [Job(everything, {}, r) for r in chosen]
-    jobs += [Job(row, parts.change(s), r) for s, row in enumerate(parts.kept) for r in chosen]
-    shelf = kept.Shelf.at(folder, plan.mark)
-    values, before = plan.results(jobs, shelf)
-    table = torch.stack(values).reshape(1 + len(parts), len(chosen), -1)
+    retraining = _Retraining.of(recipe, source, query_source, measure, seed_list[0], workers)
+    everything = torch.ones(subsets.n, dtype=torch.bool)
+    jobs = [Job(everything, {}, r) for r in seed_list]
+    jobs += [Job(row, subsets.change(s), r) for s, row in enumerate(subsets.kept) for r in seed_list]
+    shelf = kept.Shelf.at(folder, retraining.mark)
+    values, earlier_seconds = retraining.results(jobs, shelf)
+    table = torch.stack(values).reshape(1 + len(subsets), len(seed_list), -1)
     return Truth(
-        subsets=parts,
+        subsets=subsets,
         measured=table[1:],
         baseline=table[0],
-        seeds=chosen,
-        lower_is_better=plan.measure.lower_is_better,
-        recipe=plan.words,
-        measure=repr(plan.measure),
-        how=plan.how,
-        mark=plan.mark,
-        seconds=before + time.perf_counter() - began,
+        seeds=seed_list,
+        lower_is_better=retraining.measure.lower_is_better,
+        recipe=retraining.description,
+        measure=repr(retraining.measure),
+        how=retraining.how,
+        mark=retraining.mark,
+        seconds=earlier_seconds + time.perf_counter() - began,
     )
 
 
-def trained(recipe: Recipe, data: Any, seed: int = 0) -> nn.Module:
-    """A model trained on everything by the recipe, in eval mode: what `retrain` trains with the same seed.
+def train_model(recipe: Recipe, data: Any, seed: int = 0) -> nn.Module:
+    """Train a model on everything by the recipe, as `retrain` does with the same seed; it is returned in eval mode.
 
     >>> x = torch.arange(12.0).reshape(6, 2).sin()
-    >>> trained(Recipe(lambda: nn.Linear(2, 1), loss=nn.MSELoss()), (x, x[:, :1])).training
+    >>> train_model(Recipe(lambda: nn.Linear(2, 1), loss=nn.MSELoss()), (x, x[:, :1])).training
     False
     """
     source = Source.of(data)
     examples = Examples.of(source)
-    _, objective = _objective(recipe, source, seed)
-    with _drawing(seed):
-        return training.train(recipe, objective, examples, Job(torch.ones(len(source), dtype=torch.bool), {}, seed))
+    _, objective = _training_loss(recipe, source, seed)
+    job = Job(torch.ones(len(source), dtype=torch.bool), {}, seed)
+    with _seeded(seed), Meter(recipe.steps(len(source)), "training", "step") as meter:
+        return training.train_alone(recipe, objective, examples, job, meter.advance)
 
 
-def _objective(recipe: Recipe, source: Source, seed: int) -> tuple[Problem, AbstractObjective]:
-    """The training loss, inferred where it is not given, with its reduction known."""
+def _training_loss(recipe: Recipe, source: Source, seed: int) -> tuple[Problem, AbstractObjective]:
+    """The training loss, inferred if it is not given, with its reduction known."""
     model = recipe.fresh(seed)
     problem = Problem(model, recipe.objective() or infer_objective(model, source), source)
     return problem, resolve_measure(problem, problem.objective, problem.objective, source)
@@ -135,8 +136,8 @@ def _objective(recipe: Recipe, source: Source, seed: int) -> tuple[Problem, Abst
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Plan:
-    """How jobs are carried out."""
+class _Retraining:
+    """The recipe, its data, and how its jobs are carried out."""
 
     recipe: Recipe | TrainFunction
     objective: AbstractObjective
@@ -144,113 +145,113 @@ class _Plan:
     source: Source
     queries: Source
     examples: Examples | None
-    way: Way
+    mode: TrainingMode
     workers: int
-    words: str
+    description: str
     how: str
     mark: str
 
     @staticmethod
     def of(
-        recipe: Recipe | TrainFunction, source: Source, queries: Source, asked: Any, seed: int, workers: int | None
-    ) -> _Plan:
+        recipe: Recipe | TrainFunction, source: Source, queries: Source, measure: Any, seed: int, workers: int | None
+    ) -> _Retraining:
         if not isinstance(recipe, Recipe):
-            return _Plan._of_function(recipe, source, queries, asked, seed, workers or 1)
-        problem, objective = _objective(recipe, source, seed)
+            return _Retraining._of_function(recipe, source, queries, measure, seed, workers or 1)
+        problem, objective = _training_loss(recipe, source, seed)
         model = problem.model
         examples = Examples.of(source)
-        way = Way.of(recipe, objective, examples, seed)
+        mode = TrainingMode.of(recipe, objective, examples, seed)
         made = hashlib.sha256()
         kept.absorb(made, __version__, recipe, code_of(recipe.model), code_of(recipe.optimizer), model, repr(objective))
         for name, tensor in sorted(model.state_dict().items()):
             kept.absorb(made, name, tensor)
-        threads = 1 if way.draws else workers or torch.get_num_threads()
-        measured = resolve_measure(problem, objective, asked, queries)
-        said = f"{way.words}; {threads} thread{'s' * (threads != 1)}"
-        parts = (recipe, objective, measured, source, queries, examples, way, threads, repr(recipe), said)
-        return _Plan(*parts, _mark(made, source, queries, measured))
+        threads = 1 if mode.draws else workers or torch.get_num_threads()
+        measured = resolve_measure(problem, objective, measure, queries)
+        how = f"{mode.description}; {threads} thread{'s' * (threads != 1)}"
+        fields = (recipe, objective, measured, source, queries, examples, mode, threads, repr(recipe), how)
+        return _Retraining(*fields, _mark(made, source, queries, measured))
 
     @staticmethod
     def _of_function(
-        recipe: TrainFunction, source: Source, queries: Source, asked: Any, seed: int, workers: int
-    ) -> _Plan:
-        if asked is None:
+        recipe: TrainFunction, source: Source, queries: Source, measure: Any, seed: int, workers: int
+    ) -> _Retraining:
+        if measure is None:
             raise InvalidInput(
                 "What to measure on a query cannot be told from a training function; pass measure=, e.g. "
                 "torch.nn.CrossEntropyLoss()."
             )
-        measured = as_objective(asked)
-        if isinstance(measured, FromFunction):  # how it averages is found by trying it on a model
-            probe = own.Work(recipe, source, queries, measured)
-            first = probe.train(Job(torch.ones(len(source), dtype=torch.bool), {}, seed))
+        measured = as_objective(measure)
+        if isinstance(measured, FromFunction):  # a trained model shows how the function averages over examples
+            work = user_training.Work(recipe, source, queries, measured)
+            first = work.train(Job(torch.ones(len(source), dtype=torch.bool), {}, seed))
             measured = resolve_measure(Problem(first, measured, queries), measured, measured, queries)
         made = hashlib.sha256()
         kept.absorb(made, __version__, words(recipe), code_of(recipe))
         place = "in this process" if workers == 1 else f"in {workers} processes"
-        parts = (
+        fields = (
             recipe,
             measured,
             measured,
             source,
             queries,
             None,
-            Way(1, ""),
+            TrainingMode(1, ""),
             workers,
             words(recipe),
             f"one by one {place}",
         )
-        return _Plan(*parts, _mark(made, source, queries, measured))
+        return _Retraining(*fields, _mark(made, source, queries, measured))
 
     def results(self, jobs: Sequence[Job], shelf: kept.Shelf) -> tuple[list[Tensor], float]:
-        """The measurements of every job, from the shelf or freshly made; and the seconds spent on those found."""
+        """The measurements of every job, read or made now, and the seconds that those read had taken."""
         names = [kept.key(job) for job in jobs]
-        found, before = shelf.read()
-        found = {name: value for name, value in found.items() if name in set(names)}
-        missing = {name: job for name, job in zip(names, jobs, strict=True) if name not in found}
+        stored, earlier_seconds = shelf.read()
+        measurements = {name: value for name, value in stored.items() if name in set(names)}
+        missing = {name: job for name, job in zip(names, jobs, strict=True) if name not in measurements}
         with Meter(len(set(names)), "retraining", "model") as meter:
-            meter.advance(len(found))
-            for keys, values, seconds in self._fresh(missing):
+            meter.advance(len(measurements))
+            for keys, values, seconds in self._run(missing):
                 shelf.write(keys, values, seconds)
-                found |= dict(zip(keys, values, strict=True))
+                measurements |= dict(zip(keys, values, strict=True))
                 meter.advance(len(keys))
-        return [found[name] for name in names], before
+        return [measurements[name] for name in names], earlier_seconds
 
-    def _fresh(self, jobs: dict[str, Job]) -> Iterator[tuple[list[str], Tensor, float]]:
+    def _run(self, jobs: dict[str, Job]) -> Iterator[tuple[list[str], Tensor, float]]:
         names = list(jobs)
         if self.examples is None:
             assert not isinstance(self.recipe, Recipe)
-            work = own.Work(self.recipe, self.source, self.queries, self.measure)
+            work = user_training.Work(self.recipe, self.source, self.queries, self.measure)
             last = time.perf_counter()
-            for at, values in own.run(work, list(jobs.values()), self.workers):
+            for position, values in user_training.run_jobs(work, list(jobs.values()), self.workers):
                 now = time.perf_counter()
-                yield [names[at]], values[None], now - last
+                yield [names[position]], values[None], now - last
                 last = now
             return
-        yield from self._in_threads([[(n, jobs[n]) for n in chunk] for chunk in self._chunks(jobs)])
+        yield from self._run_in_threads([[(n, jobs[n]) for n in chunk] for chunk in self._chunks(jobs)])
 
     def _chunks(self, jobs: dict[str, Job]) -> list[list[str]]:
-        """Jobs that go through the same number of batches of the same sizes, as many together as is worth it."""
+        """Groups of jobs that are trained as one stack: they go through batches of the same number and sizes."""
         alike: dict[int, list[str]] = defaultdict(list)
         assert isinstance(self.recipe, Recipe)
         for name, job in jobs.items():
             alike[0 if self.recipe.hold_batches else int(job.kept.sum())].append(name)
-        found = []
+        chunks = []
         for group in alike.values():
-            # No more at once than leaves work for every thread.
-            size = max(1, min(self.way.together, -(-len(group) // self.workers)))
-            found += [group[at : at + size] for at in range(0, len(group), size)]
-        return found
+            # Chunks are small enough to leave work for every thread.
+            size = max(1, min(self.mode.stack_size, -(-len(group) // self.workers)))
+            chunks += [group[start : start + size] for start in range(0, len(group), size)]
+        return chunks
 
-    def _in_threads(self, chunks: list[list[tuple[str, Job]]]) -> Iterator[tuple[list[str], Tensor, float]]:
+    def _run_in_threads(self, chunks: list[list[tuple[str, Job]]]) -> Iterator[tuple[list[str], Tensor, float]]:
         given_up = threading.Event()
 
         def one(chunk: list[tuple[str, Job]]) -> tuple[list[str], Tensor, float]:
-            torch.set_num_threads(1)  # belongs to the thread that asks
+            torch.set_num_threads(1)  # the setting belongs to the thread that makes it
             began = time.perf_counter()
             values = self._train([job for _, job in chunk], given_up)
             return [name for name, _ in chunk], values, time.perf_counter() - began
 
-        with _one_thread(), ThreadPoolExecutor(self.workers) as pool:
+        with one_thread(), ThreadPoolExecutor(self.workers) as pool:
             try:
                 for future in as_completed([pool.submit(one, chunk) for chunk in chunks]):
                     keys, values, seconds = future.result()
@@ -262,17 +263,17 @@ class _Plan:
     def _train(self, jobs: list[Job], given_up: threading.Event) -> Tensor:
         assert isinstance(self.recipe, Recipe) and self.examples is not None
 
-        def stop() -> None:
+        def check_given_up() -> None:
             if given_up.is_set():
                 raise InterruptedError("given up: another training failed or the run was interrupted")
 
         model: nn.Module | Stack
-        if self.way.together > 1:
-            model = training.train_together(self.recipe, self.objective, self.examples, jobs, stop)
+        if self.mode.stack_size > 1:
+            model = training.train_together(self.recipe, self.objective, self.examples, jobs, check_given_up)
         else:
-            with _drawing(jobs[0].seed) if self.way.draws else nullcontext():
-                model = training.train(self.recipe, self.objective, self.examples, jobs[0], stop)
-        return training.measure(model, self.measure, self.queries, [job.seed for job in jobs])
+            with _seeded(jobs[0].seed) if self.mode.draws else nullcontext():
+                model = training.train_alone(self.recipe, self.objective, self.examples, jobs[0], check_given_up)
+        return training.measure_queries(model, self.measure, self.queries, [job.seed for job in jobs])
 
 
 def _mark(made: Any, source: Source, queries: Source, measured: AbstractObjective) -> str:
@@ -283,18 +284,8 @@ def _mark(made: Any, source: Source, queries: Source, measured: AbstractObjectiv
 
 
 @contextmanager
-def _drawing(seed: int) -> Iterator[None]:
-    """Dropout and the like draw from the seed; afterwards the global random state is as before."""
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, dropout and the like draw from the seed; afterwards the global random state is as before."""
     with same_rng():
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

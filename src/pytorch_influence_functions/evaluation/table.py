@@ -21,7 +21,7 @@ from ..problem.problem import Problem
 from ..scores.scores import Scores
 from ..solvers.direct import Spectral
 from .correlate import RESAMPLES, Estimate
-from .metrics import evaluated, main_metric, noise_ceiling
+from .metrics import evaluate_one, main_metric, noise_ceiling
 from .truth import Truth
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ BASELINES: Mapping[str, AbstractMethod] = {
     "embedding similarity": EmbeddingSimilarity(),
     "gradient dot product": Influence(Identity(), Spectral(), Absolute(0.0)),
 }
-"""In every table that is given a problem and queries."""
+"""Compared in every table that is given a problem and queries."""
 
 
 @final
@@ -57,7 +57,7 @@ class Evaluation:
         protocol: the protocol with its numbers.
         ceiling: what perfect predictions would reach with these seeds; None with one seed.
         rows: a line per method, best first.
-        left_out: baselines that could not be had, with the reason.
+        left_out: baselines that could not be computed, with the reason.
     """
 
     metric: str
@@ -136,15 +136,15 @@ def evaluate(
     measure: Any = None,
     resamples: int = RESAMPLES,
 ) -> Evaluation:
-    """Judge scores, or methods that are run for it, by what retraining measured.
+    """Compare scores, or methods that are run for it, with what retraining measured.
 
-    With `problem` and `queries` the plain baselines stand in the table too: random numbers, training loss, embedding
-    similarity, gradient dot product. Without them only random numbers can.
+    With `problem` and `queries` the table includes the plain baselines: random numbers, training loss, embedding
+    similarity, gradient dot product. Without them it includes random numbers only.
 
     Args:
         methods: scores (`Scores` or [Q, N]) or methods such as `ptif.ekfac()`: one, or a mapping from names.
         truth: from `retrain` or `Truth.load`.
-        problem: the trained model with its data; with checkpoints, ensembles are judged.
+        problem: the trained model with its data; with checkpoints, every method is an ensemble.
         queries: those of the truth, in its order.
         measure: what the truth measured, `None` for the training loss.
         resamples: of the subsets, for intervals.
@@ -161,8 +161,8 @@ def evaluate(
     1.0
     """
     shape = (truth.measured.shape[2], truth.subsets.n)
-    found, left_out = contenders(methods, shape, problem, queries, measure)
-    rows = [Row(c.name, evaluated(c.scores, truth, resamples), c.seconds, c.models) for c in found]
+    scored, left_out = contenders(methods, shape, problem, queries, measure)
+    rows = [Row(c.name, evaluate_one(c.scores, truth, resamples), c.seconds, c.models) for c in scored]
     rows.sort(key=lambda row: -row.estimate.value)
     return Evaluation(main_metric(truth)[0], truth.name, noise_ceiling(truth), tuple(rows), left_out)
 
@@ -170,7 +170,7 @@ def evaluate(
 @final
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A method's scores, what they took, and how many models they are of."""
+    """A method's scores, the seconds they took, and the number of models they come from."""
 
     name: str
     scores: Scores | Tensor
@@ -181,25 +181,25 @@ class Contender:
 def contenders(
     methods: Any, shape: tuple[int, int], problem: Problem | None, queries: Any, measure: Any
 ) -> tuple[list[Contender], dict[str, str]]:
-    """Everything that is judged, baselines with it, run where needed; and the baselines left out, with the reason."""
-    named = methods if isinstance(methods, Mapping) else {_name(methods): methods}
+    """Everything that is compared, run if needed, baselines included; and the baselines left out, with the reason."""
+    named = methods if isinstance(methods, Mapping) else {_default_name(methods): methods}
     if not named:
         raise InvalidInput("No methods were given; give scores, or methods with problem= and queries=.")
-    found, left_out = [], {}
-    for name, given in {**_baselines(problem, queries, named, shape), **named}.items():
+    scored, left_out = [], {}
+    for name, method in {**_baselines(problem, queries, named, shape), **named}.items():
         try:
-            found.append(_contender(name, given, problem, queries, measure))
+            scored.append(_score(name, method, problem, queries, measure))
         except InvalidInput as cause:
             if name in named:
                 raise
             left_out[name] = str(cause)
-    return found, left_out
+    return scored, left_out
 
 
-def _name(given: Any) -> str:
-    if isinstance(given, AbstractMethod):
-        return repr(given)
-    return (given.provenance if isinstance(given, Scores) else "") or "scores"
+def _default_name(method: Any) -> str:
+    if isinstance(method, AbstractMethod):
+        return repr(method)
+    return (method.provenance if isinstance(method, Scores) else "") or "scores"
 
 
 def _baselines(
@@ -210,14 +210,14 @@ def _baselines(
     return {"random": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
 
-def _contender(name: str, given: Any, problem: Problem | None, queries: Any, measure: Any) -> Contender:
-    if isinstance(given, (Scores, Tensor)):
-        return Contender(name, given, None, given.diagnostics.members if isinstance(given, Scores) else 1)
-    if not isinstance(given, AbstractMethod):
-        raise InvalidInput(f"{name} is a {type(given).__name__}; expected scores, or a method such as ptif.ekfac().")
+def _score(name: str, method: Any, problem: Problem | None, queries: Any, measure: Any) -> Contender:
+    if isinstance(method, (Scores, Tensor)):
+        return Contender(name, method, None, method.diagnostics.members if isinstance(method, Scores) else 1)
+    if not isinstance(method, AbstractMethod):
+        raise InvalidInput(f"{name} is a {type(method).__name__}; expected scores, or a method such as ptif.ekfac().")
     if problem is None or queries is None:
         raise InvalidInput(f"The method {name} has nothing to score; pass problem= and queries=, or its scores.")
     began = time.perf_counter()
-    asked = Source.of(queries, problem.batch_size)
-    scores = given.fit(problem, n_queries=len(asked)).score(asked, measure)
+    source = Source.of(queries, problem.batch_size)
+    scores = method.fit(problem, n_queries=len(source)).score(source, measure)
     return Contender(name, scores, time.perf_counter() - began, max(1, len(problem.checkpoints)))

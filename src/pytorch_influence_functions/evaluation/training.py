@@ -1,8 +1,9 @@
-"""Training by the built-in recipe: one model, or many models as one, to the same weights."""
+"""Training by the built-in recipe: one model alone, or many models stacked into one, with the same weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -18,12 +19,12 @@ from ..objectives.base import AbstractObjective, tensor_targets, with_targets
 from ..problem.data import Source
 from .recipe import Recipe
 
-# Numbers of all parameters together that one step still handles well: above, they fall out of the cache.
-_TOGETHER = 6_000_000
-_MOST = 64
-# A model this large keeps a core busy by itself.
-_LARGE = 500_000
-# Optimisers whose update of a number looks at that number's own history only.
+# A stack of models is trained well up to so many parameters in all: larger stacks fall out of the cache.
+_STACK_PARAMETERS = 6_000_000
+_MAX_STACK = 64
+# A model of more parameters keeps a core busy by itself.
+_LARGE_MODEL = 500_000
+# Optimisers that update each number from its own history alone.
 _ELEMENTWISE = (
     torch.optim.SGD,
     torch.optim.Adam,
@@ -37,8 +38,8 @@ _ELEMENTWISE = (
 )
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.RReLU, nn.modules.rnn.RNNBase)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-Stop: TypeAlias = Callable[[], None]
-"""Called before every step; raises when training is to be given up."""
+StepHook: TypeAlias = Callable[[], None]
+"""Called before every step; an exception from it ends the training."""
 
 
 @final
@@ -59,8 +60,8 @@ class Examples:
         ids = torch.arange(len(source))
         _, batch = next(iter(source.load([ids])))
         source.check_finite(ids, batch)
-        moving = [t for _, t in tensors_of(batch)]
-        if not moving or any(t.dim() == 0 or len(t) != len(ids) for t in moving):
+        tensors = [t for _, t in tensors_of(batch)]
+        if not tensors or any(t.dim() == 0 or len(t) != len(ids) for t in tensors):
             raise InvalidInput(
                 "The built-in recipe needs examples that batch into tensors with one row each; give retrain() your own "
                 "training function instead."
@@ -69,39 +70,39 @@ class Examples:
 
     def rows(self, ids: Int[Tensor, "*m"], targets: Tensor | None = None) -> Any:
         """Some examples; `targets` [N, ...] or [M, N, ...] replace the dataset's."""
-        found = map_tensors(self.batch, lambda t: t[ids])
+        batch = map_tensors(self.batch, lambda t: t[ids])
         if targets is None:
-            return found
-        return with_targets(found, targets[ids] if ids.dim() == 1 else targets[torch.arange(len(ids))[:, None], ids])
+            return batch
+        return with_targets(batch, targets[ids] if ids.dim() == 1 else targets[torch.arange(len(ids))[:, None], ids])
 
     def targets(self, change: Mapping[int, Any]) -> Tensor | None:
-        """All targets [N, ...] with some replaced, `None` where none is."""
+        """All targets [N, ...] with some replaced; `None` if none is replaced."""
         if not change:
             return None
-        found = tensor_targets(self.batch).clone()
+        targets = tensor_targets(self.batch).clone()
         for index, label in change.items():
             try:
-                found[index] = torch.as_tensor(label, dtype=found.dtype)
+                targets[index] = torch.as_tensor(label, dtype=targets.dtype)
             except (RuntimeError, TypeError, ValueError) as cause:
                 raise InvalidInput(
                     f"Label {label!r} for training example {index} does not fit targets of shape "
-                    f"{tuple(found.shape[1:])} and {found.dtype}; give one like the dataset's."
+                    f"{tuple(targets.shape[1:])} and {targets.dtype}; give one like the dataset's."
                 ) from cause
-        return found
+        return targets
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One model to train: what it keeps, which labels change, and its seed."""
+    """One model to train: the examples it keeps, the labels that change, and its seed."""
 
     kept: Bool[Tensor, " n"]
     change: Mapping[int, Any]
     seed: int
 
 
-def plan(recipe: Recipe, job: Job) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, " b"] | None]]:
-    """The examples of every step, with their weights where batches are held."""
+def draw_batches(recipe: Recipe, job: Job) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, " b"] | None]]:
+    """Yield the indices of every step's examples, with their weights if the recipe holds batches."""
     order = torch.Generator().manual_seed(job.seed)
     n = len(job.kept)
     size = recipe.batch_size or n
@@ -115,39 +116,39 @@ def plan(recipe: Recipe, job: Job) -> Iterator[tuple[Int[Tensor, " b"], Float[Te
                 yield batch, None
 
 
-def train(
-    recipe: Recipe, objective: AbstractObjective, data: Examples, job: Job, stop: Stop = lambda: None
+def train_alone(
+    recipe: Recipe, objective: AbstractObjective, data: Examples, job: Job, before_step: StepHook = lambda: None
 ) -> nn.Module:
-    """One model, trained step by step; it comes back in eval mode."""
+    """Train one model step by step; it is returned in eval mode."""
     model = recipe.fresh(job.seed)
-    moving = [p for p in model.parameters() if p.requires_grad]
-    optimizer = recipe.optimizer(moving)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = recipe.optimizer(trainable)
     targets = data.targets(job.change)
-    steps = list(plan(recipe, job))
-    pace = _Pace(recipe, optimizer, len(steps))
+    steps = list(draw_batches(recipe, job))
+    scheduled = _ScheduledOptimizer(recipe, optimizer, len(steps))
     for ids, weights in steps:
-        stop()
+        before_step()
         batch = data.rows(ids, targets)
 
         def closure(batch: Any = batch, weights: Tensor | None = weights) -> Any:
             optimizer.zero_grad()
             with torch.enable_grad():
                 losses = objective.losses(objective.outputs(model, batch), batch)
-                loss = _mean(losses, weights)
+                loss = _weighted_mean(losses, weights)
                 loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
 
-        pace.step(closure)
+        scheduled.step(closure)
     return model.eval()
 
 
-def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+def _weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     return losses.mean() if weights is None else (losses * weights.to(losses.dtype)).mean()
 
 
 @dataclass(eq=False)
-class _Pace:
-    """An optimiser and the learning rate of its next step."""
+class _ScheduledOptimizer:
+    """An optimiser whose learning rate follows the recipe's schedule."""
 
     recipe: Recipe
     optimizer: torch.optim.Optimizer
@@ -171,7 +172,7 @@ class _Pace:
 @final
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Many models of one architecture: every tensor with the models along its first axis."""
+    """Many models of one architecture: the first axis of every tensor runs over the models."""
 
     skeleton: nn.Module
     tensors: Mapping[str, Tensor]
@@ -186,22 +187,26 @@ class Stack:
         return len(next(iter(self.tensors.values())))
 
     def losses(self, objective: AbstractObjective, batch: Any, shared: bool = False) -> Float[Tensor, "m b"]:
-        """Every model's losses, on a batch of its own each, or on one for all."""
+        """Every model's losses, each on a batch of its own; with `shared`, all on the same batch."""
 
         def one(tensors: dict[str, Tensor], own: Any) -> Tensor:
-            given = batch if shared else own
-            return objective.losses(objective.outputs(at(self.skeleton, tensors), given), given)
+            examples = batch if shared else own
+            return objective.losses(objective.outputs(at(self.skeleton, tensors), examples), examples)
 
-        moving = torch.zeros(len(self)) if shared else batch
+        batches = torch.zeros(len(self)) if shared else batch
         with quiet():
-            found: Tensor = vmap(one)(dict(self.tensors), moving)
-        return found
+            losses: Tensor = vmap(one)(dict(self.tensors), batches)
+        return losses
 
 
 def train_together(
-    recipe: Recipe, objective: AbstractObjective, data: Examples, jobs: Sequence[Job], stop: Stop = lambda: None
+    recipe: Recipe,
+    objective: AbstractObjective,
+    data: Examples,
+    jobs: Sequence[Job],
+    before_step: StepHook = lambda: None,
 ) -> Stack:
-    """`train` for several jobs whose batches have the same sizes, as one stacked model. In eval mode."""
+    """Train several jobs whose batches have the same sizes as one stacked model, as `train_alone` trains each."""
     stack = Stack.of([recipe.fresh(job.seed) for job in jobs])
     trainable = [k for k, p in stack.skeleton.named_parameters() if p.requires_grad]
     for name in trainable:
@@ -210,12 +215,12 @@ def train_together(
     changed = [data.targets(job.change) for job in jobs]
     targets = None
     if any(t is not None for t in changed):
-        usual = tensor_targets(data.batch)
-        targets = torch.stack([usual if t is None else t for t in changed])
-    steps = list(zip(*(plan(recipe, job) for job in jobs), strict=True))
-    pace = _Pace(recipe, optimizer, len(steps))
+        unchanged = tensor_targets(data.batch)
+        targets = torch.stack([unchanged if t is None else t for t in changed])
+    steps = list(zip(*(draw_batches(recipe, job) for job in jobs), strict=True))
+    scheduled = _ScheduledOptimizer(recipe, optimizer, len(steps))
     for members in steps:
-        stop()
+        before_step()
         batch = data.rows(torch.stack([ids for ids, _ in members]), targets)
         weights = None if members[0][1] is None else torch.stack([w for _, w in members if w is not None])
 
@@ -227,61 +232,63 @@ def train_together(
                 total.backward()  # type: ignore[no-untyped-call]
             return total.detach()
 
-        pace.step(closure)
+        scheduled.step(closure)
     stack.skeleton.eval()
     return Stack(stack.skeleton, {k: v.detach() for k, v in stack.tensors.items()})
 
 
 @final
 @dataclass(frozen=True)
-class Way:
-    """How many models are worth training as one (1: one by one), why, and whether training draws at random.
+class TrainingMode:
+    """How many models are stacked and trained as one (1: one by one), the reason, and whether training draws at random.
 
-    Decided by rule, so that the same request takes the same way in every run, and then checked in numbers.
+    A rule decides, so that the same request is carried out alike in every run; a stack's losses and gradients are then
+    compared with those of single models.
     """
 
-    together: int
-    words: str
+    stack_size: int
+    description: str
     draws: bool = False
 
     @staticmethod
-    def of(recipe: Recipe, objective: AbstractObjective, data: Examples, seed: int) -> Way:
-        """The way for this model, optimiser and data."""
+    def of(recipe: Recipe, objective: AbstractObjective, data: Examples, seed: int) -> TrainingMode:
+        """The mode for this model, optimiser and data."""
         model = recipe.fresh(seed)
         size = sum(p.numel() for p in model.parameters())
-        parts = list(model.modules())
-        random = next((type(m).__name__ for m in parts if isinstance(m, _RANDOM) and getattr(m, "p", 1.0) != 0), None)
+        modules = list(model.modules())
+        random = next((type(m).__name__ for m in modules if isinstance(m, _RANDOM) and getattr(m, "p", 1.0) != 0), None)
         if random is not None:
-            return Way(1, f"one by one: {random} depends on the random state or on the rest of a batch", True)
+            return TrainingMode(1, f"one by one: {random} depends on the random state or on the rest of a batch", True)
         if not isinstance(recipe.optimizer([p for p in model.parameters() if p.requires_grad]), _ELEMENTWISE):
-            return Way(1, "one by one: its optimiser looks at several numbers at once")
-        if size > _LARGE or any(isinstance(m, _CONVOLUTIONS) for m in parts):
-            return Way(1, "one by one: such a model keeps a core busy by itself")
-        if not _agree(recipe, objective, data, seed):
-            return Way(1, "one by one: trained together, this model came out differently")
-        most = int(min(_MOST, max(2, _TOGETHER // size)))
-        return Way(most, f"up to {most} at a time, as one stacked model")
+            return TrainingMode(1, "one by one: its optimiser looks at several numbers at once")
+        if size > _LARGE_MODEL or any(isinstance(m, _CONVOLUTIONS) for m in modules):
+            return TrainingMode(1, "one by one: such a model keeps a core busy by itself")
+        if not _stack_agrees(recipe, objective, data, seed):
+            return TrainingMode(1, "one by one: trained together, this model came out differently")
+        most = int(min(_MAX_STACK, max(2, _STACK_PARAMETERS // size)))
+        return TrainingMode(most, f"up to {most} at a time, as one stacked model")
 
 
-def _agree(recipe: Recipe, objective: AbstractObjective, data: Examples, seed: int) -> bool:
-    """Two models' losses and gradients, stacked and apart."""
+def _stack_agrees(recipe: Recipe, objective: AbstractObjective, data: Examples, seed: int) -> bool:
+    """Whether two models have the same losses and gradients in a stack as apart."""
     models = [recipe.fresh(seed), recipe.fresh(seed + 1)]
-    some = torch.arange(min(8, data.n))
+    probe = torch.arange(min(8, data.n))
     stack = Stack.of(models)
     names = [k for k, p in models[0].named_parameters() if p.requires_grad]
     for name in names:
         stack.tensors[name].requires_grad_()
-    batch = data.rows(some)
+    batch = data.rows(probe)
     try:
-        losses = stack.losses(objective, data.rows(torch.stack([some, some])))
-        slopes = grads(losses.sum(), [stack.tensors[k] for k in names])
+        losses = stack.losses(objective, data.rows(torch.stack([probe, probe])))
+        stacked_gradients = grads(losses.sum(), [stack.tensors[k] for k in names])
     except RuntimeError:
         return False
-    for at_model, model in enumerate(models):
+    for row, model in enumerate(models):
         each = objective.losses(objective.outputs(model, batch), batch)
-        own = grads(each.sum(), [dict(model.named_parameters())[k] for k in names])
-        pairs = [(each, losses[at_model])]
-        pairs += [(a, b[at_model]) for a, b in zip(own, slopes, strict=True) if a is not None and b is not None]
+        gradients = grads(each.sum(), [dict(model.named_parameters())[k] for k in names])
+        pairs = [(each, losses[row])]
+        paired_gradients = zip(gradients, stacked_gradients, strict=True)
+        pairs += [(a, b[row]) for a, b in paired_gradients if a is not None and b is not None]
         tolerance = 1e-8 if each.dtype == torch.float64 else 1e-4
         if any(float((a - b).detach().abs().max()) > tolerance * float(a.detach().abs().max()) for a, b in pairs):
             return False
@@ -289,22 +296,24 @@ def _agree(recipe: Recipe, objective: AbstractObjective, data: Examples, seed: i
 
 
 @torch.no_grad()
-def measure(model: nn.Module | Stack, objective: AbstractObjective, queries: Source, seeds: Sequence[int]) -> Tensor:
-    """What is measured on every query, [M, Q]; a single model has M = 1.
+def measure_queries(
+    model: nn.Module | Stack, objective: AbstractObjective, queries: Source, seeds: Sequence[int]
+) -> Float[Tensor, "m q"]:
+    """The measure of every query under every model, [M, Q]; a single model has M = 1.
 
     Raises:
         NonFinite: a model's measurement is NaN or infinite; its seed is named.
     """
-    found: list[Tensor] = []
+    blocks: list[Tensor] = []
     for ids, batch in queries.batches():
         queries.check_finite(ids, batch)
         if isinstance(model, Stack):
-            found.append(model.losses(objective, batch, shared=True))
+            blocks.append(model.losses(objective, batch, shared=True))
         else:
             outputs = objective.outputs(model, batch)
             objective.check(outputs, batch, ids)
-            found.append(objective.losses(outputs, batch)[None])
-    values = torch.cat(found, 1)
+            blocks.append(objective.losses(outputs, batch)[None])
+    values = torch.cat(blocks, 1)
     bad = (~torch.isfinite(values)).any(1).nonzero().flatten().tolist()
     if bad:
         raise NonFinite(
@@ -312,3 +321,14 @@ def measure(model: nn.Module | Stack, objective: AbstractObjective, queries: Sou
             "lower the learning rate of the recipe."
         )
     return values
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread inside: small layers gain nothing from more, and sums are added in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

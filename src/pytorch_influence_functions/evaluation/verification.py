@@ -1,4 +1,4 @@
-"""A handful of removals, really carried out: do these scores predict what happens?"""
+"""A few removals carried out by retraining, to check that scores predict what happens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Removal:
-    """One group that was removed, and what it did to one query."""
+    """One group that was removed, and the change that it made to one query."""
 
     why: str
     query: int
@@ -39,15 +39,15 @@ class Removal:
 @final
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """Predicted against measured change for a few removals; `print` gives the verdict in one sentence, and the table.
+    """Predicted against measured change for a few removals; printed, it is a verdict in one sentence and a table.
 
     Args:
-        removals: what was done.
+        removals: the groups that were removed.
         r: correlation of predicted with measured over all removals, with Fisher's interval.
         slope: least-squares slope of measured on predicted, with an interval from resampled removals.
         moved: mean change of the strongest predictions in the predicted direction, in units of the root mean square
             change by random groups; its interval resamples them.
-        protocol: in words.
+        protocol: a description.
     """
 
     removals: tuple[Removal, ...]
@@ -58,22 +58,23 @@ class Verification:
 
     @property
     def distinguishable(self) -> bool:
-        """Whether what the top of the ranking does can be told from noise."""
+        """Whether the effect of the top of the ranking can be distinguished from noise."""
         return self.moved.low > 0
 
     @property
     def sentence(self) -> str:
         """The verdict."""
         top = sum(r.why != "random" for r in self.removals)
-        words = (
+        conclusion = (
             "the top of the ranking is distinguishable from noise"
             if self.distinguishable
             else "the top of the ranking is NOT distinguishable from noise"
         )
         return (
-            f"Over {len(self.removals)} removals, predicted and measured change correlate with r = {_pm(self.r)} and "
-            f"slope {_pm(self.slope)}; the {top} strongest moved their query {self.moved.value:.1f} times as far as "
-            f"random groups do, in the predicted direction ({self.moved.low:.1f} to {self.moved.high:.1f}): {words}."
+            f"Over {len(self.removals)} removals, predicted and measured change correlate with r = {_interval(self.r)} "
+            f"and slope {_interval(self.slope)}; the {top} strongest moved their query {self.moved.value:.1f} times as "
+            f"far as random groups do, in the predicted direction ({self.moved.low:.1f} to {self.moved.high:.1f}): "
+            f"{conclusion}."
         )
 
     def plot(self) -> Figure:
@@ -97,7 +98,7 @@ class Verification:
     __repr__ = __str__
 
 
-def _pm(e: Estimate) -> str:
+def _interval(e: Estimate) -> str:
     return f"{e.value:.2f} ({e.low:.2f} to {e.high:.2f})"
 
 
@@ -116,9 +117,10 @@ def verify(
 ) -> Verification:
     """Remove `n` groups of examples, retrain, and compare with what the scores predicted.
 
-    Chosen for statistical power: for the queries with the largest predicted effects, the group of their most helpful
-    and of their most harmful examples (a third of the removals each), and random groups as the contrast. One example
-    does too little to be told from the noise of training, hence groups. `(n + 1) * seeds` trainings.
+    The groups are chosen for statistical power. A third of them are the most helpful examples of the queries with the
+    largest predicted effects, a third the most harmful examples of such queries, and a third random groups for
+    contrast. Groups are removed because one example changes less than the noise of training. `(n + 1) * seeds`
+    trainings.
 
     Args:
         scores: of every training example (no `top=`).
@@ -133,8 +135,8 @@ def verify(
         InvalidInput: settings or scores that cannot be verified.
     """
     source = scores.train_source if train is None else train
-    asked = scores.query_source if queries is None else queries
-    if source is None or asked is None:
+    query_source = scores.query_source if queries is None else queries
+    if source is None or query_source is None:
         raise InvalidInput(
             "These scores do not carry their data (they were loaded from a file); pass train= and queries=."
         )
@@ -147,25 +149,25 @@ def verify(
     count = max(1, scores.n_train // 50) if size is None else size
     if not 1 <= count <= scores.n_train // 2:
         raise InvalidInput(f"size must lie between 1 and {scores.n_train // 2}, half the training data; got {count}.")
-    picked = _choose(scores, n, count)
+    groups = _choose_groups(scores, n, count)
     truth = retrain(
-        recipe, Subsets.groups(scores.n_train, [ids for _, _, ids in picked]), seeds, train=source, queries=asked,
-        measure=measure, folder=folder, workers=workers,
+        recipe, Subsets.groups(scores.n_train, [ids for _, _, ids in groups]), seeds, train=source,
+        queries=query_source, measure=measure, folder=folder, workers=workers,
     )  # fmt: skip
     if truth.lower_is_better != scores.lower_is_better:
         raise InvalidInput(f"The scores are of another measure than {truth.measure}; pass the same measure=.")
     removals = []
-    for s, (why, q, ids) in enumerate(picked):
+    for s, (why, q, ids) in enumerate(groups):
         change = truth.changes()[s, :, q]
         error = float(change.std() / len(change) ** 0.5) if len(change) > 1 else math.nan
         predicted = float(scores.values[q, ids].double().sum())
         removals.append(
             Removal(why, int(scores.query_ids[q]), tuple(ids.tolist()), predicted, float(change.mean()), error)
         )
-    return judged(removals, f"{truth.name}; {truth.recipe}")
+    return judge(removals, f"{truth.name}; {truth.recipe}")
 
 
-def _choose(scores: Scores, n: int, size: int) -> list[tuple[str, int, Tensor]]:
+def _choose_groups(scores: Scores, n: int, size: int) -> list[tuple[str, int, Tensor]]:
     """(why, row, members) of every removal: both ends for the queries with the largest sums, then random groups."""
     ends = {}
     for why, sign in (("most helpful", 1.0), ("most harmful", -1.0)):
@@ -173,36 +175,37 @@ def _choose(scores: Scores, n: int, size: int) -> list[tuple[str, int, Tensor]]:
         top = signed.topk(size, dim=1)
         ends[why] = (top.values.sum(1).argsort(descending=True, stable=True), top.indices)
     each = n // 3
-    found: list[tuple[str, int, Tensor]] = []
+    groups: list[tuple[str, int, Tensor]] = []
     for why, (order, members) in ends.items():
-        found += [(why, int(q), members[int(q)]) for q in order.repeat(-(-each // len(order)))[:each]]
+        groups += [(why, int(q), members[int(q)]) for q in order.repeat(-(-each // len(order)))[:each]]
     if len(scores) < each:
-        # Fewer queries than removals: the next groups of the same queries.
-        found = _next_groups(scores, ends, each, size)
+        # There are fewer queries than removals, so the next groups of the same queries are taken.
+        groups = _next_groups(scores, ends, each, size)
     generator = torch.Generator().manual_seed(0)
-    for at in range(n - len(found)):
-        _, q, _ = found[at % len(found)]
-        found.append(("random", q, torch.randperm(scores.n_train, generator=generator)[:size]))
-    return found
+    for j in range(n - len(groups)):
+        _, q, _ = groups[j % len(groups)]
+        groups.append(("random", q, torch.randperm(scores.n_train, generator=generator)[:size]))
+    return groups
 
 
 def _next_groups(
     scores: Scores, ends: dict[str, tuple[Tensor, Tensor]], each: int, size: int
 ) -> list[tuple[str, int, Tensor]]:
-    found: list[tuple[str, int, Tensor]] = []
+    groups: list[tuple[str, int, Tensor]] = []
     for why, (queries, _) in ends.items():
         rounds = min(-(-each // len(queries)), max(1, scores.n_train // (2 * size)))
-        own = []
+        candidates = []
         for place in range(rounds):
             for q in queries.tolist():
                 order = scores.helpful_order(q) if why == "most helpful" else scores.harmful_order(q)
-                own.append((why if place == 0 else f"{why}, {place + 1}", q, order[place * size : (place + 1) * size]))
-        found += own[:each]
-    return found
+                reason = why if place == 0 else f"{why}, {place + 1}"
+                candidates.append((reason, q, order[place * size : (place + 1) * size]))
+        groups += candidates[:each]
+    return groups
 
 
-def judged(removals: Sequence[Removal], protocol: str) -> Verification:
-    """The verdict on some removals."""
+def judge(removals: Sequence[Removal], protocol: str) -> Verification:
+    """Work out the verdict on some removals."""
     x = torch.tensor([r.predicted for r in removals], dtype=torch.float64)
     y = torch.tensor([r.actual for r in removals], dtype=torch.float64)
     extreme = torch.tensor([r.why != "random" for r in removals])
@@ -210,13 +213,13 @@ def judged(removals: Sequence[Removal], protocol: str) -> Verification:
     # Fisher's z has a standard deviation of 1 / sqrt(n - 3).
     z, around = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))), 1.96 / math.sqrt(len(removals) - 3)
     correlation = Estimate(r, math.tanh(z - around), math.tanh(z + around), protocol)
-    picked = torch.randint(len(x), (RESAMPLES, len(x)), generator=torch.Generator().manual_seed(0))
-    slopes = torch.stack([_slope(x[p], y[p]) for p in picked])
+    resampled = torch.randint(len(x), (RESAMPLES, len(x)), generator=torch.Generator().manual_seed(0))
+    slopes = torch.stack([_slope(x[p], y[p]) for p in resampled])
     slope = Estimate.of(float(_slope(x, y)), slopes, protocol)
     noise = float(y[~extreme].square().mean().sqrt()) if bool((~extreme).any()) else 1.0
     signed = (y * x.sign())[extreme] / (noise or 1.0)
-    chosen = torch.randint(len(signed), (RESAMPLES, len(signed)), generator=torch.Generator().manual_seed(1))
-    moved = Estimate.of(float(signed.mean()), signed[chosen].mean(1), protocol)
+    resampled = torch.randint(len(signed), (RESAMPLES, len(signed)), generator=torch.Generator().manual_seed(1))
+    moved = Estimate.of(float(signed.mean()), signed[resampled].mean(1), protocol)
     return Verification(tuple(removals), correlation, slope, moved, protocol)
 
 
@@ -228,5 +231,5 @@ def _correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
 
 def _slope(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Tensor:
     a = x - x.mean()
-    found: Tensor = (a @ (y - y.mean())) / (a @ a).clamp_min(1e-300)
-    return found
+    slope: Tensor = (a @ (y - y.mean())) / (a @ a).clamp_min(1e-300)
+    return slope

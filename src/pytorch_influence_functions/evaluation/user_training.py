@@ -1,4 +1,4 @@
-"""A user's own training function: run here one by one, or in processes."""
+"""A user's own training function, called once per job: in this process or in several."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..objectives.base import LABELS, AbstractObjective
 from ..problem.data import Source
 from ..problem.model_state import same_rng
 from .recipe import TrainFunction, words
-from .training import Job, measure
+from .training import Job, measure_queries
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Part(Dataset[Any]):
-    """What a training function is given: the examples that are kept, `.indices` into the whole dataset."""
+class KeptExamples(Dataset[Any]):
+    """The dataset that a training function is given: the kept examples, with `.indices` into the whole dataset."""
 
     dataset: Any
     indices: list[int]
@@ -35,34 +35,34 @@ class Part(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, at: int) -> Any:
-        index = self.indices[at]
+    def __getitem__(self, position: int) -> Any:
+        index = self.indices[position]
         item = self.dataset[index]
-        return _relabelled(item, self.labels[index]) if index in self.labels else item
+        return _relabel(item, self.labels[index]) if index in self.labels else item
 
 
-def _relabelled(item: Any, label: Any) -> Any:
-    """An example with another label, of the type of its own."""
+def _relabel(item: Any, label: Any) -> Any:
+    """Give an example another label, of the type of its old one."""
     if isinstance(item, Mapping):
         name = next((k for k in LABELS if k in item), None)
         if name is None:
             raise InvalidInput("An example without 'labels' or 'label' cannot be relabelled; rename its target.")
-        return {**item, name: _like(item[name], label)}
+        return {**item, name: _label_like(item[name], label)}
     if not isinstance(item, (tuple, list)) or len(item) < 2:
         raise InvalidInput(
             f"An example of type {type(item).__name__} has no target to relabel; expected (inputs, target)."
         )
-    return type(item)([*item[:-1], _like(item[-1], label)])
+    return type(item)([*item[:-1], _label_like(item[-1], label)])
 
 
-def _like(old: Any, label: Any) -> Any:
+def _label_like(old: Any, label: Any) -> Any:
     return torch.as_tensor(label, dtype=old.dtype) if isinstance(old, Tensor) else label
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Everything one training needs: it must travel to another process."""
+    """Everything that a training needs. It is sent to other processes, so it must pickle."""
 
     function: TrainFunction
     data: Source
@@ -70,48 +70,49 @@ class Work:
     measure: AbstractObjective
 
     def run(self, job: Job) -> Tensor:
-        """Train and measure, [Q]; random generators start from the job's seed and are put back."""
-        return measure(self.train(job), self.measure, self.queries, [job.seed])[0]
+        """Train and measure, [Q]. Random generators start from the job's seed and are put back afterwards."""
+        return measure_queries(self.train(job), self.measure, self.queries, [job.seed])[0]
 
     def train(self, job: Job) -> nn.Module:
-        """The trained model, in eval mode."""
-        part = Part(self.data.dataset, job.kept.nonzero().flatten().tolist(), job.change)
+        """Call the user's function; the model is returned in eval mode."""
+        examples = KeptExamples(self.data.dataset, job.kept.nonzero().flatten().tolist(), job.change)
         with same_rng():
             random.seed(job.seed)
             np.random.seed(job.seed % 2**32)
             torch.manual_seed(job.seed)
-            made = self.function(part, job.seed)
-        if not isinstance(made, nn.Module):
+            model = self.function(examples, job.seed)
+        if not isinstance(model, nn.Module):
             raise InvalidInput(
-                f"The training function {words(self.function)} gave {type(made).__name__}, expected the trained "
+                f"The training function {words(self.function)} gave {type(model).__name__}, expected the trained "
                 "torch.nn.Module; return it."
             )
-        return made.eval()
+        return model.eval()
 
 
-_work: Work | None = None
+# Set in each worker process when it starts.
+_process_work: Work | None = None
 
 
-def _begin(work: Work) -> None:
-    global _work
+def _start_process(work: Work) -> None:
+    global _process_work
     torch.set_num_threads(1)
-    _work = work
+    _process_work = work
 
 
-def _one(at: int, job: Job) -> tuple[int, Tensor]:
-    assert _work is not None
-    return at, _work.run(job)
+def _run_job(position: int, job: Job) -> tuple[int, Tensor]:
+    assert _process_work is not None
+    return position, _process_work.run(job)
 
 
-def run(work: Work, jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, Tensor]]:
+def run_jobs(work: Work, jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, Tensor]]:
     """Yield `(position of the job, measurements [Q])` as trainings finish.
 
     Raises:
         InvalidInput: the function or the data cannot be sent to another process.
     """
     if processes == 1:
-        for at, job in enumerate(jobs):
-            yield at, work.run(job)
+        for position, job in enumerate(jobs):
+            yield position, work.run(job)
         return
     try:
         pickle.dumps(work)
@@ -121,9 +122,9 @@ def run(work: Work, jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, 
             "define it in a module, or use workers=1."
         ) from cause
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(work,)) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(work,)) as pool:
         try:
-            for future in as_completed([pool.submit(_one, at, job) for at, job in enumerate(jobs)]):
+            for future in as_completed([pool.submit(_run_job, position, job) for position, job in enumerate(jobs)]):
                 yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

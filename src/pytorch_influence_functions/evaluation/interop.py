@@ -1,4 +1,4 @@
-"""Other people's ground truth read here, and our scores in other people's metrics."""
+"""Ground truth read from dattri's layout, and scores handed to quanda's and captum's metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .truth import Truth
 def from_dattri(
     ground_truth: Any, n: int, lower_is_better: bool = True, removed: bool = False, baseline: Any = None
 ) -> Truth:
-    """A truth in dattri's layout: `(values, indices)`, as its `calculate_lds_ground_truth` gives and its `lds` takes.
+    """Read a truth in dattri's layout `(values, indices)`, as its `calculate_lds_ground_truth` gives it.
 
     Args:
         ground_truth: values float [M, Q], the measurement of every query after each of M trainings; indices int
@@ -65,7 +65,7 @@ def from_dattri(
 
 
 def explanations(scores: Scores) -> Float[Tensor, "q n"]:
-    """Scores as quanda and captum take them: [Q, N], positive for proponents, whatever the measure.
+    """Scores as quanda and captum take them: [Q, N], positive for proponents under every measure.
 
     Raises:
         InvalidInput: only some examples are held (`top=`).
@@ -81,9 +81,9 @@ def explanations(scores: Scores) -> Float[Tensor, "q n"]:
 def quanda_explainer(method: AbstractMethod, loss: Any, **options: Any) -> Any:
     """A quanda `Explainer` class that explains with one of our methods: for `explainer_cls=` of its metrics.
 
-    Fitted once per model; its queries come with targets of their own. Of self-influences it gives the places from the
-    bottom, far apart: quanda 0.5 only ranks them, and breaks ties by adding 1e-4 per position, which drowns small
-    numbers.
+    It is fitted once per model, and its queries come with targets of their own. Instead of self-influences it returns
+    their ranks from the bottom, spaced apart: quanda 0.5 only ranks them, and breaks ties by adding 1e-4 per position,
+    which would change the order of small numbers.
 
     Args:
         method: such as `ptif.ekfac()`.
@@ -116,13 +116,13 @@ def quanda_explainer(method: AbstractMethod, loss: Any, **options: Any) -> Any:
 
         def explain(self, test_data: Any, targets: Any) -> Tensor:
             """Scores [Q, N] of test inputs with these targets, positive for proponents."""
-            asked = torch.as_tensor(targets)
-            batch = with_targets(test_data, asked) if isinstance(test_data, Mapping) else (test_data, asked)
+            labels = torch.as_tensor(targets)
+            batch = with_targets(test_data, labels) if isinstance(test_data, Mapping) else (test_data, labels)
             return explanations(self.fitted.score(Source.of(batch)))
 
         def self_influence(self, batch_size: int = 1) -> Tensor:
-            """Every training example's place by its influence on itself, 0 for the lowest; ties share one."""
-            places: Tensor = torch.unique(self.fitted.self_influence(), return_inverse=True)[1].double()
-            return places * (1 + 1e-4 * len(places))
+            """Every training example's rank by self-influence, 0 for the lowest; ties share a rank."""
+            ranks: Tensor = torch.unique(self.fitted.self_influence(), return_inverse=True)[1].double()
+            return ranks * (1 + 1e-4 * len(ranks))
 
     return PtifExplainer
