@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from pytorch_influence_functions.classic import Config, calc_img_wise, get_default_config, s_test
-from pytorch_influence_functions.classic.engine import Engine, Settings, calculation
+from pytorch_influence_functions.classic.engine import Engine, ClassicSettings, calculation
 from pytorch_influence_functions.core.errors import InvalidInput, UnknownName
 from tests.interface.classic_cases import flat, gradient, hessian, quick, toy
 
@@ -204,7 +204,7 @@ def test_the_r_of_auto_tune_brings_the_noise_down_to_what_was_asked() -> None:
     config = Config(progress=False, r=10**6, damp=0.02).auto_tune(t.model, data, noise=NOISE)
     runs = []
     for k in range(3):
-        settings = Settings.of(Config(config, r=1, seed=config["seed"] + k))
+        settings = ClassicSettings.of(Config(config, r=1, seed=config["seed"] + k))
         with calculation(t.model, settings):
             engine = Engine.of(t.model, data, settings)
             runs.append(engine.s_test(engine.gradients(engine.problem.data, [0]).rows).flat()[0])

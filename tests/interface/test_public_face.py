@@ -178,13 +178,17 @@ def test_a_method_is_found_by_its_name_however_it_is_written(name: str) -> None:
         (ptif.methods.Random, ptif.methods.Random()),
         (ptif.ekfac, ptif.ekfac()),
     ],
-    ids=str,
+    ids=["hyphen", "dash", "nothing", "Influence", "curvature", "curvature class", "baseline class", "function"],
 )
 def test_what_else_can_only_mean_one_method_is_taken_for_it(given: Any, meant: Any) -> None:
     assert as_method(given) == meant
 
 
-@pytest.mark.parametrize("given", ["ekfac", ptif.ekfac, ptif.curvature.EKFAC(), ptif.curvature.EKFAC])
+@pytest.mark.parametrize(
+    "given",
+    ["ekfac", ptif.ekfac, ptif.curvature.EKFAC(), ptif.curvature.EKFAC],
+    ids=["name", "function", "record", "class"],
+)
 def test_attribute_takes_a_name_a_function_and_a_curvature(given: Any) -> None:
     data, queries = classes(20), classes(3)
     expected = ptif.ekfac().fit(ptif.Problem(model(), ptif.CrossEntropy(), data)).score(queries)

@@ -33,7 +33,7 @@ def mean_eigenvalue(model: nn.Module, x: Tensor, y: Tensor, empirical: bool) -> 
 
 CURVATURES = {
     "GGN": (GGN(), 3, False, 0.03),
-    "GGN, one draw per example": (GGN(), exact._ENUMERATED + 4, False, 0.05),
+    "GGN, one draw per example": (GGN(), exact.ENUMERATED_OUTPUTS + 4, False, 0.05),
     "Hessian": (Hessian(), 3, False, 0.03),
     "Fisher": (Fisher(samples=2), 3, False, 0.05),
     "empirical Fisher": (EmpiricalFisher(), 3, True, 0.03),
