@@ -487,3 +487,13 @@ class _Misleading(AbstractOperator):
     def apply(self, rows: Any) -> Any:
         scale = torch.logspace(-4, 4, self.size, dtype=rows.dtype)
         return self.space.rows(rows.flat() * scale)
+
+
+def test_an_old_method_name_works_and_says_what_it_is_called_now() -> None:
+    model, x, y = mlp()[:3]
+    fitted = ptif.dual(damping=0.1).fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+    with pytest.warns(DeprecationWarning, match=r"^\.self_scores\(\) is now \.self_influence\(\)\.$"):
+        own = fitted.self_scores()  # type: ignore[attr-defined]
+    assert torch.equal(own, fitted.self_influence())
+    with pytest.raises(AttributeError, match="Attribution has no attribute 'no_such_thing'"):
+        fitted.no_such_thing  # noqa: B018

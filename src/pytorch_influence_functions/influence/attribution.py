@@ -33,7 +33,7 @@ from ..solvers.truncation import Truncation
 from .assumptions import StationarityCheck
 from .checks import as_weights, check_parts, check_problem, check_weights_fit
 from .fitted_member import FittedMember
-from .method import AbstractMethod
+from .method import AbstractMethod, OldNames
 from .question import Question
 from .run_log import RunLog
 from .scoring import ScoringPass, Solved, TrainingStream
@@ -193,7 +193,7 @@ class Influence(AbstractMethod):
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class Attribution(OldNames):
     """A fitted method: curvature and solver are ready, any number of queries may follow.
 
     `Influence(...).fit(problem)` makes one.

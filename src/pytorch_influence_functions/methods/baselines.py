@@ -18,7 +18,7 @@ from ..curvature.exact import Identity
 from ..damping.rules import Absolute
 from ..influence.attribution import Attribution, Influence
 from ..influence.checks import check_problem
-from ..influence.method import AbstractMethod
+from ..influence.method import AbstractMethod, OldNames
 from ..influence.question import Question, resolve_measure
 from ..influence.scoring import ScoringPass
 from ..linalg.space import ROOT, Space
@@ -221,7 +221,7 @@ class EmbeddingSimilarity(AbstractBaseline):
 
 @final
 @dataclass(frozen=True, eq=False)
-class FittedBaseline:
+class FittedBaseline(OldNames):
     """A plain baseline with a problem; what it gives is in no unit, only its order means something."""
 
     spec: AbstractBaseline

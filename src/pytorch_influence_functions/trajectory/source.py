@@ -27,7 +27,7 @@ from ..curvature.exact import GGN
 from ..gradients.per_example import Derivatives
 from ..influence.assumptions import StationarityCheck
 from ..influence.checks import check_problem
-from ..influence.method import AbstractMethod
+from ..influence.method import AbstractMethod, OldNames
 from ..influence.question import Question
 from ..influence.run_log import RunLog
 from ..influence.scoring import (
@@ -221,7 +221,7 @@ def source(
 
 
 @dataclass(frozen=True, eq=False)
-class SourceAttribution:
+class SourceAttribution(OldNames):
     """A fitted `SOURCE`: every segment's curvature is ready, any number of queries may follow."""
 
     spec: SOURCE
