@@ -138,9 +138,8 @@ def forecast(
 
     Example:
         >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
-        >>> costs = forecast(nn.Linear(3, 2), (x, y), (x[:2], y[:2]), method="ekfac")
-        >>> costs.why
-        'EKFAC comes with its eigenvalues'
+        >>> forecast(nn.Linear(3, 2), (x, y), (x[:2], y[:2])).why
+        '8 parameters are few enough for the dense Gauss-Newton matrix, exactly'
     """
     spec, whole, source = _prepare("forecast", model, train, queries, loss, method, (damping, route), problem)
     if not isinstance(spec, Influence):
