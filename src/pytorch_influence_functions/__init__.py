@@ -12,8 +12,7 @@ What is typed daily stands here; the rest stands in one module per part of the f
 `ptif.trajectory`, `ptif.plots`, `ptif.evaluation`, `ptif.errors`, `ptif.classic`.
 """
 
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Three are old submodules by their old names: `ptif.calc_influence_function.calc_s_test(...)` keeps working.
 from . import (
@@ -46,8 +45,8 @@ from .classic import (
     init_logging,
 )
 from .core.errors import InfluenceError
-from .core.errors import nearest as _nearest
 from .core.progress import progress
+from .core.renames import moved_names as _moved_names
 from .evaluation.table import evaluate
 from .influence.attribution import Attribution, Influence
 from .methods.papers import dual, ekfac, exact, gauss_newton, tracin, trak
@@ -139,17 +138,7 @@ _MOVED |= {
 }
 
 if not TYPE_CHECKING:  # a type checker shall see only the names that are there
-
-    def __getattr__(name: str) -> Any:
-        """Hand a name that moved out from its new place, with one sentence that says where that is."""
-        if name not in _MOVED:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{_nearest(name, [*__all__, *_MOVED])}")
-        place, _, new_name = _MOVED[name].partition(".")
-        warnings.warn(f"ptif.{name} is now ptif.{place}.{new_name}.", DeprecationWarning, stacklevel=2)
-        value = getattr(globals()[place], new_name)
-        # `from ... import name` looks twice; the second look shall not warn again.
-        globals()[name] = value
-        return value
+    __getattr__ = _moved_names(__name__, _MOVED, __all__)
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from pytorch_influence_functions.classic import Config, calc_img_wise, get_default_config, s_test
-from pytorch_influence_functions.classic.engine import Engine, ClassicSettings, calculation
+from pytorch_influence_functions.classic.engine import ClassicSettings, Engine, calculation
 from pytorch_influence_functions.core.errors import InvalidInput, UnknownName
 from tests.interface.classic_cases import flat, gradient, hessian, quick, toy
 

@@ -284,27 +284,6 @@ def test_training_reports_its_steps() -> None:
     assert reports == [("training", done, steps) for done in range(steps + 1)]
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("Constant", "ConstantRate"),
-        ("Cosine", "CosineDecay"),
-        ("Linear", "LinearDecay"),
-        ("evaluated", "evaluate_one"),
-        ("trained", "train_model"),
-    ],
-)
-def test_an_old_name_says_what_it_is_called_now(old: str, new: str) -> None:
-    with pytest.warns(DeprecationWarning, match=rf"^ptif\.evaluation\.{old} is now ptif\.evaluation\.{new}\.$"):
-        answer = getattr(ptif.evaluation, old)
-    assert answer is getattr(ptif.evaluation, new)
-
-
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'retrains' Did you mean 'retrain'"):
-        _ = ptif.evaluation.retrains
-
-
 def test_schedules() -> None:
     assert [LinearDecay(0.5)(s, 4) for s in range(4)] == [0.5, 0.75, 0.5, 0.25]
     assert CosineDecay(0.0)(0, 10) == 1.0 and abs(CosineDecay(0.0)(5, 10) - 0.5) < 1e-12

@@ -9,16 +9,7 @@ retrained: positive = helpful.
 
 from __future__ import annotations
 
-from .calc import (
-    calc_all_grad_then_test,
-    calc_grad_z,
-    calc_img_wise,
-    calc_influence_function,
-    calc_influence_single,
-    calc_influences,
-    calc_s_test,
-    calc_s_test_single,
-)
+from .calc import calc_all_grad_then_test, calc_img_wise, calc_influences
 from .config import Config, get_default_config
 from .console import display_progress, init_logging
 from .files import load_grad_z, load_s_test, save_json
@@ -26,6 +17,7 @@ from .helpers import influential_loader, plot_influences, plot_loo_scatter
 from .results import InfluenceResult
 from .selection import get_dataset_sample_ids, get_dataset_sample_ids_per_class
 from .single import calc_loss, grad_z, hvp, s_test
+from .vectors import calc_grad_z, calc_influence_function, calc_influence_single, calc_s_test, calc_s_test_single
 
 __all__ = [
     "Config",

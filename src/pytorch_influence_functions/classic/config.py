@@ -80,6 +80,10 @@ class Config(dict[str, Any]):
 
     The effective damping of the recursion on the Hessian is `damp * scale`: 0.25 by default.
 
+    Args:
+        given: settings by name, old or new; keys that are left out have their defaults.
+        more: the same as keyword arguments.
+
     Raises:
         UnknownName: a key that does not exist; the nearest one is offered.
         InvalidInput: a value that cannot be used.
@@ -127,15 +131,30 @@ class Config(dict[str, Any]):
         return key in DEFAULTS or key in ALIASES
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of `key`, `default` if there is no such key."""
+        """The value of `key`, `default` if there is no such key.
+
+        Args:
+            key: a name, old or new.
+            default: the value for a key that does not exist.
+        """
         return super().get(ALIASES.get(key, key), default)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """The value of `key`: every key is always there."""
+        """The value of `key`: every key is always there.
+
+        Args:
+            key: a name, old or new.
+            default: not used, as every key is there.
+        """
         return self[key]
 
     def pop(self, key: str, *default: Any) -> Any:
-        """Take out the value of `key`, which is reset to its default."""
+        """Take out the value of `key`, which is reset to its default.
+
+        Args:
+            key: a name, old or new.
+            default: the value for a key that does not exist.
+        """
         if default and key not in self:
             return default[0]
         value = self[key]
@@ -143,7 +162,12 @@ class Config(dict[str, Any]):
         return value
 
     def update(self, given: Any = (), /, **more: Any) -> None:
-        """Set several keys; refuses a value given twice, under two names, differently."""
+        """Set several keys; refuses a value given twice, under two names, differently.
+
+        Args:
+            given: settings by name, or pairs of them.
+            more: the same as keyword arguments.
+        """
         new = dict(given, **more)
         for old, name in ALIASES.items():
             if old in new and name in new and new[old] != new[name]:

@@ -73,6 +73,7 @@ def display_progress(
         current_step: counted from 0 if `fix_zero_start`, else from 1.
         last_step: how many steps there are.
         enabled: False prints nothing. The environment variable `PTIF_PROGRESS=0` does the same everywhere.
+        fix_zero_start: whether `current_step` is counted from 0.
     """
     if not enabled or os.environ.get("PTIF_PROGRESS", "1").lower() in ("0", "false", "no", "off"):
         return

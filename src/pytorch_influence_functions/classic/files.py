@@ -42,6 +42,13 @@ def save_json(
     object on a line of its own; `unique_fn_if_exists` writes to `name_YEAR-MONTH-DAY-HOUR-MINUTE-SECOND.json` instead;
     otherwise it is refused.
 
+    Args:
+        json_obj: what is written.
+        json_path: the file.
+        append_if_exists: add the object on a line of its own.
+        overwrite_if_exists: replace the file.
+        unique_fn_if_exists: write to a name with the time in it.
+
     Raises:
         InvalidInput: the object holds something that JSON cannot hold, NaN included; nothing is written.
         FileExistsError: the file exists and no flag says what to do.

@@ -58,6 +58,7 @@ def plot_loo_scatter(
         predicted: values of the result, in the order of `actual`.
         actual: loss after retraining without the example, minus the loss before.
         path: also write the picture there.
+        options: those of `ptif.plots.plot_agreement`.
 
     Raises:
         MissingExtra: matplotlib is not installed.

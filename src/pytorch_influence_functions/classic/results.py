@@ -27,6 +27,13 @@ class InfluenceResult:
     retrained: positive = helpful. `helpful` is in descending, `harmful` in ascending order, equal values by index.
 
     `harmful` and `helpful` at the top hold all training indices, ordered by the mean value over the test examples.
+
+    Args:
+        influences: the entries by test index, as a string.
+        harmful: all training indices, the most harmful first.
+        helpful: all training indices, the most helpful first.
+        scores: the same numbers as `Scores`.
+        path: the file the entries were written to.
     """
 
     influences: dict[str, dict[str, Any]]
@@ -38,7 +45,13 @@ class InfluenceResult:
 
     @staticmethod
     def of(influences: dict[str, dict[str, Any]], scores: Scores, path: Path | None = None) -> InfluenceResult:
-        """Order all training examples by the mean over the queries."""
+        """Order all training examples by the mean over the queries.
+
+        Args:
+            influences: the entries by test index, as a string.
+            scores: the same numbers as `Scores`.
+            path: the file the entries were written to.
+        """
         return InfluenceResult(
             influences, scores.harmful_order(None).tolist(), scores.helpful_order(None).tolist(), scores, path
         )
@@ -46,6 +59,9 @@ class InfluenceResult:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> InfluenceResult:
         """Read a result file, or any JSON in its layout.
+
+        Args:
+            path: the file.
 
         Raises:
             InvalidInput: it has another layout.
@@ -86,11 +102,19 @@ class InfluenceResult:
         return self.influences.items()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The entry of a test index, or `default`."""
+        """The entry of a test index, or `default`.
+
+        Args:
+            key: a test index, as a string.
+            default: the value for an index that was not part of the run.
+        """
         return self.influences.get(key, default)
 
     def position(self, test_index: int | str) -> int:
         """Which row of `scores` belongs to a test index.
+
+        Args:
+            test_index: the position in the test dataset.
 
         Raises:
             InvalidInput: it was not part of the run.

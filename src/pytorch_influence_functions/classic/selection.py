@@ -130,7 +130,14 @@ def _pick_of_class(labels: Sequence[Any], class_id: int, num_samples: int, start
 def get_dataset_sample_ids_per_class(
     class_id: int, num_samples: int, test_loader: Any, start_index: int = 0
 ) -> list[int]:
-    """Dataset indices of items `start_index` to `start_index + num_samples` of one class; fewer if there are fewer."""
+    """Dataset indices of items `start_index` to `start_index + num_samples` of one class; fewer if there are fewer.
+
+    Args:
+        class_id: the class.
+        num_samples: how many items.
+        test_loader: the test data; indices are positions in its dataset.
+        start_index: how many items of the class come before.
+    """
     return _pick_of_class(dataset_labels(test_loader), class_id, num_samples, int(start_index or 0))
 
 

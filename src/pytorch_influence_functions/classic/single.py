@@ -161,6 +161,11 @@ def s_test(
         damp, scale, recursion_depth: as in the config; `None` for damp and scale are the README's values.
         generator: where the seed of the mini-batches is drawn from; by default it is 42.
         tolerance: the recursion stops early once it changes by less; 0 runs every step.
+        model: the trained model; left as it was.
+        gpu: where to compute; -1: where the model is.
+        loss_fn, params, progress: as in `calc_img_wise`.
+        r: how many runs are averaged.
+        batch_size: examples per mini-batch; `None`: the loader's.
 
     Raises:
         SolveFailed: the recursion diverges; the message names a scale that works.

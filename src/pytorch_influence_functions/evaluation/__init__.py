@@ -1,9 +1,8 @@
 """Ground truth by retraining, and how well scores predict it."""
 
-import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..core.errors import nearest
+from ..core.renames import moved_names as _moved_names
 from .correlate import Estimate
 from .interop import explanations, from_dattri, quanda_explainer
 from .metrics import (
@@ -59,22 +58,17 @@ __all__ = [
     "verify",
 ]
 
-# Names of version 1.0's previews.
-_RENAMED = {
-    "Constant": "ConstantRate",
-    "Cosine": "CosineDecay",
-    "Linear": "LinearDecay",
-    "evaluated": "evaluate_one",
-    "trained": "train_model",
+# Where the names went that stood here in the previews of version 1.0.
+_MOVED = {
+    "Constant": "evaluation.ConstantRate",
+    "Cosine": "evaluation.CosineDecay",
+    "Linear": "evaluation.LinearDecay",
+    "evaluated": "evaluation.evaluate_one",
+    "trained": "evaluation.train_model",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Answer an old name with the renamed object, and say in one sentence what it is called now."""
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, __all__)}")
-    warnings.warn(f"ptif.evaluation.{name} is now ptif.evaluation.{_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]
+if not TYPE_CHECKING:  # a type checker shall see only the names that are there
+    __getattr__ = _moved_names(__name__, _MOVED, __all__)
 
 
 def __dir__() -> list[str]:

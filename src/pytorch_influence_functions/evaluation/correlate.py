@@ -93,7 +93,15 @@ def _draws(shape: torch.Size, resamples: int, seed: int) -> Iterator[Tensor]:
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
-    """A number, the middle 95 % of its resampled values, and the protocol it belongs to."""
+    """A number, the middle 95 % of its resampled values, and the protocol it belongs to.
+
+    Args:
+        value: the number, on everything.
+        low: the lower end of the interval.
+        high: the upper end.
+        protocol: how the truth was made; numbers of different protocols are not compared.
+        draws: the values on each resampling.
+    """
 
     value: float
     low: float
@@ -103,7 +111,13 @@ class Estimate:
 
     @staticmethod
     def of(value: float, draws: Tensor, protocol: str) -> Estimate:
-        """Make an estimate from the value on everything and the values on each resampling."""
+        """Make an estimate from the value on everything and the values on each resampling.
+
+        Args:
+            value: the number, on everything.
+            draws: the values on each resampling.
+            protocol: how the truth was made.
+        """
         if not len(draws):
             raise InvalidInput("resamples must be at least 1.")
         tail = (1.0 - LEVEL) / 2
@@ -112,6 +126,9 @@ class Estimate:
 
     def minus(self, other: Estimate) -> Estimate:
         """The paired difference; both estimates must have been resampled alike.
+
+        Args:
+            other: what is taken away.
 
         Raises:
             InvalidInput: numbers of different protocols, or of different numbers of resamplings.

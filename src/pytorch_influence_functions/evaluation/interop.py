@@ -67,6 +67,9 @@ def from_dattri(
 def explanations(scores: Scores) -> Float[Tensor, "q n"]:
     """Scores as quanda and captum take them: [Q, N], positive for proponents under every measure.
 
+    Args:
+        scores: scores of every example.
+
     Raises:
         InvalidInput: only some examples are held (`top=`).
 

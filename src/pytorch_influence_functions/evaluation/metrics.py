@@ -71,6 +71,11 @@ def lds(scores: Scores | Tensor, truth: Truth, resamples: int = RESAMPLES) -> Es
     The prediction of a subset is the sum of the scores of what it leaves out; the measurement is the mean over seeds.
     The interval resamples subsets. Half subsets and small drops are different protocols; each number names its own.
 
+    Args:
+        scores: scores of every example, `Scores` or [Q, N], positive where removal raises the measure.
+        truth: what retraining measured.
+        resamples: of the subsets, for the interval.
+
     Raises:
         InvalidInput: a truth of single removals (use `removal_correlation`), or shapes that do not fit.
 
@@ -86,6 +91,11 @@ def removal_correlation(scores: Scores | Tensor, truth: Truth, resamples: int = 
     For leave-one-out, group removal and PBRF truths. With `Recipe(hold_batches=True)` it is the trajectory-specific
     leave-one-out correlation.
 
+    Args:
+        scores: scores of every example, `Scores` or [Q, N], positive where removal raises the measure.
+        truth: what retraining measured.
+        resamples: of the subsets, for the interval.
+
     Raises:
         InvalidInput: a truth of random subsets (use `lds`), or shapes that do not fit.
     """
@@ -94,7 +104,13 @@ def removal_correlation(scores: Scores | Tensor, truth: Truth, resamples: int = 
 
 
 def removal_slope(scores: Scores | Tensor, truth: Truth, resamples: int = RESAMPLES) -> Estimate:
-    """Slope of measured on predicted change over removals, mean over queries: 1 where sizes are right."""
+    """Slope of measured on predicted change over removals, mean over queries: 1 where sizes are right.
+
+    Args:
+        scores: scores of every example, `Scores` or [Q, N], positive where removal raises the measure.
+        truth: what retraining measured.
+        resamples: of the subsets, for the interval.
+    """
     _require_protocol(truth, _REMOVALS, "The slope over removals", "lds")
     return _over_subsets(scores, truth, slope, resamples)
 
@@ -105,7 +121,13 @@ def main_metric(truth: Truth) -> tuple[str, Statistic]:
 
 
 def evaluate_one(scores: Scores | Tensor, truth: Truth, resamples: int = RESAMPLES) -> Estimate:
-    """Evaluate scores by the truth's own metric: `lds` over random subsets, `removal_correlation` over removals."""
+    """Evaluate scores by the truth's own metric: `lds` over random subsets, `removal_correlation` over removals.
+
+    Args:
+        scores: scores of every example, `Scores` or [Q, N], positive where removal raises the measure.
+        truth: what retraining measured.
+        resamples: of the subsets, for the interval.
+    """
     return (lds if truth.protocol in _SUBSETS else removal_correlation)(scores, truth, resamples)
 
 
@@ -115,6 +137,10 @@ def noise_ceiling(truth: Truth, statistic: Statistic | None = None) -> float | N
     The seeds are split into halves (every way, at most 50); the correlation rho between the halves' means, stepped up
     to all R seeds by Spearman-Brown, k rho / (1 + (k - 1) rho) with k = R / half, is the reliability of the mean, and
     its square root bounds the correlation of anything with it.
+
+    Args:
+        truth: what retraining measured.
+        statistic: the correlation that the ceiling is for; `None`: that of the truth's own metric.
     """
     statistic = main_metric(truth)[1] if statistic is None else statistic
     seeds = len(truth.seeds)
@@ -149,6 +175,7 @@ def mislabel_auc(suspicion: Tensor, planted: Tensor, resamples: int = RESAMPLES)
     Args:
         suspicion: [N], higher is more suspect; self-influence, say.
         planted: bool [N], which labels are wrong.
+        resamples: of the examples, for the interval.
 
     The interval resamples examples.
     """
@@ -166,7 +193,14 @@ def mislabel_auc(suspicion: Tensor, planted: Tensor, resamples: int = RESAMPLES)
 
 
 def precision_at(suspicion: Tensor, planted: Tensor, k: int, resamples: int = RESAMPLES) -> Estimate:
-    """Share of wrong labels among the `k` most suspected; the interval resamples those k."""
+    """Share of wrong labels among the `k` most suspected; the interval resamples those k.
+
+    Args:
+        suspicion: [N], higher is more suspect; self-influence, say.
+        planted: bool [N], which labels are wrong.
+        k: how many are checked.
+        resamples: of those k, for the interval.
+    """
     suspicion, wrong = _check_suspicion(suspicion, planted)
     if not 1 <= k <= len(wrong):
         raise InvalidInput(f"k must lie between 1 and {len(wrong)}, the number of examples; got {k}.")
@@ -176,7 +210,13 @@ def precision_at(suspicion: Tensor, planted: Tensor, k: int, resamples: int = RE
 
 
 def found_when_checking(suspicion: Tensor, planted: Tensor, shares: Sequence[float]) -> list[float]:
-    """Share of the wrong labels found after checking the most suspected `shares` of all examples."""
+    """Share of the wrong labels found after checking the most suspected `shares` of all examples.
+
+    Args:
+        suspicion: [N], higher is more suspect; self-influence, say.
+        planted: bool [N], which labels are wrong.
+        shares: of all examples, each between 0 and 1.
+    """
     suspicion, wrong = _check_suspicion(suspicion, planted)
     ordered = wrong[suspicion.argsort(descending=True, stable=True)].double().cumsum(0)
     counts = [min(max(round(s * len(wrong)), 0), len(wrong)) for s in shares]
@@ -213,6 +253,11 @@ def top_overlap(runs: Sequence[Scores], k: int = 10, resamples: int = RESAMPLES)
 
     Runs differ by seed, for instance. An example that only one run names depends on that run. Random runs share k / N.
     The interval resamples queries.
+
+    Args:
+        runs: scores of the same queries, one per run.
+        k: how many of the most helpful examples are compared.
+        resamples: of the queries, for the interval.
     """
     if len(runs) < 2:
         raise InvalidInput(f"Overlap is between runs: give at least 2 scores, got {len(runs)}.")

@@ -119,7 +119,11 @@ class Recipe:
                 )
 
     def steps(self, examples: int) -> int:
-        """Optimiser steps for so many examples."""
+        """Optimiser steps for so many examples.
+
+        Args:
+            examples: how many examples are trained on.
+        """
         return self.epochs * -(-examples // (self.batch_size or examples))
 
     def objective(self) -> AbstractObjective | None:
@@ -127,7 +131,11 @@ class Recipe:
         return None if self.loss is None else as_objective(self.loss)
 
     def fresh(self, seed: int) -> nn.Module:
-        """The model before its first step. The global random state is left alone."""
+        """The model before its first step. The global random state is left alone.
+
+        Args:
+            seed: of the initial weights.
+        """
         with _seeding, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.model()

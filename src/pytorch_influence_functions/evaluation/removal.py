@@ -45,6 +45,11 @@ class RemovalCurves:
     def harm(self, name: str, count: int, resamples: int = RESAMPLES) -> Estimate:
         """The mean over queries of how much worse the measure became; the interval resamples queries.
 
+        Args:
+            name: of a method.
+            count: how many examples were removed.
+            resamples: of the queries, for the interval.
+
         Raises:
             UnknownName: no such method.
             InvalidInput: that number was not removed.
@@ -59,7 +64,12 @@ class RemovalCurves:
         return Estimate.of(float(worse.mean()), worse[picked].mean(1), f"{self.protocol}, {count} removed")
 
     def below_zero(self, name: str, count: int) -> float:
-        """The share of trainings and queries with a measure below zero: for a margin, the flipped predictions."""
+        """The share of trainings and queries with a measure below zero: for a margin, the flipped predictions.
+
+        Args:
+            name: of a method.
+            count: how many examples were removed.
+        """
         return float((self.measured[name][self.counts.index(count)] < 0).double().mean())
 
     def __str__(self) -> str:
@@ -94,6 +104,13 @@ def removal_curves(
     With `problem` the controls (random, loss, embedding similarity, gradient dot product) are run too; without it only
     the random one. One training per method, query, k and seed. `methods` are given as in `evaluate`, the other
     arguments as in `retrain`.
+
+    Args:
+        recipe: as in `retrain`.
+        methods: as in `evaluate`.
+        counts: how many examples are removed: the k of each point of a curve.
+        seeds, train, queries, measure, folder, workers: as in `retrain`.
+        problem: the trained model with its data, where methods are to be run.
 
     Raises:
         InvalidInput: k below 1 or not below N, scores that do not fit.

@@ -115,6 +115,11 @@ def retrain(
 def train_model(recipe: Recipe, data: Any, seed: int = 0) -> nn.Module:
     """Train a model on everything by the recipe, as `retrain` does with the same seed; it is returned in eval mode.
 
+    Args:
+        recipe: how the model is trained.
+        data: the training data, as `ptif.attribute` takes it.
+        seed: of weights and order.
+
     >>> x = torch.arange(12.0).reshape(6, 2).sin()
     >>> train_model(Recipe(lambda: nn.Linear(2, 1), loss=nn.MSELoss()), (x, x[:, :1])).training
     False

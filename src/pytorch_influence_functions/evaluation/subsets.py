@@ -49,28 +49,52 @@ class Subsets:
 
     @staticmethod
     def halves(n: int, count: int = 100, fraction: float = 0.5, seed: int = 0) -> Subsets:
-        """Random subsets that keep `fraction` of the examples: the protocol of datamodels and TRAK."""
+        """Random subsets that keep `fraction` of the examples: the protocol of datamodels and TRAK.
+
+        Args:
+            n: how many examples there are.
+            count: how many subsets.
+            fraction: the share of the examples that each keeps.
+            seed: of the choice.
+        """
         keep = _share_of(n, fraction, "fraction")
         detail = f"{_check_count(count)} subsets of {100 * keep / n:.3g} % of {n} examples"
         return Subsets(_draw(n, count, keep, seed), Protocol.HALVES, detail)
 
     @staticmethod
     def drops(n: int, count: int = 100, share: float = 0.01, seed: int = 0) -> Subsets:
-        """Random subsets that leave out only a small `share` of the examples."""
+        """Random subsets that leave out only a small `share` of the examples.
+
+        Args:
+            n: how many examples there are.
+            count: how many subsets.
+            share: the share of the examples that each leaves out.
+            seed: of the choice.
+        """
         out = _share_of(n, share, "share")
         detail = f"{_check_count(count)} times {100 * out / n:.3g} % of {n} examples left out"
         return Subsets(_draw(n, count, n - out, seed), Protocol.DROPS, detail)
 
     @staticmethod
     def leave_one_out(n: int, ids: Sequence[int] | Tensor | None = None) -> Subsets:
-        """Every example of `ids` (default: of all) left out, one at a time."""
+        """Every example of `ids` (default: of all) left out, one at a time.
+
+        Args:
+            n: how many examples there are.
+            ids: which examples; `None`: all.
+        """
         left_out = range(n) if ids is None else [int(i) for i in ids]
         singles = Subsets.groups(n, [[i] for i in left_out])
         return Subsets(singles.kept, Protocol.LEAVE_ONE_OUT, f"{len(singles)} of {n} examples, one at a time")
 
     @staticmethod
     def groups(n: int, groups: Sequence[Sequence[int] | Tensor]) -> Subsets:
-        """Each group of examples left out together."""
+        """Each group of examples left out together.
+
+        Args:
+            n: how many examples there are.
+            groups: the indices of each group.
+        """
         if not len(groups):
             raise InvalidInput("No groups were given to leave out; give at least one list of indices.")
         kept = torch.ones(len(groups), n, dtype=torch.bool)
@@ -86,7 +110,12 @@ class Subsets:
 
     @staticmethod
     def relabelled(n: int, changes: Sequence[Mapping[int, Any]]) -> Subsets:
-        """All examples are kept, and some get other labels: `changes[s]` maps indices to labels."""
+        """All examples are kept, and some get other labels: `changes[s]` maps indices to labels.
+
+        Args:
+            n: how many examples there are.
+            changes: for each subset the new labels by index.
+        """
         if not len(changes):
             raise InvalidInput("No changes of labels were given; give at least one {index: label}.")
         for change in changes:
@@ -97,7 +126,11 @@ class Subsets:
 
     @staticmethod
     def of(kept: Any) -> Subsets:
-        """Return subsets as they are, or make them from a bool matrix [S, N] of what each keeps."""
+        """Return subsets as they are, or make them from a bool matrix [S, N] of what each keeps.
+
+        Args:
+            kept: `Subsets`, or the matrix: True where an example is kept.
+        """
         if isinstance(kept, Subsets):
             return kept
         matrix = torch.as_tensor(kept)
@@ -120,7 +153,11 @@ class Subsets:
         return len(self.kept)
 
     def change(self, subset: int) -> Mapping[int, Any]:
-        """The labels of one subset that differ from the dataset's."""
+        """The labels of one subset that differ from the dataset's.
+
+        Args:
+            subset: which one, counted from 0.
+        """
         return self.labels[subset] if self.labels else {}
 
     @property

@@ -78,7 +78,12 @@ class Evaluation:
         raise UnknownName(f"No method {name!r} in this table.{nearest(name, [r.name for r in self.rows])}")
 
     def compare(self, a: str, b: str) -> Estimate:
-        """By how much `a` is above `b`, with the interval of the paired difference."""
+        """By how much `a` is above `b`, with the interval of the paired difference.
+
+        Args:
+            a: a name in the table.
+            b: another one.
+        """
         return self[a].minus(self[b])
 
     def to_frame(self) -> Any:

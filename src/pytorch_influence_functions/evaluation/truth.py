@@ -94,6 +94,9 @@ class Truth:
     def predicted(self, values: Tensor) -> Float[Tensor, "q s"]:
         """What scores [Q, N] say of each subset: the sum over what it leaves out, the predicted change.
 
+        Args:
+            values: scores [Q, N].
+
         Raises:
             InvalidInput: scores of another shape, or a protocol that no removal scores speak of.
         """
@@ -110,7 +113,11 @@ class Truth:
         return values.double() @ self.out.double().T
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file."""
+        """Write to one safetensors file.
+
+        Args:
+            path: the file; one that is there is replaced, whole or not at all.
+        """
         words = ("lower_is_better", "recipe", "measure", "how", "mark", "seconds")
         record: dict[str, Any] = {name: getattr(self, name) for name in words}
         record |= {"seeds": list(self.seeds), "protocol": self.protocol.name, "detail": self.subsets.detail}
@@ -121,6 +128,9 @@ class Truth:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Truth:
         """Read what `save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             InvalidInput: not such a file.

@@ -54,7 +54,7 @@ def plot_influences(
     tokens: Mapping[int, Any] | None = None,
     pieces: Pieces = None,
 ) -> Figure:
-    """The seed's picture: the query large, beside it a row of helpful and a row of harmful training examples.
+    """The picture of version 0.1: the query large, beside it a row of helpful and a row of harmful training examples.
 
     Above each example stands its score, the predicted change of the measure on the query when the example is
     removed; below, its label and its position in the training dataset.
@@ -70,6 +70,8 @@ def plot_influences(
         path: also write the picture there; the ending says the format.
         tokens: training index -> [queries, tokens], from `attribution.token_scores`: texts in full width, every token
             coloured by its share of the score; `pieces` then turns an input into its tokens as strings.
+        q: which query, as a row of the scores.
+        pieces: an input's tokens as strings, one per token score; not needed where inputs are strings.
 
     Raises:
         InvalidInput: no data at hand, or data of another length than the scores; token scores that do not fit.
@@ -259,6 +261,8 @@ def plot_agreement(
     Args:
         predicted, actual: equally many numbers, at least two.
         names: what to call the points; written beside them when there are at most 20.
+        path: also write the picture there; the ending says the format.
+        title, xlabel, ylabel: what stands above the picture and beside its axes.
 
     Raises:
         InvalidInput: different lengths, fewer than two points, or NaN.
@@ -335,7 +339,10 @@ def plot_damping_curve(
     rank correlation of all scores with those at the middle lambda.
 
     Args:
-        results: lambda -> scores of the same queries, as `Attribution.path` gives.
+        results: lambda -> scores of the same queries, as `Attribution.scores_over_damping` gives.
+        q: which query, as a row of the scores.
+        k: how many examples at either end.
+        path: also write the picture there; the ending says the format.
 
     Raises:
         InvalidInput: fewer than two lambdas, one that is not positive, or scores that hold other examples.

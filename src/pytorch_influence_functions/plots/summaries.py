@@ -90,6 +90,10 @@ def plot_class_matrix(scores: Scores, path: str | os.PathLike[str] | None = None
     Read a cell as what would happen to a query of that row if the whole class of that column were removed. Blue helps,
     vermillion harms, whatever the measure; numbers stand in the cells of up to 12 classes.
 
+    Args:
+        scores: of every example, with labels.
+        path: also write the picture there; the ending says the format.
+
     Raises:
         InvalidInput: labels are not known, not every example is held (`top=`), or there are more than 30 classes.
         MissingExtra: matplotlib is not installed.
@@ -147,6 +151,10 @@ def plot_class_matrix(scores: Scores, path: str | os.PathLike[str] | None = None
 
 def plot_convergence(scores: Scores, path: str | os.PathLike[str] | None = None) -> Figure:
     """The largest relative residual after every step of an iterative solve.
+
+    Args:
+        scores: of an iterative solve.
+        path: also write the picture there; the ending says the format.
 
     Raises:
         InvalidInput: these scores were not solved for by conjugate gradients.

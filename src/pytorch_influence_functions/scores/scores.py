@@ -364,7 +364,7 @@ class Scores:
         return pandas.DataFrame(table)
 
     def to_dict(self, top_k: int | None = 500) -> dict[str, dict[str, Any]]:
-        """The seed's layout, one entry per query under its index as a string (`"mean"` for a mean).
+        """The layout of version 0.1, one entry per query under its index as a string (`"mean"` for a mean).
 
         Each entry: `label`, `num_in_dataset`, `time_calc_influence_s` (the query's share of the seconds), `influence`
         (scores in training order), `harmful`, `helpful` (indices, at most `top_k` each). Where not all examples are
