@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -208,3 +209,9 @@ def test_doctor_names_missing_extras_and_the_line_that_installs_them(monkeypatch
 def test_a_requirement_for_an_older_python_is_no_missing_one() -> None:
     assert not doctor._applies("extra == 'cli' and python_version < '3.9'")
     assert doctor._applies("python_version < '9.0' and extra == 'cli'") and doctor._applies("extra == 'cli'")
+
+
+@pytest.mark.parametrize("module", ["pytorch_influence_functions", "pytorch_influence_functions.cli"])
+def test_the_package_runs_as_the_command(module: str) -> None:
+    shown = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert ptif.__version__ in shown.stdout
