@@ -201,7 +201,7 @@ def test_the_r_of_auto_tune_brings_the_noise_down_to_what_was_asked() -> None:
     """The mean of r runs varies by 1 / sqrt(r) of one run's standard deviation, seen in three runs."""
     t = toy(n=24)
     data = (t.x, t.y)  # as a loader, it would be shuffled anew
-    config = Config(progress=False, r=10**6, damp=0.02).auto_tune(t.model, data, noise=NOISE)
+    config = Config(progress=False, r=10**6).auto_tune(t.model, data, damping=2.0, noise=NOISE)
     runs = []
     for k in range(3):
         settings = ClassicSettings.of(Config(config, r=1, seed=config["seed"] + k))

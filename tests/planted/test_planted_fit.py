@@ -1,0 +1,80 @@
+"""Bugs planted in what is measured around a solve: damping, residual, checks, bounds. Each must break its law."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.curvature import exact
+from pytorch_influence_functions.influence.assumptions import StationarityCheck
+from pytorch_influence_functions.linalg.shift import Shift
+from pytorch_influence_functions.solvers import base, blockwise, factored
+from pytorch_influence_functions.solvers.truncation import Truncated
+from tests.laws import test_assumptions, test_blockwise, test_large_data, test_residual, test_truncation
+from tests.planted.planting import Bug, must_be_noticed, swap
+
+
+def by_all_examples(original: Any, derivatives: Any, rows: Any, count: int) -> Any:
+    """Summed over some, divided by how many there are in all."""
+    per = count // min(count, exact._TRACE_EXAMPLES)
+    return original(derivatives, rows, len(derivatives.problem) * per)
+
+
+def summed(original: Any, operator: Any, shift: Any, rows: Any, value: Any) -> Tensor:
+    """The combinations' squares added up instead of averaged."""
+    return original(operator, shift, rows, value) * (base._COMBINED**0.5 if len(rows) > base._COMBINED else 1.0)
+
+
+def without_decay(original: Any, derivatives: Any) -> Any:
+    plain = derivatives.problem.with_(weight_decay=ptif.WeightDecay())
+    return original(replace(derivatives, problem=plain))
+
+
+def of_the_last_layer(original: Any, self: Truncated, training: Any) -> Tensor:
+    last = list(self.lost)[-1]
+    return original(Truncated(self.rows, {last: self.lost[last]}), training)
+
+
+def mean_of_blocks(original: Any, shift: Shift, part: Any) -> Shift:
+    found = original(shift, part)
+    return replace(found, damping=sum(found.blocks.values()) / len(found.blocks))
+
+
+LAMBDA = test_large_data.test_relative_damping_is_a_share_of_the_mean_eigenvalue_whatever_the_size
+BUGS = [
+    Bug("trace of some divided by all", swap(exact, "_means_of", by_all_examples), partial(LAMBDA, "GGN")),
+    Bug("trace of some rows divided by all", swap(exact, "_means_of", by_all_examples), partial(LAMBDA, "Fisher")),
+    Bug(
+        "residuals of many queries added up twice",
+        swap(factored, "combined_residual", summed),
+        partial(
+            test_residual.test_the_residual_of_many_queries_is_the_root_of_the_sum_of_all_squares,
+            test_residual.SHIFTS[0],
+        ),
+    ),
+    Bug(
+        "weight decay left out of the minimum's check",
+        swap(StationarityCheck, "of", without_decay),
+        test_assumptions.test_a_minimum_with_weight_decay_is_seen_as_one,
+    ),
+    Bug(
+        "a certificate from the last layer only",
+        swap(Truncated, "bound", of_the_last_layer),
+        partial(test_truncation.test_the_bound_adds_up_what_every_layer_loses, 1),
+    ),
+    Bug(
+        "a group's damping as the mean over its blocks",
+        swap(blockwise, "_part_of", mean_of_blocks),
+        test_blockwise.test_a_group_of_unequal_blocks_is_recorded_with_their_mean_damping_by_size,
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_breaks_its_law(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    must_be_noticed(bug, monkeypatch)

@@ -1,0 +1,60 @@
+"""Bugs planted in the guard that keeps a model in eval mode: each must break its law."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytorch_influence_functions.curvature import exact
+from pytorch_influence_functions.curvature.kronecker import fit
+from pytorch_influence_functions.gradients import per_example
+from pytorch_influence_functions.influence import assumptions, method
+from pytorch_influence_functions.methods import baselines
+from pytorch_influence_functions.problem import model_state
+from pytorch_influence_functions.solvers import auto
+from tests.laws import test_training_mode as laws
+from tests.planted.planting import Bug, Patch, all_of, must_be_noticed, swap
+
+USERS = (assumptions, auto, baselines, exact, fit, method, per_example)
+
+
+@contextmanager
+def ended_before_the_block(original: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """The guard ends as soon as the batch is there, and what is done with it runs in the caller's mode."""
+    with original(*args, **kwargs) as batch:
+        pass
+    yield batch
+
+
+ENDS_EARLY: Patch = all_of(*(swap(user, "first_batch", ended_before_the_block) for user in USERS))
+
+
+def law(entry: str, net: str, folder: Path) -> None:
+    laws.test_a_model_in_training_mode_is_neither_moved_nor_judged_so(entry, net, folder)
+
+
+def kept_in_training(original: Any, self: Any) -> None:
+    original(self)
+    for module, training in self.modes:
+        module.training = training
+
+
+@pytest.mark.parametrize("net", laws.NETS)
+@pytest.mark.parametrize("entry", ["ekfac", "kfac", "shampoo", "forecast", "attribute", "own loss and measure"])
+def test_a_guard_that_ends_early_breaks_its_law(
+    entry: str, net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    must_be_noticed(Bug("guard ends early", ENDS_EARLY, partial(law, entry, net, tmp_path)), monkeypatch)
+
+
+@pytest.mark.parametrize("entry", ["exact", "TrainingLoss"])
+def test_a_guard_that_forgets_the_mode_breaks_its_law(
+    entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = swap(model_state._Snapshot, "enter", kept_in_training)
+    must_be_noticed(Bug("left in training mode", plant, partial(law, entry, "perceptron", tmp_path)), monkeypatch)
