@@ -32,7 +32,7 @@ def drawn() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Recipe]:
 
 
 def scores_of(recipe: Recipe, train: Any, queries: Any, measure: Any) -> Scores:
-    model = ptif.evaluation.trained(recipe, train)
+    model = ptif.evaluation.train_model(recipe, train)
     return ptif.exact(damping=0.05).fit(ptif.Problem(model, nn.CrossEntropyLoss(), train)).score(queries, measure)
 
 

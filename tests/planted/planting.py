@@ -5,6 +5,7 @@ A row is a bug, the patch that plants it, and the law that has to notice. Every 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -31,6 +32,23 @@ def swap(owner: Any, name: str, bug: Callable[..., Any]) -> Patch:
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: bug(original, *args, **kwargs))
+
+    return plant
+
+
+def swap_everywhere(function: Callable[..., Any], bug: Callable[..., Any]) -> Patch:
+    """Plant `bug(function, *args, **kwargs)` in every module that imported the function, the laws' modules too."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        places = [
+            (module, name)
+            for key, module in list(sys.modules.items())
+            if key.partition(".")[0] in ("pytorch_influence_functions", "tests")
+            for name, value in list(vars(module).items())
+            if value is function
+        ]
+        for module, name in places:
+            monkeypatch.setattr(module, name, lambda *args, **kwargs: bug(function, *args, **kwargs))
 
     return plant
 

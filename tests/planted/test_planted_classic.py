@@ -25,8 +25,8 @@ def by_n(original: Any, *args: Any, **kwargs: Any) -> float:
 
 LAW = laws.test_the_r_of_auto_tune_brings_the_noise_down_to_what_was_asked
 BUGS = [
-    Bug("runs needed not squared", swap(engine, "spread", as_if_not_squared), LAW),
-    Bug("spread of few runs divided by n", swap(engine, "spread", by_n), LAW),
+    Bug("runs needed not squared", swap(engine, "relative_deviation", as_if_not_squared), LAW),
+    Bug("spread of few runs divided by n", swap(engine, "relative_deviation", by_n), LAW),
 ]
 
 

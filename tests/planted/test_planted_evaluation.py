@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation import removal, training
-from tests.interface import test_outside
+from pytorch_influence_functions.evaluation import explanations, removal, training
+from tests.interface import test_interop
 from tests.laws import test_baselines, test_removal, test_retraining
-from tests.planted.planting import Bug, must_be_noticed, swap
+from tests.planted.planting import Bug, must_be_noticed, swap, swap_everywhere
 
 
 def divided_by_what_is_kept(original: Any, losses: Tensor, weights: Tensor | None) -> Tensor:
@@ -41,7 +41,7 @@ MARGIN = partial(test_removal.test_what_helps_most_is_removed_and_hurts_in_the_m
 BUGS = [
     Bug(
         "held batches divided by what is kept",
-        swap(training, "_mean", divided_by_what_is_kept),
+        swap(training, "_weighted_mean", divided_by_what_is_kept),
         partial(test_retraining.test_one_by_one_is_the_loop_written_out, True, 5),
     ),
     Bug(
@@ -49,11 +49,11 @@ BUGS = [
         swap(removal.RemovalCurves, "harm", always_a_loss),
         test_removal.test_harm_is_a_fall_where_higher_is_better,
     ),
-    Bug("the top of a margin by its raw sign", swap(removal, "helpful_orders", by_raw_sign), MARGIN),
+    Bug("the top of a margin by its raw sign", swap_everywhere(removal.helpful_orders, by_raw_sign), MARGIN),
     Bug(
         "exports not turned for margins",
-        swap(test_outside, "explanations", not_turned),
-        test_outside.test_exports_are_positive_for_proponents_whatever_was_measured,
+        swap_everywhere(explanations, not_turned),
+        test_interop.test_exports_are_positive_for_proponents_whatever_was_measured,
     ),
     Bug(
         "features of a baseline not normalised",

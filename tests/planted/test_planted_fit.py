@@ -13,10 +13,10 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import exact
 from pytorch_influence_functions.influence.assumptions import StationarityCheck
 from pytorch_influence_functions.linalg.shift import Shift
-from pytorch_influence_functions.solvers import base, blockwise, factored
+from pytorch_influence_functions.solvers import base, blockwise
 from pytorch_influence_functions.solvers.truncation import Truncated
 from tests.laws import test_assumptions, test_blockwise, test_large_data, test_residual, test_truncation
-from tests.planted.planting import Bug, must_be_noticed, swap
+from tests.planted.planting import Bug, must_be_noticed, swap, swap_everywhere
 
 
 def by_all_examples(original: Any, derivatives: Any, rows: Any, count: int) -> Any:
@@ -51,7 +51,7 @@ BUGS = [
     Bug("trace of some rows divided by all", swap(exact, "_means_of", by_all_examples), partial(LAMBDA, "Fisher")),
     Bug(
         "residuals of many queries added up twice",
-        swap(factored, "combined_residual", summed),
+        swap_everywhere(base.combined_residual, summed),
         partial(
             test_residual.test_the_residual_of_many_queries_is_the_root_of_the_sum_of_all_squares,
             test_residual.SHIFTS[0],

@@ -10,17 +10,10 @@ from typing import Any
 
 import pytest
 
-from pytorch_influence_functions.curvature import exact
-from pytorch_influence_functions.curvature.kronecker import fit
-from pytorch_influence_functions.gradients import per_example
-from pytorch_influence_functions.influence import assumptions, method
-from pytorch_influence_functions.methods import baselines
 from pytorch_influence_functions.problem import model_state
-from pytorch_influence_functions.solvers import auto
+from pytorch_influence_functions.problem.problem import first_batch
 from tests.laws import test_training_mode as laws
-from tests.planted.planting import Bug, Patch, all_of, must_be_noticed, swap
-
-USERS = (assumptions, auto, baselines, exact, fit, method, per_example)
+from tests.planted.planting import Bug, Patch, must_be_noticed, swap, swap_everywhere
 
 
 @contextmanager
@@ -31,7 +24,7 @@ def ended_before_the_block(original: Any, *args: Any, **kwargs: Any) -> Iterator
     yield batch
 
 
-ENDS_EARLY: Patch = all_of(*(swap(user, "first_batch", ended_before_the_block) for user in USERS))
+ENDS_EARLY: Patch = swap_everywhere(first_batch, ended_before_the_block)
 
 
 def law(entry: str, net: str, folder: Path) -> None:

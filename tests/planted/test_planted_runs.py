@@ -19,7 +19,7 @@ from tests.laws import test_source
 from tests.laws.test_influence import cross_entropy, relative_gap
 from tests.laws.test_source import dense_source, flow, moved, problem_of
 from tests.oracles.autograd import dense_ggn, example_gradients, flat_parameters
-from tests.planted.planting import Bug, Law, must_be_noticed, swap
+from tests.planted.planting import Bug, Law, must_be_noticed, swap, swap_everywhere
 
 
 def run_law(with_adam: bool = False) -> Law:
@@ -94,7 +94,7 @@ BUGS = [
     Bug("segments in the wrong order", swap(RUN, "_propagated", other_end), run_law()),
     Bug("curvature of one checkpoint only", swap(GGN, "mean_of", only_first), run_law()),
     Bug("penalty lost", swap(scoring, "decay_term", lambda f, d, x: None), run_law()),
-    Bug("rates not weighted by steps", swap(trajectory, "evenly", rates_of_equal_weight), split_law),
+    Bug("rates not weighted by steps", swap_everywhere(schedule.split_evenly, rates_of_equal_weight), split_law),
     Bug("Adam on both sides", swap(STRETCH, "_between", adam_on_both_sides), BOTH),
     Bug("Adam transposed", swap(STRETCH, "_between", transposed), BOTH),
     Bug("Adam's eps lost", swap(schedule.AdamState, "root", lambda f, self, s: f(self, s) * 1.1), BOTH),
