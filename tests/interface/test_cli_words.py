@@ -16,7 +16,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.cli import blocks, options, show
 from pytorch_influence_functions.cli.exit import Output
 from pytorch_influence_functions.cli.parsing import parse_damping, parse_method, parse_positions
-from pytorch_influence_functions.cli.progress_bars import ProgressBars, ProgressLines, display_progress
+from pytorch_influence_functions.cli.progress_bars import ProgressBars, ProgressLines, report_progress
 from pytorch_influence_functions.damping import Absolute, FromTraining
 from pytorch_influence_functions.errors import InvalidInput, UnknownName
 from pytorch_influence_functions.methods.names import METHODS
@@ -96,14 +96,14 @@ def test_quiet_and_the_environment_silence_progress(
         monkeypatch.setattr("pytorch_influence_functions.cli.progress_bars.SHOW_AFTER", 0.0)
         list(track(range(3), 3, "counting"))
 
-    with display_progress(Output(quiet=True)):
+    with report_progress(Output(quiet=True)):
         work()
     monkeypatch.setenv("PTIF_PROGRESS", "0")
-    with display_progress(Output()):
+    with report_progress(Output()):
         work()
     assert capsys.readouterr().err == ""
     monkeypatch.delenv("PTIF_PROGRESS")
-    with display_progress(Output()):
+    with report_progress(Output()):
         work()
     assert capsys.readouterr().err.startswith("ptif: counting: 3/3")
 

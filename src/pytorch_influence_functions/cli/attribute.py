@@ -8,7 +8,7 @@ from . import options, show
 from .exit import Output, exit_with_code
 from .folder import RUN, SCORES
 from .machine import format_bytes, format_duration, free_disk, free_memory
-from .progress_bars import display_progress
+from .progress_bars import report_progress
 from .report import write_page
 from .run import AttributionRun, FinishedRun, describe_run
 
@@ -60,7 +60,7 @@ def attribute_command(
         if dry_run:
             _print_forecast(output, settings)
             return
-        with display_progress(output) as report_queries:
+        with report_progress(output) as report_queries:
             run = AttributionRun.of(settings)
             finished = run.score(overwrite, interruption, report_queries)
             result = describe_run(run, finished)
@@ -73,7 +73,7 @@ def attribute_command(
 
 def _print_forecast(output: Output, settings: options.RunSettings) -> None:
     """Print the cost of the run, as text and as one object."""
-    with display_progress(output):
+    with report_progress(output):
         run = AttributionRun.of(settings)
         costs = run.forecast()
     n, q, blocks = len(run.task.problem), len(run.ids), run.block_ranges

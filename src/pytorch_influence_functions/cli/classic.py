@@ -10,7 +10,7 @@ from ..classic.config import Config
 from ..core.errors import InvalidInput
 from . import options, show
 from .exit import Output, exit_with_code
-from .progress_bars import display_progress
+from .progress_bars import report_progress
 from .task import Task, load_task
 
 
@@ -31,7 +31,7 @@ def classic_command(
     with exit_with_code(output) as interruption:
         settings, path = _read_settings(config, task)
         interruption.kept = f"what was finished lies in {str(settings['outdir'])!r}, and a new start begins anew"
-        with display_progress(output):
+        with report_progress(output):
             loaded = load_task(path)
             result = calc_influences(
                 _add_weight_decay(settings, loaded, given="weight_decay" in options.read_table(config)),

@@ -23,7 +23,7 @@ _OTHER_UNITS: Final = (QUERIES, "test items", "s_test")
 
 
 @contextmanager
-def display_progress(output: Output) -> Iterator[Callback]:
+def report_progress(output: Output) -> Iterator[Callback]:
     """Show the progress of passes over data inside; yields the callback `(label, done, total)` for the queries."""
     err = make_console(stderr=True)
     if output.quiet or os.environ.get("PTIF_PROGRESS", "1").lower() in ("0", "false", "no", "off"):

@@ -19,7 +19,7 @@ from . import options, show
 from .exit import Output, exit_with_code
 from .folder import SCORES, read_record
 from .marks import data_marks
-from .progress_bars import display_progress
+from .progress_bars import report_progress
 from .self_influence_table import kept_self_influence
 from .task import Task, load_task
 
@@ -42,7 +42,7 @@ def report_command(
     output = Output(json, quiet)
     with exit_with_code(output) as interruption:
         interruption.kept = f"the scores in {str(out)!r} are as they were"
-        with display_progress(output):
+        with report_progress(output):
             scores, found = _finished(out), None
             if task is not None:
                 found = load_task(task)

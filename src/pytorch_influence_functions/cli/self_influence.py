@@ -14,7 +14,7 @@ from .folder import Folder
 from .machine import format_bytes, format_duration, free_memory
 from .marks import marks, words
 from .parsing import parse_method
-from .progress_bars import display_progress
+from .progress_bars import report_progress
 from .run import choose_method, forecast_run, versions
 from .task import Task, load_task
 
@@ -57,7 +57,7 @@ def self_influence_command(
         if dry_run:
             _forecast(output, settings, named)
             return
-        with display_progress(output):
+        with report_progress(output):
             loaded = load_task(settings.task_file, settings.overrides)
             chosen = choose_method(named, loaded, settings)
             values, labels, made = _computed(loaded, chosen, settings, overwrite, interruption)
@@ -65,7 +65,7 @@ def self_influence_command(
 
 
 def _forecast(output: Output, settings: options.RunSettings, named: AbstractMethod | None) -> None:
-    with display_progress(output):
+    with report_progress(output):
         task = load_task(settings.task_file, settings.overrides)
         n = len(task.problem)
         costs = forecast_run(choose_method(named, task, settings), task, n)

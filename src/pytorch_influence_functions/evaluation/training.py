@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -321,14 +320,3 @@ def measure_queries(
             "lower the learning rate of the recipe."
         )
     return values
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread inside: small layers gain nothing from more, and sums are added in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
