@@ -188,13 +188,13 @@ class Stack:
     def losses(self, objective: AbstractObjective, batch: Any, shared: bool = False) -> Float[Tensor, "m b"]:
         """Every model's losses, each on a batch of its own; with `shared`, all on the same batch."""
 
-        def one(tensors: dict[str, Tensor], own: Any) -> Tensor:
-            examples = batch if shared else own
+        def model_losses(tensors: dict[str, Tensor], own_batch: Any) -> Tensor:
+            examples = batch if shared else own_batch
             return objective.losses(objective.outputs(at(self.skeleton, tensors), examples), examples)
 
         batches = torch.zeros(len(self)) if shared else batch
         with quiet():
-            losses: Tensor = vmap(one)(dict(self.tensors), batches)
+            losses: Tensor = vmap(model_losses)(dict(self.tensors), batches)
         return losses
 
 

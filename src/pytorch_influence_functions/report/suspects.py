@@ -110,16 +110,21 @@ def close_pairs(
     that between two random examples; `c` the cosine of their scores over the queries, 1 if they act alike.
     """
     ids = torch.argsort(sums.reach, descending=True, stable=True)[:among].sort().values
-    kept, features = _features(train, ids.tolist())
-    if len(kept) < 2:
+    compared, features = _features(train, ids.tolist())
+    if len(compared) < 2:
         return {"same": [], "other": []}
     numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    group = torch.tensor([numbers[labels[i]] for i in kept])
-    effects = torch.nn.functional.normalize(score_columns(scores, torch.tensor(kept)), dim=0)
+    group = torch.tensor([numbers[labels[i]] for i in compared])
+    effects = torch.nn.functional.normalize(score_columns(scores, torch.tensor(compared)), dim=0)
     pairs: dict[str, list[dict[str, Any]]] = {}
     for kind, alike in (("same", True), ("other", False)):
         pairs[kind] = [
-            {"a": kept[x], "b": kept[y], "d": four_digits(d), "c": four_digits(float(effects[:, x] @ effects[:, y]))}
+            {
+                "a": compared[x],
+                "b": compared[y],
+                "d": four_digits(d),
+                "c": four_digits(float(effects[:, x] @ effects[:, y])),
+            }
             for d, x, y in _closest(features, group, alike, size)
         ]
     return pairs
@@ -132,11 +137,11 @@ def _features(train: ExampleReader, ids: list[int]) -> tuple[list[int], Float[Te
     if not kinds:
         return [], torch.zeros(0, 1)
     common = max(sorted(set(kinds)), key=kinds.count)
-    kept = [(i, v) for i, (kind, v) in vectors if kind == common]
-    features = torch.from_numpy(np.stack([v for _, v in kept])).double()
+    common_vectors = [(i, v) for i, (kind, v) in vectors if kind == common]
+    features = torch.from_numpy(np.stack([v for _, v in common_vectors])).double()
     if common.startswith("row"):
         features = (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-12)
-    return [i for i, _ in kept], features.float()
+    return [i for i, _ in common_vectors], features.float()
 
 
 def _closest(
