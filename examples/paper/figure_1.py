@@ -57,13 +57,13 @@ def run(study: Study) -> Finding:
 def _draw(picture: Path, whole: Tensor, others: dict[str, Tensor], same: Tensor) -> None:
     with drawing(picture, 6.6, 3.2) as figure:
         for axes, (name, scores) in zip(figure.subplots(1, 2), others.items(), strict=True):
-            across, up = (style.power(float(s.abs().max())) for s in (scores, whole))
+            across, up = (style.power_of_ten(float(s.abs().max())) for s in (scores, whole))
             x, y = scores.numpy() / 10.0**across, whole.numpy() / 10.0**up
             axes.scatter(x[~same], y[~same], s=14, color=style.HARMFUL, marker="x", linewidths=0.7, label="ones")
             axes.scatter(x[same], y[same], s=9, color=style.HELPFUL, linewidths=0, alpha=0.6, label="sevens")
             axes.axhline(0, color=style.FAINT, linewidth=0.6)
             axes.axvline(0, color=style.FAINT, linewidth=0.6)
-            axes.set(xlabel=f"score {name}{style.times_ten(across)}", ylabel=f"score{style.times_ten(up)}")
+            axes.set(xlabel=f"score {name}{style.format_power(across)}", ylabel=f"score{style.format_power(up)}")
             axes.set_title(f"{name}\nr = {pearson(whole, scores):.2f}")
             axes.locator_params(nbins=5)
             axes.legend(frameon=False)

@@ -82,13 +82,13 @@ def _kernel_features(x: Tensor, qx: Tensor) -> tuple[Tensor, Tensor]:
 def _draw(path: Path, distance: Tensor, scores: dict[str, Tensor], same: Tensor) -> None:
     with drawing(path, 7.2, 3.2) as figure:
         for axes, (name, values) in zip(figure.subplots(1, 2), scores.items(), strict=True):
-            up = style.power(float(values.abs().max()))
+            up = style.power_of_ten(float(values.abs().max()))
             shown = (("the other class", ~same, style.HARMFUL), ("the test image's class", same, style.HELPFUL))
             for label, mask, colour in shown:
                 height = values[mask].numpy() / 10.0**up
                 axes.scatter(distance[mask].numpy(), height, s=6, color=colour, alpha=0.5, linewidths=0, label=label)
             axes.axhline(0, color=style.FAINT, linewidth=0.6)
-            axes.set(xlabel="distance in pixels", ylabel=f"score{style.times_ten(up)}", title=name)
+            axes.set(xlabel="distance in pixels", ylabel=f"score{style.format_power(up)}", title=name)
         axes.legend(frameon=False, fontsize=7)
 
 

@@ -194,11 +194,11 @@ def first_wrong(predicted: Tensor, labels: Tensor) -> int:
 @contextmanager
 def drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
     """An empty figure in the library's style, written to `path` at the end."""
-    with style.styled():
+    with style.plot_style():
         figure = style.new_figure(width, height)
         yield figure
         figure.set_layout_engine("tight")
-        style.save(figure, path)
+        style.save_figure(figure, path)
 
 
 def agreement(axes: Axes, predicted: Tensor, actual: Tensor, title: str, colour: str = style.HELPFUL) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.cli.task import load
+from pytorch_influence_functions.cli.task import load_task
 from tests.interface.cli_cases import QUERIES, N, Ran, task_file
 
 
@@ -19,8 +19,8 @@ def task(tmp_path: Path) -> Path:
 
 
 def by_library(task: Path, **options: object) -> ptif.Scores:
-    found = load(task)
-    return ptif.attribute(found.problem.model, found.problem.data, found.asked, **options)  # type: ignore[call-overload,no-any-return]
+    found = load_task(task)
+    return ptif.attribute(found.problem.model, found.problem.data, found.query_source, **options)  # type: ignore[call-overload,no-any-return]
 
 
 def test_scores_are_those_of_the_library_under_the_queries_own_positions(task: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_changed_loss_of_the_users_own_is_noticed(tmp_path: Path) -> None:
 def test_a_dry_run_forecasts_and_writes_nothing(task: Path, tmp_path: Path) -> None:
     arguments = ("attribute", task, "--method", "ekfac", "--top", 5, "--out", tmp_path / "r", "--dry-run")
     found = Ran(*arguments, "--json").found
-    expected = ptif.ekfac().forecast(load(task).problem, QUERIES)
+    expected = ptif.ekfac().forecast(load_task(task).problem, QUERIES)
     assert (found["passes"], found["memory_bytes"]) == (expected.passes, expected.memory_bytes)
     assert found["seconds"] > 0 and found["blocks"] == 2 and found["result_bytes"] == QUERIES * 10 * 12
     told = Ran(*arguments)
@@ -150,11 +150,11 @@ def test_a_problem_with_queries_works_as_well_and_flags_win(tmp_path: Path) -> N
     task = task_file(tmp_path, extra)
     assert Ran("attribute", task, "--out", tmp_path / "a", "--quiet").code == 0
     scores = ptif.Scores.load(tmp_path / "a/scores.safetensors")
-    problem = load(task).problem
-    expected = ptif.exact().fit(problem).score(load(task).asked, ptif.Margin())
+    problem = load_task(task).problem
+    expected = ptif.exact().fit(problem).score(load_task(task).query_source, ptif.Margin())
     assert not scores.lower_is_better and torch.allclose(scores.values, expected.values, rtol=1e-5, atol=1e-8)
     assert Ran("attribute", task, "--out", tmp_path / "b", "--quiet", "--weight-decay", 0.5).code == 0
-    other = ptif.exact().fit(problem.with_(weight_decay=0.5)).score(load(task).asked, ptif.Margin())
+    other = ptif.exact().fit(problem.with_(weight_decay=0.5)).score(load_task(task).query_source, ptif.Margin())
     values = ptif.Scores.load(tmp_path / "b/scores.safetensors").values
     assert torch.allclose(values, other.values, rtol=1e-5, atol=1e-8) and not torch.allclose(values, scores.values)
 
@@ -162,13 +162,13 @@ def test_a_problem_with_queries_works_as_well_and_flags_win(tmp_path: Path) -> N
 def test_the_old_readmes_names_work(tmp_path: Path) -> None:
     task = task_file(tmp_path, "\nget_my_model, get_my_dataloaders = get_model, get_dataloaders\ndel get_model\n")
     task.write_text(task.read_text() + "del get_dataloaders\n")
-    assert len(load(task).problem) == N
+    assert len(load_task(task).problem) == N
 
 
 def test_the_task_may_import_its_neighbours_and_leaves_no_bytecode(tmp_path: Path) -> None:
     (tmp_path / "beside_the_task.py").write_text("WIDTH = 4\n")
     task = task_file(tmp_path, "\nfrom beside_the_task import WIDTH\nassert WIDTH == 4\n")
-    assert load(task).problem.space.size == 10
+    assert load_task(task).problem.space.size == 10
     assert not list(tmp_path.glob("__pycache__/task*"))
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.cli import doctor, self_influence
+from pytorch_influence_functions.cli import doctor, self_influence_table
 from pytorch_influence_functions.cli.report import predictions
-from pytorch_influence_functions.cli.task import load
+from pytorch_influence_functions.cli.task import load_task
 from tests.interface.cli_cases import N, Ran, task_file
 
 # --------------------------------------------------------------------------- self-influence
@@ -25,14 +25,14 @@ from tests.interface.cli_cases import N, Ran, task_file
 def test_self_influence_is_the_librarys_worst_first(tmp_path: Path) -> None:
     task, out = task_file(tmp_path), tmp_path / "r"
     found = Ran("self-influence", task, "--method", "exact", "--top", 3, "--out", out, "--json").found
-    expected = ptif.exact().fit(load(task).problem).self_influence()
+    expected = ptif.exact().fit(load_task(task).problem).self_influence()
     assert torch.allclose(load_file(out / "self_influence.safetensors")["values"], expected)
     order = expected.argsort(descending=True).tolist()
     assert [one["index"] for one in found["worst"]] == order[:3]
     rows = list(csv.DictReader((out / "self_influence.csv").read_text().splitlines()))
     assert [int(row["index"]) for row in rows] == order and [row["rank"] for row in rows[:2]] == ["1", "2"]
     assert [float(row["self_influence"]) for row in rows] == pytest.approx(expected[order].tolist())
-    labels = load(task).problem.data.dataset.y
+    labels = load_task(task).problem.data.dataset.y
     assert [row["label"] for row in rows] == [["low", "high"][labels[i]] for i in order]
 
 
@@ -54,7 +54,7 @@ def test_self_influence_forecasts(tmp_path: Path) -> None:
 
 
 def test_a_label_in_the_table_is_no_formula(tmp_path: Path) -> None:
-    self_influence.save(tmp_path, torch.tensor([2.0, 1.0]), ["=1+1", "-3"], "m")
+    self_influence_table.save(tmp_path, torch.tensor([2.0, 1.0]), ["=1+1", "-3"], "m")
     rows = list(csv.reader((tmp_path / "self_influence.csv").read_text().splitlines()))
     assert rows[1:] == [["1", "0", "'=1+1", "2.0"], ["2", "1", "-3", "1.0"]]
 
@@ -66,10 +66,10 @@ def test_a_regression_has_numbers_for_labels_and_a_number_for_an_answer(tmp_path
         "def get_model():\n    torch.manual_seed(0)\n"
         "    return torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Flatten(0))\n"
     )
-    found = load(task_file(tmp_path, extra))
-    assert self_influence.label_words(found.problem) == ["0.3", "1.1", "1.9", "2.7", "3.5"]
+    found = load_task(task_file(tmp_path, extra))
+    assert self_influence_table.label_words(found.problem) == ["0.3", "1.1", "1.9", "2.7", "3.5"]
     answers = predictions(found, [1, 4])
-    x = torch.stack([found.asked.dataset[i][0] for i in (1, 4)])
+    x = torch.stack([found.query_source.dataset[i][0] for i in (1, 4)])
     assert answers is not None and torch.allclose(answers.float(), found.problem.model(x))
 
 
@@ -123,9 +123,9 @@ def test_an_unfinished_run_has_no_page_yet(tmp_path: Path) -> None:
 
 
 def test_answers_are_the_models_probabilities(tmp_path: Path) -> None:
-    found = load(task_file(tmp_path))
+    found = load_task(task_file(tmp_path))
     answers = predictions(found, [3, 0])
-    x = torch.stack([found.asked.dataset[i][0] for i in (3, 0)])
+    x = torch.stack([found.query_source.dataset[i][0] for i in (3, 0)])
     assert answers is not None and torch.allclose(answers.float(), found.problem.model(x).softmax(1))
 
 
@@ -142,9 +142,9 @@ def test_classic_writes_what_calc_img_wise_returns(tmp_path: Path, monkeypatch: 
     task_file(tmp_path)
     found = Ran("classic", classic_config(tmp_path, test_sample_num=2), "--json").found
     written = json.loads(Path(found["files"]["results"]).read_text())
-    task = load(tmp_path / "task.py")
+    task = load_task(tmp_path / "task.py")
     config = {"recursion_depth": 50, "test_sample_num": 2, "outdir": str(tmp_path / "other"), "progress": False}
-    expected = ptif.calc_img_wise(config, task.problem.model, task.problem.data, task.asked)
+    expected = ptif.calc_img_wise(config, task.problem.model, task.problem.data, task.query_source)
     assert list(written) == list(expected.influences) and len(written) == 4
     key = next(iter(written))
     assert written[key]["influence"] == pytest.approx(expected.influences[key]["influence"], rel=1e-4, abs=1e-9)
@@ -198,17 +198,17 @@ def test_doctor_tells_what_is_there() -> None:
 
 
 def test_doctor_names_missing_extras_and_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_installed", lambda library: library not in ("matplotlib", "pandas"))
+    monkeypatch.setattr(doctor, "_is_installed", lambda library: library not in ("matplotlib", "pandas"))
     told = Ran("doctor").stdout
     assert "missing: matplotlib" in told and "pip install 'pytorch-influence-functions[" in told
-    assert [name for name, lacks in doctor.extras().items() if lacks] == sorted(
-        name for name, lacks in doctor.extras().items() if set(lacks) & {"matplotlib", "pandas"}
+    assert [name for name, lacks in doctor.missing_libraries().items() if lacks] == sorted(
+        name for name, lacks in doctor.missing_libraries().items() if set(lacks) & {"matplotlib", "pandas"}
     )
 
 
 def test_a_requirement_for_an_older_python_is_no_missing_one() -> None:
-    assert not doctor._applies("extra == 'cli' and python_version < '3.9'")
-    assert doctor._applies("python_version < '9.0' and extra == 'cli'") and doctor._applies("extra == 'cli'")
+    assert not doctor._applies_here("extra == 'cli' and python_version < '3.9'")
+    assert doctor._applies_here("python_version < '9.0' and extra == 'cli'") and doctor._applies_here("extra == 'cli'")
 
 
 @pytest.mark.parametrize("module", ["pytorch_influence_functions", "pytorch_influence_functions.cli"])

@@ -14,9 +14,9 @@ from rich.progress import Progress
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.cli import blocks, options, show
-from pytorch_influence_functions.cli.outcome import Voice
-from pytorch_influence_functions.cli.spelled import damping_of, method_of, picked
-from pytorch_influence_functions.cli.watch import Bars, Lines, watching
+from pytorch_influence_functions.cli.exit import Output
+from pytorch_influence_functions.cli.parsing import parse_damping, parse_method, parse_positions
+from pytorch_influence_functions.cli.progress_bars import ProgressBars, ProgressLines, report_progress
 from pytorch_influence_functions.damping import Absolute, FromTraining
 from pytorch_influence_functions.errors import InvalidInput, UnknownName
 from pytorch_influence_functions.methods.names import METHODS
@@ -36,7 +36,7 @@ class Clock:
 
 def test_a_log_has_a_line_every_ten_seconds_and_one_at_the_end() -> None:
     log, clock = io.StringIO(), Clock()
-    lines = Lines(log, clock)
+    lines = ProgressLines(log, clock)
     for second in range(25):
         lines("scoring", second * 100, 2400)
         clock.now += 1.0
@@ -48,7 +48,7 @@ def test_a_log_has_a_line_every_ten_seconds_and_one_at_the_end() -> None:
 
 def test_a_short_pass_is_not_worth_a_line() -> None:
     log, clock = io.StringIO(), Clock()
-    lines = Lines(log, clock)
+    lines = ProgressLines(log, clock)
     for done in (0, 50, 100):
         lines("labels", done, 100)
         clock.now += 0.1
@@ -57,7 +57,7 @@ def test_a_short_pass_is_not_worth_a_line() -> None:
 
 def test_queries_kept_before_do_not_count_as_speed() -> None:
     log, clock = io.StringIO(), Clock()
-    lines = Lines(log, clock)
+    lines = ProgressLines(log, clock)
     lines("queries", 80, 100)
     clock.now += 20.0
     lines("queries", 90, 100)
@@ -67,10 +67,10 @@ def test_queries_kept_before_do_not_count_as_speed() -> None:
 def test_bars_fit_80_columns_and_short_passes_have_none() -> None:
     log, clock = io.StringIO(), Clock()
     console = Console(file=log, force_terminal=True, width=80)
-    from pytorch_influence_functions.cli.watch import columns
+    from pytorch_influence_functions.cli.progress_bars import bar_columns
 
-    with Progress(*columns(), console=console, auto_refresh=False) as bars:
-        watch = Bars(bars, clock)
+    with Progress(*bar_columns(), console=console, auto_refresh=False) as bars:
+        watch = ProgressBars(bars, clock)
         watch("queries", 0, 1000)
         watch("labels", 0, 10)
         watch("labels", 10, 10)
@@ -93,17 +93,17 @@ def test_quiet_and_the_environment_silence_progress(
     from pytorch_influence_functions.core.progress import track
 
     def work() -> None:
-        monkeypatch.setattr("pytorch_influence_functions.cli.watch.SHORT", 0.0)
+        monkeypatch.setattr("pytorch_influence_functions.cli.progress_bars.SHOW_AFTER", 0.0)
         list(track(range(3), 3, "counting"))
 
-    with watching(Voice(quiet=True)):
+    with report_progress(Output(quiet=True)):
         work()
     monkeypatch.setenv("PTIF_PROGRESS", "0")
-    with watching(Voice()):
+    with report_progress(Output()):
         work()
     assert capsys.readouterr().err == ""
     monkeypatch.delenv("PTIF_PROGRESS")
-    with watching(Voice()):
+    with report_progress(Output()):
         work()
     assert capsys.readouterr().err.startswith("ptif: counting: 3/3")
 
@@ -112,21 +112,25 @@ def test_quiet_and_the_environment_silence_progress(
 
 
 def test_a_method_is_given_by_name() -> None:
-    assert method_of("Gauss-Newton") == ptif.gauss_newton() and method_of("auto") == ptif.Influence()
+    assert parse_method("Gauss-Newton") == ptif.gauss_newton() and parse_method("auto") == ptif.Influence()
     with pytest.raises(UnknownName, match=r"Did you mean 'ekfac'\? .* can be made in get_options\(\) of the task file"):
-        method_of("ekfak")
+        parse_method("ekfak")
     with pytest.raises(InvalidInput, match=r"needs learning_rates, .* can be made in get_options\(\) of the task file"):
-        method_of("tracin")
+        parse_method("tracin")
 
 
 def test_dampings_in_words() -> None:
-    assert damping_of("0.01") == Absolute(0.01)
-    assert damping_of("training:0.1:200:0.9") == FromTraining(0.1, 200, 0.9)
+    assert parse_damping("0.01") == Absolute(0.01)
+    assert parse_damping("training:0.1:200:0.9") == FromTraining(0.1, 200, 0.9)
 
 
 def test_ranges_of_queries() -> None:
-    assert picked("8:", 10) == [8, 9] and picked(":2", 10) == [0, 1] and picked("::4", 10) == [0, 4, 8]
-    assert picked("9", 10) == [9]
+    assert (
+        parse_positions("8:", 10) == [8, 9]
+        and parse_positions(":2", 10) == [0, 1]
+        and parse_positions("::4", 10) == [0, 4, 8]
+    )
+    assert parse_positions("9", 10) == [9]
 
 
 @pytest.mark.parametrize(("queries", "block"), [(1, None), (8, None), (1000, None), (10, 3), (3, 10)])
@@ -150,7 +154,7 @@ def test_what_one_block_did_not_measure_is_not_known_of_the_whole() -> None:
 
 
 def test_every_setting_can_be_checked() -> None:
-    assert {f.name for f in fields(options.Settings)} == set(options._KINDS)
+    assert {f.name for f in fields(options.RunSettings)} == set(options._KINDS)
 
 
 def test_text_from_data_cannot_steer_the_terminal() -> None:
@@ -158,7 +162,7 @@ def test_text_from_data_cannot_steer_the_terminal() -> None:
         torch.tensor([[0.1, -0.2]]), query_labels=[0], train_labels=[0, 0], class_names=["\x1b[2J[bold]red[/]\n"]
     )
     log = io.StringIO()
-    for one in show.influences(scores):
+    for one in show.influence_table(scores):
         Console(file=log, width=80, force_terminal=True, markup=True).print(one)
     assert "?[2J[bold]red[/]?" in log.getvalue() and "\x1b[2J" not in log.getvalue()
 
@@ -167,7 +171,7 @@ def test_the_page_of_the_command_line_names_every_flag_method_and_setting() -> N
     page = (Path(__file__).parents[2] / "docs/command-line.md").read_text(encoding="utf-8")
     for name in ("--dry-run", "--json", "--quiet", "--overwrite", "--config", "--task", *METHODS):
         assert f"`{name}" in page, name
-    for field in fields(options.Settings):
+    for field in fields(options.RunSettings):
         assert f"`{field.name}`" in page, field.name
     for code in ("| 0 |", "| 1 |", "| 2 |", "| 130 |"):
         assert code in page

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, NonFinite
-from pytorch_influence_functions.plots.examples import Shown, exposed, see, target_of, wrapped
+from pytorch_influence_functions.plots.examples import ExampleView, example_target, share_scale, view_example, wrap_text
 from pytorch_influence_functions.plots.query import plot_agreement, plot_damping_curve, plot_influences
-from pytorch_influence_functions.plots.style import number, power, shorten, times_ten
+from pytorch_influence_functions.plots.style import format_power, format_signed, power_of_ten, shorten
 from pytorch_influence_functions.scores.scores import Scores
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -201,20 +201,20 @@ LAYOUTS = [
 @pytest.mark.parametrize(("picture", "shape"), LAYOUTS)
 def test_any_layout_of_picture_is_found(picture: Any, shape: tuple[int, ...]) -> None:
     for item in (picture, (picture, 3), {"image": picture, "label": 1}):
-        pixels = see(item, 0).pixels
+        pixels = view_example(item, 0).pixels
         assert pixels is not None and pixels.shape == shape
 
 
 def test_channels_first_keeps_rows_and_columns() -> None:
     picture = torch.rand(3, 8, 9)
-    pixels = see(picture, 0).pixels
+    pixels = view_example(picture, 0).pixels
     assert pixels is not None and pixels[2, 5, 1] == picture[1, 2, 5]
 
 
 @pytest.mark.parametrize("item", ["a text", torch.rand(64), torch.rand(3, 2), {"text": "words", "label": 1}, 3.5])
 def test_what_is_no_picture_is_words(item: Any) -> None:
-    shown = see((item, 0), 0)
-    assert shown.pixels is None and shown.words
+    shown = view_example((item, 0), 0)
+    assert shown.pixels is None and shown.card
 
 
 @pytest.mark.parametrize(
@@ -230,40 +230,40 @@ def test_what_is_no_picture_is_words(item: Any) -> None:
     ],
 )
 def test_exposure(pixels: Any, want: Any, note: str) -> None:
-    (shown,), found = exposed([Shown(pixels=pixels)])
+    (shown,), found = share_scale([ExampleView(pixels=pixels)])
     assert np.allclose(shown.pixels, want) and (note in found if note else found == "")
 
 
 def test_all_pictures_share_one_exposure() -> None:
-    dark, light = Shown(pixels=np.full((1, 1), -1.0)), Shown(pixels=np.full((1, 1), 3.0))
-    found, _ = exposed([dark, light, Shown(words="x")])
-    assert found[0].pixels == 0 and found[1].pixels == 1 and found[2].words == "x"
+    dark, light = ExampleView(pixels=np.full((1, 1), -1.0)), ExampleView(pixels=np.full((1, 1), 3.0))
+    found, _ = share_scale([dark, light, ExampleView(card="x")])
+    assert found[0].pixels == 0 and found[1].pixels == 1 and found[2].card == "x"
 
 
 def test_denormalize_undoes_a_normalisation() -> None:
     picture = torch.rand(3, 8, 9)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
     normal = (picture - mean[:, None, None]) / std[:, None, None]
-    by_numbers = see(normal, 0, (mean.tolist(), std.tolist())).pixels
-    by_function = see(normal, 0, lambda x: x * std[:, None, None] + mean[:, None, None]).pixels
+    by_numbers = view_example(normal, 0, (mean.tolist(), std.tolist())).pixels
+    by_function = view_example(normal, 0, lambda x: x * std[:, None, None] + mean[:, None, None]).pixels
     assert by_numbers is not None and np.allclose(by_numbers, picture.permute(1, 2, 0), atol=1e-6)
     assert by_function is not None and np.allclose(by_function, by_numbers, atol=1e-6)
-    flat = see(torch.rand(64), 0, lambda x: x.view(8, 8)).pixels
+    flat = view_example(torch.rand(64), 0, lambda x: x.view(8, 8)).pixels
     assert flat is not None and flat.shape == (8, 8)
 
 
 def test_a_nan_pixel_is_named() -> None:
     with pytest.raises(NonFinite, match="picture of example 17 holds NaN"):
-        see(torch.full((8, 8), float("nan")), 17)
+        view_example(torch.full((8, 8), float("nan")), 17)
 
 
 def test_targets_and_words() -> None:
-    assert target_of(("x", 3)) == 3 and target_of({"labels": 2}) == 2 and target_of("x") is None
-    assert wrapped("a\nb\nc", 9, 2) == "a\n… 2 more"
+    assert example_target(("x", 3)) == 3 and example_target({"labels": 2}) == 2 and example_target("x") is None
+    assert wrap_text("a\nb\nc", 9, 2) == "a\n… 2 more"
     assert shorten("a  b\nc", 9) == "a b c"
-    assert [number(v) for v in (0.0, 1.0, -0.00312, 0.99999, 31250.0, -2e-7, 999.6)] == [
+    assert [format_signed(v) for v in (0.0, 1.0, -0.00312, 0.99999, 31250.0, -2e-7, 999.6)] == [
         "0", "+1.00", "−0.00312", "+1.00", "+31250", "−2.00e-07", "+1000"]  # fmt: skip
-    assert power(0.0) == 0 and times_ten(power(2.5e-12)) == " (×10⁻¹²)" and times_ten(0) == ""
+    assert power_of_ten(0.0) == 0 and format_power(power_of_ten(2.5e-12)) == " (×10⁻¹²)" and format_power(0) == ""
 
 
 # --------------------------------------------------------------------------- agreement and damping

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
 from pytorch_influence_functions.report import page as pages
-from pytorch_influence_functions.report.ranking import Classes, Sums, ends, histogram
+from pytorch_influence_functions.report.ranking import Classes, Sums, extremes, histogram
 from pytorch_influence_functions.scores.scores import Scores
 from tests.interface.report_cases import ATTACK, CLASSES, Page, pictures, probabilities, tables, texts, values
 
@@ -52,7 +52,7 @@ def test_ends_are_those_of_the_scores_also_among_equals(k: int) -> None:
     s = Scores(torch.tensor([[1.0, 2.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0] * 7]))
     for held in (s, replace(s, lower_is_better=False), s.top(2), s[:, [6, 0, 3, 1]]):
         for q in (0, 1):
-            assert ends(held, q, k) == (held.helpful(q, k), held.harmful(q, k))
+            assert extremes(held, q, k) == (held.helpful(q, k), held.harmful(q, k))
 
 
 def test_sums_over_queries_are_means_and_classes_split_them() -> None:

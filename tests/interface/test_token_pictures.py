@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.plots import style
-from pytorch_influence_functions.plots.tokens import _COLUMNS, _ROWS, _Text
+from pytorch_influence_functions.plots.tokens import _COLUMNS, _ROWS, _TokenText
 from pytorch_influence_functions.scores.scores import Scores
 
 WORDS = ["to be or not", "a $1$ b <i>", "one two three", "x y z"]
@@ -65,12 +65,12 @@ def test_token_ids_are_spelled_by_pieces_and_their_own_targets_are_no_labels() -
 def test_long_texts_show_the_lines_around_their_strongest_tokens() -> None:
     pieces = tuple(f"word{i:04} " for i in range(400))
     values = tuple(1.0 if i == 300 else 0.0 for i in range(400))
-    lines = _Text(pieces, values, ()).lines()
+    lines = _TokenText(pieces, values, ()).lines()
     shown = [piece for line in lines for piece, _ in line]
     assert len(lines) == _ROWS and "word0300 " in shown and shown[0] == "…" and "word0000 " not in shown
     assert all(sum(len(p) for p, _ in line) <= _COLUMNS + 2 for line in lines)
     assert sum(v for line in lines for _, v in line) == 1.0
-    endless = _Text(("x" * 1000,), (1.0,), ()).lines()
+    endless = _TokenText(("x" * 1000,), (1.0,), ()).lines()
     assert len(endless) == _ROWS and all(len(piece) <= _COLUMNS for line in endless for piece, _ in line)
 
 

@@ -79,14 +79,14 @@ class ClassicSettings:
         )  # fmt: skip
         return ClassicSettings(
             **{name: config[name] for name in names},
-            seed=draw_seed(generator, config["seed"]),
+            seed=seed_from(generator, config["seed"]),
             loss_fn=loss_fn,
             params=params,
             progress=config["progress"] if progress is None else progress,
         )
 
 
-def draw_seed(generator: torch.Generator | None, default: int = 42) -> int:
+def seed_from(generator: torch.Generator | None, default: int = 42) -> int:
     """Draw a seed from a generator, if there is one: its state, not its identity, decides the result."""
     if generator is None:
         return default

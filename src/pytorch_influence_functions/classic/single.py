@@ -21,7 +21,7 @@ from ..problem.data import Source
 from ..problem.model_state import double_backward_safe
 from ..problem.problem import model_device
 from .config import Config, Number
-from .engine import ClassicSettings, Engine, calculation, draw_seed
+from .engine import ClassicSettings, Engine, calculation, seed_from
 
 # Autograd gives None for an input that plays no part.
 OptionalGradients = tuple[Tensor | None, ...]
@@ -173,7 +173,7 @@ def s_test(
     Reference: Agarwal et al. (2017); Koh & Liang (2017), section 3.
     """
     config = Config(damp=damp, scale=scale, recursion_depth=recursion_depth, gpu=gpu, r=r)
-    config.update(batch_size=batch_size, tolerance=tolerance, seed=draw_seed(generator))
+    config.update(batch_size=batch_size, tolerance=tolerance, seed=seed_from(generator))
     settings = ClassicSettings.of(config, loss_fn, params, None, progress)
     with calculation(model, settings):
         engine = Engine.of(model, Source.of(z_loader), settings)

@@ -8,12 +8,12 @@ import typer
 
 from .._version import __version__
 from ..demo.screen import allow_any_encoding
-from .attribute import attribute
-from .classic import classic
-from .demo import demo
-from .doctor import doctor
-from .report import report
-from .self_influence import self_influence
+from .attribute import attribute_command
+from .classic import classic_command
+from .demo import demo_command
+from .doctor import doctor_command
+from .report import report_command
+from .self_influence import self_influence_command
 
 HELP = "Which training examples made the model say that, and which of them are wrong?"
 EPILOG = "Exit codes: 0 done, 1 the run failed, 2 bad usage or input, 130 interrupted."
@@ -26,12 +26,12 @@ def application() -> typer.Typer:
     )
     app.callback()(ptif)
     for name, command in (
-        ("demo", demo),
-        ("attribute", attribute),
-        ("self-influence", self_influence),
-        ("report", report),
-        ("classic", classic),
-        ("doctor", doctor),
+        ("demo", demo_command),
+        ("attribute", attribute_command),
+        ("self-influence", self_influence_command),
+        ("report", report_command),
+        ("classic", classic_command),
+        ("doctor", doctor_command),
     ):
         app.command(name)(command)
     return app

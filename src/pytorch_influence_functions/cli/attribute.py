@@ -1,19 +1,19 @@
-"""`ptif attribute`: scores of queries, block by block, kept as they are finished."""
+"""`ptif attribute`: scores of queries, computed and kept block by block."""
 
 from typing import Annotated, Any
 
 import typer
 
 from . import options, show
+from .exit import Output, exit_with_code
 from .folder import RUN, SCORES
-from .machine import duration, free_disk, free_memory, size
-from .outcome import Voice, ending
+from .machine import format_bytes, format_duration, free_disk, free_memory
+from .progress_bars import report_progress
 from .report import write_page
-from .run import Asked, Done, told
-from .watch import watching
+from .run import AttributionRun, FinishedRun, describe_run
 
 
-def attribute(
+def attribute_command(
     task: options.TaskFile = None,
     method: options.Method = None,
     queries: Annotated[
@@ -41,7 +41,7 @@ def attribute(
 
     Finished blocks of queries are kept in --out: after Ctrl-C the same command goes on from there.
     """
-    voice = Voice(json, quiet)
+    output = Output(json, quiet)
     flags = {
         "task": task,
         "method": method,
@@ -55,30 +55,30 @@ def attribute(
         "block": block,
         "device": device,
     }
-    with ending(voice) as state:
-        settings = options.settled(flags, config)
+    with exit_with_code(output) as interruption:
+        settings = options.merge_settings(flags, config)
         if dry_run:
-            _forecast(voice, settings)
+            _print_forecast(output, settings)
             return
-        with watching(voice) as tell:
-            asked = Asked.of(settings)
-            done = asked.run(overwrite, state, tell)
-            found = told(asked, done)
+        with report_progress(output) as report_queries:
+            run = AttributionRun.of(settings)
+            finished = run.score(overwrite, interruption, report_queries)
+            result = describe_run(run, finished)
             if settings.report:
-                page = write_page(done.scores, settings.out, asked.task)
-                found["files"]["report"] = str(page)
-        _say(voice, asked, done, found)
-        voice.whole(found)
+                page = write_page(finished.scores, settings.out, run.task)
+                result["files"]["report"] = str(page)
+        _print_result(output, run, finished, result)
+        output.print_json(result)
 
 
-def _forecast(voice: Voice, settings: options.Settings) -> None:
-    """What it would cost, in words and as one object."""
-    with watching(voice):
-        asked = Asked.of(settings)
-        costs = asked.forecast()
-    n, q, plan = len(asked.task.problem), len(asked.ids), asked.plan
+def _print_forecast(output: Output, settings: options.RunSettings) -> None:
+    """Print the cost of the run, as text and as one object."""
+    with report_progress(output):
+        run = AttributionRun.of(settings)
+        costs = run.forecast()
+    n, q, blocks = len(run.task.problem), len(run.ids), run.block_ranges
     memory, disk = free_memory(), free_disk(settings.out)
-    found = {
+    result = {
         "status": "forecast",
         "exit_code": 0,
         "command": "attribute",
@@ -90,54 +90,55 @@ def _forecast(voice: Voice, settings: options.Settings) -> None:
         "memory_bytes": costs.memory_bytes,
         "free_memory_bytes": memory,
         "seconds": costs.seconds,
-        "blocks": len(plan),
-        "result_bytes": asked.result_bytes,
+        "blocks": len(blocks),
+        "result_bytes": run.result_bytes,
         "free_disk_bytes": disk,
     }
-    had = "" if memory is None else f" ({size(memory)} free)"
-    largest = max(last - first for first, last in plan)
-    voice.say(
+    free = "" if memory is None else f" ({format_bytes(memory)} free)"
+    largest = max(last - first for first, last in blocks)
+    output.print_text(
         show.heading("Forecast; nothing was computed"),
-        show.facts(
+        show.fact_table(
             [
                 ("size", f"{q:,} queries × {n:,} training examples"),
                 ("method", costs.method),
                 ("why", costs.why),
                 ("passes", f"{costs.passes:,.0f} over the training data, and one more per further block"),
-                ("blocks", f"{len(plan):,}, of at most {largest:,} queries, each kept when it is finished"),
-                ("memory", f"{size(costs.memory_bytes)} beside the model{had}"),
-                ("time", f"about {duration(costs.seconds)}, by one small batch that was timed"),
-                ("result", f"{size(asked.result_bytes)} ({size(disk)} free on the disk)"),
+                ("blocks", f"{len(blocks):,}, of at most {largest:,} queries, each kept when it is finished"),
+                ("memory", f"{format_bytes(costs.memory_bytes)} beside the model{free}"),
+                ("time", f"about {format_duration(costs.seconds)}, by one small batch that was timed"),
+                ("result", f"{format_bytes(run.result_bytes)} ({format_bytes(disk)} free on the disk)"),
             ]
         ),
     )
-    voice.whole(found)
+    output.print_json(result)
 
 
-def _say(voice: Voice, asked: Asked, done: Done, found: dict[str, Any]) -> None:
-    scores, out = done.scores, asked.settings.out
+def _print_result(output: Output, run: AttributionRun, finished: FinishedRun, result: dict[str, Any]) -> None:
+    scores, out = finished.scores, run.settings.out
     d = scores.diagnostics
     q = len(scores)
-    head = f"{q:,} {'query' if q == 1 else 'queries'} × {scores.n_train:,} training examples in {duration(d.seconds)}"
-    if done.resumed:
-        head += f"; {'all' if done.resumed == q else f'{done.resumed:,}'} were kept from before"
+    queries = "query" if q == 1 else "queries"
+    title = f"{q:,} {queries} × {scores.n_train:,} training examples in {format_duration(d.seconds)}"
+    if finished.resumed:
+        title += f"; {'all' if finished.resumed == q else f'{finished.resumed:,}'} were kept from before"
     meaning = "by how much its loss would rise (+) or fall (−) without the example"
-    if asked.task.measure is not None:
+    if run.task.measure is not None:
         meaning = "by how much the measure would change without the example"
     files = [(out / SCORES, "ptif.Scores.load reads it"), (out / RUN, "what it was made from")]
-    if "report" in found["files"]:
+    if "report" in result["files"]:
         files.append((out / "report.html", "open it in a browser"))
-    voice.say(
-        show.heading(head),
-        show.facts([("method", d.method), ("why", d.why)]),
+    output.print_text(
+        show.heading(title),
+        show.fact_table([("method", d.method), ("why", d.why)]),
         "",
         show.heading("Most helpful and most harmful"),
-        show.indented(meaning),
-        *show.influences(scores),
+        show.indent(meaning),
+        *show.influence_table(scores),
         "",
         show.heading("How far to trust it"),
         show.checklist(d),
         "",
         show.heading("Written"),
-        show.written(files),
+        show.file_table(files),
     )

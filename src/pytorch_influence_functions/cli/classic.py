@@ -9,12 +9,12 @@ from ..classic.calc import calc_influences
 from ..classic.config import Config
 from ..core.errors import InvalidInput
 from . import options, show
-from .outcome import Voice, ending
-from .task import Task, load
-from .watch import watching
+from .exit import Output, exit_with_code
+from .progress_bars import report_progress
+from .task import Task, load_task
 
 
-def classic(
+def classic_command(
     config: Annotated[Path, typer.Argument(help="JSON or TOML file with the old settings.", metavar="CONFIG")],
     task: Annotated[
         Path | None, typer.Option("--task", help="Task file. (default: the setting 'task' of the config)")
@@ -25,32 +25,33 @@ def classic(
     """The calculation of version 0.1: its settings, its file names, its results in outdir.
 
     CONFIG holds any of the old settings (recursion_depth, r, damp, scale, test_sample_num, outdir, …), and `task`: the
-    Python file with get_model() and get_dataloaders(), seen from the config.
+    Python file with get_model() and get_dataloaders(), relative to the config.
     """
-    voice = Voice(json, quiet)
-    with ending(voice) as state:
-        settings, path = _settings(config, task)
-        state.kept = f"what was finished lies in {str(settings['outdir'])!r}, and a new start begins anew"
-        with watching(voice):
-            found = load(path)
+    output = Output(json, quiet)
+    with exit_with_code(output) as interruption:
+        settings, path = _read_settings(config, task)
+        interruption.kept = f"what was finished lies in {str(settings['outdir'])!r}, and a new start begins anew"
+        with report_progress(output):
+            loaded = load_task(path)
             result = calc_influences(
-                _completed(settings, found, given="weight_decay" in options.read(config)),
-                found.problem.model,
-                found.problem.data,
-                found.asked,
-                loss_fn=found.problem.objective,
-                params=found.problem.parameters,
+                _add_weight_decay(settings, loaded, given="weight_decay" in options.read_table(config)),
+                loaded.problem.model,
+                loaded.problem.data,
+                loaded.query_source,
+                loss_fn=loaded.problem.objective,
+                params=loaded.problem.parameters,
             )
         scores = result.scores
-        voice.say(
+        files = [] if result.path is None else [(result.path, "the results, as version 0.1 laid them out")]
+        output.print_text(
             show.heading(f"{len(scores):,} test examples × {scores.n_train:,} training examples"),
-            show.indented("by how much the test loss would rise (+) or fall (−) without the example"),
-            *show.influences(scores),
+            show.indent("by how much the test loss would rise (+) or fall (−) without the example"),
+            *show.influence_table(scores),
             "",
             show.heading("Written"),
-            show.written([] if result.path is None else [(result.path, "the results, as version 0.1 laid them out")]),
+            show.file_table(files),
         )
-        voice.whole(
+        output.print_json(
             {
                 "status": "complete",
                 "exit_code": 0,
@@ -64,15 +65,15 @@ def classic(
         )
 
 
-def _completed(settings: dict[str, Any], task: Task, given: bool) -> dict[str, Any]:
-    """The settings with the task's weight decay, unless the config has its own.
+def _add_weight_decay(settings: dict[str, Any], task: Task, given: bool) -> dict[str, Any]:
+    """Add the task's weight decay to the settings, unless the config has its own.
 
     Raises:
-        InvalidInput: the task asks for what version 0.1 did not have.
+        InvalidInput: the task uses features that version 0.1 did not have.
     """
     if task.measure is not None or task.problem.checkpoints:
-        what = "checkpoints" if task.measure is None else "measure"
-        raise InvalidInput(f"{task.path.name} gives {what}, which ptif classic does not have; use ptif attribute.")
+        feature = "checkpoints" if task.measure is None else "measure"
+        raise InvalidInput(f"{task.path.name} gives {feature}, which ptif classic does not have; use ptif attribute.")
     decay = task.problem.weight_decay
     if given or decay.is_zero:
         return settings
@@ -84,20 +85,20 @@ def _completed(settings: dict[str, Any], task: Task, given: bool) -> dict[str, A
     return settings | {"weight_decay": float(decay.strength)}
 
 
-def _settings(path: Path, task: Path | None) -> tuple[dict[str, Any], Path]:
-    """The old settings, checked, and the task file."""
-    found = options.read(path)
-    named = found.pop("task", None)
-    if task is None and (not isinstance(named, str) or not named):
+def _read_settings(path: Path, task: Path | None) -> tuple[dict[str, Any], Path]:
+    """Read and check the old settings, and find the task file."""
+    table = options.read_table(path)
+    task_name = table.pop("task", None)
+    if task is None and (not isinstance(task_name, str) or not task_name):
         raise InvalidInput(f"{path.name} names no task file; add the setting task to it, or give --task task.py.")
     for loader in ("train_loader", "test_loader"):
-        if loader in found:
+        if loader in table:
             raise InvalidInput(f"{path.name} holds {loader}, which a file cannot; the task file gives the loaders.")
-    settings = dict(Config.of(found))
+    settings = dict(Config.of(table))
     try:
         Path(settings["outdir"]).mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise InvalidInput(
             f"The outdir {str(settings['outdir'])!r} of {path.name} cannot be made ({cause.strerror}); give another."
         ) from cause
-    return settings, task or path.parent / str(named)
+    return settings, task or path.parent / str(task_name)

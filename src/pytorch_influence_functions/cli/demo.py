@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from .outcome import Voice, ending
+from .exit import Output, exit_with_code
 
 
-def demo(
+def demo_command(
     out: Annotated[Path, typer.Option("--out", help="Folder for what the demo writes.")] = Path("demo"),
     seed: Annotated[int, typer.Option("--seed", help="Seed of the initial weights and of the batches.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the summary only.")] = False,
@@ -17,6 +17,6 @@ def demo(
     from ..demo.run import run_demo
     from ..demo.screen import Screen
 
-    with ending(Voice()) as state:
-        state.kept = "the demo keeps nothing before its end"
+    with exit_with_code(Output()) as interruption:
+        interruption.kept = "the demo keeps nothing before its end"
         run_demo(Screen(quiet), out, seed)

@@ -1,4 +1,4 @@
-"""`ptif doctor`: what is installed, what the machine has, and what is missing."""
+"""`ptif doctor`: installed versions, the machine, and missing extras."""
 
 import os
 import platform
@@ -14,13 +14,13 @@ from rich.text import Text
 
 from .._version import __version__
 from . import options, show
-from .machine import free_memory, size
-from .outcome import Voice, ending
+from .exit import Output, exit_with_code
+from .machine import format_bytes, free_memory
 
 PACKAGE: Final = "pytorch-influence-functions"
 _CORE: Final = ("torch", "numpy", "safetensors", "tqdm", "jaxtyping")
-# Extras that gather others, or are for those who work on the package.
-_INNER: Final = ("all", "test", "dev")
+# Extras that combine others, or are for the package's developers.
+_NOT_FOR_USERS: Final = ("all", "test", "dev")
 _VARIABLES: Final = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -28,102 +28,103 @@ _VARIABLES: Final = (
     "CUDA_VISIBLE_DEVICES",
     "PTIF_PROGRESS",
 )
-_SIDE: Final = 768
+_MATRIX_SIDE: Final = 768
 
 
-def doctor(json: options.Json = False, quiet: options.Quiet = False) -> None:
+def doctor_command(json: options.Json = False, quiet: options.Quiet = False) -> None:
     """Versions, devices, threads, BLAS, and which extras are missing; the first thing to paste into a bug report."""
-    voice = Voice(json, quiet)
-    with ending(voice):
-        found = examined()
-        missing = [(name, lacks) for name, lacks in found["extras"].items() if lacks]
-        voice.say(
+    output = Output(json, quiet)
+    with exit_with_code(output):
+        report = examine()
+        missing = [name for name, libraries in report["extras"].items() if libraries]
+        extras = [(k, f"missing: {', '.join(v)}" if v else "installed") for k, v in report["extras"].items()]
+        output.print_text(
             show.heading("Versions"),
-            show.facts([(k, str(v)) for k, v in found["versions"].items()]),
+            show.fact_table([(k, str(v)) for k, v in report["versions"].items()]),
             "",
             show.heading("Machine"),
-            show.facts([(k, str(v)) for k, v in found["machine"].items()]),
+            show.fact_table([(k, str(v)) for k, v in report["machine"].items()]),
             "",
             show.heading("Threads and BLAS"),
-            show.facts([(k, str(v)) for k, v in found["threads"].items()]),
+            show.fact_table([(k, str(v)) for k, v in report["threads"].items()]),
             "",
             show.heading("Extras"),
-            show.facts([(k, f"missing: {', '.join(v)}" if v else "installed") for k, v in found["extras"].items()]),
-            *([Text(f"  pip install '{PACKAGE}[{','.join(name for name, _ in missing)}]'")] if missing else []),
+            show.fact_table(extras),
+            *([Text(f"  pip install '{PACKAGE}[{','.join(missing)}]'")] if missing else []),
         )
-        voice.whole({"status": "complete", "exit_code": 0, "command": "doctor"} | found)
+        output.print_json({"status": "complete", "exit_code": 0, "command": "doctor"} | report)
 
 
-def examined() -> dict[str, dict[str, Any]]:
-    """Everything the doctor looks at, in words and numbers."""
+def examine() -> dict[str, dict[str, Any]]:
+    """Everything that the doctor looks at, as text and numbers."""
     return {
         "versions": {"ptif": __version__, "python": f"{platform.python_version()} ({sys.executable})"}
         | {name: metadata.version(name) for name in _CORE},
         "machine": _machine(),
         "threads": _threads(),
-        "extras": extras(),
+        "extras": missing_libraries(),
     }
 
 
 def _machine() -> dict[str, Any]:
     free = free_memory()
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "processors": os.cpu_count(),
-        "free memory": "not told by the system" if free is None else size(free),
+        "free memory": "not told by the system" if free is None else format_bytes(free),
     }
     for i in range(torch.cuda.device_count()):
-        one = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = f"{one.name}, {size(one.total_memory)}"
+        device = torch.cuda.get_device_properties(i)
+        machine[f"cuda:{i}"] = f"{device.name}, {format_bytes(device.total_memory)}"
     if torch.backends.mps.is_available():
-        found["mps"] = "available"
-    if len(found) == 3:
-        found["accelerators"] = "none: everything runs on the CPU"
-    return found
+        machine["mps"] = "available"
+    if len(machine) == 3:
+        machine["accelerators"] = "none: everything runs on the CPU"
+    return machine
 
 
 def _threads() -> dict[str, Any]:
     blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
     level = re.search(r"CPU capability usage: (\w+)", torch.__config__.show())
     numpy_blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[call-overload,index,unused-ignore]
-    found: dict[str, Any] = {
+    threads: dict[str, Any] = {
         "torch threads": torch.get_num_threads(),
         "torch interop threads": torch.get_num_interop_threads(),
         "torch BLAS": blas[1] if blas else "not told",
         "instructions": level[1] if level else "not told",
         "numpy BLAS": f"{numpy_blas.get('name')} {numpy_blas.get('version')}",
-        "matrix product": f"{_speed():.0f} Gflop/s in float32 ({_SIDE} × {_SIDE})",
+        "matrix product": f"{_product_speed():.0f} Gflop/s in float32 ({_MATRIX_SIDE} × {_MATRIX_SIDE})",
     }
-    return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return threads | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
-def _speed() -> float:
+def _product_speed() -> float:
     """10⁹ operations per second of a matrix product, the best of three."""
-    a = torch.ones(_SIDE, _SIDE)
+    a = torch.ones(_MATRIX_SIDE, _MATRIX_SIDE)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
         torch.mm(a, a)
         best = min(best, time.perf_counter() - start)
-    return 2 * _SIDE**3 / best / 1e9
+    return 2 * _MATRIX_SIDE**3 / best / 1e9
 
 
-def extras() -> dict[str, list[str]]:
-    """For every extra of the package, which of its libraries are not installed."""
-    found: dict[str, list[str]] = {}
+def missing_libraries() -> dict[str, list[str]]:
+    """For every extra of the package, its libraries that are not installed."""
+    missing: dict[str, list[str]] = {}
     for line in metadata.requires(PACKAGE) or []:
         name, _, condition = line.partition(";")
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", condition)
-        if extra is None or extra[1] in _INNER or not _applies(condition):
+        if extra is None or extra[1] in _NOT_FOR_USERS or not _applies_here(condition):
             continue
         library = re.split(r"[\s<>=!~\[(]", name.strip(), maxsplit=1)[0]
-        found.setdefault(extra[1], [])
-        if not _installed(library):
-            found[extra[1]].append(library)
-    return found
+        missing.setdefault(extra[1], [])
+        if not _is_installed(library):
+            missing[extra[1]].append(library)
+    return missing
 
 
-def _installed(library: str) -> bool:
+def _is_installed(library: str) -> bool:
     try:
         metadata.version(library)
     except metadata.PackageNotFoundError:
@@ -131,7 +132,7 @@ def _installed(library: str) -> bool:
     return True
 
 
-def _applies(condition: str) -> bool:
-    """Whether this Python is one that the library is asked for; only bounds from above are in use."""
+def _applies_here(condition: str) -> bool:
+    """Whether the condition on the Python version holds here; only upper bounds occur."""
     below = re.search(r"python_version\s*<\s*['\"](\d+)\.(\d+)['\"]", condition)
     return below is None or sys.version_info[:2] < (int(below[1]), int(below[2]))

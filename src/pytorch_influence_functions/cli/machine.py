@@ -1,4 +1,4 @@
-"""What this machine has: memory, disk, and how to say so."""
+"""Memory and disk of this machine, and sizes and durations as text."""
 
 import os
 import shutil
@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 
-def memory() -> int:
-    """Bytes this process holds: on the accelerator where one is in use, else in main memory."""
+def used_memory() -> int:
+    """Bytes that this process uses: on the accelerator if one is in use, else in main memory."""
     if torch.cuda.is_available() and torch.cuda.memory_allocated():
         return int(torch.cuda.memory_allocated())
     statm = Path("/proc/self/statm")
@@ -22,7 +22,7 @@ def memory() -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that could be had now; None where the system does not tell."""
+    """Bytes of main memory that are available now; None if the system does not tell."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
@@ -33,17 +33,17 @@ def free_memory() -> int | None:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes free where `path` is, or would be."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Free bytes on the disk where `path` is, or would be."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
-def duration(seconds: float | int) -> str:
-    """Seconds as a person would say them.
+def format_duration(seconds: float | int) -> str:
+    """A duration in readable units.
 
-    >>> [duration(x) for x in (0.4, 59, 200, 8000)]
+    >>> [format_duration(x) for x in (0.4, 59, 200, 8000)]
     ['0.4 s', '59 s', '3 min 20 s', '2 h 13 min']
     """
     if seconds < 10:
@@ -56,10 +56,10 @@ def duration(seconds: float | int) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
-def size(count: float | int) -> str:
-    """Bytes as a person would say them.
+def format_bytes(count: float | int) -> str:
+    """A number of bytes in readable units.
 
-    >>> size(2000), size(3 * 2**20), size(5 * 2**30)
+    >>> format_bytes(2000), format_bytes(3 * 2**20), format_bytes(5 * 2**30)
     ('2 KiB', '3 MiB', '5.0 GiB')
     """
     if count >= 2**30:

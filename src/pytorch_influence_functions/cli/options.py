@@ -1,4 +1,4 @@
-"""The flags several commands share, and the file that may stand for them."""
+"""The flags that several commands share, and the config file that may replace them."""
 
 import json
 import sys
@@ -43,8 +43,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
 
 @final
 @dataclass(frozen=True)
-class Settings:
-    """What a run is asked to do, from flags, then the file, then these defaults."""
+class RunSettings:
+    """The settings of a run: from flags, else from the file, else these defaults."""
 
     task: Path | None = None
     out: Path = Path("results")
@@ -71,7 +71,7 @@ class Settings:
 
     @property
     def overrides(self) -> Overrides:
-        """What these settings change in the task's problem."""
+        """The settings that change the task's problem."""
         return Overrides(self.weight_decay, self.batch_size, self.device)
 
 
@@ -106,41 +106,43 @@ _KINDS: Final[Mapping[str, _Kind]] = {
 }
 
 
-def settled(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
-    """Settings from the file, then the flags that were given; `None` among the flags means not given.
+def merge_settings(flags: Mapping[str, Any], config: Path | None = None) -> RunSettings:
+    """Merge the settings of the file with the flags, which win; `None` among the flags means not given.
 
     Raises:
         InvalidInput: the file cannot be read, or a value cannot be used.
         UnknownName: the file names a setting that the command does not have.
     """
-    given = {} if config is None else _checked_file(config, tuple(flags))
-    given |= {name: _checked(f"--{name.replace('_', '-')}", name, v) for name, v in flags.items() if v is not None}
-    return replace(Settings(), **given)
+    settings = {} if config is None else _read_settings(config, tuple(flags))
+    for name, value in flags.items():
+        if value is not None:
+            settings[name] = _check_setting(f"--{name.replace('_', '-')}", name, value)
+    return replace(RunSettings(), **settings)
 
 
-def _checked_file(path: Path, known: tuple[str, ...]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in read(path).items():
+def _read_settings(path: Path, known: tuple[str, ...]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for key, value in read_table(path).items():
         name = key.replace("-", "_")
         if name not in known:
             raise UnknownName(
                 f"{path.name} has no setting {key!r}.{nearest(name, known)} It may have {', '.join(known)}."
             )
-        made = _checked(f"{key} in {path.name}", name, value)
-        # A path in a file is seen from where the file lies.
-        found[name] = path.parent / made if isinstance(made, Path) else made
-    return found
+        setting = _check_setting(f"{key} in {path.name}", name, value)
+        # A path in a file is relative to the file's folder.
+        settings[name] = path.parent / setting if isinstance(setting, Path) else setting
+    return settings
 
 
-def _checked(where: str, name: str, value: Any) -> Any:
-    good, expected, make = _KINDS[name]
-    plain = str(value) if isinstance(value, Path) else value
-    if not good(plain):
-        raise InvalidInput(f"{where} is {plain!r}; it must be {expected}.")
-    return make(plain)
+def _check_setting(source: str, name: str, value: Any) -> Any:
+    is_valid, expected, convert = _KINDS[name]
+    value = str(value) if isinstance(value, Path) else value
+    if not is_valid(value):
+        raise InvalidInput(f"{source} is {value!r}; it must be {expected}.")
+    return convert(value)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
     """The table in a TOML or JSON file.
 
     Raises:
@@ -150,17 +152,17 @@ def read(path: Path) -> dict[str, Any]:
         raise InvalidInput(f"The config {str(path)!r} must end in .toml or .json.")
     try:
         text = path.read_text(encoding="utf-8")
-        found = _toml().loads(text) if path.suffix == ".toml" else json.loads(text)
+        table = _toml().loads(text) if path.suffix == ".toml" else json.loads(text)
     except FileNotFoundError as cause:
         raise InvalidInput(f"The config {str(path)!r} does not exist; give the path of a TOML or JSON file.") from cause
     except (OSError, ValueError) as cause:  # both readers' errors, and bad UTF-8, are ValueErrors
-        words = " ".join(str(cause).split()).rstrip(".")
-        raise InvalidInput(f"The config {str(path)!r} cannot be read ({words}); correct it.") from cause
-    if not isinstance(found, dict):
+        message = " ".join(str(cause).split()).rstrip(".")
+        raise InvalidInput(f"The config {str(path)!r} cannot be read ({message}); correct it.") from cause
+    if not isinstance(table, dict):
         raise InvalidInput(
-            f"The config {str(path)!r} holds a {type(found).__name__}; it must be one table of settings."
+            f"The config {str(path)!r} holds a {type(table).__name__}; it must be one table of settings."
         )
-    return found
+    return table
 
 
 def _toml() -> Any:

@@ -16,17 +16,17 @@ from ..problem.data import Source
 from ..problem.problem import sweep
 from ..scores.scores import Scores
 from . import options, show
+from .exit import Output, exit_with_code
 from .folder import SCORES, read_record
 from .marks import data_marks
-from .outcome import Voice, ending
+from .progress_bars import report_progress
 from .self_influence_table import kept_self_influence
-from .task import Task, load
-from .watch import watching
+from .task import Task, load_task
 
 PAGE = "report.html"
 
 
-def report(
+def report_command(
     out: Annotated[Path, typer.Argument(help="Folder of a finished ptif attribute.", metavar="RESULTS")],
     task: Annotated[
         Path | None, typer.Option("--task", help="The task file: its data give pictures and texts, its model answers.")
@@ -39,17 +39,17 @@ def report(
     Without --task it shows numbers and labels only: the results do not hold the data, and a program named inside a
     folder of results is never run unasked.
     """
-    voice = Voice(json, quiet)
-    with ending(voice) as state:
-        state.kept = f"the scores in {str(out)!r} are as they were"
-        with watching(voice):
+    output = Output(json, quiet)
+    with exit_with_code(output) as interruption:
+        interruption.kept = f"the scores in {str(out)!r} are as they were"
+        with report_progress(output):
             scores, found = _finished(out), None
             if task is not None:
-                found = load(task)
+                found = load_task(task)
                 scores = _with_data(scores, found, out)
             page = write_page(scores, out, found)
-        voice.say(show.heading("Written"), show.written([(page, "open it in a browser")]))
-        voice.whole({"status": "complete", "exit_code": 0, "command": "report", "files": {"report": str(page)}})
+        output.print_text(show.heading("Written"), show.file_table([(page, "open it in a browser")]))
+        output.print_json({"status": "complete", "exit_code": 0, "command": "report", "files": {"report": str(page)}})
 
 
 def _finished(out: Path) -> Scores:
@@ -62,7 +62,7 @@ def _finished(out: Path) -> Scores:
 def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
     """The scores with the data they were made from, which is checked."""
     there = read_record(out)["marks"]
-    queries = task.asked
+    queries = task.query_source
     ids = scores.query_ids
     last = int(ids.max())
     if last >= len(queries):
@@ -88,7 +88,7 @@ def write_page(scores: Scores, out: Path, task: Task | None) -> Path:
 def predictions(task: Task, ids: list[int]) -> Tensor | None:
     """What the model says about the queries: probabilities [Q, C], or a number each [Q]; None where neither fits."""
     problem, found = task.problem, []
-    source: Source = task.asked
+    source: Source = task.query_source
     for _, batch in sweep(problem, source, ids, label="the model's answers", world=World()):
         with torch.no_grad():
             outputs = problem.objective.outputs(problem.model, batch).double().cpu()

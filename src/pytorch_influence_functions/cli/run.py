@@ -17,21 +17,21 @@ from ..problem.data import Source
 from ..scores.scores import Scores
 from ..solvers.auto import Forecast
 from . import blocks
+from .exit import Interruption
 from .folder import RUN, SCORES, Folder
 from .marks import marks, words
-from .options import Settings
-from .outcome import State
-from .spelled import damped, method_of, picked
-from .task import Task, load
-from .watch import QUERIES
+from .options import RunSettings
+from .parsing import override_damping, parse_method, parse_positions
+from .progress_bars import QUERIES
+from .task import Task, load_task
 
 _LISTED = 5
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Done:
-    """A finished run: its scores, and how many queries had been kept by an earlier start."""
+class FinishedRun:
+    """The scores of a run, and how many queries had been kept by an earlier start."""
 
     scores: Scores
     resumed: int
@@ -39,25 +39,25 @@ class Done:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """Settings with the task they name: the method, and the positions of the queries."""
+class AttributionRun:
+    """The settings of a run with what they name: the task, the method, and the positions of the queries."""
 
-    settings: Settings
+    settings: RunSettings
     task: Task
     method: AbstractMethod
     ids: tuple[int, ...]
 
     @staticmethod
-    def of(settings: Settings) -> "Asked":
-        """Run the task file and look everything up."""
+    def of(settings: RunSettings) -> "AttributionRun":
+        """Run the task file and find the method and the queries."""
         path = settings.task_file
-        named = None if settings.method is None else method_of(settings.method)
-        task = load(path, settings.overrides)
-        ids = picked(settings.queries, len(task.asked))
-        return Asked(settings, task, chosen(named, task, settings), tuple(ids))
+        named = None if settings.method is None else parse_method(settings.method)
+        task = load_task(path, settings.overrides)
+        ids = parse_positions(settings.queries, len(task.query_source))
+        return AttributionRun(settings, task, choose_method(named, task, settings), tuple(ids))
 
     @property
-    def plan(self) -> list[tuple[int, int]]:
+    def block_ranges(self) -> list[tuple[int, int]]:
         """The blocks of queries, as (first, last + 1)."""
         return list(blocks.plan(len(self.ids), self.settings.block))
 
@@ -67,7 +67,7 @@ class Asked:
         Raises:
             InvalidInput: the method has no forecast.
         """
-        return forecast(self.method, self.task, len(self.ids))
+        return forecast_run(self.method, self.task, len(self.ids))
 
     @property
     def result_bytes(self) -> int:
@@ -76,11 +76,11 @@ class Asked:
         held = 4 * n if k is None else 12 * min(2 * k, n)
         return held * len(self.ids)
 
-    def run(self, overwrite: bool, state: State, tell: Callback) -> Done:
-        """Score what has not been scored yet, keeping every block as it is finished; then write the whole."""
+    def score(self, overwrite: bool, interruption: Interruption, report: Callback) -> FinishedRun:
+        """Score the queries that have not been scored yet, keep every finished block, then write all scores."""
         s = self.settings
         settings = {"queries": list(self.ids), "top": s.top, "block": s.block}
-        queries = self.task.asked.subset(list(self.ids))
+        queries = self.task.query_source.subset(list(self.ids))
         record = {
             "command": "attribute",
             "task": str(self.task.path),
@@ -93,21 +93,23 @@ class Asked:
         folder = Folder.opened(s.out, record, overwrite)
         path = s.out / SCORES
         if folder.complete and path.exists():
-            return Done(self._with_data(Scores.load(path)), len(self.ids))
-        parts, resumed = self._blocks(folder, queries, state, tell)
+            return FinishedRun(self._with_data(Scores.load(path)), len(self.ids))
+        parts, resumed = self._score_blocks(folder, queries, interruption, report)
         scores = blocks.joined(parts)
         scores.save(path)
         folder.write(status="complete", seconds=scores.diagnostics.seconds)
         folder.drop_blocks()
-        return Done(self._with_data(scores), resumed)
+        return FinishedRun(self._with_data(scores), resumed)
 
-    def _blocks(self, folder: Folder, queries: Source, state: State, tell: Callback) -> tuple[list[Scores], int]:
+    def _score_blocks(
+        self, folder: Folder, queries: Source, interruption: Interruption, report: Callback
+    ) -> tuple[list[Scores], int]:
         total, out = len(self.ids), str(self.settings.out)
-        held = {pair: folder.kept(*pair) for pair in self.plan}
+        held = {pair: folder.kept(*pair) for pair in self.block_ranges}
         resumed = done = sum(last - first for (first, last), part in held.items() if part is not None)
         fitted: Fitted | None = None
-        state.kept = f"{done:,} of {total:,} queries are kept in {out!r}"
-        tell(QUERIES, done, total)
+        interruption.kept = f"{done:,} of {total:,} queries are kept in {out!r}"
+        report(QUERIES, done, total)
         for (first, last), part in held.items():
             if part is not None:
                 continue
@@ -124,20 +126,20 @@ class Asked:
             folder.keep(first, last, part)
             held[first, last] = part
             done += last - first
-            state.kept = f"{done:,} of {total:,} queries are kept in {out!r}"
-            tell(QUERIES, done, total)
+            interruption.kept = f"{done:,} of {total:,} queries are kept in {out!r}"
+            report(QUERIES, done, total)
         return [part for part in held.values() if part is not None], resumed
 
     def _with_data(self, scores: Scores) -> Scores:
-        return replace(scores, train_source=self.task.problem.data, query_source=self.task.asked)
+        return replace(scores, train_source=self.task.problem.data, query_source=self.task.query_source)
 
 
-def chosen(named: AbstractMethod | None, task: Task, settings: Settings) -> AbstractMethod:
-    """The method that the flags name, else the task's own, else what `Auto` chooses."""
-    return damped(named or task.method or Influence(), settings.damping)
+def choose_method(named: AbstractMethod | None, task: Task, settings: RunSettings) -> AbstractMethod:
+    """The method that the flags name, else the task's own, else the one that `Auto` chooses."""
+    return override_damping(named or task.method or Influence(), settings.damping)
 
 
-def forecast(method: AbstractMethod, task: Task, queries: int) -> Forecast:
+def forecast_run(method: AbstractMethod, task: Task, queries: int) -> Forecast:
     """Passes, memory and seconds.
 
     Raises:
@@ -149,23 +151,23 @@ def forecast(method: AbstractMethod, task: Task, queries: int) -> Forecast:
 
 
 def versions() -> dict[str, str]:
-    """What made a result."""
+    """The versions of the software that made a result."""
     return {"pytorch_influence_functions": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def told(asked: Asked, done: Done) -> dict[str, Any]:
+def describe_run(run: AttributionRun, finished: FinishedRun) -> dict[str, Any]:
     """A finished run as one object of plain values."""
-    scores, out = done.scores, asked.settings.out
+    scores, out = finished.scores, run.settings.out
     d = scores.diagnostics
     numbers: Mapping[str, Any] = d.to_dict()
     lists = [
         {
             "query": int(q),
-            "label": scores.query_labels[at] if isinstance(scores.query_labels, list) else None,
-            "helpful": scores.helpful(at, _LISTED),
-            "harmful": scores.harmful(at, _LISTED),
+            "label": scores.query_labels[row] if isinstance(scores.query_labels, list) else None,
+            "helpful": scores.helpful(row, _LISTED),
+            "harmful": scores.harmful(row, _LISTED),
         }
-        for at, q in enumerate(scores.query_ids.tolist())
+        for row, q in enumerate(scores.query_ids.tolist())
     ]
     return {
         "status": "complete",
@@ -176,7 +178,7 @@ def told(asked: Asked, done: Done) -> dict[str, Any]:
         "n_queries": len(scores),
         "n_train": scores.n_train,
         "kept_per_query": scores.shape[1],
-        "resumed_queries": done.resumed,
+        "resumed_queries": finished.resumed,
         "method": d.method,
         "why": d.why,
         "damping": numbers["damping"],

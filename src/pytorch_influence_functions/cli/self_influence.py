@@ -9,17 +9,17 @@ from torch import Tensor
 
 from ..influence.method import AbstractMethod
 from . import options, self_influence_table, show
+from .exit import Interruption, Output, exit_with_code
 from .folder import Folder
-from .machine import duration, free_memory, size
+from .machine import format_bytes, format_duration, free_memory
 from .marks import marks, words
-from .outcome import State, Voice, ending
-from .run import chosen, forecast, versions
-from .spelled import method_of
-from .task import Task, load
-from .watch import watching
+from .parsing import parse_method
+from .progress_bars import report_progress
+from .run import choose_method, forecast_run, versions
+from .task import Task, load_task
 
 
-def self_influence(
+def self_influence_command(
     task: options.TaskFile = None,
     method: options.Method = None,
     out: options.Out = None,
@@ -40,7 +40,7 @@ def self_influence(
 
     The predicted rise of an example's own loss when it is removed. Wrong labels stand out: nothing else supports them.
     """
-    voice = Voice(json, quiet)
+    output = Output(json, quiet)
     flags = {
         "task": task,
         "method": method,
@@ -51,34 +51,36 @@ def self_influence(
         "batch_size": batch_size,
         "device": device,
     }
-    with ending(voice) as state:
-        settings = options.settled(flags, config)
-        named = None if settings.method is None else method_of(settings.method)
+    with exit_with_code(output) as interruption:
+        settings = options.merge_settings(flags, config)
+        named = None if settings.method is None else parse_method(settings.method)
         if dry_run:
-            _forecast(voice, settings, named)
+            _forecast(output, settings, named)
             return
-        with watching(voice):
-            found = load(settings.task_file, settings.overrides)
-            values, labels, made = _computed(found, chosen(named, found, settings), settings, overwrite, state)
-        _say(voice, settings, values, labels, made)
+        with report_progress(output):
+            loaded = load_task(settings.task_file, settings.overrides)
+            chosen = choose_method(named, loaded, settings)
+            values, labels, made = _computed(loaded, chosen, settings, overwrite, interruption)
+        _say(output, settings, values, labels, made)
 
 
-def _forecast(voice: Voice, settings: options.Settings, named: AbstractMethod | None) -> None:
-    with watching(voice):
-        task = load(settings.task_file, settings.overrides)
+def _forecast(output: Output, settings: options.RunSettings, named: AbstractMethod | None) -> None:
+    with report_progress(output):
+        task = load_task(settings.task_file, settings.overrides)
         n = len(task.problem)
-        costs = forecast(chosen(named, task, settings), task, n)
+        costs = forecast_run(choose_method(named, task, settings), task, n)
     memory = free_memory()
+    free = "" if memory is None else f" ({format_bytes(memory)} free)"
     pairs = [
         ("size", f"{n:,} training examples, each as a query about itself"),
         ("method", costs.method),
         ("why", costs.why),
         ("passes", f"{costs.passes:,.0f} over the training data"),
-        ("memory", f"{size(costs.memory_bytes)} beside the model{'' if memory is None else f' ({size(memory)} free)'}"),
-        ("time", f"about {duration(costs.seconds)}, by one small batch that was timed"),
+        ("memory", f"{format_bytes(costs.memory_bytes)} beside the model{free}"),
+        ("time", f"about {format_duration(costs.seconds)}, by one small batch that was timed"),
     ]
-    voice.say(show.heading("Forecast; nothing was computed"), show.facts(pairs))
-    voice.whole(
+    output.print_text(show.heading("Forecast; nothing was computed"), show.fact_table(pairs))
+    output.print_json(
         {
             "status": "forecast",
             "exit_code": 0,
@@ -95,7 +97,7 @@ def _forecast(voice: Voice, settings: options.Settings, named: AbstractMethod | 
 
 
 def _computed(
-    task: Task, method: AbstractMethod, settings: options.Settings, overwrite: bool, state: State
+    task: Task, method: AbstractMethod, settings: options.RunSettings, overwrite: bool, interruption: Interruption
 ) -> tuple[Tensor, list[str] | None, dict[str, Any]]:
     """The numbers, from the folder where this very run had been finished there."""
     out, problem = settings.out, task.problem
@@ -111,7 +113,7 @@ def _computed(
     labels = self_influence_table.label_words(problem)
     if folder.complete and (out / self_influence_table.NUMBERS).exists():
         return self_influence_table.read(out), labels, folder.record
-    state.kept = "self-influence is computed in one go and nothing of it was kept"
+    interruption.kept = "self-influence is computed in one go and nothing of it was kept"
     start = time.perf_counter()
     fitted = method.fit(problem, n_queries=len(problem))
     values = torch.as_tensor(fitted.self_influence()).double().cpu()
@@ -122,7 +124,7 @@ def _computed(
 
 
 def _say(
-    voice: Voice, settings: options.Settings, values: Tensor, labels: list[str] | None, made: dict[str, Any]
+    output: Output, settings: options.RunSettings, values: Tensor, labels: list[str] | None, made: dict[str, Any]
 ) -> None:
     out, top = settings.out, min(settings.top or 20, len(values))
     order = self_influence_table.worst(values)
@@ -131,18 +133,18 @@ def _say(
         (out / self_influence_table.NUMBERS, "in training order"),
         (out / self_influence_table.RECORD, "what they were made from"),
     ]
-    voice.say(
-        show.heading(f"{len(values):,} training examples in {duration(made['seconds'])}"),
-        show.facts([("method", made["method"]), ("why", made["why"])]),
+    output.print_text(
+        show.heading(f"{len(values):,} training examples in {format_duration(made['seconds'])}"),
+        show.fact_table([("method", made["method"]), ("why", made["why"])]),
         "",
         show.heading(f"Most suspicious {top:,}"),
-        show.indented("by how much an example's own loss would rise without it"),
-        show.worst_first(values, order, labels, top),
+        show.indent("by how much an example's own loss would rise without it"),
+        show.ranking_table(values, order, labels, top),
         "",
         show.heading("Written"),
-        show.written(files),
+        show.file_table(files),
     )
-    voice.whole(
+    output.print_json(
         {
             "status": "complete",
             "exit_code": 0,

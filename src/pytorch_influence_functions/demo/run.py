@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.progress import progress
+from ..core.threads import one_thread
 from ..evaluation.recipe import Recipe
 from ..evaluation.retraining import retrain, train_model
 from ..evaluation.subsets import Subsets
-from ..evaluation.training import one_thread
 from ..influence.attribution import Attribution
 from ..methods.papers import dual
 from ..objectives.likelihoods import CrossEntropy

@@ -84,9 +84,9 @@ def resampled(
 def _draws(shape: torch.Size, resamples: int, seed: int) -> Iterator[Tensor]:
     queries, subsets = shape
     generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(subsets, (resamples, subsets), generator=generator)
+    resampled_ids = torch.randint(subsets, (resamples, subsets), generator=generator)
     weights = torch.zeros(resamples, subsets, dtype=torch.float64)
-    weights.scatter_add_(1, picked, torch.ones_like(weights))
+    weights.scatter_add_(1, resampled_ids, torch.ones_like(weights))
     yield from torch.split(weights, max(1, _RANKS_AT_ONCE // (queries * subsets)))
 
 

@@ -241,9 +241,9 @@ def _check_suspicion(suspicion: Tensor, planted: Tensor) -> tuple[Tensor, Tensor
 
 def _over_examples(value: Any, n: int, resamples: int, name: str) -> Estimate:
     generator = torch.Generator().manual_seed(0)
-    picked = torch.randint(n, (resamples, n), generator=generator)
+    resampled_ids = torch.randint(n, (resamples, n), generator=generator)
     weights = torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
-        1, picked, torch.ones(resamples, n, dtype=torch.float64)
+        1, resampled_ids, torch.ones(resamples, n, dtype=torch.float64)
     )
     return Estimate.of(float(value(torch.ones(1, n, dtype=torch.float64))), value(weights), name)
 

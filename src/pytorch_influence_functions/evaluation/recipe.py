@@ -108,9 +108,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            given = getattr(self, name)
-            if given is not None and (not isinstance(given, int) or given < 1):
-                raise InvalidInput(f"{name} must be a whole number of at least 1, got {given!r}.")
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InvalidInput(f"{name} must be a whole number of at least 1, got {value!r}.")
         for name in ("model", "optimizer"):
             if not callable(getattr(self, name)) or isinstance(getattr(self, name), nn.Module):
                 raise InvalidInput(

@@ -60,8 +60,8 @@ class RemovalCurves:
             raise InvalidInput(f"{count} examples were not removed; removed were {', '.join(map(str, self.counts))}.")
         change = self.measured[name][self.counts.index(count)].double() - self.baseline.double()
         worse = (change if self.lower_is_better else -change).mean(0)
-        picked = torch.randint(len(worse), (resamples, len(worse)), generator=torch.Generator().manual_seed(0))
-        return Estimate.of(float(worse.mean()), worse[picked].mean(1), f"{self.protocol}, {count} removed")
+        resampled = torch.randint(len(worse), (resamples, len(worse)), generator=torch.Generator().manual_seed(0))
+        return Estimate.of(float(worse.mean()), worse[resampled].mean(1), f"{self.protocol}, {count} removed")
 
     def below_zero(self, name: str, count: int) -> float:
         """The share of trainings and queries with a measure below zero: for a margin, the flipped predictions.
@@ -130,9 +130,9 @@ def removal_curves(
         workers=workers,
     )  # fmt: skip
     table = truth.measured.reshape(len(orders), len(removed), q, len(truth.seeds), q)
-    own = table.diagonal(dim1=2, dim2=4)  # each query after its own removal: [names, K, R, Q]
+    own_removal = table.diagonal(dim1=2, dim2=4)  # each query after its own removal: [names, K, R, Q]
     protocol = f"removal of each query's most helpful examples, {len(truth.seeds)} seeds, {q} queries"
-    measured = dict(zip(orders, own, strict=True))
+    measured = dict(zip(orders, own_removal, strict=True))
     return RemovalCurves(removed, measured, truth.baseline, truth.lower_is_better, protocol, left_out)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..core.errors import InvalidInput
 from ..core.progress import Meter
+from ..core.threads import one_thread
 from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
@@ -30,7 +31,7 @@ from ..problem.problem import Problem
 from . import kept, training, user_training
 from .recipe import Recipe, TrainFunction, code_of, words
 from .subsets import Subsets
-from .training import Examples, Job, Stack, TrainingMode, one_thread
+from .training import Examples, Job, Stack, TrainingMode
 from .truth import Truth
 
 

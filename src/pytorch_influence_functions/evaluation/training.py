@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -189,13 +188,13 @@ class Stack:
     def losses(self, objective: AbstractObjective, batch: Any, shared: bool = False) -> Float[Tensor, "m b"]:
         """Every model's losses, each on a batch of its own; with `shared`, all on the same batch."""
 
-        def one(tensors: dict[str, Tensor], own: Any) -> Tensor:
-            examples = batch if shared else own
+        def model_losses(tensors: dict[str, Tensor], own_batch: Any) -> Tensor:
+            examples = batch if shared else own_batch
             return objective.losses(objective.outputs(at(self.skeleton, tensors), examples), examples)
 
         batches = torch.zeros(len(self)) if shared else batch
         with quiet():
-            losses: Tensor = vmap(one)(dict(self.tensors), batches)
+            losses: Tensor = vmap(model_losses)(dict(self.tensors), batches)
         return losses
 
 
@@ -321,14 +320,3 @@ def measure_queries(
             "lower the learning rate of the recipe."
         )
     return values
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread inside: small layers gain nothing from more, and sums are added in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

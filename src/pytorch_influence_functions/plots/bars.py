@@ -24,9 +24,9 @@ def plot_bars(
     """A horizontal bar per name, with (value, low, high); first at the top.
 
     Args:
-        values: what each name reached, and its interval.
-        metric: the word under the axis.
-        ceiling: drawn as a dashed line.
+        values: the value of each name and its interval.
+        metric: the label of the axis.
+        ceiling: a noise ceiling, drawn as a dashed line.
         title: the protocol.
         path: where to write the picture; the ending says the format.
 
@@ -34,13 +34,13 @@ def plot_bars(
         MissingExtra: matplotlib is not installed.
     """
     names = list(values)
-    middle = [values[n][0] for n in names]
-    around = [[max(0.0, v[0] - v[1]) for v in values.values()], [max(0.0, v[2] - v[0]) for v in values.values()]]
-    with style.styled():
+    estimates = [values[n][0] for n in names]
+    errors = [[max(0.0, v[0] - v[1]) for v in values.values()], [max(0.0, v[2] - v[0]) for v in values.values()]]
+    with style.plot_style():
         figure = style.new_figure(7.0, 1.3 + 0.32 * len(names))
         figure.set_layout_engine("constrained")
         axes = figure.subplots()
-        axes.barh(range(len(names)), middle, xerr=around, color=style.HELPFUL, height=0.62,
+        axes.barh(range(len(names)), estimates, xerr=errors, color=style.HELPFUL, height=0.62,
                   error_kw={"ecolor": style.INK, "elinewidth": 1.1, "capsize": 2.5})  # fmt: skip
         axes.set_yticks(range(len(names)), names, parse_math=False)
         axes.tick_params(axis="y", length=0)
@@ -53,5 +53,5 @@ def plot_bars(
                           fontsize=8)  # fmt: skip
         axes.set_xlabel(f"{metric} (95 % interval)")
         axes.set_title(title, fontsize=8.5, pad=14 if ceiling is not None else 6, parse_math=False)
-        style.save(figure, path)
+        style.save_figure(figure, path)
     return figure

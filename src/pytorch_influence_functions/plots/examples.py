@@ -1,4 +1,4 @@
-"""What an example looks like: a picture where it is one, a card of words or numbers otherwise."""
+"""How an example is shown: as a picture if it is one, else as a series or a card of text or numbers."""
 
 from __future__ import annotations
 
@@ -17,75 +17,74 @@ from .style import shorten
 Denormalize: TypeAlias = Callable[[Any], Any] | tuple[Any, Any] | None
 
 _CHANNELS = (1, 3, 4)
-# Where a dictionary keeps what is worth seeing, by the habits of common datasets.
-_PICTURES = ("image", "img", "pixel_values", "picture", "x")
-_WORDS = ("text", "sentence", "content", "question", "prompt", "input")
-# A two-dimensional array thinner than this is a table or a series.
-_THINNEST = 5
-# From this length on, numbers in a row are seen better as a line than read.
-_LONG = 48
+# The keys under which common datasets keep pictures and texts.
+_PICTURE_KEYS = ("image", "img", "pixel_values", "picture", "x")
+_TEXT_KEYS = ("text", "sentence", "content", "question", "prompt", "input")
+# A two-dimensional array narrower than this is a table or a series, not a picture.
+_MIN_PICTURE_SIDE = 5
+# From this length on, numbers are drawn as a line.
+_MIN_SERIES = 48
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """One example made visible: `pixels` [H, W] or [H, W, 3 or 4] as given, else `words` for a card.
+class ExampleView:
+    """One example as it is shown: `pixels` [H, W] or [H, W, 3 or 4] as given, else `card`, the text of a card.
 
-    `text`: where the words are a text, the text with its own lines.
-    `lines` [channels, T]: a series, which its words tell less well; `limits`: the lowest and highest value of all.
+    `text`: if the example is a text, the text with its own lines.
+    `lines` [channels, T]: a series, which is drawn instead of its card; `limits`: the lowest and highest value of all.
     """
 
     pixels: NDArray[Any] | None = None
-    words: str = ""
+    card: str = ""
     text: str = ""
     lines: NDArray[Any] | None = None
     limits: tuple[float, float] = (0.0, 1.0)
 
 
-def see(item: Any, index: int, denormalize: Denormalize = None) -> Shown:
-    """Find what can be shown in an example as its dataset gives it; the target, if any, comes last.
+def view_example(item: Any, index: int, denormalize: Denormalize = None) -> ExampleView:
+    """Make the view of an example as its dataset gives it; the target, if any, comes last.
 
-    `denormalize` is a function of the input, or `(mean, std)` per channel undone as `x * std + mean`.
+    `denormalize` is a function of the input, or `(mean, std)` per channel, which is undone as `x * std + mean`.
 
     Raises:
         NonFinite: a picture holds NaN or infinity.
     """
-    held = item[0] if isinstance(item, (tuple, list)) and len(item) else item
-    if isinstance(held, Mapping):
-        held = _from_mapping(held)
+    inputs = _inputs(item)
     if callable(denormalize):
-        held = denormalize(held)
-    pixels = _pixels(held)
+        inputs = denormalize(inputs)
+    pixels = _pixels(inputs)
     if pixels is None:
-        lines = _lines(held)
+        lines = _lines(inputs)
         if lines is not None and not np.isfinite(lines).all():
             raise NonFinite(f"The series of example {index} holds NaN or infinity; repair it, or look at denormalize=.")
-        return Shown(words=_words(held), text=_text(held), lines=lines)
+        return ExampleView(card=_card(inputs), text=_own_text(inputs), lines=lines)
     if not np.isfinite(pixels).all():
         raise NonFinite(f"The picture of example {index} holds NaN or infinity; repair it, or look at denormalize=.")
     if isinstance(denormalize, tuple):
-        pixels = _undo(pixels, denormalize)
-    return Shown(pixels=pixels)
+        pixels = _undo_normalisation(pixels, denormalize)
+    return ExampleView(pixels=pixels)
 
 
-def exposed(examples: Sequence[Shown]) -> tuple[list[Shown], str]:
-    """All pictures on one scale from 0 to 1, so that they compare, and a note when that took a stretch; so all series.
+def share_scale(examples: Sequence[ExampleView]) -> tuple[list[ExampleView], str]:
+    """Put all pictures on one scale from 0 to 1, and all series on one scale, so that they can be compared.
 
     Bytes are divided by 255. Floats in 0 to 1 are kept; 0 to 255 are divided; any other range is
-    stretched from the smallest to the largest value over all pictures.
+    stretched from the smallest to the largest value over all pictures, which the returned note says.
     """
     pictures = [e.pixels for e in examples if e.pixels is not None]
     scale = Scale.of(pictures)
     series = [e.lines for e in examples if e.lines is not None]
     limits = (min(float(s.min()) for s in series), max(float(s.max()) for s in series)) if series else (0.0, 1.0)
-    found = [
-        Shown(pixels=scale.applied(e.pixels)) if e.pixels is not None else replace(e, limits=limits) for e in examples
+    views = [
+        ExampleView(pixels=scale.apply(e.pixels)) if e.pixels is not None else replace(e, limits=limits)
+        for e in examples
     ]
-    return found, scale.note
+    return views, scale.note
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What is shown black (`offset`) and what white (`offset + width`), with a note when that took a stretch."""
+    """The values shown as black (`offset`) and white (`offset + width`), with a note if values were stretched."""
 
     offset: float = 0.0
     width: float = 1.0
@@ -93,7 +92,7 @@ class Scale:
 
     @classmethod
     def of(cls, pictures: Sequence[NDArray[Any]]) -> Scale:
-        """The scale that suits all of these; 0 to 1 where there are none."""
+        """The scale that suits all of these pictures; 0 to 1 without pictures."""
         if not pictures:
             return cls()
         low, high = min(float(p.min()) for p in pictures), max(float(p.max()) for p in pictures)
@@ -104,13 +103,13 @@ class Scale:
         note = f"pixel values {low:.3g} to {high:.3g} stretched to black to white"
         return cls(low, (high - low) or 1.0, note)
 
-    def applied(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """The picture as float64 from 0 (black) to 1 (white); what lies outside the scale is cut off."""
-        found: NDArray[Any] = np.clip((pixels.astype(np.float64) - self.offset) / self.width, 0, 1)
-        return found
+    def apply(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """The picture as float64 from 0 (black) to 1 (white); values outside the scale are clipped."""
+        scaled: NDArray[Any] = np.clip((pixels.astype(np.float64) - self.offset) / self.width, 0, 1)
+        return scaled
 
 
-def target_of(item: Any) -> Any:
+def example_target(item: Any) -> Any:
     """The label inside an example, if it has the form (inputs, target) or names it; else None."""
     if isinstance(item, (tuple, list)) and len(item) > 1:
         return item[-1]
@@ -119,78 +118,85 @@ def target_of(item: Any) -> Any:
     return None
 
 
-def input_of(item: Any) -> Any:
-    """What the model reads of an example: what comes first, or a mapping's text or token ids."""
-    held = item[0] if isinstance(item, (tuple, list)) and len(item) else item
-    if not isinstance(held, Mapping):
-        return held
-    words = [held[key] for key in _WORDS if isinstance(held.get(key), str)]
-    return (words + [held[key] for key in ("input_ids",) if key in held] + [held])[0]
+def example_input(item: Any) -> Any:
+    """The input of an example: its first part, or a mapping's text or token ids."""
+    first = _first(item)
+    if not isinstance(first, Mapping):
+        return first
+    texts = [first[key] for key in _TEXT_KEYS if isinstance(first.get(key), str)]
+    return (texts + [first[key] for key in ("input_ids",) if key in first] + [first])[0]
 
 
-def row_of(item: Any, denormalize: Denormalize = None) -> NDArray[Any] | None:
+def table_row(item: Any, denormalize: Denormalize = None) -> NDArray[Any] | None:
     """The numbers of an example that is one row of a table or a series, `[columns]` in float64; else None."""
-    held = item[0] if isinstance(item, (tuple, list)) and len(item) else item
-    held = _from_mapping(held) if isinstance(held, Mapping) else held
-    found = _array(denormalize(held) if callable(denormalize) else held)
-    return found.astype(np.float64) if found is not None and found.ndim == 1 else None
+    inputs = _inputs(item)
+    numbers = _array(denormalize(inputs) if callable(denormalize) else inputs)
+    return numbers.astype(np.float64) if numbers is not None and numbers.ndim == 1 else None
+
+
+def _first(item: Any) -> Any:
+    return item[0] if isinstance(item, (tuple, list)) and len(item) else item
+
+
+def _inputs(item: Any) -> Any:
+    """The part of an example that is shown: of a mapping its picture, its text, or all but its label."""
+    first = _first(item)
+    if not isinstance(first, Mapping):
+        return first
+    pictures = [first[key] for key in _PICTURE_KEYS if key in first and _pixels(first[key]) is not None]
+    texts = [first[key] for key in _TEXT_KEYS if isinstance(first.get(key), str)]
+    rest = {k: v for k, v in first.items() if k not in ("label", "labels", "target")}
+    return (pictures + texts + [rest])[0]
 
 
 # --------------------------------------------------------------------------- pictures
 
 
-def _from_mapping(held: Mapping[Any, Any]) -> Any:
-    pictures = [held[key] for key in _PICTURES if key in held and _pixels(held[key]) is not None]
-    words = [held[key] for key in _WORDS if isinstance(held.get(key), str)]
-    rest = {k: v for k, v in held.items() if k not in ("label", "labels", "target")}
-    return (pictures + words + [rest])[0]
-
-
-def _array(held: Any) -> NDArray[Any] | None:
-    if isinstance(held, Tensor):
-        held = held.detach().cpu()
-        held = held.float() if held.is_floating_point() else held
-    elif not isinstance(held, np.ndarray) and not hasattr(held, "__array_interface__"):  # PIL images have that
+def _array(values: Any) -> NDArray[Any] | None:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    elif not isinstance(values, np.ndarray) and not hasattr(values, "__array_interface__"):  # PIL images have that
         return None
-    found = np.asarray(held)
-    return found if found.dtype.kind in "biuf" else None
+    array = np.asarray(values)
+    return array if array.dtype.kind in "biuf" else None
 
 
-def _pixels(held: Any) -> NDArray[Any] | None:
-    """[H, W] or [H, W, 3 or 4] from any usual layout, or None where the thing is no picture."""
-    found = _array(held)
-    if found is None:
+def _pixels(inputs: Any) -> NDArray[Any] | None:
+    """[H, W] or [H, W, 3 or 4] from any usual layout, or None if it is no picture."""
+    array = _array(inputs)
+    if array is None:
         return None
-    found = found.astype(np.uint8) if found.dtype == bool else found
-    while found.ndim > 3 and found.shape[0] == 1:
-        found = found[0]
-    if found.ndim == 2:
-        return found if min(found.shape) >= _THINNEST else None
-    if found.ndim != 3:
+    array = array.astype(np.uint8) if array.dtype == bool else array
+    while array.ndim > 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 2:
+        return array if min(array.shape) >= _MIN_PICTURE_SIDE else None
+    if array.ndim != 3:
         return None
-    first, last = found.shape[0] in _CHANNELS, found.shape[2] in _CHANNELS
-    # Both can be channels only in tiny pictures: tensors are channels first by habit, arrays last.
-    channels_first = first and (not last or isinstance(held, Tensor))
+    first, last = array.shape[0] in _CHANNELS, array.shape[2] in _CHANNELS
+    # Both can be channels only in tiny pictures; then tensors have channels first, arrays last.
+    channels_first = first and (not last or isinstance(inputs, Tensor))
     if not first and not last:
-        channels_first = found.shape[0] < found.shape[2]
-    found = np.moveaxis(found, 0, -1) if channels_first else found
-    if min(found.shape[:2]) < _THINNEST:
+        channels_first = array.shape[0] < array.shape[2]
+    array = np.moveaxis(array, 0, -1) if channels_first else array
+    if min(array.shape[:2]) < _MIN_PICTURE_SIDE:
         return None
-    if found.shape[2] == 1:
-        return found[..., 0]
-    return found if found.shape[2] in _CHANNELS else found.mean(-1)
+    if array.shape[2] == 1:
+        return array[..., 0]
+    return array if array.shape[2] in _CHANNELS else array.mean(-1)
 
 
-def _lines(held: Any) -> NDArray[Any] | None:
+def _lines(inputs: Any) -> NDArray[Any] | None:
     """[channels, T] in float64 from one long row of numbers, or a few beside each other; else None."""
-    found = _array(held)
-    if found is None or found.dtype.kind != "f" or found.ndim not in (1, 2) or max(found.shape) < _LONG:
+    series = _array(inputs)
+    if series is None or series.dtype.kind != "f" or series.ndim not in (1, 2) or max(series.shape) < _MIN_SERIES:
         return None
-    found = np.atleast_2d(found).astype(np.float64)
-    return found if found.shape[0] <= found.shape[1] else found.T
+    series = np.atleast_2d(series).astype(np.float64)
+    return series if series.shape[0] <= series.shape[1] else series.T
 
 
-def _undo(pixels: NDArray[Any], statistics: tuple[Any, Any]) -> NDArray[Any]:
+def _undo_normalisation(pixels: NDArray[Any], statistics: tuple[Any, Any]) -> NDArray[Any]:
     mean, std = (np.asarray(s, dtype=np.float64) for s in statistics)
     colours = 1 if pixels.ndim == 2 else pixels.shape[2]
     for name, values in (("mean", mean), ("std", std)):
@@ -202,60 +208,60 @@ def _undo(pixels: NDArray[Any], statistics: tuple[Any, Any]) -> NDArray[Any]:
     if pixels.ndim == 2:
         mean, std = mean.reshape(()), std.reshape(())
     undone: NDArray[Any] = pixels * std + mean
-    # Rounding leaves the range by a hair, which must not call for a stretch.
+    # Rounding leaves the range 0 to 1 slightly, which must not stretch the picture.
     return undone.clip(0, 1) if undone.min() > -1e-3 and undone.max() < 1 + 1e-3 else undone
 
 
-# --------------------------------------------------------------------------- words
+# --------------------------------------------------------------------------- cards
 
 
-def _text(held: Any) -> str:
-    return held.replace("\r\n", "\n").strip() if isinstance(held, str) else ""
+def _own_text(inputs: Any) -> str:
+    return inputs.replace("\r\n", "\n").strip() if isinstance(inputs, str) else ""
 
 
-def _number(value: float) -> str:
-    """Three digits, yet whole numbers of a usual size stay whole: 1001, not 1e+03."""
+def _format_number(value: float) -> str:
+    """Format with three digits; whole numbers of a usual size stay whole: 1001, not 1e+03."""
     return f"{value:.0f}" if 999.5 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
-def _words(held: Any) -> str:
-    if isinstance(held, str):
-        return " ".join(held.split())
-    if isinstance(held, Mapping):
-        return "\n".join(f"{key} = {_brief(value)}" for key, value in held.items())
-    found = _array(held)
-    if found is not None and found.ndim == 1 and found.dtype.kind == "f":
-        return "\n".join(f"x{i} = {_number(value)}" for i, value in enumerate(found.tolist()))
-    return _brief(held)
+def _card(inputs: Any) -> str:
+    if isinstance(inputs, str):
+        return " ".join(inputs.split())
+    if isinstance(inputs, Mapping):
+        return "\n".join(f"{key} = {_brief(value)}" for key, value in inputs.items())
+    numbers = _array(inputs)
+    if numbers is not None and numbers.ndim == 1 and numbers.dtype.kind == "f":
+        return "\n".join(f"x{i} = {_format_number(value)}" for i, value in enumerate(numbers.tolist()))
+    return _brief(inputs)
 
 
 def _brief(value: Any) -> str:
-    found = _array(value)
-    if found is None:
+    numbers = _array(value)
+    if numbers is None:
         return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
-    if found.size == 1:
-        return f"{found.item():.4g}"
-    if found.ndim == 1:
-        shown = " ".join(_number(v) for v in found[:32].tolist())
-        return shown + (" …" if found.size > 32 else "")
-    return f"{' × '.join(map(str, found.shape))} numbers, mean {found.mean():.3g}"
+    if numbers.size == 1:
+        return f"{numbers.item():.4g}"
+    if numbers.ndim == 1:
+        shown = " ".join(_format_number(v) for v in numbers[:32].tolist())
+        return shown + (" …" if numbers.size > 32 else "")
+    return f"{' × '.join(map(str, numbers.shape))} numbers, mean {numbers.mean():.3g}"
 
 
-def wrapped(words: str, columns: int, rows: int) -> str:
-    """Text for a card of that many characters; what does not fit is an ellipsis on the last line.
+def wrap_text(text: str, columns: int, rows: int) -> str:
+    """Wrap text for a card of so many characters; an ellipsis on the last line stands for the rest.
 
-    >>> print(wrapped("the quick brown fox jumps", 10, 2))
+    >>> print(wrap_text("the quick brown fox jumps", 10, 2))
     the quick
     brown fox…
     """
     lines = [
         part
-        for line in words.splitlines()
-        # A row of a table stays a row: its end matters less than the rows below.
-        for part in ([shorten(line, columns)] if "\n" in words else textwrap.wrap(line, columns))
+        for line in text.splitlines()
+        # A row of a table stays on one line: its end matters less than the rows below.
+        for part in ([shorten(line, columns)] if "\n" in text else textwrap.wrap(line, columns))
     ]
     if len(lines) > rows:
-        if "\n" in words:
+        if "\n" in text:
             return "\n".join([*lines[: rows - 1], f"… {len(lines) - rows + 1} more"])
         last = lines[rows - 1]
         lines = [*lines[: rows - 1], (last if len(last) < columns else last[: columns - 1].rstrip()) + "…"]

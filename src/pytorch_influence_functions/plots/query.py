@@ -1,4 +1,4 @@
-"""Pictures of scores. Each function returns a matplotlib `Figure`, opens no window and changes no setting."""
+"""Figures of one query's scores, of predicted against actual changes, and of scores over damping."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.errors import InvalidInput, require
 from ..problem.data import Source
 from ..scores.scores import Scores
 from . import style
-from .examples import Denormalize, Shown, exposed, see, target_of, wrapped
+from .examples import Denormalize, ExampleView, example_target, share_scale, view_example, wrap_text
 from .tokens import Pieces, plot_tokens
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:
     Axes = Figure = Any  # matplotlib is optional; annotations may be looked at when it is absent
 
-_PER_ROW = 10  # examples in one row; more go to further rows
+_PER_ROW = 10  # examples in one row; further ones go to more rows
 # Inches: a cell's width, the gap beside it, the text around it, the titles, the page.
 _CELL, _GAP, _ABOVE, _BELOW, _TITLE = 1.22, 0.14, 0.25, 0.40, 0.30
 _WIDEST, _MARGIN, _HEAD, _FOOT = 3.4, 0.25, 0.10, 0.26
@@ -35,9 +35,9 @@ _TITLES, _COLOURS = ("Most helpful", "Most harmful"), (style.HELPFUL, style.HARM
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """An example with what is written above and below it."""
+    """An example with the text above and below it."""
 
-    shown: Shown
+    view: ExampleView
     above: str
     below: tuple[str, str]
 
@@ -54,19 +54,19 @@ def plot_influences(
     tokens: Mapping[int, Any] | None = None,
     pieces: Pieces = None,
 ) -> Figure:
-    """The picture of version 0.1: the query large, beside it a row of helpful and a row of harmful training examples.
+    """The query large, and beside it a row of helpful and a row of harmful training examples.
 
-    Above each example stands its score, the predicted change of the measure on the query when the example is
-    removed; below, its label and its position in the training dataset.
+    Above each example is its score, the predicted change of the measure on the query when the example is removed;
+    below are its label and its position in the training dataset.
 
     Args:
-        scores: whose row `q` is shown.
-        k: examples per row, fewer where fewer are held; the two rows share examples where there are few.
-        train, queries: the data scored, in any form `attribute` takes; by default what the scores remember.
+        scores: row `q` of these is shown.
+        k: examples per row, or fewer if fewer are stored; the two rows share examples if there are few.
+        train, queries: the data scored, in any form `attribute` takes; by default those that the scores hold.
         denormalize: a function applied to an input before it is shown (undo a normalisation, reshape a flat
             picture, decode tokens), or `(mean, std)` per channel. Without it, values outside 0 to 1 are
             stretched, on one scale for the whole picture.
-        class_names: what to call integer labels; by default what the scores know.
+        class_names: names of integer labels; by default those of the scores.
         path: also write the picture there; the ending says the format.
         tokens: training index -> [queries, tokens], from `attribution.token_scores`: texts in full width, every token
             coloured by its share of the score; `pieces` then turns an input into its tokens as strings.
@@ -77,21 +77,22 @@ def plot_influences(
         InvalidInput: no data at hand, or data of another length than the scores; token scores that do not fit.
         MissingExtra: matplotlib is not installed.
     """
-    with style.styled():
-        training = _data(train if train is not None else scores.train_source, scores.n_train, "train")
-        asked = _data(queries if queries is not None else scores.query_source, None, "queries")
+    with style.plot_style():
+        train_source = _require_data(train if train is not None else scores.train_source, scores.n_train, "train")
+        query_source = _require_data(queries if queries is not None else scores.query_source, None, "queries")
         if class_names is not None:
             scores = replace(scores, class_names=list(class_names))
         if tokens is not None:
-            return plot_tokens(scores, q, k, training, asked, tokens, pieces, path)
-        found = [scores.helpful(q, k), scores.harmful(q, k)]
-        tiles, note = _tiles(scores, q, found, training, asked, denormalize)
-        figure = _laid_out(scores, tiles[0], tiles[1 : 1 + len(found[0])], tiles[1 + len(found[0]) :], note)
-        style.save(figure, path)
+            return plot_tokens(scores, q, k, train_source, query_source, tokens, pieces, path)
+        helpful, harmful = scores.helpful(q, k), scores.harmful(q, k)
+        tiles, note = _make_tiles(scores, q, helpful + harmful, train_source, query_source, denormalize)
+        first_harmful = 1 + len(helpful)
+        figure = _lay_out(scores, tiles[0], tiles[1:first_harmful], tiles[first_harmful:], note)
+        style.save_figure(figure, path)
     return figure
 
 
-def _data(data: Any, size: int | None, name: str) -> Source:
+def _require_data(data: Any, size: int | None, name: str) -> Source:
     if data is None:
         raise InvalidInput(
             f"The scores do not remember the data (they were loaded, or made by hand); pass {name}= to show examples."
@@ -104,35 +105,37 @@ def _data(data: Any, size: int | None, name: str) -> Source:
     return source
 
 
-def _tiles(
+def _make_tiles(
     scores: Scores,
     q: int,
-    found: list[list[tuple[int, float]]],
+    ranked: list[tuple[int, float]],
     train: Source,
     queries: Source,
     denormalize: Denormalize,
 ) -> tuple[list[_Tile], str]:
-    one = scores[q]
-    at = int(one.query_ids[0])
-    if at < 0:
+    """The tile of the query, then those of the ranked training examples; and a note on the scale of pictures."""
+    query_scores = scores[q]
+    query = int(query_scores.query_ids[0])
+    if query < 0:
         raise InvalidInput("A mean over queries has no example to show; plot one query.")
-    if at >= len(queries):
-        raise InvalidInput(f"queries= has {len(queries)} examples and the scores are of query {at}; pass theirs.")
-    item = queries.item(at)
-    label = target_of(item) if one.query_labels is None else one.query_labels[0]
-    shown, captions = [see(item, at, denormalize)], [(one.describe_query(0), (scores.label_name(label), ""))]
-    for index, score in found[0] + found[1]:
+    if query >= len(queries):
+        raise InvalidInput(f"queries= has {len(queries)} examples and the scores are of query {query}; pass theirs.")
+    item = queries.item(query)
+    label = example_target(item) if query_scores.query_labels is None else query_scores.query_labels[0]
+    views = [view_example(item, query, denormalize)]
+    captions = [(query_scores.describe_query(0), (scores.label_name(label), ""))]
+    for index, score in ranked:
         item = train.item(index)
-        label = target_of(item) if scores.train_labels is None else scores.train_labels[index]
+        label = example_target(item) if scores.train_labels is None else scores.train_labels[index]
         name = "" if scores.train_names is None else f" {scores.train_names[index]}"
-        shown.append(see(item, index, denormalize))
-        captions.append((style.number(score), (scores.label_name(label), f"#{index}{name}")))
-    shown, note = exposed(shown)
-    return [_Tile(s, above, below) for s, (above, below) in zip(shown, captions, strict=True)], note
+        views.append(view_example(item, index, denormalize))
+        captions.append((style.format_signed(score), (scores.label_name(label), f"#{index}{name}")))
+    views, note = share_scale(views)
+    return [_Tile(view, above, below) for view, (above, below) in zip(views, captions, strict=True)], note
 
 
-def _laid_out(scores: Scores, query: _Tile, helpful: list[_Tile], harmful: list[_Tile], note: str) -> Figure:
-    """Everything placed in inches from the top left, so that nothing depends on what the texts measure."""
+def _lay_out(scores: Scores, query: _Tile, helpful: list[_Tile], harmful: list[_Tile], note: str) -> Figure:
+    """Place everything in inches from the top left, so that nothing depends on the size of texts."""
     rows = [
         (tiles[i : i + _PER_ROW], kind, i == 0)
         for kind, tiles in enumerate((helpful, harmful))
@@ -145,9 +148,9 @@ def _laid_out(scores: Scores, query: _Tile, helpful: list[_Tile], harmful: list[
     left = _MARGIN + large + 0.4
     width = left + max(max(len(tiles) for tiles, *_ in rows) * (_CELL + _GAP) - _GAP + _MARGIN, 2.6)
     height = max(2 * _TITLE + len(rows) * (_ABOVE + cell + _BELOW), _TITLE + _ABOVE + large * aspect) + 2 * _FOOT
-    page = _Page(style.new_figure(width, height), width, height)
+    page = _FigurePage(style.new_figure(width, height), width, height)
     page.heading(query, large)
-    page.draw(query.shown, (_MARGIN, _HEAD + _TITLE + _ABOVE, large, large * aspect), style.INK, "solid", 10.0)
+    page.draw(query.view, (_MARGIN, _HEAD + _TITLE + _ABOVE, large, large * aspect), style.INK, "solid", 10.0)
     y = _HEAD
     for tiles, kind, first in rows:
         if first:
@@ -161,35 +164,35 @@ def _laid_out(scores: Scores, query: _Tile, helpful: list[_Tile], harmful: list[
 
 
 def _aspect(tiles: list[_Tile]) -> float:
-    """Height over width of the cells: the tallest picture's, within reason; cards are square."""
-    shapes = [1.0 if t.shown.pixels is None else t.shown.pixels.shape[0] / t.shown.pixels.shape[1] for t in tiles]
+    """Height over width of the cells: that of the tallest picture, between 0.5 and 1.6; cards are square."""
+    shapes = [1.0 if t.view.pixels is None else t.view.pixels.shape[0] / t.view.pixels.shape[1] for t in tiles]
     return min(max(*shapes, 0.5), 1.6)
 
 
 @dataclass(frozen=True, eq=False)
-class _Page:
-    """A figure whose unit is the inch, from the top left."""
+class _FigurePage:
+    """A figure with positions in inches from the top left."""
 
     figure: Figure
     width: float
     height: float
 
-    def text(self, x: float, y: float, words: str, room: float = math.inf, **kw: Any) -> None:
-        """Words at a place, cut with an ellipsis to `room` inches."""
+    def text(self, x: float, y: float, text: str, room: float = math.inf, **kw: Any) -> None:
+        """Write text at a place, cut with an ellipsis to `room` inches."""
         # parse_math=False: a dollar sign in the data is a dollar sign.
         options: dict[str, Any] = {"va": "baseline", "parse_math": False} | kw
-        made = self.figure.text(x / self.width, 1 - y / self.height, words, **options)
+        artist = self.figure.text(x / self.width, 1 - y / self.height, text, **options)
         if math.isinf(room):
             return
-        words = style.shorten(words, 80)
-        made.set_text(words)
-        while (wide := made.get_window_extent().width / self.figure.dpi) > room and len(words) > 2:
-            # In proportion, and at least by one letter.
-            words = style.shorten(words, max(2, min(len(words) - 1, int(len(words) * room / wide) + 1)))
-            made.set_text(words)
+        text = style.shorten(text, 80)
+        artist.set_text(text)
+        while (width := artist.get_window_extent().width / self.figure.dpi) > room and len(text) > 2:
+            # The text is cut in proportion, and by at least one letter.
+            text = style.shorten(text, max(2, min(len(text) - 1, int(len(text) * room / width) + 1)))
+            artist.set_text(text)
 
     def heading(self, query: _Tile, room: float) -> None:
-        """The query's name, level with the first row's title, and its label, level with the scores."""
+        """Write the query's name, level with the first row's title, and its label, level with the scores."""
         name, label = query.above, query.below[0]
         room += 0.2
         self.text(_MARGIN, _HEAD + 0.2, name[:1].upper() + name[1:], room, fontsize=10.5, fontweight="bold")
@@ -197,19 +200,21 @@ class _Page:
             self.text(_MARGIN, _HEAD + _TITLE + _ABOVE - 0.07, f"label: {label}", room, fontsize=9)
 
     def tile(self, tile: _Tile, kind: int, x: float, y: float, cell: float) -> None:
-        """One training example: score above, label and index below."""
+        """Draw one training example, with its score above and its label and index below."""
         middle, colour, room = x + _CELL / 2, _COLOURS[kind], _CELL + 0.6 * _GAP
         self.text(middle, y + _ABOVE - 0.07, tile.above, ha="center", color=colour, fontsize=9)
-        self.draw(tile.shown, (x, y + _ABOVE, _CELL, cell), colour, ("solid", "dashed")[kind], 7.5)
+        self.draw(tile.view, (x, y + _ABOVE, _CELL, cell), colour, ("solid", "dashed")[kind], 7.5)
         label, place = tile.below
-        at = y + _ABOVE + cell + 0.15
+        baseline = y + _ABOVE + cell + 0.15
         if label:
-            self.text(middle, at, label, room, ha="center", fontsize=8)
-            at += 0.145
-        self.text(middle, at, place, room, ha="center", fontsize=8, color=style.FAINT)
+            self.text(middle, baseline, label, room, ha="center", fontsize=8)
+            baseline += 0.145
+        self.text(middle, baseline, place, room, ha="center", fontsize=8, color=style.FAINT)
 
-    def draw(self, shown: Shown, box: tuple[float, float, float, float], colour: str, line: str, size: float) -> None:
-        """A picture, a series or a card of words in a frame; `box` is x, y, width, height."""
+    def draw(
+        self, view: ExampleView, box: tuple[float, float, float, float], colour: str, line: str, size: float
+    ) -> None:
+        """Draw a picture, a series or a card of text in a frame; `box` is x, y, width, height."""
         x, y, width, height = box
         place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
         axes = self.figure.add_axes(place)
@@ -217,28 +222,28 @@ class _Page:
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set(visible=True, edgecolor=colour, linewidth=1.4, linestyle=line)
-        if shown.pixels is not None:
-            axes.imshow(shown.pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+        if view.pixels is not None:
+            axes.imshow(view.pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
             return
         axes.set_facecolor(style.CARD)
-        if shown.lines is not None:
-            low, high = shown.limits
+        if view.lines is not None:
+            low, high = view.limits
             margin = 0.06 * ((high - low) or 1.0)
-            for channel, shade in zip(shown.lines, style.PALETTE * len(shown.lines), strict=False):
-                axes.plot(channel, color=style.INK if len(shown.lines) == 1 else shade, linewidth=0.9)
-            axes.set(xlim=(0, shown.lines.shape[1] - 1), ylim=(low - margin, high + margin))
+            for channel, shade in zip(view.lines, style.PALETTE * len(view.lines), strict=False):
+                axes.plot(channel, color=style.INK if len(view.lines) == 1 else shade, linewidth=0.9)
+            axes.set(xlim=(0, view.lines.shape[1] - 1), ylim=(low - margin, high + margin))
             return
         # An average letter is 0.58 of the font size wide, a line 1.45 of it high.
         columns, lines = int(0.92 * width * 72 / size / 0.58), int(0.93 * height * 72 / size / 1.45)
-        words = wrapped(shown.words, columns, lines)
+        text = wrap_text(view.card, columns, lines)
         options: dict[str, Any] = {"parse_math": False, "clip_on": True, "linespacing": 1.25}
-        axes.text(0.05, 0.95, words, transform=axes.transAxes, va="top", fontsize=size, **options)
+        axes.text(0.05, 0.95, text, transform=axes.transAxes, va="top", fontsize=size, **options)
 
 
 def _footnote(scores: Scores, note: str) -> str:
     measure = "loss" if scores.lower_is_better else "measure"
-    words = f"Numbers: predicted change of the query's {measure} when the example is removed and the model retrained."
-    return f"{words}\n{note[:1].upper()}{note[1:]}." if note else words
+    text = f"Numbers: predicted change of the query's {measure} when the example is removed and the model retrained."
+    return f"{text}\n{note[:1].upper()}{note[1:]}." if note else text
 
 
 # --------------------------------------------------------------------------- agreement
@@ -260,9 +265,9 @@ def plot_agreement(
 
     Args:
         predicted, actual: equally many numbers, at least two.
-        names: what to call the points; written beside them when there are at most 20.
+        names: of the points; written beside them if there are at most 20.
         path: also write the picture there; the ending says the format.
-        title, xlabel, ylabel: what stands above the picture and beside its axes.
+        title, xlabel, ylabel: the text above the picture and beside its axes.
 
     Raises:
         InvalidInput: different lengths, fewer than two points, or NaN.
@@ -271,12 +276,12 @@ def plot_agreement(
     y = style.finite_numbers(actual, "actual").reshape(-1)
     if len(x) != len(y) or len(x) < 2:
         raise InvalidInput(f"There are {len(x)} predicted and {len(y)} actual changes; give equally many, at least 2.")
-    words, exponent = _fit_words(x, y), style.power(float(max(abs(x).max(), abs(y).max())))
+    fit, exponent = _fit_text(x, y), style.power_of_ten(float(max(abs(x).max(), abs(y).max())))
     x, y = x / 10.0**exponent, y / 10.0**exponent
     low, high = min(x.min(), y.min(), 0.0), max(x.max(), y.max(), 0.0)
     margin = 0.06 * ((high - low) or 1.0)
     limits = (low - margin, high + margin)
-    with style.styled():
+    with style.plot_style():
         figure = style.new_figure(4.6, 4.8)
         axes = figure.add_axes((0.16, 0.12, 0.79, 0.757))
         axes.plot(
@@ -288,26 +293,26 @@ def plot_agreement(
         if names is not None and len(x) <= 20:
             _name_points(axes, x, y, names)
         axes.set(xlim=limits, ylim=limits, aspect="equal")
-        axes.set_xlabel(xlabel + style.times_ten(exponent), parse_math=False)
-        axes.set_ylabel(ylabel + style.times_ten(exponent), parse_math=False)
+        axes.set_xlabel(xlabel + style.format_power(exponent), parse_math=False)
+        axes.set_ylabel(ylabel + style.format_power(exponent), parse_math=False)
         axes.tick_params(labelsize=8)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(require("matplotlib.ticker", "plot").MaxNLocator(5))
         axes.legend(loc="lower right", frameon=False, fontsize=8, handlelength=1.8)
         figure.text(0.16, 0.95, title, fontsize=11, fontweight="bold", parse_math=False)
-        figure.text(0.16, 0.905, words, fontsize=9, color=style.FAINT)
-        style.save(figure, path)
+        figure.text(0.16, 0.905, fit, fontsize=9, color=style.FAINT)
+        style.save_figure(figure, path)
     return figure
 
 
 def _name_points(axes: Axes, x: NDArray[Any], y: NDArray[Any], names: list[str]) -> None:
     middle = (x.min() + x.max()) / 2
-    for at, height, name in zip(x, y, names, strict=True):
-        # Away from the diagonal, and never over the right edge.
-        right = at < middle
+    for point, height, name in zip(x, y, names, strict=True):
+        # Names point away from the diagonal and stay inside the right edge.
+        right = point < middle
         axes.annotate(
             style.shorten(name, 20),
-            (at, height),
+            (point, height),
             (5, -3) if right else (-5, -2),
             textcoords="offset points",
             ha="left" if right else "right",
@@ -316,7 +321,7 @@ def _name_points(axes: Axes, x: NDArray[Any], y: NDArray[Any], names: list[str])
         )
 
 
-def _fit_words(x: NDArray[Any], y: NDArray[Any]) -> str:
+def _fit_text(x: NDArray[Any], y: NDArray[Any]) -> str:
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return f"n = {len(x)}, r undefined: one side is constant"
     r, slope = float(np.corrcoef(x, y)[0, 1]), float(np.polyfit(x, y, 1)[0])
@@ -332,7 +337,7 @@ def plot_damping_curve(
     k: int = 4,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """How the answer depends on damping: scores of the extreme examples, and agreement of the whole ranking.
+    """How scores depend on damping: those of the extreme examples, and the agreement of the whole ranking.
 
     Left: the `k` most helpful and `k` most harmful examples at the middle lambda, each score as a share of
     the largest at that lambda (scores shrink as lambda grows; their order is what matters). Right: Spearman's
@@ -350,17 +355,17 @@ def plot_damping_curve(
     lambdas = sorted(float(x) for x in results)
     if len(lambdas) < 2 or lambdas[0] <= 0:
         raise InvalidInput(f"A damping path needs at least two positive values of lambda, got {lambdas}.")
-    given = {float(x): s for x, s in results.items()}
+    by_lambda = {float(x): s for x, s in results.items()}
     middle = lambdas[len(lambdas) // 2]
-    if any(s.indices is not None or s.shape != given[middle].shape for s in given.values()):
+    if any(s.indices is not None or s.shape != by_lambda[middle].shape for s in by_lambda.values()):
         raise InvalidInput("A damping path compares all scores of the same queries; score without top=.")
-    at = torch.stack([given[x][q].values[0].double() for x in lambdas])
-    shares = at / at.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    ends = [(i, 0) for i, _ in given[middle].helpful(q, k)]
-    ends += [(i, 1) for i, _ in given[middle].harmful(q, k) if (i, 0) not in ends]
-    ranks = torch.stack([_ranks(row) for row in at])
-    agreement = torch.corrcoef(ranks)[len(lambdas) // 2] if at.shape[1] > 1 else torch.ones(len(lambdas))
-    with style.styled():
+    values = torch.stack([by_lambda[x][q].values[0].double() for x in lambdas])
+    shares = values / values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    ends = [(i, 0) for i, _ in by_lambda[middle].helpful(q, k)]
+    ends += [(i, 1) for i, _ in by_lambda[middle].harmful(q, k) if (i, 0) not in ends]
+    ranks = torch.stack([_ranks(row) for row in values])
+    agreement = torch.corrcoef(ranks)[len(lambdas) // 2] if values.shape[1] > 1 else torch.ones(len(lambdas))
+    with style.plot_style():
         figure = style.new_figure(8.4, 3.9)
         left = figure.add_axes((0.085, 0.15, 0.42, 0.68))
         right = figure.add_axes((0.68, 0.15, 0.29, 0.68))
@@ -373,14 +378,14 @@ def plot_damping_curve(
             axes.axvline(middle, color=style.FAINT, linewidth=0.8, linestyle="dotted", zorder=0)
             axes.tick_params(labelsize=8)
             axes.set_title(title, fontsize=10, fontweight="bold")
-        name = given[middle].describe_query(q)
+        name = by_lambda[middle].describe_query(q)
         figure.text(0.085, 0.94, name[:1].upper() + name[1:], fontsize=9, color=style.FAINT, parse_math=False)
-        style.save(figure, path)
+        style.save_figure(figure, path)
     return figure
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, equal values sharing the mean of theirs."""
+    """Ranks from 1; equal values share their mean rank."""
     _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
     shared: Tensor = counts.cumsum(0) - (counts - 1) / 2
     return shared[place].double()
@@ -388,13 +393,13 @@ def _ranks(values: Tensor) -> Tensor:
 
 def _draw_paths(axes: Axes, lambdas: list[float], shares: Tensor, ends: list[tuple[int, int]]) -> None:
     styles = ((style.HELPFUL, "solid", "helpful"), (style.HARMFUL, "dashed", "harmful"))
-    heights = _spread([float(shares[-1, i]) for i, _ in ends], 0.085 * max(1.0, float(shares.max() - shares.min())))
+    heights = _move_apart([float(shares[-1, i]) for i, _ in ends], 0.085 * max(1.0, float(shares.max() - shares.min())))
     for (index, kind), height in zip(ends, heights, strict=True):
-        colour, line, word = styles[kind]
+        colour, line, effect = styles[kind]
         axes.plot(lambdas, shares[:, index].tolist(), color=colour, linestyle=line, marker="o", markersize=3)
-        # Labels beside the ends of the lines, moved apart where the lines meet.
+        # Labels stand beside the ends of the lines, moved apart if the lines meet.
         axes.annotate(
-            f"#{index} {word}",
+            f"#{index} {effect}",
             (1.02, height),
             xycoords=axes.get_yaxis_transform(),
             fontsize=7.5,
@@ -404,8 +409,8 @@ def _draw_paths(axes: Axes, lambdas: list[float], shares: Tensor, ends: list[tup
     axes.axhline(0, color=style.FAINT, linewidth=0.8, zorder=0)
 
 
-def _spread(heights: list[float], gap: float) -> list[float]:
-    """The same heights moved apart to at least `gap`, order and centre kept."""
+def _move_apart(heights: list[float], gap: float) -> list[float]:
+    """Move heights apart to at least `gap`; their order and their centre stay."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed = dict.fromkeys(order, 0.0)
     last = -math.inf

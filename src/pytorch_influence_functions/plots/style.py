@@ -1,4 +1,4 @@
-"""How pictures look: colours that survive colour blindness and grey printers, numbers in few characters."""
+"""The look of figures: colours that colour-blind readers and grey printers keep apart, numbers in few characters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     Figure = Any  # matplotlib is optional; annotations may be looked at when it is absent
 
-# Okabe & Ito (2008). Blue is dark and vermillion light in greyscale; words and line styles say it again.
+# Okabe & Ito (2008). Blue is dark and vermillion light in greyscale; text and line styles repeat the distinction.
 HELPFUL, HARMFUL = "#0072B2", "#D55E00"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, FAINT, PAPER, CARD = "#1A1A1A", "#666666", "#FFFFFF", "#F5F5F2"
@@ -51,8 +51,8 @@ _SETTINGS = {
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Our settings within, the user's untouched outside."""
+def plot_style() -> Iterator[None]:
+    """Inside, matplotlib has our settings; afterwards the user's are as before."""
     matplotlib = require("matplotlib", "plot")
     with matplotlib.rc_context(_SETTINGS):
         yield
@@ -64,18 +64,18 @@ def new_figure(width: float, height: float) -> Figure:
     canvas = require("matplotlib.backends.backend_agg", "plot")
     figure = figures.Figure(figsize=(width, height), dpi=150)
     canvas.FigureCanvasAgg(figure)
-    found: Figure = figure
-    return found
+    new: Figure = figure
+    return new
 
 
-def save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
-    """Write the figure where asked, whole or not at all; the ending says the format."""
+def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
+    """Write the figure to `path`, whole or not at all; the ending says the format. Without a path do nothing."""
     if path is None:
         return
     name = os.fspath(path)
     buffer = io.BytesIO()
     kind = os.path.splitext(name)[1][1:].lower() or "png"
-    # No dates inside: the same picture is the same file.
+    # Without a date inside, the same picture is the same file.
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
     figure.savefig(buffer, format=kind, metadata=undated)
     write_bytes(name, buffer.getvalue())
@@ -90,10 +90,10 @@ def finite_numbers(values: Any, name: str) -> NDArray[Any]:
     return numbers
 
 
-def number(value: float) -> str:
+def format_signed(value: float) -> str:
     """A signed number of three digits, with a minus sign as wide as the plus.
 
-    >>> number(0.00312), number(-31250000.0), number(0.0)
+    >>> format_signed(0.00312), format_signed(-31250000.0), format_signed(0.0)
     ('+0.00312', '−3.12e+07', '0')
     """
     if value == 0:
@@ -105,24 +105,24 @@ def number(value: float) -> str:
     return ("−" if value < 0 else "+") + digits
 
 
-def power(largest: float) -> int:
-    """The power of ten to take out of numbers up to `largest`, so that what is left is easy to read; often 0.
+def power_of_ten(largest: float) -> int:
+    """The power of ten to divide numbers up to `largest` by, so that they are easy to read; often 0.
 
-    >>> power(0.0021), power(35.0)
+    >>> power_of_ten(0.0021), power_of_ten(35.0)
     (-3, 0)
     """
     exponent = math.floor(math.log10(largest)) if largest > 0 else 0
     return 0 if -2 <= exponent <= 3 else exponent
 
 
-def times_ten(exponent: int) -> str:
+def format_power(exponent: int) -> str:
     """`" (×10⁻³)"`, or nothing for 0."""
     raised = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f" (×10{raised})" if exponent else ""
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most `limit` characters on one line, the rest as an ellipsis.
+    """Cut a text to at most `limit` characters on one line, with an ellipsis for the rest.
 
     >>> shorten("a rather long label", 9)
     'a rather…'

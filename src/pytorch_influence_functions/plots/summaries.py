@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 else:
     Figure = Any  # matplotlib is optional; annotations may be looked at when it is absent
 
-# Named on the picture.
-_NAMED = 8
-_CLASSES = 30
+_NAMED_EXAMPLES = 8
+_READABLE_CLASSES = 30
 
 
 def plot_self_influence(
@@ -33,62 +32,62 @@ def plot_self_influence(
     path: str | os.PathLike[str] | None = None,
     marked: Any = None,
 ) -> Figure:
-    """Every training example's influence on itself, largest first: the steep left end is where to look for errors.
+    """Every training example's influence on itself, largest first: look for label errors at the steep left end.
 
     Args:
         values: [N], from `attribution.self_influence()`.
-        labels, class_names: named beside the largest.
+        labels, class_names: written beside the largest values.
         path: where to write the picture; the ending says the format.
-        marked: indices, or bool [N]: examples to mark, labels known to be wrong, say.
+        marked: indices, or bool [N]: examples to mark, such as labels known to be wrong.
 
     Raises:
         InvalidInput: no values, NaN, or labels of another length.
         MissingExtra: matplotlib is not installed.
     """
-    found = style.finite_numbers(values, "The self-influence")
-    if found.ndim != 1 or not len(found):
-        raise InvalidInput(f"The self-influence must be one number per training example, got shape {found.shape}.")
-    if labels is not None and len(labels) != len(found):
-        raise InvalidInput(f"There are {len(found)} values and {len(labels)} labels; give one label each.")
-    chosen = _marked(marked, len(found))
-    order = np.argsort(-found, kind="stable")
-    exponent = style.power(float(np.abs(found).max()))
-    heights = found[order] / 10.0**exponent
-    with style.styled():
+    numbers = style.finite_numbers(values, "The self-influence")
+    if numbers.ndim != 1 or not len(numbers):
+        raise InvalidInput(f"The self-influence must be one number per training example, got shape {numbers.shape}.")
+    if labels is not None and len(labels) != len(numbers):
+        raise InvalidInput(f"There are {len(numbers)} values and {len(labels)} labels; give one label each.")
+    mask = _as_mask(marked, len(numbers))
+    order = np.argsort(-numbers, kind="stable")
+    exponent = style.power_of_ten(float(np.abs(numbers).max()))
+    heights = numbers[order] / 10.0**exponent
+    with style.plot_style():
         figure = style.new_figure(6.4, 3.6)
         axes = figure.add_axes((0.11, 0.15, 0.85, 0.68))
-        at = np.arange(1, len(found) + 1)
-        axes.fill_between(at, heights, step="mid", color=style.HELPFUL, alpha=0.18, linewidth=0)
-        axes.step(at, heights, where="mid", color=style.HELPFUL, linewidth=1.4)
-        if chosen is not None:
-            hit = np.flatnonzero(chosen[order])
-            axes.plot(at[hit], heights[hit], linestyle="none", marker="x", markersize=4.5, color=style.HARMFUL,
-                      label=f"marked ({len(hit):,})", zorder=3)  # fmt: skip
+        ranks = np.arange(1, len(numbers) + 1)
+        axes.fill_between(ranks, heights, step="mid", color=style.HELPFUL, alpha=0.18, linewidth=0)
+        axes.step(ranks, heights, where="mid", color=style.HELPFUL, linewidth=1.4)
+        if mask is not None:
+            places = np.flatnonzero(mask[order])
+            axes.plot(ranks[places], heights[places], linestyle="none", marker="x", markersize=4.5, color=style.HARMFUL,
+                      label=f"marked ({len(places):,})", zorder=3)  # fmt: skip
             axes.legend(loc="lower left", frameon=False, fontsize=8)
-        if len(found) > 50:
+        if len(numbers) > 50:
             axes.set_xscale("log")
         lines = [
-            f"{_named(int(i), labels, class_names)}  {style.number(float(found[i])).lstrip('+')}"
-            for i in order[:_NAMED]
+            f"{_example_name(int(i), labels, class_names)}  {style.format_signed(float(numbers[i])).lstrip('+')}"
+            for i in order[:_NAMED_EXAMPLES]
         ]
         axes.text(0.995, 0.99, "\n".join(["largest", *lines]), transform=axes.transAxes, ha="right", va="top",
                   fontsize=7, linespacing=1.5, color=style.INK, parse_math=False)  # fmt: skip
-        axes.set_xlim(0.9 if len(found) > 50 else 0.5, len(found) * 1.05 + 0.5)
-        axes.set_xlabel("rank" + (" (logarithmic)" if len(found) > 50 else ""))
-        axes.set_ylabel("self-influence" + style.times_ten(exponent), parse_math=False)
+        axes.set_xlim(0.9 if len(numbers) > 50 else 0.5, len(numbers) * 1.05 + 0.5)
+        axes.set_xlabel("rank" + (" (logarithmic)" if len(numbers) > 50 else ""))
+        axes.set_ylabel("self-influence" + style.format_power(exponent), parse_math=False)
         axes.tick_params(labelsize=8)
         figure.text(0.11, 0.93, "Self-influence of the training examples", fontsize=11, fontweight="bold")
-        figure.text(0.11, 0.875, f"N = {len(found):,}; large: the model leans on this label alone", fontsize=8.5,
+        figure.text(0.11, 0.875, f"N = {len(numbers):,}; large: the model leans on this label alone", fontsize=8.5,
                     color=style.FAINT)  # fmt: skip
-        style.save(figure, path)
+        style.save_figure(figure, path)
     return figure
 
 
 def plot_class_matrix(scores: Scores, path: str | os.PathLike[str] | None = None) -> Figure:
     """Which training class helps which class of query: the sum of scores over the class, mean over the queries.
 
-    Read a cell as what would happen to a query of that row if the whole class of that column were removed. Blue helps,
-    vermillion harms, whatever the measure; numbers stand in the cells of up to 12 classes.
+    A cell predicts the change of a query of its row if the whole class of its column were removed. Blue helps and
+    vermillion harms under every measure. Cells have numbers if there are at most 12 classes.
 
     Args:
         scores: of every example, with labels.
@@ -110,20 +109,20 @@ def plot_class_matrix(scores: Scores, path: str | os.PathLike[str] | None = None
     if columns.ndim != 1 or rows.ndim != 1:
         raise InvalidInput(f"Labels must be one per example, got shapes {columns.shape} and {rows.shape}.")
     train_classes, query_classes = sorted(set(columns.tolist())), sorted(set(rows.tolist()))
-    if max(len(train_classes), len(query_classes)) > _CLASSES:
+    if max(len(train_classes), len(query_classes)) > _READABLE_CLASSES:
         raise InvalidInput(
-            f"There are {len(train_classes)} classes, above the {_CLASSES} that are readable; pick some."
+            f"There are {len(train_classes)} classes, above the {_READABLE_CLASSES} that are readable; pick some."
         )
     helps = scores.values.double().numpy() * (1.0 if scores.lower_is_better else -1.0)
     table = np.array(
         [[helps[np.ix_(rows == r, columns == c)].sum(1).mean() for c in train_classes] for r in query_classes]
     )
-    exponent = style.power(float(np.abs(table).max()))
+    exponent = style.power_of_ten(float(np.abs(table).max()))
     table = table / 10.0**exponent
     largest = float(np.abs(table).max()) or 1.0
-    across, down = max(3.2, 0.55 * len(train_classes)), max(2.2, 0.42 * len(query_classes))
-    with style.styled():
-        figure = style.new_figure(across + 2.4, down + 1.9)
+    width, height = max(3.2, 0.55 * len(train_classes)), max(2.2, 0.42 * len(query_classes))
+    with style.plot_style():
+        figure = style.new_figure(width + 2.4, height + 1.9)
         figure.set_layout_engine("constrained")
         axes = figure.subplots()
         colours = require("matplotlib.colors", "plot").LinearSegmentedColormap.from_list(
@@ -137,15 +136,15 @@ def plot_class_matrix(scores: Scores, path: str | os.PathLike[str] | None = None
         if max(table.shape) <= 12:
             for (i, j), value in np.ndenumerate(table):
                 dark = abs(value) > 0.55 * largest
-                axes.text(j, i, _short(value, largest), ha="center", va="center", fontsize=7.5,
+                axes.text(j, i, _two_digits(value, largest), ha="center", va="center", fontsize=7.5,
                           color=style.PAPER if dark else style.INK)  # fmt: skip
         axes.set_xlabel("training class, removed")
         axes.set_ylabel("class of the query")
         bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
-        bar.set_label("harms  ←  change" + style.times_ten(exponent) + "  →  helps", fontsize=8)
+        bar.set_label("harms  ←  change" + style.format_power(exponent) + "  →  helps", fontsize=8)
         bar.ax.tick_params(labelsize=7)
         axes.set_title("Which class helps which", fontsize=11, fontweight="bold", pad=10)
-        style.save(figure, path)
+        style.save_figure(figure, path)
     return figure
 
 
@@ -166,7 +165,7 @@ def plot_convergence(scores: Scores, path: str | os.PathLike[str] | None = None)
             f"No residuals were recorded for {d.method or 'these scores'}: only conjugate gradients go step by step "
             "with a residual; print(scores.diagnostics) has the final one."
         )
-    with style.styled():
+    with style.plot_style():
         figure = style.new_figure(5.4, 3.4)
         axes = figure.add_axes((0.14, 0.15, 0.82, 0.68))
         steps = range(1, len(d.residual_history) + 1)
@@ -182,31 +181,31 @@ def plot_convergence(scores: Scores, path: str | os.PathLike[str] | None = None)
         axes.tick_params(labelsize=8)
         figure.text(0.14, 0.93, "How the solve converged", fontsize=11, fontweight="bold")
         figure.text(0.14, 0.87, style.shorten(d.method, 64), fontsize=8, color=style.FAINT, parse_math=False)
-        style.save(figure, path)
+        style.save_figure(figure, path)
     return figure
 
 
-def _short(value: float, largest: float) -> str:
-    """To two digits of the largest number on the picture."""
+def _two_digits(value: float, largest: float) -> str:
+    """Format to two digits of the largest number in the figure."""
     digits = max(0, 1 - math.floor(math.log10(largest)))
     text = f"{value:+.{digits}f}".replace("-", "−")
     return "0" if float(f"{value:.{digits}f}") == 0 else text
 
 
-def _marked(marked: Any, n: int) -> NDArray[Any] | None:
+def _as_mask(marked: Any, n: int) -> NDArray[Any] | None:
     if marked is None:
         return None
-    held = np.asarray(marked.detach().cpu() if isinstance(marked, Tensor) else marked)
-    if held.dtype == np.bool_ and held.shape == (n,):
-        return held
-    if held.dtype.kind in "iu" and held.ndim == 1 and (not len(held) or (held.min() >= 0 and held.max() < n)):
-        chosen = np.zeros(n, dtype=np.bool_)
-        chosen[held] = True
-        return chosen
+    array = np.asarray(marked.detach().cpu() if isinstance(marked, Tensor) else marked)
+    if array.dtype == np.bool_ and array.shape == (n,):
+        return array
+    if array.dtype.kind in "iu" and array.ndim == 1 and (not len(array) or (array.min() >= 0 and array.max() < n)):
+        mask = np.zeros(n, dtype=np.bool_)
+        mask[array] = True
+        return mask
     raise InvalidInput(f"`marked` must be indices from 0 to {n - 1}, or one bool for each of {n} examples.")
 
 
-def _named(index: int, labels: Sequence[Any] | Tensor | None, class_names: Sequence[str] | None) -> str:
+def _example_name(index: int, labels: Sequence[Any] | Tensor | None, class_names: Sequence[str] | None) -> str:
     label = picking.value(picking.at(labels, index))
     if isinstance(label, int) and class_names is not None and 0 <= label < len(class_names):
         label = class_names[label]

@@ -1,4 +1,4 @@
-"""The report page: one file that opens from disk, or a page and a folder where that would be above 30 MB."""
+"""The report page: one file that opens from disk, or a page and a folder if one file would be above 30 MB."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..core.files import write_bytes
 from ..plots.examples import Denormalize
 from ..scores.scores import Scores
 from .overview import Overview
-from .page_data import EXAMPLES_PER_CHUNK, QUERIES_PER_CHUNK, Contents, Writer, clean, contents
-from .predictions import said_of, self_influence_of
-from .thumbnails import LEVELS, Detail, Lens, common_scale, lens
+from .page_data import EXAMPLES_PER_CHUNK, QUERIES_PER_CHUNK, Contents, Writer, clean, collect_contents
+from .predictions import as_predictions, as_self_influence
+from .thumbnails import LEVELS, Detail, ExampleReader, common_scale, make_reader
 
 LIMIT = 30_000_000
 """Bytes of one file; above it the examples go to a folder beside the page."""
-_PROBES = 24  # examples made to forecast the size
+_PROBES = 24  # records made to forecast the size
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 @final
 @dataclass(frozen=True)
 class Report:
-    """Where a report is, or would be, and how large.
+    """The place and the size of a report that was written, or would be.
 
     Attributes:
         path: the page.
@@ -53,9 +53,10 @@ class Report:
 
     def __str__(self) -> str:
         size = f"{self.written / 1e6:.1f} MB" if self.written else f"would be about {self.forecast / 1e6:.1f} MB"
-        where = f" and the folder {files_folder(self.path).name} beside it" if self.folder else ""
-        lost = f"; {self.unreadable:,} could not be shown" if self.unreadable else ""
-        return f"{self.path}{where}: {size}, {self.examples:,} training examples, pictures up to {self.side} px{lost}"
+        folder = f" and the folder {files_folder(self.path).name} beside it" if self.folder else ""
+        missing = f"; {self.unreadable:,} could not be shown" if self.unreadable else ""
+        examples = f"{self.examples:,} training examples, pictures up to {self.side} px"
+        return f"{self.path}{folder}: {size}, {examples}{missing}"
 
 
 def files_folder(path: Path) -> Path:
@@ -83,9 +84,9 @@ def write_report(
     Args:
         scores: at most about 1,000 queries x 100,000 examples stay below 60 s and 30 MB.
         path: the file to write, `.html`.
-        predictions: what the model says about the queries: probabilities [Q, C], or a number each [Q].
+        predictions: the model's predictions for the queries: probabilities [Q, C], or a number each [Q].
         self_influence: [N], larger is more suspicious; orders the queue of doubtful labels.
-        train, queries: the data, where the scores do not remember them (after `Scores.load`).
+        train, queries: the data, if the scores do not hold them (after `Scores.load`).
         denormalize: a function applied to an input before it is shown, or `(mean, std)` per channel.
         columns: names for the numbers of a table row.
         k: helpful and harmful examples kept per query.
@@ -98,32 +99,34 @@ def write_report(
         MissingExtra: jinja2 or pillow is not installed.
     """
     require("jinja2", "report"), require("PIL", "report")
-    target = _target(path)
+    target = _check_path(path)
     if isinstance(k, bool) or k != int(k) or k < 1:
         raise InvalidInput(f"k={k} keeps no example on the page; give a whole number of at least 1.")
-    said = None if predictions is None else said_of(scores, predictions)
-    own = None if self_influence is None else self_influence_of(self_influence, scores.n_train)
-    training = lens(scores.train_source if train is None else train, scores.n_train, "train", denormalize, columns)
-    asked = lens(scores.query_source if queries is None else queries, None, "queries", denormalize, columns)
-    asked_for = [i for i in scores.query_ids.tolist() if i >= 0]
-    scale = common_scale([(training, range(scores.n_train)), (asked, asked_for)])
-    training.scale = asked.scale = scale
-    found = contents(scores, training, int(k), said, own)
-    detail, forecast = _detail(found, training, asked)
+    predicted = None if predictions is None else as_predictions(scores, predictions)
+    own = None if self_influence is None else as_self_influence(self_influence, scores.n_train)
+    train = scores.train_source if train is None else train
+    queries = scores.query_source if queries is None else queries
+    train_reader = make_reader(train, scores.n_train, "train", denormalize, columns)
+    query_reader = make_reader(queries, None, "queries", denormalize, columns)
+    query_ids = [i for i in scores.query_ids.tolist() if i >= 0]
+    scale = common_scale([(train_reader, range(scores.n_train)), (query_reader, query_ids)])
+    train_reader.scale = query_reader.scale = scale
+    contents = collect_contents(scores, train_reader, int(k), predicted, own)
+    detail, forecast = _choose_detail(contents, train_reader, query_reader)
     if dry_run:
-        return Report(target, forecast, 0, len(found.examples), detail.side, forecast > LIMIT, 0)
-    writer = Writer(found, training, asked, detail)
-    pieces = [(name, embedded(records)) for name, records in writer.chunks()]
+        return Report(target, forecast, 0, len(contents.examples), detail.side, forecast > LIMIT, 0)
+    writer = Writer(contents, train_reader, query_reader, detail)
+    pieces = [(name, embedded_json(records)) for name, records in writer.chunks()]
     if writer.texts:
-        found.index["queries"]["text"] = [clean(writer.texts.get(q, "")) for q in range(len(scores))]
-    overview = Overview.of(scores, int(k), said, (training, asked), scale.note)
-    page = _Page(title, about, overview, found, pieces)
+        contents.index["queries"]["text"] = [clean(writer.texts.get(q, "")) for q in range(len(scores))]
+    overview = Overview.of(scores, int(k), predicted, (train_reader, query_reader), scale.note)
+    page = _ReportPage(title, about, overview, contents, pieces)
     written, folder = page.write(target)
-    lost = len(training.failed) + len(asked.failed)
-    return Report(target, forecast, written, len(found.examples), detail.side, folder, lost)
+    unreadable = len(train_reader.failed) + len(query_reader.failed)
+    return Report(target, forecast, written, len(contents.examples), detail.side, folder, unreadable)
 
 
-def _target(path: str | os.PathLike[str]) -> Path:
+def _check_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix.lower() not in (".html", ".htm"):
         raise InvalidInput(f"A report is a web page, and {os.fspath(path)!r} does not end in .html; name it so.")
@@ -132,28 +135,28 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _detail(found: Contents, train: Lens, queries: Lens) -> tuple[Detail, int]:
-    """The richest detail that fits one file, the richest of all where none does, with the bytes it will take."""
-    forecasts = [(detail, _forecast(Writer(found, train, queries, detail))) for detail in LEVELS]
+def _choose_detail(contents: Contents, train: ExampleReader, queries: ExampleReader) -> tuple[Detail, int]:
+    """The richest detail that fits one file, or the richest of all if none does, with the bytes it will take."""
+    forecasts = [(detail, _forecast_bytes(Writer(contents, train, queries, detail))) for detail in LEVELS]
     return next((pair for pair in forecasts if pair[1] <= LIMIT), forecasts[0])
 
 
-def _forecast(writer: Writer) -> int:
-    """Bytes of the page, from a few examples and queries made as they will be."""
-    rows, ids = range(len(writer.found.scores)), writer.found.examples
-    size = len(embedded(writer.found.index).encode()) + 80_000
-    for things, make in ((rows, writer.query), (ids, writer.example)):
-        probes = list(things[:: max(1, len(things) // _PROBES)])
-        size += int(len(things) * sum(len(embedded(make(i)).encode()) for i in probes) / max(1, len(probes)))
-    for one in (writer.train, writer.queries):
-        one.failed.clear()
+def _forecast_bytes(writer: Writer) -> int:
+    """The size of the page, from a few records of examples and queries."""
+    rows, ids = range(len(writer.contents.scores)), writer.contents.examples
+    size = len(embedded_json(writer.contents.index).encode()) + 80_000
+    for items, make in ((rows, writer.query), (ids, writer.example)):
+        probes = list(items[:: max(1, len(items) // _PROBES)])
+        size += int(len(items) * sum(len(embedded_json(make(i)).encode()) for i in probes) / max(1, len(probes)))
+    for reader in (writer.train, writer.queries):
+        reader.failed.clear()
     return size
 
 
-def embedded(value: Any) -> str:
-    """JSON that is safe inside a script element and as JavaScript, whatever its texts say.
+def embedded_json(value: Any) -> str:
+    """JSON that is safe inside a script element and as JavaScript, whatever text it holds.
 
-    >>> embedded({"text": "</script><b>"})
+    >>> embedded_json({"text": "</script><b>"})
     '{"text":"\\\\u003c/script\\\\u003e\\\\u003cb\\\\u003e"}'
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -164,80 +167,81 @@ def embedded(value: Any) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _Page:
-    """All there is to write, as one file or as several."""
+class _ReportPage:
+    """Everything that is written, as one file or as several."""
 
     title: str
     about: str
     overview: Overview
-    found: Contents
+    contents: Contents
     pieces: list[tuple[str, str]]
 
     def write(self, target: Path) -> tuple[int, bool]:
-        """Write one file, or several where it would be above the limit; how many bytes, and whether a folder."""
-        beside = files_folder(target)
+        """Write one file, or several if it would be above the limit; returns the bytes and whether it has a folder."""
+        pieces_folder = files_folder(target)
         written, whole = 0, self.html("").encode()
         folder = len(whole) > LIMIT
         if folder:
             for name, text in self.pieces:
                 content = f'ptifChunk("{name}",{text});'.encode()
-                write_bytes(beside / f"{name}.js", content)
+                write_bytes(pieces_folder / f"{name}.js", content)
                 written += len(content)
-            whole = self.html(beside.name).encode()
-        # The page comes last, when all it needs is there.
+            whole = self.html(pieces_folder.name).encode()
+        # The page is written last, so that it never refers to files that are not there.
         write_bytes(target, whole)
-        _tidy(beside, [name for name, _ in self.pieces] if folder else [])
+        _remove_old_pieces(pieces_folder, [name for name, _ in self.pieces] if folder else [])
         return written + len(whole), folder
 
-    def html(self, beside: str) -> str:
-        """The page as text; `beside` names the folder of its pieces, or is empty where they are inside."""
+    def html(self, folder: str) -> str:
+        """The page as text; `folder` is the name of the folder of its pieces, or empty if they are inside the page."""
         jinja = require("jinja2", "report")
-        style, script = _part("report.css"), _part("report.js")
+        style, script = _template_file("report.css"), _template_file("report.js")
         digest = hashlib.sha256("".join(text for _, text in self.pieces).encode())
-        digest.update(embedded(self.found.index).encode())
+        digest.update(embedded_json(self.contents.index).encode())
         meta = {
             "id": digest.hexdigest()[:16],
             "title": clean(self.title),
-            "folder": beside,
-            "starts": [self.found.examples[i] for i in range(0, len(self.found.examples), EXAMPLES_PER_CHUNK)],
+            "folder": folder,
+            "starts": [self.contents.examples[i] for i in range(0, len(self.contents.examples), EXAMPLES_PER_CHUNK)],
             "perQuery": QUERIES_PER_CHUNK,
         }
-        blocks = [("meta", embedded(meta)), ("index", embedded(self.found.index))]
-        # Autoescaping is on: everything but our own style, script and escaped JSON is text.
+        blocks = [("meta", embedded_json(meta)), ("index", embedded_json(self.contents.index))]
+        # Autoescaping is on: everything but our own style, script and escaped JSON is plain text.
         template = jinja.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-            _part("report.html.j2")
+            _template_file("report.html.j2")
         )
         page: str = template.render(
             title=clean(self.title),
             about=clean(self.about),
             overview=self.overview,
-            policy=_policy(style, script, bool(beside)),
+            policy=_security_policy(style, script, bool(folder)),
             style=style,
             script=script,
-            blocks=blocks + ([] if beside else self.pieces),
+            blocks=blocks + ([] if folder else self.pieces),
         )
         return page.encode("utf-8", "replace").decode()
 
 
-def _policy(style: str, script: str, beside: bool) -> str:
-    """What the browser may do with the page: show pictures inside it and run this one script; nothing else."""
-    more = " 'strict-dynamic'" if beside else ""
+def _security_policy(style: str, script: str, folder: bool) -> str:
+    """The browser may only show the pictures inside the page and run this one script."""
+    more = " 'strict-dynamic'" if folder else ""
     return (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'{more}; "
+        f"default-src 'none'; img-src data:; style-src '{_content_hash(style)}'; "
+        f"script-src '{_content_hash(script)}'{more}; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def _hash(text: str) -> str:
+def _content_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _part(name: str) -> str:
+def _template_file(name: str) -> str:
     return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
 
 
-def _tidy(folder: Path, kept: Iterable[str]) -> None:
-    """Remove the pieces of an earlier, larger report from its folder; nothing else there is touched."""
+def _remove_old_pieces(folder: Path, kept: Iterable[str]) -> None:
+    """Remove the pieces of an earlier, larger report from the folder; other files there are left alone."""
     if not folder.is_dir():
         return
     names = {f"{name}.js" for name in kept}

@@ -1,4 +1,4 @@
-"""What a report says, as plain lists and numbers: everything the page shows, nothing about how it looks."""
+"""The contents of a report as plain lists and numbers: everything that the page shows, apart from its looks."""
 
 from __future__ import annotations
 
@@ -12,47 +12,53 @@ from torch import Tensor
 
 from ..scores import indexing as picking
 from ..scores.scores import Scores
-from .predictions import Said
-from .ranking import Classes, Sums, ends, histogram, row, short
+from .predictions import Prediction
+from .ranking import Classes, Sums, extremes, four_digits, histogram, score_row
 from .suspects import close_pairs, label_queue
-from .thumbnails import QUERY_LETTERS, QUERY_SCALE, Detail, Lens
+from .thumbnails import QUERY_LETTERS, QUERY_SCALE, Detail, ExampleReader
 
 QUEUE, PAIRS, TOP = 200, 40, 50
-"""Entries at most: of the label queue, of either list of pairs, of either end of the most influential."""
-DOUBTED, FEWEST = 10, 20
-"""One example in so many enters the label queue, but at least so many examples: not all labels can be doubtful."""
+"""The most entries of the label queue, of either list of pairs, and of either list of the most influential."""
+QUEUE_SHARE, SHORTEST_QUEUE = 10, 20
+"""One example in 10 enters the label queue, but at least 20: not all labels can be doubtful."""
 COMPARED = 4000
-"""The most influential examples, among which near duplicates are looked for."""
+"""Near duplicates are looked for among so many of the most influential examples."""
 EXAMPLES_PER_CHUNK, QUERIES_PER_CHUNK = 120, 20
-"""Pieces of the page that are read when they are looked at."""
+"""Examples and queries in one piece of the page, which is read when it is first needed."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """All findings, without the examples themselves.
+    """All contents of the page but the examples themselves.
 
     Attributes:
-        index: what the page reads first: names, labels and filters of queries, lists of the training set.
+        index: read first by the page: names, labels and filters of queries, lists of the training set.
         lists: per query `{"help", "harm": [[index, score], …], "hist": {…}, "likely": [[class, share], …]}`.
         examples: the training indices that appear anywhere, ascending.
-        own: [N], self-influence, or None.
+        self_influence: [N], or None.
     """
 
     scores: Scores
     index: dict[str, Any]
     lists: list[dict[str, Any]]
     examples: list[int]
-    own: Tensor | None
+    self_influence: Tensor | None
 
 
-def contents(scores: Scores, train: Lens, k: int, said: list[Said] | None, own: Tensor | None) -> Contents:
-    """Every number of the page. Reads the data only to compare inputs (`close_pairs`)."""
+def collect_contents(
+    scores: Scores,
+    train: ExampleReader,
+    k: int,
+    predictions: list[Prediction] | None,
+    self_influence: Tensor | None,
+) -> Contents:
+    """Compute every number of the page. The data are read only to compare inputs (`close_pairs`)."""
     classes = Classes.of(scores)
     sums = Sums.of(scores, classes)
-    lists = [_lists(scores, q, k, said) for q in range(len(scores))]
-    doubted = min(QUEUE, max(FEWEST, scores.n_train // DOUBTED))
-    queue = label_queue(scores, classes, sums, own, doubted)
+    lists = [_query_lists(scores, q, k, predictions) for q in range(len(scores))]
+    queue_length = min(QUEUE, max(SHORTEST_QUEUE, scores.n_train // QUEUE_SHARE))
+    queue = label_queue(scores, classes, sums, self_influence, queue_length)
     labels = (
         [scores.label_name(x) for x in picking.plain(scores.train_labels)] if scores.train_labels is not None else []
     )
@@ -63,82 +69,82 @@ def contents(scores: Scores, train: Lens, k: int, said: list[Said] | None, own: 
     mean = replace(
         scores, values=sums.mean[None], indices=None, query_ids=torch.tensor([-1]), query_labels=None, query_names=None
     )
-    helpful, harmful = ends(mean, 0, min(TOP, scores.n_train))
+    helpful, harmful = extremes(mean, 0, min(TOP, scores.n_train))
     index = {
         "n": scores.n_train,
         "loss": scores.lower_is_better,
-        "queries": _queries(scores, said),
+        "queries": _query_columns(scores, predictions),
         "queue": queue,
-        "queueBy": "self" if own is not None else "mean",
+        "queueBy": "self" if self_influence is not None else "mean",
         "pairs": pairs,
         "compared": compared if train.source is not None else 0,
         "top": {"help": _rounded(helpful), "harm": _rounded(harmful)},
-        "classes": None if classes is None else _matrix(scores, classes, sums, queue, said),
+        "classes": None if classes is None else _class_table(scores, classes, sums, queue, predictions),
         "held": scores.shape[1],
     }
     shown = {i for entry in lists for side in ("help", "harm") for i, _ in entry[side]}
     shown |= {entry["i"] for entry in queue} | {i for i, _ in helpful + harmful}
     shown |= {pair[side] for kind in pairs.values() for pair in kind for side in ("a", "b")}
-    return Contents(scores, index, lists, sorted(shown), own)
+    return Contents(scores, index, lists, sorted(shown), self_influence)
 
 
-def _rounded(found: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    return [(i, short(score)) for i, score in found]
+def _rounded(ranked: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(i, four_digits(score)) for i, score in ranked]
 
 
-def _lists(scores: Scores, q: int, k: int, said: list[Said] | None) -> dict[str, Any]:
-    helpful, harmful = ends(scores, q, k)
-    found: dict[str, Any] = {"help": _rounded(helpful), "harm": _rounded(harmful)}
-    found["hist"] = histogram(row(scores, q)[0])
-    if said is not None:
-        found["likely"] = said[q].likeliest
-    return found
+def _query_lists(scores: Scores, q: int, k: int, predictions: list[Prediction] | None) -> dict[str, Any]:
+    helpful, harmful = extremes(scores, q, k)
+    lists: dict[str, Any] = {"help": _rounded(helpful), "harm": _rounded(harmful)}
+    lists["hist"] = histogram(score_row(scores, q)[0])
+    if predictions is not None:
+        lists["likely"] = predictions[q].likeliest
+    return lists
 
 
-def _queries(scores: Scores, said: list[Said] | None) -> dict[str, Any]:
+def _query_columns(scores: Scores, predictions: list[Prediction] | None) -> dict[str, Any]:
     """Columns, one entry per query: position in the dataset, name, label, prediction, confidence, wrong (0, 1)."""
     labels = [None] * len(scores) if scores.query_labels is None else picking.plain(scores.query_labels)
-    found: dict[str, Any] = {
+    columns: dict[str, Any] = {
         "id": scores.query_ids.tolist(),
         "name": [clean(scores.describe_query(q)) for q in range(len(scores))],
         "label": [clean(scores.label_name(label)) for label in labels],
     }
-    if said is not None:
-        found["said"] = [clean(s.words) for s in said]
-        found["sure"] = [None if math.isnan(s.confidence) else s.confidence for s in said]
-        found["wrong"] = [None if s.wrong is None else int(s.wrong) for s in said]
-    return found
+    if predictions is not None:
+        columns["said"] = [clean(p.text) for p in predictions]
+        columns["sure"] = [None if math.isnan(p.confidence) else p.confidence for p in predictions]
+        columns["wrong"] = [None if p.wrong is None else int(p.wrong) for p in predictions]
+    return columns
 
 
-def _matrix(
-    scores: Scores, classes: Classes, sums: Sums, queue: list[dict[str, Any]], said: list[Said] | None
+def _class_table(
+    scores: Scores, classes: Classes, sums: Sums, queue: list[dict[str, Any]], predictions: list[Prediction] | None
 ) -> dict[str, Any]:
-    """Per class: sizes, doubtful labels, mistakes; and the mean score of class (row) on queries of class (column)."""
+    """Per class: sizes, doubtful labels, mistakes; and the mean score of one class (row) on another (column)."""
     count, size = len(classes.names), scores.n_train
-    trained = torch.bincount(classes.train, minlength=count)
-    asked = torch.bincount(classes.query, minlength=count)
+    train_sizes = torch.bincount(classes.train, minlength=count)
+    query_sizes = torch.bincount(classes.query, minlength=count)
     matrix = torch.zeros(count, count, dtype=torch.float64)
     if sums.harm is not None:
         sign = -1.0 if scores.lower_is_better else 1.0
         for column in range(count):
             total = torch.zeros(count, dtype=torch.float64).index_add_(0, classes.train, sign * sums.harm[column])
-            matrix[:, column] = total / trained.clamp(min=1)
+            matrix[:, column] = total / train_sizes.clamp(min=1)
     doubtful = torch.bincount(classes.train[[e["i"] for e in queue]], minlength=count)
-    found: dict[str, Any] = {
+    table: dict[str, Any] = {
         "names": [clean(name) for name in classes.names],
-        "train": trained.tolist(),
-        "asked": asked.tolist(),
+        "train": train_sizes.tolist(),
+        "asked": query_sizes.tolist(),
         "doubtful": doubtful.tolist(),
         "matrix": [
-            [short(v) if trained[a] and asked[b] else None for b, v in enumerate(line)]
+            [four_digits(v) if train_sizes[a] and query_sizes[b] else None for b, v in enumerate(line)]
             for a, line in enumerate(matrix.tolist())
         ],
-        "share": [short(float(n) / size) for n in trained],
+        "share": [four_digits(float(n) / size) for n in train_sizes],
     }
-    if said is not None:
-        wrong = torch.tensor([bool(s.wrong) for s in said])
-        found["mistakes"] = torch.bincount(classes.query[wrong], minlength=count).tolist()
-    return found
+    if predictions is not None:
+        wrong = torch.tensor([bool(p.wrong) for p in predictions])
+        table["mistakes"] = torch.bincount(classes.query[wrong], minlength=count).tolist()
+    return table
 
 
 # --------------------------------------------------------------------------- the examples, in pieces
@@ -147,50 +153,50 @@ def _matrix(
 @final
 @dataclass(frozen=True, eq=False)
 class Writer:
-    """Turns queries and examples into the records of the page, with as much detail as there is room for."""
+    """Turns queries and examples into the records of the page, with the given amount of detail."""
 
-    found: Contents
-    train: Lens
-    queries: Lens
+    contents: Contents
+    train: ExampleReader
+    queries: ExampleReader
     detail: Detail
-    texts: dict[int, str] = field(default_factory=dict)  # per query row the beginning of its text, for search
+    texts: dict[int, str] = field(default_factory=dict)  # the beginning of each query's text, for search
 
     def example(self, index: int) -> dict[str, Any]:
-        """One training example: what is seen, `i` index, `l` label, `n` name, `o` self-influence."""
-        scores = self.found.scores
-        record, inside = self.train.record(index, self.detail)
-        label = inside if scores.train_labels is None else scores.train_labels[index]
-        record |= {"i": index, "l": clean(scores.label_name(_labelled(label)))}
+        """One training example: the record of its input, and `i` index, `l` label, `n` name, `o` self-influence."""
+        scores = self.contents.scores
+        record, own_label = self.train.record(index, self.detail)
+        label = own_label if scores.train_labels is None else scores.train_labels[index]
+        record |= {"i": index, "l": clean(scores.label_name(_card_label(label)))}
         if scores.train_names is not None:
             record["n"] = clean(str(scores.train_names[index]))[:200]
-        if self.found.own is not None:
-            record["o"] = short(float(self.found.own[index]))
+        if self.contents.self_influence is not None:
+            record["o"] = four_digits(float(self.contents.self_influence[index]))
         return record
 
     def query(self, q: int) -> dict[str, Any]:
-        """One query: what is seen, and its lists."""
-        at = int(self.found.scores.query_ids[q])
+        """One query: the record of its input, and its lists."""
+        index = int(self.contents.scores.query_ids[q])
         large = Detail(self.detail.side * QUERY_SCALE, QUERY_LETTERS)
-        record = {"k": "none", "t": ""} if at < 0 else self.queries.record(at, large)[0]
+        record = {"k": "none", "t": ""} if index < 0 else self.queries.record(index, large)[0]
         if record["k"] == "text":
             self.texts[q] = record["t"][:160]
-        return record | self.found.lists[q]
+        return record | self.contents.lists[q]
 
     def chunks(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         """Named pieces: `q0`, `q1`, … of queries, then `e0`, `e1`, … of examples."""
-        rows = range(len(self.found.scores))
-        for at, part in enumerate(_parts(rows, QUERIES_PER_CHUNK)):
-            yield f"q{at}", [self.query(q) for q in part]
-        for at, some in enumerate(_parts(self.found.examples, EXAMPLES_PER_CHUNK)):
-            yield f"e{at}", [self.example(i) for i in some]
+        rows = range(len(self.contents.scores))
+        for number, part in enumerate(_split(rows, QUERIES_PER_CHUNK)):
+            yield f"q{number}", [self.query(q) for q in part]
+        for number, part in enumerate(_split(self.contents.examples, EXAMPLES_PER_CHUNK)):
+            yield f"e{number}", [self.example(i) for i in part]
 
 
-def _parts(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def _split(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (values[i : i + size] for i in range(0, len(values), size))
 
 
-def _labelled(label: Any) -> Any:
-    """A label that fits on a card: single numbers and words; longer ones not at all."""
+def _card_label(label: Any) -> Any:
+    """A label that fits on a card: a single number or a string, else None."""
     label = picking.value(label)
     return label if isinstance(label, (int, float, str)) else None
 

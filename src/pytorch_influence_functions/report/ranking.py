@@ -1,4 +1,4 @@
-"""Sums over queries and the ends of each row, fast enough for 1,000 queries x 100,000 examples."""
+"""Sums over queries and the extremes of each row, fast enough for 1,000 queries x 100,000 examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..scores import indexing as picking
 from ..scores.scores import Scores
 
-_CLASSES = 60  # more kinds of label than this are not classes but values
+_MAX_CLASSES = 60  # labels of more kinds than this are values, not classes
 _BINS = 60
 
 
@@ -22,9 +22,9 @@ class Classes:
     """Labels as numbers 0 to C - 1, for queries and training examples alike.
 
     Attributes:
-        names: what to call them.
-        train: [N], of each training example.
-        query: [Q], of each query.
+        names: the name of each class.
+        train: [N], the class of each training example.
+        query: [Q], the class of each query.
     """
 
     names: list[str]
@@ -33,28 +33,28 @@ class Classes:
 
     @classmethod
     def of(cls, scores: Scores) -> Classes | None:
-        """The classes of these scores, or None where labels are unknown, are numbers, or are too many kinds."""
+        """The classes of these scores, or None if labels are unknown, are real numbers, or are of too many kinds."""
         if scores.train_labels is None or scores.query_labels is None:
             return None
         train, query = picking.plain(scores.train_labels), picking.plain(scores.query_labels)
         if not all(isinstance(label, (int, str)) for label in (*train, *query)):
             return None
-        found = sorted({*train, *query}, key=lambda label: (isinstance(label, str), label))
-        if len(found) > _CLASSES:
+        kinds = sorted({*train, *query}, key=lambda label: (isinstance(label, str), label))
+        if len(kinds) > _MAX_CLASSES:
             return None
-        number = {label: at for at, label in enumerate(found)}
-        names = [scores.label_name(label) for label in found]
+        number = {label: i for i, label in enumerate(kinds)}
+        names = [scores.label_name(label) for label in kinds]
         return cls(names, torch.tensor([number[x] for x in train]), torch.tensor([number[x] for x in query]))
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """What each training example does to the queries taken together. Scores that are not held count as 0.
+    """The effect of each training example on all queries together. Scores that are not stored count as 0.
 
     Attributes:
         mean: [N], mean score over all queries.
-        harm: [C, N], mean harm to the queries of each class: the score with the sign that makes harm positive.
+        harm: [C, N], mean harm to the queries of each class (the score, with the sign that makes harm positive);
             None without classes.
         reach: [N], mean absolute score.
     """
@@ -65,59 +65,59 @@ class Sums:
 
     @classmethod
     def of(cls, scores: Scores, classes: Classes | None) -> Sums:
-        """One pass over the scores, a block of queries at a time."""
+        """Sum the scores, query by query."""
         total, reach = torch.zeros(2, scores.n_train, dtype=torch.float64)
         harm = None if classes is None else torch.zeros(len(classes.names), scores.n_train, dtype=torch.float64)
         sign = harm_sign(scores)
         for q in range(len(scores)):
             row = scores.values[q].double()
-            at = slice(None) if scores.indices is None else scores.indices[q]
-            total[at] += row
-            reach[at] += row.abs()
+            columns = slice(None) if scores.indices is None else scores.indices[q]
+            total[columns] += row
+            reach[columns] += row.abs()
             if harm is not None and classes is not None:
-                harm[int(classes.query[q])][at] += sign * row
+                harm[int(classes.query[q])][columns] += sign * row
         if harm is not None and classes is not None:
             harm /= torch.bincount(classes.query, minlength=len(classes.names)).clamp(min=1)[:, None]
         return cls(total / len(scores), harm, reach / len(scores))
 
 
 def harm_sign(scores: Scores) -> float:
-    """What a score is multiplied by so that harm is positive: a harmful example's removal lowers a loss."""
+    """The factor that makes harm positive: removing a harmful example lowers a loss."""
     return -1.0 if scores.lower_is_better else 1.0
 
 
-def ends(scores: Scores, q: int, k: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+def extremes(scores: Scores, q: int, k: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """The same as `(scores.helpful(q, k), scores.harmful(q, k))` without sorting the whole row.
 
     >>> s = Scores(torch.tensor([[0.1, -0.3, 0.2, 0.2]]))
-    >>> ends(s, 0, 2) == (s.helpful(0, 2), s.harmful(0, 2))
+    >>> extremes(s, 0, 2) == (s.helpful(0, 2), s.harmful(0, 2))
     True
     """
-    values, index = row(scores, q)
-    best = _end(values, k, largest=scores.lower_is_better)
-    worst = _end(values, k, largest=not scores.lower_is_better)
-    return pairs(index, values, best), pairs(index, values, worst)
+    values, index = score_row(scores, q)
+    best = _extreme_columns(values, k, largest=scores.lower_is_better)
+    worst = _extreme_columns(values, k, largest=not scores.lower_is_better)
+    return _pair_up(index, values, best), _pair_up(index, values, worst)
 
 
-def row(scores: Scores, q: int) -> tuple[Tensor, Int[Tensor, " m"]]:
-    """The scores held for query `q` in the order of training indices, and these indices."""
+def score_row(scores: Scores, q: int) -> tuple[Tensor, Int[Tensor, " m"]]:
+    """The stored scores of query `q` in the order of training indices, and these indices."""
     if scores.indices is None:
         return scores.values[q], torch.arange(scores.shape[1])
     order = scores.indices[q].argsort()
     return scores.values[q][order], scores.indices[q][order]
 
 
-def pairs(index: Tensor, values: Tensor, at: Tensor) -> list[tuple[int, float]]:
-    """(training index, score) of the columns `at`."""
-    return list(zip(index[at].tolist(), values[at].tolist(), strict=True))
+def _pair_up(index: Tensor, values: Tensor, columns: Tensor) -> list[tuple[int, float]]:
+    """(training index, score) of some columns."""
+    return list(zip(index[columns].tolist(), values[columns].tolist(), strict=True))
 
 
-def _end(values: Tensor, k: int, largest: bool) -> Int[Tensor, " k"]:
-    """Columns of the `k` extreme values; equal ones by index, as `Scores` orders them."""
+def _extreme_columns(values: Tensor, k: int, largest: bool) -> Int[Tensor, " k"]:
+    """The columns of the `k` extreme values; equal values by index, as `Scores` orders them."""
     k = min(k, len(values))
     bound = torch.topk(values, k, largest=largest).values[-1]
-    reached = (values >= bound if largest else values <= bound).nonzero()[:, 0]
-    return reached[torch.argsort(values[reached], descending=largest, stable=True)][:k]
+    columns = (values >= bound if largest else values <= bound).nonzero()[:, 0]
+    return columns[torch.argsort(values[columns], descending=largest, stable=True)][:k]
 
 
 def histogram(values: Tensor) -> dict[str, Any]:
@@ -126,9 +126,9 @@ def histogram(values: Tensor) -> dict[str, Any]:
     if high <= low:
         return {"lo": low, "hi": high, "n": [len(values)]}
     steps = ((values.double() - low) * (_BINS / (high - low))).long().clamp_(0, _BINS - 1)
-    return {"lo": short(low), "hi": short(high), "n": torch.bincount(steps, minlength=_BINS).tolist()}
+    return {"lo": four_digits(low), "hi": four_digits(high), "n": torch.bincount(steps, minlength=_BINS).tolist()}
 
 
-def short(value: float) -> float:
-    """Four digits: what a reader sees, and a third of the size in a page."""
+def four_digits(value: float) -> float:
+    """Round to four digits, which take a third of the space in the page."""
     return float(f"{value:.4g}")

@@ -1,4 +1,4 @@
-"""Training examples worth a second look: doubtful labels, near duplicates, contradictions, the most influential."""
+"""Training examples to look at again: doubtful labels, near duplicates and contradictions."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..scores.scores import Scores
-from .ranking import Classes, Sums, harm_sign, short
-from .thumbnails import Lens, vector
+from .ranking import Classes, Sums, four_digits, harm_sign
+from .thumbnails import ExampleReader, comparison_vector
 
 _OPPONENTS = 3
-_NEAR = 0.25
-"""Two inputs are nearly the same when they differ by at most this share of what two random ones differ by."""
+_NEAR_SHARE = 0.25
+"""Two inputs are nearly the same if they differ by at most this share of the difference of two random ones."""
 _BLOCK = 1024
 
 
 def label_queue(
-    scores: Scores, classes: Classes | None, sums: Sums, own: Tensor | None, size: int
+    scores: Scores, classes: Classes | None, sums: Sums, self_influence: Tensor | None, size: int
 ) -> list[dict[str, Any]]:
     """The `size` training examples whose labels look most doubtful, worst first, each with its evidence.
 
-    Order: by self-influence where it is given, else by the mean harm to all queries.
+    The order is by self-influence if it is given, else by the mean harm to all queries.
 
     Keys: `i` index, `o` self-influence, `p` share of examples with a smaller one, `h` mean harm to all queries,
     `g` suggested class, `gh` harm that a tenth of its queries suffer at least, `q` opponents: (query row, score) of
     the queries of other classes that the example harms most.
     """
     harm = harm_sign(scores) * sums.mean
-    order = torch.argsort(harm if own is None else own, descending=True, stable=True)[:size]
-    columns = columns_of(scores, order)
-    against = _opponents(scores, columns, classes, order)
+    order = torch.argsort(harm if self_influence is None else self_influence, descending=True, stable=True)[:size]
+    columns = score_columns(scores, order)
+    opponents = _opponents(scores, columns, classes, order)
     suggested = _suggestions(scores, columns, classes, order)
-    ranked = None if own is None else own.sort().values
-    found: list[dict[str, Any]] = []
-    for at, i in enumerate(order.tolist()):
-        entry: dict[str, Any] = {"i": i, "h": short(float(harm[i])), "q": against[at]}
-        if own is not None and ranked is not None:
-            below = int(torch.searchsorted(ranked, own[i]))
-            entry |= {"o": short(float(own[i])), "p": short(below / len(own))}
-        found.append(entry | suggested[at])
-    return found
+    ascending = None if self_influence is None else self_influence.sort().values
+    queue: list[dict[str, Any]] = []
+    for place, i in enumerate(order.tolist()):
+        entry: dict[str, Any] = {"i": i, "h": four_digits(float(harm[i])), "q": opponents[place]}
+        if self_influence is not None and ascending is not None:
+            below = int(torch.searchsorted(ascending, self_influence[i]))
+            entry |= {"o": four_digits(float(self_influence[i])), "p": four_digits(below / len(self_influence))}
+        queue.append(entry | suggested[place])
+    return queue
 
 
 def _suggestions(
     scores: Scores, columns: Float[Tensor, "Q n"], classes: Classes | None, ids: Int[Tensor, " n"]
 ) -> list[dict[str, Any]]:
-    """For each of `ids` the other class whose queries it harms most: a wrong label denies the right one.
+    """For each of `ids` the other class whose queries it harms most: a wrong label harms queries of the right class.
 
-    Judged by the harm that a tenth of the queries of a class suffer at least: only queries that look like the example
-    suffer much, so a mean over the class would drown them, and a maximum would listen to one.
+    A class is measured by the harm that at least a tenth of its queries suffer. Only queries that look like the example
+    are harmed much: a mean over the class would hide them, and a maximum would depend on a single one.
     """
     if classes is None or len(classes.names) < 2:
         return [{} for _ in range(len(ids))]
@@ -62,7 +62,7 @@ def _suggestions(
     harm[classes.train[ids], torch.arange(len(ids))] = -torch.inf
     worst, suggested = harm.max(0)
     return [
-        {"g": classes.names[c], "gh": short(h)} if h > 0 else {}
+        {"g": classes.names[c], "gh": four_digits(h)} if h > 0 else {}
         for c, h in zip(suggested.tolist(), worst.tolist(), strict=True)
     ]
 
@@ -70,73 +70,78 @@ def _suggestions(
 def _opponents(
     scores: Scores, columns: Float[Tensor, "Q n"], classes: Classes | None, ids: Int[Tensor, " n"]
 ) -> list[list[tuple[int, float]]]:
-    """For each of `ids` the queries it harms most, among those of another class: [(query row, score), …]."""
+    """For each of `ids` the queries of other classes that it harms most: [(query row, score), …]."""
     harm = harm_sign(scores) * columns
     if classes is not None:
         harm[classes.query[:, None] == classes.train[ids][None, :]] = -torch.inf
-    values, at = harm.topk(min(_OPPONENTS, len(scores)), 0)
+    values, rows = harm.topk(min(_OPPONENTS, len(scores)), 0)
     return [
         [
-            (q, short(float(columns[q, j])))
-            for q, v in zip(at[:, j].tolist(), values[:, j].tolist(), strict=True)
+            (q, four_digits(float(columns[q, j])))
+            for q, v in zip(rows[:, j].tolist(), values[:, j].tolist(), strict=True)
             if v > 0
         ]
         for j in range(len(ids))
     ]
 
 
-def columns_of(scores: Scores, ids: Int[Tensor, " n"]) -> Float[Tensor, "Q n"]:
-    """The scores of some training examples on every query; 0 where they are not held."""
+def score_columns(scores: Scores, ids: Int[Tensor, " n"]) -> Float[Tensor, "Q n"]:
+    """The scores of some training examples on every query; 0 where they are not stored."""
     if scores.indices is None:
         return scores.values[:, ids].double()
     place = torch.full((scores.n_train,), -1)
     place[ids] = torch.arange(len(ids))
-    found = torch.zeros(len(scores), len(ids), dtype=torch.float64)
+    columns = torch.zeros(len(scores), len(ids), dtype=torch.float64)
     for q in range(len(scores)):
-        at = place[scores.indices[q]]
-        found[q, at[at >= 0]] = scores.values[q][at >= 0].double()
-    return found
+        column = place[scores.indices[q]]
+        columns[q, column[column >= 0]] = scores.values[q][column >= 0].double()
+    return columns
 
 
 # --------------------------------------------------------------------------- pairs
 
 
 def close_pairs(
-    scores: Scores, one: Lens, sums: Sums, labels: list[str], among: int, size: int
+    scores: Scores, train: ExampleReader, sums: Sums, labels: list[str], among: int, size: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Pairs of training examples with nearly equal inputs: `same` label (duplicates) and `other` label (conflicts).
 
-    Looked for among the `among` most influential examples. Keys: `a`, `b` indices; `d` their difference as a share
-    of that between two random examples; `c` the cosine of their scores over the queries: 1, they act alike.
+    Only the `among` most influential examples are compared. Keys: `a`, `b` indices; `d` their difference as a share of
+    that between two random examples; `c` the cosine of their scores over the queries, 1 if they act alike.
     """
     ids = torch.argsort(sums.reach, descending=True, stable=True)[:among].sort().values
-    kept, features = _features(one, ids.tolist())
-    if len(kept) < 2:
+    compared, features = _features(train, ids.tolist())
+    if len(compared) < 2:
         return {"same": [], "other": []}
-    numbers = {label: at for at, label in enumerate(dict.fromkeys(labels))}
-    group = torch.tensor([numbers[labels[i]] for i in kept])
-    acting = torch.nn.functional.normalize(columns_of(scores, torch.tensor(kept)), dim=0)
-    found: dict[str, list[dict[str, Any]]] = {}
+    numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    group = torch.tensor([numbers[labels[i]] for i in compared])
+    effects = torch.nn.functional.normalize(score_columns(scores, torch.tensor(compared)), dim=0)
+    pairs: dict[str, list[dict[str, Any]]] = {}
     for kind, alike in (("same", True), ("other", False)):
-        found[kind] = [
-            {"a": kept[x], "b": kept[y], "d": short(d), "c": short(float(acting[:, x] @ acting[:, y]))}
+        pairs[kind] = [
+            {
+                "a": compared[x],
+                "b": compared[y],
+                "d": four_digits(d),
+                "c": four_digits(float(effects[:, x] @ effects[:, y])),
+            }
             for d, x, y in _closest(features, group, alike, size)
         ]
-    return found
+    return pairs
 
 
-def _features(one: Lens, ids: list[int]) -> tuple[list[int], Float[Tensor, "n d"]]:
-    """The examples of the most common kind, as vectors that compare; columns of tables on a common scale."""
-    found = [(i, v) for i in ids if (v := vector(one, i)) is not None]
-    kinds = [kind for _, (kind, _) in found]
+def _features(train: ExampleReader, ids: list[int]) -> tuple[list[int], Float[Tensor, "n d"]]:
+    """The examples of the most common kind as vectors to compare; columns of tables are put on a common scale."""
+    vectors = [(i, v) for i in ids if (v := comparison_vector(train, i)) is not None]
+    kinds = [kind for _, (kind, _) in vectors]
     if not kinds:
         return [], torch.zeros(0, 1)
     common = max(sorted(set(kinds)), key=kinds.count)
-    kept = [(i, v) for i, (kind, v) in found if kind == common]
-    features = torch.from_numpy(np.stack([v for _, v in kept])).double()
+    common_vectors = [(i, v) for i, (kind, v) in vectors if kind == common]
+    features = torch.from_numpy(np.stack([v for _, v in common_vectors])).double()
     if common.startswith("row"):
         features = (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-12)
-    return [i for i, _ in kept], features.float()
+    return [i for i, _ in common_vectors], features.float()
 
 
 def _closest(
@@ -146,15 +151,15 @@ def _closest(
     n = len(features)
     a, b = torch.randint(n, (2, 4000), generator=torch.Generator().manual_seed(0))
     typical = float((features[a] - features[b])[a != b].norm(dim=1).median()) if bool((a != b).any()) else 0.0
-    found: list[tuple[float, int, int]] = []
+    pairs: list[tuple[float, int, int]] = []
     for start in range(0, n if typical > 0 else 0, _BLOCK):
         block = torch.cdist(features[start : start + _BLOCK], features)
         rows = torch.arange(start, start + len(block))
         block[(rows[:, None] >= torch.arange(n)) | ((group[rows][:, None] == group) != alike)] = torch.inf
-        x, y = (block <= _NEAR * typical).nonzero(as_tuple=True)
+        x, y = (block <= _NEAR_SHARE * typical).nonzero(as_tuple=True)
         order = torch.argsort(block[x, y], stable=True)[:limit]
         x, y = x[order] + start, y[order]
-        # Once more by subtraction: the fast form above rounds, and equal inputs shall differ by 0.
+        # The differences are taken again by subtraction: cdist rounds, and equal inputs must differ by 0.
         exact = (features[x] - features[y]).norm(dim=1) / typical
-        found += list(zip(exact.tolist(), x.tolist(), y.tolist(), strict=True))
-    return sorted(found)[:limit]
+        pairs += list(zip(exact.tolist(), x.tolist(), y.tolist(), strict=True))
+    return sorted(pairs)[:limit]

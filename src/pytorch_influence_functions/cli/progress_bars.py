@@ -1,0 +1,133 @@
+"""Progress while the engine works: bars on a terminal, plain lines in a log, nothing when quiet."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, TextIO, final
+
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+
+from ..core.progress import Callback, progress
+from .exit import Output, make_console
+from .machine import format_bytes, used_memory
+
+SHOW_AFTER: Final = 0.7
+"""Seconds before a pass is shown."""
+LINE_INTERVAL: Final = 10.0
+"""Seconds between lines in a log."""
+QUERIES: Final = "queries"
+# Passes that do not count examples.
+_OTHER_UNITS: Final = (QUERIES, "test items", "s_test")
+
+
+@contextmanager
+def report_progress(output: Output) -> Iterator[Callback]:
+    """Show the progress of passes over data inside; yields the callback `(label, done, total)` for the queries."""
+    err = make_console(stderr=True)
+    if output.quiet or os.environ.get("PTIF_PROGRESS", "1").lower() in ("0", "false", "no", "off"):
+        with progress(False):
+            yield lambda label, done, total: None
+    elif err.is_terminal:
+        with Progress(*bar_columns(), console=err, transient=True) as progress_display:
+            bars = ProgressBars(progress_display)
+            with progress(bars):
+                yield bars
+    else:
+        lines = ProgressLines(err.file)
+        with progress(lines):
+            yield lines
+
+
+def bar_columns() -> tuple[ProgressColumn, ...]:
+    """The columns of a bar: the name of the pass, the bar, and a description."""
+    return TextColumn("{task.description:<23}"), BarColumn(10), TextColumn("{task.fields[text]}")
+
+
+@final
+@dataclass
+class _Pass:
+    start: float
+    done_before: int
+    task: Any = None
+    last_line: float = 0.0
+
+
+@final
+@dataclass
+class ProgressBars:
+    """Bars drawn by rich, one per pass; short passes are never shown."""
+
+    display: Progress
+    clock: Callable[[], float] = time.monotonic
+    passes: dict[str, _Pass] = field(default_factory=dict)
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        now, label = self.clock(), label or "reading"
+        current = self.passes.get(label)
+        if current is None or (done == 0 and label != QUERIES):
+            self._end(current)
+            current = self.passes[label] = _Pass(now, done)
+        seconds = now - current.start
+        if current.task is None and (seconds >= SHOW_AFTER or label == QUERIES):
+            current.task = self.display.add_task(label, total=total, text="")
+        if current.task is not None:
+            text = describe_progress(label, done, total, done - current.done_before, seconds)
+            self.display.update(current.task, completed=done, text=text)
+        if done >= total:
+            self._end(self.passes.pop(label))
+
+    def _end(self, ended: _Pass | None) -> None:
+        if ended is not None and ended.task is not None:
+            self.display.remove_task(ended.task)
+
+
+@final
+@dataclass
+class ProgressLines:
+    """Plain lines for a log: one every ten seconds of a pass, and one at its end unless it was short."""
+
+    file: TextIO | Any
+    clock: Callable[[], float] = time.monotonic
+    passes: dict[str, _Pass] = field(default_factory=dict)
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        now, label = self.clock(), label or "reading"
+        current = self.passes.get(label)
+        if current is None or (done == 0 and label != QUERIES):
+            self.passes[label] = _Pass(now, done, last_line=now)
+            return
+        seconds, ended = now - current.start, done >= total
+        if now - current.last_line >= LINE_INTERVAL or (ended and seconds >= SHOW_AFTER):
+            current.last_line = now
+            text = describe_progress(label, done, total, done - current.done_before, seconds)
+            print(f"ptif: {label}: {text}", file=self.file, flush=True)
+        if ended:
+            del self.passes[label]
+
+
+def describe_progress(label: str, done: int, total: int, done_now: int, seconds: float) -> str:
+    """The count of a pass, its speed (`done_now` in `seconds`), the time that is left, and the memory in use.
+
+    >>> describe_progress("scoring", 5000, 20000, 5000, 10.0).split(", ")[:3]
+    ['5,000/20,000', '500 ex/s', '0:30 left']
+    """
+    parts = [f"{done:,}/{total:,}"]
+    if done_now > 0 and seconds > 0:
+        rate, unit = done_now / seconds, "" if label in _OTHER_UNITS else " ex"
+        parts.append(f"{rate:,.0f}{unit}/s" if rate >= 10 else f"{rate:.2g}{unit}/s")
+        left = f"{format_clock((total - done) / rate)} left"
+        parts.append(left if done < total else f"done in {format_clock(seconds)}")
+    return ", ".join([*parts, format_bytes(used_memory())])
+
+
+def format_clock(seconds: float) -> str:
+    """Seconds as a clock shows them.
+
+    >>> format_clock(7.4), format_clock(130.0), format_clock(3730.0)
+    ('0:07', '2:10', '1:02:10')
+    """
+    whole = round(seconds)
+    minutes = f"{whole // 60 % 60:02d}:{whole % 60:02d}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02d}"
+    return f"{whole // 3600}:{minutes}" if whole >= 3600 else minutes
