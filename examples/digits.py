@@ -28,13 +28,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("digits"), help="folder for what is written")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    subsets, seeds, epochs = (6, 2, 5) if options.small else (60, 3, 30)
+    n, subsets, seeds, epochs = (200, 6, 2, 3) if options.small else (800, 60, 3, 30)
 
     found = load_digits()
     order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
     x = torch.from_numpy(found.data).float()[order] / 16
     y = torch.from_numpy(found.target).long()[order]
-    train, queries = (x[:800], y[:800]), (x[-100:], y[-100:])
+    train, queries = (x[:n], y[:n]), (x[-100:], y[-100:])
 
     decay = 1e-3
     recipe = Recipe(
@@ -45,7 +45,7 @@ def main() -> None:
     )
 
     # The truth first: kept in the folder, so that a second run starts where this one ends.
-    halves = Subsets.halves(800, count=subsets)
+    halves = Subsets.halves(n, count=subsets)
     truth = retrain(recipe, halves, seeds=seeds, train=train, queries=queries, folder=options.out / "trainings")
     print(truth)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,12 @@ class Toy:
 
 
 def toy(n: int = 40, tests: int = 9, features: int = 4, classes: int = 3, flipped: int = 4) -> Toy:
-    """`flipped` of the training labels are wrong."""
+    """`flipped` of the training labels are wrong. Trained once; each caller gets a copy."""
+    return copy.deepcopy(trained_toy(n, tests, features, classes, flipped))
+
+
+@lru_cache
+def trained_toy(n: int, tests: int, features: int, classes: int, flipped: int) -> Toy:
     g = torch.Generator().manual_seed(0)
     centres = 1.5 * torch.randn(classes, features, generator=g, dtype=torch.float64)
     y = torch.arange(n + tests) % classes

@@ -66,10 +66,10 @@ x, y = torch.randn(12, 4), torch.arange(12) % 3
 def get_my_model():
     return torch.nn.Linear(4, 3)
 def get_my_dataloaders():
-    return DataLoader(TensorDataset(x, y), batch_size=12, shuffle=True), DataLoader(TensorDataset(x[:2], y[:2]))
+    return DataLoader(TensorDataset(x, y), batch_size=12, shuffle=True), DataLoader(TensorDataset(x[:1], y[:1]))
 """
 ASKED = """
-assert list(influences) == ["0", "1"], influences.keys()
+assert list(influences) == ["0"], influences.keys()
 assert sorted(harmful) == sorted(helpful) == list(range(12))
 """
 

@@ -280,13 +280,14 @@ def test_without_its_extra_the_command_says_so_in_one_line(monkeypatch: pytest.M
 
 
 def test_version_and_help() -> None:
-    for arguments, words in ((["--version"], ptif.__version__), (["demo", "--help"], "--seed")):
-        done = subprocess.run(
-            [sys.executable, "-m", "pytorch_influence_functions.cli", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"},
-        )
-        assert done.returncode == 0, done.stderr
-        assert words in done.stdout
+    version = CliRunner().invoke(cli.build(), ["--version"])
+    assert version.exit_code == 0 and ptif.__version__ in version.output
+    done = subprocess.run(
+        [sys.executable, "-m", "pytorch_influence_functions.cli", "demo", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--seed" in done.stdout

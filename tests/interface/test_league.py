@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 def test_one_setting_in_small(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/league/run.py", "--quick", "--setting", "3", "--threads", "1"]
     done = subprocess.run(
-        [*command, "--methods", "EK-FAC,random"],
+        [*command, "--methods", "EK-FAC x 3,random"],
         cwd=ROOT,
         capture_output=True,
         text=True,

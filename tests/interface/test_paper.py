@@ -58,8 +58,9 @@ def test_the_page_holds_what_was_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["1", "2a", "3", "section_5_3"])
+@pytest.mark.parametrize("name", ["1", "3", "section_5_3"])
 def test_the_quick_figures_lie_in_their_bands(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CI runs these and figures 2a, 2b and 6 by `make paper`; 2a alone would be one of the longest tests here."""
     assert run.main(["--small", "--only", name, "--figures", str(tmp_path)]) == 0
     assert "in the paper:" in capsys.readouterr().out
     assert (tmp_path / f"{run.FIGURES[name]}.png").read_bytes()[:4] == b"\x89PNG"

@@ -350,9 +350,9 @@ def test_the_path_must_be_a_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["pictures", "texts", "tables"])
 def test_the_forecast_meets_the_size_and_a_dry_run_writes_nothing(tmp_path: Path, kind: str) -> None:
     made: dict[str, Scores] = {
-        "pictures": pictures(60, 3000, (3, 64, 64)),
-        "texts": texts("some words " * 60, 60, 3000),
-        "tables": tables(60, 3000, 30),
+        "pictures": pictures(30, 800, (3, 48, 48)),
+        "texts": texts("some words " * 60, 30, 800),
+        "tables": tables(30, 800, 30),
     }
     forecast = made[kind].report(tmp_path / "r.html", dry_run=True)
     assert list(tmp_path.iterdir()) == [] and forecast.written == 0 and "would be about" in str(forecast)
@@ -362,13 +362,13 @@ def test_the_forecast_meets_the_size_and_a_dry_run_writes_nothing(tmp_path: Path
 
 
 def big(seed: int = 0) -> Tensor:
-    return torch.rand(300, 3, 120, 120, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(100, 3, 120, 120, generator=torch.Generator().manual_seed(seed))
 
 
 def test_too_large_pages_shrink_their_pictures_and_then_become_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s = pictures(20, 300, train_source=(big(), torch.zeros(300)), query_source=(big()[:20], torch.zeros(20)))
+    s = pictures(10, 100, train_source=(big(), torch.zeros(100)), query_source=(big()[:10], torch.zeros(10)))
     size = s.report(tmp_path / "r.html").written
     shown = set(Page(tmp_path / "r.html").examples)
     for side in (64, 48):
@@ -383,7 +383,7 @@ def test_too_large_pages_shrink_their_pictures_and_then_become_a_folder(
     assert report.written == sum(f.stat().st_size for f in [report.path, *beside.iterdir()])
     assert report.path.stat().st_size < 200_000
     page = Page(report.path)
-    assert len(page.queries) == 20 and set(page.examples) == shown and page.blocks["meta"]["folder"] == "r_files"
+    assert len(page.queries) == 10 and set(page.examples) == shown and page.blocks["meta"]["folder"] == "r_files"
     # A later, smaller report takes its folder along, but not what is not its own.
     (beside / "mine.txt").write_text("kept")
     monkeypatch.undo()

@@ -53,15 +53,18 @@ def dense_hessian(model: nn.Module, loss: Loss, xs: Any, ys: Any) -> Tensor:
 def dense_ggn(model: nn.Module, loss: Loss, xs: Any, ys: Any) -> Tensor:
     """mean_n J_n^T (d^2 loss / d outputs^2) J_n, [P, P]."""
     model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
     total: Any = 0.0
-    here = flat_parameters(model)
     for x, y in zip(xs, ys, strict=True):
-        f = model(x[None]).detach()[0]
-        j = torch.func.jacrev(lambda v, x=x: functional_call(model, unflatten(model, v), (x[None],))[0])(here)
-        h = torch.func.hessian(lambda out, y=y: loss(out[None], y[None]).sum())(f)
-        c = f.numel()
-        j, h = j.reshape(c, -1), h.reshape(c, c)
-        total = total + j.T @ h @ j
+        outputs = model(x[None])
+        rows = []
+        for f in outputs.flatten():
+            grads = torch.autograd.grad(f, parameters, retain_graph=True, allow_unused=True)
+            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+            rows.append(torch.cat([g.flatten() for g in filled]))
+        j = torch.stack(rows)
+        h = torch.autograd.functional.hessian(lambda out, y=y: loss(out, y[None]).sum(), outputs.detach())
+        total = total + j.T @ h.reshape(len(j), len(j)) @ j
     return total / len(xs)
 
 
