@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..gradients.per_example import Derivatives
-from ..linalg.block_diagonal import part_of, subspace
+from ..linalg.block_diagonal import restrict_rows, subspace
 from ..linalg.dense import Matrix
 from ..linalg.gram import Gram
 from ..linalg.operator import AbstractSymmetric
@@ -84,11 +84,11 @@ def _from_one_pass(
     held, seen_rows = 0.0, 0
     for some in rows:
         for name, total in matrices.items():
-            flat = part_of(some, spaces[name]).flat().double()
+            flat = restrict_rows(some, spaces[name]).flat().double()
             total.addmm_(flat.T, flat)
         seen_rows += len(some)
         for name, several in kept.items():
-            several.append(part_of(some, spaces[name]).compact())
+            several.append(restrict_rows(some, spaces[name]).compact())
             held += several[-1].numbers * several[-1].dtype.itemsize
         # The first batch already tells what the rest will take.
         forecast = held / seen_rows * max(count, seen_rows)
