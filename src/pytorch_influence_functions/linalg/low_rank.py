@@ -198,7 +198,7 @@ class LowRank(AbstractSpectral):
         return blocks
 
     def _shift_unevenly(self, decay: Mapping[str, float]) -> LowRank:
-        """C + D where D differs between blocks: with directions cut at the borders, a small matrix is left to decompose.
+        """C + D where D differs between blocks: directions are cut at the borders, and a small matrix is decomposed.
 
         Each span's W_s = sum_g T_g Q_g with Q_g orthonormal over the blocks of one D; on the span of all Q the matrix
         is T^T (M - rest) T + rest + D, and across it rest + D.
