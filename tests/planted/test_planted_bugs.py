@@ -357,7 +357,7 @@ BUGS = [
     Bug("patches mirrored", rule(nn.Conv2d, mirrored), partial(rows_law, "conv2d stride")),
     Bug(
         "padding mode ignored",
-        both(swap(layers, "padded", zeros_as_padding), blind),
+        both(swap(layers, "pad_input", zeros_as_padding), blind),
         partial(rows_law, "conv2d reflect"),
     ),
     Bug("second use dropped", both(swap(capture, "add", lambda f, a, b: a), blind), partial(rows_law, "tied")),

@@ -32,15 +32,15 @@ class Part:
 def restricted(derivatives: Derivatives, names: Iterable[str]) -> Derivatives:
     """The same derivatives over some blocks only: every curvature of it is the diagonal block of the whole one's."""
     space = subspace(derivatives.whole, names)
-    sites = {}
-    for key, site in derivatives.sites.items():
-        parts = {block: part for block, part in site.parts.items() if block in space.blocks}
+    layers = {}
+    for key, layer in derivatives.layers.items():
+        parts = {block: part for block, part in layer.parts.items() if block in space.blocks}
         if parts:
-            sites[key] = replace(site, parts=parts)
+            layers[key] = replace(layer, parts=parts)
     return replace(
         derivatives,
         whole=space,
-        sites=sites,
+        layers=layers,
         vmapped=tuple(b for b in derivatives.vmapped if b in space.blocks),
         looped=tuple(b for b in derivatives.looped if b in space.blocks),
     )
