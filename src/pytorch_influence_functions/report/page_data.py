@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..scores import indexing as picking
+from ..scores import indexing
 from ..scores.scores import Scores
 from .predictions import Said
 from .ranking import Classes, Sums, ends, histogram, row, short
@@ -54,7 +54,9 @@ def contents(scores: Scores, train: Lens, k: int, said: list[Said] | None, own: 
     doubted = min(QUEUE, max(FEWEST, scores.n_train // DOUBTED))
     queue = label_queue(scores, classes, sums, own, doubted)
     labels = (
-        [scores.label_name(x) for x in picking.plain(scores.train_labels)] if scores.train_labels is not None else []
+        [scores.label_name(x) for x in indexing.plain_values(scores.train_labels)]
+        if scores.train_labels is not None
+        else []
     )
     compared = min(COMPARED, scores.n_train)
     pairs: dict[str, list[dict[str, Any]]] = {"same": [], "other": []}
@@ -97,7 +99,7 @@ def _lists(scores: Scores, q: int, k: int, said: list[Said] | None) -> dict[str,
 
 def _queries(scores: Scores, said: list[Said] | None) -> dict[str, Any]:
     """Columns, one entry per query: position in the dataset, name, label, prediction, confidence, wrong (0, 1)."""
-    labels = [None] * len(scores) if scores.query_labels is None else picking.plain(scores.query_labels)
+    labels = [None] * len(scores) if scores.query_labels is None else indexing.plain_values(scores.query_labels)
     found: dict[str, Any] = {
         "id": scores.query_ids.tolist(),
         "name": [clean(scores.describe_query(q)) for q in range(len(scores))],
@@ -191,7 +193,7 @@ def _parts(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def _labelled(label: Any) -> Any:
     """A label that fits on a card: single numbers and words; longer ones not at all."""
-    label = picking.value(label)
+    label = indexing.plain_value(label)
     return label if isinstance(label, (int, float, str)) else None
 
 

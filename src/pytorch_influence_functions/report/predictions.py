@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids
-from ..scores import indexing as picking
+from ..scores import indexing
 from ..scores.scores import Scores
 from .ranking import short
 
@@ -95,7 +95,7 @@ def said_of(scores: Scores, values: Any) -> list[Said]:
 def _said(scores: Scores, q: int, row: Float[Tensor, " C"]) -> Said:
     order = torch.argsort(row, descending=True, stable=True)[:_SHOWN].tolist()
     likeliest = tuple((scores.label_name(c), short(float(row[c]))) for c in order)
-    label = picking.value(picking.at(scores.query_labels, q))
+    label = indexing.plain_value(indexing.member_at(scores.query_labels, q))
     wrong: bool | None = None
     if isinstance(label, int):
         wrong = label != order[0]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..scores import indexing as picking
+from ..scores import indexing
 from ..scores.scores import Scores
 
 _CLASSES = 60  # more kinds of label than this are not classes but values
@@ -36,7 +36,7 @@ class Classes:
         """The classes of these scores, or None where labels are unknown, are numbers, or are too many kinds."""
         if scores.train_labels is None or scores.query_labels is None:
             return None
-        train, query = picking.plain(scores.train_labels), picking.plain(scores.query_labels)
+        train, query = indexing.plain_values(scores.train_labels), indexing.plain_values(scores.query_labels)
         if not all(isinstance(label, (int, str)) for label in (*train, *query)):
             return None
         found = sorted({*train, *query}, key=lambda label: (isinstance(label, str), label))
