@@ -19,8 +19,8 @@ Checkpoint: TypeAlias = Mapping[str, Tensor] | str | PathLike[str]
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
 
 
-def as_checkpoints(given: Sequence[Checkpoint] | Checkpoint) -> tuple[Checkpoint, ...]:
-    """One checkpoint or several, as a tuple.
+def as_checkpoints(given: Sequence[Checkpoint] | Checkpoint, name: str = "checkpoints") -> tuple[Checkpoint, ...]:
+    """One checkpoint or several, as a tuple; `name` stands for them in messages.
 
     Raises:
         InvalidInput: one of them is neither a state dict nor a path.
@@ -33,9 +33,7 @@ def as_checkpoints(given: Sequence[Checkpoint] | Checkpoint) -> tuple[Checkpoint
     odd = next((item for item in checkpoints if not isinstance(item, (str, PathLike, Mapping))), None)
     if odd is not None:
         hint = "pass model.state_dict()" if isinstance(odd, nn.Module) else "pass a list of them, or () for none"
-        raise InvalidInput(
-            f"checkpoints= takes state dicts (tensors by name) or paths, not {type(odd).__name__}; {hint}."
-        )
+        raise InvalidInput(f"{name} must be state dicts (tensors by name) or paths, not {type(odd).__name__}; {hint}.")
     return tuple(checkpoints)
 
 
