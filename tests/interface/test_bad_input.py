@@ -423,7 +423,7 @@ CHOICES = [
         r"NaN or infinity in '2.bias'",
     ),
     Row("a model", lambda m: ask(m, checkpoints=m), INPUT, r"not Sequential; pass model.state_dict\(\)"),
-    Row("a count", put_in(checkpoints=3), INPUT, r"takes state dicts .* or paths, not int"),
+    Row("a count", put_in(checkpoints=3), INPUT, r"^checkpoints must be state dicts .* or paths, not int"),
     Row("top 0", put_in(top=0), INPUT, r"^top=0 keeps nothing; give at least 1"),
     Row("dry run", put_in(dry_run=True), INPUT, r"^dry_run= became a function: write ptif\.forecast\(model, train, "),
     Row(

@@ -132,7 +132,9 @@ def _removal(fitted: Any, held: Any) -> list[float]:
     from pytorch_influence_functions.damping import curve as module
 
     member = fitted.members[0]
-    losses, _ = module._predicted(module._Basis.of(member.operator), member.derivatives, False, LAMBDAS, refit=False)
+    losses, _ = module._predict_losses(
+        module._Basis.of(member.operator), member.derivatives, False, LAMBDAS, refit=False
+    )
     return losses.tolist()
 
 
@@ -154,7 +156,7 @@ def test_the_empirical_fisher_leaves_gradients_out(refit: bool) -> None:
     )
     for solver in (Woodbury(), Spectral()):
         member = ptif.Influence(EmpiricalFisher(), solver, 0.1).fit(problem).members[0]
-        found, training = module._predicted(
+        found, training = module._predict_losses(
             module._Basis.of(member.operator), member.derivatives, True, LAMBDAS, refit=refit
         )
         assert training == pytest.approx(float(losses.mean().detach()), rel=1e-12)

@@ -100,7 +100,7 @@ def test_every_route_gives_the_same_inner_products(case: Case) -> None:
 def test_forced_fallbacks_equal_autograd(name: str, route: Route) -> None:
     model, x, y = build(named(name))
     derivatives = Derivatives.of(problem_of(model, x, y), route)
-    assert not derivatives.sites
+    assert not derivatives.layers
     assert_close(all_rows(derivatives), example_gradients(model, cross_entropy, x, y))
 
 

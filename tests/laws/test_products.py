@@ -13,7 +13,7 @@ from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.curvature import GGN, Hessian
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.gradients.per_example import Derivatives
-from pytorch_influence_functions.gradients.products import Products, Way
+from pytorch_influence_functions.gradients.products import Products, PushforwardMode
 from tests.laws.zoo import CASES, build
 
 
@@ -23,18 +23,18 @@ def ready(name: str) -> tuple[Derivatives, torch.Tensor, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "way"),
+    ("name", "mode"),
     [
-        ("mlp", Way.FORWARD),
-        ("encoder layer", Way.FORWARD),
-        ("embedding", Way.REVERSE),  # its padding row moves forward but not backward
-        ("embedding bag", Way.ROWS),  # no second derivative at all
+        ("mlp", PushforwardMode.FORWARD),
+        ("encoder layer", PushforwardMode.FORWARD),
+        ("embedding", PushforwardMode.REVERSE),  # its padding row moves forward but not backward
+        ("embedding bag", PushforwardMode.ROWS),  # no second derivative at all
     ],
 )
-def test_the_way_is_found_by_comparison_and_gives_the_same_numbers(name: str, way: Way) -> None:
+def test_the_mode_is_found_by_comparison_and_gives_the_same_numbers(name: str, mode: PushforwardMode) -> None:
     derivatives, ids, batch = ready(name)
     products = Products.of(derivatives, batch, 6)
-    assert products.way is way
+    assert products.mode is mode
     v = derivatives.space.rows(torch.randn(3, derivatives.space.size, dtype=torch.float64))
     rows = derivatives.loss_rows(ids, batch).rows
     torch.testing.assert_close(products.losses_along(ids, batch, v), rows.inner(v), rtol=1e-9, atol=1e-12)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, NonFinite
 from pytorch_influence_functions.scores.diagnostics import Diagnostics
-from pytorch_influence_functions.scores.scores import Scores, stacked
+from pytorch_influence_functions.scores.scores import Scores
 
 ROW = [0.1, -0.3, 0.2, 0.1, 0.0]
 
@@ -246,7 +246,6 @@ def test_labels_in_words() -> None:
     s = scores(class_names=["cat", "dog"])
     assert s.label_name(torch.tensor(1)) == "dog" and s.label_name(np.int64(0)) == "cat"
     assert s.label_name(7) == "7" and s.label_name(0.123456) == "0.1235" and s.label_name(None) == ""
-    assert stacked([None, None]) is None and stacked([None, 1]) == [None, 1]
 
 
 # --------------------------------------------------------------------------- diagnostics

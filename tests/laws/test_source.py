@@ -445,7 +445,7 @@ def test_an_even_split_keeps_the_training_time() -> None:
     states: list[Any] = [nn.Linear(1, 1).state_dict() for _ in range(7)]
     rates, steps = [0.9, 0.7, 0.4, 0.3, 0.1, 0.05, 0.01], [10, 20, 30, 5, 40, 25, 5]
     made = ptif.source(states, lr=rates, steps=steps, momentum=0.5)
-    assert [len(s.held) for s in made.parts] == [3, 2, 2] and [s.steps for s in made.parts] == [60, 45, 30]
+    assert [len(s.checkpoint_tuple) for s in made.parts] == [3, 2, 2] and [s.steps for s in made.parts] == [60, 45, 30]
     spans = [sum(r * n for r, n in zip(rates[a:b], steps[a:b], strict=True)) for a, b in ((0, 3), (3, 5), (5, 7))]
     assert [s.span for s in made.parts] == pytest.approx([2 * span for span in spans])
     assert [s.lr for s in made.parts] == pytest.approx(

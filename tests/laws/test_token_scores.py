@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.curvature import EKFAC, EmpiricalFisher
-from pytorch_influence_functions.gradients.vjp import at, detached
+from pytorch_influence_functions.gradients.vjp import as_function, detach_parameters
 from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.scaling.relative import RelatIF
 from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
@@ -81,7 +81,9 @@ def test_every_token_has_its_own_gradients_part(solver: Any, average: bool) -> N
 
 def test_tokens_add_up_to_the_score_also_over_checkpoints() -> None:
     torch.manual_seed(1)
-    other = {k: v + 0.1 for k, v in detached(Next().double(), ("embed.weight", "out.weight", "out.bias")).items()}
+    other = {
+        k: v + 0.1 for k, v in detach_parameters(Next().double(), ("embed.weight", "out.weight", "out.bias")).items()
+    }
     problem, queries = setting(checkpoints=[other, {k: 1.5 * v for k, v in other.items()}])
     attribution = ptif.ekfac().fit(problem)
     scores, parts = attribution.score(queries), attribution.token_scores(queries, range(9))
@@ -103,8 +105,8 @@ def test_a_token_that_teaches_nothing_new_moves_with_its_own_loss_only() -> None
     batch = {k: v[None] for k, v in item.items()}
 
     def losses(step: float) -> Tensor:
-        moved = {k: v + step * tree[k][0] for k, v in detached(problem.model, problem.space.names).items()}
-        return objective.token_losses(objective.outputs(at(problem.model, moved), batch), batch)[0]
+        moved = {k: v + step * tree[k][0] for k, v in detach_parameters(problem.model, problem.space.names).items()}
+        return objective.token_losses(objective.outputs(as_function(problem.model, moved), batch), batch)[0]
 
     torch.testing.assert_close((losses(1e-6) - losses(-1e-6)) / 2e-6, part, rtol=1e-5, atol=1e-9)
 

@@ -97,8 +97,12 @@ def trial_law() -> None:
 
 BUGS = [
     Bug("eigenvectors transposed in fit", swap(factors, "_turn", turned_wrongly), textbook_law),
-    Bug("eigenvectors transposed in apply", swap(kronecker.KroneckerBlock, "back", transposed_back), textbook_law),
-    Bug("answer left in the eigenbasis", swap(kronecker.KroneckerBlock, "back", not_turned_back), textbook_law),
+    Bug(
+        "eigenvectors transposed in apply",
+        swap(kronecker.KroneckerBlock, "out_of_basis", transposed_back),
+        textbook_law,
+    ),
+    Bug("answer left in the eigenbasis", swap(kronecker.KroneckerBlock, "out_of_basis", not_turned_back), textbook_law),
     Bug("one class stands for all", swap(factors.BlockFactors, "see_squares", only_the_first_column), textbook_law),
     Bug(
         "eigenvalues not divided by N",

@@ -167,7 +167,7 @@ def make_source(data: Any, deterministic: Any) -> Source:
     source = Source.of(data)
     if deterministic is True:
         # Items are kept in this process, because a worker's memory is lost with the worker.
-        source = replace(source, dataset=CachedItems(source.dataset), num_workers=0, worker_options={}, _seen={})
+        source = replace(source, dataset=CachedItems(source.dataset), num_workers=0, worker_options={}, _determinism={})
     return source
 
 

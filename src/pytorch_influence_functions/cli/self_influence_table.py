@@ -13,7 +13,7 @@ from ..core.errors import InvalidInput
 from ..core.files import write_bytes
 from ..problem.problem import Problem, sweep
 from ..scores import files as scores_io
-from ..scores.indexing import value
+from ..scores.indexing import plain_value
 from .folder import read_record
 
 RECORD: Final = "self_influence.json"
@@ -78,7 +78,7 @@ def label_words(problem: Problem) -> list[str] | None:
     if known is None or any(label is None for label in known):
         return None
     names = problem.data.class_names
-    return [_word(value(label), names) for label in known]
+    return [_word(plain_value(label), names) for label in known]
 
 
 def _word(label: Any, names: Sequence[str] | None) -> str:

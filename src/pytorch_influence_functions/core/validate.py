@@ -126,8 +126,8 @@ def _range(
     if least is not None and most is not None:
         return f" from {least} to {most}"
     bounds = {"of at least": least, "above": above, "of at most": most, "below": below}
-    words = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
-    return " " + " and ".join(words) if words else ""
+    phrases = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+    return " " + " and ".join(phrases) if phrases else ""
 
 
 def _sentence(name: str, value: object, expected: str, owner: object, hint: str) -> str:

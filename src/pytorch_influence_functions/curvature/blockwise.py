@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..gradients.per_example import Derivatives
-from ..linalg.block_diagonal import part_of, subspace
+from ..linalg.block_diagonal import restrict_rows, subspace
 from ..linalg.dense import Matrix
 from ..linalg.gram import Gram
 from ..linalg.operator import AbstractSymmetric
@@ -32,15 +32,15 @@ class Part:
 def restricted(derivatives: Derivatives, names: Iterable[str]) -> Derivatives:
     """The same derivatives over some blocks only: every curvature of it is the diagonal block of the whole one's."""
     space = subspace(derivatives.whole, names)
-    sites = {}
-    for key, site in derivatives.sites.items():
-        parts = {block: part for block, part in site.parts.items() if block in space.blocks}
+    layers = {}
+    for key, layer in derivatives.layers.items():
+        parts = {block: part for block, part in layer.parts.items() if block in space.blocks}
         if parts:
-            sites[key] = replace(site, parts=parts)
+            layers[key] = replace(layer, parts=parts)
     return replace(
         derivatives,
         whole=space,
-        sites=sites,
+        layers=layers,
         vmapped=tuple(b for b in derivatives.vmapped if b in space.blocks),
         looped=tuple(b for b in derivatives.looped if b in space.blocks),
     )
@@ -84,11 +84,11 @@ def _from_one_pass(
     held, seen_rows = 0.0, 0
     for some in rows:
         for name, total in matrices.items():
-            flat = part_of(some, spaces[name]).flat().double()
+            flat = restrict_rows(some, spaces[name]).flat().double()
             total.addmm_(flat.T, flat)
         seen_rows += len(some)
         for name, several in kept.items():
-            several.append(part_of(some, spaces[name]).compact())
+            several.append(restrict_rows(some, spaces[name]).compact())
             held += several[-1].numbers * several[-1].dtype.itemsize
         # The first batch already tells what the rest will take.
         forecast = held / seen_rows * max(count, seen_rows)

@@ -65,6 +65,8 @@ class Subsample(AbstractCurvature):
         # In dataset order, so that reading them is as local as reading all.
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: self.examples].sort().values
         source = replace(
-            problem.data, dataset=Subset(problem.data.dataset, chosen.tolist()), _seen=dict(problem.data._seen)
+            problem.data,
+            dataset=Subset(problem.data.dataset, chosen.tolist()),
+            _determinism=dict(problem.data._determinism),
         )
         return replace(derivatives, problem=problem.with_(data=source))

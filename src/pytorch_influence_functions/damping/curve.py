@@ -37,8 +37,8 @@ _GRID = torch.logspace(-3, 3, 37, dtype=torch.float64)
 
 
 @runtime_checkable
-class Choosing(Protocol):
-    """What the chosen curvature is called."""
+class HasCurvature(Protocol):
+    """The composition of a fitted model, as far as its curvature."""
 
     @property
     def curvature(self) -> AbstractCurvature: ...
@@ -53,7 +53,7 @@ class FittedCurvature(Protocol):
     @property
     def derivatives(self) -> Derivatives: ...
     @property
-    def composition(self) -> Choosing: ...
+    def composition(self) -> HasCurvature: ...
 
 
 @final
@@ -137,7 +137,7 @@ class FromCurve(AbstractDamping):
 
     def __post_init__(self) -> None:
         if self.lambdas is not None:
-            object.__setattr__(self, "lambdas", _checked(self.lambdas))
+            object.__setattr__(self, "lambdas", _parse_lambdas(self.lambdas))
 
     def __repr__(self) -> str:
         parts = [] if self.held_out is None else ["held_out=..."]
@@ -156,12 +156,12 @@ class FromCurve(AbstractDamping):
         Args:
             fitted: as for `path`.
         """
-        found = self.path(fitted)  # type: ignore[arg-type]
-        if found.at_edge:
+        curve = self.path(fitted)  # type: ignore[arg-type]
+        if curve.at_edge:
             log.warning(
-                "FromCurve() chose %.3g, at the edge of the lambdas it tried; give a wider range.", found.chosen
+                "FromCurve() chose %.3g, at the edge of the lambdas it tried; give a wider range.", curve.chosen
             )
-        return Absolute(found.chosen)
+        return Absolute(curve.chosen)
 
     def path(self, fitted: FittedCurvature) -> DampingCurve:
         """The whole curve for one fitted curvature.
@@ -174,16 +174,16 @@ class FromCurve(AbstractDamping):
                 tried predicts the held-out loss.
         """
         derivatives, operator = fitted.derivatives, fitted.operator
-        _refuse(fitted.composition.curvature, derivatives)
+        _refuse_inexact(fitted.composition.curvature, derivatives)
         basis = _Basis.of(operator)
-        lambdas = self.lambdas or tuple((_GRID * _scale(operator)).tolist())
+        lambdas = self.lambdas or tuple((_GRID * _mean_eigenvalue(operator)).tolist())
         empirical = isinstance(fitted.composition.curvature, EmpiricalFisher)
         target = None if self.held_out is None else _held_out_loss(derivatives, self.held_out)
-        losses, training = _predicted(basis, derivatives, empirical, lambdas, refit=target is None)
-        return _chosen(lambdas, losses, training, target)
+        losses, training = _predict_losses(basis, derivatives, empirical, lambdas, refit=target is None)
+        return _choose(lambdas, losses, training, target)
 
 
-def _checked(lambdas: Any) -> tuple[float, ...]:
+def _parse_lambdas(lambdas: Any) -> tuple[float, ...]:
     try:
         values = sorted(float(x) for x in lambdas)
     except (TypeError, ValueError) as cause:
@@ -197,7 +197,7 @@ def _checked(lambdas: Any) -> tuple[float, ...]:
     return tuple(values)
 
 
-def _scale(operator: AbstractSymmetric) -> float:
+def _mean_eigenvalue(operator: AbstractSymmetric) -> float:
     mean = operator.mean_eigenvalue()
     if not math.isfinite(mean):
         raise NonFinite(f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data.")
@@ -208,7 +208,7 @@ def _scale(operator: AbstractSymmetric) -> float:
     return mean
 
 
-def _refuse(curvature: AbstractCurvature, derivatives: Derivatives) -> None:
+def _refuse_inexact(curvature: AbstractCurvature, derivatives: Derivatives) -> None:
     exact = isinstance(curvature, (GGN, EmpiricalFisher)) or (isinstance(curvature, Fisher) and not curvature.samples)
     if not exact:
         raise InvalidInput(
@@ -223,7 +223,7 @@ def _refuse(curvature: AbstractCurvature, derivatives: Derivatives) -> None:
         )
 
 
-def _chosen(
+def _choose(
     lambdas: Sequence[float], losses: Float[Tensor, " l"], training: float, target: float | None
 ) -> DampingCurve:
     if target is None:
@@ -233,14 +233,14 @@ def _chosen(
         above = (losses >= target).nonzero().flatten()
         last = int(above[-1]) if len(above) else -1
         if last in (-1, len(lambdas) - 1):
-            way = "above" if last == -1 else "below"
+            side = "above" if last == -1 else "below"
             raise InvalidInput(
-                f"The held-out loss is {target:.4g} (training loss {training:.4g}), {way} the leave-one-out loss that "
+                f"The held-out loss is {target:.4g} (training loss {training:.4g}), {side} the leave-one-out loss that "
                 f"any of the lambdas tried predicts ({float(losses[-1]):.4g} to {float(losses[0]):.4g}); give other "
                 "lambdas=, or use FromCurve() without held-out data."
             )
         low, high = float(losses[last + 1]), float(losses[last])
-        # Between two lambdas the curve is read off in the logarithm of lambda.
+        # Between two lambdas the curve is interpolated in the logarithm of lambda.
         share = (high - target) / (high - low) if math.isfinite(high) else 1.0
         chosen = math.exp(math.log(lambdas[last]) * (1 - share) + math.log(lambdas[last + 1]) * share)
         edge = False
@@ -282,8 +282,8 @@ class _Basis:
                 operator.count,
             )
         if isinstance(operator, (Matrix, Eigen)):
-            found = operator.shifted(decay) if numbers - {0.0} else operator
-            eigen = found.eigen() if isinstance(found, Matrix) else found
+            shifted = operator.shifted(decay) if numbers - {0.0} else operator
+            eigen = shifted.eigen() if isinstance(shifted, Matrix) else shifted
             return _Basis(operator, lambda x: x.flat().to(eigen.vectors) @ eigen.vectors, eigen.values, 0.0, None)
         raise InvalidInput(
             f"FromCurve() reads every lambda off one eigendecomposition, which {type(operator).__name__} does not "
@@ -302,8 +302,8 @@ class _Basis:
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Local:
-    """A few examples: rows of their outputs (or their gradients), as the basis sees them."""
+class _LocalModel:
+    """A few examples: rows of their outputs (or their gradients) in the coordinates of the basis."""
 
     u: Float[Tensor, "n c m"]
     own: Float[Tensor, "n c c"]
@@ -311,40 +311,42 @@ class _Local:
     hessian: Float[Tensor, "n c c"]
     along: Float[Tensor, "n c"]
     """Rows times the right-hand side of the refit."""
-    here: Float[Tensor, "n c"]
+    trained: Float[Tensor, "n c"]
     """Rows times the trained weights."""
     loss: Callable[[Tensor], Tensor]
     """The examples' losses after their outputs moved by [n, c]."""
 
 
-def _predicted(
+def _predict_losses(
     basis: _Basis, derivatives: Derivatives, empirical: bool, lambdas: Sequence[float], refit: bool
 ) -> tuple[Float[Tensor, " l"], float]:
     """The mean leave-one-out loss for every lambda, and the mean loss as it is."""
     n = len(derivatives.problem)
     sums, training = torch.zeros(len(lambdas), dtype=torch.float64), 0.0
     theta, goal = _refit(basis, derivatives) if refit else (None, None)
-    turned = None if goal is None else basis.project(goal)[0]
-    locals_ = (
+    goal_coordinates = None if goal is None else basis.project(goal)[0]
+    batches = (
         _gradients(basis, derivatives, theta, goal, refit) if empirical else _outputs(basis, derivatives, theta, goal)
     )
-    for some in locals_:
-        training += float(some.loss(torch.zeros_like(some.slope)).double().sum())
+    for examples in batches:
+        training += float(examples.loss(torch.zeros_like(examples.slope)).double().sum())
         for k, damping in enumerate(lambdas):
-            moved = _left_out(basis, some, damping, turned, n)
-            sums[k] += float(some.loss(moved).double().sum())
+            moves = _leave_one_out(basis, examples, damping, goal_coordinates, n)
+            sums[k] += float(examples.loss(moves).double().sum())
     return sums / n, training / n
 
 
-def _left_out(basis: _Basis, some: _Local, damping: float, turned: Tensor | None, count: int) -> Float[Tensor, "n c"]:
+def _leave_one_out(
+    basis: _Basis, examples: _LocalModel, damping: float, goal_coordinates: Tensor | None, count: int
+) -> Float[Tensor, "n c"]:
     """How far every example's outputs move when it is left out."""
     plain, weights = basis.plain(damping), basis.weights(damping)
-    a = plain * some.own + (some.u * weights) @ some.u.mT
-    start = torch.zeros_like(some.slope)
-    if turned is not None:
-        start = plain * some.along + some.u @ (weights * turned) - some.here
-    slope = some.slope + (some.hessian @ start[..., None])[..., 0]
-    system = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) - some.hessian @ a / count
+    a = plain * examples.own + (examples.u * weights) @ examples.u.mT
+    start = torch.zeros_like(examples.slope)
+    if goal_coordinates is not None:
+        start = plain * examples.along + examples.u @ (weights * goal_coordinates) - examples.trained
+    slope = examples.slope + (examples.hessian @ start[..., None])[..., 0]
+    system = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) - examples.hessian @ a / count
     step: Tensor = torch.linalg.solve(system, slope[..., None])
     return start + (a @ step)[..., 0] / count
 
@@ -354,38 +356,39 @@ def _refit(basis: _Basis, derivatives: Derivatives) -> tuple[Rows, Rows]:
     space, problem = derivatives.space, derivatives.problem
     theta = space.from_parameters({k: v.detach()[None] for k, v in space.values(problem.model).items()})
     total = torch.zeros(1, space.size, dtype=torch.float64, device=problem.device)
-    for slab in derivatives.stream(label="mean gradient", world=World()):
-        ones = torch.ones(1, len(slab.ids), dtype=slab.rows.dtype, device=slab.rows.device)
-        total += slab.rows.combine(ones).flat().double()
+    for gradients in derivatives.stream(label="mean gradient", world=World()):
+        rows = gradients.rows
+        ones = torch.ones(1, len(rows), dtype=rows.dtype, device=rows.device)
+        total += rows.combine(ones).flat().double()
     goal = basis.operator.apply(theta).flat().double() - total / len(problem)
     return theta, space.rows(goal.to(theta.flat()))
 
 
 def _gradients(
     basis: _Basis, derivatives: Derivatives, theta: Rows | None, goal: Rows | None, quadratic: bool
-) -> Iterator[_Local]:
+) -> Iterator[_LocalModel]:
     """One row per example, its gradient: C holds it squared, whatever the outputs."""
-    for slab in derivatives.stream(label="leave one out", world=World()):
-        rows, n = slab.rows, len(slab.ids)
+    for gradients in derivatives.stream(label="leave one out", world=World()):
+        rows, n = gradients.rows, len(gradients.ids)
         one = rows.squared_norms().double().new_ones(n, 1)
-        yield _Local(
+        yield _LocalModel(
             basis.project(rows)[:, None],
             rows.squared_norms().double()[:, None, None],
             one,
             one[..., None],
-            _times(rows, goal),
-            _times(rows, theta),
-            _model(slab.losses.double(), quadratic),
+            _multiply(rows, goal),
+            _multiply(rows, theta),
+            _loss_model(gradients.losses.double(), quadratic),
         )
 
 
-def _model(losses: Tensor, quadratic: bool) -> Callable[[Tensor], Tensor]:
-    # A refit minimises this quadratic. A removal is judged by slope alone: far from the trained weights the square of
-    # a predicted change has nothing to do with the loss any more, which grows no faster than linearly.
-    return lambda moved: losses + moved[:, 0] + (0.5 * moved[:, 0].square() if quadratic else 0.0)
+def _loss_model(losses: Tensor, quadratic: bool) -> Callable[[Tensor], Tensor]:
+    # A refit minimises this quadratic. A removal is judged by the slope alone: far from the trained weights the loss
+    # grows no faster than linearly, so the square of a predicted change would be far too large.
+    return lambda moves: losses + moves[:, 0] + (0.5 * moves[:, 0].square() if quadratic else 0.0)
 
 
-def _outputs(basis: _Basis, derivatives: Derivatives, theta: Rows | None, goal: Rows | None) -> Iterator[_Local]:
+def _outputs(basis: _Basis, derivatives: Derivatives, theta: Rows | None, goal: Rows | None) -> Iterator[_LocalModel]:
     """One row per example and output."""
     objective = derivatives.objective
     assert isinstance(objective, AbstractLikelihood), "GGN() says so in a sentence first"
@@ -404,30 +407,31 @@ def _outputs(basis: _Basis, derivatives: Derivatives, theta: Rows | None, goal: 
             for k in range(width):
                 for j in range(k + 1):
                     own[:, k, j] = own[:, j, k] = rows[k].rowwise(rows[j]).double()
-        yield _Local(
+        yield _LocalModel(
             torch.stack([basis.project(r) for r in rows], 1),
             own,
             slope.flatten(1).double(),
             objective.output_hessian(outputs, batch).double(),
-            torch.cat([_times(r, goal) for r in rows], 1),
-            torch.cat([_times(r, theta) for r in rows], 1),
-            _true(objective, outputs, batch),
+            torch.cat([_multiply(r, goal) for r in rows], 1),
+            torch.cat([_multiply(r, theta) for r in rows], 1),
+            _exact_loss(objective, outputs, batch),
         )
 
 
-def _true(objective: AbstractLikelihood, outputs: Tensor, batch: Any) -> Callable[[Tensor], Tensor]:
-    def loss(moved: Tensor) -> Tensor:
+def _exact_loss(objective: AbstractLikelihood, outputs: Tensor, batch: Any) -> Callable[[Tensor], Tensor]:
+    def loss(moves: Tensor) -> Tensor:
         with torch.no_grad():
-            found: Tensor = objective.losses(outputs + moved.to(outputs).reshape(outputs.shape), batch)
-        return found
+            losses: Tensor = objective.losses(outputs + moves.to(outputs).reshape(outputs.shape), batch)
+        return losses
 
     return loss
 
 
-def _times(rows: Rows, one: Rows | None) -> Float[Tensor, "n 1"]:
-    if one is None:
+def _multiply(rows: Rows, vector: Rows | None) -> Float[Tensor, "n 1"]:
+    """<row, vector> for every row; zeros where there is no vector."""
+    if vector is None:
         return torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
-    return rows.inner(one).double()
+    return rows.inner(vector).double()
 
 
 def _held_out_loss(derivatives: Derivatives, data: Any) -> float:

@@ -1,8 +1,8 @@
 """How much is added to the curvature before it is inverted.
 
 `D = damping + weight decay` is diagonal. Damping keeps the answer near the trained weights and makes an
-indefinite or singular curvature invertible; weight decay is part of the objective's own curvature. The two
-are held apart in `Shift`, because only the first is a choice.
+indefinite or singular curvature invertible; weight decay is part of the objective's own curvature. `Shift` keeps the
+two apart, because only the first is a choice.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Relative(AbstractDamping):
         if not self.per_block:
             return {}
         overall = self.of(operator)
-        # A block that no example moves (a padding row, a dead layer) has no scale of its own.
+        # A block whose gradients are all zero (a padding row, a dead layer) has no scale of its own.
         return {k: self.share * mean if mean > 0 else overall for k, mean in operator.block_means().items()}
 
 

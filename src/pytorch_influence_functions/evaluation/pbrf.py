@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.batches import map_tensors
 from ..core.errors import InvalidInput, SolveFailed
 from ..core.progress import track
-from ..gradients.vjp import at, detached
+from ..gradients.vjp import as_function, detach_parameters
 from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
 from ..problem.data import Source
@@ -111,7 +111,7 @@ class _Response:
         self.batch = _double(Examples.of(problem.data).batch)
         blocks = problem.space.blocks.values()
         self.strengths = {p: block.decay + damping for block in blocks for p in block.parameters}
-        self.start = detached(self.model, list(self.strengths))
+        self.start = detach_parameters(self.model, list(self.strengths))
         outputs = objective.outputs(self.model, self.batch).detach().requires_grad_()
         with torch.enable_grad():
             losses = objective.losses(outputs, self.batch)
@@ -120,7 +120,7 @@ class _Response:
 
     def moved(self, move: Mapping[str, Tensor]) -> Any:
         """The model after a move."""
-        return at(self.model, {name: start + self.unit * move[name] for name, start in self.start.items()})
+        return as_function(self.model, {name: start + self.unit * move[name] for name, start in self.start.items()})
 
     def value(self, move: Mapping[str, Tensor], i: int) -> Tensor:
         """The function whose minimum is the response to removing example `i`, in units of (step / N)^2."""

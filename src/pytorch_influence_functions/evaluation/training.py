@@ -13,7 +13,7 @@ from torch.func import vmap
 
 from ..core.batches import map_tensors, tensors_of
 from ..core.errors import InvalidInput, NonFinite
-from ..gradients.vjp import at, grads, quiet
+from ..gradients.vjp import as_function, grads, silence_slow_batching
 from ..objectives.base import AbstractObjective, tensor_targets, with_targets
 from ..problem.data import Source
 from .recipe import Recipe
@@ -190,10 +190,10 @@ class Stack:
 
         def model_losses(tensors: dict[str, Tensor], own_batch: Any) -> Tensor:
             examples = batch if shared else own_batch
-            return objective.losses(objective.outputs(at(self.skeleton, tensors), examples), examples)
+            return objective.losses(objective.outputs(as_function(self.skeleton, tensors), examples), examples)
 
         batches = torch.zeros(len(self)) if shared else batch
-        with quiet():
+        with silence_slow_batching():
             losses: Tensor = vmap(model_losses)(dict(self.tensors), batches)
         return losses
 

@@ -2,18 +2,18 @@
 
 A rule is a function `(module, x, g, part) -> AbstractBlock`, where
 
-* `x` is the module's input and `g` the gradient at its output, both with one *row* per example (or
-  several rows per example, folded afterwards by `fold`) on the first axis,
-* `part` says which parameter block is wanted: `"joint"` (weight and bias side by side, `[o, i + 1]`),
-  `"weight"` or `"bias"`.
+* `x` is the module's input and `g` the gradient at its output, both with one *row* per example (or several rows per
+  example, which `fold` puts together afterwards) on the first axis,
+* `part` says which parameter block is asked for: `"joint"` (weight and bias side by side, `[o, i + 1]`), `"weight"` or
+  `"bias"`.
 
 To teach the library a new layer, write such a function, add it to `RULES`, and add a model with that
 layer to `CASES` in `tests/laws/zoo.py`: the law `tests/laws/test_gradients.py` then requires that the
 rule is used, and that its rows are those of one-example autograd. A rule can only be written for a
 layer that reads one tensor, its first argument, and whose parameters are named `weight` and `bias`.
 
-Modules without a rule lose nothing but speed. Every rule is verified against autograd on real examples
-before it is used, so a rule that does not hold for a particular module is set aside, never trusted.
+Modules without a rule are only slower. Every rule is verified against autograd on real examples before it is used, so a
+rule that is wrong for a particular module is not used for it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from ..linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Window
 
-Part: TypeAlias = Literal["joint", "weight", "bias"]
-Rule: TypeAlias = Callable[[Any, Tensor, Tensor, Part], AbstractBlock]
+ParameterPart: TypeAlias = Literal["joint", "weight", "bias"]
+Rule: TypeAlias = Callable[[Any, Tensor, Tensor, ParameterPart], AbstractBlock]
 Layout: TypeAlias = Literal["first", "second", "folded", "shared"]
 """Where the examples are in a module's input: axis 0; axis 1 (time first); folded into axis 0
 together with positions; or nowhere, the input being the same for all (position embeddings)."""
@@ -43,7 +43,7 @@ def _with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
 
 
-def linear(module: nn.Linear, x: Tensor, g: Tensor, part: Part) -> AbstractBlock:
+def linear(module: nn.Linear, x: Tensor, g: Tensor, part: ParameterPart) -> AbstractBlock:
     """y = W x + b: G = sum_t g_t [x_t, 1]^T."""
     left, right = _terms(g), _terms(x)
     if part == "bias":
@@ -51,7 +51,7 @@ def linear(module: nn.Linear, x: Tensor, g: Tensor, part: Part) -> AbstractBlock
     return Outer(left, _with_ones(right) if part == "joint" else right)
 
 
-def transposed_linear(module: nn.Module, x: Tensor, g: Tensor, part: Part) -> AbstractBlock:
+def transposed_linear(module: nn.Module, x: Tensor, g: Tensor, part: ParameterPart) -> AbstractBlock:
     """y = x W + b with W [in, out] (the transformers' `Conv1D`); the joint block is [out, in + 1]."""
     left, right = _terms(g), _terms(x)
     if part == "bias":
@@ -62,7 +62,7 @@ def transposed_linear(module: nn.Module, x: Tensor, g: Tensor, part: Part) -> Ab
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def padded(module: _Conv, x: Tensor) -> Tensor:
+def pad_input(module: _Conv, x: Tensor) -> Tensor:
     """The input with the module's own padding written out, whatever its mode."""
     sides: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
@@ -78,12 +78,12 @@ def padded(module: _Conv, x: Tensor) -> Tensor:
     return F.pad(x, sides, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
 
 
-def convolution(module: _Conv, x: Tensor, g: Tensor, part: Part) -> AbstractBlock:
+def convolution(module: _Conv, x: Tensor, g: Tensor, part: ParameterPart) -> AbstractBlock:
     """G = sum over positions of g_p patch_p^T; groups are written out, their blocks being small."""
     if part == "bias":
         return Dense(g.flatten(2).sum(2))
     window = Window(tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation), part == "joint")
-    x = padded(module, x)
+    x = pad_input(module, x)
     if module.groups == 1:
         return Conv(g, x, window)
     n, k = x.shape[0], module.groups
@@ -92,7 +92,7 @@ def convolution(module: _Conv, x: Tensor, g: Tensor, part: Part) -> AbstractBloc
     return Dense(torch.bmm(left, patches).reshape(n, g.shape[1], -1))
 
 
-def embedding(module: nn.Embedding, x: Tensor, g: Tensor, part: Part) -> AbstractBlock:
+def embedding(module: nn.Embedding, x: Tensor, g: Tensor, part: ParameterPart) -> AbstractBlock:
     """G[x_t] += g_t; the padding row gets nothing, as in training."""
     index, values = x.reshape(x.shape[0], -1), _terms(g)
     if module.padding_idx is not None:
@@ -100,40 +100,40 @@ def embedding(module: nn.Embedding, x: Tensor, g: Tensor, part: Part) -> Abstrac
     return Indexed(index, values, module.num_embeddings)
 
 
-def _scale_and_shift(normed: Tensor, g: Tensor, part: Part, trailing: int) -> Dense:
+def _scale_and_shift(normed: Tensor, g: Tensor, part: ParameterPart, trailing: int) -> Dense:
     """y = w * normed + b over the last `trailing` axes: sums over the others, per row."""
-    moved = g * normed if part == "weight" else g
-    shape = moved.shape[moved.dim() - trailing :]
-    return Dense(moved.reshape(moved.shape[0], -1, *shape).sum(1))
+    terms = g * normed if part == "weight" else g
+    shape = terms.shape[terms.dim() - trailing :]
+    return Dense(terms.reshape(terms.shape[0], -1, *shape).sum(1))
 
 
-def layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, part: Part) -> AbstractBlock:
+def layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, part: ParameterPart) -> AbstractBlock:
     normed = F.layer_norm(x, module.normalized_shape, eps=module.eps)
     return _scale_and_shift(normed, g, part, len(module.normalized_shape))
 
 
-def rms_norm(module: Any, x: Tensor, g: Tensor, part: Part) -> AbstractBlock:
-    """`nn.RMSNorm`, and the look-alikes of language models that call their epsilon otherwise."""
+def rms_norm(module: Any, x: Tensor, g: Tensor, part: ParameterPart) -> AbstractBlock:
+    """`nn.RMSNorm`, and the similar classes of language models whose epsilon has another name."""
     eps = getattr(module, "eps", None)
     eps = getattr(module, "variance_epsilon", None) if eps is None else eps
     shape = tuple(module.weight.shape)
     return _scale_and_shift(F.rms_norm(x, shape, eps=eps), g, part, len(shape))
 
 
-def _per_channel(normed: Tensor, g: Tensor, part: Part) -> Dense:
-    moved = g * normed if part == "weight" else g
-    return Dense(moved.flatten(2).sum(2) if moved.dim() > 2 else moved)
+def _per_channel(normed: Tensor, g: Tensor, part: ParameterPart) -> Dense:
+    terms = g * normed if part == "weight" else g
+    return Dense(terms.flatten(2).sum(2) if terms.dim() > 2 else terms)
 
 
-def group_norm(module: nn.GroupNorm, x: Tensor, g: Tensor, part: Part) -> AbstractBlock:
+def group_norm(module: nn.GroupNorm, x: Tensor, g: Tensor, part: ParameterPart) -> AbstractBlock:
     return _per_channel(F.group_norm(x, module.num_groups, eps=module.eps), g, part)
 
 
-def instance_norm(module: Any, x: Tensor, g: Tensor, part: Part) -> AbstractBlock:
+def instance_norm(module: Any, x: Tensor, g: Tensor, part: ParameterPart) -> AbstractBlock:
     return _per_channel(F.instance_norm(x, eps=module.eps), g, part)
 
 
-def batch_norm(module: Any, x: Tensor, g: Tensor, part: Part) -> AbstractBlock:
+def batch_norm(module: Any, x: Tensor, g: Tensor, part: ParameterPart) -> AbstractBlock:
     """Eval mode: the running statistics are constants."""
     normed = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
     return _per_channel(normed, g, part)
@@ -159,7 +159,7 @@ RULES: dict[type[nn.Module], Rule] = {
 
 
 def _applies(module: Any, rule: Rule) -> bool:
-    """What a rule cannot express; everything subtler is caught by the verification."""
+    """Whether a rule can express this module; the verification finds what is not seen here."""
     if rule is embedding:
         return module.max_norm is None and not module.scale_grad_by_freq
     if rule is batch_norm:

@@ -1,10 +1,9 @@
 """`pullback`: one row J_n^T c_n per example, the derivative primitive everything else is made of.
 
 Loss rows, margin rows, sampled-Fisher rows and the Gauss-Newton's H^(1/2) J rows differ only in the
-cotangent c. Layers with a rule are captured by hooks in one forward and one backward pass; any other
-parameter goes through `torch.func.vmap`, and what vmap cannot do through one backward pass per
-example. Which parameter goes which way is decided once, by running two and three real examples and
-comparing every block with one-example autograd.
+cotangent c. Layers with a rule are captured by hooks in one forward and one backward pass; any other parameter goes
+through `torch.func.vmap`, and what vmap cannot do through one backward pass per example. Which parameter takes which
+route is decided once, on two and three real examples, by comparing every block with one-example autograd.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
-from .layer_rules import Layout, Part, find_rule, layout_of
+from .layer_rules import Layout, ParameterPart, find_rule, layout_of
 from .projections import Gaussian, Projector
-from .recording import Capture, HookedLayer, recording
-from .vjp import detached, per_example_vjp, weighted_gradient
+from .recording import Capture, HookedLayer, record_calls
+from .vjp import detach_parameters, per_example_vjp, weighted_gradient
 
 log = logging.getLogger("pytorch_influence_functions")
 
-# Numbers in one batch's rows, beyond which batches are cut, and the least they are cut to.
+# The most numbers in one batch's rows, above which batches are made smaller, and the fewest examples in a batch.
 _BATCH_NUMBERS, _FEWEST = 1 << 24, 8
 # Largest temporary of a vmapped fallback, in numbers.
 _VMAP_NUMBERS = 1 << 26
 
 
 class GradientBatch(NamedTuple):
-    """What one batch of a stream gives."""
+    """The rows of one batch, with the losses and the batch they come from."""
 
     ids: Int[Tensor, " n"]
     rows: Rows
@@ -53,23 +52,23 @@ class GradientBatch(NamedTuple):
 
 @dataclass(eq=False)
 class Tape:
-    """One forward pass; `rows` may be asked for several cotangents."""
+    """One forward pass; `rows` may be called with several cotangents."""
 
     outputs: Tensor
-    _recording: Capture
+    _capture: Capture
     _derivatives: Derivatives
     _batch: Any
 
     def rows(self, cotangent: Tensor, keep_graph: bool = False) -> Rows:
         """Rows J_n^T c_n. `cotangent` has the shape of `outputs`; `keep_graph` allows another call."""
         d = self._derivatives
-        found = self._recording.rows(self.outputs, cotangent, keep_graph)
+        blocks = self._capture.rows(self.outputs, cotangent, keep_graph)
         if d.vmapped:
-            found |= d._by_vmap(self._batch, cotangent)
+            blocks |= d._by_vmap(self._batch, cotangent)
         if d.looped:
-            found |= d._by_loop(self._batch, cotangent)
-        n = self._recording.n
-        rows = Rows({k: found[k] if k in found else self._zeros(n, k) for k in d.whole.blocks})
+            blocks |= d._by_loop(self._batch, cotangent)
+        n = self._capture.n
+        rows = Rows({k: blocks[k] if k in blocks else self._zeros(n, k) for k in d.whole.blocks})
         return rows if d.projector is None else d.projector.apply(rows)
 
     def _zeros(self, n: int, block: str) -> Dense:
@@ -84,16 +83,16 @@ class Derivatives:
     objective: AbstractObjective
     whole: Space
     """Every chosen parameter; `space`, where rows live, unless they are projected."""
-    sites: Mapping[str, HookedLayer]
+    layers: Mapping[str, HookedLayer]
     vmapped: tuple[str, ...] = ()
     looped: tuple[str, ...] = ()
     numbers: float = 0.0
-    """Numbers that one example's row holds; 0 where it was not looked at."""
+    """How many numbers one example's row takes; 0 where that was not measured."""
     projector: Projector | None = None
 
     @staticmethod
     def of(problem: Problem, route: Route = Route.AUTO) -> Derivatives:
-        """Plan and verify on the first examples. `Route.VMAP` or `Route.LOOP` force that way for all.
+        """Plan and verify on the first examples. `Route.VMAP` or `Route.LOOP` force that route for all parameters.
 
         Raises `InvalidInput` when an example's output depends on its neighbours in the batch.
         """
@@ -106,23 +105,23 @@ class Derivatives:
             if route is Route.LOOP:
                 return replace(start, looped=every)
             if route is Route.VMAP:
-                return _with_fallback(start, probe, every, {})
-            sites = _located(problem.model, space, probe)
-            covered = {b for s in sites.values() for b in s.parts}
-            plan = replace(start, sites=sites)
-            wrong = [b for b in every if b not in covered] + probe.disagreeing(plan, covered)
-            sites = {k: _without(s, wrong) for k, s in sites.items() if set(s.parts) - set(wrong)}
-            plan = replace(plan, sites=sites)
-            plan = _with_fallback(plan, probe, tuple(b for b in every if b in wrong), space.blocks)
+                return _add_fallbacks(start, probe, every, {})
+            layers = _find_layers(problem.model, space, probe)
+            covered = {b for s in layers.values() for b in s.parts}
+            plan = replace(start, layers=layers)
+            unusable = [b for b in every if b not in covered] + probe.disagreeing(plan, covered)
+            layers = {k: _drop_blocks(s, unusable) for k, s in layers.items() if set(s.parts) - set(unusable)}
+            plan = replace(plan, layers=layers)
+            plan = _add_fallbacks(plan, probe, tuple(b for b in every if b in unusable), space.blocks)
             rows = plan.pullback(probe.batch, probe.n, probe.cotangent)
             return replace(plan, numbers=rows.numbers / probe.n)
 
     @property
     def space(self) -> Space:
-        """Where the rows given out live."""
+        """The space of the rows: projected, where there is a projection."""
         return self.whole if self.projector is None else self.projector.space
 
-    def projected(self, projection: Gaussian) -> Derivatives:
+    def with_projection(self, projection: Gaussian) -> Derivatives:
         """The same derivatives with every row projected; raises as `Gaussian.projector`."""
         return replace(self, projector=projection.projector(self.whole))
 
@@ -133,15 +132,19 @@ class Derivatives:
         return {k: kinds.get(k, "rule") for k in self.whole.blocks}
 
     def tape(self, batch: Any, n: int, objective: AbstractObjective | None = None) -> Tape:
-        """Run the model forward on `n` examples and remember what rows need."""
-        with preserved(self.problem.model, self.whole.names), torch.enable_grad(), recording(self.sites, n) as made:
+        """Run the model forward on `n` examples and record what rows need."""
+        with (
+            preserved(self.problem.model, self.whole.names),
+            torch.enable_grad(),
+            record_calls(self.layers, n) as capture,
+        ):
             outputs = (objective or self.objective).outputs(self.problem.model, batch)
         if outputs.dim() == 0 or outputs.shape[0] != n:
             raise InvalidInput(
                 f"The model gave outputs of shape {tuple(outputs.shape)} for a batch of {n} examples; the first axis "
                 "must run over the examples, so return one output per example."
             )
-        return Tape(outputs, made, self, batch)
+        return Tape(outputs, capture, self, batch)
 
     def pullback(self, batch: Any, n: int, cotangent: Tensor) -> Rows:
         """Row n is J_n^T c_n, with c = `cotangent` in the shape of the model's outputs."""
@@ -167,20 +170,20 @@ class Derivatives:
     ) -> Iterator[GradientBatch]:
         """Loss rows of the training data (or `source`), batch by batch, in dataset order.
 
-        Batches are the problem's, or smaller where that many rows would be more than `_BATCH_NUMBERS`: what outgrows
-        recycled memory is slower as well (a transformer's rows by a fifth, in batches of 64 against 30).
+        Batches are the problem's, or smaller where their rows would take more than `_BATCH_NUMBERS`: memory that the
+        allocator cannot reuse also costs time (a transformer's rows take a fifth longer in batches of 64 than of 30).
         """
         source = source or self.problem.data
-        room = max(_FEWEST, int(_BATCH_NUMBERS / max(1.0, self.numbers)))
-        source = replace(source, batch_size=min(source.batch_size, room))
+        most = max(_FEWEST, int(_BATCH_NUMBERS / max(1.0, self.numbers)))
+        source = replace(source, batch_size=min(source.batch_size, most))
         for batch_ids, batch in sweep(self.problem, source, ids, label, world):
-            slab = self.loss_rows(batch_ids, batch, objective)
-            _refuse_nonfinite(slab.rows.sums(), batch_ids, "gradient")
-            yield slab
+            gradients = self.loss_rows(batch_ids, batch, objective)
+            _refuse_nonfinite(gradients.rows.sums(), batch_ids, "gradient")
+            yield gradients
 
     def _by_vmap(self, batch: Any, cotangent: Tensor) -> dict[str, AbstractBlock]:
         names = [p for b in self.vmapped for p in self.whole.blocks[b].parameters]
-        parameters = detached(self.problem.model, names)
+        parameters = detach_parameters(self.problem.model, names)
         chunk = max(1, _VMAP_NUMBERS // max(1, sum(p.numel() for p in parameters.values())))
         with double_backward_safe(self.problem.model):
             rows = per_example_vjp(self.problem.model, self.objective, parameters, batch, cotangent, chunk)
@@ -188,7 +191,7 @@ class Derivatives:
 
     def _by_loop(self, batch: Any, cotangent: Tensor) -> dict[str, AbstractBlock]:
         names = [p for b in self.looped for p in self.whole.blocks[b].parameters]
-        rows = one_by_one(self.problem.model, self.objective, names, batch, cotangent)
+        rows = rows_one_by_one(self.problem.model, self.objective, names, batch, cotangent)
         return {b: self.whole.block(b, rows) for b in self.looped}
 
 
@@ -220,12 +223,12 @@ def _refuse_nonfinite(values: Tensor, ids: Tensor, what: str) -> None:
         )
 
 
-def one_by_one(
+def rows_one_by_one(
     model: nn.Module, objective: AbstractObjective, names: list[str], batch: Any, cotangent: Tensor
 ) -> dict[str, Tensor]:
-    """Rows J_n^T c_n by one forward and backward pass per example: the definition, and the last resort."""
-    found = dict(model.named_parameters())
-    parameters, n = [found[k] for k in names], cotangent.shape[0]
+    """Rows J_n^T c_n by one forward and backward pass per example: the definition, and the slowest route."""
+    by_name = dict(model.named_parameters())
+    parameters, n = [by_name[k] for k in names], cotangent.shape[0]
     rows: dict[str, list[Tensor]] = {k: [] for k in names}
     for e in range(n):
         with torch.enable_grad():
@@ -236,14 +239,14 @@ def one_by_one(
                     f"{tuple(cotangent.shape)} for {n} together; each example needs an output of its own."
                 )
             _refuse_detached(outputs, model, names)
-            grads = weighted_gradient(outputs, parameters, cotangent[e].reshape(outputs.shape))
-        for k, g in zip(names, grads, strict=True):
+            gradients = weighted_gradient(outputs, parameters, cotangent[e].reshape(outputs.shape))
+        for k, g in zip(names, gradients, strict=True):
             rows[k].append(g)
     return {k: torch.stack(v) for k, v in rows.items()}
 
 
 def _refuse_detached(outputs: Tensor, model: nn.Module, names: list[str]) -> None:
-    """Outputs without a graph have no gradient to explain anything with."""
+    """Refuse outputs that have no derivative in the parameters."""
     if outputs.requires_grad:
         return
     few = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -271,41 +274,41 @@ class _Probe:
         model, space = problem.model, problem.space
         count = min(3, len(problem.data))
         together = replace(problem.data, batch_size=count)
-        picked = torch.arange(3) % count
+        ids = torch.arange(3) % count
         with first_batch(problem, together, torch.arange(count)) as (_, several), torch.no_grad():
-            batch = batch_slice(several, count, picked)
+            batch = batch_slice(several, count, ids)
             outputs = problem.objective.outputs(model, batch)
-        check_outputs(outputs, picked)
+        check_outputs(outputs, ids)
         objective = problem.objective
         if isinstance(objective, FromFunction):
             objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
         _refuse_mixing(model, objective, batch, outputs)
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-        rows = one_by_one(model, objective, list(space.names), batch, cotangent)
+        rows = rows_one_by_one(model, objective, list(space.names), batch, cotangent)
         return _Probe(problem, objective, batch, 3, outputs, cotangent, space.from_parameters(rows))
 
     def disagreeing(self, plan: Derivatives, blocks: Any) -> list[str]:
         """The blocks on which `plan` differs from the definition."""
         try:
-            found = plan.pullback(self.batch, self.n, self.cotangent)
+            rows = plan.pullback(self.batch, self.n, self.cotangent)
         except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError) as failure:
             log.debug("probe failed: %s", failure)
             return list(blocks)
         total = self.reference.squared_norms().sqrt()
-        wrong = []
+        differing = []
         for name in plan.whole.blocks:
             if name not in blocks:
                 continue
-            want = self.reference.blocks[name].dense().flatten(1)
-            gap = (found.blocks[name].dense().flatten(1) - want).norm(dim=1)
-            if bool((gap > tolerance(self.outputs.dtype) * (want.norm(dim=1) + 1e-3 * total)).any()):
-                wrong.append(name)
-        return wrong
+            expected = self.reference.blocks[name].dense().flatten(1)
+            gap = (rows.blocks[name].dense().flatten(1) - expected).norm(dim=1)
+            if bool((gap > tolerance(self.outputs.dtype) * (expected.norm(dim=1) + 1e-3 * total)).any()):
+                differing.append(name)
+        return differing
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far two right answers may lie apart, relatively, in a dtype."""
+    """The largest relative difference of two correct results in a dtype."""
     return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 5e-2)
 
 
@@ -336,53 +339,53 @@ def _refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, o
             )
 
 
-def _located(model: nn.Module, space: Space, probe: _Probe) -> dict[str, HookedLayer]:
+def _find_layers(model: nn.Module, space: Space, probe: _Probe) -> dict[str, HookedLayer]:
     """Modules with a rule that feed selected parameters, with the place of the examples at each call."""
     canonical = {id(p): name for name, p in model.named_parameters()}
     block_of = {p: b for b, spec in space.blocks.items() for p in spec.parameters}
-    sites: dict[str, HookedLayer] = {}
+    layers: dict[str, HookedLayer] = {}
     for name, module in model.named_modules():
         rule = find_rule(module)
         if rule is None:
             continue
-        parts: dict[str, Part] = {}
+        parts: dict[str, ParameterPart] = {}
         for key in ("weight", "bias"):
             parameter = module._parameters.get(key)
             block = block_of.get(canonical.get(id(parameter), ""))
             if parameter is not None and block is not None:
-                part: Part = "joint" if len(space.blocks[block].parameters) > 1 else key
+                part: ParameterPart = "joint" if len(space.blocks[block].parameters) > 1 else key
                 parts[block] = part
         if parts:
-            sites[name] = HookedLayer(name, module, rule, parts)
+            layers[name] = HookedLayer(name, module, rule, parts)
     shapes = []
     for count in (2, 3):
-        with torch.no_grad(), recording(sites, count, plan_only=True) as made:
+        with torch.no_grad(), record_calls(layers, count, plan_only=True) as capture:
             probe.objective.outputs(model, batch_slice(probe.batch, probe.n, slice(0, count)))
-        shapes.append(made.shapes)
-    return {k: replace(s, layouts=lay) for k, s in sites.items() if (lay := _layouts(k, *shapes)) is not None}
+        shapes.append(capture.shapes)
+    return {k: replace(s, layouts=lay) for k, s in layers.items() if (lay := _layouts(k, *shapes)) is not None}
 
 
 def _layouts(site: str, two: Mapping[str, Any], three: Mapping[str, Any]) -> tuple[Layout, ...] | None:
     a, b = two.get(site, []), three.get(site, [])
     if not a or len(a) != len(b):
         return None
-    found = [layout_of(x, y) for x, y in zip(a, b, strict=True)]
-    return None if None in found else tuple(x for x in found if x is not None)
+    layouts = [layout_of(x, y) for x, y in zip(a, b, strict=True)]
+    return None if None in layouts else tuple(x for x in layouts if x is not None)
 
 
-def _without(site: HookedLayer, blocks: list[str]) -> HookedLayer:
+def _drop_blocks(site: HookedLayer, blocks: list[str]) -> HookedLayer:
     return replace(site, parts={k: v for k, v in site.parts.items() if k not in blocks})
 
 
-def _with_fallback(plan: Derivatives, probe: _Probe, blocks: tuple[str, ...], spec: Mapping[str, Any]) -> Derivatives:
-    """Blocks without a rule: by vmap where that agrees with the definition, else one by one; said in one log line."""
+def _add_fallbacks(plan: Derivatives, probe: _Probe, blocks: tuple[str, ...], spec: Mapping[str, Any]) -> Derivatives:
+    """Blocks without a rule: by vmap where that agrees with the definition, else one by one; the log says which."""
     if not blocks:
         return plan
     wrong = probe.disagreeing(replace(plan, vmapped=blocks), blocks)
     vmapped, looped = tuple(b for b in blocks if b not in wrong), tuple(wrong)
     if vmapped and wrong and probe.disagreeing(replace(plan, vmapped=vmapped), vmapped):
         vmapped, looped = (), blocks
-    for way, names in (("torch.func.vmap", vmapped), ("one backward pass per example", looped)):
+    for route, names in (("torch.func.vmap", vmapped), ("one backward pass per example", looped)):
         if names and spec:
-            log.info("No layer rule for %s; their per-example gradients are taken by %s.", ", ".join(names), way)
+            log.info("No layer rule for %s; their per-example gradients are taken by %s.", ", ".join(names), route)
     return replace(plan, vmapped=vmapped, looped=looped)

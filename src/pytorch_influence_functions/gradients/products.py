@@ -27,7 +27,7 @@ from ..objectives.base import AbstractLikelihood, AbstractObjective
 from ..objectives.likelihoods import TokenCrossEntropy
 from ..problem.model_state import double_backward_safe, preserved
 from .per_example import Derivatives, tolerance
-from .vjp import at, detached, grads, quiet
+from .vjp import as_function, detach_parameters, grads, silence_slow_batching
 
 log = logging.getLogger("pytorch_influence_functions")
 
@@ -37,8 +37,8 @@ DIRECTIONS = 16
 Tree = dict[str, Tensor]
 
 
-class Way(enum.Enum):
-    """How a model is pushed forward along a direction; the first that passes the check is used."""
+class PushforwardMode(enum.Enum):
+    """How J v is computed; the first mode that passes the check is used."""
 
     FORWARD = "forward mode"
     REVERSE = "reverse mode twice"
@@ -47,17 +47,17 @@ class Way(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """Matrix-free derivative products of one problem. `Products.of` finds out what the model supports."""
+    """Matrix-free derivative products of one problem. `Products.of` checks what the model supports."""
 
     derivatives: Derivatives
-    way: Way
+    mode: PushforwardMode
 
     @staticmethod
     def of(derivatives: Derivatives, batch: Any, n: int) -> Products:
-        """Compare J v from each way with the verified rows on one batch, and take the first that agrees.
+        """Compare J v in each mode with the verified rows on one batch, and take the first mode that agrees.
 
-        An operation may lack a forward derivative, or have one that disagrees with its backward (padding rows of an
-        embedding, for one): both are found here rather than in the scores.
+        An operation may have no forward derivative, or one that disagrees with its backward (padding rows of an
+        embedding, for instance): both are noticed here rather than in the scores.
         """
         space = derivatives.space
         generator = torch.Generator().manual_seed(0)
@@ -66,31 +66,31 @@ class Products:
         tape = derivatives.tape(batch, n)
         c = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
         with preserved(derivatives.problem.model, space.names):
-            want = tape.rows(c).inner(v)[:, 0]
-        for way in (Way.FORWARD, Way.REVERSE):
-            made = Products(derivatives, way)
+            expected = tape.rows(c).inner(v)[:, 0]
+        for mode in (PushforwardMode.FORWARD, PushforwardMode.REVERSE):
+            products = Products(derivatives, mode)
             try:
-                moved = made._push(batch, v)
+                pushed = products._push_one(batch, v)
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
-                log.info("No %s for this model: %s", way.value, first_line(reason))
+                log.info("No %s for this model: %s", mode.value, first_line(reason))
                 continue
-            gap = ((moved * c).flatten(1).sum(1) - want).norm()
-            if bool(gap <= tolerance(like.dtype) * (want.norm() + 1e-6 * moved.norm() * c.norm())):
-                return made
-            log.info("The %s of this model disagrees with its backward pass; it is not used.", way.value)
-        return Products(derivatives, Way.ROWS)
+            gap = ((pushed * c).flatten(1).sum(1) - expected).norm()
+            if bool(gap <= tolerance(like.dtype) * (expected.norm() + 1e-6 * pushed.norm() * c.norm())):
+                return products
+            log.info("The %s of this model disagrees with its backward pass; it is not used.", mode.value)
+        return Products(derivatives, PushforwardMode.ROWS)
 
     def losses_along(
         self, ids: Tensor, batch: Any, directions: Rows, objective: AbstractObjective | None = None
     ) -> Float[Tensor, "n q"]:
         """<gradient of example n's loss, direction q>, without writing any gradient out."""
         objective = objective or self.derivatives.objective
-        if self.way is Way.ROWS:
+        if self.mode is PushforwardMode.ROWS:
             return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
-        found = self._pushed(
-            lambda p: objective.losses(objective.outputs(at(self._model, p), batch), batch), directions
+        slopes = self._push(
+            lambda p: objective.losses(objective.outputs(as_function(self._model, p), batch), batch), directions
         )
-        return found.T
+        return slopes.T
 
     def token_losses_along(self, batch: Any, directions: Rows) -> Float[Tensor, "q n l"]:
         """<gradient of each token's part of the loss, direction q>; the objective is a `TokenCrossEntropy`.
@@ -100,75 +100,75 @@ class Products:
         """
         objective = self.derivatives.objective
         assert isinstance(objective, TokenCrossEntropy), "token_scores() says so in a sentence first"
-        if self.way is Way.ROWS:
+        if self.mode is PushforwardMode.ROWS:
             raise InvalidInput(
                 "Tokens cannot be told apart in this model: an operation of it has no forward derivative and no "
                 "double backward; replace it (for attention: the math backend), or use score()."
             )
-        return self._pushed(
-            lambda p: objective.token_losses(objective.outputs(at(self._model, p), batch), batch), directions
+        return self._push(
+            lambda p: objective.token_losses(objective.outputs(as_function(self._model, p), batch), batch), directions
         )
 
-    def _pushed(self, f: Callable[[Tree], Tensor], directions: Rows) -> Tensor:
+    def _push(self, f: Callable[[Tree], Tensor], directions: Rows) -> Tensor:
         """The derivative of f along every direction, [q, *shape of f]."""
         tree = self.derivatives.space.to_parameters(directions)
         with preserved(self._model, self._names), double_backward_safe(self._model):
-            here = self._here
-            if self.way is Way.FORWARD:
-                push = vmap(lambda v: jvp(f, (here,), (v,))[1], chunk_size=DIRECTIONS, randomness="different")
-                with quiet():
+            current = self._current
+            if self.mode is PushforwardMode.FORWARD:
+                push = vmap(lambda v: jvp(f, (current,), (v,))[1], chunk_size=DIRECTIONS, randomness="different")
+                with silence_slow_batching():
                     return cast(Tensor, push(tree))
-            return torch.stack([_push_by_reverse(f, here, v)[1] for v in _each(tree)])
+            return torch.stack([_push_by_reverse(f, current, v)[1] for v in _unstack(tree)])
 
     def ggn_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
         """sum over the batch of J^T (d^2 loss / d outputs^2) J v, for every direction."""
         objective = self.derivatives.objective
         assert isinstance(objective, AbstractLikelihood), "GGN() says so in a sentence first"
-        if self.way is Way.ROWS:
+        if self.mode is PushforwardMode.ROWS:
             return self._ggn_by_rows(ids, batch, directions, objective)
         tree = self.derivatives.space.to_parameters(directions)
-        with preserved(self._model, self._names), double_backward_safe(self._model), quiet():
-            here = self._here
+        with preserved(self._model, self._names), double_backward_safe(self._model), silence_slow_batching():
+            current = self._current
 
             def outputs(p: Tree) -> Tensor:
-                return objective.outputs(at(self._model, p), batch)
+                return objective.outputs(as_function(self._model, p), batch)
 
-            if self.way is Way.FORWARD:
-                f, pull = vjp(outputs, here)  # type: ignore[misc]
+            if self.mode is PushforwardMode.FORWARD:
+                f, pull = vjp(outputs, current)  # type: ignore[misc]
 
                 def product(v: Tree) -> Tree:
-                    moved = jvp(outputs, (here,), (v,))[1]
-                    return cast(Tree, pull(objective.hessian_product(f, batch, moved))[0])
+                    pushed = jvp(outputs, (current,), (v,))[1]
+                    return cast(Tree, pull(objective.hessian_product(f, batch, pushed))[0])
 
                 return self._rows(vmap(product, chunk_size=DIRECTIONS, randomness="different")(tree))
-            made = []
-            for v in _each(tree):
-                f, moved = _push_by_reverse(outputs, here, v)
-                made.append(_pull(outputs, here, objective.hessian_product(f, batch, moved)))
-            return self._rows(_stack(made))
+            products = []
+            for v in _unstack(tree):
+                f, pushed = _push_by_reverse(outputs, current, v)
+                products.append(_pull(outputs, current, objective.hessian_product(f, batch, pushed)))
+            return self._rows(_stack(products))
 
     def hessian_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
         """sum over the batch of (d^2 loss) v, for every direction."""
         objective = self.derivatives.objective
         tree = self.derivatives.space.to_parameters(directions)
-        with preserved(self._model, self._names), double_backward_safe(self._model), quiet():
-            here = self._here
+        with preserved(self._model, self._names), double_backward_safe(self._model), silence_slow_batching():
+            current = self._current
 
             def total(p: Tree) -> Tensor:
-                return objective.losses(objective.outputs(at(self._model, p), batch), batch).sum()
+                return objective.losses(objective.outputs(as_function(self._model, p), batch), batch).sum()
 
-            if self.way is Way.FORWARD and len(directions) > 1:
+            if self.mode is PushforwardMode.FORWARD and len(directions) > 1:
                 product = vmap(
-                    lambda v: jvp(grad(total), (here,), (v,))[1], chunk_size=DIRECTIONS, randomness="different"
+                    lambda v: jvp(grad(total), (current,), (v,))[1], chunk_size=DIRECTIONS, randomness="different"
                 )
                 return self._rows(product(tree))
-            return self._rows(_stack([_hessian_by_reverse(total, here, v) for v in _each(tree)]))
+            return self._rows(_stack([_hessian_by_reverse(total, current, v) for v in _unstack(tree)]))
 
     def check_hessian(self, ids: Tensor, batch: Any) -> None:
-        """Refuse a model whose second derivatives cannot be had, or are not symmetric.
+        """Refuse a model whose second derivatives do not exist or are not symmetric.
 
-        Some operations' double backward is missing, and some are wrong (the parametrised weight norm of torch 2.13 on
-        the CPU, by 45 %): <u, H v> = <v, H u> tells, at the price of one product.
+        Some operations have no double backward, and some have a wrong one (the parametrised weight norm of torch 2.13
+        on the CPU, by 45 %). Where <u, H v> differs from <v, H u> it is wrong; the check costs one product.
         """
         space = self.derivatives.space
         like = next(iter(space.values(self._model).values()))
@@ -194,19 +194,19 @@ class Products:
                 "PyTorch; use GGN() instead of Hessian()."
             )
 
-    def _push(self, batch: Any, directions: Rows) -> Tensor:
+    def _push_one(self, batch: Any, directions: Rows) -> Tensor:
         """J v for a single direction."""
-        v = _each(self.derivatives.space.to_parameters(directions))[0]
+        v = _unstack(self.derivatives.space.to_parameters(directions))[0]
         objective = self.derivatives.objective
-        with preserved(self._model, self._names), double_backward_safe(self._model), quiet():
+        with preserved(self._model, self._names), double_backward_safe(self._model), silence_slow_batching():
 
             def outputs(p: Tree) -> Tensor:
-                return objective.outputs(at(self._model, p), batch)
+                return objective.outputs(as_function(self._model, p), batch)
 
-            if self.way is Way.FORWARD:
-                pushed = vmap(lambda w: jvp(outputs, (self._here,), (w,))[1], randomness="different")
+            if self.mode is PushforwardMode.FORWARD:
+                pushed = vmap(lambda w: jvp(outputs, (self._current,), (w,))[1], randomness="different")
                 return cast(Tensor, pushed({k: x[None] for k, x in v.items()}))[0]
-            return _push_by_reverse(outputs, self._here, v)[1]
+            return _push_by_reverse(outputs, self._current, v)[1]
 
     def _ggn_by_rows(self, ids: Tensor, batch: Any, directions: Rows, objective: AbstractLikelihood) -> Rows:
         tape = self.derivatives.tape(batch, len(ids))
@@ -226,14 +226,14 @@ class Products:
         return self.derivatives.space.names
 
     @property
-    def _here(self) -> Tree:
-        return detached(self._model, self._names)
+    def _current(self) -> Tree:
+        return detach_parameters(self._model, self._names)
 
     def _rows(self, tree: Tree) -> Rows:
         return self.derivatives.space.from_parameters(tree)
 
 
-def _each(tree: Tree) -> list[Tree]:
+def _unstack(tree: Tree) -> list[Tree]:
     count = len(next(iter(tree.values())))
     return [{k: v[q] for k, v in tree.items()} for q in range(count)]
 
@@ -242,40 +242,41 @@ def _stack(trees: list[Tree]) -> Tree:
     return {k: torch.stack([t[k] for t in trees]) for k in trees[0]}
 
 
-def _leaves(here: Tree) -> Tree:
-    return {k: v.detach().requires_grad_() for k, v in here.items()}
+def _leaves(parameters: Tree) -> Tree:
+    return {k: v.detach().requires_grad_() for k, v in parameters.items()}
 
 
-def _pull(f: Callable[[Tree], Tensor], here: Tree, cotangent: Tensor) -> Tree:
+def _pull(f: Callable[[Tree], Tensor], parameters: Tree, cotangent: Tensor) -> Tree:
     """J^T c by one backward pass."""
-    leaves = _leaves(here)
+    leaves = _leaves(parameters)
     with torch.enable_grad():
-        found = grads(f(leaves), list(leaves.values()), cotangent)
-    return _filled(leaves, found)
+        gradients = grads(f(leaves), list(leaves.values()), cotangent)
+    return _fill_zeros(leaves, gradients)
 
 
-def _push_by_reverse(f: Callable[[Tree], Tensor], here: Tree, v: Tree) -> tuple[Tensor, Tensor]:
+def _push_by_reverse(f: Callable[[Tree], Tensor], parameters: Tree, v: Tree) -> tuple[Tensor, Tensor]:
     """(f, J v) by differentiating u -> <J^T u, v>, which is linear in u."""
-    leaves = _leaves(here)
+    leaves = _leaves(parameters)
     with torch.enable_grad():
         out = f(leaves)
         dummy = torch.zeros_like(out, requires_grad=True)
         pulled = grads(out, list(leaves.values()), dummy, create_graph=True)
-        inner = [(g * v[k]).sum() for k, g in zip(leaves, pulled, strict=True) if g is not None]
-        moved = torch.autograd.grad(torch.stack(inner).sum(), dummy)[0]
-    return out.detach(), moved.detach()
+        products = [(g * v[k]).sum() for k, g in zip(leaves, pulled, strict=True) if g is not None]
+        pushed = torch.autograd.grad(torch.stack(products).sum(), dummy)[0]
+    return out.detach(), pushed.detach()
 
 
-def _hessian_by_reverse(total: Callable[[Tree], Tensor], here: Tree, v: Tree) -> Tree:
-    leaves = _leaves(here)
+def _hessian_by_reverse(total: Callable[[Tree], Tensor], parameters: Tree, v: Tree) -> Tree:
+    leaves = _leaves(parameters)
     with torch.enable_grad():
         first = grads(total(leaves), list(leaves.values()), create_graph=True)
-        inner = [(g * v[k]).sum() for k, g in zip(leaves, first, strict=True) if g is not None and g.requires_grad]
-        if not inner:
-            return {k: torch.zeros_like(x) for k, x in here.items()}
-        found = grads(torch.stack(inner).sum(), list(leaves.values()))
-    return _filled(leaves, found)
+        products = [(g * v[k]).sum() for k, g in zip(leaves, first, strict=True) if g is not None and g.requires_grad]
+        if not products:
+            return {k: torch.zeros_like(x) for k, x in parameters.items()}
+        gradients = grads(torch.stack(products).sum(), list(leaves.values()))
+    return _fill_zeros(leaves, gradients)
 
 
-def _filled(leaves: Tree, found: tuple[Tensor | None, ...]) -> Tree:
-    return {k: torch.zeros_like(leaves[k]) if g is None else g.detach() for k, g in zip(leaves, found, strict=True)}
+def _fill_zeros(leaves: Tree, gradients: tuple[Tensor | None, ...]) -> Tree:
+    pairs = zip(leaves, gradients, strict=True)
+    return {k: torch.zeros_like(leaves[k]) if g is None else g.detach() for k, g in pairs}

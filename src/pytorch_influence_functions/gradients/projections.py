@@ -1,4 +1,4 @@
-"""Gradients projected to few dimensions: TRAK's sketch, drawn from a seed, held as a whole only where it is small."""
+"""Gradients projected to few dimensions: TRAK's sketch, drawn from a seed, stored only where it is small."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..linalg.space import BlockSpec, Space
 
 # Coordinates of a block that are projected at once: part of the definition, so that nothing else changes the numbers.
 _STRIP = 1 << 14
-# Projections up to so many numbers are kept after they were first drawn.
+# Projections up to so many numbers are kept after the first draw.
 _KEPT = 1 << 28
 
 JOINT = "projected"
@@ -85,7 +85,7 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class Projector:
-    """A projection made for one space; `space` is where the projected rows live."""
+    """A projection of one space; `space` is that of the projected rows."""
 
     projection: Gaussian
     space: Space
@@ -93,30 +93,30 @@ class Projector:
 
     def apply(self, rows: Rows) -> Rows:
         """Projected rows, written out."""
-        made: dict[str, Tensor] = {}
+        projected: dict[str, Tensor] = {}
         for name, block in rows.blocks.items():
             dense = block.dense().flatten(1)
             if name in self.space.blocks and self.space.blocks[name].numel == dense.shape[1]:
-                made[name] = dense
+                projected[name] = dense
                 continue
             total = dense.new_zeros(len(dense), self.projection.k)
-            for at, strip in self._strips(name, dense):
-                total.addmm_(dense[:, at : at + len(strip)], strip)
-            made[name] = total
+            for start, strip in self._strips(name, dense):
+                total.addmm_(dense[:, start : start + len(strip)], strip)
+            projected[name] = total
         if not self.projection.per_layer:
-            made = {JOINT: torch.stack(list(made.values())).sum(0)}
-        return Rows({name: Dense(made[name]) for name in self.space.blocks})
+            projected = {JOINT: torch.stack(list(projected.values())).sum(0)}
+        return Rows({name: Dense(projected[name]) for name in self.space.blocks})
 
     def _strips(self, name: str, like: Float[Tensor, "n p"]) -> Iterator[tuple[int, Float[Tensor, "s k"]]]:
         k, size = self.projection.k, like.shape[1]
-        for number, at in enumerate(range(0, size, _STRIP)):
+        for number, start in enumerate(range(0, size, _STRIP)):
             key = (name, number, like.dtype, like.device)
             strip = self._known.get(key)
             if strip is None:
                 seed = zlib.crc32(f"{self.projection.seed}/{name}/{number}".encode())
                 generator = torch.Generator().manual_seed(seed)
-                strip = torch.randn(min(_STRIP, size - at), k, generator=generator) / k**0.5
+                strip = torch.randn(min(_STRIP, size - start), k, generator=generator) / k**0.5
                 strip = strip.to(like)
                 if sum(s.numel() for s in self._known.values()) + strip.numel() <= _KEPT:
                     self._known[key] = strip
-            yield at, strip
+            yield start, strip

@@ -1,7 +1,7 @@
-"""One forward pass remembered: module inputs, and the graph edges at module outputs.
+"""One forward pass recorded: module inputs, and the graph edges at module outputs.
 
-Only what per-example gradients need is kept. The backward pass then runs to module *outputs*, never
-to weights, so no weight gradient is ever computed: two thirds of an ordinary training step.
+Only what per-example gradients need is kept. The backward pass then runs to module *outputs*, never to weights, so no
+weight gradient is ever computed: the cost is two thirds of an ordinary training step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..core.errors import InfluenceError
 from ..linalg.blocks import AbstractBlock, add
-from .layer_rules import Layout, Part, Rule, fold, rows_first
+from .layer_rules import Layout, ParameterPart, Rule, fold, rows_first
 from .vjp import grads
 
 
@@ -27,15 +27,15 @@ class HookedLayer:
     name: str
     module: nn.Module
     rule: Rule
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ParameterPart]
     layouts: tuple[Layout, ...] = ()
 
 
 @dataclass
 class Call:
-    """One call of one site."""
+    """One call of one hooked layer."""
 
-    site: HookedLayer
+    layer: HookedLayer
     x: Tensor
     version: int
     edge: GradientEdge
@@ -51,68 +51,69 @@ class Capture:
     shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
 
     def rows(self, outputs: Tensor, cotangent: Tensor, keep_graph: bool) -> dict[str, AbstractBlock]:
-        """Blocks of J_n^T c_n for every site; `cotangent` has the shape of `outputs`."""
+        """Blocks of J_n^T c_n for every layer; `cotangent` has the shape of `outputs`."""
         if not self.calls:
             return {}
-        found = grads(outputs, [c.edge for c in self.calls], cotangent.to(outputs.dtype), retain_graph=keep_graph)
+        edges = [c.edge for c in self.calls]
+        gradients = grads(outputs, edges, cotangent.to(outputs.dtype), retain_graph=keep_graph)
         blocks: dict[str, AbstractBlock] = {}
-        for call, g in zip(self.calls, found, strict=True):
+        for call, g in zip(self.calls, gradients, strict=True):
             if g is None:
                 continue
             if call.x._version != call.version:
                 raise InfluenceError(
-                    f"The input of layer {call.site.name!r} was changed in place after the layer had read it; "
+                    f"The input of layer {call.layer.name!r} was changed in place after the layer had read it; "
                     "replace the in-place operation that follows it."
                 )
             x, g = rows_first(call.x, call.layout), rows_first(g.detach(), call.layout)
             if call.layout == "shared":
                 x = x.expand(self.n, *x.shape[1:])
-            for block, part in call.site.parts.items():
-                new = fold(call.site.rule(call.site.module, x, g, part), self.n)
-                blocks[block] = add(blocks[block], new) if block in blocks else new
+            for block, part in call.layer.parts.items():
+                rows = fold(call.layer.rule(call.layer.module, x, g, part), self.n)
+                blocks[block] = add(blocks[block], rows) if block in blocks else rows
         return blocks
 
 
-def _spread(output: Tensor, n: int) -> Tensor:
+def _expand_examples(output: Tensor, n: int) -> Tensor:
     """An output that is the same for all examples, given an axis for them so that its gradient has one too."""
     return output.expand(n, *output.shape[1:])
 
 
 @contextmanager
-def recording(sites: Mapping[str, HookedLayer], n: int, plan_only: bool = False) -> Iterator[Capture]:
-    """Hook the sites for the forward passes inside the block; hooks are gone afterwards whatever happens.
+def record_calls(layers: Mapping[str, HookedLayer], n: int, plan_only: bool = False) -> Iterator[Capture]:
+    """Hook the layers for the forward passes inside the block; hooks are gone afterwards whatever happens.
 
-    With `plan_only` nothing but input shapes is noted: what `layers.layout_of` needs.
+    With `plan_only` only input shapes are recorded: what `layer_rules.layout_of` needs.
     """
-    made = Capture(n)
+    capture = Capture(n)
     handles = []
 
-    def hook(site: HookedLayer) -> Any:
-        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def hook(layer: HookedLayer) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 return None
-            seen = made.shapes.setdefault(site.name, [])
-            seen.append(tuple(x.shape))
-            if plan_only or not output.requires_grad or len(seen) > len(site.layouts):
+            shapes = capture.shapes.setdefault(layer.name, [])
+            shapes.append(tuple(x.shape))
+            if plan_only or not output.requires_grad or len(shapes) > len(layer.layouts):
                 return None
-            layout = site.layouts[len(seen) - 1]
+            layout = layer.layouts[len(shapes) - 1]
             changed = None
             if layout == "shared":
                 if x.dim() == 0 or x.shape[0] != 1 or output.shape[0] != 1:
                     x, output = x.unsqueeze(0), output.unsqueeze(0)
-                changed = output = _spread(output, n)
+                changed = output = _expand_examples(output, n)
             x = x.detach()
-            made.calls.append(Call(site, x, x._version, get_gradient_edge(output), layout))
+            capture.calls.append(Call(layer, x, x._version, get_gradient_edge(output), layout))
             return changed
 
-        return remember
+        return record
 
     try:
-        for site in sites.values():
+        for layer in layers.values():
             # prepend: a user's own forward hook must not come between the layer and its recorded output
-            handles.append(site.module.register_forward_hook(hook(site), prepend=True, with_kwargs=True))
-        yield made
+            handles.append(layer.module.register_forward_hook(hook(layer), prepend=True, with_kwargs=True))
+        yield capture
     finally:
         for handle in handles:
             handle.remove()

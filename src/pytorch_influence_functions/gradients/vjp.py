@@ -15,8 +15,8 @@ from ..core.batches import example_tensors, with_example_tensors
 from ..objectives.base import AbstractObjective
 
 
-def at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """The model as a callable, with the named parameters replaced; the module itself is not touched."""
+def as_function(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """The model as a callable, with the named parameters replaced; the module itself is not changed."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return functional_call(model, dict(parameters), args, kwargs)
@@ -24,10 +24,10 @@ def at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[..., Any]
     return call
 
 
-def detached(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+def detach_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """The named parameters, detached."""
-    found = dict(model.named_parameters())
-    return {k: found[k].detach() for k in names}
+    parameters = dict(model.named_parameters())
+    return {k: parameters[k].detach() for k in names}
 
 
 def per_example_vjp(
@@ -41,26 +41,26 @@ def per_example_vjp(
     """Rows J_n^T c_n over `parameters`, shape [n, *shape] each, by `torch.func.vmap`."""
     n = cotangent.shape[0]
 
-    def one(c: Tensor, *parts: Tensor) -> dict[str, Tensor]:
+    def pull_one(c: Tensor, *parts: Tensor) -> dict[str, Tensor]:
         one_batch = with_example_tensors(batch, n, [x[None] for x in parts])
 
         def f(p: dict[str, Tensor]) -> Tensor:
-            return objective.outputs(at(model, p), one_batch).reshape(c.shape)
+            return objective.outputs(as_function(model, p), one_batch).reshape(c.shape)
 
         _, pull = vjp(f, dict(parameters))  # type: ignore[misc]
         result: dict[str, Tensor] = pull(c)[0]
         return result
 
-    with quiet():
-        rows: dict[str, Tensor] = vmap(one, randomness="different", chunk_size=chunk)(
+    with silence_slow_batching():
+        rows: dict[str, Tensor] = vmap(pull_one, randomness="different", chunk_size=chunk)(
             cotangent, *example_tensors(batch, n)
         )
     return {k: v.detach() for k, v in rows.items()}
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch's remarks that some operation is batched slowly: nothing a user could act on."""
+def silence_slow_batching() -> Iterator[None]:
+    """Hide torch's warnings that some operation is batched slowly: a user can do nothing about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*performance drop.*", category=UserWarning)
         yield
@@ -73,16 +73,16 @@ def grads(
     retain_graph: bool | None = None,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` over tensors or graph edges; None where an input plays no part."""
+    """`torch.autograd.grad` over tensors or graph edges; None where the outputs do not depend on an input."""
     # Not through grad_outputs: checking those makes torch import its symbolic shapes, a second at the first call.
     root = outputs if cotangent is None else (outputs * cotangent).sum()
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         root, list(inputs), retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
     )
-    return cast("tuple[Tensor | None, ...]", found)
+    return cast("tuple[Tensor | None, ...]", gradients)
 
 
 def weighted_gradient(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
-    """J^T c over the parameters; zeros where a parameter plays no part."""
-    found = grads(outputs, parameters, cotangent)
-    return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]
+    """J^T c over the parameters; zeros where the outputs do not depend on a parameter."""
+    gradients = grads(outputs, parameters, cotangent)
+    return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradients, strict=True)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.distributed import World
 from ..core.indexing import evenly_spaced
-from ..gradients.per_example import Derivatives, one_by_one, slopes
+from ..gradients.per_example import Derivatives, rows_one_by_one, slopes
 from ..gradients.vjp import weighted_gradient
 from ..problem.model_state import preserved
 from ..problem.problem import first_batch, sweep
@@ -81,7 +81,7 @@ def _shares(derivatives: Derivatives) -> dict[str, float]:
         with torch.no_grad():
             outputs = derivatives.objective.outputs(model, batch)
         _, slope = slopes(derivatives.objective, outputs, batch, ids)
-        rows = one_by_one(model, derivatives.objective, names, batch, slope)
+        rows = rows_one_by_one(model, derivatives.objective, names, batch, slope)
     block_of = {p: b for b, spec in derivatives.space.blocks.items() for p in spec.parameters}
     sums: dict[str, float] = {}
     for name, value in rows.items():

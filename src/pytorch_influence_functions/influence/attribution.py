@@ -102,7 +102,7 @@ class Influence(AbstractMethod):
             derivatives = Derivatives.of(problem, self._gradient_route)
             stationarity = StationarityCheck.of(derivatives)
             if self.projection is not None:
-                derivatives = derivatives.projected(self.projection)
+                derivatives = derivatives.with_projection(self.projection)
             composition = self._compose(derivatives, n_queries)
             self._check_projectable(problem, composition)
             return FittedMember.fit(

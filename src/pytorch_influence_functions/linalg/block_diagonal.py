@@ -1,4 +1,4 @@
-"""C with nothing between groups of blocks: each group's own operator, over its own part of the space."""
+"""Block-diagonal C: one operator per group of blocks, each over its own part of the space."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ class BlockDiagonal(AbstractSymmetric):
             raise InvalidInput(f"Groups over the blocks {names} do not divide the blocks {list(self.space.blocks)}.")
 
     def apply(self, rows: Rows) -> Rows:
-        return joined(self.space, (part.apply(part_of(rows, part.space)) for part in self.parts.values()))
+        return join_rows(self.space, (part.apply(restrict_rows(rows, part.space)) for part in self.parts.values()))
 
     def block_means(self) -> dict[str, float]:
-        found = {k: mean for part in self.parts.values() for k, mean in part.block_means().items()}
-        return {k: found[k] for k in self.space.blocks}
+        means = {k: mean for part in self.parts.values() for k, mean in part.block_means().items()}
+        return {k: means[k] for k in self.space.blocks}
 
 
 def subspace(space: Space, names: Iterable[str]) -> Space:
     """Some blocks of a space, in its order."""
-    wanted = set(names)
-    blocks = {k: b for k, b in space.blocks.items() if k in wanted}
-    held = {p for b in blocks.values() for p in b.parameters}
-    return Space(blocks, {k: shape for k, shape in space.shapes.items() if k in held})
+    names = set(names)
+    blocks = {k: b for k, b in space.blocks.items() if k in names}
+    parameters = {p for b in blocks.values() for p in b.parameters}
+    return Space(blocks, {k: shape for k, shape in space.shapes.items() if k in parameters})
 
 
-def part_of(rows: Rows, space: Space) -> Rows:
-    """The blocks of `rows` that `space` holds."""
+def restrict_rows(rows: Rows, space: Space) -> Rows:
+    """The blocks of `rows` that `space` has."""
     return Rows({k: rows.blocks[k] for k in space.blocks})
 
 
-def joined(space: Space, parts: Iterable[Rows]) -> Rows:
+def join_rows(space: Space, parts: Iterable[Rows]) -> Rows:
     """Rows over several parts of a space, put together in its order."""
-    found = {k: block for part in parts for k, block in part.blocks.items()}
-    return Rows({k: found[k] for k in space.blocks})
+    blocks = {k: block for part in parts for k, block in part.blocks.items()}
+    return Rows({k: blocks[k] for k in space.blocks})

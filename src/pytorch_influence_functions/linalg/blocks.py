@@ -1,8 +1,7 @@
 """One block of per-example gradients, kept in its cheapest exact form.
 
-A block is one row per example over one parameter matrix. Weight sharing, repeated calls, sequence
-positions and convolution patches are all just more terms on the `t` axis; nothing is written out
-until a route asks for it.
+A block is one row per example over one parameter matrix. Weight sharing, repeated calls, sequence positions and
+convolution patches are all more terms on the `t` axis; nothing is written out until a route asks for it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class AbstractBlock(ABC):
     @property
     @abstractmethod
     def numbers(self) -> int:
-        """How many numbers are held: what storing this block costs."""
+        """How many numbers the block takes in memory or on disk."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -58,13 +57,13 @@ class AbstractBlock(ABC):
 
     @abstractmethod
     def sums(self) -> Float[Tensor, " n"]:
-        """One number per row that is NaN or infinite if anything held for the row is: what a check needs, and cheap.
+        """One number per row that is NaN or infinite if any number stored for the row is: a cheap check.
 
-        Sums of what is held, not of the gradient; nothing is written out.
+        These are sums of what is stored, not of the gradient; no gradient is written out.
         """
 
     def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
-        """sum_n weights[q, n] G_n, shape [q, *shape]; by default through written-out rows, a piece at a time."""
+        """sum_n weights[q, n] G_n, shape [q, *shape]; by default through written-out rows, chunk by chunk."""
         width = int(torch.Size(self.shape).numel())
         total = self.reference.new_zeros(weights.shape[0], width)
         for chunk in chunks(len(self), width):
@@ -311,7 +310,7 @@ class Conv(AbstractBlock):
 
 @dataclass(frozen=True, eq=False)
 class Sum(AbstractBlock):
-    """A parameter used in unlike places (a tied embedding and head): the sum of its parts."""
+    """A parameter used by layers of different kinds (a tied embedding and head): the sum of its parts."""
 
     parts: tuple[AbstractBlock, ...]
 
@@ -365,7 +364,7 @@ def add(a: AbstractBlock, b: AbstractBlock) -> AbstractBlock:
 
 
 def cat(blocks: Sequence[AbstractBlock]) -> AbstractBlock:
-    """Rows of several batches, one after the other; unlike forms are written out."""
+    """Rows of several batches, one after the other; blocks of different forms are written out."""
     first = blocks[0]
     if len(blocks) == 1:
         return first

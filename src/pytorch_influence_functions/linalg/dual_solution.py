@@ -1,4 +1,4 @@
-"""A solution of the dual, kept as a combination of rows that are held anyway."""
+"""A solution of the dual, kept as a combination of rows that are in memory anyway."""
 
 from __future__ import annotations
 
@@ -46,16 +46,15 @@ class DualSolution:
     def inner(self, rows: Rows, route: Route | None = None) -> Float[Tensor, "n r"]:
         """<x_n, r> for all pairs; free when `rows` is the basis itself.
 
-        <x, g_m> = N w[m] exactly, because w solves (N + G D^-1 G^T) w = G D^-1 b: no cancellation, no
-        product.
+        <x, g_m> = N w[m] exactly, because w solves (N + G D^-1 G^T) w = G D^-1 b: no cancellation, no product.
         """
         if rows is self.basis:
             return (self.count * self.coefficients).to(self.dtype)
         uniform = self.shift.uniform
-        seen = rows if uniform is not None else self.shift.inverse(rows)
-        direct = self.base.inner(seen, route).double()
+        scaled = rows if uniform is not None else self.shift.inverse(rows)
+        direct = self.base.inner(scaled, route).double()
         # The big side first: its factored form is the one whose route matters.
-        removed = self.coefficients @ self.basis.inner(seen, route).double()
+        removed = self.coefficients @ self.basis.inner(scaled, route).double()
         return (direct.sub_(removed) / (uniform if uniform is not None else 1.0)).to(self.dtype)
 
     def against(self, training: Rows, route: Route | None = None) -> Float[Tensor, "n m"]:
@@ -64,8 +63,8 @@ class DualSolution:
 
     def quadratic(self) -> Float[Tensor, " n"]:
         """<x_n, b_n> = b^T (C + D)^-1 b per row, without an n x n product: N times the leverage of b."""
-        own = self._base_norms().double() - (self.coefficients * self.overlaps).sum(1)
-        return own.clamp_min(0.0)
+        products = self._base_norms().double() - (self.coefficients * self.overlaps).sum(1)
+        return products.clamp_min(0.0)
 
     def _base_norms(self) -> Tensor:
         parts = [b.squared_norms() / d for b, d in zip(self.base.blocks.values(), self._diagonal(), strict=True)]
@@ -79,11 +78,11 @@ class DualSolution:
         removed = self.basis.combine(self.coefficients)
         scale = dict(zip(self.base.blocks, self._diagonal(), strict=True))
 
-        def one(name: str) -> Dense:
+        def solve_block(name: str) -> Dense:
             b, r = self.base.blocks[name].dense(), removed.blocks[name].dense()
             return Dense((b.reshape(r.shape) - r) / scale[name])
 
-        return Rows({name: one(name) for name in self.base.blocks})
+        return Rows({name: solve_block(name) for name in self.base.blocks})
 
     def dense(self) -> Rows:
         """The same as `rows()`: every block written out."""
@@ -108,6 +107,6 @@ class DualSolution:
 
     def scaled(self, factor: Tensor | float) -> DualSolution:
         """Times a number, or one number per row."""
-        wide = factor.double()[:, None] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
-        base = self.base.scaled(factor)
-        return DualSolution(base, self.basis, self.coefficients * wide, self.overlaps * wide, self.shift, self.count)
+        column = factor.double()[:, None] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
+        coefficients, overlaps = self.coefficients * column, self.overlaps * column
+        return DualSolution(self.base.scaled(factor), self.basis, coefficients, overlaps, self.shift, self.count)

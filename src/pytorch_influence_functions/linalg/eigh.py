@@ -14,20 +14,20 @@ from ..core.errors import NonFinite, SolveFailed
 
 log = logging.getLogger("pytorch_influence_functions")
 
-# How far a decomposition may be off, relatively, and still be one: generous for float64, hopeless for garbage.
+# The largest relative error of a decomposition that is accepted: far above float64's rounding, far below a wrong one.
 _TOLERANCE = 1e-8
 
 
 def eigh(matrix: Float[Tensor, "d d"], what: str = "the matrix") -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """Eigenvalues (ascending) and eigenvectors (columns) of a symmetric matrix, in float64 whatever its dtype.
 
-    LAPACK's divide and conquer fails to converge on some matrices, and some builds return garbage without saying
-    so; every result is therefore verified with random vectors (two products), and another algorithm is tried when
-    it does not hold.
+    LAPACK's divide and conquer fails to converge on some matrices, and some builds return a wrong result without an
+    error. Every result is therefore verified with random vectors (two products), and another algorithm is tried when
+    it is wrong.
 
     Raises:
         NonFinite: the matrix holds NaN or infinity.
-        SolveFailed: no algorithm gave a decomposition that holds.
+        SolveFailed: no algorithm gave a correct decomposition.
     """
     exact = matrix.double()
     exact = (exact + exact.T) / 2
@@ -43,22 +43,22 @@ def eigh(matrix: Float[Tensor, "d d"], what: str = "the matrix") -> tuple[Float[
         except (RuntimeError, np.linalg.LinAlgError) as reason:
             log.info("%s failed on %s: %s", name, what, str(reason).splitlines()[0][:120])
             continue
-        if holds(unit, values, vectors):
+        if is_decomposition(unit, values, vectors):
             return values * scale, vectors
-        log.info("%s gave no decomposition of %s that holds.", name, what)
+        log.info("%s gave a wrong decomposition of %s.", name, what)
     raise SolveFailed(
         f"The eigendecomposition of {what} ({len(exact)} x {len(exact)}) failed by every algorithm; "
         "scale the inputs of this layer, or leave it out with parameters=."
     )
 
 
-def holds(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
+def is_decomposition(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
     """Whether Q^T Q = I and A Q = Q diag(lam), tested on random vectors."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(len(matrix), 2, generator=generator, dtype=torch.float64).to(matrix.device)
-    turned = vectors @ z
-    orthonormal = (vectors.T @ turned - z).norm() <= _TOLERANCE * z.norm()
-    diagonal = (matrix @ turned - vectors @ (values[:, None] * z)).norm() <= _TOLERANCE * z.norm() * matrix.norm()
+    rotated = vectors @ z
+    orthonormal = (vectors.T @ rotated - z).norm() <= _TOLERANCE * z.norm()
+    diagonal = (matrix @ rotated - vectors @ (values[:, None] * z)).norm() <= _TOLERANCE * z.norm() * matrix.norm()
     return bool(orthonormal & diagonal)
 
 

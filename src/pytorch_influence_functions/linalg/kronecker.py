@@ -26,7 +26,7 @@ from .space import Space
 @final
 @dataclass(frozen=True, eq=False)
 class KroneckerBlock:
-    """One block's basis and eigenvalues; a basis that is None is the identity.
+    """One block's bases and eigenvalues; a basis that is None is the identity.
 
     `left` [o, o] and `right` [i, i] hold eigenvectors as columns, in the model's dtype; `values` [o, i] is float64.
     Where the eigenvalues are products, as in K-FAC, `sides` holds their factors [o] and [i].
@@ -39,28 +39,28 @@ class KroneckerBlock:
 
     @property
     def numbers(self) -> int:
-        """How many numbers are held."""
+        """How many numbers are stored."""
         return sum(t.numel() for t in (self.left, self.right, self.values) if t is not None)
 
-    def turned(self, block: AbstractBlock) -> Float[Tensor, "n o i"]:
-        """left^T G right for every row, by whichever order of products is cheapest."""
+    def into_basis(self, block: AbstractBlock) -> Float[Tensor, "n o i"]:
+        """left^T G right for every row, by the cheaper order of products."""
         o, i = self.values.shape
-        if isinstance(block, (Outer, Conv)) and self.factors_first(block.terms):
+        if isinstance(block, (Outer, Conv)) and self.factors_are_cheaper(block.terms):
             outer = block if isinstance(block, Outer) else block.outer()
-            return Outer(_times(outer.left, self.left), _times(outer.right, self.right)).dense()
+            return Outer(_multiply(outer.left, self.left), _multiply(outer.right, self.right)).dense()
         dense = block.dense().reshape(len(block), o, i)
         if self.left is not None:
             dense = torch.matmul(self.left.T, dense)
-        return _times(dense, self.right)
+        return _multiply(dense, self.right)
 
-    def back(self, values: Float[Tensor, "n o i"]) -> Float[Tensor, "n o i"]:
+    def out_of_basis(self, values: Float[Tensor, "n o i"]) -> Float[Tensor, "n o i"]:
         """left V right^T: out of the eigenbasis."""
         if self.left is not None:
             values = torch.matmul(self.left, values)
         return values if self.right is None else values @ self.right.T
 
-    def factors_first(self, terms: int) -> bool:
-        """Whether turning t factor pairs costs less than turning the matrix they make."""
+    def factors_are_cheaper(self, terms: int) -> bool:
+        """Whether it costs less to multiply `terms` pairs of factors by the bases than the matrix they stand for."""
         o, i = self.values.shape
         per_factor = (o if self.left is not None else 0) * o + (i if self.right is not None else 0) * i
         per_matrix = (o if self.left is not None else 0) + (i if self.right is not None else 0)
@@ -71,11 +71,11 @@ class KroneckerBlock:
         values = self.values.to(block.reference)
         out = block.reference.new_empty(len(block), *values.shape)
         for chunk in chunks(len(block), values.numel()):
-            out[chunk] = self.back(self.turned(block.take(chunk)) * values)
+            out[chunk] = self.out_of_basis(self.into_basis(block.take(chunk)) * values)
         return Dense(out.reshape(len(block), *shape))
 
 
-def _times(x: Tensor, basis: Tensor | None) -> Tensor:
+def _multiply(x: Tensor, basis: Tensor | None) -> Tensor:
     return x if basis is None else x @ basis
 
 
@@ -87,30 +87,30 @@ class Kronecker(AbstractSpectral):
     space: Space
     blocks: Mapping[str, KroneckerBlock]
     notes: tuple[str, ...] = ()
-    """What should be read with the result, such as a layer that no example moves."""
+    """Sentences that belong to the result, such as a layer whose gradients are all zero."""
 
     def apply(self, rows: Rows) -> Rows:
         return rows.map(lambda name, block: self.blocks[name].apply(block, self.space.blocks[name].shape))
 
     def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
-        """b^T C b for every row: half the work of `apply`, for nothing is turned back."""
+        """b^T C b for every row, at half the cost of `apply`."""
         total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         for name, block in rows.blocks.items():
-            own = self.blocks[name]
-            values = own.values.to(block.reference)
+            kronecker = self.blocks[name]
+            values = kronecker.values.to(block.reference)
             for chunk in chunks(len(block), values.numel()):
-                turned = own.turned(block.take(chunk)).flatten(1)
-                total[chunk] += torch.einsum("np,np,p->n", turned, turned, values.flatten()).double()
+                coordinates = kronecker.into_basis(block.take(chunk)).flatten(1)
+                total[chunk] += torch.einsum("np,np,p->n", coordinates, coordinates, values.flatten()).double()
         return total
 
     def block_means(self) -> dict[str, float]:
         return {k: float(b.values.mean()) for k, b in self.blocks.items()}
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Kronecker:
-        return self._with(lambda _, values: f(values))
+        return self._map_eigenvalues(lambda _, values: f(values))
 
     def shifted(self, decay: Mapping[str, float]) -> Kronecker:
-        return self._with(lambda name, values: values + decay[name])
+        return self._map_eigenvalues(lambda name, values: values + decay[name])
 
     def extremes(self) -> tuple[float, float]:
         values = [b.values for b in self.blocks.values()]
@@ -121,17 +121,17 @@ class Kronecker(AbstractSpectral):
 
     @property
     def numbers(self) -> int:
-        """How many numbers are held."""
+        """How many numbers are stored."""
         return sum(b.numbers for b in self.blocks.values())
 
-    def _with(self, f: Callable[[str, Tensor], Tensor]) -> Kronecker:
-        return replace(self, blocks=_Changed(self.blocks, f))
+    def _map_eigenvalues(self, f: Callable[[str, Tensor], Tensor]) -> Kronecker:
+        return replace(self, blocks=_MappedBlocks(self.blocks, f))
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Changed(Mapping[str, KroneckerBlock]):
-    """Blocks with other eigenvalues, worked out when asked for: blocks that lie on disk are read one at a time."""
+class _MappedBlocks(Mapping[str, KroneckerBlock]):
+    """Blocks with other eigenvalues, computed when a block is asked for: blocks on disk are read one at a time."""
 
     blocks: Mapping[str, KroneckerBlock]
     f: Callable[[str, Tensor], Tensor]

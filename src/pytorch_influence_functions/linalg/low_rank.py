@@ -1,8 +1,8 @@
-"""C known on a few directions, and a constant beside them: every function of it costs two thin products."""
+"""C known on a few directions and a constant across them: every function of it costs two thin products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -20,7 +20,7 @@ from .space import Space
 @final
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Some blocks, orthonormal directions over their coordinates, and what C is across those directions there.
+    """Some blocks, orthonormal directions over their coordinates, and the eigenvalue `rest` of C across those there.
 
     `basis` [k, P_g] has orthonormal rows over the coordinates of `names`, in the space's order.
     """
@@ -31,7 +31,7 @@ class Span:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left beside the directions."""
+        """Whether the directions span all coordinates."""
         return self.basis.shape[0] == self.basis.shape[1]
 
 
@@ -44,11 +44,11 @@ class LowRank(AbstractSpectral):
     added exactly: the directions are cut at the borders where it changes, and only a small matrix is decomposed again.
     `turn` is U [K, K], the identity when None; `values` [K] are float64.
 
-    What becomes of the complement, where nothing was measured:
+    The complement, where nothing was measured, is one of two:
 
     * kept: f(C) is f(rest) there, so the inverse of C + lambda is 1 / (rest + lambda);
     * `dropped`: every function of C is zero there and only the K directions answer (Schioppa et al. 2022); C + D is
-      then its own restriction to these directions, and `reach` is the part of a vector that is answered for.
+      then its own restriction to these directions, and `answered_part` is what a solution can account for.
 
     Memory K x P numbers; a product with n rows costs 4 n K P operations.
 
@@ -61,19 +61,19 @@ class LowRank(AbstractSpectral):
     turn: Float[Tensor, "k k"] | None = None
     dropped: bool = False
     notes: tuple[str, ...] = ()
-    """What should be read with the result, such as directions that have not converged."""
+    """Sentences that belong to the result, such as directions that have not converged."""
 
     def __post_init__(self) -> None:
-        wanted = [(len(s.basis), sum(self.space.numel(k) for k in s.names)) for s in self.spans]
+        expected = [(len(s.basis), sum(self.space.numel(k) for k in s.names)) for s in self.spans]
         names = [k for s in self.spans for k in s.names]
-        found = [tuple(s.basis.shape) for s in self.spans]
+        shapes = [tuple(s.basis.shape) for s in self.spans]
         if (
-            wanted != found
+            shapes != expected
             or sorted(names) != sorted(self.space.blocks)
-            or sum(k for k, _ in found) != len(self.values)
+            or sum(k for k, _ in shapes) != len(self.values)
         ):
             raise InvalidInput(
-                f"Directions of shapes {found} with {len(self.values)} eigenvalues do not fit a space of {self.size} "
+                f"Directions of shapes {shapes} with {len(self.values)} eigenvalues do not fit a space of {self.size} "
                 "parameters; give one row of P numbers per eigenvalue."
             )
         if self.dropped and any(s.rest for s in self.spans):
@@ -99,55 +99,51 @@ class LowRank(AbstractSpectral):
 
     def apply(self, rows: Rows) -> Rows:
         flat = rows.flat()
-        inside = self._inside(flat)
-        moved = self._moved(inside)
+        coordinates = self._coordinates(flat)
+        products = self._multiply_small(coordinates)
         out = torch.empty_like(flat)
-        at = 0
-        for span in self.spans:
-            here, columns = slice(at, at + len(span.basis)), self._columns(span.names)
-            along = moved[:, here] - span.rest * inside[:, here]
-            made = along.to(span.basis) @ span.basis
-            out[:, columns] = (made + span.rest * flat[:, columns].to(made) if span.rest else made).to(flat)
-            at = here.stop
+        for span, own in self._span_slices():
+            columns = self._columns(span.names)
+            excess = products[:, own] - span.rest * coordinates[:, own]
+            part = excess.to(span.basis) @ span.basis
+            out[:, columns] = (part + span.rest * flat[:, columns].to(part) if span.rest else part).to(flat)
         return self.space.rows(out)
 
     def block_means(self) -> dict[str, float]:
-        small, means, at = self._small(), {}, 0
-        for span in self.spans:
-            here = slice(at, at + len(span.basis))
-            inner = small[here, here] - span.rest * torch.eye(len(span.basis), dtype=small.dtype, device=small.device)
+        small, means = self._small(), {}
+        for span, own in self._span_slices():
+            excess = small[own, own] - span.rest * torch.eye(len(span.basis), dtype=small.dtype, device=small.device)
             for name, columns in self._inner_columns(span.names).items():
                 part = span.basis[:, columns].double()
-                means[name] = span.rest + float((inner @ part * part).sum()) / part.shape[1]
-            at = here.stop
+                means[name] = span.rest + float((excess @ part * part).sum()) / part.shape[1]
         return {k: means[k] for k in self.space.blocks}
 
     def function(self, f: Callable[[Tensor], Tensor]) -> LowRank:
         if self.dropped:
             return replace(self, values=f(self.values))
         rests = torch.tensor([s.rest for s in self.spans], dtype=self.values.dtype, device=self.values.device)
-        made = f(torch.cat([self.values, rests]))
-        # Where no complement is left f of it says nothing, and may be infinite.
-        tails = made[len(self.values) :].tolist()
+        values = f(torch.cat([self.values, rests]))
+        # Where the directions span everything there is no complement, and f of its eigenvalue may be infinite.
+        tails = values[len(self.values) :].tolist()
         spans = (replace(s, rest=0.0 if s.whole else t) for s, t in zip(self.spans, tails, strict=True))
-        return replace(self, values=made[: len(self.values)], spans=tuple(spans))
+        return replace(self, values=values[: len(self.values)], spans=tuple(spans))
 
     def shifted(self, decay: Mapping[str, float]) -> LowRank:
         numbers = {decay[k] for k in self.space.blocks}
         if self.dropped:
             if len(numbers) == 1:
                 return replace(self, values=self.values + numbers.pop())
-            return self._decomposed(self._small() + self._restricted(decay), self.spans)
+            return self._decompose(self._small() + self._restrict(decay), self.spans)
         if len(numbers) == 1:
             add = numbers.pop()
             return replace(
                 self, values=self.values + add, spans=tuple(replace(s, rest=s.rest + add) for s in self.spans)
             )
-        return self._cut(decay)
+        return self._shift_unevenly(decay)
 
     def extremes(self) -> tuple[float, float]:
-        seen = self.values.tolist() + [s.rest for s in self.spans if not (self.dropped or s.whole)]
-        return min(seen), max(seen)
+        values = self.values.tolist() + [s.rest for s in self.spans if not (self.dropped or s.whole)]
+        return min(values), max(values)
 
     def known_eigenvalues(self) -> Density:
         rests = [(s.rest, float(s.basis.shape[1] - s.basis.shape[0])) for s in self.spans]
@@ -155,34 +151,40 @@ class LowRank(AbstractSpectral):
         ones = torch.ones(len(self.values), dtype=torch.float64)
         return Density.of(torch.cat([self.values.cpu(), values]), torch.cat([ones, counts]))
 
-    def reach(self, flat: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
-        """The part of every row that functions of C answer for: all of it, unless the complement is dropped."""
+    def answered_part(self, flat: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """The part of every row that functions of C act on: all of it, unless the complement is dropped."""
         if not self.dropped:
             return flat
-        inside, out, at = self._inside(flat), torch.empty_like(flat), 0
-        for span in self.spans:
-            part = inside[:, at : at + len(span.basis)].to(span.basis)
-            out[:, self._columns(span.names)] = (part @ span.basis).to(flat)
-            at += len(span.basis)
+        coordinates, out = self._coordinates(flat), torch.empty_like(flat)
+        for span, own in self._span_slices():
+            out[:, self._columns(span.names)] = (coordinates[:, own].to(span.basis) @ span.basis).to(flat)
         return out
 
     # ---------------------------------------------------------------- inner workings
 
-    def _inside(self, flat: Tensor) -> Tensor:
+    def _span_slices(self) -> Iterator[tuple[Span, slice]]:
+        """Every span with the place of its directions among all K."""
+        start = 0
+        for span in self.spans:
+            yield span, slice(start, start + len(span.basis))
+            start += len(span.basis)
+
+    def _coordinates(self, flat: Tensor) -> Tensor:
         """Coordinates along W, [n, K]."""
         parts = [flat[:, self._columns(s.names)].to(s.basis) @ s.basis.T for s in self.spans]
         return torch.cat([p.double() for p in parts], 1)
 
-    def _moved(self, inside: Tensor) -> Tensor:
+    def _multiply_small(self, coordinates: Tensor) -> Tensor:
+        """U diag(values) U^T times coordinates along W."""
         if self.turn is None:
-            return inside * self.values
-        return (inside @ self.turn * self.values) @ self.turn.T
+            return coordinates * self.values
+        return (coordinates @ self.turn * self.values) @ self.turn.T
 
     def _small(self) -> Tensor:
         """U diag(values) U^T, [K, K]."""
         return self.values.diag() if self.turn is None else (self.turn * self.values) @ self.turn.T
 
-    def _restricted(self, decay: Mapping[str, float]) -> Tensor:
+    def _restrict(self, decay: Mapping[str, float]) -> Tensor:
         """W D W^T, [K, K]."""
         parts = []
         for span in self.spans:
@@ -195,17 +197,17 @@ class LowRank(AbstractSpectral):
         blocks: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
         return blocks
 
-    def _cut(self, decay: Mapping[str, float]) -> LowRank:
-        """C + D where D differs between blocks: on the directions cut at its borders it is a small matrix again.
+    def _shift_unevenly(self, decay: Mapping[str, float]) -> LowRank:
+        """C + D where D differs between blocks: directions are cut at the borders, and a small matrix is decomposed.
 
         Each span's W_s = sum_g T_g Q_g with Q_g orthonormal over the blocks of one D; on the span of all Q the matrix
         is T^T (M - rest) T + rest + D, and across it rest + D.
         """
         spans: list[Span] = []
         turns: list[Tensor] = []
-        olds: list[Tensor] = []
+        old_rests: list[Tensor] = []
         for span in self.spans:
-            olds.append(self.values.new_full((len(span.basis),), span.rest))
+            old_rests.append(self.values.new_full((len(span.basis),), span.rest))
             inner = self._inner_columns(span.names)
             pieces = []
             for number in dict.fromkeys(decay[k] for k in span.names):
@@ -217,24 +219,24 @@ class LowRank(AbstractSpectral):
             turns.append(torch.cat(pieces, 1))
         t = torch.block_diag(*turns)  # type: ignore[no-untyped-call]
         rests = torch.cat([self.values.new_full((len(s.basis),), s.rest) for s in spans])
-        return self._decomposed(t.T @ (self._small() - torch.cat(olds).diag()) @ t + rests.diag(), tuple(spans))
+        return self._decompose(t.T @ (self._small() - torch.cat(old_rests).diag()) @ t + rests.diag(), tuple(spans))
 
-    def _decomposed(self, small: Tensor, spans: tuple[Span, ...]) -> LowRank:
+    def _decompose(self, small: Tensor, spans: tuple[Span, ...]) -> LowRank:
         values, turn = torch.linalg.eigh((small + small.T) / 2)
         return replace(self, spans=spans, values=values, turn=turn)
 
     def _inner_columns(self, names: tuple[str, ...]) -> dict[str, slice]:
         """Where each of some blocks lies among the coordinates of these blocks only."""
-        found, at = {}, 0
+        columns, start = {}, 0
         for name in names:
-            found[name] = slice(at, at + self.space.numel(name))
-            at += self.space.numel(name)
-        return found
+            columns[name] = slice(start, start + self.space.numel(name))
+            start += self.space.numel(name)
+        return columns
 
     def _columns(self, names: tuple[str, ...]) -> slice | Tensor:
         """Where some blocks lie in a flat vector."""
         if names == tuple(self.space.blocks):
             return slice(None)
-        where = self.space.slices
+        slices = self.space.slices
         device = self.spans[0].basis.device
-        return torch.cat([torch.arange(where[k].start, where[k].stop, device=device) for k in names])
+        return torch.cat([torch.arange(slices[k].start, slices[k].stop, device=device) for k in names])

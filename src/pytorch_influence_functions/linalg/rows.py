@@ -1,8 +1,8 @@
 """Rows: n vectors in parameter space, and how their inner products are routed.
 
-Per block the route is chosen by a model of floating-point operations *and* bytes moved
-(`theory`: a batch of per-example gradients written out and read back is bandwidth-bound unless
-the sequence is long, so counting operations alone chooses badly). Every route is exact.
+Per block the route is chosen by a model of floating-point operations *and* bytes moved: a batch of per-example
+gradients that is written out and read back is limited by memory bandwidth unless the sequence is long, so operations
+alone would choose badly. Every route is exact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import blocks as _blocks
 from .blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
 from .chunks import chunks
 
-# Operations the machine does in the time it moves one byte; fixed, so that results never depend on timing noise.
+# Operations the machine does in the time it moves one byte. The numbers are fixed: results never depend on timing.
 _OPERATIONS_PER_BYTE = {"cpu": 12.0, "cuda": 100.0}
 # Numbers that stay in a core's cache.
 _CACHED = 1 << 18
@@ -216,7 +216,7 @@ def inner(a: AbstractBlock, b: AbstractBlock, route: Route = Route.AUTO) -> Floa
     chosen = route if route in (Route.GHOST, Route.APPLY, Route.MATERIALISE) else choose_route(a, b)
     if chosen is Route.GHOST and isinstance(b, (Outer, Conv)):
         return _ghost(_as_outer(a), _as_outer(b))
-    # `ghost` against a dense row has no second factor pair: apply is its form there.
+    # A dense row has no second pair of factors, so `ghost` against it means `apply`.
     return _materialise(a, b.dense()) if chosen is Route.MATERIALISE else _apply(a, b.dense())
 
 
@@ -245,20 +245,20 @@ class Rows:
 
     @property
     def numbers(self) -> int:
-        """How many numbers these rows hold in their present form."""
+        """How many numbers these rows take in their present form."""
         return sum(b.numbers for b in self.blocks.values())
 
     def inner(self, other: Rows, route: Route | None = None) -> Float[Tensor, "n m"]:
         """All inner products <self_n, other_m>, each block by its own route."""
         total: Tensor | None = None
         for name, block in self.blocks.items():
-            part = inner(block, other.blocks[name], route or Route.AUTO)
-            total = part if total is None else total.add_(part)
+            products = inner(block, other.blocks[name], route or Route.AUTO)
+            total = products if total is None else total.add_(products)
         assert total is not None
         return total
 
     def against(self, training: Rows, route: Route | None = None) -> Float[Tensor, "n m"]:
-        """<self_n, training_m> for solved queries, routed by the form in which the training rows are held."""
+        """<self_n, training_m> for solved queries, routed by the form of the training rows."""
         return training.inner(self, route).T
 
     def rowwise(self, other: Rows) -> Float[Tensor, " n"]:
@@ -293,7 +293,7 @@ class Rows:
         return torch.stack([b.squared_norms() for b in self.blocks.values()]).sum(0)
 
     def sums(self) -> Float[Tensor, " n"]:
-        """NaN or infinite where anything held for a row is; much cheaper than norms."""
+        """NaN or infinite where any number stored for a row is; much cheaper than norms."""
         return torch.stack([b.sums() for b in self.blocks.values()]).sum(0)
 
     def take(self, index: Tensor | slice) -> Rows:
@@ -310,7 +310,7 @@ class Rows:
         return self.map(lambda _, b: Dense(b.combine(weights.to(b.reference))))
 
     def compact(self) -> Rows:
-        """Each block in whichever of its exact forms holds fewer numbers: what to keep in memory."""
+        """Each block in whichever of its exact forms takes fewer numbers: the form to keep in memory."""
 
         def smaller(_: str, b: AbstractBlock) -> AbstractBlock:
             written_out = len(b) * int(torch.Size(b.shape).numel())

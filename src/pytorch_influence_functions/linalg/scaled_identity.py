@@ -34,8 +34,8 @@ class ScaledIdentity(AbstractSpectral):
 
     def function(self, f: Callable[[Tensor], Tensor]) -> ScaledIdentity:
         scales = self._per_block()
-        new = f(torch.tensor(list(scales.values()), dtype=torch.float64)).tolist()
-        return ScaledIdentity(self.space, dict(zip(scales, new, strict=True)))
+        values = f(torch.tensor(list(scales.values()), dtype=torch.float64)).tolist()
+        return ScaledIdentity(self.space, dict(zip(scales, values, strict=True)))
 
     def shifted(self, decay: Mapping[str, float]) -> ScaledIdentity:
         return ScaledIdentity(self.space, {k: v + decay[k] for k, v in self._per_block().items()})

@@ -64,11 +64,11 @@ class Shift:
 
     def over(self, names: Iterable[str]) -> dict[str, float]:
         """`D` block by block; raises `InvalidInput` unless what is named are exactly these blocks, or none."""
-        names, known = list(names), self._per_block
-        if known and set(known) != set(names):
-            odd = sorted(set(known) ^ set(names))
+        names, numbers = list(names), self._per_block
+        if numbers and set(numbers) != set(names):
+            odd = sorted(set(numbers) ^ set(names))
             raise InvalidInput(f"The weight decay must name every block of the space or none; check {odd[:5]}.")
-        return {name: known.get(name, self.damping) for name in names}
+        return {name: numbers.get(name, self.damping) for name in names}
 
     def apply(self, rows: Rows) -> Rows:
         """`D x` for every row."""

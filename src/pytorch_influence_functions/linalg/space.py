@@ -92,17 +92,17 @@ class Space:
         chosen = _select(model, names, parameters)
         for name in chosen:
             _check_parameter(name, names.parameters[name])
-        strengths = _decays(names, decay)
+        strengths = _decay_strengths(names, decay)
         shapes = {name: tuple(names.parameters[name].shape) for name in chosen}
         blocks = _joint_blocks(model, names, shapes, strengths)
-        held = {p for block in blocks.values() for p in block.parameters}
+        in_joint_blocks = {p for block in blocks.values() for p in block.parameters}
         # Blocks follow the order of the model's parameters, so that flat vectors read like the model.
         first = {block.parameters[0]: block for block in blocks.values()}
         ordered: dict[str, BlockSpec] = {}
         for name, shape in shapes.items():
             if name in first:
                 ordered[first[name].name] = first[name]
-            elif name not in held:
+            elif name not in in_joint_blocks:
                 ordered[name] = BlockSpec(name, (name,), shape or (1,), decay=strengths.get(name, 0.0))
         return cls(ordered, shapes)
 
@@ -124,11 +124,11 @@ class Space:
     @property
     def slices(self) -> dict[str, slice]:
         """Where each block lies in a flat vector."""
-        found, at = {}, 0
+        slices, start = {}, 0
         for name, block in self.blocks.items():
-            found[name] = slice(at, at + block.numel)
-            at += block.numel
-        return found
+            slices[name] = slice(start, start + block.numel)
+            start += block.numel
+        return slices
 
     def numel(self, name: str) -> int:
         """The number of coordinates of a block or of a parameter."""
@@ -141,11 +141,11 @@ class Space:
 
     def values(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The live parameters of `model` in this space, by name, in block order."""
-        found = dict(model.named_parameters(remove_duplicate=False))
-        missing = [name for name in self.names if name not in found]
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        missing = [name for name in self.names if name not in parameters]
         if missing:
-            raise UnknownName(f"The model has no parameter {missing[0]!r}.{nearest(missing[0], found)}")
-        return {name: found[name] for name in self.names}
+            raise UnknownName(f"The model has no parameter {missing[0]!r}.{nearest(missing[0], parameters)}")
+        return {name: parameters[name] for name in self.names}
 
     def rows(self, flat: Float[Tensor, "_ _"]) -> Rows:
         """Rows whose dense blocks are views onto `flat` `[n, P]`; writing to one writes to the other."""
@@ -156,18 +156,18 @@ class Space:
 
     def to_parameters(self, rows: Rows) -> dict[str, Tensor]:
         """Rows as parameter-shaped tensors `[n, *parameter.shape]` by name; inverse of `from_parameters`."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
             values = rows.blocks[name].dense()
             if not block.joint:
-                found[block.parameters[0]] = values.view(len(values), *self.shapes[block.parameters[0]])
+                tensors[block.parameters[0]] = values.view(len(values), *self.shapes[block.parameters[0]])
                 continue
             weight, bias = block.parameters
             matrix = values[..., :-1]
             matrix = matrix.transpose(1, 2) if block.transposed else matrix
-            found[weight] = matrix.reshape(len(values), *self.shapes[weight])
-            found[bias] = values[..., -1]
-        return found
+            tensors[weight] = matrix.reshape(len(values), *self.shapes[weight])
+            tensors[bias] = values[..., -1]
+        return tensors
 
     def from_parameters(self, values: Mapping[str, Float[Tensor, "_ ..."]]) -> Rows:
         """Rows from parameter-shaped tensors `[n, *parameter.shape]`; inverse of `to_parameters`."""
@@ -180,8 +180,8 @@ class Space:
             if part not in values:
                 raise InvalidInput(f"No value was given for parameter {part!r}.{nearest(part, values)}")
             if tuple(values[part].shape[1:]) != self.shapes[part]:
-                got, want = list(values[part].shape), ["n", *self.shapes[part]]
-                raise InvalidInput(f"Parameter {part!r} needs shape {want}, got {got}.")
+                shape, expected = list(values[part].shape), ["n", *self.shapes[part]]
+                raise InvalidInput(f"Parameter {part!r} needs shape {expected}, got {shape}.")
         weight = values[block.parameters[0]]
         if block.joint:
             weight = weight.transpose(1, 2) if block.transposed else weight.flatten(2)
@@ -259,7 +259,7 @@ def _match(model: nn.Module, names: _Names, selector: Selector) -> set[str]:
         if not any(p is selector for p in names.parameters.values()):
             raise InvalidInput(f"A selected tensor of shape {list(selector.shape)} is no parameter of the model.")
     elif callable(selector):
-        return {name for name, p in names.parameters.items() if _wanted(selector, name, p)}
+        return {name for name, p in names.parameters.items() if _selects(selector, name, p)}
     else:
         raise InvalidInput(
             f"parameters= takes patterns, modules, parameters or a predicate, not {type(selector).__name__}."
@@ -267,7 +267,7 @@ def _match(model: nn.Module, names: _Names, selector: Selector) -> set[str]:
     return {name for name, p in names.parameters.items() if id(p) in wanted}
 
 
-def _wanted(predicate: Callable[[str, nn.Parameter], bool], name: str, parameter: nn.Parameter) -> bool:
+def _selects(predicate: Callable[[str, nn.Parameter], bool], name: str, parameter: nn.Parameter) -> bool:
     try:
         return bool(predicate(name, parameter))
     except Exception as cause:
@@ -279,18 +279,18 @@ def _wanted(predicate: Callable[[str, nn.Parameter], bool], name: str, parameter
 
 def _match_pattern(model: nn.Module, names: _Names, pattern: str) -> set[str]:
     modules = {name or ROOT: m for name, m in model.named_modules(remove_duplicate=False)}
-    found = {first for name, first in names.canonical.items() if fnmatchcase(name, pattern)}
+    matches = {first for name, first in names.canonical.items() if fnmatchcase(name, pattern)}
     for name, module in modules.items():
         if name == pattern or (name != ROOT and fnmatchcase(name, pattern)):
             ids = {id(p) for p in module.parameters()}
-            found |= {first for first, p in names.parameters.items() if id(p) in ids}
-    if not found:
+            matches |= {first for first, p in names.parameters.items() if id(p) in ids}
+    if not matches:
         known = [*names.canonical, *(name for name, m in modules.items() if any(True for _ in m.parameters()))]
         hint = nearest(pattern, known)
         if not hint:
             hint = f" There are {', '.join(map(repr, known[:6]))}{', ...' if len(known) > 6 else ''}."
         raise UnknownName(f"The pattern {pattern!r} matches no parameter and no module with parameters.{hint}")
-    return found
+    return matches
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
@@ -305,7 +305,7 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def _decays(names: _Names, decay: Mapping[str, float] | float) -> dict[str, float]:
+def _decay_strengths(names: _Names, decay: Mapping[str, float] | float) -> dict[str, float]:
     """L2 strength by first name."""
     if not isinstance(decay, Mapping):
         decay = dict.fromkeys(names.parameters, float(decay))
@@ -335,7 +335,7 @@ def _joint_blocks(
     decay: Mapping[str, float],
 ) -> dict[str, BlockSpec]:
     """Blocks that hold a weight and its bias together."""
-    found: dict[str, BlockSpec] = {}
+    joint: dict[str, BlockSpec] = {}
     for name, module in model.named_modules():
         transposed = is_conv1d(module)
         if not (transposed or isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))):
@@ -353,5 +353,5 @@ def _joint_blocks(
         shape = shapes[pair[0]]
         matrix = (shape[1], shape[0] + 1) if transposed else (shape[0], math.prod(shape[1:]) + 1)
         block = name or ROOT
-        found[block] = BlockSpec(block, pair, matrix, transposed, strengths.pop())
-    return found
+        joint[block] = BlockSpec(block, pair, matrix, transposed, strengths.pop())
+    return joint

@@ -110,13 +110,13 @@ def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         InvalidInput: the model failed, or there is no tensor to be found.
     """
     try:
-        found = model(*args, **kwargs)
+        returned = model(*args, **kwargs)
     except Exception as cause:
         error = model_failed(cause, args, kwargs)
         if error is cause:
             raise
         raise error from cause
-    result = found
+    result = returned
     if not isinstance(result, Tensor):
         if isinstance(result, Mapping) and "logits" in result:
             result = result["logits"]
@@ -126,7 +126,7 @@ def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             result = result[0]
     if not isinstance(result, Tensor):
         raise InvalidInput(
-            f"The model returned {type(found).__name__}, expected a tensor, an object with .logits, or a "
+            f"The model returned {type(returned).__name__}, expected a tensor, an object with .logits, or a "
             "tuple starting with a tensor; wrap the model so that it returns its outputs."
         )
     return result
@@ -143,17 +143,17 @@ def check_batch(outputs: Tensor, targets: Any, ids: Tensor) -> Tensor:
     """
     n = len(ids)
     check_outputs(outputs, ids)
-    found = as_tensor_targets(targets)
-    if found.dim() == 0 or found.shape[0] != n:
+    labels = as_tensor_targets(targets)
+    if labels.dim() == 0 or labels.shape[0] != n:
         raise InvalidInput(
-            f"The targets have shape {tuple(found.shape)} for {n} examples (dataset indices "
+            f"The targets have shape {tuple(labels.shape)} for {n} examples (dataset indices "
             f"{name_ids(ids.tolist())}); expected one target per example along the first axis."
         )
-    if found.device != outputs.device:
+    if labels.device != outputs.device:
         raise InvalidInput(
-            f"The targets lie on {found.device} and the outputs on {outputs.device}; move both to one device."
+            f"The targets lie on {labels.device} and the outputs on {outputs.device}; move both to one device."
         )
-    return found
+    return labels
 
 
 def check_outputs(outputs: Tensor, ids: Tensor) -> None:
@@ -171,10 +171,9 @@ def check_outputs(outputs: Tensor, ids: Tensor) -> None:
 
 
 def offenders(bad: Tensor, ids: Tensor) -> str:
-    """Dataset indices, in words, of the examples where `bad` ([n, ...]) is true anywhere."""
-    found = bad.reshape(len(ids), -1).any(1).to(ids.device)
-    named = ids[found].tolist()
-    return f"dataset {'index' if len(named) == 1 else 'indices'} {name_ids(named)}"
+    """The dataset indices, as text, of the examples where `bad` ([n, ...]) is true anywhere."""
+    bad_ids = ids[bad.reshape(len(ids), -1).any(1).to(ids.device)].tolist()
+    return f"dataset {'index' if len(bad_ids) == 1 else 'indices'} {name_ids(bad_ids)}"
 
 
 def check_labels(targets: Tensor, classes: int, ids: Tensor, ignore_index: int | None = None) -> None:
@@ -236,7 +235,7 @@ class AbstractObjective(ABC):
 
     @abstractmethod
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
-        """Refuse outputs and targets this objective cannot mean.
+        """Refuse outputs and targets that do not fit this objective.
 
         Args:
             outputs: from `outputs`.
@@ -254,21 +253,21 @@ class AbstractObjective(ABC):
         return hash(_key(self))
 
     def __repr__(self) -> str:
-        shown = []
+        settings = []
         for name, value, default in _settings(self):
             if isinstance(value, Tensor):
-                shown.append(f"{name}={_short(value)}")
+                settings.append(f"{name}={_format_tensor(value)}")
             elif default is MISSING or value != default:
-                called = getattr(value, "__name__", None) if callable(value) else None
-                shown.append(f"{name}={called or repr(value)}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+                function_name = getattr(value, "__name__", None) if callable(value) else None
+                settings.append(f"{name}={function_name or repr(value)}")
+        return f"{type(self).__name__}({', '.join(settings)})"
 
 
 def _settings(objective: AbstractObjective) -> list[tuple[str, Any, Any]]:
     """Name, value and default of every field; an objective that is no dataclass has its attributes."""
-    found: Any = objective
-    if is_dataclass(found):
-        return [(f.name, getattr(found, f.name), f.default) for f in fields(found)]
+    record: Any = objective
+    if is_dataclass(record):
+        return [(f.name, getattr(record, f.name), f.default) for f in fields(record)]
     return [(name, value, MISSING) for name, value in vars(objective).items()]
 
 
@@ -279,7 +278,7 @@ def _key(objective: AbstractObjective) -> tuple[Any, ...]:
     )
 
 
-def _short(value: Tensor) -> str:
+def _format_tensor(value: Tensor) -> str:
     numbers = [f"{x:g}" for x in value.flatten()[:6].tolist()]
     return f"[{', '.join(numbers)}{', …' if value.numel() > 6 else ''}]"
 

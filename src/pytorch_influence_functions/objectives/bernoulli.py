@@ -1,4 +1,4 @@
-"""Yes or no, once or several times per example."""
+"""Binary decisions, one or several per example."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .base import (
     with_targets,
 )
 from .draws import Randomness, draw
-from .likelihoods import _check_weight, _diagonal_root, fitted
+from .likelihoods import check_weight, diagonal_root, match_shape
 
 
 @final
@@ -59,15 +59,15 @@ class Bernoulli(AbstractLikelihood):
     def __post_init__(self) -> None:
         for name, value in (("weight", self.weight), ("pos_weight", self.pos_weight)):
             if value is not None:
-                _check_weight("output" if name == "weight" else "positive", torch.as_tensor(value))
+                check_weight("output" if name == "weight" else "positive", torch.as_tensor(value))
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         args, kwargs, _ = inputs_and_targets(batch)
-        found = call_model(model, args, kwargs)
-        return _logits(found) if self.from_probabilities else found
+        outputs = call_model(model, args, kwargs)
+        return _logits(outputs) if self.from_probabilities else outputs
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        y = fitted(outputs, tensor_targets(batch), "Bernoulli()")
+        y = match_shape(outputs, tensor_targets(batch), "Bernoulli()")
         yes, no = self._factors(outputs, y)
         loss = -yes * F.logsigmoid(outputs) - no * F.logsigmoid(-outputs)
         return loss.reshape(len(outputs), -1).sum(1)
@@ -79,7 +79,7 @@ class Bernoulli(AbstractLikelihood):
                 f"The outputs at {offenders(bad, ids)} are not probabilities from 0 to 1, which BCELoss and "
                 "from_probabilities=True expect; use Bernoulli() or BCEWithLogitsLoss() for logits."
             )
-        y = fitted(outputs, targets, "Bernoulli()")
+        y = match_shape(outputs, targets, "Bernoulli()")
         if bool((bad := ~((y >= 0) & (y <= 1))).any()):
             raise InvalidInput(
                 f"Target {float(y[bad][0]):g} at {offenders(bad, ids)} is not from 0 to 1; "
@@ -89,17 +89,17 @@ class Bernoulli(AbstractLikelihood):
 
     def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         targets = tensor_targets(batch)
-        drawn = draw(outputs, generator) < outputs.sigmoid()
-        return with_targets(batch, drawn.reshape(targets.shape).to(targets.dtype))
+        labels = draw(outputs, generator) < outputs.sigmoid()
+        return with_targets(batch, labels.reshape(targets.shape).to(targets.dtype))
 
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
-        drawn = (draw(outputs, generator) < outputs.sigmoid()).to(outputs.dtype)
-        return self._size(outputs, batch).sqrt() * (outputs.sigmoid() - drawn)
+        labels = (draw(outputs, generator) < outputs.sigmoid()).to(outputs.dtype)
+        return self._size(outputs, batch).sqrt() * (outputs.sigmoid() - labels)
 
     def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
-        return _diagonal_root(self._diagonal(outputs, batch).sqrt())
+        return diagonal_root(self._diagonal(outputs, batch).sqrt())
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
         return math.prod(outputs.shape[1:])
@@ -113,7 +113,7 @@ class Bernoulli(AbstractLikelihood):
         return self._size(outputs, batch) * outputs.sigmoid() * (-outputs).sigmoid()
 
     def _size(self, outputs: Tensor, batch: Batch) -> Tensor:
-        yes, no = self._factors(outputs, fitted(outputs, tensor_targets(batch), "Bernoulli()"))
+        yes, no = self._factors(outputs, match_shape(outputs, tensor_targets(batch), "Bernoulli()"))
         return yes + no
 
     def _factors(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,9 +123,9 @@ class Bernoulli(AbstractLikelihood):
         return weight * _per_output(self.pos_weight, "pos_weight", outputs) * y, weight * (1 - y)
 
 
-def _per_output(given: Tensor | float | None, name: str, outputs: Tensor) -> Tensor:
+def _per_output(factor: Tensor | float | None, name: str, outputs: Tensor) -> Tensor:
     """A factor that broadcasts against an example's outputs."""
-    value = torch.as_tensor(1.0 if given is None else given, dtype=outputs.dtype, device=outputs.device)
+    value = torch.as_tensor(1.0 if factor is None else factor, dtype=outputs.dtype, device=outputs.device)
     if value.numel() == 1:
         return value.reshape(())
     try:

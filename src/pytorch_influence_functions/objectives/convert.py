@@ -1,4 +1,4 @@
-"""From what people train with, `torch.nn` losses and functions, to objectives."""
+"""Objectives from `torch.nn` losses and from functions of outputs and targets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_objective(loss: Any) -> AbstractObjective:
 
     `CrossEntropyLoss`, `NLLLoss`, `MSELoss`, `BCEWithLogitsLoss` and `BCELoss` become likelihoods with the
     same settings; every other loss module or function of (outputs, targets) is wrapped in `FromFunction`.
-    Whatever the module's reduction, the result speaks of single examples; with several outputs per example
+    Whatever the module's reduction, the objective gives one number per example; with several outputs per example
     "sum" adds them up, "mean" and "none" average them.
 
     `NLLLoss` becomes `CrossEntropy`: log-probabilities have logsumexp 0, whatever the parameters, so
@@ -45,8 +45,8 @@ def as_objective(loss: Any) -> AbstractObjective:
         raise InvalidInput(f"The loss is the class {loss.__name__}; {hint}.")
     if isinstance(loss, nn.Module):
         # Subclasses may compute something else, so the type must be the very one.
-        made = _MODULES.get(type(loss))
-        return made(loss) if made is not None else FromFunction(_averaged(loss))
+        convert = _MODULES.get(type(loss))
+        return convert(loss) if convert is not None else FromFunction(_with_mean_reduction(loss))
     if not callable(loss):
         raise InvalidInput(
             f"The loss is {loss!r} of type {type(loss).__name__}; expected an objective such as "
@@ -55,25 +55,25 @@ def as_objective(loss: Any) -> AbstractObjective:
     return _FUNCTIONS.get(loss) or FromFunction(loss)
 
 
-def _averaged(loss: nn.Module) -> nn.Module:
+def _with_mean_reduction(loss: nn.Module) -> nn.Module:
     """The module, returning one number: without reduction it would return one per output, not per example."""
     if not isinstance(loss, nn.modules.loss._Loss) or getattr(loss, "reduction", None) != "none":
         return loss
-    made = copy.copy(loss)
-    made.reduction = "mean"
-    return made
+    averaging = copy.copy(loss)
+    averaging.reduction = "mean"
+    return averaging
 
 
-def _value(tensor: Tensor | None) -> Tensor | None:
+def _detach(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
 def _cross_entropy(loss: Any) -> AbstractObjective:
-    return CrossEntropy(_value(loss.weight), loss.label_smoothing, loss.ignore_index)
+    return CrossEntropy(_detach(loss.weight), loss.label_smoothing, loss.ignore_index)
 
 
 def _nll(loss: Any) -> AbstractObjective:
-    return CrossEntropy(_value(loss.weight), 0.0, loss.ignore_index, from_log_probabilities=True)
+    return CrossEntropy(_detach(loss.weight), 0.0, loss.ignore_index, from_log_probabilities=True)
 
 
 def _squared(loss: Any) -> AbstractObjective:
@@ -83,8 +83,8 @@ def _squared(loss: Any) -> AbstractObjective:
 def _bce(loss: Any) -> AbstractObjective:
     average = loss.reduction != "sum"
     if type(loss) is nn.BCELoss:
-        return Bernoulli(_value(loss.weight), average=average, from_probabilities=True)
-    return Bernoulli(_value(loss.weight), _value(loss.pos_weight), average=average)
+        return Bernoulli(_detach(loss.weight), average=average, from_probabilities=True)
+    return Bernoulli(_detach(loss.weight), _detach(loss.pos_weight), average=average)
 
 
 _MODULES: dict[type[nn.Module], Callable[[Any], AbstractObjective]] = {

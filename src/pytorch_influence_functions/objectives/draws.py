@@ -30,7 +30,7 @@ class Keyed:
     def uniform(self, shape: torch.Size) -> Tensor:
         """Numbers in (0, 1), float64, one row per example."""
         n, per = shape[0], math.prod(shape[1:])
-        key = _mixed(_mixed(self.ids.long() + self.seed * _SEEDS)[:, None] + torch.arange(per, device=self.ids.device))
+        key = _mix(_mix(self.ids.long() + self.seed * _SEEDS)[:, None] + torch.arange(per, device=self.ids.device))
         # 53 random bits, and a half so that neither end is reached.
         return (((key >> 11) & ((1 << 53) - 1)).double().add_(0.5) * 2.0**-53).reshape(n, *shape[1:])
 
@@ -38,15 +38,15 @@ class Keyed:
 _SEEDS = 0x632BE5AB
 
 
-def _mixed(x: Tensor) -> Tensor:
+def _mix(x: Tensor) -> Tensor:
     """SplitMix64's output function: neighbouring inputs give unrelated outputs. Multiplication wraps around."""
     x = x * _GOLDEN + _GOLDEN
-    x = (x ^ _shifted(x, 30)) * _MIX1
-    x = (x ^ _shifted(x, 27)) * _MIX2
-    return x ^ _shifted(x, 31)
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
 
 
-def _shifted(x: Tensor, by: int) -> Tensor:
+def _shift_right(x: Tensor, by: int) -> Tensor:
     """A logical shift to the right."""
     return (x >> by) & ((1 << (64 - by)) - 1)
 
@@ -55,14 +55,14 @@ Randomness: TypeAlias = torch.Generator | Keyed | None
 
 
 def draw(like: Tensor, source: Randomness, normal: bool = False) -> Tensor:
-    """Uniform or normal numbers shaped like `like`, drawn where the source lives, then moved."""
+    """Uniform or normal numbers shaped like `like`, drawn on the source's device and moved to that of `like`."""
     # Half precision has too few uniform numbers for rare classes.
     dtype = torch.promote_types(like.dtype, torch.float32)
     if isinstance(source, Keyed):
-        made = source.uniform(like.shape)
+        numbers = source.uniform(like.shape)
         if normal:
-            made = torch.special.ndtri(made)
-        return made.to(device=like.device, dtype=dtype)
+            numbers = torch.special.ndtri(numbers)
+        return numbers.to(device=like.device, dtype=dtype)
     device = like.device if source is None else source.device
-    make = torch.randn if normal else torch.rand
-    return make(like.shape, generator=source, dtype=dtype, device=device).to(like.device)
+    sample = torch.randn if normal else torch.rand
+    return sample(like.shape, generator=source, dtype=dtype, device=device).to(like.device)

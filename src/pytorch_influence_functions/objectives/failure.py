@@ -12,36 +12,35 @@ from torch import Tensor, nn
 from ..core.errors import InfluenceError, InvalidInput, first_line
 
 # What torch writes when numbers of two types meet.
-_TYPE_WORDS = ("dtype", "same type", "scalar type", "expected scalar")
+_TYPE_PHRASES = ("dtype", "same type", "scalar type", "expected scalar")
 
 
 def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exception:
     """The error to raise for `cause`, met in the model's forward pass.
 
-    Names the innermost layer that was running and the shapes it all began with. Out of memory, and what is a sentence
-    already, stays as it is: those who can act on it look for its type.
+    It names the innermost layer that was running and the shapes of the model's inputs. Out-of-memory errors and errors
+    of this library are returned as they are, because callers look for their type.
     """
     if isinstance(cause, (InfluenceError, torch.OutOfMemoryError, MemoryError)):
         return cause
     layer, where = _innermost(cause.__traceback__)
     floats = _first_float(layer)
-    given = None if floats is None else _misfit(floats.dtype, [t for _, t in _tensors(args, kwargs)])
-    reason = first_line(cause)
-    seen = _shapes(args, kwargs)
+    odd_input = None if floats is None else _find_misfit(floats.dtype, [t for _, t in _tensors(args, kwargs)])
+    shapes = _describe_shapes(args, kwargs)
     if (
         floats is not None
-        and given is not None
-        and any(word in str(cause) for word in _TYPE_WORDS)
+        and odd_input is not None
+        and any(phrase in str(cause) for phrase in _TYPE_PHRASES)
         and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
     ):
-        there = f"the model's {where}" if where else "the model"
+        place = f"the model's {where}" if where else "the model"
         return InvalidInput(
-            f"The data are {given.dtype} (inputs of shape {seen}) and {there} is {floats.dtype}; "
-            f"{_conversion(given.dtype, floats.dtype)}."
+            f"The data are {odd_input.dtype} (inputs of shape {shapes}) and {place} is {floats.dtype}; "
+            f"{_suggest_conversion(odd_input.dtype, floats.dtype)}."
         )
     return InvalidInput(
-        f"The model failed{f' at {where}' if where else ''} on inputs of shape {seen} "
-        f"({type(cause).__name__}: {reason}); {_way_out(cause, layer)}."
+        f"The model failed{f' at {where}' if where else ''} on inputs of shape {shapes} "
+        f"({type(cause).__name__}: {first_line(cause)}); {_way_out(cause, layer)}."
     )
 
 
@@ -66,10 +65,10 @@ def _innermost(trace: TracebackType | None) -> tuple[nn.Module | None, str]:
     running: list[nn.Module] = []
     while trace is not None:
         code = trace.tb_frame.f_code
-        # The first argument of a method is the module itself, whatever it is called.
-        mine = trace.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(mine, nn.Module):
-            running.append(mine)
+        # The first argument of a method is the module itself, whatever its name.
+        owner = trace.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module):
+            running.append(owner)
         trace = trace.tb_next
     if not running:
         return None, ""
@@ -83,7 +82,7 @@ def _first_float(layer: nn.Module | None) -> Tensor | None:
     return next((p for p in parameters if p.is_floating_point()), None)
 
 
-def _misfit(dtype: torch.dtype, inputs: list[Tensor]) -> Tensor | None:
+def _find_misfit(dtype: torch.dtype, inputs: list[Tensor]) -> Tensor | None:
     """The input of another type than a layer's; whole numbers are suspected only where nothing else was given."""
     other = [t for t in inputs if t.dtype != dtype]
     return next((t for t in other if t.is_floating_point()), other[0] if len(inputs) == len(other) == 1 else None)
@@ -95,9 +94,9 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple
     yield from ((f"{name} ", value) for name, value in kwargs.items() if isinstance(value, Tensor))
 
 
-def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    found = [f"{name}{tuple(value.shape)}" for name, value in _tensors(args, kwargs)]
-    return ", ".join(found) if found else "none (no tensor)"
+def _describe_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    shapes = [f"{name}{tuple(value.shape)}" for name, value in _tensors(args, kwargs)]
+    return ", ".join(shapes) if shapes else "none (no tensor)"
 
 
 _METHODS = {torch.float64: "double", torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
@@ -107,7 +106,7 @@ def _to(dtype: torch.dtype) -> str:
     return f".{_METHODS[dtype]}()" if dtype in _METHODS else f".to({dtype})"
 
 
-def _conversion(data: torch.dtype, model: torch.dtype) -> str:
+def _suggest_conversion(data: torch.dtype, model: torch.dtype) -> str:
     """Which side to convert: weights cannot be whole numbers."""
     if not data.is_floating_point:
         return f"convert the data with {_to(model)} in the dataset"

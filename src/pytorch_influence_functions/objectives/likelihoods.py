@@ -1,4 +1,4 @@
-"""Losses whose Hessian in the outputs is known in closed form: classes, tokens, real numbers, yes or no."""
+"""Losses whose Hessian in the outputs is known in closed form: classes, tokens, real numbers, binary decisions."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class CrossEntropy(AbstractLikelihood):
                 raise InvalidInput(
                     f"The class weights have shape {tuple(self.weight.shape)}, expected [C], one number per class."
                 )
-            _check_weight("class", self.weight)
+            check_weight("class", self.weight)
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         args, kwargs, _ = inputs_and_targets(batch)
@@ -121,7 +121,7 @@ class CrossEntropy(AbstractLikelihood):
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
         targets = self._targets(outputs, batch)
-        logp = _last(outputs).log_softmax(-1)
+        logp = _classes_last(outputs).log_softmax(-1)
         weight, classes = self._weight(outputs), outputs.shape[1]
         if targets.dtype.is_floating_point:
             return -(self._coefficients(outputs, targets) * logp).sum(-1).mean(1)
@@ -148,9 +148,9 @@ class CrossEntropy(AbstractLikelihood):
                 f"The target probabilities at {offenders(bad, ids)} are negative or NaN; expected numbers from 0 to 1."
             )
         if self.from_log_probabilities:
-            # What rounding allows: three digits in single precision.
-            room = max(torch.finfo(outputs.dtype).eps ** 0.5, 1e-3)
-            if bool((bad := ~(outputs.logsumexp(1).abs() <= room)).any()):
+            # Rounding leaves three digits in single precision.
+            allowed = max(torch.finfo(outputs.dtype).eps ** 0.5, 1e-3)
+            if bool((bad := ~(outputs.logsumexp(1).abs() <= allowed)).any()):
                 raise InvalidInput(
                     f"The outputs at {offenders(bad, ids)} are not log-probabilities, which NLLLoss and "
                     "from_log_probabilities=True expect; end the model with log_softmax, or use "
@@ -159,20 +159,21 @@ class CrossEntropy(AbstractLikelihood):
 
     def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         targets = tensor_targets(batch)
-        drawn = _softmax_sample(_last(outputs).softmax(-1), generator).reshape(outputs.shape[:1] + outputs.shape[2:])
+        shape = outputs.shape[:1] + outputs.shape[2:]
+        labels = _softmax_sample(_classes_last(outputs).softmax(-1), generator).reshape(shape)
         if targets.is_floating_point():
-            return with_targets(batch, F.one_hot(drawn, outputs.shape[1]).movedim(-1, 1).to(targets.dtype))
-        return with_targets(batch, torch.where(targets == self.ignore_index, targets, drawn.to(targets.dtype)))
+            return with_targets(batch, F.one_hot(labels, outputs.shape[1]).movedim(-1, 1).to(targets.dtype))
+        return with_targets(batch, torch.where(targets == self.ignore_index, targets, labels.to(targets.dtype)))
 
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
-        made = _softmax_cotangent(_last(outputs), self._factor(outputs, batch), generator)
-        return made.movedim(-1, 1).reshape(outputs.shape)
+        cotangent = _softmax_cotangent(_classes_last(outputs), self._factor(outputs, batch), generator)
+        return cotangent.movedim(-1, 1).reshape(outputs.shape)
 
     def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
-        made = _softmax_root(_last(outputs), self._factor(outputs, batch))
-        return made.movedim(-1, 2).reshape(-1, *outputs.shape)
+        root = _softmax_root(_classes_last(outputs), self._factor(outputs, batch))
+        return root.movedim(-1, 2).reshape(-1, *outputs.shape)
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
         return math.prod(outputs.shape[1:])
@@ -180,8 +181,8 @@ class CrossEntropy(AbstractLikelihood):
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
     ) -> Float[Tensor, "n *out"]:
-        made = _softmax_product(_last(outputs), self._factor(outputs, batch), _last(v))
-        return made.movedim(-1, 1).reshape(outputs.shape)
+        product = _softmax_product(_classes_last(outputs), self._factor(outputs, batch), _classes_last(v))
+        return product.movedim(-1, 1).reshape(outputs.shape)
 
     def _weight(self, outputs: Tensor) -> Tensor | None:
         return None if self.weight is None else self.weight.to(outputs)
@@ -195,7 +196,7 @@ class CrossEntropy(AbstractLikelihood):
     def _coefficients(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, "n l c"]:
         """a_c where targets are probabilities."""
         even = self.label_smoothing / outputs.shape[1]
-        a = _last(targets.to(outputs.dtype)) * (1 - self.label_smoothing) + even
+        a = _classes_last(targets.to(outputs.dtype)) * (1 - self.label_smoothing) + even
         weight = self._weight(outputs)
         return a if weight is None else a * weight
 
@@ -217,40 +218,40 @@ class CrossEntropy(AbstractLikelihood):
     def _targets(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The targets, if their shape fits; shapes are known even under transforms."""
         targets = tensor_targets(batch)
-        shape, seen = tuple(outputs.shape), tuple(targets.shape)
+        shape, target_shape = tuple(outputs.shape), tuple(targets.shape)
         if len(shape) < 2 or shape[1] < 2:
             raise InvalidInput(
                 f"CrossEntropy() got outputs of shape {shape}, expected [n, C] with two classes or more; "
                 "for one logit per example use Bernoulli()."
             )
-        if is_integer(targets) and seen == shape[:1] + shape[2:]:
+        if is_integer(targets) and target_shape == shape[:1] + shape[2:]:
             return targets
-        if not is_integer(targets) and seen == shape:
+        if not is_integer(targets) and target_shape == shape:
             return targets
-        raise InvalidInput(_misfit(shape, seen, targets))
+        raise InvalidInput(_describe_misfit(shape, target_shape, targets))
 
 
-def _misfit(shape: tuple[int, ...], seen: tuple[int, ...], targets: Tensor) -> str:
-    """Why CrossEntropy cannot read these targets, with the way out that fits."""
-    what = f"CrossEntropy() got targets of shape {seen} and type {targets.dtype} for outputs of shape {shape}"
+def _describe_misfit(shape: tuple[int, ...], target_shape: tuple[int, ...], targets: Tensor) -> str:
+    """Why CrossEntropy cannot read these targets, and what to do about it."""
+    what = f"CrossEntropy() got targets of shape {target_shape} and type {targets.dtype} for outputs of shape {shape}"
     labels = shape[:1] + shape[2:]
-    if seen == labels:
+    if target_shape == labels:
         return f"{what}; class numbers must be integers, so convert them with .long()."
-    if seen == shape:
+    if target_shape == shape:
         return f"{what}; one-hot targets must be floating point, so convert them with .float()."
-    if len(shape) == 3 and seen == shape[:2]:
+    if len(shape) == 3 and target_shape == shape[:2]:
         return f"{what}; for one class per token, outputs [n, T, C], use TokenCrossEntropy()."
-    if seen == (*labels, 1):
+    if target_shape == (*labels, 1):
         return f"{what}; remove the last axis of the targets with .squeeze(-1)."
     return f"{what}; expected class numbers of shape {labels} or probabilities of shape {shape}."
 
 
-def _last(outputs: Tensor) -> Float[Tensor, "n l c"]:
+def _classes_last(outputs: Tensor) -> Float[Tensor, "n l c"]:
     """[n, C, d1, ...] as [n, positions, C]."""
     return outputs.reshape(*outputs.shape[:2], -1).movedim(1, -1)
 
 
-def _check_weight(name: str, weight: Tensor) -> None:
+def check_weight(name: str, weight: Tensor) -> None:
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
         raise InvalidInput(f"A {name} weight is negative or not finite; weights must be 0 or more.")
 
@@ -306,20 +307,20 @@ class TokenCrossEntropy(AbstractLikelihood):
         tensor([[0.0000, 0.3466, 0.3466]])
         """
         parts = self._parts(outputs, batch)
-        # Outputs at t speak of token t + 1; the last of them, of nothing.
+        # Outputs at t predict token t + 1; the last of them predicts nothing.
         return torch.cat([parts[:, -1:], parts[:, :-1]], 1) if self.shift else parts
 
     def _parts(self, outputs: Tensor, batch: Batch) -> Tensor:
         label, factor = self._labels(outputs, batch)
-        picked = outputs.log_softmax(-1).gather(-1, label[..., None])[..., 0]
+        logp = outputs.log_softmax(-1).gather(-1, label[..., None])[..., 0]
         # `where` rather than a product: 0 · inf would be NaN at a token that does not count.
-        return torch.where(factor > 0, -picked * factor, torch.zeros_like(picked))
+        return torch.where(factor > 0, -logp * factor, torch.zeros_like(logp))
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         targets = check_batch(outputs, self._split(batch)[2], ids)
         _, factor = self._labels(outputs, batch)
-        used = targets[:, 1:] if self.shift else targets
-        check_labels(used, outputs.shape[-1], ids, self.ignore_index)
+        predicted = targets[:, 1:] if self.shift else targets
+        check_labels(predicted, outputs.shape[-1], ids, self.ignore_index)
         if bool((bad := factor.sum(1) == 0).any()):
             raise InvalidInput(
                 f"The sequences at {offenders(bad, ids)} have no token to predict (all are ignore_index="
@@ -329,11 +330,11 @@ class TokenCrossEntropy(AbstractLikelihood):
 
     def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         targets: Tensor = self._split(batch)[2]
-        drawn = _softmax_sample(outputs.softmax(-1), generator).to(targets.dtype)
+        labels = _softmax_sample(outputs.softmax(-1), generator).to(targets.dtype)
         if self.shift:
-            # Position t speaks of token t + 1; of the first token nothing speaks.
-            drawn = torch.cat([targets[:, :1], drawn[:, :-1]], 1)
-        return with_targets(batch, torch.where(targets == self.ignore_index, targets, drawn))
+            # Position t predicts token t + 1; nothing predicts the first token.
+            labels = torch.cat([targets[:, :1], labels[:, :-1]], 1)
+        return with_targets(batch, torch.where(targets == self.ignore_index, targets, labels))
 
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
@@ -370,9 +371,9 @@ class TokenCrossEntropy(AbstractLikelihood):
                 "per token; for one label per example use CrossEntropy()."
             )
         if not isinstance(targets, Tensor) or not is_integer(targets) or tuple(targets.shape) != shape[:2]:
-            seen = f"{tuple(targets.shape)} and type {targets.dtype}" if isinstance(targets, Tensor) else "none"
+            described = f"{tuple(targets.shape)} and type {targets.dtype}" if isinstance(targets, Tensor) else "none"
             raise InvalidInput(
-                f"TokenCrossEntropy() got targets of shape {seen} for outputs of shape {shape}; "
+                f"TokenCrossEntropy() got targets of shape {described} for outputs of shape {shape}; "
                 f"expected integers of shape {shape[:2]}, one class number per token."
             )
         label = targets.long()
@@ -415,12 +416,12 @@ class SquaredError(AbstractLikelihood):
         return call_model(model, args, kwargs)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        error = outputs - fitted(outputs, tensor_targets(batch), "SquaredError()")
+        error = outputs - match_shape(outputs, tensor_targets(batch), "SquaredError()")
         total: Tensor = error.pow(2).reshape(len(outputs), -1).sum(1)
         return 0.5 * self._scale(outputs) * total
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
-        fitted(outputs, check_batch(outputs, inputs_and_targets(batch)[2], ids), "SquaredError()")
+        match_shape(outputs, check_batch(outputs, inputs_and_targets(batch)[2], ids), "SquaredError()")
 
     def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
         shape = tensor_targets(batch).shape
@@ -433,7 +434,7 @@ class SquaredError(AbstractLikelihood):
         return draw(outputs, generator, normal=True).to(outputs.dtype) * math.sqrt(self._scale(outputs))
 
     def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
-        return _diagonal_root(torch.full_like(outputs, math.sqrt(self._scale(outputs))))
+        return diagonal_root(torch.full_like(outputs, math.sqrt(self._scale(outputs))))
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
         return math.prod(outputs.shape[1:])
@@ -448,24 +449,25 @@ class SquaredError(AbstractLikelihood):
         return (1.0 if self.half else 2.0) / (math.prod(outputs.shape[1:]) if self.average else 1)
 
 
-def fitted(outputs: Tensor, targets: Num[Tensor, "..."] | Tensor, name: str) -> Tensor:
+def match_shape(outputs: Tensor, targets: Num[Tensor, "..."] | Tensor, name: str) -> Tensor:
     """Targets with the shape and type of the outputs, where an example has as many numbers.
 
     Raises:
-        InvalidInput: it has not, or its axes are in another order.
+        InvalidInput: an example has another number of targets, or their axes are in another order.
     """
-    shape, seen = tuple(outputs.shape), tuple(targets.shape)
-    long, wide = [d for d in shape[1:] if d != 1], [d for d in seen[1:] if d != 1]
-    transposed = len(long) == len(wide) > 1 and long != wide
-    if not seen or seen[0] != shape[0] or math.prod(seen) != math.prod(shape) or transposed:
-        hint = "; for one class number per example use CrossEntropy()" if len(shape) == 2 and len(seen) == 1 else ""
+    shape, target_shape = tuple(outputs.shape), tuple(targets.shape)
+    axes, target_axes = [d for d in shape[1:] if d != 1], [d for d in target_shape[1:] if d != 1]
+    transposed = len(axes) == len(target_axes) > 1 and axes != target_axes
+    if not target_shape or target_shape[0] != shape[0] or math.prod(target_shape) != math.prod(shape) or transposed:
+        labels = len(shape) == 2 and len(target_shape) == 1
+        hint = "; for one class number per example use CrossEntropy()" if labels else ""
         raise InvalidInput(
-            f"{name} got targets of shape {seen} for outputs of shape {shape}; expected as many numbers per "
+            f"{name} got targets of shape {target_shape} for outputs of shape {shape}; expected as many numbers per "
             f"example, in the same order{hint}."
         )
     return targets.to(outputs.dtype).reshape(shape)
 
 
-def _diagonal_root(values: Float[Tensor, "n *out"]) -> Float[Tensor, "k n *out"]:
+def diagonal_root(values: Float[Tensor, "n *out"]) -> Float[Tensor, "k n *out"]:
     """Column k holds the k-th number of every example, at its place."""
     return torch.diag_embed(values.reshape(len(values), -1)).movedim(1, 0).reshape(-1, *values.shape)

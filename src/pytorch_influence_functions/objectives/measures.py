@@ -1,4 +1,4 @@
-"""What is looked at rather than trained on: margins, logits, and any function of outputs and targets."""
+"""Measures of a model on an example beside its training loss: margins, logits, any function of outputs and targets."""
 
 from __future__ import annotations
 
@@ -55,17 +55,16 @@ class Margin(AbstractObjective):
         return call_model(model, args, kwargs)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        y = _plain_labels(outputs, tensor_targets(batch), "Margin()")
+        y = _class_labels(outputs, tensor_targets(batch), "Margin()")
         if _is_single(outputs):
-            return _signed(outputs, y)
-        # The target is masked out before logsumexp: log(1 - p) from p would lose all digits where p is near
-        # 1.
+            return _apply_label_sign(outputs, y)
+        # The target is masked out before logsumexp: log(1 - p) from p would lose all digits where p is near 1.
         own = torch.arange(outputs.shape[1], device=y.device) == y[:, None]
         others = torch.where(own, torch.full_like(outputs, -torch.inf), outputs)
-        return _picked(outputs, y) - others.logsumexp(1)
+        return _target_outputs(outputs, y) - others.logsumexp(1)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
-        _check_plain(outputs, batch, ids, "Margin()")
+        _check_class_labels(outputs, batch, ids, "Margin()")
 
 
 @final
@@ -85,37 +84,37 @@ class Logit(AbstractObjective):
         return call_model(model, args, kwargs)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        y = _plain_labels(outputs, tensor_targets(batch), "Logit()")
-        return _signed(outputs, y) if _is_single(outputs) else _picked(outputs, y)
+        y = _class_labels(outputs, tensor_targets(batch), "Logit()")
+        return _apply_label_sign(outputs, y) if _is_single(outputs) else _target_outputs(outputs, y)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
-        _check_plain(outputs, batch, ids, "Logit()")
+        _check_class_labels(outputs, batch, ids, "Logit()")
 
 
 def _is_single(outputs: Tensor) -> bool:
     return outputs.dim() == 1 or (outputs.dim() == 2 and outputs.shape[1] == 1)
 
 
-def _signed(outputs: Tensor, y: Tensor) -> Tensor:
+def _apply_label_sign(outputs: Tensor, y: Tensor) -> Tensor:
     return outputs.reshape(-1) * (2 * y - 1).to(outputs.dtype)
 
 
-def _picked(outputs: Tensor, y: Tensor) -> Tensor:
+def _target_outputs(outputs: Tensor, y: Tensor) -> Tensor:
     return outputs.gather(1, y[:, None])[:, 0]
 
 
-def _plain_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
+def _class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     """Class numbers [n], if outputs and targets are one decision per example."""
-    shape, seen, n = tuple(outputs.shape), tuple(targets.shape), outputs.shape[0]
+    shape, target_shape, n = tuple(outputs.shape), tuple(targets.shape), outputs.shape[0]
     if len(shape) > 2:
         raise InvalidInput(
             f"{name} got outputs of shape {shape}, expected [n, C] or one logit per example; for tokens or "
             "dense outputs measure the loss (measure=None), or write FromFunction(...)."
         )
     single = _is_single(outputs)
-    if seen != (n,) and not (single and seen == (n, 1)):
+    if target_shape != (n,) and not (single and target_shape == (n, 1)):
         raise InvalidInput(
-            f"{name} got targets of shape {seen} for outputs of shape {shape}, expected one class number per "
+            f"{name} got targets of shape {target_shape} for outputs of shape {shape}, expected one class number per "
             f"example, ({n},); use argmax on one-hot targets."
         )
     if not single and not is_integer(targets):
@@ -125,9 +124,9 @@ def _plain_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     return targets.long().reshape(-1)
 
 
-def _check_plain(outputs: Tensor, batch: Batch, ids: Tensor, name: str) -> None:
+def _check_class_labels(outputs: Tensor, batch: Batch, ids: Tensor, name: str) -> None:
     targets = check_batch(outputs, inputs_and_targets(batch)[2], ids)
-    y = _plain_labels(outputs, targets, name)
+    y = _class_labels(outputs, targets, name)
     single = _is_single(outputs)
     if single and bool((bad := targets.reshape(-1) != y).any()):
         raise InvalidInput(
@@ -153,7 +152,7 @@ class FromFunction(AbstractObjective):
     Args:
         function: from outputs and targets of a batch to a tensor.
         lower_is_better: False for a score such as accuracy-like margins.
-        reduction: what the function does to a batch; `None`: not looked at yet, see `resolved`.
+        reduction: what the function does to a batch; `None`: not determined yet, see `resolved`.
 
     Raises:
         InvalidInput: not a function, an unknown reduction, or (when used) a result that is no number per
@@ -184,8 +183,8 @@ class FromFunction(AbstractObjective):
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Num[Tensor, " n"]:
         targets = inputs_and_targets(batch)[2]
         if self.reduction == "none":
-            return _one_each(_result(self.function(outputs, targets)), len(outputs))
-        return _apart(self.function, outputs, targets)
+            return _require_one_per_example(_require_tensor(self.function(outputs, targets)), len(outputs))
+        return _evaluate_one_by_one(self.function, outputs, targets)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         targets = inputs_and_targets(batch)[2]
@@ -195,7 +194,7 @@ class FromFunction(AbstractObjective):
             check_outputs(outputs, ids)
 
     def resolved(self, outputs: Tensor, targets: Any) -> FromFunction:
-        """The same with its reduction found on the first two examples, and its derivative seen to exist.
+        """The same with its reduction determined on the first two examples, after a check that it has a derivative.
 
         Args:
             outputs: the outputs of at least two examples.
@@ -207,23 +206,22 @@ class FromFunction(AbstractObjective):
         with torch.enable_grad():
             leaf = outputs.detach()[:2].requires_grad_()
             first = batch_slice(targets, len(outputs), slice(0, 2))
-            found = self.reduction or detect_reduction(self.function, leaf, first)
-            made = replace(self, reduction=found)
-            losses = made.losses(leaf, (None, first))
+            reduction = self.reduction or detect_reduction(self.function, leaf, first)
+            resolved = replace(self, reduction=reduction)
+            losses = resolved.losses(leaf, (None, first))
         if not losses.requires_grad:
             raise InvalidInput(
                 f"The loss {_name(self.function)} has no derivative in the model's outputs; it was probably "
                 "detached or computed through argmax, .item() or numpy, so use a differentiable loss."
             )
-        return made
+        return resolved
 
 
 def detect_reduction(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Reduction:
     """What a loss does to a batch: the first two examples together, against each alone.
 
-    Where both losses are 0, or cancel, mean and sum cannot be told apart, and "mean" is answered: on one
-    example at a time, which is how the function is used, the two are the same. The same holds for a batch of
-    one example.
+    Where both losses are 0, or cancel, mean and sum cannot be told apart, and the answer is "mean": on one example at a
+    time, which is how the function is used, the two are the same. The same holds for a batch of one example.
 
     Args:
         function: a loss of (outputs, targets).
@@ -244,67 +242,67 @@ def detect_reduction(function: Callable[[Any, Any], Any], outputs: Tensor, targe
     """
     n = min(2, len(outputs))
     parts = [slice(0, n), slice(0, 1), slice(1, 2)][: n + 1]
-    values = [_call(function, outputs[p], batch_slice(targets, len(outputs), p)) for p in parts]
+    values = [_evaluate(function, outputs[p], batch_slice(targets, len(outputs), p)) for p in parts]
     together, alone = values[0], [v.detach() for v in values[1:]]
     if any(v.numel() != 1 for v in alone):
-        raise InvalidInput(_not_scalar(function, alone[0]))
+        raise InvalidInput(_describe_not_scalar(function, alone[0]))
     precise = together.dtype if together.dtype.is_floating_point else outputs.dtype
     whole, each = together.detach().cpu().double(), torch.stack([v.reshape(()) for v in alone]).cpu().double()
     if not bool(torch.isfinite(whole).all() and torch.isfinite(each).all()):
         raise NonFinite(
             f"The loss {_name(function)} is NaN or infinite on the first two examples "
-            f"({_numbers(whole, each)}); look at their outputs and targets."
+            f"({_format_losses(whole, each)}); look at their outputs and targets."
         )
-    room = min(1e3 * torch.finfo(precise).eps, 2e-2) * float(each.abs().max()) * n
+    allowed = min(1e3 * torch.finfo(precise).eps, 2e-2) * float(each.abs().max()) * n
     if whole.dim() > 0 and whole.numel() == n:
-        if bool(((whole.reshape(-1) - each).abs() <= room).all()):
+        if bool(((whole.reshape(-1) - each).abs() <= allowed).all()):
             return "none"
     elif whole.numel() == 1:
-        if abs(float(whole) - float(each.mean())) <= room:
+        if abs(float(whole) - float(each.mean())) <= allowed:
             return "mean"
-        if abs(float(whole) - float(each.sum())) <= room:
+        if abs(float(whole) - float(each.sum())) <= allowed:
             return "sum"
     else:
-        raise InvalidInput(_not_scalar(function, together))
+        raise InvalidInput(_describe_not_scalar(function, together))
     raise InvalidInput(
         f"The loss {_name(function)} of two examples is neither the mean nor the sum of their own "
-        f"({_numbers(whole, each)}), so no loss per example can be read from it; for a mean over tokens of "
+        f"({_format_losses(whole, each)}), so no loss per example can be read from it; for a mean over tokens of "
         "sequences of unequal length use TokenCrossEntropy(), for class weights CrossEntropy(weight=...), "
         "otherwise return one number per example."
     )
 
 
-def _numbers(whole: Tensor, each: Tensor) -> str:
-    seen = ", ".join(f"{x:.6g}" for x in whole.reshape(-1).tolist())
-    return f"together {seen}; apart {' and '.join(f'{x:.6g}' for x in each.tolist())}"
+def _format_losses(whole: Tensor, each: Tensor) -> str:
+    together = ", ".join(f"{x:.6g}" for x in whole.reshape(-1).tolist())
+    return f"together {together}; apart {' and '.join(f'{x:.6g}' for x in each.tolist())}"
 
 
 def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _not_scalar(function: Callable[..., Any], value: Tensor) -> str:
+def _describe_not_scalar(function: Callable[..., Any], value: Tensor) -> str:
     return (
         f"The loss {_name(function)} returned shape {tuple(value.shape)}, expected one number, or one per "
         "example; reduce over everything but the first axis, e.g. .flatten(1).mean(1)."
     )
 
 
-def _call(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
+def _evaluate(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
     try:
         value = function(outputs, targets)
     except InfluenceError:
         raise
     except Exception as cause:
-        seen = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
         raise InvalidInput(
             f"The loss {_name(function)} failed on outputs of shape {tuple(outputs.shape)} and targets of "
-            f"shape {seen} ({first_line(cause)}); it must take (outputs, targets) of any number of examples."
+            f"shape {shape} ({first_line(cause)}); it must take (outputs, targets) of any number of examples."
         ) from cause
-    return _result(value)
+    return _require_tensor(value)
 
 
-def _result(value: Any) -> Tensor:
+def _require_tensor(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise InvalidInput(
             f"The loss returned {type(value).__name__}, expected a tensor that can be differentiated; "
@@ -313,7 +311,7 @@ def _result(value: Any) -> Tensor:
     return value
 
 
-def _one_each(value: Tensor, n: int) -> Tensor:
+def _require_one_per_example(value: Tensor, n: int) -> Tensor:
     if value.dim() == 0 or value.shape[0] != n or value.numel() != n:
         raise InvalidInput(
             f"The loss with reduction 'none' returned shape {tuple(value.shape)} for {n} examples; expected "
@@ -322,23 +320,22 @@ def _one_each(value: Tensor, n: int) -> Tensor:
     return value.reshape(n)
 
 
-def _apart(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
+def _evaluate_one_by_one(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
     """The function's value on each example alone, [n]."""
     n = len(outputs)
 
-    def one(f: Tensor, *parts: Tensor) -> Tensor:
+    def evaluate_one(f: Tensor, *parts: Tensor) -> Tensor:
         own = with_example_tensors(targets, n, [x[None] for x in parts])
-        value = _result(function(f[None], own))
+        value = _require_tensor(function(f[None], own))
         if value.numel() != 1:
-            raise InvalidInput(_not_scalar(function, value))
+            raise InvalidInput(_describe_not_scalar(function, value))
         return value.reshape(())
 
     parts = example_tensors(targets, n)
     try:
-        return vmap(one, randomness="different")(outputs, *parts)
+        return vmap(evaluate_one, randomness="different")(outputs, *parts)
     except InfluenceError:
         raise
     except Exception:
-        # Branches on values, or an operator without a batching rule; a fault of the function itself shows
-        # again here.
-        return torch.stack([one(outputs[e], *(x[e] for x in parts)) for e in range(n)])
+        # Branches on values, or an operator without a batching rule. A fault of the function itself shows again here.
+        return torch.stack([evaluate_one(outputs[e], *(x[e] for x in parts)) for e in range(n)])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput, require
-from ..scores import indexing as picking
+from ..scores import indexing
 from ..scores.scores import Scores
 from . import style
 
@@ -105,7 +105,7 @@ def plot_class_matrix(scores: Scores, path: str | os.PathLike[str] | None = None
         raise InvalidInput(
             "The labels of queries and training examples are not known; give Scores train_labels= and query_labels=."
         )
-    columns, rows = (np.asarray(picking.plain(side)) for side in (scores.train_labels, scores.query_labels))
+    columns, rows = (np.asarray(indexing.plain_values(side)) for side in (scores.train_labels, scores.query_labels))
     if columns.ndim != 1 or rows.ndim != 1:
         raise InvalidInput(f"Labels must be one per example, got shapes {columns.shape} and {rows.shape}.")
     train_classes, query_classes = sorted(set(columns.tolist())), sorted(set(rows.tolist()))
@@ -206,7 +206,7 @@ def _as_mask(marked: Any, n: int) -> NDArray[Any] | None:
 
 
 def _example_name(index: int, labels: Sequence[Any] | Tensor | None, class_names: Sequence[str] | None) -> str:
-    label = picking.value(picking.at(labels, index))
+    label = indexing.plain_value(indexing.member_at(labels, index))
     if isinstance(label, int) and class_names is not None and 0 <= label < len(class_names):
         label = class_names[label]
     return f"#{index}" + (f" {style.shorten(str(label), 14)}" if label is not None else "")

@@ -1,4 +1,4 @@
-"""Checkpoints: loaded without running code, checked against the model, and put in for a while."""
+"""Checkpoints: loaded without running code, checked against the model, and loaded into it for a while."""
 
 from __future__ import annotations
 
@@ -11,26 +11,30 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..core.errors import InvalidInput, nearest
+from ..core.errors import InvalidInput, first_line, nearest
 
 Checkpoint: TypeAlias = Mapping[str, Tensor] | str | PathLike[str]
 
+# Keys under which training scripts keep the state dict in a larger dictionary.
+_STATE_KEYS = ("state_dict", "model_state_dict", "model")
 
-_WRAPPED = ("state_dict", "model_state_dict", "model")
 
+def as_checkpoints(given: Sequence[Checkpoint] | Checkpoint, name: str = "checkpoints") -> tuple[Checkpoint, ...]:
+    """One checkpoint or several, as a tuple; `name` stands for them in messages.
 
-def as_checkpoints(given: Sequence[Checkpoint] | Checkpoint) -> tuple[Checkpoint, ...]:
+    Raises:
+        InvalidInput: one of them is neither a state dict nor a path.
+    """
     if isinstance(given, (str, PathLike, Mapping)):
         return (given,)
-    found: Any = given
-    several: list[Any] = [found] if isinstance(found, nn.Module) or not isinstance(found, Iterable) else list(found)
-    odd = next((one for one in several if not isinstance(one, (str, PathLike, Mapping))), None)
+    items: Any = given
+    single = isinstance(items, nn.Module) or not isinstance(items, Iterable)
+    checkpoints: list[Any] = [items] if single else list(items)
+    odd = next((item for item in checkpoints if not isinstance(item, (str, PathLike, Mapping))), None)
     if odd is not None:
         hint = "pass model.state_dict()" if isinstance(odd, nn.Module) else "pass a list of them, or () for none"
-        raise InvalidInput(
-            f"checkpoints= takes state dicts (tensors by name) or paths, not {type(odd).__name__}; {hint}."
-        )
-    return tuple(several)
+        raise InvalidInput(f"{name} must be state dicts (tensors by name) or paths, not {type(odd).__name__}; {hint}.")
+    return tuple(checkpoints)
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -55,12 +59,11 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> d
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as cause:
-            reason = str(cause).strip().splitlines()[:1] or [type(cause).__name__]
             raise InvalidInput(
-                f"{what} cannot be read ({reason[0]}); expected a .safetensors file or a state dict "
+                f"{what} cannot be read ({first_line(cause)}); expected a .safetensors file or a state dict "
                 "saved with torch.save(model.state_dict(), path)."
             ) from cause
-    for key in _WRAPPED:
+    for key in _STATE_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -77,8 +80,8 @@ def _check_fits(what: str, state: Mapping[str, Tensor], model: nn.Module) -> Non
         hint = nearest(unexpected[0], own)
         raise InvalidInput(f"{what} holds {unexpected[0]!r}, which the model does not have.{hint}")
     # A file may keep a shared tensor under one of its names only.
-    given = {id(own[name]) for name in state}
-    missing = [name for name, tensor in own.items() if id(tensor) not in given]
+    covered = {id(own[name]) for name in state}
+    missing = [name for name, tensor in own.items() if id(tensor) not in covered]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InvalidInput(f"{what} lacks {missing[0]!r}{more}, which the model has.{nearest(missing[0], state)}")
@@ -92,13 +95,13 @@ def _check_fits(what: str, state: Mapping[str, Tensor], model: nn.Module) -> Non
 
 def named_tensors(model: nn.Module, persistent_only: bool = False) -> dict[str, Tensor]:
     """Parameters and buffers by every name they have."""
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():
             if buffer is None or (persistent_only and name in module._non_persistent_buffers_set):
                 continue
-            found[f"{prefix}.{name}" if prefix else name] = buffer
-    return found
+            tensors[f"{prefix}.{name}" if prefix else name] = buffer
+    return tensors
 
 
 @contextmanager

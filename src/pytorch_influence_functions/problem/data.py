@@ -53,7 +53,7 @@ class NamedTensors(Dataset[dict[str, Tensor]]):
 
 def _as_tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, Tensor):
-        found = value.detach()
+        tensor = value.detach()
     else:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
@@ -64,10 +64,10 @@ def _as_tensor(value: Any, name: str) -> Tensor:
         # A copy where torch cannot share: negative strides, foreign byte order, read-only memory.
         shareable = array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative
         array = array if shareable else np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-        found = torch.as_tensor(array)
-    if found.ndim == 0:
+        tensor = torch.as_tensor(array)
+    if tensor.ndim == 0:
         raise InvalidInput(f"Array {name} is a single number; expected one entry per example.")
-    return found
+    return tensor
 
 
 def _column_dataset(columns: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -179,10 +179,10 @@ def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
     if type(dataset) in (TensorDataset, NamedTensors):
         return dataset.tensors, None
     if type(dataset) is Subset:
-        below = _fast_columns(dataset.dataset)
-        if below is not None:
-            mine = torch.as_tensor(list(dataset.indices), dtype=torch.long)
-            return below[0], mine if below[1] is None else below[1][mine]
+        inner = _fast_columns(dataset.dataset)
+        if inner is not None:
+            indices = torch.as_tensor(list(dataset.indices), dtype=torch.long)
+            return inner[0], indices if inner[1] is None else inner[1][indices]
     return None
 
 
@@ -190,8 +190,8 @@ def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
 class Source:
     """Examples by index, batched in dataset order. Made with `Source.of`.
 
-    A loader gives its dataset, collate function, workers and batch size; its sampler, shuffling and
-    `drop_last` are set aside: every item of the dataset is used, and an index is a position in the dataset.
+    A loader gives its dataset, collate function, workers and batch size; its sampler, shuffling and `drop_last` are
+    ignored: every item of the dataset is used, and an index is a position in the dataset.
 
     Example:
         >>> source = Source.of((torch.arange(10.0).reshape(5, 2), torch.arange(5)), batch_size=2)
@@ -204,7 +204,7 @@ class Source:
     batch_size: int = BATCH_SIZE
     num_workers: int = 0
     worker_options: Mapping[str, Any] = field(default_factory=dict)
-    _seen: dict[str, Any] = field(default_factory=dict, repr=False)  # what was found out about the dataset
+    _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
 
     @classmethod
     def of(cls, data: Any, batch_size: int | None = None) -> Source:
@@ -252,16 +252,16 @@ class Source:
     def item(self, index: int) -> Any:
         """One example as the dataset gives it, not collated."""
         self.plan([index])
-        found = _NamingDataset(self.dataset)[int(index)]
-        _refuse_meta(found, f"Item {int(index)} of the dataset")
-        return found
+        item = _NamingDataset(self.dataset)[int(index)]
+        _refuse_meta(item, f"Item {int(index)} of the dataset")
+        return item
 
     def subset(self, ids: IdsLike) -> Source:
         """The examples `ids` as a source of their own, renumbered from 0 in the order given."""
-        picked = self._ids(ids)
-        if not len(picked):
+        chosen = self._ids(ids)
+        if not len(chosen):
             raise InvalidInput("The subset is empty; at least one example is needed.")
-        return replace(self, dataset=Subset(self.dataset, picked.tolist()))
+        return replace(self, dataset=Subset(self.dataset, chosen.tolist()))
 
     def _ids(self, ids: IdsLike) -> Int[Tensor, "_"]:
         every = torch.arange(len(self))
@@ -269,15 +269,16 @@ class Source:
             return every
         if isinstance(ids, slice):
             return every[ids]
-        picked = torch.as_tensor(ids, device="cpu")
-        if picked.dtype == torch.bool or (picked.is_floating_point() and picked.numel()):
-            raise InvalidInput(f"Indices must be whole numbers, got {picked.dtype}.")
-        picked = picked.long().reshape(-1)
-        outside = picked[(picked < 0) | (picked >= len(self))]
+        chosen = torch.as_tensor(ids, device="cpu")
+        if chosen.dtype == torch.bool or (chosen.is_floating_point() and chosen.numel()):
+            raise InvalidInput(f"Indices must be whole numbers, got {chosen.dtype}.")
+        chosen = chosen.long().reshape(-1)
+        outside = chosen[(chosen < 0) | (chosen >= len(self))]
         if len(outside):
-            named = name_ids(outside.tolist())
-            raise InvalidInput(f"Index {named} is outside the dataset, whose items are 0 to {len(self) - 1}.")
-        return picked
+            raise InvalidInput(
+                f"Index {name_ids(outside.tolist())} is outside the dataset, whose items are 0 to {len(self) - 1}."
+            )
+        return chosen
 
     def plan(self, ids: IdsLike = None) -> list[Int[Tensor, "_"]]:
         """The indices of each batch; `ids` in the order given, `None` for all.
@@ -285,11 +286,11 @@ class Source:
         Raises:
             InvalidInput: an index outside the dataset.
         """
-        picked = self._ids(ids)
-        return [picked[at : at + self.batch_size] for at in range(0, len(picked), self.batch_size)]
+        chosen, size = self._ids(ids), self.batch_size
+        return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
     def load(self, plan: Sequence[Int[Tensor, "_"]]) -> Iterator[tuple[Int[Tensor, "_"], Any]]:
-        """Yield `(ids, batch)` for each list of indices; global random generators are not consumed.
+        """Yield `(ids, batch)` for each list of indices; the global random generators are not used.
 
         Raises:
             InvalidInput: an item cannot be read, or a batch not collated; the item is named.
@@ -297,9 +298,9 @@ class Source:
         if self._fast is not None:
             columns, index = self._fast
             for ids in plan:
-                at = ids if index is None else index[ids]
+                rows = ids if index is None else index[ids]
                 named = isinstance(columns, Mapping)
-                yield ids, {k: t[at] for k, t in columns.items()} if named else [t[at] for t in columns]
+                yield ids, {k: t[rows] for k, t in columns.items()} if named else [t[rows] for t in columns]
             return
         loader = DataLoader(
             _NamingDataset(self.dataset),
@@ -326,10 +327,10 @@ class Source:
 
     @property
     def determinism(self) -> str:
-        """`"yes"`, `"no"` or `"not checked"`: whether items read the same twice, as far as it was looked at."""
-        if "differs" not in self._seen:
+        """`"yes"`, `"no"` or `"not checked"`: whether the items that were read twice came out the same."""
+        if "differs" not in self._determinism:
             return "not checked"
-        return "yes" if self._seen["differs"] is None else "no"
+        return "yes" if self._determinism["differs"] is None else "no"
 
     def check_deterministic(self, policy: str = "warn") -> None:
         """Read item 0 twice, and for transforms that act only sometimes also a middle and the last item.
@@ -342,13 +343,13 @@ class Source:
         check_policy(policy)
         if policy == "ignore":
             return
-        if "differs" not in self._seen:
+        if "differs" not in self._determinism:
             probes = sorted({0, len(self) // 2, len(self) - 1})
             with same_rng():
-                found = next((i for i in probes if not same(self.item(i), self.item(i))), None)
-            self._seen["differs"] = found
-        differs = self._seen["differs"]
-        if differs is None or (policy == "warn" and self._seen.get("warned")):
+                odd = next((i for i in probes if not same(self.item(i), self.item(i))), None)
+            self._determinism["differs"] = odd
+        differs = self._determinism["differs"]
+        if differs is None or (policy == "warn" and self._determinism.get("warned")):
             return
         message = (
             f"Item {differs} of the dataset was read twice and came out different (random augmentation?): "
@@ -357,7 +358,7 @@ class Source:
         )
         if policy == "error":
             raise InvalidInput(message + ", or deterministic='warn'.")
-        self._seen["warned"] = True
+        self._determinism["warned"] = True
         warnings.warn(message + ", or silence this with deterministic='ignore'.", TrainingDataWarning, stacklevel=3)
 
     def check_finite(self, ids: Int[Tensor, "_"], batch: Any) -> None:
@@ -370,7 +371,7 @@ class Source:
         for where, tensor in tensors_of(batch):
             if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.shape[:1] != ids.shape:
                 continue
-            # One cheap pass; only a sum that is not finite (overflow can do that too) is worth a second look.
+            # The sum is one cheap pass; a sum that is not finite may also be an overflow, hence the second check.
             if bool(torch.isfinite(tensor.sum())):
                 continue
             finite = torch.isfinite(tensor)
@@ -383,11 +384,11 @@ class Source:
                 )
 
 
-# --------------------------------------------------------------------------- looking at examples
+# --------------------------------------------------------------------------- comparing examples
 
 
-def _refuse_meta(found: Any, what: str) -> None:
-    for where, tensor in tensors_of(found):
+def _refuse_meta(data: Any, what: str) -> None:
+    for where, tensor in tensors_of(data):
         if tensor.is_meta:
             raise InvalidInput(
                 f"{what} lies on the meta device{f' (in {where})' if where else ''}, which holds no values; load the "
@@ -423,7 +424,7 @@ def _same_objects(a: Any, b: Any) -> bool:
             return bool(a == b)
         except Exception:
             pass
-    # Objects that cannot be compared are compared by what they hold; nothing to see counts as the same.
+    # Objects without a comparison are compared by their attributes; without attributes they count as the same.
     return same(vars(a), vars(b)) if hasattr(a, "__dict__") else True
 
 
@@ -439,7 +440,7 @@ def _class_names(dataset: Any) -> list[str] | None:
             if isinstance(names, list) and all(isinstance(name, str) for name in names):
                 return list(names)
     if isinstance(dataset, ConcatDataset):
-        found = [_class_names(part) for part in dataset.datasets]
-        return found[0] if all(names == found[0] for names in found) else None
+        several = [_class_names(part) for part in dataset.datasets]
+        return several[0] if all(names == several[0] for names in several) else None
     inner = getattr(dataset, "dataset", None)
     return None if inner is None or inner is dataset else _class_names(inner)

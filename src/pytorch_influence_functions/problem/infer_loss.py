@@ -1,4 +1,4 @@
-"""The training loss, told from a model's outputs and its targets."""
+"""The training loss, inferred from a model's outputs and its targets."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def infer_objective(model: nn.Module, source: Source, device: torch.device | str
         outputs = CrossEntropy().outputs(model, batch)
     targets = inputs_and_targets(batch)[2]
     check_outputs(outputs, ids)
-    seen = f"outputs {tuple(outputs.shape)} and targets {_describe(targets)}"
+    shapes = f"outputs {tuple(outputs.shape)} and targets {_describe(targets)}"
     if not isinstance(targets, Tensor):
-        raise InvalidInput(f"The loss cannot be told from {seen}; pass loss=, e.g. torch.nn.CrossEntropyLoss().")
+        raise InvalidInput(f"The loss cannot be told from {shapes}; pass loss=, e.g. torch.nn.CrossEntropyLoss().")
     whole = not targets.is_floating_point()
     if (
         whole
@@ -49,18 +49,18 @@ def infer_objective(model: nn.Module, source: Source, device: torch.device | str
     if not whole and not binary and outputs.numel() == targets.numel():
         return SquaredError()
     raise InvalidInput(
-        f"The loss cannot be told from {seen}; pass loss=, e.g. torch.nn.CrossEntropyLoss(), MSELoss() or "
+        f"The loss cannot be told from {shapes}; pass loss=, e.g. torch.nn.CrossEntropyLoss(), MSELoss() or "
         "BCEWithLogitsLoss()."
     )
 
 
 def _is_causal(batch: Any, targets: Tensor) -> bool:
-    """Labels that repeat the inputs mean that the model shifts them itself."""
+    """Whether the labels repeat the inputs, so that position t predicts token t + 1."""
     inputs = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(inputs, Tensor) or inputs.shape != targets.shape:
         return False
-    kept = targets >= 0
-    return bool((inputs[kept] == targets[kept]).all())
+    counted = targets >= 0
+    return bool((inputs[counted] == targets[counted]).all())
 
 
 def _describe(targets: Any) -> str:

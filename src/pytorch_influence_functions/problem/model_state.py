@@ -1,4 +1,4 @@
-"""Guard: leave no trace. A model looked at is put back exactly, also after an exception or Ctrl-C."""
+"""The state of a model and of the random generators, restored exactly, also after an exception or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def same_rng() -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Snapshot:
-    """What of a model can change under a pass, with the values it had before."""
+    """Everything of a model that a pass can change, with the values from before it."""
 
     modes: list[tuple[nn.Module, bool]]
     parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
@@ -86,11 +86,11 @@ class _Snapshot:
 
     def apply_latest(self) -> None:
         """Make exactly the parameters of the innermost frame differentiable."""
-        wanted = next((ids for _, ids in reversed(self.frames) if ids is not None), None)
+        trainable = next((ids for _, ids in reversed(self.frames) if ids is not None), None)
         for parameter, before, _ in self.parameters:
-            now = before if wanted is None else id(parameter) in wanted
-            if parameter.requires_grad != now:
-                parameter.requires_grad_(now)
+            requires_grad = before if trainable is None else id(parameter) in trainable
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
 
     def restore(self) -> None:
         for module, training in self.modes:
@@ -112,16 +112,15 @@ _lock = threading.RLock()
 
 @contextmanager
 def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Iterator[None]:
-    """Look at a model in eval mode and put everything back afterwards.
+    """Put a model in eval mode for a while and restore everything afterwards.
 
     Inside, every module is in eval mode, `.grad` is empty, and exactly the parameters named by `trainable`
     have `requires_grad` (`None`: as they were). Afterwards, also after an exception, the mode of each module,
     `requires_grad`, `.grad` (the same tensors), the values of buffers and all random generators are as
     before.
 
-    Nested use on one model costs nothing and may end in any order (generators do): the state is taken when
-    the first begins and put back when the last ends. Weights and hooks are not watched; whoever changes
-    them puts them back.
+    Nested use on one model costs nothing and may end in any order (generators do): the state is taken when the first
+    begins and restored when the last ends. Weights and hooks are not restored; whoever changes them restores them.
 
     Raises:
         UnknownName: `trainable` names a parameter the model does not have.
@@ -134,7 +133,7 @@ def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Itera
         >>> model.training, model[0].bias.requires_grad
         (True, True)
     """
-    ids = None if trainable is None else _named(model, trainable)
+    ids = None if trainable is None else _parameter_ids(model, trainable)
     mark = object()
     with _lock:
         snapshot = _active.get(model)
@@ -158,13 +157,13 @@ def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Itera
                 snapshot.restore()
 
 
-def _named(model: nn.Module, names: Iterable[str]) -> frozenset[int]:
-    known = dict(model.named_parameters(remove_duplicate=False))
+def _parameter_ids(model: nn.Module, names: Iterable[str]) -> frozenset[int]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     ids = set()
     for name in names:
-        if name not in known:
-            raise UnknownName(f"The model has no parameter {name!r}.{nearest(name, known)}")
-        ids.add(id(known[name]))
+        if name not in parameters:
+            raise UnknownName(f"The model has no parameter {name!r}.{nearest(name, parameters)}")
+        ids.add(id(parameters[name]))
     return frozenset(ids)
 
 
@@ -173,17 +172,17 @@ def _named(model: nn.Module, names: Iterable[str]) -> frozenset[int]:
 
 @dataclass(eq=False)
 class _Switch:
-    """A process-wide setting held while at least one context wants it, whatever order they end in."""
+    """A process-wide setting that is on while at least one context is open, whatever order they end in."""
 
-    hold: Callable[[ExitStack], None]
+    turn_on: Callable[[ExitStack], None]
     depth: int = 0
     stack: ExitStack = field(default_factory=ExitStack)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def on(self) -> Iterator[None]:
         with _lock:
             if self.depth == 0:
-                self.hold(self.stack)
+                self.turn_on(self.stack)
             self.depth += 1
         try:
             yield
@@ -211,15 +210,15 @@ def _no_fastpath(stack: ExitStack) -> None:
     torch.backends.mha.set_fastpath_enabled(False)
 
 
-def _plain_attention(stack: ExitStack) -> None:
+def _math_attention(stack: ExitStack) -> None:
     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
 
 
 _cudnn, _onednn = _Switch(_no_cudnn), _Switch(_no_onednn)
-_fastpath, _attention = _Switch(_no_fastpath), _Switch(_plain_attention)
+_fastpath, _attention = _Switch(_no_fastpath), _Switch(_math_attention)
 
 
-def _recurrent(model: nn.Module | None) -> bool:
+def _may_be_recurrent(model: nn.Module | None) -> bool:
     return model is None or any(isinstance(m, nn.RNNBase) for m in model.modules())
 
 
@@ -232,9 +231,9 @@ def derivative_safe(model: nn.Module | None = None) -> Iterator[None]:
     for models without a recurrent layer; `None` means any model.
     """
     with ExitStack() as stack:
-        if _recurrent(model):
-            stack.enter_context(_cudnn.held())
-        stack.enter_context(_fastpath.held())
+        if _may_be_recurrent(model):
+            stack.enter_context(_cudnn.on())
+        stack.enter_context(_fastpath.on())
         yield
 
 
@@ -247,7 +246,7 @@ def double_backward_safe(model: nn.Module | None = None) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(derivative_safe(model))
-        stack.enter_context(_attention.held())
-        if _recurrent(model):
-            stack.enter_context(_onednn.held())
+        stack.enter_context(_attention.on())
+        if _may_be_recurrent(model):
+            stack.enter_context(_onednn.on())
         yield

@@ -25,9 +25,6 @@ from .labels import Labels
 from .model_state import derivative_safe, preserved
 from .weight_decay import WeightDecay, as_weight_decay
 
-# --------------------------------------------------------------------------- weight decay
-
-
 # --------------------------------------------------------------------------- problem
 
 
@@ -128,14 +125,14 @@ class Problem:
         for name in changes:
             if name not in known:
                 raise InvalidInput(f"Problem has no argument {name!r}.{nearest(name, known)}")
-        kept = {name: getattr(self, name) for name in known}
+        arguments = {name: getattr(self, name) for name in known}
         if "model" in changes:
-            kept["device"] = None
-        return Problem(**(kept | changes))
+            arguments["device"] = None
+        return Problem(**(arguments | changes))
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no module.
+    """Refuse anything but a module.
 
     Raises:
         InvalidInput: something else was given.
@@ -164,20 +161,20 @@ def model_device(model: nn.Module, asked: torch.device | str | None = None) -> t
     Raises:
         InvalidInput: parameters lie on several devices or on `meta`, or not where was asked for.
     """
-    found: dict[torch.device, str] = {}
+    devices: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
-        found.setdefault(parameter.device, name)
-    if len(found) > 1:
-        where = ", ".join(f"{name!r} on {device}" for device, name in found.items())
+        devices.setdefault(parameter.device, name)
+    if len(devices) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise InvalidInput(f"The model's parameters lie on several devices ({where}); move it to one with .to().")
-    wanted = None if asked is None else _device(asked)
-    if not found:
-        return wanted or torch.device("cpu")
-    device = next(iter(found))
+    requested = None if asked is None else _device(asked)
+    if not devices:
+        return requested or torch.device("cpu")
+    device = next(iter(devices))
     if device.type == "meta":
         raise InvalidInput("The model lies on the meta device and has no values; load its weights first.")
-    if wanted is not None and (wanted.type != device.type or wanted.index not in (None, device.index)):
-        raise InvalidInput(f"The model lies on {device}, not on {wanted}; call model.to({str(wanted)!r}) first.")
+    if requested is not None and (requested.type != device.type or requested.index not in (None, device.index)):
+        raise InvalidInput(f"The model lies on {device}, not on {requested}; call model.to({str(requested)!r}) first.")
     return device
 
 
@@ -198,10 +195,10 @@ def check_weights(model: nn.Module) -> None:
             )
     bad = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        # The sum is one cheap pass; only if it is not finite (which overflow can also cause) look closer.
+        # The sum is one cheap pass; a sum that is not finite may also be an overflow, hence the second check.
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum()):
             parameter = isinstance(tensor, nn.Parameter)
-            # A mask of -inf is a fair buffer; NaN never is.
+            # A buffer may hold -inf, as masks do, but never NaN.
             wrong = ~torch.isfinite(tensor) if parameter else torch.isnan(tensor)
             if wrong.any():
                 bad.append(name)

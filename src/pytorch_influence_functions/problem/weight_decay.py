@@ -12,6 +12,7 @@ from torch import nn
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number
 
+# Optimisers whose weight_decay is added to the gradient, which makes it an L2 term of the loss.
 _COUPLED = (
     "SGD",
     "Adam",
@@ -42,14 +43,14 @@ class WeightDecay:
     per_example: bool = False
 
     def __post_init__(self) -> None:
-        found: Any = self.strength
-        named: dict[str, Any] = dict(found) if isinstance(found, Mapping) else {"": found}
-        for name, value in named.items():
+        strength: Any = self.strength
+        strengths: dict[str, Any] = dict(strength) if isinstance(strength, Mapping) else {"": strength}
+        for name, value in strengths.items():
             finite_number(f"The weight decay of {name!r}" if name else "weight_decay", value, least=0)
 
     def __hash__(self) -> int:
-        found = self.strength
-        return hash((tuple(sorted(found.items())) if isinstance(found, Mapping) else found, self.per_example))
+        strength = self.strength
+        return hash((tuple(sorted(strength.items())) if isinstance(strength, Mapping) else strength, self.per_example))
 
     @property
     def is_zero(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..scores import indexing as picking
+from ..scores import indexing
 from ..scores.scores import Scores
 from .predictions import Prediction
 from .ranking import Classes, Sums, extremes, four_digits, histogram, score_row
@@ -60,7 +60,9 @@ def collect_contents(
     queue_length = min(QUEUE, max(SHORTEST_QUEUE, scores.n_train // QUEUE_SHARE))
     queue = label_queue(scores, classes, sums, self_influence, queue_length)
     labels = (
-        [scores.label_name(x) for x in picking.plain(scores.train_labels)] if scores.train_labels is not None else []
+        [scores.label_name(x) for x in indexing.plain_values(scores.train_labels)]
+        if scores.train_labels is not None
+        else []
     )
     compared = min(COMPARED, scores.n_train)
     pairs: dict[str, list[dict[str, Any]]] = {"same": [], "other": []}
@@ -103,7 +105,7 @@ def _query_lists(scores: Scores, q: int, k: int, predictions: list[Prediction] |
 
 def _query_columns(scores: Scores, predictions: list[Prediction] | None) -> dict[str, Any]:
     """Columns, one entry per query: position in the dataset, name, label, prediction, confidence, wrong (0, 1)."""
-    labels = [None] * len(scores) if scores.query_labels is None else picking.plain(scores.query_labels)
+    labels = [None] * len(scores) if scores.query_labels is None else indexing.plain_values(scores.query_labels)
     columns: dict[str, Any] = {
         "id": scores.query_ids.tolist(),
         "name": [clean(scores.describe_query(q)) for q in range(len(scores))],
@@ -197,7 +199,7 @@ def _split(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def _card_label(label: Any) -> Any:
     """A label that fits on a card: a single number or a string, else None."""
-    label = picking.value(label)
+    label = indexing.plain_value(label)
     return label if isinstance(label, (int, float, str)) else None
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids
-from ..scores import indexing as picking
+from ..scores import indexing
 from ..scores.scores import Scores
 from .ranking import four_digits
 
@@ -98,7 +98,7 @@ def as_predictions(scores: Scores, values: Any) -> list[Prediction]:
 def _prediction(scores: Scores, q: int, row: Float[Tensor, " C"]) -> Prediction:
     order = torch.argsort(row, descending=True, stable=True)[:_LIKELIEST].tolist()
     likeliest = tuple((scores.label_name(c), four_digits(float(row[c]))) for c in order)
-    label = picking.value(picking.at(scores.query_labels, q))
+    label = indexing.plain_value(indexing.member_at(scores.query_labels, q))
     wrong: bool | None = None
     if isinstance(label, int):
         wrong = label != order[0]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..scores import indexing as picking
+from ..scores import indexing
 from ..scores.scores import Scores
 
 _MAX_CLASSES = 60  # labels of more kinds than this are values, not classes
@@ -36,7 +36,7 @@ class Classes:
         """The classes of these scores, or None if labels are unknown, are real numbers, or are of too many kinds."""
         if scores.train_labels is None or scores.query_labels is None:
             return None
-        train, query = picking.plain(scores.train_labels), picking.plain(scores.query_labels)
+        train, query = indexing.plain_values(scores.train_labels), indexing.plain_values(scores.query_labels)
         if not all(isinstance(label, (int, str)) for label in (*train, *query)):
             return None
         kinds = sorted({*train, *query}, key=lambda label: (isinstance(label, str), label))

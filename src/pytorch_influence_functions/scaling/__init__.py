@@ -1,4 +1,4 @@
-"""What becomes of the raw first-order scores."""
+"""Scaling of raw first-order scores."""
 
 from .base import AbstractScaling, Raw
 from .leverage import Leverage

@@ -1,9 +1,9 @@
-"""What becomes of raw first-order scores.
+"""Scaling of raw first-order scores.
 
-First-order influence *underestimates* removals, the more so the higher an example's leverage: removing
-it also removes its share of the curvature. `Leverage()` corrects for that. `RelatIF()` and `Cosine()` divide by how
-much an example moves the model at all: for finding examples that matter to this query and not to every query. Their
-scores are no predicted changes any more.
+First-order influence *underestimates* removals, the more so the higher an example's leverage: removing it also removes
+its share of the curvature. `Leverage()` corrects for that. `RelatIF()` and `Cosine()` divide by how much an example
+moves the model at all, to rank examples that matter to this query and not to every query. Their scores are no predicted
+changes any more.
 """
 
 from __future__ import annotations

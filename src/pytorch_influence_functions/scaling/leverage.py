@@ -38,7 +38,7 @@ class Leverage(AbstractScaling):
 def leverage_corrected(
     derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int
 ) -> Iterator[GradientBatch]:
-    """Training rows with each example's slope corrected for its own leverage."""
+    """Training rows in which each example's slope is corrected for its own leverage."""
     objective = derivatives.objective
     if not isinstance(objective, AbstractLikelihood):
         raise NotLikelihood(
@@ -54,8 +54,8 @@ def leverage_corrected(
         columns = outputs[0].numel()
         units = torch.eye(columns, dtype=outputs.dtype, device=outputs.device)
         rows = [tape.rows(units[k].expand(n, -1).reshape(outputs.shape), keep_graph=True) for k in range(columns)]
-        solved = [solve(r).unwrap() for r in rows]
-        a = torch.stack([torch.stack([x.rowwise(r) for x in solved], 1) for r in rows], 1)
+        solutions = [solve(r).unwrap() for r in rows]
+        a = torch.stack([torch.stack([x.rowwise(r) for x in solutions], 1) for r in rows], 1)
         hessian = objective.output_hessian(outputs, batch).to(a)
         system = units.to(a) - hessian @ a / count
         corrected = torch.linalg.solve(system, slope.flatten(1).to(a)[..., None])[..., 0]

@@ -15,8 +15,8 @@ from ..linalg.rows import Rows
 from .base import AbstractScaling, Solving
 
 
-def inverse(sizes: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """1 / size; an example without any gradient moves nothing, and keeps its score of 0."""
+def invert(sizes: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """1 / size, and 0 for an example without gradient, whose scores are 0."""
     return torch.where(sizes > 0, 1.0 / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), torch.zeros_like(sizes))
 
 
@@ -36,12 +36,10 @@ class RelatIF(AbstractScaling):
     first_order: ClassVar[bool] = False
 
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        for slab in derivatives.stream(label="scoring"):
-            if self.parameters:
-                sizes = solving.solve(slab.rows).unwrap().squared_norms()
-            else:
-                sizes = solving.quadratic(slab.rows)
-            yield slab._replace(rows=slab.rows.scaled(inverse(sizes.double().clamp_min(0.0).sqrt())))
+        for gradients in derivatives.stream(label="scoring"):
+            rows = gradients.rows
+            sizes = solving.solve(rows).unwrap().squared_norms() if self.parameters else solving.quadratic(rows)
+            yield gradients._replace(rows=rows.scaled(invert(sizes.double().clamp_min(0.0).sqrt())))
 
     @property
     def note(self) -> str:
@@ -59,11 +57,12 @@ class Cosine(AbstractScaling):
     first_order: ClassVar[bool] = False
 
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        for slab in derivatives.stream(label="scoring"):
-            yield slab._replace(rows=slab.rows.scaled(inverse(slab.rows.squared_norms().double().sqrt())))
+        for gradients in derivatives.stream(label="scoring"):
+            norms = gradients.rows.squared_norms().double().sqrt()
+            yield gradients._replace(rows=gradients.rows.scaled(invert(norms)))
 
     def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:
-        return inverse(rows.squared_norms().double().sqrt())
+        return invert(rows.squared_norms().double().sqrt())
 
     @property
     def note(self) -> str:

@@ -137,28 +137,27 @@ class Diagnostics:
     @property
     def worst(self) -> Status:
         """The most serious verdict among the checks."""
-        found = {check.status for check in self.checks()}
-        return "bad" if "bad" in found else "warn" if "warn" in found else "ok"
+        verdicts = {check.status for check in self.checks()}
+        return "bad" if "bad" in verdicts else "warn" if "warn" in verdicts else "ok"
 
     def __str__(self) -> str:
         lines = [f"method  {self.method or 'not recorded'}"]
         lines += [f"why     {self.why}"] if self.why else []
-        lines += [f"size    {_size(self)}"] if self.n_train else []
+        lines += [f"size    {_describe_size(self)}"] if self.n_train else []
         lines += [f"time    {self.seconds:.3g} s"] if not math.isnan(self.seconds) else []
-        lines += [f"routes  {_routes(self.routes)}"] if set(self.routes.values()) - {"rule"} else []
-        lines += [f"blocks  {_largest(self.gradient_shares)}"] if self.gradient_shares else []
+        lines += [f"routes  {_describe_routes(self.routes)}"] if set(self.routes.values()) - {"rule"} else []
+        lines += [f"blocks  {_describe_largest(self.gradient_shares)}"] if self.gradient_shares else []
         lines += [str(check) for check in self.checks()]
         return "\n".join(lines + [f"note    {note}" for note in self.notes])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, words, lists and dictionaries; NaN and infinity as the words `"nan"`, `"inf"`."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        shares = {name: _written(share) for name, share in self.gradient_shares.items()}
-        written = {name: _written(value) for name, value in found.items()}
-        return written | {
+        """Plain numbers, strings, lists and dictionaries; NaN and infinity as the strings `"nan"`, `"inf"`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shares = {name: _as_json(share) for name, share in self.gradient_shares.items()}
+        return {name: _as_json(value) for name, value in values.items()} | {
             "notes": list(self.notes),
             "gradient_shares": shares,
-            "residual_history": [_written(r) for r in self.residual_history],
+            "residual_history": [_as_json(r) for r in self.residual_history],
         }
 
     @classmethod
@@ -182,15 +181,15 @@ class Diagnostics:
         }
         shares = {name: float(share) for name, share in values.get("gradient_shares", {}).items()}
         history = tuple(float(r) for r in values.get("residual_history", ()))
-        kept = {
+        collections = {
             "gradient_shares": shares,
             "notes": tuple(values.get("notes", ())),
             "residual_history": history,
         }
-        return cls(**{**read, **kept})
+        return cls(**{**read, **collections})
 
 
-def _written(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -201,68 +200,68 @@ def _minimum(d: Diagnostics) -> Check:
     name, value = "minimum", d.relative_gradient
     if math.isnan(value):
         return Check(name, "warn", "the gradient of the training objective was not measured")
-    seen = f"the training gradient is {value:.1%} of a typical example's"
-    seen += f" (on {d.gradient_examples:,} examples)" if d.gradient_examples else ""
+    fact = f"the training gradient is {value:.1%} of a typical example's"
+    fact += f" (on {d.gradient_examples:,} examples)" if d.gradient_examples else ""
     if not d.needs_minimum:
-        return Check(name, "ok", f"{seen}; this method follows training and needs no minimum")
+        return Check(name, "ok", f"{fact}; this method follows training and needs no minimum")
     if value > _MOVING:
-        return Check(name, "bad", f"{seen}: the model is far from a minimum; train longer, or read with care")
+        return Check(name, "bad", f"{fact}: the model is far from a minimum; train longer, or read with care")
     if value > _STATIONARY:
-        return Check(name, "warn", f"{seen}: not quite at a minimum")
-    return Check(name, "ok", seen)
+        return Check(name, "warn", f"{fact}: not quite at a minimum")
+    return Check(name, "ok", fact)
 
 
 def _solve(d: Diagnostics) -> Check:
     name = "solve"
     if math.isnan(d.residual_max):
         return Check(name, "warn", "the residual of the solve was not measured")
-    seen = f"largest relative residual {d.residual_max:.1g}"
-    seen += "" if math.isnan(d.residual_mean) else f", mean {d.residual_mean:.1g}"
-    seen += f", after {d.steps:,} step{'' if d.steps == 1 else 's'}" if d.steps else ""
+    fact = f"largest relative residual {d.residual_max:.1g}"
+    fact += "" if math.isnan(d.residual_mean) else f", mean {d.residual_mean:.1g}"
+    fact += f", after {d.steps:,} step{'' if d.steps == 1 else 's'}" if d.steps else ""
     if d.approximation:
-        return Check(name, "warn", f"{d.approximation}: a formula that does not solve the system; {seen}")
+        return Check(name, "warn", f"{d.approximation}: a formula that does not solve the system; {fact}")
     if d.residual_max > _UNSOLVED:
-        return Check(name, "bad", f"{seen}: not solved; more steps, more damping, or a preconditioner")
+        return Check(name, "bad", f"{fact}: not solved; more steps, more damping, or a preconditioner")
     if d.residual_max > _SOLVED:
-        return Check(name, "warn", f"{seen}: loosely solved, so close scores may swap places")
-    return Check(name, "ok", seen)
+        return Check(name, "warn", f"{fact}: loosely solved, so close scores may swap places")
+    return Check(name, "ok", fact)
 
 
 def _curvature(d: Diagnostics) -> Check:
     name, low = "damping", d.smallest_curvature
     if math.isnan(d.damping):
         return Check(name, "warn", "lambda was not recorded")
-    seen = f"lambda = {d.damping:.3g}"
+    facts = f"lambda = {d.damping:.3g}"
     if not math.isnan(d.effective_dimension):
-        seen += f", effective dimension {d.effective_dimension:,.4g}"
+        facts += f", effective dimension {d.effective_dimension:,.4g}"
     if not math.isnan(d.lost_to_damping):
-        seen += f", it takes {d.lost_to_damping:.0%} of a query's squared gradient norm"
+        facts += f", it takes {d.lost_to_damping:.0%} of a query's squared gradient norm"
     if low is None or math.isnan(low):
-        return Check(name, "ok", f"{seen}; the smallest curvature was not measured")
-    seen += f", smallest curvature seen {low:.3g}"
+        return Check(name, "ok", f"{facts}; the smallest curvature was not measured")
+    facts += f", smallest curvature seen {low:.3g}"
     # Rounding leaves tiny negative eigenvalues in a semidefinite matrix; lambda is the scale to judge by.
     if low >= -1e-3 * d.damping:
-        return Check(name, "ok", seen)
+        return Check(name, "ok", facts)
     if d.damping <= -low:
-        text = f"{seen}: lambda does not outweigh it, so there is no minimum; use GGN() or more damping"
+        text = f"{facts}: lambda does not outweigh it, so there is no minimum; use GGN() or more damping"
         return Check(name, "bad", text)
-    return Check(name, "warn", f"{seen}: negative curvature that only lambda outweighs; compare with GGN()")
+    return Check(name, "warn", f"{facts}: negative curvature that only lambda outweighs; compare with GGN()")
 
 
 def _parameters(d: Diagnostics) -> Check:
     name = "parameters"
     if not d.parameters_total:
         return Check(name, "warn", "how many parameters took part was not recorded")
-    seen = f"{d.parameters_used:,} of {d.parameters_total:,} took part"
+    facts = f"{d.parameters_used:,} of {d.parameters_total:,} took part"
     if not d.gradient_shares:
         whole = d.parameters_used == d.parameters_total
-        text = seen if whole else f"{seen}; the others' share of the gradient was not measured"
+        text = facts if whole else f"{facts}; the others' share of the gradient was not measured"
         return Check(name, "ok" if whole else "warn", text)
     share = 1.0 - d.gradient_shares.get(LEFT_OUT, 0.0)
-    seen += f", with {share:.1%} of the squared gradient norm"
+    facts += f", with {share:.1%} of the squared gradient norm"
     if not share >= _COVERED:
-        return Check(name, "warn", f"{seen}: what the others learned is not seen")
-    return Check(name, "ok", seen)
+        return Check(name, "warn", f"{facts}: what the others learned is not facts")
+    return Check(name, "ok", facts)
 
 
 def _mode(d: Diagnostics) -> Check:
@@ -291,26 +290,26 @@ def _loss(d: Diagnostics) -> Check:
 # --------------------------------------------------------------------------- lines above them
 
 
-def _size(d: Diagnostics) -> str:
+def _describe_size(d: Diagnostics) -> str:
     queries = f"{d.n_queries:,} quer{'y' if d.n_queries == 1 else 'ies'} x {d.n_train:,} training examples"
     return queries + (f", mean over {d.members} checkpoints" if d.members > 1 else "")
 
 
-def _routes(routes: Mapping[str, str]) -> str:
+def _describe_routes(routes: Mapping[str, str]) -> str:
     by_route: dict[str, list[str]] = {}
     for block, route in routes.items():
         by_route.setdefault(route, []).append(block)
-    return "; ".join(f"{route}: {_few(blocks)}" for route, blocks in by_route.items())
+    return "; ".join(f"{route}: {_shorten_list(blocks)}" for route, blocks in by_route.items())
 
 
-def _few(names: list[str], limit: int = 3) -> str:
+def _shorten_list(names: list[str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(name or "(root)" for name in names[:limit]) + more
 
 
-def _largest(shares: Mapping[str, float], limit: int = 3) -> str:
-    # A NaN would make sorting meaningless; it goes first, where it is seen.
+def _describe_largest(shares: Mapping[str, float], limit: int = 3) -> str:
+    # A NaN would make the order meaningless; it comes first, where a reader notices it.
     ranked = sorted(shares.items(), key=lambda item: (not math.isnan(item[1]), -item[1], item[0]))
     more = f" and {len(ranked) - limit} more" if len(ranked) > limit else ""
-    shown = ", ".join(f"{name or '(root)'} {share:.0%}" for name, share in ranked[:limit])
-    return f"{shown}{more} (share of the squared gradient norm)"
+    largest = ", ".join(f"{name or '(root)'} {share:.0%}" for name, share in ranked[:limit])
+    return f"{largest}{more} (share of the squared gradient norm)"

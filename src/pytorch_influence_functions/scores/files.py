@@ -27,14 +27,14 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
         InvalidInput: the record holds something that is not a number, word, list or dictionary of these.
     """
     try:
-        words = json.dumps({"format": FORMAT, "kind": kind, "record": dict(record)}, sort_keys=True)
+        header = json.dumps({"format": FORMAT, "kind": kind, "record": dict(record)}, sort_keys=True)
     except TypeError as cause:
         raise InvalidInput(
             f"These {kind} cannot be saved: {cause}; labels and names must be numbers, words or lists."
         ) from cause
     # Copies: tensors may be views that share memory, which the format refuses.
-    held = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_bytes(path, safetensors.torch.save(held, metadata={_KEY: words}))
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    write_bytes(path, safetensors.torch.save(copies, metadata={_KEY: header}))
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -48,8 +48,8 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         raise InvalidInput(f"There is no file {name!r}; give the path that save() wrote.")
     try:
         with safe_open(name, framework="pt") as file:
-            words = (file.metadata() or {}).get(_KEY)
-            header = None if words is None else json.loads(words)
+            text = (file.metadata() or {}).get(_KEY)
+            header = None if text is None else json.loads(text)
             if header is not None:
                 _check(header, name, kind)
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -64,8 +64,8 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
 
 def _check(header: Any, name: str, kind: str) -> None:
     if not isinstance(header, dict) or header.get("kind") != kind or not isinstance(header.get("record"), dict):
-        found = header.get("kind") if isinstance(header, dict) else type(header).__name__
-        raise InvalidInput(f"{name!r} holds {found}, not {kind}; give a file written by their save().")
+        other = header.get("kind") if isinstance(header, dict) else type(header).__name__
+        raise InvalidInput(f"{name!r} holds {other}, not {kind}; give a file written by their save().")
     if header.get("format") != FORMAT:
         raise InvalidInput(
             f"{name!r} has file format {header.get('format')} and this version reads {FORMAT}; "

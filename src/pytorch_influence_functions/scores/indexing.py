@@ -1,4 +1,4 @@
-"""Picking by position: from what a person writes in brackets to whole numbers in range."""
+"""Selection by position: what a person writes in brackets becomes whole numbers in range."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from ..core.errors import InvalidInput, name_ids
 from ..core.validate import whole_number
 
 
-def value(label: Any) -> Any:
+def plain_value(label: Any) -> Any:
     """A label as plain Python: tensors and numpy scalars as numbers or lists."""
     return label.tolist() if hasattr(label, "tolist") else label
 
 
-def plain(labels: Any) -> list[Any]:
+def plain_values(labels: Any) -> list[Any]:
     """A tensor, array or list of labels as a list of plain Python."""
-    return [value(label) for label in labels]
+    return [plain_value(label) for label in labels]
 
 
-def at(values: Any, index: int) -> Any:
+def member_at(values: Any, index: int) -> Any:
     """One member, or None where there are no members."""
     return None if values is None else values[index]
 
 
-def take(values: Any, index: Int[Tensor, " n"]) -> Any:
+def take_members(values: Any, index: Int[Tensor, " n"]) -> Any:
     """Some members of a tensor, a list or nothing, of the same kind."""
     if values is None or isinstance(values, Tensor):
         return None if values is None else values[index]
     return [values[i] for i in index.tolist()]
 
 
-def count(k: int | None, held: int) -> int:
-    """How many of `held` are asked for by `k`; None means all.
+def limit_count(k: int | None, available: int) -> int:
+    """`k`, or how many are available where that is less or `k` is None.
 
     Raises:
         InvalidInput: `k` is not a whole number of at least 1.
     """
     if k is None:
-        return held
-    return min(whole_number("k", k, hint="None stands for all"), held)
+        return available
+    return min(whole_number("k", k, hint="None stands for all"), available)
 
 
-def positions(picked: Any, size: int, what: str, twice: bool = False) -> Int[Tensor, " n"]:
+def parse_positions(selection: Any, size: int, what: str, twice: bool = False) -> Int[Tensor, " n"]:
     """Positions 0 to size - 1 from an integer, slice, list, tensor or mask; -1 is the last one.
 
     `what` names the things in messages; `twice` allows one to be picked more than once.
@@ -53,28 +53,28 @@ def positions(picked: Any, size: int, what: str, twice: bool = False) -> Int[Ten
     Raises:
         InvalidInput: nothing picked, a position out of range, or not a whole number.
     """
-    if isinstance(picked, slice):
-        found = torch.tensor(range(size)[picked], dtype=torch.long)
+    if isinstance(selection, slice):
+        positions = torch.tensor(range(size)[selection], dtype=torch.long)
     else:
-        found = torch.as_tensor(picked).cpu()
-        if found.dtype == torch.bool and found.shape == (size,):
-            found = found.nonzero()[:, 0]
-        if found.dtype == torch.bool or (found.is_floating_point() and found.numel()) or found.ndim > 1:
+        positions = torch.as_tensor(selection).cpu()
+        if positions.dtype == torch.bool and positions.shape == (size,):
+            positions = positions.nonzero()[:, 0]
+        if positions.dtype == torch.bool or (positions.is_floating_point() and positions.numel()) or positions.ndim > 1:
             raise InvalidInput(
                 f"A {what} is picked by whole numbers, a slice or a mask of {size}; "
-                f"got {found.dtype} of shape {tuple(found.shape)}."
+                f"got {positions.dtype} of shape {tuple(positions.shape)}."
             )
-        found = found.long().reshape(-1)
-    outside = found[(found < -size) | (found >= size)]
+        positions = positions.long().reshape(-1)
+    outside = positions[(positions < -size) | (positions >= size)]
     if len(outside):
         named = name_ids(outside.tolist())
         raise InvalidInput(f"There is no {what} {named}: they are numbered 0 to {size - 1}.")
-    if not len(found):
+    if not len(positions):
         raise InvalidInput(f"No {what} was picked; pick at least one.")
-    found = found % size
-    if not twice and len(set(found.tolist())) != len(found):
+    positions = positions % size
+    if not twice and len(set(positions.tolist())) != len(positions):
         raise InvalidInput(f"A {what} was picked twice; pick each once.")
-    return found
+    return positions
 
 
 def check_indices(indices: Tensor, shape: torch.Size, n_train: int) -> None:

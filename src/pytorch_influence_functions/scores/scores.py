@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids, require
 from ..core.files import write_bytes
-from . import files as scores_io
-from . import indexing as picking
+from . import files, indexing
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from ..evaluation.verification import Verification
     from ..report.page import Report
 else:
-    Figure = Report = Verification = Any  # optional, or of a folder above; annotations are looked at all the same
+    Figure = Report = Verification = Any  # optional, or of a folder above; annotations are evaluated all the same
 
 Labels: TypeAlias = Tensor | NDArray[Any] | Sequence[Any] | None
 
@@ -92,7 +91,7 @@ class Scores:
     query_source: Any = None
 
     def __post_init__(self) -> None:
-        def put(name: str, value: Any) -> None:
+        def set_field(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
         if self.values.ndim != 2 or not self.values.is_floating_point() or 0 in self.values.shape:
@@ -100,46 +99,46 @@ class Scores:
                 "Scores are floating point numbers of shape (queries, training examples), at least one of "
                 f"each; got {tuple(self.values.shape)} of {self.values.dtype}."
             )
-        put("values", self.values.detach().cpu())
+        set_field("values", self.values.detach().cpu())
         ids: Any = self.query_ids
-        put("query_ids", torch.as_tensor(range(len(self.values)) if ids is None else ids).cpu().long())
-        put("indices", None if self.indices is None else self.indices.detach().cpu().long())
-        put("provenance", self.provenance or self.diagnostics.method)
+        set_field("query_ids", torch.as_tensor(range(len(self.values)) if ids is None else ids).cpu().long())
+        set_field("indices", None if self.indices is None else self.indices.detach().cpu().long())
+        set_field("provenance", self.provenance or self.diagnostics.method)
         for name in ("train_names", "query_names", "class_names"):
-            put(name, None if getattr(self, name) is None else list(getattr(self, name)))
+            set_field(name, None if getattr(self, name) is None else list(getattr(self, name)))
         for name in ("train_labels", "query_labels"):
-            given = getattr(self, name)
-            kept = given.detach().cpu() if isinstance(given, Tensor) else given
-            put(name, kept if kept is None or isinstance(kept, Tensor) else picking.plain(kept))
+            labels = getattr(self, name)
+            labels = labels.detach().cpu() if isinstance(labels, Tensor) else labels
+            set_field(name, labels if labels is None or isinstance(labels, Tensor) else indexing.plain_values(labels))
         self._check_shapes()
         self._check_finite()
 
     def _check_shapes(self) -> None:
-        queries, held = self.values.shape
-        known: int | None = self.n_train
-        if known is None and self.indices is None:
-            object.__setattr__(self, "n_train", held)
-        elif known is None or (self.indices is None and known != held):
+        queries, columns = self.values.shape
+        n_train: int | None = self.n_train
+        if n_train is None and self.indices is None:
+            object.__setattr__(self, "n_train", columns)
+        elif n_train is None or (self.indices is None and n_train != columns):
             raise InvalidInput(
-                f"{held} scores per query of n_train={known} training examples: give `indices`, which says "
+                f"{columns} scores per query of n_train={n_train} training examples: give `indices`, which says "
                 "which examples they are, and n_train."
             )
         if self.indices is not None:
-            picking.check_indices(self.indices, self.values.shape, self.n_train)
+            indexing.check_indices(self.indices, self.values.shape, self.n_train)
         sizes = {"train_labels": self.n_train, "train_names": self.n_train}
         sizes |= {"query_labels": queries, "query_names": queries, "query_ids": queries}
         for name, expected in sizes.items():
-            given = getattr(self, name)
-            if given is not None and len(given) != expected:
-                raise InvalidInput(f"`{name}` has {len(given)} entries; expected {expected}.")
+            entries = getattr(self, name)
+            if entries is not None and len(entries) != expected:
+                raise InvalidInput(f"`{name}` has {len(entries)} entries; expected {expected}.")
 
     def _check_finite(self) -> None:
         finite = torch.isfinite(self.values)
         if bool(finite.all()):
             return
-        at, columns = (~finite).nonzero(as_tuple=True)
-        training = columns if self.indices is None else self.indices[at, columns]
-        queries = name_ids(sorted(set(self.query_ids[at].tolist())))
+        rows, columns = (~finite).nonzero(as_tuple=True)
+        training = columns if self.indices is None else self.indices[rows, columns]
+        queries = name_ids(sorted(set(self.query_ids[rows].tolist())))
         raise NonFinite(
             f"Scores are NaN or infinite for query {queries} at training index "
             f"{name_ids(sorted(set(training.tolist())))}; look for overflow there, or raise the damping."
@@ -149,7 +148,7 @@ class Scores:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(queries, scores held per query)."""
+        """(queries, scores per query)."""
         return self.values.shape[0], self.values.shape[1]
 
     def __len__(self) -> int:
@@ -179,13 +178,13 @@ class Scores:
 
     def helpful_order(self, q: int | None = None) -> Int[Tensor, " m"]:
         """Training indices from most helpful to most harmful, by the mean over queries or for query `q`."""
-        row, at = self._row(q)
-        return row._index(at)[row._order(at, helpful=True)]
+        scores, row = self._row(q)
+        return scores._index(row)[scores._order(row, helpful=True)]
 
     def harmful_order(self, q: int | None = None) -> Int[Tensor, " m"]:
         """Training indices from most harmful to most helpful, by the mean over queries or for query `q`."""
-        row, at = self._row(q)
-        return row._index(at)[row._order(at, helpful=False)]
+        scores, row = self._row(q)
+        return scores._index(row)[scores._order(row, helpful=False)]
 
     def mean(self) -> Scores:
         """One row: the mean score over all queries, in float64; its query index is -1.
@@ -212,18 +211,18 @@ class Scores:
 
         With 2k or more examples held exactly 2k are kept, otherwise all. `helpful(q, k)` and `harmful(q, k)` stay.
         """
-        k = picking.count(k, self.shape[1])
-        kept = []
-        for at in range(len(self)):
-            order, back = self._order(at, helpful=True), self._order(at, helpful=False)
+        k = indexing.limit_count(k, self.shape[1])
+        selected_columns = []
+        for row in range(len(self)):
+            helpful, harmful = self._order(row, helpful=True), self._order(row, helpful=False)
             # Among equal scores the two ends may name the same examples; the next helpful ones fill the row.
-            wanted = torch.zeros(self.shape[1], dtype=torch.bool)
-            wanted[order[:k]] = wanted[back[:k]] = True
-            missing = min(2 * k, self.shape[1]) - int(wanted.sum())
-            wanted[order[~wanted[order]][:missing]] = True
-            kept.append(order[wanted[order]])
-        columns = torch.stack(kept)
-        index = torch.stack([self._index(at)[columns[at]] for at in range(len(self))])
+            selected = torch.zeros(self.shape[1], dtype=torch.bool)
+            selected[helpful[:k]] = selected[harmful[:k]] = True
+            missing = min(2 * k, self.shape[1]) - int(selected.sum())
+            selected[helpful[~selected[helpful]][:missing]] = True
+            selected_columns.append(helpful[selected[helpful]])
+        columns = torch.stack(selected_columns)
+        index = torch.stack([self._index(row)[columns[row]] for row in range(len(self))])
         return replace(self, values=self.values.gather(1, columns), indices=index)
 
     def __getitem__(self, key: Any) -> Scores:
@@ -235,48 +234,48 @@ class Scores:
         Raises:
             InvalidInput: an index out of range, or examples picked where queries hold different ones.
         """
-        rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
-        at = picking.positions(rows, len(self), "query", twice=True)
-        found = replace(
+        queries, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
+        rows = indexing.parse_positions(queries, len(self), "query", twice=True)
+        scores = replace(
             self,
-            values=self.values[at],
-            indices=None if self.indices is None else self.indices[at],
-            query_ids=self.query_ids[at],
-            query_labels=picking.take(self.query_labels, at),
-            query_names=picking.take(self.query_names, at),
+            values=self.values[rows],
+            indices=None if self.indices is None else self.indices[rows],
+            query_ids=self.query_ids[rows],
+            query_labels=indexing.take_members(self.query_labels, rows),
+            query_names=indexing.take_members(self.query_names, rows),
         )
         if isinstance(columns, slice) and columns == slice(None):
-            return found
+            return scores
         if self.indices is not None:
             raise InvalidInput(
                 "Only some training examples are held here, so others cannot be picked by position; "
                 "pick them from the full scores (scored without top=)."
             )
-        ids = picking.positions(columns, self.shape[1], "training example")
-        return replace(found, values=found.values[:, ids], indices=ids.expand(len(found), -1).clone())
+        ids = indexing.parse_positions(columns, self.shape[1], "training example")
+        return replace(scores, values=scores.values[:, ids], indices=ids.expand(len(scores), -1).clone())
 
     # ---------------------------------------------------------------- inner workings
 
     def _position(self, q: int) -> int:
-        return int(picking.positions(q, len(self), "query")[0])
+        return int(indexing.parse_positions(q, len(self), "query")[0])
 
     def _row(self, q: int | None) -> tuple[Scores, int]:
         return (self.mean(), 0) if q is None else (self, self._position(q))
 
-    def _index(self, at: int) -> Int[Tensor, " m"]:
-        return torch.arange(self.shape[1]) if self.indices is None else self.indices[at]
+    def _index(self, row: int) -> Int[Tensor, " m"]:
+        return torch.arange(self.shape[1]) if self.indices is None else self.indices[row]
 
-    def _order(self, at: int, helpful: bool) -> Int[Tensor, " m"]:
-        """Columns of row `at` from one end; equal scores by training index from either end."""
-        by_index = torch.argsort(self._index(at))
+    def _order(self, row: int, helpful: bool) -> Int[Tensor, " m"]:
+        """Columns of one row from its helpful or its harmful end; equal scores by training index at either end."""
+        by_index = torch.argsort(self._index(row))
         largest_first = helpful == self.lower_is_better
-        values = self.values[at, by_index]
+        values = self.values[row, by_index]
         return by_index[torch.argsort(values, descending=largest_first, stable=True)]
 
     def _pairs(self, q: int | None, k: int | None, helpful: bool) -> list[tuple[int, float]]:
-        row, at = self._row(q)
-        columns = row._order(at, helpful)[: picking.count(k, row.shape[1])]
-        return list(zip(row._index(at)[columns].tolist(), row.values[at, columns].tolist(), strict=True))
+        scores, row = self._row(q)
+        columns = scores._order(row, helpful)[: indexing.limit_count(k, scores.shape[1])]
+        return list(zip(scores._index(row)[columns].tolist(), scores.values[row, columns].tolist(), strict=True))
 
     # ---------------------------------------------------------------- words
 
@@ -286,7 +285,7 @@ class Scores:
         Args:
             label: a label, such as a class number.
         """
-        label = picking.value(label)
+        label = indexing.plain_value(label)
         whole = isinstance(label, int) and not isinstance(label, bool)
         if whole and self.class_names is not None and 0 <= label < len(self.class_names):
             return str(self.class_names[label])
@@ -294,20 +293,20 @@ class Scores:
 
     def describe_query(self, q: int = 0) -> str:
         """Query `q` by its name, else by its position in the query dataset."""
-        at = self._position(q)
-        return f"query {int(self.query_ids[at])}" if self.query_names is None else self.query_names[at]
+        row = self._position(q)
+        return f"query {int(self.query_ids[row])}" if self.query_names is None else self.query_names[row]
 
     def describe_train(self, index: int) -> str:
         """Training example `index` as `#index` with its label and its name, where known."""
-        label = self.label_name(picking.at(self.train_labels, index))
-        parts = [f"#{index}", label, picking.at(self.train_names, index) or ""]
+        label = self.label_name(indexing.member_at(self.train_labels, index))
+        parts = [f"#{index}", label, indexing.member_at(self.train_names, index) or ""]
         return " ".join(part for part in parts if part)
 
     def __repr__(self) -> str:
-        queries, held = self.shape
-        of = "" if held == self.n_train else f" of {self.n_train:,}"
+        queries, columns = self.shape
+        of = "" if columns == self.n_train else f" of {self.n_train:,}"
         d = self.diagnostics
-        facts = [f"{queries:,} quer{'y' if queries == 1 else 'ies'} x {held:,}{of} training examples"]
+        facts = [f"{queries:,} quer{'y' if queries == 1 else 'ies'} x {columns:,}{of} training examples"]
         facts += [self.provenance] if self.provenance else []
         facts += [] if math.isnan(d.damping) else [f"lambda = {d.damping:.3g}"]
         facts += ["helpful = positive" if self.lower_is_better else "helpful = negative"]
@@ -323,10 +322,10 @@ class Scores:
             return "<br>".join(f"{html.escape(self.describe_train(i))} <code>{s:+.3g}</code>" for i, s in pairs)
 
         lines = []
-        for at in range(min(rows, len(self))):
-            name = html.escape(self.describe_query(at))
-            label = html.escape(self.label_name(picking.at(self.query_labels, at)))
-            cells = (f"{name}<br>{label}", cell(self.helpful(at, k)), cell(self.harmful(at, k)))
+        for row in range(min(rows, len(self))):
+            name = html.escape(self.describe_query(row))
+            label = html.escape(self.label_name(indexing.member_at(self.query_labels, row)))
+            cells = (f"{name}<br>{label}", cell(self.helpful(row, k)), cell(self.harmful(row, k)))
             lines.append("<tr>" + "".join(f"<td style='text-align:left'>{c}</td>" for c in cells) + "</tr>")
         more = f"<p>and {len(self) - rows:,} more queries</p>" if len(self) > rows else ""
         head = html.escape(repr(self).splitlines()[0])
@@ -341,24 +340,24 @@ class Scores:
         Ordered by query, then rank. Needs pandas (`pip install 'pytorch-influence-functions[frame]'`).
         """
         pandas = require("pandas", "frame")
-        held = self.shape[1]
-        columns = torch.stack([self._order(at, helpful=True) for at in range(len(self))])
-        index = torch.stack([self._index(at)[columns[at]] for at in range(len(self))]).flatten()
+        width = self.shape[1]
+        columns = torch.stack([self._order(row, helpful=True) for row in range(len(self))])
+        index = torch.stack([self._index(row)[columns[row]] for row in range(len(self))]).flatten()
         table: dict[str, Any] = {
-            "query": self.query_ids.repeat_interleave(held).numpy(),
+            "query": self.query_ids.repeat_interleave(width).numpy(),
             "train": index.numpy(),
             "score": self.values.gather(1, columns).flatten().double().numpy(),
-            "rank": torch.arange(1, held + 1).repeat(len(self)).numpy(),
+            "rank": torch.arange(1, width + 1).repeat(len(self)).numpy(),
         }
-        rows = torch.arange(len(self)).repeat_interleave(held).tolist()
+        rows = torch.arange(len(self)).repeat_interleave(width).tolist()
         for side, places in (("query", rows), ("train", index.tolist())):
             labels, names = getattr(self, f"{side}_labels"), getattr(self, f"{side}_names")
             if labels is not None:
-                values = picking.plain(labels)
+                values = indexing.plain_values(labels)
                 table[f"{side}_label"] = [values[i] for i in places]
                 if self.class_names is not None:
-                    words = [self.label_name(label) for label in values]
-                    table[f"{side}_class"] = [words[i] for i in places]
+                    class_names = [self.label_name(label) for label in values]
+                    table[f"{side}_class"] = [class_names[i] for i in places]
             if names is not None:
                 table[f"{side}_name"] = [names[i] for i in places]
         return pandas.DataFrame(table)
@@ -372,20 +371,20 @@ class Scores:
         """
         d = self.diagnostics
         seconds = d.seconds / (d.n_queries or len(self)) if math.isfinite(d.seconds) else 0.0
-        found = {}
-        for at, number in enumerate(self.query_ids.tolist()):
+        entries = {}
+        for row, number in enumerate(self.query_ids.tolist()):
             entry: dict[str, Any] = {
-                "label": picking.value(picking.at(self.query_labels, at)),
+                "label": indexing.plain_value(indexing.member_at(self.query_labels, row)),
                 "num_in_dataset": number,
                 "time_calc_influence_s": seconds,
-                "influence": self.values[at].tolist(),
-                "harmful": [i for i, _ in self.harmful(at, top_k)],
-                "helpful": [i for i, _ in self.helpful(at, top_k)],
+                "influence": self.values[row].tolist(),
+                "harmful": [i for i, _ in self.harmful(row, top_k)],
+                "helpful": [i for i, _ in self.helpful(row, top_k)],
             }
             if self.indices is not None:
-                entry["influence_indices"] = self.indices[at].tolist()
-            found["mean" if number == MEAN else str(number)] = entry
-        return found
+                entry["influence_indices"] = self.indices[row].tolist()
+            entries["mean" if number == MEAN else str(number)] = entry
+        return entries
 
     def to_json(self, path: str | os.PathLike[str] | None = None, top_k: int | None = 500) -> str:
         """`to_dict` as JSON text.
@@ -411,7 +410,7 @@ class Scores:
         tensors = {n: v for n in _TENSORS if isinstance(v := getattr(self, n), Tensor)}
         record = {n: getattr(self, n) for n in _RECORD}
         record |= {n: v for n in ("train_labels", "query_labels") if isinstance(v := getattr(self, n), list)}
-        scores_io.write(path, _KIND, tensors, record | {"diagnostics": self.diagnostics.to_dict()})
+        files.write(path, _KIND, tensors, record | {"diagnostics": self.diagnostics.to_dict()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -423,7 +422,7 @@ class Scores:
         Raises:
             InvalidInput: no such file, another or a damaged one, or one of a later version.
         """
-        tensors, record = scores_io.read(path, _KIND)
+        tensors, record = files.read(path, _KIND)
         try:
             diagnostics = Diagnostics.from_dict(record.pop("diagnostics"))
             fields: dict[str, Any] = tensors | record
@@ -493,8 +492,3 @@ class Scores:
         from ..evaluation.verification import verify
 
         return verify(self, recipe, n, size, seeds, **options)
-
-
-def stacked(labels: Sequence[Any]) -> list[Any] | None:
-    """The labels if any is known, else None."""
-    return list(labels) if any(x is not None for x in labels) else None

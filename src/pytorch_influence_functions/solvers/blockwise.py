@@ -16,7 +16,7 @@ from ..curvature.blockwise import Part, block_operators
 from ..curvature.low_rank import Arnoldi, Nystrom
 from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
-from ..linalg.block_diagonal import BlockDiagonal, joined, part_of
+from ..linalg.block_diagonal import BlockDiagonal, join_rows, restrict_rows
 from ..linalg.dual_solution import DualSolution
 from ..linalg.operator import AbstractOperator, AbstractSymmetric
 from ..linalg.rows import Rows
@@ -193,7 +193,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
     def solve(self, state: BlockwiseState, rows: Rows) -> Solution:
         solved = {}
         for name, (space, solver, part) in state.parts.items():
-            inside = part_of(rows, space)
+            inside = restrict_rows(rows, space)
             solved[name] = solver.solve(part, inside), inside.squared_norms().double()
         values = []
         for solution, _ in solved.values():
@@ -204,7 +204,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
         failed = tuple(sorted({i for _, s in bad for i in s.failed}))
         detail = f"It happened in group {bad[0][0]!r}. {bad[0][1].detail}".strip() if bad else ""
         return Solution(
-            joined(state.space, values),
+            join_rows(state.space, values),
             residual,
             bad[0][1].result if bad else Result.successful,
             max(s.steps for s, _ in solved.values()),

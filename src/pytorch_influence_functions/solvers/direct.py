@@ -123,7 +123,7 @@ def _judged(system: System, x: Tensor, b: Tensor, notes: dict[str, Any], conditi
     residual = relative(error.norm(dim=1), b.norm(dim=1))
     value = operator.space.rows(x)
     if isinstance(operator, LowRank) and operator.dropped:
-        answered = relative(operator.reach(error).norm(dim=1), b.norm(dim=1))
+        answered = relative(operator.answered_part(error).norm(dim=1), b.norm(dim=1))
         return _verdict(value, residual, notes | {"approximation": "dropped complement"}, condition, rtol, x, answered)
     return _verdict(value, residual, notes, condition, rtol, x)
 

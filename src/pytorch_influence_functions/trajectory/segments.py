@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any, cast, final
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInput, nearest
 from ..core.validate import finite_number, whole_number
 from ..linalg.space import Space
-from ..problem.checkpoints import Checkpoint, load_checkpoint
+from ..problem.checkpoints import Checkpoint, as_checkpoints, load_checkpoint
 
 # --------------------------------------------------------------------------- Adam
 
@@ -44,13 +43,13 @@ class AdamState:
     decay: float | int | Mapping[str, float] = 0.0
 
     def __post_init__(self) -> None:
-        given: Any = self.second_moments
-        if not isinstance(given, Mapping) or not given:
+        moments: Any = self.second_moments
+        if not isinstance(moments, Mapping) or not moments:
             raise InvalidInput(
-                f"AdamState takes second moments as tensors by parameter name, got {type(given).__name__}; "
+                f"AdamState takes second moments as tensors by parameter name, got {type(moments).__name__}; "
                 "AdamState.of(optimizer, model) reads them."
             )
-        for name, value in given.items():
+        for name, value in moments.items():
             if not isinstance(value, Tensor) or not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
                 raise InvalidInput(
                     f"The second moment of {name!r} must be a tensor of finite numbers of at least 0; take exp_avg_sq "
@@ -81,9 +80,9 @@ class AdamState:
             InvalidInput: no Adam state is there (not an Adam, or no step was taken), it does not fit the model, or
                 its groups differ in eps.
         """
-        found = _adam_entries(optimizer, model)
+        entries = _adam_entries(optimizer, model)
         moments, decays, epsilons = {}, {}, set()
-        for name, (entry, group) in found.items():
+        for name, (entry, group) in entries.items():
             second = entry.get("max_exp_avg_sq", entry.get("exp_avg_sq"))
             if second is None or "step" not in entry or len(group.get("betas", ())) != 2:
                 raise InvalidInput(
@@ -92,14 +91,14 @@ class AdamState:
                 )
             moments[name] = second.detach() / (1.0 - group["betas"][1] ** float(entry["step"]))
             epsilons.add(float(group["eps"]))
-            decays[name] = _decoupled(optimizer, group)
+            decays[name] = _decoupled_decay(optimizer, group)
         if len(epsilons) != 1:
             raise InvalidInput(
-                f"The optimiser's groups hold state for {len(found)} parameters with eps {sorted(epsilons)}; expected "
-                "one value, so write AdamState(second_moments, eps) for each kind by hand."
+                f"The optimiser's groups have state for {len(entries)} parameters with eps {sorted(epsilons)}; "
+                "expected one value, so write AdamState(second_moments, eps) for each kind by hand."
             )
-        same = set(decays.values())
-        return AdamState(moments, epsilons.pop(), same.pop() if len(same) == 1 else decays)
+        strengths = set(decays.values())
+        return AdamState(moments, epsilons.pop(), strengths.pop() if len(strengths) == 1 else decays)
 
     def root(self, space: Space) -> Tensor:
         """`P^(1/2)` over the flattened space, [P] in float64.
@@ -150,22 +149,22 @@ def _adam_entries(optimizer: Any, model: nn.Module) -> _Entries:
     """(state, group) by parameter name."""
     if isinstance(optimizer, torch.optim.Optimizer):
         name_of = {id(p): name for name, p in model.named_parameters()}
-        found: _Entries = {
+        entries: _Entries = {
             name_of[id(p)]: (optimizer.state.get(p, {}), group)
             for group in optimizer.param_groups
             for p in group["params"]
             if id(p) in name_of
         }
     elif isinstance(optimizer, Mapping) and {"state", "param_groups"} <= set(optimizer):
-        found = _from_state_dict(optimizer, model)
+        entries = _from_state_dict(optimizer, model)
     else:
         raise InvalidInput(
             f"AdamState.of takes an optimiser or its state_dict(), got {type(optimizer).__name__}; "
             "pass the Adam or AdamW that trained the model."
         )
-    if not found:
+    if not entries:
         raise InvalidInput("The optimiser holds no parameter of the model; pass the optimiser that trained it.")
-    return found
+    return entries
 
 
 def _from_state_dict(state: Mapping[str, Any], model: nn.Module) -> _Entries:
@@ -174,7 +173,7 @@ def _from_state_dict(state: Mapping[str, Any], model: nn.Module) -> _Entries:
     orders = [[k for k, _ in model.named_parameters()], [k for k, p in model.named_parameters() if p.requires_grad]]
     by_name = all(g.get("param_names") is not None for g in groups)
     order = None if by_name else next((names for names in orders if len(names) == count), None)
-    found: _Entries = {}
+    entries: _Entries = {}
     for group in groups:
         named = group.get("param_names")
         if named is None and order is None:
@@ -182,25 +181,25 @@ def _from_state_dict(state: Mapping[str, Any], model: nn.Module) -> _Entries:
                 f"The optimiser's state dict holds {count} parameters and the model {len(orders[0])}, so they cannot "
                 "be matched by order; pass the optimiser itself, or AdamState(second_moments) by name."
             )
-        for at, number in enumerate(group["params"]):
-            name = named[at] if order is None else order[number]
-            found[name] = (state["state"].get(number, {}), group)
-    return found
+        for position, number in enumerate(group["params"]):
+            name = named[position] if order is None else order[number]
+            entries[name] = (state["state"].get(number, {}), group)
+    return entries
 
 
-def _decoupled(optimizer: Any, group: Mapping[str, Any]) -> float:
+def _decoupled_decay(optimizer: Any, group: Mapping[str, Any]) -> float:
     strength = float(group.get("weight_decay", 0.0))
     if strength == 0.0:
         return 0.0
-    known = group.get("decoupled_weight_decay")
-    if known is None and isinstance(optimizer, torch.optim.Optimizer):
-        known = "AdamW" in {c.__name__ for c in type(optimizer).__mro__}
-    if known is None:
+    decoupled = group.get("decoupled_weight_decay")
+    if decoupled is None and isinstance(optimizer, torch.optim.Optimizer):
+        decoupled = "AdamW" in {c.__name__ for c in type(optimizer).__mro__}
+    if decoupled is None:
         raise InvalidInput(
             f"The optimiser's state dict has weight_decay={strength:g} without saying whether it is decoupled (AdamW); "
             "pass the optimiser itself, or AdamState(second_moments, decay=...)."
         )
-    return strength if known else 0.0
+    return strength if decoupled else 0.0
 
 
 # --------------------------------------------------------------------------- segments
@@ -234,8 +233,8 @@ class Segment:
     adam: AdamState | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "checkpoints", _several(self.checkpoints, "Segment's checkpoints"))
-        if not self.held:
+        object.__setattr__(self, "checkpoints", as_checkpoints(self.checkpoints, "Segment's checkpoints"))
+        if not self.checkpoint_tuple:
             raise InvalidInput("A Segment needs at least one checkpoint, a state dict or a path from within it.")
         finite_number("lr", self.lr, above=0, owner=self)
         finite_number("steps", self.steps, above=0, owner=self)
@@ -252,7 +251,7 @@ class Segment:
             )
 
     @property
-    def held(self) -> tuple[Checkpoint, ...]:
+    def checkpoint_tuple(self) -> tuple[Checkpoint, ...]:
         """The checkpoints, however they were given."""
         return cast("tuple[Checkpoint, ...]", self.checkpoints)
 
@@ -267,7 +266,7 @@ class Segment:
         return self.rate * float(self.steps)
 
     def __repr__(self) -> str:
-        n = len(self.held)
+        n = len(self.checkpoint_tuple)
         parts = [f"{n} checkpoint{'' if n == 1 else 's'}", f"lr={self.lr:g}", f"steps={self.steps:g}"]
         parts += [f"momentum={self.momentum:g}"] if self.momentum else []
         parts += [f"adam={self.adam!r}"] if self.adam is not None else []
@@ -286,40 +285,40 @@ def split_evenly(
     `lr`: one number, or the mean learning rate of the stretch each checkpoint stands for. `steps`: the whole run's
     number, or one per checkpoint. A segment's own lr is their mean weighted by steps, so that lr x steps adds up.
     """
-    several = _several(checkpoints, "checkpoints")
-    whole_number("segments", segments, 1, len(several), hint="there cannot be more segments than checkpoints")
-    rates = _each("lr", lr, len(several), share=False)
-    counts = _each("steps", steps, len(several), share=True)
-    made, at = [], 0
+    ordered = as_checkpoints(checkpoints)
+    whole_number("segments", segments, 1, len(ordered), hint="there cannot be more segments than checkpoints")
+    rates = _one_per_checkpoint("lr", lr, len(ordered), share=False)
+    counts = _one_per_checkpoint("steps", steps, len(ordered), share=True)
+    run, start = [], 0
     for s in range(segments):
-        size = len(several) // segments + (s < len(several) % segments)
-        part = slice(at, at + size)
+        size = len(ordered) // segments + (s < len(ordered) % segments)
+        part = slice(start, start + size)
         total = sum(counts[part])
         mean = sum(r * c for r, c in zip(rates[part], counts[part], strict=True)) / total
-        made.append(Segment(several[part], mean, total, momentum))
-        at += size
-    return tuple(made)
+        run.append(Segment(ordered[part], mean, total, momentum))
+        start += size
+    return tuple(run)
 
 
 def _addresses(checkpoint: Checkpoint) -> frozenset[int]:
-    """Where a state dict's tensors lie in memory; empty for paths."""
+    """The memory addresses of a state dict's tensors; empty for paths."""
     if not isinstance(checkpoint, Mapping):
         return frozenset()
-    held: list[Any] = list(checkpoint.values())
-    inside = next((list(v.values()) for v in held if isinstance(v, Mapping)), held)
-    return frozenset(v.data_ptr() for v in inside if isinstance(v, Tensor) and v.numel() > 0)
+    values: list[Any] = list(checkpoint.values())
+    tensors = next((list(v.values()) for v in values if isinstance(v, Mapping)), values)
+    return frozenset(v.data_ptr() for v in tensors if isinstance(v, Tensor) and v.numel() > 0)
 
 
 def refuse_shared(checkpoints: Sequence[Checkpoint]) -> None:
-    """`state_dict()` hands out the live tensors: collected without a copy, all checkpoints are the last one.
+    """Refuse state dicts that share memory: `state_dict()` gives the live tensors, so uncopied ones are all the last.
 
     Raises:
         InvalidInput: two state dicts lie in the same memory.
     """
-    seen: dict[frozenset[int], int] = {}
+    first_at: dict[frozenset[int], int] = {}
     for k, checkpoint in enumerate(checkpoints):
-        where = _addresses(checkpoint)
-        first = seen.setdefault(where, k) if where else k
+        addresses = _addresses(checkpoint)
+        first = first_at.setdefault(addresses, k) if addresses else k
         if first != k and checkpoints[first] is not checkpoint:
             raise InvalidInput(
                 f"Checkpoints {first + 1} and {k + 1} are the same tensors in memory, because state_dict() hands out "
@@ -327,31 +326,20 @@ def refuse_shared(checkpoints: Sequence[Checkpoint]) -> None:
             )
 
 
-def apart(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint in memory of its own where it is the model's live `state_dict()`."""
+def copy_if_live(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint, copied where it is the model's live `state_dict()`."""
     live = {t.data_ptr() for t in [*model.parameters(), *model.buffers()] if t.numel() > 0}
     if not isinstance(checkpoint, Mapping) or not live & _addresses(checkpoint):
         return checkpoint
     return {name: value.clone() for name, value in load_checkpoint(checkpoint, model).items()}
 
 
-def _each(name: str, given: Any, n: int, share: bool) -> list[float]:
-    """One positive number per checkpoint; a single number is shared out or repeated."""
+def _one_per_checkpoint(name: str, given: Any, n: int, share: bool) -> list[float]:
+    """One positive number per checkpoint; a single number is divided among them (`share`) or repeated."""
     if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)):
         values = list(given)
         if len(values) != n:
             raise InvalidInput(f"{name} has {len(values)} numbers for {n} checkpoints; give one each, or one number.")
         return [finite_number(f"{name}[{i}]", v, above=0) for i, v in enumerate(values)]
-    one = finite_number(name, given, above=0)
-    return [one / n if share else one] * n
-
-
-def _several(given: Any, what: str) -> tuple[Checkpoint, ...]:
-    if isinstance(given, (str, PathLike, Mapping)):
-        return (given,)
-    found = list(given) if isinstance(given, Iterable) and not isinstance(given, nn.Module) else [given]
-    odd = next((one for one in found if not isinstance(one, (str, PathLike, Mapping))), None)
-    if odd is not None:
-        hint = "; pass model.state_dict()" if isinstance(odd, nn.Module) else ""
-        raise InvalidInput(f"{what} are state dicts (tensors by name) or paths, not {type(odd).__name__}{hint}.")
-    return tuple(found)
+    number = finite_number(name, given, above=0)
+    return [number / n if share else number] * n

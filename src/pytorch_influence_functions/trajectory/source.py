@@ -46,7 +46,7 @@ from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.problem import Problem
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
-from .segments import Segment, apart, refuse_shared, split_evenly
+from .segments import Segment, copy_if_live, refuse_shared, split_evenly
 from .unrolling import FittedSegment, form_of, preconditioned, refuse_overflow
 
 
@@ -106,7 +106,7 @@ class SOURCE(AbstractMethod):
         object.__setattr__(self, "segments", tuple(several))
         if not isinstance(self.curvature, AbstractCurvature):
             raise InvalidInput(f"SOURCE's curvature must be one such as GGN(), got {_named(self.curvature)}.")
-        refuse_shared([c for s in self.parts for c in s.held])
+        refuse_shared([c for s in self.parts for c in s.checkpoint_tuple])
         form_of(self.curvature, adam=any(s.adam is not None for s in self.parts))
         object.__setattr__(self, "memory", Budget.of(self.memory))
         object.__setattr__(self, "route", Route.of(self.route))
@@ -156,9 +156,9 @@ class SOURCE(AbstractMethod):
     def _fit_segment(self, problem: Problem, number: int) -> FittedSegment:
         segment = self.parts[number]
         members = []
-        for k, given in enumerate(segment.held):
+        for k, given in enumerate(segment.checkpoint_tuple):
             with _speaking_of(number, k):
-                checkpoint = apart(given, problem.model)
+                checkpoint = copy_if_live(given, problem.model)
                 with at_checkpoint(problem.model, checkpoint):
                     members.append((checkpoint, self._derivatives(problem)))
         form = form_of(self.curvature, segment.adam is not None)

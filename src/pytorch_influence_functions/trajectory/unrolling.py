@@ -57,27 +57,27 @@ class FittedSegment:
         return self._between(rows, self._response, into=1, out=1)
 
     def residual(self, u: Rows) -> float:
-        """|H x + S^T u - u| / (|H| |x| + |u|) for x = responds(u): rounding where eigenvalues and vectors are right.
+        """|H x + S^T u - u| / (|H| |x| + |u|) for x = responds(u): of rounding size where the eigenpairs are correct.
 
-        Beside |u| alone, long training would look badly solved in float32: x may be `span` times as large as u.
+        Relative to |u| alone, long training would look badly solved in float32: x may be `span` times as large as u.
         """
-        x, here = self.responds(u), u.flat()
-        wrong = self._between(x, self.operator, into=-1, out=-1).flat() + self.survives(u).flat() - here
-        root = torch.ones_like(here[0]) if self.root is None else self.root.to(here)
+        x, flat = self.responds(u), u.flat()
+        error = self._between(x, self.operator, into=-1, out=-1).flat() + self.survives(u).flat() - flat
+        root = torch.ones_like(flat[0]) if self.root is None else self.root.to(flat)
         # Norms in the coordinates in which the operator is symmetric.
         high = max(abs(v) for v in self.extremes)
-        scale = high * float((x.flat() / root).norm()) + float((here * root).norm())
-        return float((wrong * root).norm()) / scale if scale > 0 else 0.0
+        scale = high * float((x.flat() / root).norm()) + float((flat * root).norm())
+        return float((error * root).norm()) / scale if scale > 0 else 0.0
 
     def _between(self, rows: Rows, operator: AbstractSpectral, into: int, out: int) -> Rows:
-        """The operator in Adam's coordinates P^(-1/2) theta; as it is where there is no Adam."""
+        """The operator in Adam's coordinates P^(-1/2) theta, or itself where there is no Adam."""
         if self.root is None:
             return operator.apply(rows)
         space, flat = operator.space, rows.flat()
         root = self.root.to(flat.device)
-        moved = (flat.double() * root**into).to(flat)
-        back = operator.apply(space.rows(moved)).flat().double() * root**out
-        return space.rows(back.to(flat))
+        inside = (flat.double() * root**into).to(flat)
+        product = operator.apply(space.rows(inside)).flat().double() * root**out
+        return space.rows(product.to(flat))
 
 
 def survival(values: Tensor, span: float) -> Tensor:
@@ -119,16 +119,16 @@ def preconditioned(operator: AbstractSpectral, root: Tensor, decay: Tensor) -> M
     return Matrix(operator.space, root[:, None] * dense * root[None] + decay.to(dense).diag())
 
 
-def refuse_overflow(stretches: Sequence[FittedSegment], problem: Problem) -> None:
-    """exp(-eta K lam) of a very negative lam is no number any more, and no prediction long before."""
+def refuse_overflow(segments: Sequence[FittedSegment], problem: Problem) -> None:
+    """Refuse negative curvature so large that exp(-eta K lam) overflows; it stops being a prediction long before."""
     dtype = next(iter(problem.space.values(problem.model).values())).dtype
     limit = math.log(torch.finfo(dtype).max)
-    total = sum(s.growth for s in stretches)
+    total = sum(s.growth for s in segments)
     if not math.isfinite(total) or total > limit:
-        worst = max(range(len(stretches)), key=lambda k: stretches[k].growth)
-        s = stretches[worst]
+        worst = max(range(len(segments)), key=lambda k: segments[k].growth)
+        s = segments[worst]
         raise InvalidInput(
-            f"Segment {worst + 1} of {len(stretches)} has curvature {s.extremes[0]:.3g} over a training time "
+            f"Segment {worst + 1} of {len(segments)} has curvature {s.extremes[0]:.3g} over a training time "
             f"(learning rate x steps) of {s.segment.span:.3g}, so that exp({total:.3g}) would overflow; use GGN(), "
             "which has no negative curvature, or shorter segments."
         )

@@ -176,7 +176,7 @@ class BlockFactors:
                 self._squares_of_indexed(column)
                 continue
             for chunk in chunks(len(column), o * i):
-                self._add_squares(self.basis.turned(column.take(chunk)))
+                self._add_squares(self.basis.into_basis(column.take(chunk)))
 
     def _squares_of_outers(self, columns: list[Outer]) -> None:
         assert self.basis is not None and self.squares is not None
@@ -187,9 +187,9 @@ class BlockFactors:
             right = sum(_turn(x[:, 0], self.basis.right).square_() for x in rights)
             self.squares.addmm_(torch.as_tensor(left).T, torch.as_tensor(right))
             return
-        if not self.basis.factors_first(columns[0].terms):
+        if not self.basis.factors_are_cheaper(columns[0].terms):
             for column in columns:
-                self._add_squares(self.basis.turned(column))
+                self._add_squares(self.basis.into_basis(column))
             return
         known = {x.data_ptr(): _turn(x, self.basis.left) for x in lefts}
         others = {x.data_ptr(): _turn(x, self.basis.right) for x in rights}
