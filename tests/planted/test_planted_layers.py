@@ -103,7 +103,7 @@ RULE_BUGS = [
     Bug("patches mirrored", rule(nn.Conv2d, mirrored), partial(rows_law, named("conv2d stride"))),
     Bug(
         "padding mode ignored",
-        swap(layer_rules, "padded", zeros_as_padding),
+        swap(layer_rules, "pad_input", zeros_as_padding),
         partial(rows_law, named("conv2d reflect")),
     ),
     Bug("second use dropped", swap(recording, "add", lambda f, a, b: a), partial(rows_law, named("tied"))),

@@ -76,7 +76,7 @@ def transposed(original: Any, self: Any, rows: Any, operator: Any, into: int, ou
 def rates_of_equal_weight(original: Any, checkpoints: Any, lr: Any, steps: Any, segments: int, momentum: float) -> Any:
     """A segment's lr as the mean over its checkpoints, however many steps each stands for."""
     made = original(checkpoints, lr, steps, segments, momentum)
-    counts = [len(s.held) for s in made]
+    counts = [len(s.checkpoint_tuple) for s in made]
     means = [sum(lr[sum(counts[:k]) : sum(counts[: k + 1])]) / counts[k] for k in range(segments)]
     return tuple(replace(s, lr=mean) for s, mean in zip(made, means, strict=True))
 
