@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -85,13 +86,16 @@ def checklist(diagnostics: Diagnostics) -> Padding:
 
 
 def file_table(files: Sequence[tuple[Path, str]]) -> Padding:
-    """Files and their descriptions."""
+    """Files and their descriptions, under their folder where it is another: so no name of a file is broken in two."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold")
+    table.add_column(no_wrap=True)
     table.add_column()
     for path, description in files:
-        table.add_row(Text(str(path)), Text(description))
-    return indent(table)
+        table.add_row(Text(path.name), Text(description))
+    folders = dict.fromkeys(str(path.parent) for path, _ in files)
+    if list(folders) == ["."]:
+        return indent(table)
+    return indent(Group(Text("in " + ", ".join(folders), overflow="fold"), table))
 
 
 def fact_table(pairs: Sequence[tuple[str, str]]) -> Padding:
