@@ -106,7 +106,7 @@ class BlockLanczos:
     def directions(self, outside: Float[Tensor, "w p"]) -> Float[Tensor, "k p"]:
         """Orthonormal rows that span what `expand` found outside the basis, without what is only rounding."""
         q, r = torch.linalg.qr(outside.T)
-        _, sizes, turns = torch.linalg.svd(r.T.double())
+        _, sizes, turns = torch.linalg.svd(r.T.cpu().double())
         scale = float(self.projection.abs().max())
         kept = turns[sizes > _ROUNDING * torch.finfo(self.basis.dtype).eps * scale]
         return self.orthonormalise(kept.to(q) @ q.T)
