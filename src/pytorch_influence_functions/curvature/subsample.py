@@ -30,7 +30,7 @@ class Subsample(AbstractCurvature):
 
     Raises `InvalidInput` for something that is no curvature, a subsample of a subsample, or a number below 1.
 
-    >>> from pytorch_influence_functions import GGN
+    >>> from pytorch_influence_functions.curvature import GGN
     >>> Subsample(GGN(), examples=500)
     Subsample(curvature=GGN(), examples=500, seed=0)
     """
