@@ -257,7 +257,7 @@ class Segment:
 
     def __fingerprint__(self) -> tuple[Any, ...]:
         """What results depend on: the weights rather than the paths they are read from."""
-        states = [load_checkpoint(checkpoint) for checkpoint in self.held]
+        states = [load_checkpoint(checkpoint) for checkpoint in self.checkpoint_tuple]
         return states, self.lr, self.steps, self.momentum, self.adam
 
     @property
