@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from pytorch_influence_functions.core import files
 from pytorch_influence_functions.core.errors import InvalidInput
-from pytorch_influence_functions.scores import files as scores_io
 from pytorch_influence_functions.scores.diagnostics import Diagnostics
 from pytorch_influence_functions.scores.scores import Scores
 
@@ -80,7 +80,7 @@ def test_equal_scores_are_equal_bytes_in_every_process(tmp_path: Path) -> None:
     size = int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
     header = json.loads((tmp_path / "a").read_bytes()[8 : 8 + size])
     assert list(header["__metadata__"]) == ["pytorch_influence_functions"]
-    assert json.loads(header["__metadata__"]["pytorch_influence_functions"])["format"] == scores_io.FORMAT
+    assert json.loads(header["__metadata__"]["pytorch_influence_functions"])["format"] == files.FORMAT
     Scores.load(tmp_path / "a").save(tmp_path / "c")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
     changed = full()
@@ -128,11 +128,11 @@ def later_version(path: Path) -> None:
 
 
 def other_kind(path: Path) -> None:
-    scores_io.write(path, "index", {"x": torch.ones(2)}, {})
+    files.write_tensors(path, "index", {"x": torch.ones(2)}, {})
 
 
 def not_scores(path: Path) -> None:
-    scores_io.write(path, "scores", {"x": torch.ones(2)}, {"diagnostics": {}})
+    files.write_tensors(path, "scores", {"x": torch.ones(2)}, {"diagnostics": {}})
 
 
 def cut(path: Path) -> None:
@@ -147,7 +147,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "folder": (lambda p: p.mkdir(), "is not a file of saved scores"),
     "cut": (cut, "is not a file of saved scores, or is damaged"),
     "other tensors": (other_tensors, "is a safetensors file, but not one of saved scores"),
-    "later version": (later_version, "has file format 99 and this version reads 1"),
+    "later version": (later_version, "has file format 99 and this version reads 2"),
     "other kind": (other_kind, "holds index, not scores"),
     "not scores": (not_scores, "does not hold what scores are made of"),
     "nothing": (lambda p: None, "There is no file"),

@@ -89,7 +89,10 @@ def test_run_json_says_what_the_scores_were_made_from(task: Path, tmp_path: Path
     Ran("attribute", task, "--method", "ekfac", "--damping", "relative:0.5", "--out", tmp_path / "r", "--quiet")
     record = json.loads((tmp_path / "r/run.json").read_text())
     assert record["status"] == "complete" and record["command"] == "attribute"
-    assert set(record["marks"]) == {"weights", "training data", "queries", "settings", "task file"}
+    assert set(record["fingerprint"]["digests"]) == {
+        *("weights", "model code", "loss", "measure", "method", "training data", "queries", "settings", "version")
+    }
+    assert set(record["fingerprint"]["probes"]) == {"model outputs"}
     assert "EKFAC" in record["settings"]["method"] and "share=0.5" in record["settings"]["method"]
     assert record["settings"]["queries"] == list(range(QUERIES))
     assert record["versions"]["pytorch_influence_functions"] == ptif.__version__
@@ -111,7 +114,7 @@ def test_another_run_in_the_folder_is_refused_by_what_differs(
     before = (out / "scores.safetensors").read_bytes()
     task.write_text(task.read_text().replace(*change))
     other = Ran("attribute", task, "--out", out, "--quiet")
-    assert other.code == 2 and f"differs in {word}, task file; give another --out" in other.sentence
+    assert other.code == 2 and f"differs in {word}; give another --out" in other.sentence
     assert (out / "scores.safetensors").read_bytes() == before
     assert Ran("attribute", task, "--out", out, "--quiet", "--overwrite").code == 0
     assert (out / "scores.safetensors").read_bytes() != before
@@ -124,7 +127,7 @@ def test_a_changed_loss_of_the_users_own_is_noticed(tmp_path: Path) -> None:
     assert Ran("attribute", task, "--method", "grad-dot", "--out", out, "--json").found["resumed_queries"] == QUERIES
     task.write_text(task.read_text().replace(".square()", ".abs()"))
     other = Ran("attribute", task, "--method", "grad-dot", "--out", out, "--quiet")
-    assert other.code == 2 and "differs in task file;" in other.sentence
+    assert other.code == 2 and "differs in loss;" in other.sentence
 
 
 def test_a_dry_run_forecasts_and_writes_nothing(task: Path, tmp_path: Path) -> None:

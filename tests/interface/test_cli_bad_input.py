@@ -138,7 +138,7 @@ def test_a_config_that_is_not_there(tmp_path: Path) -> None:
 def test_an_out_that_cannot_be_written_to(tmp_path: Path) -> None:
     task = task_file(tmp_path)
     words = refused("attribute", task, "--out", task / "below")
-    assert words == f"'{task / 'below'}' cannot be written to (Not a directory); give another folder to --out."
+    assert words.startswith(f"'{task / 'below'}' cannot be written to (Not a directory); give another place")
     assert "cannot be written to" in refused("self-influence", task, "--out", task)
 
 
@@ -147,7 +147,7 @@ def test_an_out_that_holds_something_else(tmp_path: Path) -> None:
     out.mkdir()
     (out / "scores.safetensors").write_bytes(b"mine")
     assert "without its run.json; give another --out, or --overwrite" in refused("attribute", task, "--out", out)
-    for content in ("{", "[]", '{"format": 99, "marks": {}}', '{"format": 1}'):
+    for content in ("{", "[]", '{"format": 99, "fingerprint": {}}', '{"format": 2}'):
         (out / "run.json").write_text(content)
         assert "give another --out" in refused("attribute", task, "--out", out)
     assert (out / "scores.safetensors").read_bytes() == b"mine"
@@ -187,7 +187,16 @@ def test_a_results_folder_never_makes_a_program_run(tmp_path: Path) -> None:
     out = tmp_path / "r"
     out.mkdir()
     (out / "task.py").write_text("open('was_here', 'w')")
-    (out / "run.json").write_text(json.dumps({"format": 1, "marks": {}, "status": "complete", "task": "task.py"}))
+    (out / "run.json").write_text(
+        json.dumps(
+            {
+                "format": 2,
+                "fingerprint": {"digests": {}, "probes": {}},
+                "status": "complete",
+                "task": "task.py",
+            }
+        )
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytorch_influence_functions.cli", "report", "."],
         cwd=out,

@@ -54,7 +54,7 @@ def test_self_influence_forecasts(tmp_path: Path) -> None:
 
 
 def test_a_label_in_the_table_is_no_formula(tmp_path: Path) -> None:
-    self_influence_table.save(tmp_path, torch.tensor([2.0, 1.0]), ["=1+1", "-3"], "m")
+    self_influence_table.save(tmp_path, torch.tensor([2.0, 1.0]), ["=1+1", "-3"], "m", "f")
     rows = list(csv.reader((tmp_path / "self_influence.csv").read_text().splitlines()))
     assert rows[1:] == [["1", "0", "'=1+1", "2.0"], ["2", "1", "-3", "1.0"]]
 
@@ -117,7 +117,8 @@ def test_self_influence_of_another_model_does_not_slip_into_a_page(tmp_path: Pat
 
 def test_an_unfinished_run_has_no_page_yet(tmp_path: Path) -> None:
     assert "holds no run (run.json is missing)" in Ran("report", tmp_path).sentence
-    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "marks": {}, "status": "running"}))
+    record = {"format": 2, "fingerprint": {"digests": {}, "probes": {}}, "status": "running"}
+    (tmp_path / "run.json").write_text(json.dumps(record))
     ran = Ran("report", tmp_path)
     assert ran.code == 2 and "is not finished" in ran.sentence
 

@@ -539,7 +539,7 @@ def test_factors_larger_than_memory_are_fitted_in_turn_and_stay_on_disk(tmp_path
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     model, x, y = conv_net()
-    with pytest.raises(InvalidInput, match="cannot be made"):
+    with pytest.raises(InvalidInput, match="cannot be written to"):
         fitted(EKFAC(GGN(), folder=tmp_path / "file"), derivatives_of(model, x, y))
 
 

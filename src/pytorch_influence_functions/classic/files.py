@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput, name_ids
-from ..core.files import write_bytes
+from ..core.files import replacing, write_bytes
 from .config import DEFAULTS
 from .console import log
 
@@ -146,15 +146,9 @@ def _file_name_regex(pattern: str) -> re.Pattern[str]:
 
 def save_vectors(vectors: Sequence[Tensor], path: Path) -> None:
     """Write a list of tensors, on the CPU and each with memory of its own, for `torch.load(weights_only=True)`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The files are not synced one by one, because there is one per training example.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path, sync=False) as aside:
         torch.save([v.detach().cpu().contiguous().clone() for v in vectors], aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def load_vectors(path: Path) -> Vectors:

@@ -15,14 +15,14 @@ FIRST: Final = 8
 LARGEST: Final = 256
 
 
-def plan(queries: int, block: int | None = None) -> Iterator[tuple[int, int]]:
+def block_ranges(queries: int, block: int | None = None) -> Iterator[tuple[int, int]]:
     """(first, last + 1) of every block: `block` queries each, or 8, 16, 32, … up to 256.
 
     Small at first, so that something is kept early; then larger, since many methods pass over the training data once
     per block. It depends on nothing but the two numbers: a run that goes on makes the very blocks of one that never
     stopped.
 
-    >>> list(plan(30)), list(plan(5, block=2))
+    >>> list(block_ranges(30)), list(block_ranges(5, block=2))
     ([(0, 8), (8, 24), (24, 30)], [(0, 2), (2, 4), (4, 5)])
     """
     at, size = 0, block or FIRST
@@ -32,7 +32,7 @@ def plan(queries: int, block: int | None = None) -> Iterator[tuple[int, int]]:
         size = block or min(2 * size, LARGEST)
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
+def join_blocks(parts: Sequence[Scores]) -> Scores:
     """The scores of several blocks of queries as one, in the order given; their diagnostics as those of one run."""
     first = parts[0]
     indices = [p.indices for p in parts]
@@ -47,12 +47,12 @@ def joined(parts: Sequence[Scores]) -> Scores:
 
 
 def _labels(parts: Sequence[Labels]) -> list[Any] | None:
-    found: list[Any] = []
+    labels: list[Any] = []
     for part in parts:
         if part is None:
             return None
-        found += part.tolist() if isinstance(part, Tensor) else list(part)
-    return found
+        labels += part.tolist() if isinstance(part, Tensor) else list(part)
+    return labels
 
 
 def _diagnostics(parts: Sequence[Diagnostics]) -> Diagnostics:

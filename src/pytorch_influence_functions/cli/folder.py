@@ -3,28 +3,30 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
 from ..core.errors import InvalidInput
-from ..core.files import write_bytes
+from ..core.files import locked, remove_leftovers, write_bytes
+from ..core.fingerprint import Fingerprint
 from ..scores.scores import Scores
 
 RUN: Final = "run.json"
 SCORES: Final = "scores.safetensors"
 BLOCKS: Final = "blocks"
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 @final
 @dataclass(eq=False)
-class Folder:
-    """Where one run is kept. Made with `Folder.opened`.
+class RunFolder:
+    """Where one run is kept. Made with `RunFolder.open`.
 
-    `run.json` says what the run was made from (`marks`) and how far it is (`status`: "running" or "complete"); finished
-    blocks of queries lie in `blocks/` until the scores of all are written.
+    `run.json` says what the run was made from (`fingerprint`) and how far it is (`status`: "running" or "complete");
+    finished blocks of queries lie in `blocks/` until the scores of all are written. Every file of scores carries the
+    identity of the fingerprint, and one of another run is never used.
     """
 
     path: Path
@@ -32,27 +34,41 @@ class Folder:
     name: str = RUN
 
     @classmethod
-    def opened(cls, path: Path, record: Mapping[str, Any], overwrite: bool = False, name: str = RUN) -> "Folder":
+    @contextlib.contextmanager
+    def open(
+        cls,
+        path: Path,
+        fingerprint: Fingerprint,
+        record: Mapping[str, Any],
+        overwrite: bool = False,
+        name: str = RUN,
+    ) -> Iterator["RunFolder"]:
         """The folder for this run: new, or with what an earlier start of the very same run left in it.
 
-        Raises:
-            InvalidInput: it holds another run, something that is no run, or cannot be written to.
-        """
-        made = cls(path, {"format": FORMAT, "status": "running"} | dict(record), name)
-        before = made._before()
-        if overwrite:
-            before = None
-            made._clear()
-        if before is None:
-            made._refuse_strangers()
-            made.write()
-            return made
-        _refuse_other(path, before, made.record)
-        made.record = {"status": "running"} | before
-        return made
+        Within, no other process writes such a run there.
 
-    def _before(self) -> dict[str, Any] | None:
-        return read_record(self.path, self.name) if (self.path / self.name).exists() else None
+        Raises:
+            InvalidInput: it holds another run, something that is no run, or cannot be written to; or another process
+                is writing there.
+        """
+        start = {"format": FORMAT, "status": "running", "fingerprint": fingerprint.to_dict()}
+        folder = cls(path, start | dict(record), name)
+        with locked(path, f".{name}.lock"):
+            remove_leftovers(path)
+            remove_leftovers(path / BLOCKS)
+            folder._begin(fingerprint, overwrite)
+            yield folder
+
+    def _begin(self, fingerprint: Fingerprint, overwrite: bool) -> None:
+        if overwrite:
+            self._clear()
+        if not (self.path / self.name).exists():
+            self._refuse_strangers()
+            self.write()
+            return
+        before = read_record(self.path, self.name)
+        _refuse_other(self.path, fingerprint, before, self.record.get("settings", {}))
+        self.record = {"status": "running"} | before
 
     def _refuse_strangers(self) -> None:
         if self.name == RUN and (self.path / SCORES).exists():
@@ -62,15 +78,20 @@ class Folder:
             )
 
     def _clear(self) -> None:
+        (self.path / self.name).unlink(missing_ok=True)
         if self.name == RUN:
             (self.path / SCORES).unlink(missing_ok=True)
             self.drop_blocks()
-        (self.path / self.name).unlink(missing_ok=True)
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the run had been finished."""
         return bool(self.record["status"] == "complete")
+
+    @property
+    def identity(self) -> str:
+        """What every file of this run carries."""
+        return fingerprint_of(self.record).identity
 
     def write(self, **changes: Any) -> None:
         """Change the record and write it, whole or not at all.
@@ -80,32 +101,48 @@ class Folder:
         """
         self.record |= changes
         text = json.dumps(self.record, indent=2, allow_nan=False) + "\n"
-        try:
-            write_bytes(self.path / self.name, text.encode())
-        except OSError as cause:
-            raise InvalidInput(
-                f"{str(self.path)!r} cannot be written to ({cause.strerror}); give another folder to --out."
-            ) from cause
+        write_bytes(self.path / self.name, text.encode())
 
-    # ---------------------------------------------------------------- blocks
+    # ---------------------------------------------------------------- scores
+
+    def write_scores(self, scores: Scores) -> None:
+        """Write the scores of all queries."""
+        scores.save(self.path / SCORES, self.identity)
+
+    def read_scores(self) -> Scores | None:
+        """The scores of all queries; None where there are none of this run, or their file is damaged."""
+        return self._read(self.path / SCORES)
 
     def _block(self, first: int, last: int) -> Path:
         return self.path / BLOCKS / f"{first:06d}-{last:06d}.safetensors"
 
-    def keep(self, first: int, last: int, scores: Scores) -> None:
+    def write_block(self, first: int, last: int, scores: Scores) -> None:
         """Keep the scores of the queries from `first` up to `last`."""
-        scores.save(self._block(first, last))
+        scores.save(self._block(first, last), self.identity)
 
-    def kept(self, first: int, last: int) -> Scores | None:
-        """What was kept of these queries; None where nothing was, or its file is damaged."""
-        path = self._block(first, last)
+    def has_block(self, first: int, last: int) -> bool:
+        """Whether there is a file of these queries."""
+        return self._block(first, last).exists()
+
+    def read_block(self, first: int, last: int) -> Scores | None:
+        """What was kept of these queries; None where nothing of this run was, or its file is damaged."""
+        return self._read(self._block(first, last))
+
+    def _read(self, path: Path) -> Scores | None:
         with contextlib.suppress(InvalidInput):
-            return Scores.load(path) if path.exists() else None
+            return Scores.load(path, self.identity)
         return None
 
     def drop_blocks(self) -> None:
         """Remove the blocks: the whole is written."""
         shutil.rmtree(self.path / BLOCKS, ignore_errors=True)
+
+
+def fingerprint_of(record: Mapping[str, Any]) -> Fingerprint:
+    """What a run was made from, by its record."""
+    fingerprint = Fingerprint.from_dict(record["fingerprint"])
+    assert fingerprint is not None, "read_record() has looked at it"
+    return fingerprint
 
 
 def read_record(folder: Path, name: str = RUN) -> dict[str, Any]:
@@ -118,24 +155,27 @@ def read_record(folder: Path, name: str = RUN) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidInput(f"{str(folder)!r} holds no run ({name} is missing); give the --out of ptif attribute.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:
         raise InvalidInput(f"{str(path)!r} cannot be read ({cause}); give another --out, or --overwrite.") from cause
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("marks"), dict):
+    known = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("status"), str)
+    if not known or Fingerprint.from_dict(record.get("fingerprint")) is None:
         raise InvalidInput(f"{str(path)!r} was not written by this version of ptif; give another --out.")
-    return found
+    return dict(record)
 
 
-def _refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differ = [name for name, mark in now["marks"].items() if before["marks"].get(name) != mark]
-    if not differ:
+def _refuse_other(path: Path, fingerprint: Fingerprint, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    names = fingerprint.differences(fingerprint_of(before))
+    if not names:
         return
-    old, new = before.get("settings"), now.get("settings", {})
-    changed = [k for k in new if old.get(k) != new[k]] if isinstance(old, dict) else []
-    said = [f"{k} ({_short(old.get(k))} there, {_short(new[k])} here)" for k in changed if isinstance(old, dict)]
-    said += [name for name in differ if name not in changed and (name != "settings" or not changed)]
+    old = before.get("settings")
+    # A setting is shown where its own digest differs, or that of all settings which have none of their own.
+    asked = [k for k in settings if k in names or ("settings" in names and k not in fingerprint.digests)]
+    changed = [k for k in asked if isinstance(old, dict) and old.get(k) != settings[k]]
+    parts = [f"{k} ({_short(old.get(k))} there, {_short(settings[k])} here)" for k in changed if isinstance(old, dict)]
+    parts += [name for name in names if name not in changed and (name != "settings" or not changed)]
     raise InvalidInput(
-        f"{str(path)!r} holds another run: it differs in {', '.join(said)}; give another --out, or --overwrite to "
+        f"{str(path)!r} holds another run: it differs in {', '.join(parts)}; give another --out, or --overwrite to "
         "replace it."
     )
 

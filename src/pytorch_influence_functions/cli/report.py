@@ -17,8 +17,8 @@ from ..problem.problem import sweep
 from ..scores.scores import Scores
 from . import options, show
 from .exit import Output, exit_with_code
-from .folder import SCORES, read_record
-from .marks import data_marks
+from .fingerprints import QUERIES, TRAINING_DATA, fingerprint_data
+from .folder import SCORES, fingerprint_of, read_record
 from .progress_bars import report_progress
 from .self_influence_table import kept_self_influence
 from .task import Task, load_task
@@ -56,24 +56,23 @@ def _finished(out: Path) -> Scores:
     record = read_record(out)
     if record.get("status") != "complete":
         raise InvalidInput(f"The run in {str(out)!r} is not finished; run its ptif attribute command again first.")
-    return Scores.load(out / SCORES)
+    return Scores.load(out / SCORES, fingerprint_of(record).identity)
 
 
 def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
     """The scores with the data they were made from, which is checked."""
-    there = read_record(out)["marks"]
     queries = task.query_source
     ids = scores.query_ids
     last = int(ids.max())
     if last >= len(queries):
         raise InvalidInput(f"{task.path.name} has {len(queries):,} queries and the scores reach to query {last}.")
-    here = data_marks(task.problem.data, queries.subset(ids.tolist()))
-    for name, mark in here.items():
-        if there.get(name) != mark:
-            raise InvalidInput(
-                f"The {name} of {task.path.name} are not those of the run in {str(out)!r}; give the task it was made "
-                "with, or run ptif attribute again."
-            )
+    data = fingerprint_data(task.problem.data, queries.subset(ids.tolist()))
+    names = data.differences(fingerprint_of(read_record(out)), among=(TRAINING_DATA, QUERIES))
+    if names:
+        raise InvalidInput(
+            f"The {names[0]} of {task.path.name} are not those of the run in {str(out)!r}; give the task it was made "
+            "with, or run ptif attribute again."
+        )
     return replace(scores, train_source=task.problem.data, query_source=queries)
 
 

@@ -18,8 +18,8 @@ from ..scores.scores import Scores
 from ..solvers.auto import Forecast
 from . import blocks
 from .exit import Interruption
-from .folder import RUN, SCORES, Folder
-from .marks import marks, words
+from .fingerprints import describe_settings, fingerprint_run
+from .folder import RUN, SCORES, RunFolder
 from .options import RunSettings
 from .parsing import override_damping, parse_method, parse_positions
 from .progress_bars import QUERIES
@@ -59,7 +59,7 @@ class AttributionRun:
     @property
     def block_ranges(self) -> list[tuple[int, int]]:
         """The blocks of queries, as (first, last + 1)."""
-        return list(blocks.plan(len(self.ids), self.settings.block))
+        return list(blocks.block_ranges(len(self.ids), self.settings.block))
 
     def forecast(self) -> Forecast:
         """What the run would cost, from counts and one small batch that is timed.
@@ -84,33 +84,46 @@ class AttributionRun:
         record = {
             "command": "attribute",
             "task": str(self.task.path),
-            "marks": marks(self.task, self.method, settings, queries),
-            "settings": words(self.task, self.method, settings),
+            "settings": describe_settings(self.task, self.method, settings),
             "n_train": len(self.task.problem),
             "n_queries": len(self.ids),
             "versions": versions(),
         }
-        folder = Folder.opened(s.out, record, overwrite)
-        path = s.out / SCORES
-        if folder.complete and path.exists():
-            return FinishedRun(self._with_data(Scores.load(path)), len(self.ids))
-        parts, resumed = self._score_blocks(folder, queries, interruption, report)
-        scores = blocks.joined(parts)
-        scores.save(path)
-        folder.write(status="complete", seconds=scores.diagnostics.seconds)
-        folder.drop_blocks()
+        fingerprint = fingerprint_run(self.task, self.method, settings, queries)
+        with RunFolder.open(s.out, fingerprint, record, overwrite) as folder:
+            finished = folder.read_scores() if folder.is_complete else None
+            if finished is not None:
+                return FinishedRun(self._with_data(finished), len(self.ids))
+            parts, resumed = self._score_blocks(folder, queries, interruption, report)
+            scores = blocks.join_blocks(parts)
+            folder.write_scores(scores)
+            folder.write(status="complete", seconds=scores.diagnostics.seconds)
+            folder.drop_blocks()
         return FinishedRun(self._with_data(scores), resumed)
 
     def _score_blocks(
-        self, folder: Folder, queries: Source, interruption: Interruption, report: Callback
+        self, folder: RunFolder, queries: Source, interruption: Interruption, report: Callback
     ) -> tuple[list[Scores], int]:
-        total, out = len(self.ids), str(self.settings.out)
-        held = {pair: folder.kept(*pair) for pair in self.block_ranges}
-        resumed = done = sum(last - first for (first, last), part in held.items() if part is not None)
+        """The scores of every block, and how many queries had been kept."""
+        parts = {pair: folder.read_block(*pair) for pair in self.block_ranges}
+        resumed = sum(last - first for (first, last), part in parts.items() if part is not None)
+        try:
+            self._score_missing(parts, folder, queries, report)
+        finally:
+            # Counted on the disk: a block may be there when the interruption comes.
+            kept = sum(last - first for first, last in self.block_ranges if folder.has_block(first, last))
+            interruption.kept = f"{kept:,} of {len(self.ids):,} queries are kept in {str(self.settings.out)!r}"
+        return [part for part in parts.values() if part is not None], resumed
+
+    def _score_missing(
+        self, parts: dict[tuple[int, int], Scores | None], folder: RunFolder, queries: Source, report: Callback
+    ) -> None:
+        """Score the blocks that are None, and keep each as it is finished."""
+        total = len(self.ids)
+        done = sum(last - first for (first, last), part in parts.items() if part is not None)
         fitted: Fitted | None = None
-        interruption.kept = f"{done:,} of {total:,} queries are kept in {out!r}"
         report(QUERIES, done, total)
-        for (first, last), part in held.items():
+        for (first, last), part in parts.items():
             if part is not None:
                 continue
             start = time.perf_counter()
@@ -123,12 +136,10 @@ class AttributionRun:
                 query_ids=torch.tensor(self.ids[first:last]),
                 diagnostics=replace(part.diagnostics, seconds=seconds),
             )
-            folder.keep(first, last, part)
-            held[first, last] = part
+            folder.write_block(first, last, part)
+            parts[first, last] = part
             done += last - first
-            interruption.kept = f"{done:,} of {total:,} queries are kept in {out!r}"
             report(QUERIES, done, total)
-        return [part for part in held.values() if part is not None], resumed
 
     def _with_data(self, scores: Scores) -> Scores:
         return replace(scores, train_source=self.task.problem.data, query_source=self.task.query_source)

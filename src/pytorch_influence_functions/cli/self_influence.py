@@ -1,18 +1,20 @@
 """`ptif self-influence`: which labels the model had to learn by heart, the most suspicious first."""
 
 import time
+from contextlib import suppress
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
+from ..core.errors import InvalidInput
 from ..influence.method import AbstractMethod
 from . import options, self_influence_table, show
 from .exit import Interruption, Output, exit_with_code
-from .folder import Folder
+from .fingerprints import describe_settings, fingerprint_run
+from .folder import RunFolder
 from .machine import format_bytes, format_duration, free_memory
-from .marks import marks, words
 from .parsing import parse_method
 from .progress_bars import report_progress
 from .run import choose_method, forecast_run, versions
@@ -104,22 +106,23 @@ def _computed(
     record = {
         "command": "self-influence",
         "task": str(task.path),
-        "marks": marks(task, method, {}, None),
-        "settings": words(task, method, {}),
+        "settings": describe_settings(task, method, {}),
         "n_train": len(problem),
         "versions": versions(),
     }
-    folder = Folder.opened(out, record, overwrite, self_influence_table.RECORD)
-    labels = self_influence_table.label_words(problem)
-    if folder.complete and (out / self_influence_table.NUMBERS).exists():
-        return self_influence_table.read(out), labels, folder.record
-    interruption.kept = "self-influence is computed in one go and nothing of it was kept"
-    start = time.perf_counter()
-    fitted = method.fit(problem, n_queries=len(problem))
-    values = torch.as_tensor(fitted.self_influence()).double().cpu()
-    self_influence_table.save(out, values, labels, fitted.method)
-    seconds = time.perf_counter() - start
-    folder.write(status="complete", seconds=seconds, method=fitted.method, why=fitted.why)
+    fingerprint = fingerprint_run(task, method, {}, None)
+    with RunFolder.open(out, fingerprint, record, overwrite, self_influence_table.RECORD) as folder:
+        labels = self_influence_table.label_words(problem)
+        if folder.is_complete:
+            with suppress(InvalidInput):  # damaged, or of another run: computed again
+                return self_influence_table.read(out, folder.identity), labels, folder.record
+        interruption.kept = "self-influence is computed in one go and nothing of it was kept"
+        start = time.perf_counter()
+        fitted = method.fit(problem, n_queries=len(problem))
+        values = torch.as_tensor(fitted.self_influence()).double().cpu()
+        self_influence_table.save(out, values, labels, fitted.method, folder.identity)
+        seconds = time.perf_counter() - start
+        folder.write(status="complete", seconds=seconds, method=fitted.method, why=fitted.why)
     return values, labels, folder.record
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput
-from ..core.files import write_bytes
+from ..core.files import read_tensors, write_bytes, write_tensors
+from ..problem.ingredients import CODE, OUTPUTS, WEIGHTS
 from ..problem.problem import Problem, sweep
-from ..scores import files as scores_io
 from ..scores.indexing import plain_value
-from .folder import read_record
+from .fingerprints import TRAINING_DATA
+from .folder import fingerprint_of, read_record
 
 RECORD: Final = "self_influence.json"
 NUMBERS: Final = "self_influence.safetensors"
@@ -24,16 +25,17 @@ _KIND: Final = "self-influence"
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
 
 
-def save(folder: Path, values: Tensor, labels: Sequence[str] | None, method: str) -> None:
+def save(folder: Path, values: Tensor, labels: Sequence[str] | None, method: str, fingerprint: str) -> None:
     """Write both files: all N numbers in training order, and the table with the largest first."""
-    scores_io.write(folder / NUMBERS, _KIND, {"values": values.double()}, {"n_train": len(values), "method": method})
-    made = io.StringIO()
-    writer = csv.writer(made, lineterminator="\n")
+    record = {"n_train": len(values), "method": method, "fingerprint": fingerprint}
+    write_tensors(folder / NUMBERS, _KIND, {"values": values.double()}, record)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["rank", "index", *([] if labels is None else ["label"]), "self_influence"])
     for rank, i in enumerate(worst(values).tolist(), 1):
         label = [] if labels is None else [_cell(labels[i])]
         writer.writerow([rank, i, *label, repr(float(values[i]))])
-    write_bytes(folder / TABLE, made.getvalue().encode())
+    write_bytes(folder / TABLE, table.getvalue().encode())
 
 
 def worst(values: Tensor) -> Tensor:
@@ -41,13 +43,16 @@ def worst(values: Tensor) -> Tensor:
     return values.argsort(descending=True, stable=True)
 
 
-def read(folder: Path) -> Tensor:
-    """The numbers that `save` wrote.
+def read(folder: Path, fingerprint: str) -> Tensor:
+    """The numbers that `save` wrote for this fingerprint.
 
     Raises:
-        InvalidInput: there are none, or the file is damaged.
+        InvalidInput: there are none, or the file is damaged or of another run.
     """
-    return scores_io.read(folder / NUMBERS, _KIND)[0]["values"]
+    tensors, record = read_tensors(folder / NUMBERS, _KIND, cure="run ptif self-influence again")
+    if record.get("fingerprint") != fingerprint or "values" not in tensors:
+        raise InvalidInput(f"{str(folder / NUMBERS)!r} is of another run than {RECORD}; run ptif self-influence again.")
+    return tensors["values"]
 
 
 def kept_self_influence(folder: Path) -> Tensor | None:
@@ -58,14 +63,14 @@ def kept_self_influence(folder: Path) -> Tensor | None:
     """
     if not (folder / NUMBERS).exists():
         return None
-    own, run = read_record(folder, RECORD)["marks"], read_record(folder)["marks"]
-    for name in ("weights", "training data"):
-        if own.get(name) != run.get(name):
-            raise InvalidInput(
-                f"The self-influence in {str(folder)!r} is of other {name} than the scores; run ptif self-influence "
-                "--overwrite, or remove its files."
-            )
-    return read(folder)
+    own, run = fingerprint_of(read_record(folder, RECORD)), fingerprint_of(read_record(folder))
+    names = own.differences(run, among=(WEIGHTS, CODE, OUTPUTS, TRAINING_DATA))
+    if names:
+        raise InvalidInput(
+            f"The self-influence in {str(folder)!r} is of other {', '.join(names)} than the scores; run "
+            "ptif self-influence --overwrite, or remove its files."
+        )
+    return read(folder, own.identity)
 
 
 def label_words(problem: Problem) -> list[str] | None:

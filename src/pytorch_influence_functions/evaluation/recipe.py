@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 import threading
@@ -152,48 +151,19 @@ class Recipe:
 
     def __repr__(self) -> str:
         """The settings; a warm start is only mentioned, without its numbers."""
-        parts = [words(self.model), f"optimizer={words(self.optimizer)}", f"epochs={self.epochs}"]
+        parts = [name_callable(self.model), f"optimizer={name_callable(self.optimizer)}", f"epochs={self.epochs}"]
         parts += [f"batch_size={self.batch_size}", f"schedule={self.schedule!r}"]
-        parts += [] if self.loss is None else [f"loss={words(self.loss)}"]
+        parts += [] if self.loss is None else [f"loss={name_callable(self.loss)}"]
         parts += [] if self.start is None else ["start=given weights"]
         parts += ["hold_batches=True"] if self.hold_batches else []
         return f"Recipe({', '.join(parts)})"
 
 
-def words(thing: Any) -> str:
-    """What to call a function, a partial, or a record: without addresses, so that it is the same in every run."""
-    if isinstance(thing, partial):
-        given = [repr(a) for a in thing.args] + [f"{k}={v!r}" for k, v in thing.keywords.items()]
-        return f"{words(thing.func)}({', '.join(given)})"
-    if inspect.isfunction(thing) or inspect.isclass(thing) or inspect.ismethod(thing) or inspect.isbuiltin(thing):
-        return thing.__qualname__.replace("<locals>.", "")
-    return repr(thing)
-
-
-def code_of(thing: Any) -> str:
-    """A hash of a function's own code, constants and captured plain values; of anything else, its words.
-
-    Functions it calls are not looked into: a change there is not noticed.
-    """
-    thing = thing.func if isinstance(thing, partial) else thing
-    code = getattr(thing, "__code__", None)
-    if code is None:
-        return words(thing)
-    made = hashlib.sha256()
-    _absorb_code(made, code)
-    for cell in getattr(thing, "__closure__", None) or ():
-        value = cell.cell_contents
-        if isinstance(value, (int, float, str, bool, tuple)):
-            made.update(repr(value).encode())
-    made.update(repr([d for d in thing.__defaults__ or () if isinstance(d, (int, float, str, bool))]).encode())
-    return made.hexdigest()
-
-
-def _absorb_code(made: Any, code: Any) -> None:
-    made.update(code.co_code)
-    made.update(repr(code.co_names).encode())
-    for constant in code.co_consts:
-        if hasattr(constant, "co_code"):
-            _absorb_code(made, constant)
-        else:  # a set's order differs from run to run
-            made.update(repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant).encode())
+def name_callable(function: Any) -> str:
+    """What to call a function, a partial, or a record in a description: without addresses, the same in every run."""
+    if isinstance(function, partial):
+        arguments = [repr(a) for a in function.args] + [f"{k}={v!r}" for k, v in function.keywords.items()]
+        return f"{name_callable(function.func)}({', '.join(arguments)})"
+    if any(check(function) for check in (inspect.isfunction, inspect.isclass, inspect.ismethod, inspect.isbuiltin)):
+        return str(function.__qualname__).replace("<locals>.", "")
+    return repr(function)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -10,14 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from .._version import __version__
 from ..core.errors import InvalidInput
+from ..core.fingerprint import Fingerprint, Probe
 from ..core.progress import Meter
 from ..core.threads import one_thread
 from ..influence.question import resolve_measure
@@ -26,10 +25,12 @@ from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
+from ..problem.ingredients import describe_model, digest_data
 from ..problem.model_state import same_rng
 from ..problem.problem import Problem
-from . import kept, training, user_training
-from .recipe import Recipe, TrainFunction, code_of, words
+from . import training, user_training
+from .cache import RetrainingCache, job_key
+from .recipe import Recipe, TrainFunction, name_callable
 from .subsets import Subsets
 from .training import Examples, Job, Stack, TrainingMode
 from .truth import Truth
@@ -49,8 +50,10 @@ def retrain(
     """Train on each subset with each seed, and on everything with each seed; measure every query each time.
 
     The same request gives the same numbers, in any order and with any number of workers. With `folder` every finished
-    training is kept there under a hash of recipe, data, queries and measure: an interrupted run goes on where it
-    stopped, and further subsets or seeds add to what is there.
+    training is kept there under a fingerprint of everything it depends on (the code of model, loss, measure and
+    training function, what the model computes, settings, data, queries, version): an interrupted run goes on where it
+    stopped, further subsets or seeds add to what is there, and nothing made from anything else is used. The
+    fingerprint reads the data and the queries once.
 
     Args:
         recipe: a `Recipe`, or your own function `(dataset, seed) -> trained model`; the dataset it gets holds what
@@ -96,8 +99,8 @@ def retrain(
     everything = torch.ones(subsets.n, dtype=torch.bool)
     jobs = [Job(everything, {}, r) for r in seed_list]
     jobs += [Job(row, subsets.change(s), r) for s, row in enumerate(subsets.kept) for r in seed_list]
-    shelf = kept.Shelf.at(folder, retraining.mark)
-    values, earlier_seconds = retraining.results(jobs, shelf)
+    cache = RetrainingCache.of(folder, retraining.fingerprint)
+    values, earlier_seconds = retraining.results(jobs, cache)
     table = torch.stack(values).reshape(1 + len(subsets), len(seed_list), -1)
     return Truth(
         subsets=subsets,
@@ -107,8 +110,8 @@ def retrain(
         lower_is_better=retraining.measure.lower_is_better,
         recipe=retraining.description,
         measure=repr(retraining.measure),
-        how=retraining.how,
-        mark=retraining.mark,
+        how="; ".join((retraining.how, *cache.notes)),
+        fingerprint=retraining.fingerprint.key,
         seconds=earlier_seconds + time.perf_counter() - began,
     )
 
@@ -155,7 +158,7 @@ class _Retraining:
     workers: int
     description: str
     how: str
-    mark: str
+    fingerprint: Fingerprint
 
     @staticmethod
     def of(
@@ -164,18 +167,17 @@ class _Retraining:
         if not isinstance(recipe, Recipe):
             return _Retraining._of_function(recipe, source, queries, measure, seed, workers or 1)
         problem, objective = _training_loss(recipe, source, seed)
-        model = problem.model
         examples = Examples.of(source)
         mode = TrainingMode.of(recipe, objective, examples, seed)
-        made = hashlib.sha256()
-        kept.absorb(made, __version__, recipe, code_of(recipe.model), code_of(recipe.optimizer), model, repr(objective))
-        for name, tensor in sorted(model.state_dict().items()):
-            kept.absorb(made, name, tensor)
         threads = 1 if mode.draws else workers or torch.get_num_threads()
         measured = resolve_measure(problem, objective, measure, queries)
         how = f"{mode.description}; {threads} thread{'s' * (threads != 1)}"
-        fields = (recipe, objective, measured, source, queries, examples, mode, threads, repr(recipe), how)
-        return _Retraining(*fields, _mark(made, source, queries, measured))
+        parts = (recipe, objective, measured, source, queries, examples, mode, threads, repr(recipe), how)
+        settings = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("model", "loss")}
+        # Always of the same seed, so that other seeds find what was made before.
+        model, probes = describe_model(Problem(recipe.fresh(0), objective, source))
+        model |= {"model function": recipe.model, "loss": objective, "recipe": settings}
+        return _Retraining(*parts, _fingerprint(model, probes, source, queries, measured))
 
     @staticmethod
     def _of_function(
@@ -191,33 +193,21 @@ class _Retraining:
             work = user_training.Work(recipe, source, queries, measured)
             first = work.train(Job(torch.ones(len(source), dtype=torch.bool), {}, seed))
             measured = resolve_measure(Problem(first, measured, queries), measured, measured, queries)
-        made = hashlib.sha256()
-        kept.absorb(made, __version__, words(recipe), code_of(recipe))
         place = "in this process" if workers == 1 else f"in {workers} processes"
-        fields = (
-            recipe,
-            measured,
-            measured,
-            source,
-            queries,
-            None,
-            TrainingMode(1, ""),
-            workers,
-            words(recipe),
-            f"one by one {place}",
-        )
-        return _Retraining(*fields, _mark(made, source, queries, measured))
+        mode, how = TrainingMode(1, ""), f"one by one {place}"
+        parts = (recipe, measured, measured, source, queries, None, mode, workers, name_callable(recipe), how)
+        return _Retraining(*parts, _fingerprint({"training function": recipe}, {}, source, queries, measured))
 
-    def results(self, jobs: Sequence[Job], shelf: kept.Shelf) -> tuple[list[Tensor], float]:
+    def results(self, jobs: Sequence[Job], cache: RetrainingCache) -> tuple[list[Tensor], float]:
         """The measurements of every job, read or made now, and the seconds that those read had taken."""
-        names = [kept.key(job) for job in jobs]
-        stored, earlier_seconds = shelf.read()
+        names = [job_key(job) for job in jobs]
+        stored, earlier_seconds = cache.read()
         measurements = {name: value for name, value in stored.items() if name in set(names)}
         missing = {name: job for name, job in zip(names, jobs, strict=True) if name not in measurements}
         with Meter(len(set(names)), "retraining", "model") as meter:
             meter.advance(len(measurements))
             for keys, values, seconds in self._run(missing):
-                shelf.write(keys, values, seconds)
+                cache.write(keys, values, seconds)
                 measurements |= dict(zip(keys, values, strict=True))
                 meter.advance(len(keys))
         return [measurements[name] for name in names], earlier_seconds
@@ -282,11 +272,16 @@ class _Retraining:
         return training.measure_queries(model, self.measure, self.queries, [job.seed for job in jobs])
 
 
-def _mark(made: Any, source: Source, queries: Source, measured: AbstractObjective) -> str:
-    kept.absorb_source(made, source)
-    kept.absorb_source(made, queries)
-    kept.absorb(made, repr(measured))
-    return str(made.hexdigest())
+def _fingerprint(
+    ingredients: dict[str, Any],
+    probes: dict[str, Probe],
+    source: Source,
+    queries: Source,
+    measured: AbstractObjective,
+) -> Fingerprint:
+    """What measurements depend on beside the subset and the seed; reads the data and the queries once."""
+    data = {"training data": digest_data(source), "queries": digest_data(queries, label="reading the queries")}
+    return Fingerprint.of(ingredients | data | {"measure": measured}, probes)
 
 
 @contextmanager

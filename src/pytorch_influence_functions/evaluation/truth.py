@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..core.errors import InvalidInput, NonFinite
-from ..scores import files as scores_io
+from ..core.errors import InfluenceError, InvalidInput, NonFinite
+from ..core.files import read_tensors, write_tensors
 from .subsets import Protocol, Subsets
 
 _KIND = "truth"
+_RECORD = ("lower_is_better", "recipe", "measure", "how", "fingerprint", "seconds")
 
 
 @final
@@ -32,7 +33,7 @@ class Truth:
         recipe: how models were trained, in words.
         measure: what was measured, in words.
         how: how the work was done, in words.
-        mark: hash of everything the measurements depend on: recipe, data, queries, measure, version.
+        fingerprint: of everything the measurements depend on: recipe, model, loss, data, queries, measure, version.
         seconds: time spent; parts found on disk count with the time they took then.
 
     Raises:
@@ -48,7 +49,7 @@ class Truth:
     recipe: str = ""
     measure: str = ""
     how: str = ""
-    mark: str = ""
+    fingerprint: str = ""
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -88,8 +89,7 @@ class Truth:
         return self._with(self.measured[:, :seeds], self.baseline[:seeds], self.seeds[:seeds])
 
     def _with(self, measured: Tensor, baseline: Tensor, seeds: tuple[int, ...]) -> Truth:
-        words = (self.lower_is_better, self.recipe, self.measure, self.how, self.mark, self.seconds)
-        return Truth(self.subsets, measured, baseline, seeds, *words)
+        return replace(self, measured=measured, baseline=baseline, seeds=seeds)
 
     def predicted(self, values: Tensor) -> Float[Tensor, "q s"]:
         """What scores [Q, N] say of each subset: the sum over what it leaves out, the predicted change.
@@ -117,13 +117,15 @@ class Truth:
 
         Args:
             path: the file; one that is there is replaced, whole or not at all.
+
+        Raises:
+            InvalidInput: labels that are not numbers or words, or a place that cannot be written to.
         """
-        words = ("lower_is_better", "recipe", "measure", "how", "mark", "seconds")
-        record: dict[str, Any] = {name: getattr(self, name) for name in words}
+        record: dict[str, Any] = {name: getattr(self, name) for name in _RECORD}
         record |= {"seeds": list(self.seeds), "protocol": self.protocol.name, "detail": self.subsets.detail}
         record["labels"] = [[[i, label] for i, label in change.items()] for change in self.subsets.labels]
         tensors = {"kept": self.subsets.kept, "measured": self.measured, "baseline": self.baseline}
-        scores_io.write(path, _KIND, tensors, record)
+        write_tensors(path, _KIND, tensors, record)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Truth:
@@ -133,19 +135,20 @@ class Truth:
             path: the file.
 
         Raises:
-            InvalidInput: not such a file.
+            InvalidInput: not such a file, or a damaged one.
         """
-        tensors, record = scores_io.read(path, _KIND)
-        labels: tuple[Mapping[int, Any], ...] = tuple({int(i): y for i, y in change} for change in record["labels"])
-        subsets = Subsets(tensors["kept"], Protocol[record["protocol"]], record["detail"], labels)
-        words = ("lower_is_better", "recipe", "measure", "how", "mark", "seconds")
-        return Truth(
-            subsets,
-            tensors["measured"],
-            tensors["baseline"],
-            tuple(record["seeds"]),
-            **{name: record[name] for name in words},
-        )
+        tensors, record = read_tensors(path, _KIND)
+        try:
+            labels: tuple[Mapping[int, Any], ...] = tuple({int(i): y for i, y in change} for change in record["labels"])
+            subsets = Subsets(tensors["kept"], Protocol[record["protocol"]], record["detail"], labels)
+            described = {name: record[name] for name in _RECORD}
+            return Truth(subsets, tensors["measured"], tensors["baseline"], tuple(record["seeds"]), **described)
+        except InfluenceError:
+            raise
+        except (KeyError, TypeError, ValueError) as cause:
+            raise InvalidInput(
+                f"{os.fspath(path)!r} does not hold what measurements are made of; save them anew."
+            ) from cause
 
     def __repr__(self) -> str:
         s, r, q = self.measured.shape

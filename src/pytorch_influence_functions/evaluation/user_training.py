@@ -19,7 +19,7 @@ from ..core.errors import InvalidInput
 from ..objectives.base import LABELS, AbstractObjective
 from ..problem.data import Source
 from ..problem.model_state import same_rng
-from .recipe import TrainFunction, words
+from .recipe import TrainFunction, name_callable
 from .training import Job, measure_queries
 
 
@@ -83,8 +83,8 @@ class Work:
             model = self.function(examples, job.seed)
         if not isinstance(model, nn.Module):
             raise InvalidInput(
-                f"The training function {words(self.function)} gave {type(model).__name__}, expected the trained "
-                "torch.nn.Module; return it."
+                f"The training function {name_callable(self.function)} gave {type(model).__name__}, expected the "
+                "trained torch.nn.Module; return it."
             )
         return model.eval()
 
@@ -118,8 +118,8 @@ def run_jobs(work: Work, jobs: Sequence[Job], processes: int) -> Iterator[tuple[
         pickle.dumps(work)
     except Exception as cause:
         raise InvalidInput(
-            f"The training function {words(work.function)} or its data cannot be sent to another process ({cause}); "
-            "define it in a module, or use workers=1."
+            f"The training function {name_callable(work.function)} or its data cannot be sent to another process "
+            f"({cause}); define it in a module, or use workers=1."
         ) from cause
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(work,)) as pool:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids, require
-from ..core.files import write_bytes
-from . import files, indexing
+from ..core.files import read_tensors, write_bytes, write_tensors
+from . import indexing
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -398,39 +398,40 @@ class Scores:
             write_bytes(path, text.encode())
         return text
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], fingerprint: str | None = None) -> None:
         """Write everything but the data handles to one safetensors file; equal scores give equal bytes.
 
         Args:
             path: the file; one that is there is replaced, whole or not at all.
+            fingerprint: a name for what they were made from, kept in the file.
 
         Raises:
-            InvalidInput: labels or names that are not numbers, words or lists of them.
+            InvalidInput: labels or names are not numbers, words or lists of them; or the file cannot be written.
         """
         tensors = {n: v for n in _TENSORS if isinstance(v := getattr(self, n), Tensor)}
-        record = {n: getattr(self, n) for n in _RECORD}
+        record = {n: getattr(self, n) for n in _RECORD} | {"fingerprint": fingerprint}
         record |= {n: v for n in ("train_labels", "query_labels") if isinstance(v := getattr(self, n), list)}
-        files.write(path, _KIND, tensors, record | {"diagnostics": self.diagnostics.to_dict()})
+        write_tensors(path, _KIND, tensors, record | {"diagnostics": self.diagnostics.to_dict()})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Scores:
+    def load(cls, path: str | os.PathLike[str], fingerprint: str | None = None) -> Scores:
         """The scores that `save` wrote, bit for bit; pictures then need the data handed to `plot`.
 
         Args:
             path: the file.
+            fingerprint: what the scores must have been saved with; `None`: anything.
 
         Raises:
-            InvalidInput: no such file, another or a damaged one, or one of a later version.
+            InvalidInput: no such file, a damaged one, or one of another kind, version or fingerprint.
         """
-        tensors, record = files.read(path, _KIND)
+        tensors, record = read_tensors(path, _KIND)
+        if record.pop("fingerprint", None) != fingerprint and fingerprint is not None:
+            raise InvalidInput(f"{os.fspath(path)!r} holds scores of another run; run it again.")
         try:
-            diagnostics = Diagnostics.from_dict(record.pop("diagnostics"))
             fields: dict[str, Any] = tensors | record
-            return cls(**fields, diagnostics=diagnostics)
+            return cls(**fields | {"diagnostics": Diagnostics.from_dict(fields["diagnostics"])})
         except (KeyError, TypeError) as cause:
-            raise InvalidInput(
-                f"{os.fspath(path)!r} does not hold what scores are made of; save the scores anew."
-            ) from cause
+            raise InvalidInput(f"{os.fspath(path)!r} does not hold what scores are made of; save them anew.") from cause
 
     def plot(
         self,

@@ -255,6 +255,11 @@ class Segment:
         """The checkpoints, however they were given."""
         return cast("tuple[Checkpoint, ...]", self.checkpoints)
 
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        """What results depend on: the weights rather than the paths they are read from."""
+        states = [load_checkpoint(checkpoint) for checkpoint in self.checkpoint_tuple]
+        return states, self.lr, self.steps, self.momentum, self.adam
+
     @property
     def rate(self) -> float:
         """The effective learning rate, `lr / (1 - momentum)`."""

@@ -4,111 +4,101 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..._version import __version__
-from ...core.batches import tensors_of
-from ...core.distributed import World
+from ...core.cache_folder import CacheFolder
 from ...core.errors import InvalidInput
+from ...core.files import read_tensors, write_tensors
+from ...core.fingerprint import Fingerprint
 from ...gradients.per_example import Derivatives
 from ...linalg.kronecker import KroneckerBlock
-from ...problem.problem import sweep
+from ...problem.checkpoints import Checkpoint
+from ...problem.ingredients import describe_model, digest_data
 
-_FORMAT = "ptif-kronecker-1"
-_SIDES = ("left_values", "right_values")
-
-
-def fingerprint(settings: str, derivatives: list[Derivatives], states: list[Mapping[str, Tensor]], ids: Tensor) -> str:
-    """A hash of everything the factors depend on: settings, weights, objective, blocks, and the examples themselves."""
-    made = hashlib.sha256()
-    problem = derivatives[0].problem
-    layout = [(b.name, b.parameters, b.shape, b.transposed) for b in derivatives[0].space.blocks.values()]
-    for words in (_FORMAT, __version__, settings, repr(derivatives[0].objective), repr(layout), repr(ids.tolist())):
-        made.update(words.encode())
-        made.update(b"\0")
-    for state in states:
-        for name, tensor in sorted(state.items()):
-            made.update(name.encode())
-            _absorb(made, tensor)
-    for _, batch in sweep(problem, ids=ids, label="fingerprint", world=World()):
-        for name, tensor in tensors_of(batch):
-            made.update(str(name).encode())
-            _absorb(made, tensor)
-    return made.hexdigest()
+_KIND: Final = "curvature factors"
+_SIDES: Final = ("left_values", "right_values")
 
 
-def _absorb(made: Any, tensor: Tensor) -> None:
-    made.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    made.update(flat.view(torch.uint8).numpy().tobytes())
+def fingerprint_factors(
+    settings: Mapping[str, Any], derivatives: Derivatives, checkpoints: Sequence[Checkpoint | None], ids: Tensor
+) -> Fingerprint:
+    """What factors are made from.
+
+    Cost: the examples `ids`, on which factors are measured, are read once; see `describe_model` for the probe.
+    """
+    problem = derivatives.problem
+    model, probes = describe_model(problem, checkpoints)
+    ingredients = model | {
+        "loss": derivatives.objective,
+        "training data": [ids, digest_data(problem.data, ids, "reading the data for a fingerprint")],
+        "parameters": [(b.name, b.parameters, b.shape, b.transposed) for b in derivatives.space.blocks.values()],
+        "settings": settings,
+    }
+    return Fingerprint.of(ingredients, probes)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Shelf:
+class FactorCache:
     """Where the blocks of one fit are kept, finished or not."""
 
-    folder: Path
+    place: CacheFolder
     names: tuple[str, ...]
+    device: torch.device
 
     @staticmethod
-    def at(folder: str | os.PathLike[str], mark: str, names: tuple[str, ...]) -> Shelf:
+    def of(
+        folder: str | os.PathLike[str], fingerprint: Fingerprint, names: tuple[str, ...], device: torch.device
+    ) -> FactorCache:
         """The place under `folder` of the fit with this fingerprint; made if it is not there.
 
         Raises:
             InvalidInput: the folder cannot be made.
         """
-        place = Path(folder) / mark[:20]
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as cause:
-            raise InvalidInput(
-                f"The folder {os.fspath(folder)!r} for curvature factors cannot be made ({cause.strerror}); "
-                "give a folder that can be written to."
-            ) from cause
-        return Shelf(place, names)
+        return FactorCache(CacheFolder.of(folder, fingerprint), names, device)
 
     def path(self, name: str) -> Path:
         """The file of one block."""
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:20]}.safetensors"
+        return self.place.path / f"{hashlib.sha256(name.encode()).hexdigest()[:20]}.safetensors"
 
-    def missing(self) -> list[str]:
-        """Blocks that have not been finished, or whose file does not open."""
-        return [name for name in self.names if not self._whole(name)]
+    def finished(self) -> Iterator[tuple[str, KroneckerBlock]]:
+        """The blocks that are there and undamaged, by name; each is read and verified as it is asked for."""
+        for name in self.names:
+            with suppress(InvalidInput):  # not there yet, or to be fitted again
+                yield name, self.read(name)
 
-    def _whole(self, name: str) -> bool:
-        try:
-            with safe_open(self.path(name), framework="pt") as file:
-                return (file.metadata() or {}).get("block") == name
-        except (OSError, SafetensorError):
-            return False
+    def write(self, name: str, block: KroneckerBlock) -> None:
+        """Keep one finished block, whole or not at all."""
+        parts = {"left": block.left, "right": block.right, "values": block.values}
+        parts |= dict(zip(_SIDES, block.sides or (None, None), strict=True))
+        tensors = {key: tensor for key, tensor in parts.items() if tensor is not None}
+        write_tensors(self.path(name), _KIND, tensors, self._record(name))
 
-    def put(self, name: str, block: KroneckerBlock) -> None:
-        """Write one finished block: aside, synced, then renamed, so that a file is whole or absent."""
-        held = {"left": block.left, "right": block.right, "values": block.values}
-        held |= dict(zip(_SIDES, block.sides or (None, None), strict=True))
-        tensors = {k: v.detach().cpu().contiguous() for k, v in held.items() if v is not None}
+    def _record(self, name: str) -> dict[str, str]:
+        return {"block": name, "fingerprint": self.place.identity}
+
+    def read(self, name: str) -> KroneckerBlock:
+        """One finished block.
+
+        Raises:
+            InvalidInput: there is none, it is damaged, or it belongs to another fit.
+        """
         path = self.path(name)
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, aside, metadata={"format": _FORMAT, "block": name})
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-
-    def get(self, name: str) -> KroneckerBlock:
-        """Read one finished block."""
-        with safe_open(self.path(name), framework="pt") as file:
-            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        sides = (held[_SIDES[0]], held[_SIDES[1]]) if _SIDES[0] in held else None
-        return KroneckerBlock(held.get("left"), held.get("right"), held["values"], sides)
+        tensors, record = read_tensors(path, _KIND, cure="remove it and fit again")
+        if record != self._record(name) or "values" not in tensors:
+            raise InvalidInput(
+                f"{str(path)!r} holds a block of another fit, not {name!r} of this one; remove it and fit again."
+            )
+        tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
+        sides = (tensors[_SIDES[0]], tensors[_SIDES[1]]) if _SIDES[0] in tensors else None
+        return KroneckerBlock(tensors.get("left"), tensors.get("right"), tensors["values"], sides)
 
     def blocks(self) -> Mapping[str, KroneckerBlock]:
         """All blocks, once they are finished; each is read when it is asked for and not kept."""
@@ -118,15 +108,15 @@ class Shelf:
 @final
 @dataclass(frozen=True, eq=False)
 class _OnDisk(Mapping[str, KroneckerBlock]):
-    shelf: Shelf
+    cache: FactorCache
 
     def __getitem__(self, name: str) -> KroneckerBlock:
-        if name not in self.shelf.names:
+        if name not in self.cache.names:
             raise KeyError(name)
-        return self.shelf.get(name)
+        return self.cache.read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.shelf.names)
+        return iter(self.cache.names)
 
     def __len__(self) -> int:
-        return len(self.shelf.names)
+        return len(self.cache.names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -20,12 +20,12 @@ from ...linalg.kronecker import Kronecker, KroneckerBlock
 from ...linalg.rows import Rows
 from ...objectives.base import AbstractLikelihood, AbstractObjective
 from ...objectives.draws import Keyed
-from ...problem.checkpoints import Checkpoint, at_checkpoint, load_checkpoint
+from ...problem.checkpoints import Checkpoint, at_checkpoint
 from ...problem.data import Source
 from ...problem.problem import first_batch, sweep
 from ..base import Budget, not_a_likelihood
 from ..exact import ENUMERATED_OUTPUTS, GGN, EmpiricalFisher, Fisher, draw_seed, finite_outputs, wide_source
-from .cache import Shelf, fingerprint
+from .cache import FactorCache, fingerprint_factors
 from .moments import BlockFactors, Moments, Sharing, unified
 
 # Share of the memory budget that rows kept for a second look may take.
@@ -56,9 +56,9 @@ class Plan:
     folder: str | PathLike[str] | None
 
     @property
-    def words(self) -> str:
-        """The settings that change the numbers."""
-        return repr((self.moments, self.sharing, self.corrected, self.fisher, self.examples, self.largest))
+    def settings(self) -> dict[str, Any]:
+        """The settings that change the numbers: all but where they are kept."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"}
 
 
 @dataclass(eq=False)
@@ -87,28 +87,31 @@ class Fit:
         self.columns = columns
         self.ids, self.more = self._ids(look)
         self.wide = wide_source(first, look.numbers / len(look))
-        shelf = self._shelf()
-        todo = list(look.blocks) if shelf is None else shelf.missing()
-        made: dict[str, KroneckerBlock] = {}
-        for group in self._groups(todo, look, shelf is not None):
-            made |= self._fit({name: look.blocks[name] for name in group}, shelf)
-        found: Mapping[str, KroneckerBlock] = made
-        if shelf is not None:
-            whole = sum(_numbers(b, self.plan.largest) for b in look.blocks.values()) * look.dtype.itemsize
-            found = (
-                shelf.blocks() if whole > self.budget.bytes else {k: made.get(k) or shelf.get(k) for k in look.blocks}
-            )
-        return Kronecker(first.space, found, self._notes(look, found))
+        size = sum(_numbers(b, self.plan.largest) for b in look.blocks.values()) * look.dtype.itemsize
+        cache = self._cache()
+        # Read and verified; kept in memory where all blocks have room there.
+        stored = {} if cache is None else {k: b if size <= self.budget.bytes else None for k, b in cache.finished()}
+        fitted: dict[str, KroneckerBlock] = {}
+        for group in self._groups([k for k in look.blocks if k not in stored], look, cache is not None):
+            fitted |= self._fit({name: look.blocks[name] for name in group}, cache)
+        blocks: Mapping[str, KroneckerBlock] = fitted
+        if cache is not None and size > self.budget.bytes:
+            blocks = cache.blocks()
+        elif cache is not None:
+            present = fitted | {k: b for k, b in stored.items() if b is not None}
+            blocks = {name: present[name] for name in look.blocks}
+        notes = () if cache is None else cache.place.notes
+        return Kronecker(first.space, blocks, (*notes, *self._notes(look, blocks)))
 
-    def _notes(self, look: Rows, found: Mapping[str, KroneckerBlock]) -> tuple[str, ...]:
+    def _notes(self, look: Rows, blocks: Mapping[str, KroneckerBlock]) -> tuple[str, ...]:
         """What should be read with the result: layers without gradient, and bases measured on too little."""
         notes, short = [], []
         for name, block in look.blocks.items():
-            seen = len(self.ids) * len(self.members) * _uses_of(block) * (self.columns if _uses_of(block) == 1 else 1)
-            if float(found[name].values.abs().max()) == 0.0:
+            count = len(self.ids) * len(self.members) * _uses_of(block) * (self.columns if _uses_of(block) == 1 else 1)
+            if float(blocks[name].values.abs().max()) == 0.0:
                 notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
-            elif isinstance(block, (Outer, Conv)) and seen < self._side(block):
-                short.append(f"{name!r} ({seen:,} gradients, side {self._side(block):,})")
+            elif isinstance(block, (Outer, Conv)) and count < self._side(block):
+                short.append(f"{name!r} ({count:,} gradients, side {self._side(block):,})")
         if short:
             notes.append(
                 f"fewer gradients than a factor's side is long at {', '.join(short[:3])}"
@@ -166,16 +169,14 @@ class Fit:
         """The longest side that is decomposed."""
         return max((d for d in matrix_shape(block.shape) if d <= self.plan.largest), default=0)
 
-    def _shelf(self) -> Shelf | None:
+    def _cache(self) -> FactorCache | None:
         if self.plan.folder is None:
             return None
-        states: list[Mapping[str, Tensor]] = []
-        for checkpoint, derivatives in self.members:
-            model = derivatives.problem.model
-            states.append(model.state_dict() if checkpoint is None else load_checkpoint(checkpoint, model))
+        first = self.members[0][1]
         every = torch.tensor(sorted({*self.ids.tolist(), *self.more.tolist()}))
-        mark = fingerprint(self.plan.words, [d for _, d in self.members], states, every)
-        return Shelf.at(self.plan.folder, mark, tuple(self.members[0][1].space.blocks))
+        checkpoints = [checkpoint for checkpoint, _ in self.members]
+        fingerprint = fingerprint_factors(self.plan.settings, first, checkpoints, every)
+        return FactorCache.of(self.plan.folder, fingerprint, tuple(first.space.blocks), first.problem.device)
 
     def _groups(self, names: list[str], look: Rows, stored: bool) -> Iterator[list[str]]:
         """Blocks that are fitted together: all of them, or as many as the budget holds where a folder takes them."""
@@ -199,7 +200,7 @@ class Fit:
 
     # ---------------------------------------------------------------- doing it
 
-    def _fit(self, blocks: Mapping[str, AbstractBlock], shelf: Shelf | None) -> dict[str, KroneckerBlock]:
+    def _fit(self, blocks: Mapping[str, AbstractBlock], cache: FactorCache | None) -> dict[str, KroneckerBlock]:
         plan = self.plan
         factors = {
             k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, len(self.ids)) for k, b in blocks.items()
@@ -214,7 +215,7 @@ class Fit:
         weight = len(self.members) * self._samples
         for factor in factors.values():
             self._summed(factor).decompose(len(self.ids) * weight)
-        made = {}
+        fitted = {}
         if plan.corrected:
             again = iter(kept) if keep else (other for _, other in self._batches(tuple(blocks), self.more, (1,)))
             for columns in again:
@@ -222,10 +223,10 @@ class Fit:
                     factor.see_squares(columns[name])
         for name, factor in factors.items():
             block = self._finished(factor, len(self.more) * weight)
-            if shelf is not None and self.world.rank == 0:
-                shelf.put(name, block)
-            made[name] = block
-        return made
+            if cache is not None and self.world.rank == 0:
+                cache.write(name, block)
+            fitted[name] = block
+        return fitted
 
     def _summed(self, factor: BlockFactors) -> BlockFactors:
         """The moments of every worker's share of the data."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, ClassVar, TypeAlias, final
 
@@ -73,8 +73,9 @@ class EKFAC(AbstractKronecker):
         sharing: how the uses of a shared weight enter the basis: `Sharing.EXPAND` or `Sharing.REDUCE`.
         examples: how many training examples to measure on, evenly spaced; `None`: as many as the basis needs.
         largest: sides longer than this keep their coordinates as basis instead of being decomposed.
-        folder: where finished blocks are kept (safetensors), found again by weights, data, objective and settings; an
-            interrupted fit goes on with the blocks that are missing, and blocks larger than memory are fitted in turn.
+        folder: where finished blocks are kept (safetensors), found again by a fingerprint of what they are made from:
+            weights, what the model computes and its code, the loss's code, data, settings and version; an interrupted
+            fit goes on with the blocks that are missing, and blocks larger than memory are fitted in turn.
 
     Raises:
         NotLikelihood: when fitted, the loss has no Fisher matrix and no other gradients were asked for.
@@ -91,7 +92,7 @@ class EKFAC(AbstractKronecker):
     sharing: Sharing = Sharing.EXPAND
     examples: int | None = None
     largest: int = 8192
-    folder: str | PathLike[str] | None = None
+    folder: str | PathLike[str] | None = field(default=None, metadata={"fingerprint": False})
 
     def __post_init__(self) -> None:
         _check(self)
@@ -118,7 +119,7 @@ class KFAC(AbstractKronecker):
     sharing: Sharing = Sharing.EXPAND
     examples: int | None = None
     largest: int = 8192
-    folder: str | PathLike[str] | None = None
+    folder: str | PathLike[str] | None = field(default=None, metadata={"fingerprint": False})
 
     def __post_init__(self) -> None:
         _check(self)
@@ -142,7 +143,7 @@ class Shampoo(AbstractKronecker):
     fisher: Gradients | None = None
     examples: int | None = None
     largest: int = 8192
-    folder: str | PathLike[str] | None = None
+    folder: str | PathLike[str] | None = field(default=None, metadata={"fingerprint": False})
 
     def __post_init__(self) -> None:
         _check(self)
