@@ -44,6 +44,7 @@ def short(folder: Path, **changes: Any) -> Config:
 
 README = """
 import pytorch_influence_functions as ptif
+from tests.tolerance import gap, rounding
 
 # Supplied by the user:
 model = get_my_model()
@@ -244,7 +245,7 @@ def test_regression_with_a_loss_of_its_own(tmp_path: Path) -> None:
     assert all(isinstance(v["label"], list) and len(v["label"]) == 2 for v in made[0].values())
     assert made[0]["19"]["influence"][19] > 0  # an example helps itself
     assert torch.allclose(made[0].scores.values, made[1].scores.values, rtol=1e-8)
-    assert torch.equal(made[0].scores.values, made[2].scores.values)
+    assert gap(made[0].scores.values, made[2].scores.values) < rounding(torch.float64)
     with pytest.raises(InvalidInput, match="not class numbers"):
         calc_img_wise(quick(tmp_path, test_sample_num=1), model, (x, y), (x, y), loss_fn=nn.MSELoss())
 

@@ -31,6 +31,7 @@ from pytorch_influence_functions.classic import (
 )
 from pytorch_influence_functions.core.errors import InvalidInput
 from tests.interface.classic_cases import Toy, toy
+from tests.tolerance import gap, rounding
 
 Result = InfluenceResult
 
@@ -59,9 +60,12 @@ def both(t: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result
     )
 
 
-def numbers(result: Result) -> str:
-    """The JSON without its times."""
-    return json.dumps({k: {**v, "time_calc_influence_s": 0} for k, v in result.items()})
+def same(a: Result, b: Result) -> bool:
+    """Whether two results hold the same items, labels and rankings, and the same influences up to rounding."""
+    left_out = ("influence", "time_calc_influence_s")
+    rest_a, rest_b = ({k: {**v, **dict.fromkeys(left_out)} for k, v in result.items()} for result in (a, b))
+    influences = ([v["influence"] for v in result.values()] for result in (a, b))
+    return rest_a == rest_b and gap(*influences) < rounding(torch.float64, condition=1e3)
 
 
 # --------------------------------------------------------------------------- results
@@ -166,7 +170,7 @@ def test_vectors_on_disk_make_the_result(both: tuple[Path, Result, Result]) -> N
         again = calc_influence_function(
             30, **given, s_test_dir=str(folder / "s_test"), grad_z_dir=str(folder / "grad_z"), s_test_id=int(key)
         )  # type: ignore[arg-type]
-        assert again[0] == values
+        assert again[0] == pytest.approx(values, rel=1e-9)
 
 
 def test_calc_s_test_and_calc_grad_z_round_trip(t: Toy, both: tuple[Path, Result, Result], tmp_path: Path) -> None:
@@ -177,7 +181,7 @@ def test_calc_s_test_and_calc_grad_z_round_trip(t: Toy, both: tuple[Path, Result
     assert all(torch.equal(a, b) for a, b in zip(mean, vectors[1], strict=True))
     of_run = load_s_test(both[0] / "s_test", int(next(iter(both[1].keys()))))[0]
     assert all(
-        torch.equal(a, b)
+        gap(a, b) < rounding(b)
         for a, b in zip(
             of_run, calc_s_test(t.model, t.test, t.train, **run)[0][int(next(iter(both[1].keys())))], strict=True
         )
@@ -186,7 +190,7 @@ def test_calc_s_test_and_calc_grad_z_round_trip(t: Toy, both: tuple[Path, Result
     assert no is False and len(kept) == 10
     stored, where = calc_grad_z(t.model, t.train, tmp_path / "g", pattern="z-{i}.pt")
     assert where == tmp_path / "g" and len(stored) == 30 and len(stored[5:9]) == 4
-    assert all(torch.equal(a, b) for a, b in zip(stored[25], kept[5], strict=True))
+    assert all(gap(a, b) < rounding(b) for a, b in zip(stored[25], kept[5], strict=True))
     assert all(
         torch.equal(a, b)
         for x, y in zip(load_grad_z(where, pattern="z-{i}.pt"), stored, strict=True)
@@ -307,14 +311,14 @@ def test_same_seed_same_json(t: Toy, both: tuple[Path, Result, Result], tmp_path
     torch.manual_seed(99)
     random.seed(99)
     again = calc_img_wise(short(tmp_path), t.model, t.train, t.test)
-    assert numbers(again) == numbers(both[1])
+    assert same(again, both[1])
     other = calc_img_wise(short(tmp_path, seed=43), t.model, t.train, t.test)
-    assert numbers(other) != numbers(both[1])
+    assert not same(other, both[1])
     drawn = [
         calc_img_wise(short(tmp_path), t.model, t.train, t.test, generator=torch.Generator().manual_seed(s))
         for s in (1, 1, 2)
     ]
-    assert numbers(drawn[0]) == numbers(drawn[1]) != numbers(drawn[2])
+    assert same(drawn[0], drawn[1]) and not same(drawn[1], drawn[2])
 
 
 def test_shards_make_the_whole(t: Toy, tmp_path: Path) -> None:
@@ -351,16 +355,16 @@ def test_too_few_of_a_class(t: Toy, tmp_path: Path, caplog: pytest.LogCaptureFix
         calc_img_wise(short(tmp_path, test_start_index=9, test_sample_num=False), t.model, t.train, t.test)
 
 
-def test_two_workers_equal_one_bit_for_bit(t: Toy, both: tuple[Path, Result, Result], tmp_path: Path) -> None:
+def test_two_workers_equal_one(t: Toy, both: tuple[Path, Result, Result], tmp_path: Path) -> None:
     result = calc_img_wise(short(tmp_path, num_workers=2), t.model, t.train, t.test)
-    assert torch.equal(result.scores.values, both[1].scores.values)
-    assert numbers(result) == numbers(both[1])
+    assert gap(result.scores.values, both[1].scores.values) < rounding(torch.float64, condition=1e3)
+    assert same(result, both[1])
 
 
 def test_the_loaders_order_plays_no_part(t: Toy, both: tuple[Path, Result, Result], tmp_path: Path) -> None:
     """B14: indices are positions in the dataset."""
     loader = DataLoader(TensorDataset(t.x, t.y), batch_size=8, sampler=range(29, -1, -1))
-    assert numbers(calc_img_wise(short(tmp_path), t.model, loader, t.test)) == numbers(both[1])
+    assert same(calc_img_wise(short(tmp_path), t.model, loader, t.test), both[1])
 
 
 # --------------------------------------------------------------------------- no trace
@@ -391,7 +395,7 @@ def test_the_model_and_all_random_states_are_as_before(t: Toy, tmp_path: Path) -
     assert len(calc_grad_z(model, t.train)[0][0]) == 5  # the frozen bias is not among them
     assert "LiSSA: scale 50" in (tmp_path / "logs" / "run.log").read_text()
     alone = calc_img_wise(short(tmp_path, scale=50, damp=0.05), model, t.train, t.test, params="3")
-    assert numbers(alone) != numbers(result)
+    assert not same(alone, result)
     with pytest.raises(InvalidInput):
         calc_img_wise(short(tmp_path), model, t.train, TensorDataset(t.test_x, t.test_y + 5))
     assert list(state()) == before

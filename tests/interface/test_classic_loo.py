@@ -125,7 +125,7 @@ def test_r_is_a_mean_over_runs() -> None:
     v = gradient(t.model, lambda: CE(t.model(z), y))
     exact = torch.linalg.solve(h + 0.08 * torch.eye(len(h), dtype=h.dtype), v)
     assert all(len(x) == len(exact) for x in every)
-    assert not torch.equal(every[0], every[1])
+    assert gap(every[0], every[1]) > 1e-3
     assert (every[2] - exact).norm() < (every[0] - exact).norm()
     assert 0.7 < float(every[2].norm() / exact.norm()) < 1.3
 
@@ -139,11 +139,11 @@ def test_mini_batches_are_random_and_seeded() -> None:
         return flat(s_test(z, y, t.model, loader, recursion_depth=40, generator=torch.Generator().manual_seed(seed)))
 
     ordered = DataLoader(TensorDataset(t.x, t.y), batch_size=4, shuffle=False)
-    assert torch.equal(run(1, ordered), run(1, ordered))
-    assert not torch.equal(run(1, ordered), run(2, ordered))
+    first = run(1, ordered)
+    assert gap(run(1, ordered), first) < rounding(first) and gap(run(2, ordered), first) > 1e-3
     # As large a batch as the data leaves nothing to chance.
     whole = DataLoader(TensorDataset(t.x, t.y), batch_size=40)
-    assert torch.equal(run(1, whole), run(2, whole))
+    assert gap(run(1, whole), run(2, whole)) < rounding(first)
 
 
 DEPTH = """
@@ -151,6 +151,7 @@ import resource, time, torch
 torch.set_num_threads(1)
 from torch.nn.functional import cross_entropy
 from pytorch_influence_functions.classic import s_test
+from tests.tolerance import gap, rounding
 x, y, model = torch.randn(40, 4), torch.arange(40) % 3, torch.nn.Linear(4, 3)
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
 weights = list(model.parameters())
@@ -224,7 +225,7 @@ def test_influence_single_and_function_agree_with_img_wise(tmp_path: Path) -> No
     key = next(iter(result.keys()))
     i = int(key)
     made = calc_influence_single(t.model, t.train, t.test, i, -1, 100, 2, None, True, 0.01, 25)
-    assert made[0] == result[key]["influence"] and made[3] == i
+    assert made[0] == pytest.approx(result[key]["influence"], rel=1e-9) and made[3] == i
     assert made[1] == result[key]["harmful"] and made[2] == result[key]["helpful"]
     solved = calc_s_test_single(t.model, t.test_x[i : i + 1], t.test_y[i : i + 1], t.train, -1, **run)
     again = calc_influence_single(t.model, t.train, t.test, i, -1, 1, 1, solved)

@@ -21,6 +21,7 @@ from pytorch_influence_functions.solvers.neumann import Neumann
 from tests.laws.solver_cases import F64, a_space, some_rows, spectrum_matrix
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.oracles.autograd import dense_ggn, example_gradients, influence
+from tests.tolerance import gap, rounding
 
 SMALL = 1e-3
 
@@ -85,7 +86,7 @@ def test_astra_on_batches_is_nearer_than_ekfac() -> None:
     method = ptif.methods.astra(SMALL, EKFAC(GGN()), steps=160, batch_size=30, halve_every=40)
     got = score(method, data)
     assert relative_gap(got.values, want) < 0.8 * start
-    assert torch.equal(got.values, score(method, data).values)
+    assert gap(score(method, data).values, got.values) < rounding(got.values, condition=1e3)
 
 
 @pytest.mark.parametrize(("momentum", "halve_every"), [(0.0, None), (0.9, None), (0.5, 7)])

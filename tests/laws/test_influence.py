@@ -23,6 +23,7 @@ from pytorch_influence_functions.scaling import Leverage
 from pytorch_influence_functions.solvers import CG, Cholesky, Neumann, Spectral, Woodbury
 from tests.laws.zoo import CASES, build
 from tests.oracles.autograd import dense_ggn, dense_hessian, example_gradients, influence
+from tests.tolerance import gap, rounding
 
 SMALL = 1e-3
 """A damping at which curvature decides: a gradient dot product is far from every answer here."""
@@ -267,7 +268,7 @@ def test_scores_do_not_depend_on_the_route(route: Route, method: ptif.Influence)
     got = forced.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
     assert relative_gap(got.values, want) < 1e-8
     by_name = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method, route=route.value)
-    assert torch.equal(by_name.values, got.values)
+    assert gap(by_name.values, got.values) < rounding(got.values, condition=1e3)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +507,6 @@ def test_an_old_method_name_works_and_says_what_it_is_called_now() -> None:
     fitted = ptif.dual(damping=0.1).fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
     with pytest.warns(DeprecationWarning, match=r"^\.self_scores\(\) is now \.self_influence\(\)\.$"):
         own = fitted.self_scores()  # type: ignore[attr-defined]
-    assert torch.equal(own, fitted.self_influence())
+    assert gap(own, fitted.self_influence()) < rounding(own, condition=1e3)
     with pytest.raises(AttributeError, match="Attribution has no attribute 'no_such_thing'"):
         fitted.no_such_thing  # noqa: B018

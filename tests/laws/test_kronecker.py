@@ -29,6 +29,7 @@ from pytorch_influence_functions.solvers import CG, Cholesky, Factored, Spectral
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.laws.zoo import CASES, build
 from tests.oracles.autograd import dense_ggn, example_gradients, influence
+from tests.tolerance import gap, rounding
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
@@ -466,7 +467,7 @@ def test_finished_blocks_are_found_again_and_the_rest_fitted(tmp_path: Any, monk
     passes: list[Any] = []
     original = fitting_module.Fit._fit
     monkeypatch.setattr(fitting_module.Fit, "_fit", lambda self, b, s: passes.append(sorted(b)) or original(self, b, s))
-    torch.testing.assert_close(written_out(fitted(curvature, derivatives)), whole, rtol=0, atol=0)
+    assert gap(written_out(fitted(curvature, derivatives)), whole) < rounding(whole)
     assert passes == []
     files[0].unlink()
     files[1].write_bytes(b"cut short")

@@ -26,6 +26,7 @@ from tests.laws.solver_cases import F64, a_space, dense_shift, dense_solve, impl
 from tests.laws.test_influence import SMALL, cross_entropy, mlp, oracle, relative_gap
 from tests.laws.zoo import CASES, build
 from tests.oracles.autograd import dense_ggn, dense_hessian, example_gradients, influence
+from tests.tolerance import gap, rounding
 
 CPU = torch.device("cpu")
 
@@ -288,8 +289,9 @@ def test_a_low_rank_guide_on_a_decaying_spectrum() -> None:
     pairs = nystrom_pairs(implicit(matrix), 60, 0, F64, CPU)
     guide = Spectral()
     prepared = guide.init(LowRank.of(space, pairs.vectors, pairs.values), shift)
-    alone = CG(1e-10, 2000).solve(CG().init(matrix, shift), rows)
-    guided = CG(1e-10, 2000).solve(CG().init(matrix, shift, prepared.inverse), rows)
+    solver = CG(rounding(F64, condition=1e5), 2000)  # of the shifted matrix: below this, rounding stops the steps
+    alone = solver.solve(CG().init(matrix, shift), rows)
+    guided = solver.solve(CG().init(matrix, shift, prepared.inverse), rows)
     assert relative_gap(guided.unwrap().flat(), want) < 1e-6
     assert guided.steps < 0.35 * alone.steps
 
@@ -308,7 +310,7 @@ def test_float32_batches_and_repetition_do_not_matter(make: Any) -> None:
         return values
 
     exact = scores(F64, 64)
-    assert torch.equal(exact, scores(F64, 64))
+    assert gap(scores(F64, 64), exact) < rounding(exact, condition=1e3)
     assert relative_gap(scores(F64, 7), exact) < 1e-6
     assert relative_gap(scores(torch.float32, 64), exact) < 1e-2
 

@@ -28,6 +28,7 @@ from tests.laws.solver_cases import (
     uneven,
     worst,
 )
+from tests.tolerance import gap, rounding
 
 
 def recorded(n: int = 40) -> tuple[Implicit, list[Tensor | None]]:
@@ -161,8 +162,7 @@ def test_the_seed_alone_decides_the_batches() -> None:
     first, batches = run(0)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(123)
-    assert torch.equal(first, run(0)[0])
-    assert not torch.equal(first, run(1)[0])
+    assert gap(run(0)[0], first) < rounding(first) and gap(run(1)[0], first) > 1e-3
     epoch = torch.cat([ids for ids in batches[:5] if ids is not None])
     assert sorted(epoch.tolist()) == list(range(40))  # without replacement until used up
 

@@ -29,6 +29,7 @@ from pytorch_influence_functions.objectives import (
 from pytorch_influence_functions.objectives.base import inputs_and_targets
 from pytorch_influence_functions.objectives.convert import as_objective
 from pytorch_influence_functions.objectives.draws import Keyed
+from tests.tolerance import gap, rounding
 
 Case = tuple[AbstractObjective, Tensor, Tensor]
 
@@ -200,8 +201,7 @@ def test_a_generator_makes_samples_repeatable() -> None:
     first, again, other = (
         objective.sample_cotangent(outputs, batch, torch.Generator().manual_seed(s)) for s in (1, 1, 2)
     )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert gap(again, first) < rounding(first) and gap(other, first) > 1e-3
 
 
 # --------------------------------------------------------------------------- transforms

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
-import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,9 +93,8 @@ def test_impossible_worlds_are_refused() -> None:
         World(0, 2).all_sum(torch.ones(1))
 
 
-def _worker(rank: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _worker(rank: int, meeting_point: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=2)
     world = current()
     share = torch.tensor(float(sum(world.shard(range(5)))))
     assert world == World(rank, 2) and world.all_sum(share).item() == 10.0
@@ -105,8 +103,5 @@ def _worker(rank: int, port: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_sum_to_the_whole() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, args=(port,), nprocs=2)
+def test_two_processes_sum_to_the_whole(tmp_path: Path) -> None:
+    mp.spawn(_worker, args=((tmp_path / "meeting").as_uri(),), nprocs=2)  # a file, so that no port has to be free

@@ -184,8 +184,8 @@ def test_a_function_of_ones_own() -> None:
     subsets = Subsets.groups(N, [[0, 1]])
     one = made(watched, subsets, measure=nn.CrossEntropyLoss())
     two = made(own, subsets, measure=nn.CrossEntropyLoss())
-    assert torch.equal(one.measured, two.measured)
-    assert not torch.equal(one.measured[:, 0], one.measured[:, 1])
+    assert torch.allclose(one.measured, two.measured, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(one.measured[:, 0], one.measured[:, 1], rtol=1e-3)
     labels = data()[1].tolist()
     assert seen[-1] == (list(range(2, N)), 1, labels[2:])
 
@@ -193,7 +193,7 @@ def test_a_function_of_ones_own() -> None:
 def test_a_function_of_ones_own_in_processes() -> None:
     here = made(own, Subsets.halves(N, 2), measure=nn.CrossEntropyLoss())
     there = made(own, Subsets.halves(N, 2), measure=nn.CrossEntropyLoss(), workers=2)
-    assert torch.allclose(here.measured, there.measured, rtol=1e-12)
+    assert torch.allclose(here.measured, there.measured, rtol=1e-9, atol=1e-12)
     assert "2 processes" in there.how
 
 
@@ -258,7 +258,7 @@ def test_dropout_follows_the_seed() -> None:
     recipe = Recipe(dropping, RECIPE.optimizer, epochs=2, batch_size=5)
     first = made(recipe)
     torch.rand(3)
-    assert torch.equal(first.measured, made(recipe, workers=3).measured)
+    assert torch.allclose(first.measured, made(recipe, workers=3).measured, rtol=1e-9, atol=1e-12)
     assert "Dropout" in first.how
 
 

@@ -23,6 +23,7 @@ from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment
 from pytorch_influence_functions.trajectory.unrolling import response, survival
 from tests.laws.test_influence import cross_entropy, mlp, relative_gap
 from tests.oracles.autograd import dense_ggn, dense_hessian, example_gradients, flat_parameters, influence, unflatten
+from tests.tolerance import gap, rounding
 
 State = dict[str, Tensor]
 
@@ -391,11 +392,11 @@ def test_batches_memory_top_and_dtype_change_nothing() -> None:
         assert torch.allclose(other.values, scores.values, rtol=1e-10, atol=1e-16)
     size = unrolled.problem.space.size
     _, tight = fitted(data, spec={"memory": 8 * size**2 * 7})
-    assert torch.allclose(tight.score((xq, yq)).values, scores.values, rtol=1e-12)
+    assert gap(tight.score((xq, yq)).values, scores.values) < rounding(scores.values, condition=1e3)
     top = unrolled.score((xq, yq), top=3)
     assert top.helpful(1, k=3) == scores.helpful(1, k=3) and top.harmful(1, k=3) == scores.harmful(1, k=3)
     door = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method)
-    assert torch.equal(door.values, scores.values)
+    assert gap(door.values, scores.values) < rounding(scores.values, condition=1e3)
     model.float()
     single = method.fit(problem_of((model, x.float(), y))).score((xq.float(), yq)).values
     assert single.dtype == torch.float32 and relative_gap(single, scores.values) < 1e-4

@@ -13,6 +13,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.curvature import EKFAC, GGN, EmpiricalFisher, Fisher, Hessian, Identity, Subsample
 from pytorch_influence_functions.solvers import CG, Cholesky, Neumann, Spectral, Woodbury
+from tests.tolerance import gap, rounding
 
 N, PART, DAMPING = 30, 11, 1e-3
 
@@ -88,7 +89,7 @@ def test_all_examples_are_the_curvature_itself(curvature: Any) -> None:
         ptif.Influence(c, solver, 2.0).fit(problem).score(queries).values
         for c in (Subsample(curvature, 10 * N), curvature)
     )
-    assert torch.equal(found, want)
+    assert gap(found, want) < rounding(want, condition=1e3)
     other = ptif.Influence(Subsample(curvature, 5), solver, 2.0).fit(problem).score(queries).values
     assert not torch.allclose(other, want, rtol=1e-3)
 
