@@ -128,6 +128,30 @@ def test_the_diagnostics_of_a_network_say_the_largest_bound_of_all_pairs() -> No
     assert bool((error <= bound * (1 + 1e-9)).all()) and float(error.max()) > 1e-3 * float(bound.max())
 
 
+@pytest.mark.parametrize("weights", [(10.0, 5.0), (1.0, -2.0), None], ids=str)
+def test_the_certificate_of_weighted_checkpoints_is_the_weighted_sum(weights: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+    x, y = torch.randn(30, 8).double(), torch.arange(30) % 4
+    states = [{k: v * scale for k, v in model.state_dict().items()} for scale in (1.0, 1.3)]
+
+    def scores(states: list[Any], weights: Any, truncation: Truncation | None) -> ptif.Scores:
+        spec = ptif.Influence(
+            ptif.curvature.GGN(), ptif.solvers.Spectral(), 1e-2, weights=weights, truncation=truncation
+        )
+        return spec.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y), checkpoints=states)).score((x[:5], y[:5]))
+
+    def promised(scores: ptif.Scores) -> float:
+        (note,) = [n for n in scores.diagnostics.notes if "off by more than" in n]
+        return float(re.findall(r"off by more than ([\d.e+-]+)", note)[0])
+
+    low, full = (scores(states, weights, t) for t in (Truncation(rank=1), None))
+    alone = [promised(scores([state], None, Truncation(rank=1))) for state in states]
+    want = sum(abs(w) * bound for w, bound in zip(weights or (0.5, 0.5), alone, strict=True))
+    assert promised(low) == pytest.approx(want, rel=0.1)  # two digits are shown
+    assert float((low.values - full.values).abs().max()) <= 1.05 * promised(low)
+
+
 def by_layer(model: nn.Module, rows: Tensor) -> list[Tensor]:
     """Flat rows as the matrices of the linear layers, the bias as a last column."""
     sizes = [p.numel() for p in model.parameters()]
