@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
@@ -15,6 +14,8 @@ from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.linalg.blocks import Dense, Outer
 from pytorch_influence_functions.linalg.rows import Rows
 from pytorch_influence_functions.solvers.truncation import Truncation
+from tests.laws.test_influence import cross_entropy
+from tests.oracles.autograd import dense_ggn, example_gradients
 
 
 def some(n: int, decay: float = 0.6) -> Rows:
@@ -104,16 +105,57 @@ def test_the_bound_adds_up_what_every_layer_loses(rank: int) -> None:
         assert bool((error > alone).any())
 
 
-def test_no_score_of_a_network_is_off_by_more_than_the_diagnostics_say() -> None:
+def test_the_diagnostics_of_a_network_say_the_largest_bound_of_all_pairs() -> None:
+    """From dense matrices: what each layer of each solved query loses, times the layer of each example's gradient."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    x, y = torch.randn(30, 8).double(), torch.arange(30) % 4
-    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
-    spec = ptif.Influence(ptif.curvature.GGN(), ptif.solvers.Spectral(), 1e-2)
-    full = spec.fit(problem).score((x[:5], y[:5]))
-    low = dataclasses.replace(spec, truncation=Truncation(rank=1)).fit(problem).score((x[:5], y[:5]))
-    (note,) = [n for n in low.diagnostics.notes if "off by more than" in n]
+    x, y, damping = torch.randn(30, 8).double(), torch.arange(30) % 4, 1e-2
+    x[2] *= 3  # the largest bound is not in the last batch
+    g = example_gradients(model, cross_entropy, x, y)
+    matrix = dense_ggn(model, cross_entropy, x, y) + damping * torch.eye(g.shape[1], dtype=g.dtype)
+    solved, bound = torch.linalg.solve(matrix, g[:5].T).T, torch.zeros(5, 30, dtype=g.dtype)
+    for queries, training in zip(by_layer(model, solved), by_layer(model, g), strict=True):
+        bound += lost(queries, 1)[:, None] * training.flatten(1).norm(dim=1) / 30
+    assert float(bound[:, 28:].max()) < 0.9 * float(bound.max())
+
+    spec = ptif.Influence(ptif.curvature.GGN(), ptif.solvers.Spectral(), damping, truncation=Truncation(rank=1))
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=7)
+    scores = spec.fit(problem).score((x[:5], y[:5]))
+    (note,) = [n for n in scores.diagnostics.notes if "off by more than" in n]
     assert "0 1, 2 1, 4 1" in note  # all three layers are kept at rank 1
-    promised = float(re.findall(r"off by more than ([\d.e+-]+)", note)[0])
-    error = (low.values - full.values).abs().max()
-    assert 0 < float(error) <= promised * 1.05 and promised < 300 * float(error)
+    assert float(re.findall(r"off by more than ([\d.e+-]+)", note)[0]) == pytest.approx(float(bound.max()), rel=0.05)
+    error = (scores.values - solved @ g.T / 30).abs()
+    assert bool((error <= bound * (1 + 1e-9)).all()) and float(error.max()) > 1e-3 * float(bound.max())
+
+
+@pytest.mark.parametrize("weights", [(10.0, 5.0), (1.0, -2.0), None], ids=str)
+def test_the_certificate_of_weighted_checkpoints_is_the_weighted_sum(weights: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+    x, y = torch.randn(30, 8).double(), torch.arange(30) % 4
+    states = [{k: v * scale for k, v in model.state_dict().items()} for scale in (1.0, 1.3)]
+
+    def scores(states: list[Any], weights: Any, truncation: Truncation | None) -> ptif.Scores:
+        spec = ptif.Influence(
+            ptif.curvature.GGN(), ptif.solvers.Spectral(), 1e-2, weights=weights, truncation=truncation
+        )
+        return spec.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y), checkpoints=states)).score((x[:5], y[:5]))
+
+    def promised(scores: ptif.Scores) -> float:
+        (note,) = [n for n in scores.diagnostics.notes if "off by more than" in n]
+        return float(re.findall(r"off by more than ([\d.e+-]+)", note)[0])
+
+    low, full = (scores(states, weights, t) for t in (Truncation(rank=1), None))
+    alone = [promised(scores([state], None, Truncation(rank=1))) for state in states]
+    want = sum(abs(w) * bound for w, bound in zip(weights or (0.5, 0.5), alone, strict=True))
+    assert promised(low) == pytest.approx(want, rel=0.1)  # two digits are shown
+    assert float((low.values - full.values).abs().max()) <= 1.05 * promised(low)
+
+
+def by_layer(model: nn.Module, rows: Tensor) -> list[Tensor]:
+    """Flat rows as the matrices of the linear layers, the bias as a last column."""
+    sizes = [p.numel() for p in model.parameters()]
+    parts = [
+        part.reshape(len(rows), *p.shape) for part, p in zip(rows.split(sizes, 1), model.parameters(), strict=True)
+    ]
+    return [torch.cat([w, b[:, :, None]], 2) for w, b in zip(parts[::2], parts[1::2], strict=True)]

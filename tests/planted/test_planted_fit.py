@@ -12,6 +12,7 @@ from torch import Tensor
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import exact
 from pytorch_influence_functions.influence.assumptions import StationarityCheck
+from pytorch_influence_functions.influence.run_log import RunLog
 from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers import base, blockwise
 from pytorch_influence_functions.solvers.truncation import Truncated
@@ -66,6 +67,11 @@ BUGS = [
         "a certificate from the last layer only",
         swap(Truncated, "bound", of_the_last_layer),
         partial(test_truncation.test_the_bound_adds_up_what_every_layer_loses, 1),
+    ),
+    Bug(
+        "a certificate without the checkpoints' weights",
+        swap(RunLog, "end_checkpoint", lambda f, self, weight: f(self, 1.0)),
+        partial(test_truncation.test_the_certificate_of_weighted_checkpoints_is_the_weighted_sum, (10.0, 5.0)),
     ),
     Bug(
         "a group's damping as the mean over its blocks",

@@ -247,6 +247,7 @@ class Attribution(OldNames):
                 for at, solved in self._solved(member, scoring):
                     for ids, values in self._stream(member, solved, scoring.log).blocks():
                         scoring.add(at, ids, values if weight == 1.0 else values * weight)
+            scoring.log.end_checkpoint(weight)
         scoring.sum_over_workers()
         return scoring.scores(self._diagnostics, self.fit_seconds)
 

@@ -31,7 +31,9 @@ class RunLog:
     approximation: str = ""
     residual_history: tuple[float, ...] = ()
     score_error: float = 0.0
-    """The largest certified error of a score by truncation."""
+    """The largest certified error of a score by truncation, over the checkpoints that are done."""
+    checkpoint_error: float = 0.0
+    """The same for the checkpoint at hand, before its weight."""
     ranks: dict[str, int] = field(default_factory=dict)
     """Ranks that truncation kept, by block."""
 
@@ -58,9 +60,14 @@ class RunLog:
         self.damped_shares += (damped[sizes > 0] / sizes[sizes > 0]).tolist()
 
     def add_truncation(self, truncated: Truncated, error: Tensor) -> None:
-        """Keep the ranks, and the largest bound on the error of a score."""
+        """Keep the ranks, and the largest bound on the error of a score at these weights."""
         self.ranks |= {k: max(r, self.ranks.get(k, 0)) for k, r in truncated.ranks.items()}
-        self.score_error = max(self.score_error, float(error.max()) if error.numel() else 0.0)
+        self.checkpoint_error = max(self.checkpoint_error, float(error.max()) if error.numel() else 0.0)
+
+    def end_checkpoint(self, weight: float) -> None:
+        """Errors add up as scores do: every checkpoint's times its weight."""
+        self.score_error += abs(weight) * self.checkpoint_error
+        self.checkpoint_error = 0.0
 
     def notes(self) -> tuple[str, ...]:
         """What should be read with the scores, in sentences."""
