@@ -58,7 +58,7 @@ def check_options_used(spec: Any, solver: AbstractSolver[Any]) -> None:
         )
     if spec.truncation is not None and solver.solves_in_dual:
         raise InvalidInput(
-            f"truncation={spec.truncation!r} would gain nothing: solutions of {name}() are combinations of gradient rows, "
+            f"truncation={spec.truncation!r} would gain nothing: solutions of {name}() are combinations of rows, "
             "which are never written out; leave it out, or use another solver."
         )
     no_preconditioner(solver, spec.preconditioner)
