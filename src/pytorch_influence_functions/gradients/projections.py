@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -115,7 +116,7 @@ class Gaussian(AbstractProjection):
         whole_number("k", self.k, owner=self, hint="512 to 4096 are usual")
 
     def strip(self, length: int, generator: torch.Generator) -> Float[Tensor, "length k"]:
-        return torch.randn(length, self.k, generator=generator) / self.k**0.5
+        return torch.randn(length, self.k, generator=generator) / math.sqrt(self.k)
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,7 +127,7 @@ class Influence(Record, AbstractMethod):
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
             derivatives = Derivatives.of(problem, self._gradient_route)
             if self.projection is not None:
-                derivatives = derivatives.projected(self.projection)
+                derivatives = derivatives.with_projection(self.projection)
             size = ProblemSize.of(derivatives, n_queries)
             composition = self._compose(derivatives, n_queries, size)
         times = max(1, len(problem.checkpoints))

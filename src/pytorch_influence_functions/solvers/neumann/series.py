@@ -190,8 +190,8 @@ class Neumann(AbstractSolver[NeumannState]):
         # |x - x*|_A >= |x*|_A in the norm of A = C + D: no closer than zero is
         useless = ((x * product).sum(1) >= 2 * (x * b).sum(1)) & (b != 0).any(1)
         rough = useless if self.rtol is None else residual > self.rtol
-        result, bad = (Result.unsettled, useless) if bool(useless.any()) else (Result.max_steps_reached, rough)
-        failed = tuple(int(i) for i in bad.nonzero().flatten())
+        result, wrong = (Result.unsettled, useless) if bool(useless.any()) else (Result.max_steps_reached, rough)
+        failed = tuple(int(i) for i in wrong.nonzero().flatten())
         if not failed:
             return Solution(value, residual, Result.successful, steps, notes)
         return Solution(value, residual, result, steps, notes, failed, incomplete=self.incomplete)
