@@ -125,7 +125,7 @@ def small(n: int = 40, width: int = 300) -> tuple[ptif.Problem, tuple[torch.Tens
 
 def test_truncation_is_refused_where_the_dual_is_chosen() -> None:
     problem, _ = small()
-    assert ptif.Influence().fit(problem).members[0].choice.solver == Woodbury()
+    assert ptif.Influence().fit(problem).members[0].composition.solver == Woodbury()
     with pytest.raises(InvalidInput, match=r"would gain nothing: solutions of Woodbury\(\)"):
         ptif.Influence(truncation=Truncation(rank=2)).fit(problem)
 
