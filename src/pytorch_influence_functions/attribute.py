@@ -24,7 +24,7 @@ from .problem.infer_loss import infer_objective
 from .problem.problem import Problem, check_model
 from .problem.weight_decay import WeightDecay
 from .scores.scores import Scores
-from .solvers.auto import Forecast
+from .solvers.forecast import Forecast
 
 if sys.version_info >= (3, 11):
     from typing import Unpack

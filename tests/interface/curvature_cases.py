@@ -98,7 +98,7 @@ LOW_RANK = [
         "dual of low rank",
         lambda m: fitted(m, curvature=Nystrom(3), solver=Woodbury(), damping=0.1),
         INPUT,
-        r"needs the rows of C = G\^T G / N and got LowRank",
+        r"^Nystrom\(\) cannot be given as rows G.*only as known eigenvalues; choose another solver",
     ),
     Row(
         "diagonal of Hessian",

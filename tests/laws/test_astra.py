@@ -94,11 +94,11 @@ def test_momentum_and_halving_follow_their_definition(momentum: float, halve_eve
     space = a_space()
     matrix, b, shift = spectrum_matrix(space), some_rows(space, 3), Shift(0.1)
     step = 0.02 / float(matrix.extremes()[1])
-    solver = Neumann(step=step, steps=30, start="zero", momentum=momentum, halve_every=halve_every, tolerance=0.0)
+    solver = Neumann(step=step, steps=30, momentum=momentum, halve_every=halve_every, tolerance=0.0)
     whole = Implicit(space, lambda rows, ids: matrix.apply(rows), matrix.mean_eigenvalue, 1)
     got = solver.solve(solver.init(whole, shift), b).value.flat()
     dense, rhs = matrix.matrix + 0.1 * torch.eye(space.size, dtype=F64), b.flat()
-    x, moved = torch.zeros_like(rhs), torch.zeros_like(rhs)
+    x, moved = step * rhs, torch.zeros_like(rhs)  # the first step from zero has been taken
     for t in range(30):
         moved = momentum * moved + step * 0.5 ** (t // halve_every if halve_every else 0) * (rhs - x @ dense)
         x = x + moved
@@ -116,10 +116,10 @@ def test_a_measured_step_with_momentum_is_stable() -> None:
 
 
 def test_large_data_is_measured_on_some_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pytorch_influence_functions.solvers import neumann
+    from pytorch_influence_functions.solvers.neumann import tuning
 
     data = mlp(n=60)
-    monkeypatch.setattr(neumann, "_MEASURED", 20)
+    monkeypatch.setattr(tuning, "_MEASURED", 20)
     sizes: list[int | None] = []
     original = Implicit.apply
 

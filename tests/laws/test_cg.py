@@ -122,7 +122,7 @@ def test_starts_where_it_is_told() -> None:
 
 
 def test_stopped_early_says_so_with_the_true_residual() -> None:
-    space, solver = a_space(), CG(rtol=1e-8, max_steps=5)
+    space, solver = a_space(), CG(rtol=1e-8, max_steps=5, incomplete="error")
     matrix, b, shift = spectrum_matrix(space), some_rows(space, 3), Shift(1e-4)
     solution = solver.solve(solver.init(matrix, shift), b)
     assert (solution.result, solution.steps) == (Result.max_steps_reached, 5)
@@ -182,7 +182,7 @@ def test_the_smallest_curvature_seen_is_a_rayleigh_quotient() -> None:
 
 @pytest.mark.parametrize(("rtol", "result"), [(None, Result.successful), (1e-9, Result.stagnated)])
 def test_float32_stops_when_rounding_stops_it(rtol: float | None, result: Result) -> None:
-    space, solver = a_space(), CG(rtol=rtol, max_steps=5000)
+    space, solver = a_space(), CG(rtol=rtol, max_steps=5000, incomplete="error")
     single = Matrix(space, spectrum_matrix(space, 1e-4).matrix.float())
     b = some_rows(space, 4, dtype=torch.float32)
     solution = solver.solve(solver.init(single, Shift(1e-3)), b)
@@ -248,6 +248,7 @@ def test_an_indefinite_preconditioner_is_named() -> None:
         ({"rtol": 2.0}, "must lie in"),
         ({"max_steps": 0}, "both must be at least 1"),
         ({"patience": 0}, "both must be at least 1"),
+        ({"incomplete": "keep"}, r"CG\(incomplete='keep'\) must be 'warn', which hands back what was reached"),
     ],
 )
 def test_nonsense_options_are_refused(kwargs, match) -> None:  # type: ignore[no-untyped-def]

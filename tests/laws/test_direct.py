@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed, TooLarge
+from pytorch_influence_functions.curvature import Budget
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.rows import Rows
@@ -137,10 +138,10 @@ def test_wrong_operators_are_refused_in_words() -> None:
         Spectral().init(implicit(matrix), Shift(1.0))
     with pytest.raises(InvalidInput, match="needs a dense Matrix and got Gram"):
         Cholesky().init(Gram(space, some_rows(space, 2), 2), Shift(1.0))
-    with pytest.raises(TooLarge, match=r"of 39 parameters needs .* above the bound of 0.00 GiB"):
-        Spectral(max_bytes=1000).init(matrix, Shift(1.0))
+    with pytest.raises(TooLarge, match=r"of 39 parameters would take .* GiB and the bound is .* with memory="):
+        Spectral().check_memory(matrix, Budget(1000))
     with pytest.raises(TooLarge, match="The Cholesky factor of 39 parameters"):
-        Cholesky(max_bytes=1000).init(matrix, Shift(1.0))
+        Cholesky().check_memory(matrix, Budget(1000))
     with pytest.raises(InvalidInput, match="no use for a preconditioner"):
         Spectral().init(matrix, Shift(1.0), preconditioner=matrix)
     with pytest.raises(NonFinite, match="curvature matrix holds NaN"):
@@ -155,7 +156,7 @@ def test_unwrap_names_the_worst_rows() -> None:
     with pytest.raises(SolveFailed) as caught:
         failed.unwrap()
     words = str(caught.value)
-    assert "max_steps came before rtol" in words
+    assert "The allowed steps came before rtol" in words
     assert "More words. Relative residual nan in row 3, 5.0e-01 in row 1, 1.0e-01 in row 2" in words
     assert "after 7 steps (damping 0.25)" in words
     assert Solution(value, residual, Result.successful, 1).unwrap() is value

@@ -20,7 +20,7 @@ from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.linalg.operator import AbstractOperator
 from pytorch_influence_functions.linalg.rows import Route
 from pytorch_influence_functions.scaling import Leverage
-from pytorch_influence_functions.solvers import CG, Cholesky, Neumann, Spectral, Woodbury
+from pytorch_influence_functions.solvers import CG, Cholesky, Neumann, Spectral, Woodbury, auto
 from tests.laws.zoo import CASES, build
 from tests.oracles.autograd import dense_ggn, dense_hessian, example_gradients, influence
 from tests.tolerance import gap, rounding
@@ -461,12 +461,19 @@ def test_a_small_memory_bound_changes_nothing_but_the_number_of_passes() -> None
         )
 
 
-def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide() -> None:
+def _only_iterative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the exact solution were out of reach."""
+    monkeypatch.setattr(auto, "_AFFORDABLE", 0.0)
+    monkeypatch.setattr(auto, "_AFFORDABLE_PASSES", 0)
+
+
+def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    _only_iterative(monkeypatch)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 110), nn.Tanh(), nn.Linear(110, 10)).double()
     x, y = torch.randn(620, 20).double(), torch.randint(0, 10, (620,))
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=200)
-    fitted = ptif.Influence(damping=Relative(0.3)).fit(problem)
+    fitted = ptif.Influence(GGN(), damping=Relative(0.3)).fit(problem)
     assert "CG" in fitted.method and "preconditioner=Fisher(samples=1" in fitted.method and "guides it" in fitted.why
     want = ptif.Influence(GGN(), CG(1e-9), Relative(0.3)).fit(problem).score((x[:2], y[:2]))
     got = fitted.score((x[:2], y[:2]))
@@ -482,13 +489,14 @@ def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide() -> None
 def test_auto_drops_a_guide_that_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     from pytorch_influence_functions.influence import fitted_member as member
 
+    _only_iterative(monkeypatch)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 110), nn.Tanh(), nn.Linear(110, 10)).double()
     x, y = torch.randn(620, 20).double(), torch.randint(0, 10, (620,))
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=200)
     # A guide that swaps directions about: as wrong as a positive definite one can be.
     monkeypatch.setattr(member.Preconditioner, "inverse", lambda self, shift: _Misleading(self.operator.space))
-    fitted = ptif.Influence(damping=Relative(0.3)).fit(problem)
+    fitted = ptif.Influence(GGN(), damping=Relative(0.3)).fit(problem)
     assert "preconditioner" not in fitted.method and "does not help" in fitted.why
     assert fitted.score((x[:1], y[:1])).diagnostics.residual_max <= 1e-3
 

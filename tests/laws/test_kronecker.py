@@ -15,7 +15,6 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, NotLikelihood, SolveFailed, TooLarge
 from pytorch_influence_functions.curvature import EKFAC, GGN, KFAC, EmpiricalFisher, Fisher, Shampoo
 from pytorch_influence_functions.curvature.base import Budget, Form
-from pytorch_influence_functions.curvature.exact import root_rows
 from pytorch_influence_functions.curvature.kronecker import fit as fitting_module
 from pytorch_influence_functions.curvature.kronecker.moments import Sharing
 from pytorch_influence_functions.damping import Relative
@@ -53,7 +52,7 @@ def written_out(operator: Kronecker) -> Tensor:
 
 
 def ggn(derivatives: Derivatives) -> Tensor:
-    g = torch.cat([r.flat() for r in root_rows(derivatives)])
+    g = torch.cat([r.flat() for r in GGN().stream(derivatives)])
     return g.T @ g / len(derivatives.problem)
 
 
@@ -86,7 +85,7 @@ def test_eigenvalues_are_second_moments_in_the_basis(case: Any) -> None:
     model, x, y = build(case)
     derivatives = derivatives_of(model, x, y)
     operator = fitted(EKFAC(GGN()), derivatives)
-    rows = list(root_rows(derivatives))
+    rows = list(GGN().stream(derivatives))
     for name, block in operator.blocks.items():
         shape = block.values.shape
         turned = []

@@ -27,8 +27,9 @@ from pytorch_influence_functions.linalg.space import Space
 from pytorch_influence_functions.problem import model_state as guard
 from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.scaling import leverage
-from pytorch_influence_functions.solvers import CG, Neumann, Spectral, Woodbury, neumann
+from pytorch_influence_functions.solvers import CG, Neumann, Spectral, Woodbury
 from pytorch_influence_functions.solvers.base import Solution, System
+from pytorch_influence_functions.solvers.neumann import series
 from tests.oracles.autograd import dense_ggn, example_gradients, influence
 from tests.planted.planting import Bug, Patch, must_be_noticed, swap
 
@@ -267,7 +268,7 @@ BUGS = [
     Bug("leverage added, not removed", swap(leverage, "leverage_corrected", added_leverage), ridge_law),
     Bug("NaN ranked", swap(ptif.Scores, "_check_finite", lambda f, self: None), nan_law),
     Bug("last batch lost in the merge", swap(topk.TopK, "add", last_batch_lost), top_law),
-    Bug("series not fed back", swap(neumann._Series, "once", one_step_only), lissa_law),
+    Bug("series not fed back", swap(series._Series, "once", one_step_only), lissa_law),
 ]
 
 

@@ -14,7 +14,7 @@ from pytorch_influence_functions.curvature.kronecker import fit as fitting
 from pytorch_influence_functions.curvature.kronecker import moments as factors
 from pytorch_influence_functions.linalg import kronecker
 from pytorch_influence_functions.solvers import Spectral
-from pytorch_influence_functions.solvers.trial import PreconditionerTrial
+from pytorch_influence_functions.solvers.preconditioner_trial import PreconditionerTrial
 from pytorch_influence_functions.solvers.truncation import Truncated
 from tests.laws import test_kronecker as laws
 from tests.laws import test_truncation

@@ -43,9 +43,9 @@ def parse_damping(text: str) -> AbstractDamping:
     """A damping from text: a number (absolute), `relative:SHARE`, or `training:RATE:STEPS[:MOMENTUM]`.
 
     >>> parse_damping("relative:0.3")
-    Relative(share=0.3, per_block=False)
+    Relative(share=0.3)
     >>> parse_damping("training:0.1:2000")
-    FromTraining(lr=0.1, steps=2000, momentum=0.0)
+    FromTraining(lr=0.1, steps=2000)
     """
     kind, *rest = text.strip().split(":")
     try:

@@ -15,7 +15,7 @@ from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod, Fitted
 from ..problem.data import Source
 from ..scores.scores import Scores
-from ..solvers.auto import Forecast
+from ..solvers.forecast import Forecast
 from . import blocks
 from .exit import Interruption
 from .fingerprints import describe_settings, fingerprint_run

@@ -44,6 +44,10 @@ class TrainingDataWarning(UserWarning):
     """The data or model break an assumption of influence functions without making the answer impossible."""
 
 
+class IncompleteSolveWarning(UserWarning):
+    """A solve ended before its tolerance and what it reached was used; the message says how far it got."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` with the closest known name, or an empty string.
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import enum
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..core.errors import InvalidInput, NotLikelihood, TooLarge
-from ..core.validate import finite_number
+from ..core.records import Record
 from ..gradients.per_example import Derivatives
 from ..linalg.dense import Matrix
-from ..linalg.operator import AbstractSymmetric
+from ..linalg.operator import AbstractSymmetric, dense_bytes
 from ..problem.checkpoints import Checkpoint, at_checkpoint
+from .cost import Amount, Cost, ProblemSize, passes_for_rows
+
+# Examples on which a trace is measured where an exact one would cost more.
+TRACE_EXAMPLES = 2000
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 class Form(enum.Enum):
@@ -31,32 +37,58 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory a form may take, in bytes."""
+    """Memory that curvature, solver and solved queries may take, in bytes.
+
+    >>> Budget.of("2GB").bytes, Budget.of("1.5 GiB").bytes, Budget.of(1000).bytes
+    (2000000000, 1610612736, 1000)
+    """
 
     bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
-        finite_number("memory", self.bytes, above=0, hint="it is a number of bytes")
+        given: Any = self.bytes
+        if not isinstance(given, (int, float)) or isinstance(given, bool) or not 0 < given < float("inf"):
+            raise InvalidInput(f"memory={given!r} is no amount of memory; give bytes such as 2_000_000_000, or '2GB'.")
 
     @staticmethod
-    def of(given: Budget | int | float) -> Budget:
-        """A budget from a number of bytes."""
-        return given if isinstance(given, Budget) else Budget(given)  # type: ignore[arg-type]
+    def of(given: Budget | int | float | str) -> Budget:
+        """A budget from a number of bytes, or from words such as `"2GB"`, `"500 MB"` or `"4GiB"`."""
+        if isinstance(given, Budget):
+            return given
+        return Budget(_parse_bytes(given) if isinstance(given, str) else given)  # type: ignore[arg-type]
 
     def check(self, wanted: int | float, what: str, way_out: str) -> None:
         """Raise `TooLarge` when `wanted` bytes are above the bound."""
         if wanted > self.bytes:
             raise TooLarge(
                 f"{what} would take {wanted / 2**30:.3g} GiB and the bound is {self.bytes / 2**30:.3g} GiB; {way_out}, "
-                "or raise the bound with Influence(memory=bytes)."
+                "or raise the bound with memory=, such as Influence(memory='16GB')."
             )
 
 
-class AbstractCurvature(ABC):
-    """Which matrix stands for the curvature of the training loss."""
+def _parse_bytes(words: str) -> int | str:
+    """The number of bytes in words; words without one come back as they are, to be refused."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", words.upper())
+    if match is None or match[2] not in _UNITS:
+        return words
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+class AbstractCurvature(Record, ABC):
+    """Which matrix stands for the curvature of the training loss.
+
+    `forms` and `of` are all that a new one needs. What the others depend on (its cost, whether it can be projected, how
+    it is damped by default) it says of itself below; the defaults are those of a matrix known by its products.
+    """
 
     forms: ClassVar[tuple[Form, ...]]
     """The forms `of` can give."""
+    layerwise: ClassVar[bool] = False
+    """Whether every layer is a block of its own, with a scale of its own that damping follows by default."""
+    semidefinite: ClassVar[bool] = True
+    """Whether no eigenvalue is negative, whatever the weights."""
+    gauss_newton: ClassVar[bool] = False
+    """Whether it is the Gauss-Newton matrix, which sampled and factored Fisher matrices stand near."""
 
     @abstractmethod
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
@@ -66,6 +98,54 @@ class AbstractCurvature(ABC):
             NotLikelihood: the objective does not know enough for this curvature.
             TooLarge: the form needs more memory than `budget` allows.
         """
+
+    @property
+    def title(self) -> str:
+        """What it is called in a sentence."""
+        return type(self).__name__
+
+    @property
+    def drops_directions(self) -> bool:
+        """Whether functions of it are zero across its directions, so that only `Spectral` may solve with it."""
+        return False
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether its rows are the training examples' own loss gradients, which then need not be taken again."""
+        return False
+
+    def projectable(self, form: Form) -> bool:
+        """Whether it can be had in this form where only projections of gradient rows are known."""
+        return False
+
+    def closest_form(self, wanted: Form) -> Form:
+        """Its eigenvalues where it comes with them, else the form that is wanted."""
+        return Form.SPECTRAL if Form.SPECTRAL in self.forms else wanted
+
+    def rows(self, size: ProblemSize) -> int | None:
+        """How many rows it is made of; None where it is not made of rows."""
+        return None
+
+    def cost(self, size: ProblemSize, form: Form) -> Cost:
+        """What `of` takes, with the trace that a relative damping asks for."""
+        if form is Form.MATRIX:
+            return self.product_cost(size, size.parameters) + Cost(bytes=dense_bytes(size.parameters))
+        if form is Form.GRAM:
+            return Cost(passes_for_rows(1), bytes=size.examples * size.row_bytes)
+        if form is Form.SPECTRAL:
+            return Cost(passes_for_rows(1), bytes=size.parameters * size.number_bytes)
+        return self.trace_cost(size)
+
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        """One product with so many vectors at once, where no dense matrix is held: forward, and along each and back.
+
+        A backward pass to the parameters is twice one to the layers' outputs.
+        """
+        return Cost(passes=0.5 + 1.5 * vectors)
+
+    def trace_cost(self, size: ProblemSize) -> Cost:
+        """What measuring the trace of the matrix-free form takes."""
+        return Cost(passes_for_rows(1) * min(1.0, TRACE_EXAMPLES / size.examples))
 
     def mean_of(
         self, members: Sequence[tuple[Checkpoint | None, Derivatives]], form: Form, budget: Budget

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from ..core.distributed import World
 from ..core.errors import InvalidInput, NonFinite
 from ..gradients.per_example import Derivatives
 from ..linalg.blocks import AbstractBlock, Indexed, Outer
 from ..linalg.chunks import chunks
 from ..linalg.diagonal import DiagonalOperator
 from ..linalg.operator import AbstractSymmetric
-from ..linalg.rows import Rows
-from ..problem.problem import sweep
 from .base import AbstractCurvature, Budget, Form
-from .exact import GGN, EmpiricalFisher, Fisher, root_rows, sampled_rows
-
-FromRows: TypeAlias = GGN | Fisher | EmpiricalFisher
+from .cost import Amount, Cost, ProblemSize
+from .exact import GGN
+from .from_rows import AbstractRowCurvature
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagonal(AbstractCurvature):
     """diag(C), exact: entry p is the mean over examples of the squared entries p of C's rows.
 
@@ -40,12 +36,12 @@ class Diagonal(AbstractCurvature):
     GGN()
     """
 
-    curvature: FromRows = field(default_factory=GGN)
+    curvature: AbstractRowCurvature = field(default_factory=GGN)
     forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL,)
 
     def __post_init__(self) -> None:
         inner: Any = self.curvature
-        if not isinstance(inner, (GGN, Fisher, EmpiricalFisher)):
+        if not isinstance(inner, AbstractRowCurvature):
             raise InvalidInput(
                 f"Diagonal(curvature={inner!r}) needs a curvature made of rows, whose squares are its diagonal; use "
                 "GGN(), Fisher(samples=1) or EmpiricalFisher()."
@@ -55,31 +51,21 @@ class Diagonal(AbstractCurvature):
         self.require(form)
         space = derivatives.space
         total = torch.zeros(space.size, dtype=torch.float64, device=derivatives.problem.device)
-        rows, count = streamed(self.curvature, derivatives)
+        self.curvature.check_objective(derivatives)
         where = space.slices
-        for some in rows:
+        for some in self.curvature.stream(derivatives):
             for name, block in some.blocks.items():
                 total[where[name]] += sum_of_squares(block).flatten().double()
         if not bool(torch.isfinite(total).all()):
             raise NonFinite("The diagonal of the curvature holds NaN or infinity; look for them in weights or data.")
-        return DiagonalOperator(space, total / count)
+        return DiagonalOperator(space, total / self.curvature.count(len(derivatives.problem)))
 
+    def cost(self, size: ProblemSize, form: Form) -> Cost:
+        squares = 2.0 * size.examples * self.curvature.columns(size) * size.parameters
+        return Cost(self.curvature.cost(size, Form.GRAM).passes, squares, 8.0 * size.parameters)
 
-def streamed(curvature: FromRows, derivatives: Derivatives) -> tuple[Iterator[Rows], int]:
-    """The rows a curvature is made of, batch by batch, and the count their Gram is divided by."""
-    n = len(derivatives.problem)
-    if isinstance(curvature, EmpiricalFisher):
-        slabs = derivatives.stream(None, curvature.measure, label="gradient rows", world=World())
-        return (slab.rows for slab in slabs), n
-    if isinstance(curvature, GGN) or curvature.samples is None:
-        return root_rows(derivatives), n
-    samples, seed = curvature.samples, curvature.seed
-
-    def drawn() -> Iterator[Rows]:
-        for ids, batch in sweep(derivatives.problem, label="sampled Fisher", world=World()):
-            yield sampled_rows(derivatives, ids, batch, samples, seed)
-
-    return drawn(), n * samples
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        return Cost(flops=2.0 * vectors * size.parameters)
 
 
 def sum_of_squares(block: AbstractBlock) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 from ..core.batches import batch_slice, tensors_of
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
-from ..core.indexing import evenly_spaced
 from ..core.validate import whole_number
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS, Products
@@ -37,23 +36,25 @@ from ..objectives.draws import Keyed
 from ..problem.data import Source
 from ..problem.problem import first_batch, sweep
 from .base import AbstractCurvature, Budget, Form, not_a_likelihood
+from .cost import Amount, Cost, ProblemSize, root_size
+from .from_rows import AbstractRowCurvature, check_dense, wide_source
 
 # A dataset smaller than this, in bytes, is kept collated for mini-batch products.
 _RESIDENT_BYTES = 256 << 20
-# Examples on which a trace is estimated when exact enumeration would cost more than a few passes.
-_TRACE_EXAMPLES = 2000
 # Up to this many outputs their classes are enumerated rather than sampled.
 ENUMERATED_OUTPUTS = 16
-# Columns of the identity pushed through the Hessian together.
+# Products of random vectors that tell the trace of a Hessian whose loss is no likelihood.
+_TRACE_PRODUCTS = 8
+# Columns of H^(1/2) whose rows are held at once, roughly.
+_HELD = 8
+# Columns of the identity pushed through products together.
 _COLUMNS = 64
-
-# Numbers that one batch's activations, pushed in all directions at once, may take.
-_ACTIVATIONS = 1 << 25
-_NARROWEST, _WIDEST = 8, 1024
+# Numbers that H^(1/2) of one example may have: above, a dense matrix is taken from products, which need no root.
+_ROOT_NUMBERS = 1 << 25
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Identity(AbstractCurvature):
     """C = I: scores become gradient dot products (Grad-Dot). No curvature at all; a baseline."""
 
@@ -63,13 +64,23 @@ class Identity(AbstractCurvature):
         self.require(form)
         return ScaledIdentity(derivatives.space)
 
+    def projectable(self, form: Form) -> bool:
+        return True
+
+    def cost(self, size: ProblemSize, form: Form) -> Cost:
+        return Cost()
+
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        return Cost()
+
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Hessian(AbstractCurvature):
     """C = mean of the losses' second derivatives: Koh & Liang (2017). May be indefinite for deep networks."""
 
     forms: ClassVar[tuple[Form, ...]] = (Form.MATRIX, Form.IMPLICIT)
+    semidefinite: ClassVar[bool] = False
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)
@@ -79,44 +90,104 @@ class Hessian(AbstractCurvature):
         def mean() -> dict[str, float]:
             space = derivatives.space
             if isinstance(derivatives.objective, AbstractLikelihood):
-                return _block_means(derivatives)  # of its positive part, the Gauss-Newton matrix
+                return GGN().block_means(derivatives)  # of its positive part, the Gauss-Newton matrix
             like = next(iter(space.values(derivatives.problem.model).values()))
-            traces = hutchinson_block_traces(operator, samples=8, seed=0, dtype=like.dtype, device=like.device)
+            traces = hutchinson_block_traces(
+                operator, samples=_TRACE_PRODUCTS, seed=0, dtype=like.dtype, device=like.device
+            )
             return {k: trace / space.numel(k) for k, trace in traces.items()}
 
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:
             return data.average(lambda i, b: data.products.hessian_product(i, b, rows), rows, ids)
 
         operator = Implicit(derivatives.space, product, mean, len(derivatives.problem))
-        if form is Form.IMPLICIT:
-            return operator
-        return _densified(operator, derivatives, budget)
+        return operator if form is Form.IMPLICIT else _densify(operator, derivatives, budget)
+
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        # Along each vector a gradient is differentiated: forward, and back to the parameters, each twice.
+        return Cost(3.0 * vectors)
+
+    def trace_cost(self, size: ProblemSize) -> Cost:
+        if size.outputs is None:
+            return self.product_cost(size, _TRACE_PRODUCTS)
+        return GGN().trace_cost(size)
 
 
 @final
-@dataclass(frozen=True)
-class GGN(AbstractCurvature):
+@dataclass(frozen=True, repr=False)
+class GGN(AbstractRowCurvature):
     """C = mean of J^T H J, with H the loss's Hessian in the outputs: positive semidefinite, equal to the Hessian for
     linear models and to the true Fisher for cross entropy, squared error and Bernoulli losses."""
 
-    forms: ClassVar[tuple[Form, ...]] = (Form.MATRIX, Form.GRAM, Form.IMPLICIT)
+    label: ClassVar[str] = "Gauss-Newton rows"
+    gauss_newton: ClassVar[bool] = True
 
-    def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
-        self.require(form)
+    @property
+    def title(self) -> str:
+        return "Gauss-Newton matrix"
+
+    def columns(self, size: ProblemSize) -> int:
+        return size.columns
+
+    @property
+    def averaged(self) -> int:
+        return 1
+
+    def check_objective(self, derivatives: Derivatives) -> None:
         _likelihood(derivatives, "GGN()")
-        if form is not Form.IMPLICIT:
-            return _from_rows(derivatives, form, budget, lambda: root_rows(derivatives), len(derivatives.problem))
+
+    def rows_of(self, derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
+        return roots_of(derivatives, ids, batch)
+
+    def source(self, derivatives: Derivatives) -> Source:
+        columns = self._root_size(derivatives)
+        each = (derivatives.numbers or derivatives.space.size) * min(columns, _HELD)
+        return wide_source(derivatives, each, most=max(1, _ROOT_NUMBERS // columns**2))
+
+    def dense(self, derivatives: Derivatives, budget: Budget) -> Matrix:
+        # Projected rows have no products with the parameters, and are made whatever the root takes.
+        if derivatives.projector is not None or self._root_size(derivatives) ** 2 <= _ROOT_NUMBERS:
+            return AbstractRowCurvature.dense(self, derivatives, budget)
+        return _densify(self.implicit(derivatives), derivatives, budget)
+
+    def stored(self, derivatives: Derivatives, budget: Budget) -> Gram:
+        columns = self._root_size(derivatives)
+        whole = 4.0 * max(columns**2, columns * len(derivatives.problem))
+        budget.check(whole, f"Rows for each of {columns:,} outputs per example", "use EKFAC() or CG()")
+        return AbstractRowCurvature.stored(self, derivatives, budget)
+
+    def implicit(self, derivatives: Derivatives) -> Implicit:
         data = _Passes.of(derivatives)
 
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:
             return data.average(lambda i, b: data.products.ggn_product(i, b, rows), rows, ids)
 
-        return Implicit(derivatives.space, product, lambda: _block_means(derivatives), len(derivatives.problem))
+        return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), len(derivatives.problem))
+
+    def block_means(self, derivatives: Derivatives) -> dict[str, float]:
+        """Mean eigenvalue per block: exact for few outputs and examples, else from one sampled cotangent each."""
+        few = self._root_size(derivatives) <= ENUMERATED_OUTPUTS
+        return AbstractRowCurvature.block_means(self if few else Fisher(samples=1), derivatives)
+
+    def cost(self, size: ProblemSize, form: Form) -> Cost:
+        if form is Form.MATRIX and size.columns**2 > _ROOT_NUMBERS:
+            return AbstractCurvature.cost(self, size, form)
+        return AbstractRowCurvature.cost(self, size, form)
+
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        return AbstractCurvature.product_cost(self, size, vectors)
+
+    def trace_cost(self, size: ProblemSize) -> Cost:
+        few = size.columns <= ENUMERATED_OUTPUTS
+        return AbstractRowCurvature.trace_cost(self if few else Fisher(samples=1), size)
+
+    def _root_size(self, derivatives: Derivatives) -> int:
+        return root_size(derivatives, _likelihood(derivatives, "GGN()"))
 
 
 @final
-@dataclass(frozen=True)
-class Fisher(AbstractCurvature):
+@dataclass(frozen=True, repr=False)
+class Fisher(AbstractRowCurvature):
     """The true Fisher: gradients of labels the model itself would give.
 
     `samples=None` enumerates the labels, which equals `GGN()`; an integer draws that many per example from `seed`.
@@ -124,34 +195,46 @@ class Fisher(AbstractCurvature):
 
     samples: int | None = None
     seed: int = 0
-    forms: ClassVar[tuple[Form, ...]] = (Form.MATRIX, Form.GRAM, Form.IMPLICIT)
+    label: ClassVar[str] = "sampled Fisher"
 
     def __post_init__(self) -> None:
         if self.samples is not None:
             whole_number("samples", self.samples, owner=self, hint="None takes every label into account")
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
-        self.require(form)
         if self.samples is None:
             return GGN().of(derivatives, form, budget)
-        _likelihood(derivatives, "Fisher()")
-        samples, count = self.samples, len(derivatives.problem) * self.samples
-        if form is Form.IMPLICIT:
-            return _implicit_from_rows(
-                derivatives,
-                lambda ids, batch: sampled_rows(derivatives, ids, batch, samples, self.seed),
-                samples,
-            )
-        return _from_rows(derivatives, form, budget, lambda: self._all(derivatives, samples), count)
+        return AbstractRowCurvature.of(self, derivatives, form, budget)
 
-    def _all(self, derivatives: Derivatives, samples: int) -> Iterator[Rows]:
-        for ids, batch in sweep(derivatives.problem, label="sampled Fisher", world=World()):
-            yield sampled_rows(derivatives, ids, batch, samples, self.seed)
+    def columns(self, size: ProblemSize) -> int:
+        return size.columns if self.samples is None else self.samples
+
+    @property
+    def averaged(self) -> int:
+        return self.samples or 1
+
+    def check_objective(self, derivatives: Derivatives) -> None:
+        _likelihood(derivatives, "Fisher()")
+
+    def rows_of(self, derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
+        if self.samples is None:
+            return roots_of(derivatives, ids, batch)
+        return draws_of(derivatives, ids, batch, self.samples, self.seed)
+
+    def cost(self, size: ProblemSize, form: Form) -> Cost:
+        enumerated = self.samples is None
+        return GGN().cost(size, form) if enumerated else AbstractRowCurvature.cost(self, size, form)
+
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        enumerated = self.samples is None
+        return (
+            GGN().product_cost(size, vectors) if enumerated else AbstractRowCurvature.product_cost(self, size, vectors)
+        )
 
 
 @final
-@dataclass(frozen=True)
-class EmpiricalFisher(AbstractCurvature):
+@dataclass(frozen=True, repr=False)
+class EmpiricalFisher(AbstractRowCurvature):
     """C = mean of grad grad^T at the given labels. Cheap, and not a curvature once the model fits its data: it shrinks
     with the residuals. In its dual form every scoring quantity comes from one N x N matrix.
 
@@ -159,27 +242,28 @@ class EmpiricalFisher(AbstractCurvature):
     """
 
     measure: AbstractObjective | None = None
-    forms: ClassVar[tuple[Form, ...]] = (Form.MATRIX, Form.GRAM, Form.IMPLICIT)
 
-    def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
-        self.require(form)
-        if form is Form.IMPLICIT:
-            return _implicit_from_rows(
-                derivatives, lambda ids, batch: derivatives.loss_rows(ids, batch, self.measure).rows, 1
-            )
-        return _from_rows(
-            derivatives,
-            form,
-            budget,
-            lambda: (s.rows for s in derivatives.stream(None, self.measure, label="gradient rows", world=World())),
-            len(derivatives.problem),
-        )
+    @property
+    def title(self) -> str:
+        return "empirical Fisher"
 
+    @property
+    def holds_gradients(self) -> bool:
+        return self.measure is None
 
-def root_rows(derivatives: Derivatives) -> Iterator[Rows]:
-    """Rows H^(1/2) J, batch by batch and column by column: C is their Gram. Classes are enumerated."""
-    for ids, batch in sweep(derivatives.problem, label="Gauss-Newton rows", world=World()):
-        yield from roots_of(derivatives, ids, batch)
+    def columns(self, size: ProblemSize) -> int:
+        return 1
+
+    @property
+    def averaged(self) -> int:
+        return 1
+
+    def rows_of(self, derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
+        yield derivatives.loss_rows(ids, batch, self.measure).rows
+
+    def batches(self, derivatives: Derivatives) -> Iterator[Iterator[Rows]]:
+        for batch in derivatives.stream(None, self.measure, label="gradient rows", world=World()):
+            yield iter((batch.rows,))
 
 
 def roots_of(derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
@@ -196,27 +280,24 @@ def roots_of(derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows
 
 def sampled_rows(derivatives: Derivatives, ids: Tensor, batch: Any, samples: int, seed: int) -> Rows:
     """Rows J^T c with E[c c^T] = H; the same draws for the same examples, however often they are asked for."""
+    return Rows.cat(list(draws_of(derivatives, ids, batch, samples, seed)))
+
+
+def draws_of(derivatives: Derivatives, ids: Tensor, batch: Any, samples: int, seed: int) -> Iterator[Rows]:
+    """The same, draw by draw."""
     objective = _likelihood(derivatives, "Fisher()")
     tape = derivatives.tape(batch, len(ids))
     outputs = tape.outputs.detach()
     objective.check(outputs, batch, ids)
     finite_outputs(outputs, ids)
-    made = []
     for k in range(samples):
         cotangent = objective.sample_cotangent(outputs, batch, Keyed(ids, draw_seed(seed, k)))
-        made.append(tape.rows(cotangent, keep_graph=k + 1 < samples))
-    return Rows.cat(made)
+        yield tape.rows(cotangent, keep_graph=k + 1 < samples)
 
 
 def draw_seed(seed: int, k: int) -> int:
     """The seed of the k-th draw: draws are independent of each other and of other seeds' draws."""
     return seed * 65_537 + k
-
-
-def wide_source(derivatives: Derivatives, numbers_each: float) -> Source:
-    """The training data in batches as wide as `_ACTIVATIONS` allows when an example takes `numbers_each` numbers."""
-    room = int(_ACTIVATIONS / max(1.0, numbers_each))
-    return replace(derivatives.problem.data, batch_size=max(_NARROWEST, min(room, _WIDEST)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,55 +361,10 @@ class _Passes:
         return space.rows(world.all_sum(total) / (len(problem) if ids is None else len(ids)))
 
 
-def _implicit_from_rows(derivatives: Derivatives, rows_of: Callable[[Tensor, Any], Rows], per: int) -> Implicit:
-    """C x = mean of g <g, x> over rows made anew at every pass."""
-    data = _Passes.of(derivatives)
-    problem = derivatives.problem
-
-    def product(x: Rows, ids: Tensor | None = None) -> Rows:
-        total = x.flat().new_zeros(len(x), derivatives.space.size)
-        world = data.world if ids is None else World()
-        for batch_ids, batch in sweep(problem, ids=ids, label="curvature products", world=world):
-            g = rows_of(batch_ids, batch)
-            total += g.combine(g.inner(x).T).flat()
-        count = (len(problem) if ids is None else len(ids)) * per
-        return derivatives.space.rows(world.all_sum(total) / count)
-
-    def mean() -> dict[str, float]:
-        some = evenly_spaced(len(problem), _TRACE_EXAMPLES)
-        rows = (rows_of(ids, batch) for ids, batch in sweep(problem, ids=some, label="trace", world=World()))
-        return _means_of(derivatives, rows, len(some) * per)
-
-    return Implicit(derivatives.space, product, mean, len(problem))
-
-
-def _from_rows(
-    derivatives: Derivatives, form: Form, budget: Budget, rows: Callable[[], Iterator[Rows]], count: int
-) -> AbstractSymmetric:
+def _densify(operator: Implicit, derivatives: Derivatives, budget: Budget) -> Matrix:
+    """The matrix of an operator, from its products with the columns of the identity."""
     space = derivatives.space
-    if form is Form.MATRIX:
-        budget.check(
-            8.0 * space.size**2 * 3, f"A dense matrix over {space.size:,} parameters", "use CG() or Woodbury()"
-        )
-        total = torch.zeros(space.size, space.size, dtype=torch.float64, device=derivatives.problem.device)
-        for r in rows():
-            flat = r.flat().double()
-            total.addmm_(flat.T, flat)
-        return Matrix(space, total / count)
-    kept: list[Rows] = []
-    held = 0.0
-    for r in rows():
-        kept.append(r.compact())
-        held += kept[-1].numbers * kept[-1].dtype.itemsize
-        # The first batch already tells what the rest will take.
-        forecast = held / sum(map(len, kept)) * max(count, sum(map(len, kept)))
-        budget.check(forecast, "Keeping the gradient rows", "use CG(), or name fewer parameters")
-    return Gram(space, Rows.cat(kept), count)
-
-
-def _densified(operator: Implicit, derivatives: Derivatives, budget: Budget) -> Matrix:
-    space = derivatives.space
-    budget.check(8.0 * space.size**2 * 3, f"A dense matrix over {space.size:,} parameters", "use CG()")
+    check_dense(space.size, budget)
     reference = next(iter(space.values(derivatives.problem.model).values())).detach()
     eye = torch.eye(space.size, dtype=reference.dtype, device=reference.device)
     columns = [operator.apply(space.rows(part)).flat().double() for part in torch.split(eye, _COLUMNS)]
@@ -350,30 +386,3 @@ def finite_outputs(outputs: Tensor, ids: Tensor) -> None:
             f"The model's output is NaN or infinite at dataset indices {name_ids(ids[~good.cpu()].tolist())}; "
             "look at these examples, or remove them with torch.utils.data.Subset."
         )
-
-
-def _block_means(derivatives: Derivatives) -> dict[str, float]:
-    """trace(GGN) / P block by block: exact for few outputs and examples, else from one sampled cotangent each."""
-    problem = derivatives.problem
-    some = evenly_spaced(len(problem), _TRACE_EXAMPLES)
-
-    def rows() -> Iterator[Rows]:
-        for ids, batch in sweep(problem, ids=some, label="trace", world=World()):
-            objective = _likelihood(derivatives, "GGN()")
-            with torch.no_grad():
-                size = objective.root_size(objective.outputs(problem.model, batch))
-            if size <= ENUMERATED_OUTPUTS:
-                yield from roots_of(derivatives, ids, batch)
-            else:
-                yield sampled_rows(derivatives, ids, batch, 1, 0)
-
-    return _means_of(derivatives, rows(), len(some))
-
-
-def _means_of(derivatives: Derivatives, rows: Iterator[Rows], count: int) -> dict[str, float]:
-    """Mean eigenvalue per block of sum g g^T / count."""
-    traces = dict.fromkeys(derivatives.space.blocks, 0.0)
-    for r in rows:
-        for name, block in r.blocks.items():
-            traces[name] += float(block.squared_norms().double().sum())
-    return {k: trace / count / derivatives.space.numel(k) for k, trace in traces.items()}

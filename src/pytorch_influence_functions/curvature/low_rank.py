@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
@@ -22,6 +23,7 @@ from ..linalg.low_rank import LowRank
 from ..linalg.nystrom import nystrom_pairs
 from ..linalg.operator import AbstractSymmetric
 from .base import AbstractCurvature, Budget, Form
+from .cost import Amount, Cost, ProblemSize
 from .exact import GGN, Hessian
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -32,9 +34,64 @@ _COMPLEMENTS = ("zero", "smallest", "dropped")
 _ROUGH = 1e-2
 
 
+class AbstractLowRank(AbstractCurvature):
+    """What `Arnoldi` and `Nystrom` have in common: directions of another curvature, and what holds across them."""
+
+    rank: int
+    curvature: AbstractCurvature
+    complement: Complement
+    forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL,)
+
+    @property
+    def drops_directions(self) -> bool:
+        return self.complement == "dropped"
+
+    @abstractmethod
+    def vectors(self, parameters: int) -> int:
+        """With how many vectors the other curvature is multiplied."""
+
+    @property
+    @abstractmethod
+    def together(self) -> int:
+        """How many of them go through the data at once."""
+
+    def cost(self, size: ProblemSize, form: Form) -> Cost:
+        vectors, together = self.vectors(size.parameters), self.together
+        products = self.curvature.product_cost(size, together).repeated(vectors / together)
+        algebra = Cost(flops=4.0 * vectors**2 * size.parameters, bytes=self._bytes(size.parameters, size.number_bytes))
+        return products + algebra
+
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        return Cost(flops=4.0 * self.rank * size.parameters * vectors)
+
+    @abstractmethod
+    def _bytes(self, parameters: int, number_bytes: int) -> int:
+        """What all directions take while they are looked for."""
+
+    def _check(self, derivatives: Derivatives, form: Form, budget: Budget) -> Tensor:
+        """Refuse a form, rank or memory that cannot be; give a tensor of the model's type and device."""
+        self.require(form)
+        size, name = derivatives.space.size, type(self).__name__
+        like = next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
+        if self.rank > size:
+            raise InvalidInput(
+                f"{name}(rank={self.rank}) asks for more directions than there are parameters ({size:,}); "
+                f"use at most {size:,}, or exact()."
+            )
+        wanted = self._bytes(size, like.element_size())
+        budget.check(wanted, f"Directions for {name}(rank={self.rank})", "use a smaller rank, or CG()")
+        return like
+
+    def _operator(self, derivatives: Derivatives, pairs: Eigenpairs, notes: tuple[str, ...]) -> LowRank:
+        # Where the complement is everything that can be said of, zero is the smallest eigenvalue there is.
+        rest = max(0.0, float(pairs.values.abs().min())) if self.complement == "smallest" else 0.0
+        values = pairs.values.to(pairs.vectors.device)
+        return LowRank.of(derivatives.space, pairs.vectors, values, rest, self.drops_directions, notes)
+
+
 @final
-@dataclass(frozen=True)
-class Arnoldi(AbstractCurvature):
+@dataclass(frozen=True, repr=False)
+class Arnoldi(AbstractLowRank):
     r"""C restricted to its `rank` eigenvectors of largest |eigenvalue|: x = V (V^T C V + lambda)^-1 V^T b.
 
     Args:
@@ -68,10 +125,9 @@ class Arnoldi(AbstractCurvature):
     complement: Complement = "zero"
     width: int = 8
     seed: int = 0
-    forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL,)
 
     def __post_init__(self) -> None:
-        _check(self, "GGN() or Hessian()")
+        _check_options(self, "GGN() or Hessian()")
         if self.steps is not None:
             whole_number("steps", self.steps, owner=self)
             if self.steps < self.rank:
@@ -82,19 +138,25 @@ class Arnoldi(AbstractCurvature):
         whole_number("width", self.width, owner=self)
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
-        self.require(form)
-        size, like = derivatives.space.size, _like(derivatives)
-        _fits(self, size)
-        steps = min(size, (self.steps or default_steps(size, self.rank)) + self.width)
-        _affordable(self, budget, (steps + self.rank) * size * like.element_size())
+        like = self._check(derivatives, form, budget)
         inner = self.curvature.of(derivatives, Form.IMPLICIT, budget)
         pairs = leading_eigenpairs(inner, self.rank, self.steps, self.width, self.seed, like.dtype, like.device)
-        return _operator(self, derivatives, pairs, _rough(self, pairs))
+        return self._operator(derivatives, pairs, _describe_rough(self, pairs))
+
+    def vectors(self, parameters: int) -> int:
+        return min(parameters, (self.steps or default_steps(parameters, self.rank)) + self.width)
+
+    @property
+    def together(self) -> int:
+        return self.width
+
+    def _bytes(self, parameters: int, number_bytes: int) -> int:
+        return (self.vectors(parameters) + self.rank) * parameters * number_bytes
 
 
 @final
-@dataclass(frozen=True)
-class Nystrom(AbstractCurvature):
+@dataclass(frozen=True, repr=False)
+class Nystrom(AbstractLowRank):
     r"""The randomised Nystrom approximation C O^T (O C O^T)^+ O C from `rank` random directions O: one pass.
 
     Args:
@@ -125,51 +187,47 @@ class Nystrom(AbstractCurvature):
     curvature: AbstractCurvature = field(default_factory=GGN)
     seed: int = 0
     complement: Complement = "zero"
-    forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL,)
 
     def __post_init__(self) -> None:
-        _check(self, "GGN()")
-        if isinstance(self.curvature, Hessian):
+        _check_options(self, "GGN()")
+        if not self.curvature.semidefinite:
             raise InvalidInput(
-                "Nystrom(curvature=Hessian()) needs a positive semidefinite curvature, which a Hessian need not be; "
-                "use GGN(), or Arnoldi(rank, Hessian())."
+                f"Nystrom(curvature={self.curvature!r}) needs a positive semidefinite curvature, which this one need "
+                f"not be; use GGN(), or Arnoldi(rank, {self.curvature!r})."
             )
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
-        self.require(form)
-        size, like = derivatives.space.size, _like(derivatives)
-        _fits(self, size)
-        _affordable(self, budget, 3 * 8 * self.rank * size)
+        like = self._check(derivatives, form, budget)
         inner = self.curvature.of(derivatives, Form.IMPLICIT, budget)
-        return _operator(self, derivatives, nystrom_pairs(inner, self.rank, self.seed, like.dtype, like.device), ())
+        pairs = nystrom_pairs(inner, self.rank, self.seed, like.dtype, like.device)
+        return self._operator(derivatives, pairs, ())
+
+    def vectors(self, parameters: int) -> int:
+        return self.rank
+
+    @property
+    def together(self) -> int:
+        return self.rank
+
+    def _bytes(self, parameters: int, number_bytes: int) -> int:
+        return 3 * 8 * self.rank * parameters
 
 
-def _operator(spec: Arnoldi | Nystrom, derivatives: Derivatives, pairs: Eigenpairs, notes: tuple[str, ...]) -> LowRank:
-    # Where the complement is everything that can be said of, zero is the smallest eigenvalue there is.
-    rest = max(0.0, float(pairs.values.abs().min())) if spec.complement == "smallest" else 0.0
-    values = pairs.values.to(pairs.vectors.device)
-    return LowRank.of(derivatives.space, pairs.vectors, values, rest, spec.complement == "dropped", notes)
-
-
-def _rough(spec: Arnoldi, pairs: Eigenpairs) -> tuple[str, ...]:
+def _describe_rough(spec: Arnoldi, pairs: Eigenpairs) -> tuple[str, ...]:
     """In words, the directions that have not been found."""
     scale = float(pairs.values.abs().max())
     rough = pairs.residuals > _ROUGH * scale
     if not bool(rough.any()):
         return ()
-    words = (
+    note = (
         f"{int(rough.sum())} of the {spec.rank} directions of Arnoldi are rough after {pairs.products} products "
         f"(residual up to {float(pairs.residuals.max()) / scale:.1e} of the largest eigenvalue); raise steps."
     )
-    log.info(words)
-    return (words,)
+    log.info(note)
+    return (note,)
 
 
-def _like(derivatives: Derivatives) -> Tensor:
-    return next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
-
-
-def _check(spec: Any, instead: str) -> None:
+def _check_options(spec: Any, instead: str) -> None:
     name = type(spec).__name__
     whole_number("rank", spec.rank, owner=spec)
     inner: Any = spec.curvature
@@ -178,15 +236,3 @@ def _check(spec: Any, instead: str) -> None:
     if not isinstance(inner, AbstractCurvature) or Form.IMPLICIT not in inner.forms:
         raise InvalidInput(f"{name}(curvature={inner!r}) has no products to take directions from; use {instead}.")
     choice("complement", spec.complement, _COMPLEMENTS, owner=spec)
-
-
-def _fits(spec: Arnoldi | Nystrom, size: int) -> None:
-    if spec.rank > size:
-        raise InvalidInput(
-            f"{type(spec).__name__}(rank={spec.rank}) asks for more directions than there are parameters ({size:,}); "
-            f"use at most {size:,}, or exact()."
-        )
-
-
-def _affordable(spec: Arnoldi | Nystrom, budget: Budget, wanted: int) -> None:
-    budget.check(wanted, f"Directions for {type(spec).__name__}(rank={spec.rank})", "use a smaller rank, or CG()")

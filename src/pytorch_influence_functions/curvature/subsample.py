@@ -13,10 +13,11 @@ from ..core.validate import whole_number
 from ..gradients.per_example import Derivatives
 from ..linalg.operator import AbstractSymmetric
 from .base import AbstractCurvature, Budget, Form
+from .cost import Amount, Cost, ProblemSize
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Subsample(AbstractCurvature):
     """Another curvature, its mean taken over `examples` drawn without replacement: the same ones every time.
 
@@ -32,7 +33,7 @@ class Subsample(AbstractCurvature):
 
     >>> from pytorch_influence_functions.curvature import GGN
     >>> Subsample(GGN(), examples=500)
-    Subsample(curvature=GGN(), examples=500, seed=0)
+    Subsample(curvature=GGN(), examples=500)
     """
 
     # Checked below, in words a type checker at run time would not find.
@@ -49,13 +50,51 @@ class Subsample(AbstractCurvature):
     @property
     def forms(self) -> tuple[Form, ...]:  # type: ignore[override]
         """Those of the curvature inside."""
-        found: tuple[Form, ...] = self.curvature.forms
-        return found
+        return self._inner.forms
+
+    @property
+    def layerwise(self) -> bool:  # type: ignore[override]
+        return self._inner.layerwise
+
+    @property
+    def semidefinite(self) -> bool:  # type: ignore[override]
+        return self._inner.semidefinite
+
+    @property
+    def drops_directions(self) -> bool:
+        return self._inner.drops_directions
+
+    def rows(self, size: ProblemSize) -> int | None:
+        return self._inner.rows(self._part(size)[0])
+
+    def projectable(self, form: Form) -> bool:
+        return self._inner.projectable(form)
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)
-        found: AbstractSymmetric = self.curvature.of(self._fewer(derivatives), form, budget)
-        return found
+        return self._inner.of(self._fewer(derivatives), form, budget)
+
+    def cost(self, size: ProblemSize, form: Form) -> Cost:
+        part, share = self._part(size)
+        cost = self._inner.cost(part, form)
+        return replace(cost, passes=cost.passes * share)
+
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        part, share = self._part(size)
+        cost = self._inner.product_cost(part, vectors)
+        return replace(cost, passes=cost.passes * share)
+
+    # ---------------------------------------------------------------- inner workings
+
+    @property
+    def _inner(self) -> AbstractCurvature:
+        inner: AbstractCurvature = self.curvature
+        return inner
+
+    def _part(self, size: ProblemSize) -> tuple[ProblemSize, float]:
+        """The size of the part, and its share of all examples."""
+        fewer = min(size.examples, self.examples)
+        return replace(size, examples=fewer), fewer / size.examples
 
     def _fewer(self, derivatives: Derivatives) -> Derivatives:
         problem = derivatives.problem

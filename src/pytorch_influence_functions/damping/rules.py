@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from ..core.errors import InvalidInput, NonFinite
+from ..core.records import ALWAYS_SHOWN, Record
 from ..core.validate import finite_number
 
 
@@ -25,7 +26,7 @@ class HasMeanEigenvalue(Protocol):
     def block_means(self) -> dict[str, float]: ...
 
 
-class AbstractDamping(ABC):
+class AbstractDamping(Record, ABC):
     """A rule that gives lambda, in units of the curvature, for an operator."""
 
     @abstractmethod
@@ -44,6 +45,11 @@ class AbstractDamping(ABC):
         """
         return {}
 
+    @property
+    def expected_share(self) -> float | None:
+        """Lambda in mean eigenvalues of the curvature, where that is known before there is a curvature."""
+        return None
+
     def resolved(self, fitted: object) -> AbstractDamping:
         """The rule to use for one fitted curvature, model and data in view; most rules need no more than `operator`.
 
@@ -53,7 +59,7 @@ class AbstractDamping(ABC):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Relative(AbstractDamping):
     """`lambda = share * mean eigenvalue of C`: the same share means the same thing for any loss or scale.
 
@@ -75,11 +81,15 @@ class Relative(AbstractDamping):
     {'a': 0.5, 'b': 1.5}
     """
 
-    share: float | int = 0.1
+    share: float | int = field(default=0.1, metadata=ALWAYS_SHOWN)
     per_block: bool = False
 
     def __post_init__(self) -> None:
         finite_number("share", self.share, above=0, owner=self, hint="0.1 is a good start")
+
+    @property
+    def expected_share(self) -> float:
+        return float(self.share)
 
     def of(self, operator: HasMeanEigenvalue) -> float:
         mean = operator.mean_eigenvalue()
@@ -100,7 +110,7 @@ class Relative(AbstractDamping):
         return {k: self.share * mean if mean > 0 else overall for k, mean in operator.block_means().items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Absolute(AbstractDamping):
     """`lambda = value`, in the units of the loss per squared parameter.
 
@@ -122,7 +132,7 @@ class Absolute(AbstractDamping):
         return float(self.value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FromTraining(AbstractDamping):
     """`lambda = (1 - momentum) / (lr * steps)`: what stopping after `steps` of gradient descent amounts to.
 

@@ -1,9 +1,10 @@
 """Per-example gradients, products with them that are never written out, and projections."""
 
 from ..linalg.rows import Route
-from .projections import Gaussian
+from .projections import AbstractProjection, Gaussian
 
 __all__ = [
+    "AbstractProjection",
     "Gaussian",
     "Route",
 ]

@@ -29,7 +29,7 @@ from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
 from .layer_rules import Layout, ParameterPart, find_rule, layout_of
-from .projections import Gaussian, Projector
+from .projections import AbstractProjection, Projector
 from .recording import Capture, HookedLayer, record_calls
 from .vjp import detach_parameters, per_example_vjp, weighted_gradient
 
@@ -121,8 +121,8 @@ class Derivatives:
         """The space of the rows: projected, where there is a projection."""
         return self.whole if self.projector is None else self.projector.space
 
-    def with_projection(self, projection: Gaussian) -> Derivatives:
-        """The same derivatives with every row projected; raises as `Gaussian.projector`."""
+    def with_projection(self, projection: AbstractProjection) -> Derivatives:
+        """The same derivatives with every row projected; raises as `AbstractProjection.projector`."""
         return replace(self, projector=projection.projector(self.whole))
 
     @property

@@ -1,8 +1,10 @@
-"""Gradients projected to few dimensions: TRAK's sketch, drawn from a seed, stored only where it is small."""
+"""Gradients projected to few dimensions, by a matrix drawn from a seed and held as a whole only where it is small."""
 
 from __future__ import annotations
 
+import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -12,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.records import Record
 from ..core.validate import whole_number
 from ..linalg.blocks import Dense
 from ..linalg.rows import Rows
@@ -26,9 +29,67 @@ JOINT = "projected"
 """The one block of a joint projection."""
 
 
+class AbstractProjection(Record, ABC):
+    """A random linear map of gradients to k numbers, which keeps inner products on average.
+
+    A new one is a frozen record with the fields `k`, `per_layer` and `seed`, and draws the strips of its matrix:
+
+    >>> @dataclass(frozen=True)
+    ... class Signs(AbstractProjection):
+    ...     k: int
+    ...     per_layer: bool = False
+    ...     seed: int = 0
+    ...     def strip(self, length, generator):
+    ...         return (2.0 * torch.randint(0, 2, (length, self.k), generator=generator) - 1) / self.k**0.5
+    """
+
+    k: int
+    per_layer: bool
+    seed: int
+
+    @abstractmethod
+    def strip(self, length: int, generator: torch.Generator) -> Float[Tensor, "length k"]:
+        """The part of the matrix that meets `length` coordinates, float32 on the CPU: E[strip strip^T] is the identity.
+
+        It must depend on its arguments alone.
+        """
+
+    @final
+    def draw(self, block: str, number: int, length: int) -> Float[Tensor, "length k"]:
+        """Strip `number` of a block of parameters, the same one every time."""
+        seed = zlib.crc32(f"{self.seed}/{block}/{number}".encode())
+        return self.strip(length, torch.Generator().manual_seed(seed))
+
+    @final
+    def projector(self, space: Space) -> Projector:
+        """The projection of one parameter space.
+
+        Raises:
+            InvalidInput: k is no smaller than the number of parameters, or weight decay differs between parameters.
+        """
+        if self.k >= space.size:
+            raise InvalidInput(
+                f"{type(self).__name__}(k={self.k}) is no smaller than the {space.size:,} parameters, where projecting "
+                "only adds noise; leave the projection out."
+            )
+        decays = set(space.decay.values())
+        if len(decays) > 1:
+            raise InvalidInput(
+                "Weight decay differs between parameters, and a projection mixes them; pass one number for all, or "
+                "leave the projection out."
+            )
+        decay = decays.pop()
+        if not self.per_layer:
+            blocks = {JOINT: BlockSpec(JOINT, (), (self.k,), decay=decay)}
+        else:
+            sizes = {name: min(self.k, block.numel) for name, block in space.blocks.items()}
+            blocks = {name: BlockSpec(name, (), (size,), decay=decay) for name, size in sizes.items()}
+        return Projector(self, Space(blocks, {}))
+
+
 @final
-@dataclass(frozen=True)
-class Gaussian:
+@dataclass(frozen=True, repr=False)
+class Gaussian(AbstractProjection):
     r"""Every gradient times a random P x k matrix with entries N(0, 1/k): inner products are kept up to 1 / sqrt(k).
 
     With `per_layer` each block of parameters is projected to k numbers of its own, so that `Blockwise(Spectral())`
@@ -54,40 +115,15 @@ class Gaussian:
     def __post_init__(self) -> None:
         whole_number("k", self.k, owner=self, hint="512 to 4096 are usual")
 
-    def projector(self, space: Space) -> Projector:
-        """The projection of one parameter space.
-
-        Args:
-            space: the parameters that take part.
-
-        Raises:
-            InvalidInput: k is no smaller than the number of parameters, or weight decay differs between parameters.
-        """
-        if self.k >= space.size:
-            raise InvalidInput(
-                f"Gaussian(k={self.k}) is no smaller than the {space.size:,} parameters, where projecting only adds "
-                "noise; leave the projection out."
-            )
-        decays = set(space.decay.values())
-        if len(decays) > 1:
-            raise InvalidInput(
-                "Weight decay differs between parameters, and a projection mixes them; pass one number for all, or "
-                "leave the projection out."
-            )
-        decay = decays.pop()
-        if not self.per_layer:
-            blocks = {JOINT: BlockSpec(JOINT, (), (self.k,), decay=decay)}
-        else:
-            sizes = {name: min(self.k, block.numel) for name, block in space.blocks.items()}
-            blocks = {name: BlockSpec(name, (), (size,), decay=decay) for name, size in sizes.items()}
-        return Projector(self, Space(blocks, {}))
+    def strip(self, length: int, generator: torch.Generator) -> Float[Tensor, "length k"]:
+        return torch.randn(length, self.k, generator=generator) / math.sqrt(self.k)
 
 
 @dataclass(frozen=True, eq=False)
 class Projector:
     """A projection of one space; `space` is that of the projected rows."""
 
-    projection: Gaussian
+    projection: AbstractProjection
     space: Space
     _known: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
@@ -108,15 +144,12 @@ class Projector:
         return Rows({name: Dense(projected[name]) for name in self.space.blocks})
 
     def _strips(self, name: str, like: Float[Tensor, "n p"]) -> Iterator[tuple[int, Float[Tensor, "s k"]]]:
-        k, size = self.projection.k, like.shape[1]
+        size = like.shape[1]
         for number, start in enumerate(range(0, size, _STRIP)):
             key = (name, number, like.dtype, like.device)
             strip = self._known.get(key)
             if strip is None:
-                seed = zlib.crc32(f"{self.projection.seed}/{name}/{number}".encode())
-                generator = torch.Generator().manual_seed(seed)
-                strip = torch.randn(min(_STRIP, size - start), k, generator=generator) / k**0.5
-                strip = strip.to(like)
+                strip = self.projection.draw(name, number, min(_STRIP, size - start)).to(like)
                 if sum(s.numel() for s in self._known.values()) + strip.numel() <= _KEPT:
                     self._known[key] = strip
             yield start, strip

@@ -13,25 +13,26 @@ from torch import Tensor
 
 from ..core.distributed import current
 from ..core.errors import InvalidInput
-from ..curvature.base import AbstractCurvature, Budget, Form
-from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Identity
+from ..core.records import Record
+from ..curvature.base import AbstractCurvature, Budget
+from ..curvature.cost import ProblemSize
 from ..curvature.spectrum import Spectrum, spectrum_of
 from ..damping.curve import DampingCurve, FromCurve
 from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
-from ..gradients.projections import Gaussian
+from ..gradients.projections import AbstractProjection
 from ..linalg.rows import Route
 from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.problem import Problem
 from ..scaling.base import AbstractScaling, Raw
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
-from ..solvers.auto import Auto, Composition, Forecast, ProblemSize, choose, default_damping, forecast, form_for
+from ..solvers.auto import Auto, choose_composition
 from ..solvers.base import AbstractSolver
-from ..solvers.blockwise import Blockwise
+from ..solvers.forecast import Composition, Forecast, forecast
 from ..solvers.truncation import Truncation
 from .assumptions import StationarityCheck
-from .checks import as_weights, check_parts, check_problem, check_weights_fit
+from .checks import as_weights, check_options_used, check_parts, check_problem, check_weights_fit
 from .fitted_member import FittedMember
 from .method import AbstractMethod, OldNames
 from .question import Question
@@ -41,18 +42,18 @@ from .tokens import TokenScores, check_tokens
 
 
 @final
-@dataclass(frozen=True)
-class Influence(AbstractMethod):
+@dataclass(frozen=True, repr=False)
+class Influence(Record, AbstractMethod):
     r"""A method: `score[q, i] = (1/N) <(C + lambda)^-1 grad m(q), grad loss(i)>`.
 
     Args:
         curvature: which matrix C is; `None` lets `Auto` choose.
         solver: how (C + lambda) x = b is solved.
         damping: `Relative(share)` of the mean eigenvalue, `Absolute(value)`, `FromTraining(lr, steps)` or a number;
-            `None`: `default_damping(solver, curvature)`.
+            `None`: the default of the choice, or of the solver.
         preconditioner: a curvature whose damped inverse speeds up `CG` or `Neumann`.
         scaling: what becomes of the raw scores; `Leverage()` corrects the first-order underestimate.
-        memory: the most bytes that curvature and solved queries may take, `Budget(bytes)` or a number.
+        memory: the most that curvature, solver and solved queries may take: bytes, or words such as `"8GB"`.
         route: force one route for inner products; see `Route`.
         truncation: keep solved queries in low rank, with a certified bound on every score's error.
         projection: `Gaussian(k)` projects every gradient to k numbers first; `None`: none does.
@@ -71,11 +72,11 @@ class Influence(AbstractMethod):
     damping: AbstractDamping | float | None = None
     preconditioner: AbstractCurvature | None = None
     scaling: AbstractScaling = field(default_factory=Raw)
-    memory: Budget | int = field(default_factory=Budget)
-    route: Route | str | None = None
+    memory: Budget | int | str = field(default_factory=Budget)
+    route: Route | str | None = Route.AUTO
     truncation: Truncation | None = None
     weights: tuple[float, ...] | None = None
-    projection: Gaussian | None = None
+    projection: AbstractProjection | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", Budget.of(self.memory))
@@ -125,10 +126,13 @@ class Influence(AbstractMethod):
         check_problem(problem)
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
             derivatives = Derivatives.of(problem, self._gradient_route)
+            if self.projection is not None:
+                derivatives = derivatives.with_projection(self.projection)
             size = ProblemSize.of(derivatives, n_queries)
             composition = self._compose(derivatives, n_queries, size)
         times = max(1, len(problem.checkpoints))
-        one = forecast(composition, size, self.describe(composition))
+        rule, solves = self._damping_of(composition), self.scaling.solves_per_example(size.columns)
+        one = forecast(composition, size, self.describe(composition), Budget.of(self.memory), rule, solves)
         return replace(one, passes=one.passes * times, seconds=one.seconds * times)
 
     @property
@@ -139,7 +143,9 @@ class Influence(AbstractMethod):
     def _compose(self, derivatives: Derivatives, n_queries: int, size: ProblemSize | None = None) -> Composition:
         """Curvature, solver and preconditioner: what was asked for, or what `Auto` chooses."""
         if isinstance(self.solver, Auto):
-            chosen = choose(self.curvature, size or ProblemSize.of(derivatives, n_queries))
+            size = size or ProblemSize.of(derivatives, n_queries)
+            chosen = choose_composition(self.curvature, size, Budget.of(self.memory))
+            check_options_used(self, chosen.solver)
             return chosen if self.preconditioner is None else replace(chosen, preconditioner=self.preconditioner)
         if self.curvature is None:
             raise InvalidInput(
@@ -153,9 +159,7 @@ class Influence(AbstractMethod):
         if self.projection is None:
             return
         curvature, solver = composition.curvature, composition.solver
-        form = form_for(solver.solver if isinstance(solver, Blockwise) else solver, curvature)
-        rows = isinstance(curvature, (GGN, Fisher, EmpiricalFisher)) and form in (Form.MATRIX, Form.GRAM)
-        if not (rows or isinstance(curvature, Identity)) or composition.preconditioner is not None:
+        if not curvature.projectable(solver.form(curvature)) or composition.preconditioner is not None:
             raise InvalidInput(
                 f"{curvature!r} with {solver!r} works on the parameters and cannot take a projection; use "
                 "EmpiricalFisher(), GGN() or Fisher() with Spectral(), Cholesky() or Woodbury(), or leave it out."
@@ -170,9 +174,7 @@ class Influence(AbstractMethod):
 
     def _damping_of(self, composition: Composition) -> AbstractDamping:
         """The damping rule: the record's, or the solver's default."""
-        if self.damping is None:
-            return default_damping(composition.solver, composition.curvature)
-        return as_damping(self.damping)
+        return composition.default_damping if self.damping is None else as_damping(self.damping)
 
     def describe(self, composition: Composition) -> str:
         """The composition in use, as it would be written.

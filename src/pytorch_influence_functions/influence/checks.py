@@ -9,11 +9,13 @@ from typing import Any
 
 from ..core.errors import InvalidInput, NonFinite
 from ..curvature.base import AbstractCurvature
+from ..gradients.projections import AbstractProjection
+from ..linalg.rows import Route
 from ..problem.problem import Problem
 from ..scaling.base import AbstractScaling
 from ..solvers.auto import Auto
-from ..solvers.base import AbstractSolver
-from ..solvers.blockwise import Blockwise
+from ..solvers.base import AbstractSolver, no_preconditioner
+from ..solvers.truncation import Truncation
 
 
 def check_parts(spec: Any) -> None:
@@ -23,19 +25,43 @@ def check_parts(spec: Any) -> None:
         "solver": ((AbstractSolver, Auto), "a solver such as CG() or Auto()"),
         "preconditioner": (AbstractCurvature, "a curvature such as GGN()"),
         "scaling": (AbstractScaling, "Raw() or Leverage()"),
+        "projection": (AbstractProjection, "a projection such as Gaussian(512)"),
+        "truncation": (Truncation, "Truncation(tolerance=0.01) or Truncation(rank=32)"),
     }
-    for name, (kinds, words) in expected.items():
+    for name, (kinds, examples) in expected.items():
         given = getattr(spec, name)
-        if isinstance(given, kinds) or (given is None and name in ("curvature", "preconditioner")):
+        if isinstance(given, kinds) or (given is None and name not in ("solver", "scaling")):
             continue
         if isinstance(given, type):
             raise InvalidInput(f"{name}= is the class {given.__name__}; write {given.__name__}(), an instance.")
-        raise InvalidInput(f"{name}= must be {words}, got {given!r} of type {type(given).__name__}.")
-    if spec.damping is not None and isinstance(spec.solver, Blockwise) and spec.solver.damps_itself:
+        raise InvalidInput(f"{name}= must be {examples}, got {given!r} of type {type(given).__name__}.")
+    if isinstance(spec.solver, AbstractSolver):
+        check_options_used(spec, spec.solver)
+    if spec.truncation is not None and Route.of(spec.route) is Route.FORWARD:
         raise InvalidInput(
-            f"damping={spec.damping!r} would do nothing: every group of Blockwise(groups=...) has its own damping; "
+            f"truncation={spec.truncation!r} would do nothing: route='forward' makes no inner products that low rank "
+            "could shorten; leave one of the two out."
+        )
+
+
+def check_options_used(spec: Any, solver: AbstractSolver[Any]) -> None:
+    """Refuse options that would do nothing with a solver.
+
+    Raises:
+        InvalidInput: there is one.
+    """
+    name = type(solver).__name__
+    if spec.damping is not None and solver.damps_itself:
+        raise InvalidInput(
+            f"damping={spec.damping!r} would do nothing: every group of {name}(groups=...) has its own damping; "
             "leave one of the two out."
         )
+    if spec.truncation is not None and solver.solves_in_dual:
+        raise InvalidInput(
+            f"truncation={spec.truncation!r} would gain nothing: solutions of {name}() are combinations of rows, "
+            "which are never written out; leave it out, or use another solver."
+        )
+    no_preconditioner(solver, spec.preconditioner)
 
 
 def as_weights(given: Any) -> tuple[float, ...] | None:
@@ -47,14 +73,14 @@ def as_weights(given: Any) -> tuple[float, ...] | None:
     if given is None:
         return None
     try:
-        found = tuple(float(w) for w in given)
+        weights = tuple(float(w) for w in given)
     except (TypeError, ValueError) as cause:
         raise InvalidInput(
             f"weights={given!r} must be one number per checkpoint, such as (0.1, 0.1, 0.01), or None for their mean."
         ) from cause
-    if not found or not all(math.isfinite(w) for w in found) or not any(found):
+    if not weights or not all(math.isfinite(w) for w in weights) or not any(weights):
         raise InvalidInput(f"weights={given!r} must be finite numbers, one per checkpoint, and not all zero.")
-    return found
+    return weights
 
 
 def check_weights_fit(weights: tuple[float, ...] | None, checkpoints: int) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..core.distributed import World
 from ..curvature.base import Budget
-from ..curvature.exact import EmpiricalFisher
 from ..curvature.spectrum import effective
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives, GradientBatch
@@ -23,20 +22,12 @@ from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from ..problem.checkpoints import Checkpoint
 from ..scaling.base import AbstractScaling, Solving
-from ..solvers.auto import Composition
 from ..solvers.base import Solution
-from ..solvers.blockwise import operator_for, shift_for
-from ..solvers.cg import CG
-from ..solvers.direct import Spectral
-from ..solvers.dual import Woodbury
-from ..solvers.neumann import Neumann
+from ..solvers.forecast import Composition, queries_at_once
 from ..solvers.preconditioner import Preconditioner
-from ..solvers.trial import PreconditionerTrial
+from ..solvers.preconditioner_trial import PreconditionerTrial
 from .assumptions import StationarityCheck
-from .scoring import QUERY_SHARE, self_influence_rows
-
-# Vectors an iterative solver holds per query beside the answer; a direct one holds none.
-_ITERATED = 3
+from .scoring import self_influence_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +60,8 @@ class FittedMember:
         insists: bool,
     ) -> FittedMember:
         """Do everything that does not depend on the queries."""
-        operator = operator_for(composition.solver, composition.curvature, derivatives, budget)
+        operator = composition.solver.operator(composition.curvature, derivatives, budget)
+        composition.solver.check_memory(operator, budget)
         preconditioner = None
         if composition.preconditioner is not None:
             preconditioner = Preconditioner.of(composition.preconditioner, derivatives, budget)
@@ -83,7 +75,7 @@ class FittedMember:
         space, solver = self.derivatives.space, self.composition.solver
         rule = damping.resolved(self)
         shift = Shift(rule.of(self.operator), space.decay, rule.blocks(self.operator))
-        shift = shift_for(solver, self.operator, shift)
+        shift = solver.damped(self.operator, shift)
         inverse, composition = self._guided(shift)
         state = solver.init(self.operator, shift, inverse)
         return replace(self, damping=damping, shift=shift, composition=composition, state=state)
@@ -109,8 +101,7 @@ class FittedMember:
     @property
     def stored(self) -> Rows | None:
         """All training gradients, when the curvature is made of them and keeps them."""
-        curvature = self.composition.curvature
-        kept = isinstance(curvature, EmpiricalFisher) and curvature.measure is None and isinstance(self.operator, Gram)
+        kept = self.composition.curvature.holds_gradients and isinstance(self.operator, Gram)
         return self.operator.rows if kept and isinstance(self.operator, Gram) else None
 
     def solve(self, rows: Rows) -> Solution:
@@ -124,19 +115,17 @@ class FittedMember:
         return scaling.rows(self.derivatives, solving)
 
     def room(self, budget: Budget) -> int:
-        """How many solved vectors fit the memory budget at once."""
+        """How many queries are solved at once within the memory budget."""
         values = self.derivatives.whole.values(self.derivatives.problem.model).values()
-        each = self.derivatives.space.size * max(p.element_size() for p in values)
-        if isinstance(self.composition.solver, (CG, Neumann)):
-            each *= 1 + _ITERATED
-        return max(1, int(budget.bytes * QUERY_SHARE / each))
+        number_bytes = max(p.element_size() for p in values)
+        return queries_at_once(self.composition.solver, self.derivatives.space.size, number_bytes, budget)
 
     def self_influence(self, budget: Budget) -> Float[Tensor, " n"]:
         """(1/N) g_i^T (C + D)^-1 g_i of every training example, in float64 on the CPU."""
         solver, n = self.composition.solver, len(self.derivatives.problem)
-        leverages = getattr(solver, "leverages", None)
-        if self.stored is not None and leverages is not None:
-            return torch.as_tensor(leverages(self.state)).double().cpu()
+        leverages = None if self.stored is None else solver.leverages(self.state)
+        if leverages is not None:
+            return leverages.double().cpu()
         own = torch.zeros(n, dtype=torch.float64)
         for ids, rows in self_influence_rows(self.derivatives, self.room(budget)):
             own[ids] = solver.quadratic(self.state, rows).double().cpu() / n
@@ -146,7 +135,7 @@ class FittedMember:
     def effective_dimension(self) -> float:
         """tr(C (C + D)^-1) where the solver has used the eigenvalues; NaN elsewhere."""
         operator, d = self.operator, self.shift.uniform
-        at_hand = operator.eigenvalues_at_hand and isinstance(self.composition.solver, (Woodbury, Spectral))
+        at_hand = operator.eigenvalues_at_hand and self.composition.solver.uses_spectrum
         if d is None or not at_hand:
             return math.nan
         density = operator.known_eigenvalues()

@@ -25,6 +25,8 @@ class RunLog:
 
     residuals: list[float] = field(default_factory=list)
     steps: int = 0
+    unsolved: int = 0
+    """Queries whose solve ended before its tolerance."""
     smallest_curvature: float | None = None
     damped_shares: list[float] = field(default_factory=list)
     """Share of every query's squared gradient norm that damping takes."""
@@ -40,6 +42,7 @@ class RunLog:
     def add_solution(self, solution: Solution, rows: Rows, shift: Shift) -> None:
         """Keep what the solver says of itself, and what damping takes of each of `rows`."""
         self.residuals += [float(r) for r in solution.residual]
+        self.unsolved += len(solution.failed) if solution.ended_early else 0
         self.steps = max(self.steps, solution.steps)
         self.approximation = str(solution.notes.get("approximation", self.approximation))
         # Of several groups of queries the slowest tells how hard the system was.
@@ -90,6 +93,7 @@ class RunLog:
             "residual_max": max(self.residuals, default=math.nan),
             "residual_mean": sum(self.residuals) / len(self.residuals) if known else math.nan,
             "steps": self.steps,
+            "unsolved": self.unsolved,
             "smallest_curvature": self.smallest_curvature,
             "lost_to_damping": float(torch.tensor(self.damped_shares).median()) if self.damped_shares else math.nan,
             "approximation": self.approximation,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite
 from .density import Density
-from .operator import AbstractSpectral, Cache, cache_field, diagonal_vector, means_of_diagonal
+from .operator import AbstractSpectral, Cache, cache_field, dense_bytes, diagonal_vector, means_of_diagonal
 from .rows import Rows
 from .space import Space
 
@@ -27,6 +27,10 @@ class Eigen(AbstractSpectral):
     space: Space
     vectors: Float[Tensor, "p p"]
     values: Float[Tensor, " p"]
+
+    @property
+    def decomposition_bytes(self) -> int:
+        return dense_bytes(self.size)
 
     def apply(self, rows: Rows) -> Rows:
         flat = rows.flat()
@@ -67,6 +71,10 @@ class Matrix(AbstractSpectral):
             raise InvalidInput(
                 f"The matrix has shape {tuple(self.matrix.shape)}; the space has {self.size} parameters."
             )
+
+    @property
+    def decomposition_bytes(self) -> int:
+        return dense_bytes(self.size)
 
     def apply(self, rows: Rows) -> Rows:
         flat = rows.flat()

@@ -38,6 +38,11 @@ class Gram(AbstractSampled):
         # Only when row i is example i does "the mean over some examples" have a meaning here.
         return self.count if len(self.rows) == self.count else 0
 
+    @property
+    def decomposition_bytes(self) -> int:
+        # The matrix itself, the matrix with the damping added, and its factor.
+        return 3 * 8 * len(self.rows) ** 2
+
     def apply(self, rows: Rows, ids: Int[Tensor, " b"] | None = None) -> Rows:
         basis, count = self.rows, self.count
         if ids is not None:

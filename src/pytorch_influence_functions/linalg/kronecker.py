@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -88,6 +88,7 @@ class Kronecker(AbstractSpectral):
     blocks: Mapping[str, KroneckerBlock]
     notes: tuple[str, ...] = ()
     """Sentences that belong to the result, such as a layer whose gradients are all zero."""
+    layerwise: ClassVar[bool] = True
 
     def apply(self, rows: Rows) -> Rows:
         return rows.map(lambda name, block: self.blocks[name].apply(block, self.space.blocks[name].shape))

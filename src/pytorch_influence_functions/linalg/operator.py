@@ -9,13 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core.errors import TooLarge
 from .density import Density
 from .rows import Rows
 from .space import Space
@@ -32,10 +31,25 @@ class AbstractOperator(ABC):
     """A linear map from rows to rows over one `space`."""
 
     space: Space
+    layerwise: ClassVar[bool] = False
+    """Whether it is applied block by block, so that nothing of the size of all rows need be written out."""
 
     @abstractmethod
     def apply(self, rows: Rows) -> Rows:
         """C applied to every row; rows keep their order, dtype and device."""
+
+    def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
+        """b^T A b for every row."""
+        return rows.rowwise(self.apply(rows))
+
+    def answered_part(self, flat: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """The part of every vector that functions of this operator answer for: all, unless it drops directions."""
+        return flat
+
+    @property
+    def decomposition_bytes(self) -> int:
+        """What a solver needs that decomposes it."""
+        return 0
 
     @property
     def size(self) -> int:
@@ -118,13 +132,3 @@ def means_of_diagonal(space: Space, values: Float[Tensor, " p"]) -> dict[str, fl
 def dense_bytes(size: int) -> int:
     """What a float64 [P, P] matrix, its eigenvectors and LAPACK's workspace take: 4 P^2 numbers."""
     return 4 * 8 * size * size
-
-
-def check_dense(size: int, max_bytes: int, what: str) -> None:
-    """Raise `TooLarge`, with both numbers and the way out, when a dense [P, P] curvature would not fit."""
-    if dense_bytes(size) > max_bytes:
-        raise TooLarge(
-            f"{what} of {size} parameters needs {dense_bytes(size) / 2**30:.2f} GiB, above the bound of "
-            f"{max_bytes / 2**30:.2f} GiB; use CG() or Woodbury(), select fewer parameters, "
-            "or raise max_bytes."
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, final
 
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, name_ids
+from ..core.records import describe_record, settings_of
 from .draws import Randomness
 from .failure import model_failed
 
@@ -253,34 +253,14 @@ class AbstractObjective(ABC):
         return hash(_key(self))
 
     def __repr__(self) -> str:
-        settings = []
-        for name, value, default in _settings(self):
-            if isinstance(value, Tensor):
-                settings.append(f"{name}={_format_tensor(value)}")
-            elif default is MISSING or value != default:
-                function_name = getattr(value, "__name__", None) if callable(value) else None
-                settings.append(f"{name}={function_name or repr(value)}")
-        return f"{type(self).__name__}({', '.join(settings)})"
-
-
-def _settings(objective: AbstractObjective) -> list[tuple[str, Any, Any]]:
-    """Name, value and default of every field; an objective that is no dataclass has its attributes."""
-    record: Any = objective
-    if is_dataclass(record):
-        return [(f.name, getattr(record, f.name), f.default) for f in fields(record)]
-    return [(name, value, MISSING) for name, value in vars(objective).items()]
+        return describe_record(self)
 
 
 def _key(objective: AbstractObjective) -> tuple[Any, ...]:
-    values = [value for _, value, _ in _settings(objective)]
+    values = [value for _, value, _ in settings_of(objective)]
     return type(objective), *(
         (tuple(v.shape), str(v.dtype), *v.flatten().tolist()) if isinstance(v, Tensor) else v for v in values
     )
-
-
-def _format_tensor(value: Tensor) -> str:
-    numbers = [f"{x:g}" for x in value.flatten()[:6].tolist()]
-    return f"[{', '.join(numbers)}{', …' if value.numel() > 6 else ''}]"
 
 
 class AbstractLikelihood(AbstractObjective):

@@ -16,6 +16,7 @@ from typing import ClassVar, final
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.records import Record
 from ..gradients.per_example import Derivatives, GradientBatch
 from ..linalg.rows import Rows
 from ..solvers.base import Solution
@@ -31,7 +32,7 @@ class Solving:
     count: int
 
 
-class AbstractScaling(ABC):
+class AbstractScaling(Record, ABC):
     """How raw scores are rescaled: by which rows stand for the training examples."""
 
     first_order: ClassVar[bool]
@@ -46,6 +47,10 @@ class AbstractScaling(ABC):
             solving: how the fitted model solves for rows, where a scaling needs that.
         """
 
+    def solves_per_example(self, outputs: int) -> int:
+        """Right-hand sides that are solved for every training example of so many outputs."""
+        return 0
+
     def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:
         """One number per query that its scores are multiplied by; `rows` are the unsolved query gradients."""
         return None
@@ -57,7 +62,7 @@ class AbstractScaling(ABC):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Raw(AbstractScaling):
     """The first-order scores as they are."""
 

@@ -18,7 +18,7 @@ from .base import AbstractScaling, Solving
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Leverage(AbstractScaling):
     r"""One Newton step for the removal of each single example, instead of the first-order term.
 
@@ -30,6 +30,9 @@ class Leverage(AbstractScaling):
     """
 
     first_order: ClassVar[bool] = False
+
+    def solves_per_example(self, outputs: int) -> int:
+        return outputs
 
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
         return leverage_corrected(derivatives, solving.solve, solving.count)

@@ -21,7 +21,7 @@ def invert(sizes: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RelatIF(AbstractScaling):
     r"""score[q, i] / sqrt(g_i^T (C + lambda)^-1 g_i): influence per unit of the example's own.
 
@@ -35,6 +35,9 @@ class RelatIF(AbstractScaling):
     parameters: bool = False
     first_order: ClassVar[bool] = False
 
+    def solves_per_example(self, outputs: int) -> int:
+        return 1
+
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
         for gradients in derivatives.stream(label="scoring"):
             rows = gradients.rows
@@ -47,7 +50,7 @@ class RelatIF(AbstractScaling):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cosine(AbstractScaling):
     r"""Rows and queries divided by their length: with `Identity()` the cosine of two gradients, over N.
 

@@ -60,6 +60,7 @@ class Diagnostics:
         residual_max: largest relative residual |(C + D) x - b| / |b| over the queries.
         residual_mean: its mean over the queries.
         steps: products with the curvature.
+        unsolved: queries whose solve ended before its tolerance, and whose scores come from what it had reached.
         smallest_curvature: the smallest eigenvalue (or Rayleigh quotient) of C that was seen.
         n_train: training examples that were used.
         n_queries: queries that were scored.
@@ -94,6 +95,7 @@ class Diagnostics:
     residual_max: float = math.nan
     residual_mean: float = math.nan
     steps: int = 0
+    unsolved: int = 0
     smallest_curvature: float | None = None
     n_train: int = 0
     n_queries: int = 0
@@ -220,6 +222,9 @@ def _solve(d: Diagnostics) -> Check:
     fact += f", after {d.steps:,} step{'' if d.steps == 1 else 's'}" if d.steps else ""
     if d.approximation:
         return Check(name, "warn", f"{d.approximation}: a formula that does not solve the system; {fact}")
+    if d.unsolved:
+        early = f"{d.unsolved:,} of {d.n_queries:,} solves" if d.n_queries else f"{d.unsolved:,} solves"
+        return Check(name, "bad", f"{early} ended before their tolerance; {fact}: more steps, more damping, or a guide")
     if d.residual_max > _UNSOLVED:
         return Check(name, "bad", f"{fact}: not solved; more steps, more damping, or a preconditioner")
     if d.residual_max > _SOLVED:

@@ -1,6 +1,6 @@
 """(C + lambda) x = b, for all queries at once."""
 
-from .auto import Auto, Forecast
+from .auto import Auto
 from .base import AbstractSolver, Result, Solution
 from .blockwise import BlockGroup, Blockwise
 from .cg import CG
@@ -8,6 +8,7 @@ from .datainf import DataInf
 from .direct import Cholesky, Spectral
 from .dual import Woodbury
 from .factored import Factored
+from .forecast import Forecast
 from .neumann import Neumann
 from .truncation import Truncation
 

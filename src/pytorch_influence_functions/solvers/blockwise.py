@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, final
+from typing import Any, ClassVar, TypeAlias, final
 
 import torch
 
 from ..core.errors import InfluenceError, InvalidInput, UnknownName, nearest
-from ..curvature.base import AbstractCurvature, Budget
-from ..curvature.blockwise import Part, block_operators
-from ..curvature.low_rank import Arnoldi, Nystrom
+from ..core.records import Record
+from ..curvature.base import AbstractCurvature, Budget, Form
+from ..curvature.blockwise import GroupRequest, block_operators
+from ..curvature.cost import Cost, ProblemSize
 from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
 from ..linalg.block_diagonal import BlockDiagonal, join_rows, restrict_rows
@@ -22,7 +23,6 @@ from ..linalg.operator import AbstractOperator, AbstractSymmetric
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from ..linalg.space import ROOT, BlockSpec, Space
-from .auto import form_for
 from .base import AbstractSolver, Result, Solution, no_preconditioner, relative
 from .direct import Spectral
 
@@ -30,8 +30,8 @@ Patterns: TypeAlias = str | Sequence[str]
 
 
 @final
-@dataclass(frozen=True)
-class BlockGroup:
+@dataclass(frozen=True, repr=False)
+class BlockGroup(Record):
     """Which parameters form one block of the curvature, and what is different there; `None` is as everywhere else.
 
     Args:
@@ -49,13 +49,13 @@ class BlockGroup:
 
     def __post_init__(self) -> None:
         given: Any = self.patterns
-        listed = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple)) else ()
-        if not listed or not all(isinstance(p, str) for p in listed):
+        patterns = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple)) else ()
+        if not patterns or not all(isinstance(p, str) for p in patterns):
             raise InvalidInput(
                 f"BlockGroup(patterns={given!r}) must name blocks by one or several patterns, such as 'fc*' or "
                 "['layers.0', 'layers.1']."
             )
-        object.__setattr__(self, "patterns", listed)
+        object.__setattr__(self, "patterns", patterns)
         _check_solver("BlockGroup", self.solver, optional=True)
         if self.curvature is not None and not isinstance(self.curvature, AbstractCurvature):
             raise InvalidInput(f"BlockGroup(curvature={self.curvature!r}) must be a curvature such as GGN(), or None.")
@@ -78,7 +78,7 @@ class BlockwiseState:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Blockwise(AbstractSolver[BlockwiseState]):
     """x_g = (C_gg + D_g)^-1 b_g for every group g of blocks: the curvature's diagonal blocks, each solved by itself.
 
@@ -105,6 +105,8 @@ class Blockwise(AbstractSolver[BlockwiseState]):
 
     solver: AbstractSolver[Any] = field(default_factory=Spectral)
     groups: Mapping[str, Patterns | BlockGroup] | None = None
+    is_blockwise: ClassVar[bool] = True
+    takes_preconditioner: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_solver("Blockwise", self.solver)
@@ -132,12 +134,12 @@ class Blockwise(AbstractSolver[BlockwiseState]):
         owner: dict[str, str] = {}
         for name, group in self._groups().items():
             for pattern in group.patterns:
-                found = [k for k, block in space.blocks.items() if group.matches(pattern, block)]
-                if not found:
+                matching = [k for k, block in space.blocks.items() if group.matches(pattern, block)]
+                if not matching:
                     hint = nearest(pattern, [*space.blocks, *space.names])
                     hint = hint or f" There are {', '.join(map(repr, list(space.blocks)[:6]))}."
                     raise UnknownName(f"The pattern {pattern!r} of group {name!r} matches no block.{hint}")
-                for block in found:
+                for block in matching:
                     if owner.setdefault(block, name) != name:
                         raise InvalidInput(
                             f"The block {block!r} is in the groups {owner[block]!r} and {name!r}; a block has one "
@@ -152,18 +154,39 @@ class Blockwise(AbstractSolver[BlockwiseState]):
 
     def operator(self, curvature: AbstractCurvature, derivatives: Derivatives, budget: Budget) -> BlockDiagonal:
         """The diagonal blocks of a curvature, each in the form its group's solver needs."""
-        groups, parts = self._groups(), {}
-        for name, blocks in self.members(derivatives.space).items():
-            own = groups.get(name)
-            chosen = curvature if own is None or own.curvature is None else own.curvature
-            check_answers(self._solver(name), chosen)
-            parts[name] = Part(blocks, chosen, form_for(self._solver(name), chosen))
-        return BlockDiagonal(derivatives.space, block_operators(parts, derivatives, budget))
+        requests = self._requests(curvature, derivatives.space)
+        return BlockDiagonal(derivatives.space, block_operators(requests, derivatives, budget))
 
-    def damped(self, operator: BlockDiagonal, shift: Shift) -> Shift:
+    def form(self, curvature: AbstractCurvature) -> Form:
+        """The form that the solver of a group without one of its own wants."""
+        return self.solver.form(curvature)
+
+    @property
+    def vectors_held(self) -> int:  # type: ignore[override]
+        """Groups are solved in turn, but all answers are held."""
+        return 1 + max(solver.vectors_held for solver in self._solvers())
+
+    def check_memory(self, operator: AbstractSymmetric, budget: Budget) -> None:
+        if isinstance(operator, BlockDiagonal):
+            for name, part in operator.parts.items():
+                with _in_group(name):
+                    self._solver(name).check_memory(part, budget)
+
+    def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
+        total, shared = Cost(), dict[AbstractCurvature, float]()
+        for name, request in self._requests(curvature, size.space).items():
+            part = self._solver(name).cost(size.over(request.blocks), request.curvature)
+            if request.curvature.rows(size) is not None and request.form is not Form.IMPLICIT:
+                # Groups that are made of the same rows share the passes that make them.
+                shared[request.curvature] = part.passes
+                part = Cost(0.0, part.flops, part.bytes)
+            total += part
+        return total + Cost(passes=sum(shared.values()))
+
+    def damped(self, operator: AbstractSymmetric, shift: Shift) -> Shift:
         """`shift` with the dampings that groups have of their own."""
         own = {k: as_damping(g.damping) for k, g in self._groups().items() if g.damping is not None}
-        if not own:
+        if not own or not isinstance(operator, BlockDiagonal):
             return shift
         blocks = {k: shift.blocks.get(k, shift.damping) for k in operator.space.blocks}
         for name, rule in own.items():
@@ -176,7 +199,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
     ) -> BlockwiseState:
-        no_preconditioner("Blockwise()", preconditioner)
+        no_preconditioner(self, preconditioner)
         if not isinstance(operator, BlockDiagonal):
             raise InvalidInput(
                 f"Blockwise() needs the diagonal blocks of a curvature and got {type(operator).__name__}; use it in "
@@ -201,6 +224,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
         squares = torch.stack([(s.residual.double().square() * size) for s, size in solved.values()]).sum(0)
         residual = relative(squares.sqrt(), rows.squared_norms().double().sqrt())
         bad = [(name, s) for name, (s, _) in solved.items() if s.result is not Result.successful]
+        bad.sort(key=lambda pair: pair[1].ended_early)  # what cannot be used speaks first
         failed = tuple(sorted({i for _, s in bad for i in s.failed}))
         detail = f"It happened in group {bad[0][0]!r}. {bad[0][1].detail}".strip() if bad else ""
         return Solution(
@@ -211,6 +235,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
             _notes({name: s for name, (s, _) in solved.items()}, state.shift),
             failed,
             detail,
+            bad[0][1].incomplete if bad else "error",
         )
 
     # ---------------------------------------------------------------- inner workings
@@ -218,36 +243,22 @@ class Blockwise(AbstractSolver[BlockwiseState]):
     def _groups(self) -> dict[str, BlockGroup]:
         return {k: g for k, g in (self.groups or {}).items() if isinstance(g, BlockGroup)}
 
+    def _requests(self, curvature: AbstractCurvature, space: Space) -> dict[str, GroupRequest]:
+        """The blocks, curvature and form of every group."""
+        groups, requests = self._groups(), {}
+        for name, blocks in self.members(space).items():
+            own = groups.get(name)
+            chosen = curvature if own is None or own.curvature is None else own.curvature
+            self._solver(name).check_answers(chosen)
+            requests[name] = GroupRequest(blocks, chosen, self._solver(name).form(chosen))
+        return requests
+
+    def _solvers(self) -> list[AbstractSolver[Any]]:
+        return [self.solver, *(g.solver for g in self._groups().values() if g.solver is not None)]
+
     def _solver(self, name: str) -> AbstractSolver[Any]:
         group = self._groups().get(name)
         return self.solver if group is None or group.solver is None else group.solver
-
-
-def operator_for(
-    solver: object, curvature: AbstractCurvature, derivatives: Derivatives, budget: Budget
-) -> AbstractSymmetric:
-    """The curvature as a solver needs it: in one form, or block by block."""
-    if isinstance(solver, Blockwise):
-        return solver.operator(curvature, derivatives, budget)
-    check_answers(solver, curvature)
-    return curvature.of(derivatives, form_for(solver, curvature), budget)
-
-
-def shift_for(solver: object, operator: AbstractSymmetric, shift: Shift) -> Shift:
-    """The shift as a solver uses it: groups may have a damping of their own."""
-    if isinstance(solver, Blockwise) and isinstance(operator, BlockDiagonal):
-        return solver.damped(operator, shift)
-    return shift
-
-
-def check_answers(solver: object, curvature: AbstractCurvature) -> None:
-    """Refuse an iterative solver where the curvature drops directions: it would answer for them all the same."""
-    dropping = isinstance(curvature, (Arnoldi, Nystrom)) and curvature.complement == "dropped"
-    if dropping and not isinstance(solver, Spectral):
-        raise InvalidInput(
-            f"{curvature!r} drops what lies across its directions, which only Spectral() can; use it, or "
-            "complement='zero'."
-        )
 
 
 def _check_solver(owner: str, solver: Any, optional: bool = False) -> None:
@@ -255,18 +266,18 @@ def _check_solver(owner: str, solver: Any, optional: bool = False) -> None:
         return
     if isinstance(solver, type):
         raise InvalidInput(f"{owner}(solver=) is the class {solver.__name__}; write {solver.__name__}(), an instance.")
-    if not isinstance(solver, AbstractSolver) or isinstance(solver, Blockwise):
+    if not isinstance(solver, AbstractSolver) or solver.is_blockwise:
         raise InvalidInput(f"{owner}(solver={solver!r}) must be a solver for one group, such as Spectral() or CG().")
 
 
 def _layers(space: Space) -> dict[str, tuple[str, ...]]:
     """Blocks by the module that holds them."""
-    found: dict[str, tuple[str, ...]] = {}
+    layers: dict[str, tuple[str, ...]] = {}
     for name, block in space.blocks.items():
         # A projected block has no parameters; it is named like the layer it was made from.
         layer = (block.parameters[0].rpartition(".")[0] or ROOT) if block.parameters else name
-        found[layer] = (*found.get(layer, ()), name)
-    return found
+        layers[layer] = (*layers.get(layer, ()), name)
+    return layers
 
 
 def _part_of(shift: Shift, part: AbstractSymmetric) -> Shift:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,17 @@ from ..linalg.lanczos import estimate_extremes
 from ..linalg.operator import AbstractOperator, apply_flat
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
-from .base import AbstractSolver, Result, Solution, System, damping_that_works, nonfinite_rows, refuse_input
+from .base import (
+    ENDED_EARLY,
+    AbstractSolver,
+    Result,
+    Solution,
+    System,
+    check_incomplete,
+    damping_that_works,
+    nonfinite_rows,
+    refuse_input,
+)
 
 # How far the recursive residual may drift from the true one before rounding is blamed for a standstill.
 _DRIFT = 0.1
@@ -30,7 +39,7 @@ class CGState:
     preconditioner: AbstractOperator | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CG(AbstractSolver[CGState]):
     """Preconditioned conjugate gradients (Hestenes & Stiefel 1952), all rows in one product per step.
 
@@ -44,6 +53,9 @@ class CG(AbstractSolver[CGState]):
     direction ends that row with its Rayleigh quotient instead of an arbitrary step; 3. the residual reported
     is recomputed.
 
+    `incomplete` says what becomes of rows that `max_steps` or rounding stop before `rtol`: `"warn"` hands back what was
+    reached, with an `IncompleteSolveWarning` and a bad mark in the diagnostics; `"error"` raises `SolveFailed`.
+
     >>> state = CG(rtol=1e-8).init(operator, Shift(1e-3))  # doctest: +SKIP
     >>> CG(rtol=1e-8).solve(state, rows).unwrap()  # doctest: +SKIP
     """
@@ -51,12 +63,15 @@ class CG(AbstractSolver[CGState]):
     rtol: float | None = None
     max_steps: int = 200
     patience: int = 50
+    incomplete: str = "warn"
+    vectors_held: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise InvalidInput(f"CG(rtol={self.rtol}) must lie in (0, 1), or be None to follow the precision.")
         if self.max_steps < 1 or self.patience < 1:
             raise InvalidInput(f"CG(max_steps={self.max_steps}, patience={self.patience}): both must be at least 1.")
+        check_incomplete("CG", self.incomplete)
 
     def init(self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None) -> CGState:
         return CGState(System.of(operator, shift), preconditioner)
@@ -66,7 +81,7 @@ class CG(AbstractSolver[CGState]):
         b = rows.flat()
         if bad := nonfinite_rows(b):
             return refuse_input(rows, bad, state.system.shift)
-        run = _Run(state, b, self._tolerance(b.dtype), self.patience)
+        run = _Run(state, b, self._tolerance(b.dtype), self.patience, self.incomplete)
         x = torch.zeros_like(b) if start is None else start.flat().to(b).clone()
         return run.finish(run.until(x, self.max_steps, started=start is not None))
 
@@ -101,6 +116,7 @@ class _Run:
     b: Float[Tensor, "n p"]
     rtol: float
     patience: int
+    incomplete: str
     norms: Tensor = field(init=False)
     shift: Tensor | float = field(init=False)
     steps: int = 0
@@ -246,29 +262,28 @@ class _Run:
         if math.isfinite(self.smallest):
             notes["smallest_curvature"] = self.smallest
         # Rows cut off in the very step that brought them there have succeeded.
-        forgivable = (Result.max_steps_reached, Result.stagnated)
         failed = {
             row: why
             for row, why in self.outcome.items()
-            if why not in forgivable or not float(residual[row]) <= self.rtol
+            if why not in ENDED_EARLY or not float(residual[row]) <= self.rtol
         }
         value = system.operator.space.rows(x)
         if not failed:
             return Solution(value, residual, Result.successful, self.steps, notes)
         result = min(failed.values(), key=_GRAVITY.index)
         rows = tuple(sorted(row for row, why in failed.items()))
-        detail = self._negative_words(notes) if result is Result.negative_curvature else ""
-        return Solution(value, residual, result, self.steps, notes, rows, detail)
+        detail = self._describe_negative() if result is Result.negative_curvature else ""
+        return Solution(value, residual, result, self.steps, notes, rows, detail, self.incomplete)
 
-    def _negative_words(self, notes: Mapping[str, Any]) -> str:
+    def _describe_negative(self) -> str:
         """Where C bends down, how much, and a lambda above the most negative curvature Lanczos can find."""
         system = self.state.system
         row, quotient = min(self.negative.items(), key=lambda item: item[1])
-        found = estimate_extremes(system.operator, 40, dtype=self.b.dtype, device=self.b.device)
-        lowest = min(quotient, found.smallest, self.smallest)
+        ends = estimate_extremes(system.operator, 40, dtype=self.b.dtype, device=self.b.device)
+        lowest = min(quotient, ends.smallest, self.smallest)
         return (
             f"In row {row}, p^T C p / p^T p = {quotient:.3g}; the smallest eigenvalue of C is about "
-            f"{lowest:.3g}: Absolute({damping_that_works(lowest, found.largest):.3g}) would do."
+            f"{lowest:.3g}: Absolute({damping_that_works(lowest, ends.largest):.3g}) would do."
         )
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..curvature.base import Form
+from ..curvature.base import AbstractCurvature, Form
+from ..curvature.cost import Cost, ProblemSize
 from ..linalg.blocks import Dense
 from ..linalg.gram import Gram
 from ..linalg.operator import AbstractOperator
@@ -29,7 +30,7 @@ class DataInfState:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataInf(AbstractSolver[DataInfState]):
     r"""x = (1/N) sum_j (g_j g_j^T + lambda)^-1 b, block by block: a formula, not a solution of (C + D) x = b.
 
@@ -50,20 +51,30 @@ class DataInf(AbstractSolver[DataInfState]):
     Models", whose lambda is `Relative(0.1, per_block=True)`.
 
     >>> DataInf()
-    DataInf(per_block=True)
+    DataInf()
     """
 
     per_block: bool = True
-    form: ClassVar[Form] = Form.GRAM
+    vectors_held: ClassVar[int] = 1
+    takes_preconditioner: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.per_block, bool):
             raise InvalidInput(f"DataInf(per_block={self.per_block!r}) must be True or False.")
 
+    def form(self, curvature: AbstractCurvature) -> Form:
+        return Form.GRAM
+
+    def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
+        rows = curvature.rows(size) or size.examples
+        # Products with all rows and their combination, once for the answer and once for its residual.
+        each = size.n_queries * rows * (size.pair_flops + 2.0 * size.parameters)
+        return curvature.cost(size, Form.GRAM) + Cost(flops=2 * each)
+
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
     ) -> DataInfState:
-        no_preconditioner("DataInf()", preconditioner)
+        no_preconditioner(self, preconditioner)
         if not isinstance(operator, Gram) or operator.examples == 0:
             rows = (
                 f"{len(operator.rows)} rows for a count of {operator.count}" if isinstance(operator, Gram) else "none"
@@ -96,14 +107,14 @@ class DataInf(AbstractSolver[DataInfState]):
         if bad := nonfinite_rows(rows.sums()[:, None]):
             return refuse_input(rows, bad, shift)
         together = None if self.per_block else rows.inner(basis).double()
-        made = {}
+        solved = {}
         for name, block in rows.blocks.items():
             overlaps = inner(block, basis.blocks[name]).double() if together is None else together
             weights = overlaps / state.denominators[name]
             dense = block.dense()
             removed = basis.blocks[name].combine(weights.to(basis.blocks[name].reference))
-            made[name] = Dense((dense - removed.view_as(dense)) / state.diagonal[name])
-        value = Rows(made)
+            solved[name] = Dense((dense - removed.view_as(dense)) / state.diagonal[name])
+        value = Rows(solved)
         residual = state.system.residual(value.flat(), rows.flat())
         notes = {"damping": shift.damping, "approximation": "DataInf"}
         if bad := nonfinite_rows(value.sums()[:, None]):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, SolveFailed
-from ..linalg.dense import Eigen, Matrix
-from ..linalg.kronecker import Kronecker
-from ..linalg.low_rank import LowRank
-from ..linalg.operator import AbstractOperator, AbstractSpectral, check_dense, diagonal_vector
+from ..curvature.base import AbstractCurvature, Budget, Form
+from ..curvature.cost import DOUBLE, EIGENDECOMPOSITION, FACTORISATION, Cost, ProblemSize
+from ..linalg.dense import Matrix
+from ..linalg.operator import AbstractOperator, AbstractSpectral, AbstractSymmetric, diagonal_vector
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from .base import (
@@ -23,14 +23,12 @@ from .base import (
     Solution,
     System,
     combined_residual,
-    indefinite_words,
+    describe_indefinite,
     no_preconditioner,
     nonfinite_rows,
     refuse_input,
     relative,
 )
-
-_BOUND = 2 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,32 +46,47 @@ class SpectralState:
         return (self.largest + shift) / (self.smallest + shift)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spectral(AbstractSolver[SpectralState]):
     """x = Q (lam + D)^-1 Q^T b, in float64 for a `Matrix`; another damping costs nothing but the products.
 
     Weight decay that differs between blocks is added to C before the decomposition. `init` raises
-    `InvalidInput` for an operator without known eigenvalues, `TooLarge` for a `Matrix` above `max_bytes`,
-    `SolveFailed` when C + D is not positive definite: at a saddle the formula gives a number without meaning.
+    `InvalidInput` for an operator without known eigenvalues, `SolveFailed` when C + D is not positive definite: at a
+    saddle the formula gives a number without meaning.
 
     >>> state = Spectral().init(operator, Shift(0.1))  # doctest: +SKIP
     >>> Spectral().solve(state, rows).unwrap()  # doctest: +SKIP
     """
 
-    max_bytes: int = _BOUND
     rtol: float = 1e-6
+    vectors_held: ClassVar[int] = 0
+    default_share: ClassVar[float] = 0.1
+    takes_preconditioner: ClassVar[bool] = False
+    uses_spectrum: ClassVar[bool] = True
+    accepts_dropped: ClassVar[bool] = True
+
+    def form(self, curvature: AbstractCurvature) -> Form:
+        return curvature.closest_form(Form.MATRIX)
+
+    def check_memory(self, operator: AbstractSymmetric, budget: Budget) -> None:
+        check_decomposition(operator, budget, "The eigendecomposition")
+
+    def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
+        form, p, q = self.form(curvature), size.parameters, size.n_queries
+        if form is Form.SPECTRAL:
+            # The answer, and its residual.
+            return curvature.cost(size, form) + curvature.product_cost(size, 2 * q)
+        return curvature.cost(size, form) + Cost(flops=EIGENDECOMPOSITION * p**3 + 6 * DOUBLE * q * p**2)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
     ) -> SpectralState:
-        no_preconditioner("Spectral()", preconditioner)
+        no_preconditioner(self, preconditioner)
         if not isinstance(operator, AbstractSpectral):
             raise InvalidInput(
                 f"Spectral() needs an operator with known eigenvalues and got {type(operator).__name__}; "
                 "use CG(), Woodbury() or Neumann(), or a curvature such as EKFAC()."
             )
-        if isinstance(operator, (Matrix, Eigen)):
-            check_dense(operator.size, self.max_bytes, "The eigendecomposition")
         system = System.of(operator, shift)
         spectral, add = operator, shift.uniform
         if add is None:
@@ -83,7 +96,7 @@ class Spectral(AbstractSolver[SpectralState]):
         low, high = spectral.extremes()
         decay = add - shift.damping if not shift.blocks else 0.0
         if not low + add > 1e-14 * abs(high):
-            raise SolveFailed(indefinite_words(low + decay, high, shift))
+            raise SolveFailed(describe_indefinite(low + decay, high, shift))
         return SpectralState(system, spectral.function(_inverse_of(add)), low + decay, high + decay)
 
     def solve(self, state: SpectralState, rows: Rows) -> Solution:
@@ -92,16 +105,31 @@ class Spectral(AbstractSolver[SpectralState]):
             "smallest_curvature": state.smallest,
             "largest_curvature": state.largest,
         }
-        if isinstance(state.inverse, Kronecker):
-            return _blockwise(state, rows, notes, self.rtol)
+        if state.inverse.layerwise:
+            return _solve_layerwise(state, rows, notes, self.rtol)
         b = rows.flat()
         if bad := nonfinite_rows(b):
             return refuse_input(rows, bad, state.system.shift)
-        return _judged(state.system, state.inverse.apply(rows).flat(), b, notes, state.condition, self.rtol)
+        return _judge(state.system, state.inverse.apply(rows).flat(), b, notes, state.condition, self.rtol)
+
+    def quadratic(self, state: SpectralState, rows: Rows) -> Float[Tensor, " n"]:
+        if state.inverse.layerwise:
+            return state.inverse.quadratic(rows)
+        return AbstractSolver.quadratic(self, state, rows)
 
 
-def _blockwise(state: SpectralState, rows: Rows, notes: dict[str, float], rtol: float) -> Solution:
-    """Block after block, nothing of the size of all rows made but the answer."""
+def check_decomposition(operator: AbstractSymmetric, budget: Budget, what: str) -> None:
+    """Refuse an operator that is too large to decompose within the budget.
+
+    Raises:
+        TooLarge: it is.
+    """
+    way_out = "use CG() or Woodbury(), select fewer parameters"
+    budget.check(operator.decomposition_bytes, f"{what} of {operator.size:,} parameters", way_out)
+
+
+def _solve_layerwise(state: SpectralState, rows: Rows, notes: dict[str, float], rtol: float) -> Solution:
+    """Block after block: nothing of the size of all rows is made but the answer."""
     shift = state.system.shift
     if bad := nonfinite_rows(rows.sums()[:, None]):
         return refuse_input(rows, bad, shift)
@@ -114,16 +142,17 @@ def _inverse_of(add: float) -> Callable[[Tensor], Tensor]:
     return lambda lam: 1.0 / (lam + add)
 
 
-def _judged(system: System, x: Tensor, b: Tensor, notes: dict[str, Any], condition: float, rtol: float) -> Solution:
+def _judge(system: System, x: Tensor, b: Tensor, notes: dict[str, Any], condition: float, rtol: float) -> Solution:
     """True residual of `x`; more is not asked of it than its precision and the conditioning allow.
 
-    What a `LowRank` operator drops is not answered for: reported in the residual, but not held against the solution.
+    What an operator drops is not answered for: reported in the residual, but not held against the solution.
     """
     error, operator = system.product(x) - b, system.operator
     residual = relative(error.norm(dim=1), b.norm(dim=1))
     value = operator.space.rows(x)
-    if isinstance(operator, LowRank) and operator.dropped:
-        answered = relative(operator.answered_part(error).norm(dim=1), b.norm(dim=1))
+    answered_error = operator.answered_part(error)
+    if answered_error is not error:
+        answered = relative(answered_error.norm(dim=1), b.norm(dim=1))
         return _verdict(value, residual, notes | {"approximation": "dropped complement"}, condition, rtol, x, answered)
     return _verdict(value, residual, notes, condition, rtol, x)
 
@@ -153,27 +182,37 @@ class CholeskyState:
     factor: Float[Tensor, "p p"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cholesky(AbstractSolver[CholeskyState]):
-    """x = (L L^T)^-1 b for a `Matrix` and one D, in float64: a third of the work of `Spectral` when D is
-    fixed.
+    """x = (L L^T)^-1 b for a `Matrix` and one D, in float64: a small part of the work of `Spectral` when D is fixed.
 
-    `init` raises `InvalidInput` for any other operator, `TooLarge` above `max_bytes`, and `SolveFailed` with
-    the smallest eigenvalue and a damping that works when C + D is not positive definite.
+    `init` raises `InvalidInput` for any other operator, and `SolveFailed` with the smallest eigenvalue and a damping
+    that works when C + D is not positive definite.
     """
 
-    max_bytes: int = _BOUND
     rtol: float = 1e-6
+    vectors_held: ClassVar[int] = 0
+    default_share: ClassVar[float] = 0.1
+    takes_preconditioner: ClassVar[bool] = False
+
+    def form(self, curvature: AbstractCurvature) -> Form:
+        return Form.MATRIX
+
+    def check_memory(self, operator: AbstractSymmetric, budget: Budget) -> None:
+        check_decomposition(operator, budget, "The Cholesky factor")
+
+    def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
+        p, q = size.parameters, size.n_queries
+        return curvature.cost(size, Form.MATRIX) + Cost(flops=FACTORISATION * p**3 + 4 * DOUBLE * q * p**2)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
     ) -> CholeskyState:
-        no_preconditioner("Cholesky()", preconditioner)
+        no_preconditioner(self, preconditioner)
         if not isinstance(operator, Matrix):
             raise InvalidInput(
                 f"Cholesky() needs a dense Matrix and got {type(operator).__name__}; use Spectral() or CG()."
             )
-        check_dense(operator.size, self.max_bytes, "The Cholesky factor")
         system = System.of(operator, shift)
         if not bool(torch.isfinite(operator.matrix).all()):
             raise NonFinite("The curvature matrix holds NaN or infinity; look for them in weights, data or loss.")
@@ -185,7 +224,7 @@ class Cholesky(AbstractSolver[CholeskyState]):
         pivots = factor.diagonal()
         if int(info) or float(pivots.min()) ** 2 <= 1e-14 * float(pivots.max()) ** 2:
             values = torch.linalg.eigvalsh(dense + (d - shift.damping).diag())
-            raise SolveFailed(indefinite_words(float(values[0]), float(values[-1]), shift))
+            raise SolveFailed(describe_indefinite(float(values[0]), float(values[-1]), shift))
         return CholeskyState(system, factor)
 
     def solve(self, state: CholeskyState, rows: Rows) -> Solution:
@@ -197,4 +236,4 @@ class Cholesky(AbstractSolver[CholeskyState]):
         # A lower estimate of the condition number, times P, bounds it in practice.
         condition = float((pivots.max() / pivots.min()) ** 2) * len(pivots)
         notes = {"damping": state.system.shift.damping}
-        return _judged(state.system, x, b, notes, condition, self.rtol)
+        return _judge(state.system, x, b, notes, condition, self.rtol)

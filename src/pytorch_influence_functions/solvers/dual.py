@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.errors import InvalidInput, NonFinite, TooLarge
+from ..core.errors import InvalidInput, NonFinite
+from ..curvature.base import AbstractCurvature, Budget, Form
+from ..curvature.cost import DOUBLE, FACTORISATION, Cost, ProblemSize
 from ..linalg.dual_solution import DualSolution
 from ..linalg.gram import Gram
 from ..linalg.lanczos import power_iteration
-from ..linalg.operator import AbstractOperator
+from ..linalg.operator import AbstractOperator, AbstractSymmetric
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite_rows, refuse_input, relative
@@ -57,29 +59,44 @@ def _scaled_gram(operator: Gram, shift: Shift) -> Tensor:
     return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Woodbury(AbstractSolver[DualState]):
     """x = D^-1 (b - G^T w), w = (N + G D^-1 G^T)^-1 G D^-1 b: solve in m dimensions instead of P.
 
-    The value is an `DualSolution`: scoring against it builds no vector of length P. The first damping costs one
-    Cholesky factor of the Gram matrix; the second, or `sweep=True`, one eigendecomposition, after which
-    every damping is m^2 work. D must be positive. The residual is exact Gram algebra plus an estimate of
-    what rounding in the rows' own precision adds. `init` raises `InvalidInput` for an operator without
-    rows or D <= 0, `TooLarge` when the Gram matrix is above `max_bytes`, `NonFinite` naming
-    rows that hold NaN.
+    The value is a `DualSolution`: scoring against it builds no vector of length P. The first damping costs one
+    Cholesky factor of the Gram matrix; the second one eigendecomposition, after which every damping is m^2 work. D must
+    be positive. The residual is exact Gram algebra plus an estimate of what rounding in the rows' own precision adds.
+    `init` raises `InvalidInput` for an operator without rows or D <= 0, `NonFinite` naming rows that hold NaN.
 
     >>> state = Woodbury().init(gram, Shift(1e-3))  # doctest: +SKIP
     >>> Woodbury().leverages(state)  # doctest: +SKIP
     """
 
-    max_bytes: int = 8 << 30
-    sweep: bool = False
     rtol: float = 1e-2
+    vectors_held: ClassVar[int] = 0
+    takes_preconditioner: ClassVar[bool] = False
+    solves_in_dual: ClassVar[bool] = True
+    uses_spectrum: ClassVar[bool] = True
+
+    def form(self, curvature: AbstractCurvature) -> Form:
+        return Form.GRAM
+
+    def check_memory(self, operator: AbstractSymmetric, budget: Budget) -> None:
+        if isinstance(operator, Gram):
+            what = f"The Gram matrix of {len(operator.rows):,} rows"
+            budget.check(operator.decomposition_bytes, what, "use CG() or EKFAC()")
+
+    def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
+        rows, q = curvature.rows(size) or size.examples, size.n_queries
+        # The Gram matrix, its factor, and for every query its products with all rows and two solves.
+        algebra = rows**2 * size.pair_flops + FACTORISATION * rows**3
+        queries = q * rows * size.pair_flops + 6 * DOUBLE * q * rows**2
+        return curvature.cost(size, Form.GRAM) + Cost(flops=algebra + queries, bytes=3 * 8 * rows**2)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
     ) -> DualState:
-        no_preconditioner("Woodbury()", preconditioner)
+        no_preconditioner(self, preconditioner)
         self._check(operator, shift)
         assert isinstance(operator, Gram)
         k = operator.gram() if shift.uniform is not None else None
@@ -90,7 +107,7 @@ class Woodbury(AbstractSolver[DualState]):
             assert k is not None and shift.uniform is not None
             known = operator._known
             again = known.setdefault("first damping", shift.uniform) != shift.uniform
-            if not (self.sweep or again or operator.eigenvalues_at_hand):
+            if not (again or operator.eigenvalues_at_hand):
                 factor = _factor(k / shift.uniform, operator.count)
                 if factor is not None:
                     return DualState(operator, shift, None, factor, None, None)
@@ -113,13 +130,6 @@ class Woodbury(AbstractSolver[DualState]):
             raise InvalidInput(
                 f"Woodbury() divides by the damping plus weight decay, which is {shift.smallest} "
                 "for some block; use a positive damping such as Relative(0.1)."
-            )
-        m = len(operator.rows)
-        need = 3 * 8 * m * m
-        if need > self.max_bytes:
-            raise TooLarge(
-                f"The Gram matrix of {m} rows needs {need / 2**30:.2f} GiB, above the bound of "
-                f"{self.max_bytes / 2**30:.2f} GiB; use CG() or EKFAC(), or raise max_bytes."
             )
 
     def solve(self, state: DualState, rows: Rows) -> Solution:
@@ -161,14 +171,6 @@ class Woodbury(AbstractSolver[DualState]):
             return state.vectors.square() @ (state.values / (state.values + count))
         assert state.factor is not None
         return (1.0 - count * torch.cholesky_inverse(state.factor).diagonal()).clamp_min(0.0)
-
-    def leverage_path(self, operator: Gram, dampings: Sequence[float]) -> Float[Tensor, "l m"]:
-        """All leverages for every uniform damping, from one eigendecomposition."""
-        for d in dampings:
-            self._check(operator, Shift(d))
-        values, vectors = operator.eigen()
-        lam = torch.as_tensor(list(dampings), dtype=torch.float64, device=values.device)[:, None]
-        return (values / (values + operator.count * lam)) @ vectors.square().T
 
 
 def _factor(k: Tensor, count: int) -> Tensor | None:

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, SolveFailed
-from ..curvature.base import Form
+from ..curvature.base import AbstractCurvature, Form
+from ..curvature.cost import Cost, ProblemSize
 from ..linalg.blocks import AbstractBlock, Conv, Dense, Outer
 from ..linalg.kronecker import Kronecker, KroneckerBlock
 from ..linalg.operator import AbstractOperator
@@ -37,7 +38,7 @@ class FactoredState:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Factored(AbstractSolver[FactoredState]):
     r"""x = (S + sqrt(lambda) / pi)^-1 V (A + pi sqrt(lambda))^-1 for `KFAC()`, with pi^2 = mean eigenvalue of A over S.
 
@@ -50,12 +51,19 @@ class Factored(AbstractSolver[FactoredState]):
     where a damping is zero.
     """
 
-    form: ClassVar[Form] = Form.SPECTRAL
+    vectors_held: ClassVar[int] = 0
+    takes_preconditioner: ClassVar[bool] = False
+
+    def form(self, curvature: AbstractCurvature) -> Form:
+        return Form.SPECTRAL
+
+    def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
+        return curvature.cost(size, Form.SPECTRAL) + curvature.product_cost(size, 2 * size.n_queries)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
     ) -> FactoredState:
-        no_preconditioner("Factored()", preconditioner)
+        no_preconditioner(self, preconditioner)
         if not isinstance(operator, Kronecker) or any(b.sides is None for b in operator.blocks.values()):
             raise InvalidInput(
                 f"Factored() needs eigenvalues that are products, and {type(operator).__name__} has none; "
@@ -77,8 +85,8 @@ class Factored(AbstractSolver[FactoredState]):
         residual = combined_residual(operator, shift, rows, value)
         low, high = operator.extremes()
         notes = {"damping": shift.damping, "smallest_curvature": low, "largest_curvature": high}
-        words = "factored damping (S + sqrt(lambda) / pi) x (A + pi sqrt(lambda)), not (C + lambda)"
-        return Solution(value, residual, Result.successful, 1, notes | {"approximation": words})
+        approximation = "factored damping (S + sqrt(lambda) / pi) x (A + pi sqrt(lambda)), not (C + lambda)"
+        return Solution(value, residual, Result.successful, 1, notes | {"approximation": approximation})
 
 
 def _inverses(block: KroneckerBlock, damping: float) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,7 @@ from typing import Any
 
 from ..core.errors import InvalidInput
 from ..curvature.base import AbstractCurvature, Budget, Form
-from ..curvature.exact import Identity
-from ..curvature.low_rank import Arnoldi, Nystrom
+from ..curvature.cost import Amount, Cost, ProblemSize
 from ..gradients.per_example import Derivatives
 from ..linalg.dual_solution import DualSolution
 from ..linalg.operator import AbstractOperator, AbstractSymmetric
@@ -25,7 +24,7 @@ _DENSE_PARAMETERS = 3000
 
 @dataclass(frozen=True, eq=False)
 class Inverse(AbstractOperator):
-    """(C + D)^-1 by a direct solver. Only ever a guide: the solver it guides checks its own residual."""
+    """(C + D)^-1 by a direct solver. It only speeds up another solver, which checks its own residual."""
 
     space: Space
     solver: AbstractSolver[Any]
@@ -51,22 +50,37 @@ class Preconditioner:
         Raises:
             InvalidInput: the curvature has no cheap inverse at this size.
         """
-        small = derivatives.space.size <= _DENSE_PARAMETERS
-        if isinstance(curvature, (Arnoldi, Nystrom)) and curvature.complement == "dropped":
-            raise InvalidInput(
-                f"{curvature!r} has no inverse across its directions and cannot precondition; use complement='zero'."
-            )
-        if curvature.forms == (Form.SPECTRAL,) or isinstance(curvature, Identity):
-            return Preconditioner(Spectral(), curvature.of(derivatives, Form.SPECTRAL, budget), curvature)
-        if Form.MATRIX in curvature.forms and small:
-            return Preconditioner(Spectral(), curvature.of(derivatives, Form.MATRIX, budget), curvature)
-        if Form.GRAM in curvature.forms:
-            return Preconditioner(Woodbury(), curvature.of(derivatives, Form.GRAM, budget), curvature)
-        raise InvalidInput(
-            f"{type(curvature).__name__}() has no cheap inverse over {derivatives.space.size:,} parameters to "
-            "precondition with; use EKFAC(), EmpiricalFisher(), Fisher(samples=1) or GGN()."
-        )
+        solver = direct_solver(curvature, derivatives.space.size)
+        operator = solver.operator(curvature, derivatives, budget)
+        solver.check_memory(operator, budget)
+        return Preconditioner(solver, operator, curvature)
+
+    @staticmethod
+    def cost(curvature: AbstractCurvature, size: ProblemSize, steps: Amount) -> Cost:
+        """Making it, and applying it to every query in every step."""
+        return direct_solver(curvature, size.parameters).cost(size.for_queries(size.n_queries * steps), curvature)
 
     def inverse(self, shift: Shift) -> Inverse:
         """(C + D)^-1 as an operator."""
         return Inverse(self.operator.space, self.solver, self.solver.init(self.operator, shift))
+
+
+def direct_solver(curvature: AbstractCurvature, parameters: int) -> AbstractSolver[Any]:
+    """The direct solver that suits a curvature over so many parameters.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    if curvature.drops_directions:
+        raise InvalidInput(
+            f"{curvature!r} has no inverse across its directions and cannot precondition; use complement='zero'."
+        )
+    small = parameters <= _DENSE_PARAMETERS
+    if Form.SPECTRAL in curvature.forms or (Form.MATRIX in curvature.forms and small):
+        return Spectral()
+    if Form.GRAM in curvature.forms:
+        return Woodbury()
+    raise InvalidInput(
+        f"{type(curvature).__name__}() has no cheap inverse over {parameters:,} parameters to "
+        "precondition with; use EKFAC(), EmpiricalFisher(), Fisher(samples=1) or GGN()."
+    )

@@ -10,14 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.records import Record
 from ..linalg.blocks import AbstractBlock, Dense, Outer, matrix_shape
 from ..linalg.chunks import chunks
 from ..linalg.rows import Rows
 
 
 @final
-@dataclass(frozen=True)
-class Truncation:
+@dataclass(frozen=True, repr=False)
+class Truncation(Record):
     r"""Keep a solved query's matrix per layer as a sum of few outer products: V ~ sum_r u_r v_r^T.
 
     Scoring then costs r (o + i) per term and pair instead of o i, which pays for large layers read once per example
@@ -35,7 +36,7 @@ class Truncation:
     Reference: Grosse et al. (2023), section 3.2.2, who keep rank 32 and report a correlation; here it is a certificate.
 
     >>> Truncation(tolerance=0.01)
-    Truncation(tolerance=0.01, rank=None)
+    Truncation(tolerance=0.01)
     """
 
     tolerance: float | None = None

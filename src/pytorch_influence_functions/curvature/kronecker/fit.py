@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
@@ -15,7 +15,7 @@ from ...core.distributed import World, current
 from ...core.errors import NonFinite
 from ...core.indexing import evenly_spaced
 from ...gradients.per_example import Derivatives, Tape, slopes
-from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum, matrix_shape
+from ...linalg.blocks import AbstractBlock, Conv, Outer, matrix_shape
 from ...linalg.kronecker import Kronecker, KroneckerBlock
 from ...linalg.rows import Rows
 from ...objectives.base import AbstractLikelihood, AbstractObjective
@@ -24,7 +24,9 @@ from ...problem.checkpoints import Checkpoint, at_checkpoint
 from ...problem.data import Source
 from ...problem.problem import first_batch, sweep
 from ..base import Budget, not_a_likelihood
-from ..exact import ENUMERATED_OUTPUTS, GGN, EmpiricalFisher, Fisher, draw_seed, finite_outputs, wide_source
+from ..cost import BlockSize, terms_of
+from ..exact import ENUMERATED_OUTPUTS, GGN, EmpiricalFisher, Fisher, draw_seed, finite_outputs
+from ..from_rows import wide_source
 from .cache import FactorCache, fingerprint_factors
 from .moments import BlockFactors, Moments, Sharing, unified
 
@@ -87,7 +89,7 @@ class Fit:
         self.columns = columns
         self.ids, self.more = self._ids(look)
         self.wide = wide_source(first, look.numbers / len(look))
-        size = sum(_numbers(b, self.plan.largest) for b in look.blocks.values()) * look.dtype.itemsize
+        size = sum(numbers_of(b.shape, self.plan.largest) for b in look.blocks.values()) * look.dtype.itemsize
         cache = self._cache()
         # Read and verified; kept in memory where all blocks have room there.
         stored = {} if cache is None else {k: b if size <= self.budget.bytes else None for k, b in cache.finished()}
@@ -107,7 +109,7 @@ class Fit:
         """What should be read with the result: layers without gradient, and bases measured on too little."""
         notes, short = [], []
         for name, block in look.blocks.items():
-            count = len(self.ids) * len(self.members) * _uses_of(block) * (self.columns if _uses_of(block) == 1 else 1)
+            count = len(self.ids) * len(self.members) * terms_of(block) * (self.columns if terms_of(block) == 1 else 1)
             if float(blocks[name].values.abs().max()) == 0.0:
                 notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
             elif isinstance(block, (Outer, Conv)) and count < self._side(block):
@@ -142,8 +144,8 @@ class Fit:
             return asked, asked.samples
         with first_batch(derivatives.problem, ids=torch.arange(1)) as (_, batch), torch.no_grad():
             columns = objective.root_size(objective.outputs(derivatives.problem.model, batch))
-        alone = max(_uses_of(b) for b in look.blocks.values()) == 1
-        if asked is None and not (columns <= ENUMERATED_OUTPUTS and alone):
+        sizes = [BlockSize.of(b) for b in look.blocks.values()]
+        if asked is None and columns_by_default(columns, sizes) is None:
             return Fisher(samples=1), 1
         return GGN(), columns
 
@@ -154,16 +156,8 @@ class Fit:
         are known to a few per cent.
         """
         n = len(self.members[0][1].problem)
-        if self.plan.examples is not None:
-            return evenly_spaced(n, self.plan.examples), evenly_spaced(n, self.plan.examples)
-        alone = max(_uses_of(b) for b in look.blocks.values()) == 1
-        needed, measured = _ALONE if alone else _SHARED
-        for block in look.blocks.values():
-            # Scales and biases alone are few: their block may be of low rank, and damping fills it up.
-            if isinstance(block, (Outer, Conv)):
-                needed = max(needed, _TERMS_PER_SIDE * self._side(block) // block.terms)
-        more = evenly_spaced(n, max(needed, measured))
-        return (evenly_spaced(n, needed) if self.plan.corrected else more), more
+        basis, values = needed_examples(self.plan, [BlockSize.of(b) for b in look.blocks.values()])
+        return evenly_spaced(n, basis), evenly_spaced(n, values)
 
     def _side(self, block: AbstractBlock) -> int:
         """The longest side that is decomposed."""
@@ -181,10 +175,8 @@ class Fit:
     def _groups(self, names: list[str], look: Rows, stored: bool) -> Iterator[list[str]]:
         """Blocks that are fitted together: all of them, or as many as the budget holds where a folder takes them."""
         size = look.dtype.itemsize
-        held = {
-            k: (_numbers(look.blocks[k], self.plan.largest) + _workspace(look.blocks[k], self.plan.largest)) * size
-            for k in names
-        }
+        largest, shapes = self.plan.largest, {k: look.blocks[k].shape for k in names}
+        held = {k: (numbers_of(shape, largest) + _workspace(shape, largest)) * size for k, shape in shapes.items()}
         worst = max(held.values(), default=0)
         if not stored:
             self.budget.check(sum(held.values()), "Fitting the Kronecker factors", "give them folder=path")
@@ -309,24 +301,35 @@ class Fit:
         return nullcontext() if checkpoint is None else at_checkpoint(model, checkpoint)
 
 
-def _numbers(block: AbstractBlock, largest: int) -> int:
+def needed_examples(plan: Plan, blocks: Sequence[BlockSize]) -> tuple[int, int]:
+    """On how many examples the basis is measured, and on how many the eigenvalues in it."""
+    if plan.examples is not None:
+        return plan.examples, plan.examples
+    alone = all(block.terms == 1 for block in blocks)
+    needed, measured = _ALONE if alone else _SHARED
+    for block in blocks:
+        # Scales and biases alone are few: their block may be of low rank, and damping fills it up.
+        if block.factored:
+            side = max((d for d in matrix_shape(block.shape) if d <= plan.largest), default=0)
+            needed = max(needed, _TERMS_PER_SIDE * side // block.terms)
+    more = max(needed, measured)
+    return (needed if plan.corrected else more), more
+
+
+def columns_by_default(columns: int, blocks: Sequence[BlockSize]) -> int | None:
+    """How many columns are enumerated where nothing was asked for; None where a label is drawn instead."""
+    return columns if columns <= ENUMERATED_OUTPUTS and all(block.terms == 1 for block in blocks) else None
+
+
+def numbers_of(shape: tuple[int, ...], largest: int) -> int:
     """What a finished block holds: two bases, and eigenvalues in float64."""
-    o, i = matrix_shape(block.shape)
+    o, i = matrix_shape(shape)
     return sum(d * d for d in (o, i) if d <= largest) + 2 * o * i
 
 
-def _workspace(block: AbstractBlock, largest: int) -> int:
+def _workspace(shape: tuple[int, ...], largest: int) -> int:
     """What decomposing takes beside it: the longer side four times in float64."""
-    return 8 * max((d * d for d in matrix_shape(block.shape) if d <= largest), default=0)
-
-
-def _uses_of(block: AbstractBlock) -> int:
-    """How many terms an example's gradient is a sum of."""
-    if isinstance(block, Sum):
-        return max(_uses_of(p) for p in block.parts)
-    if isinstance(block, Indexed):
-        return block.index.shape[1]
-    return block.terms if isinstance(block, (Outer, Conv)) else 1
+    return 8 * max((d * d for d in matrix_shape(shape) if d <= largest), default=0)
 
 
 def _held(block: AbstractBlock, columns: int) -> int:

@@ -22,11 +22,13 @@ from typing import Any, ClassVar, TypeAlias, final
 from ...core.errors import InvalidInput
 from ...core.validate import whole_number
 from ...gradients.per_example import Derivatives
+from ...linalg.blocks import matrix_shape
 from ...linalg.operator import AbstractSymmetric
 from ...problem.checkpoints import Checkpoint
 from ..base import AbstractCurvature, Budget, Form
+from ..cost import EIGENDECOMPOSITION, Amount, Cost, ProblemSize, passes_for_rows
 from ..exact import GGN, EmpiricalFisher, Fisher
-from .fit import Fit, Plan
+from .fit import Fit, Plan, columns_by_default, needed_examples, numbers_of
 from .moments import Moments, Sharing
 
 Gradients: TypeAlias = GGN | Fisher | EmpiricalFisher
@@ -36,6 +38,7 @@ class AbstractKronecker(AbstractCurvature):
     """What K-FAC, EK-FAC and Shampoo have in common: how they are fitted."""
 
     forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL,)
+    layerwise: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -52,9 +55,36 @@ class AbstractKronecker(AbstractCurvature):
         self.require(form)
         return Fit(self.plan, list(members), budget).run()
 
+    def cost(self, size: ProblemSize, form: Form) -> Cost:
+        plan, blocks, n = self.plan, list(size.blocks.values()), size.examples
+        basis, values = (min(n, count) / n for count in needed_examples(plan, blocks))
+        columns = self._columns(size)
+        # Where basis and eigenvalues are measured on the same examples, their rows are kept for the second look.
+        looks = basis + (values if plan.corrected and basis != values else 0.0)
+        sides = [d for block in blocks for d in matrix_shape(block.shape) if 1 < d <= plan.largest]
+        algebra = EIGENDECOMPOSITION * sum(float(d) ** 3 for d in sides)
+        # Second moments of both sides, and for the eigenvalues every row turned into the basis.
+        per_example = columns * sum(2.0 * block.terms * d**2 for block in blocks for d in matrix_shape(block.shape))
+        return Cost(
+            passes_for_rows(columns) * looks,
+            algebra + 2 * per_example * looks * n,
+            float(size.number_bytes) * sum(numbers_of(block.shape, plan.largest) for block in blocks),
+        )
+
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        turned = sum(float(block.numel) * sum(matrix_shape(block.shape)) for block in size.blocks.values())
+        return Cost(flops=4.0 * vectors * turned)
+
+    def _columns(self, size: ProblemSize) -> int:
+        """How many rows per example are measured."""
+        fisher = self.plan.fisher
+        if fisher is None:
+            return columns_by_default(size.columns, list(size.blocks.values())) or 1
+        return fisher.columns(size)
+
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EKFAC(AbstractKronecker):
     r"""Eigenvalue-corrected Kronecker-factored curvature: the best block-diagonal curvature in a Kronecker basis.
 
@@ -103,7 +133,7 @@ class EKFAC(AbstractKronecker):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KFAC(AbstractKronecker):
     r"""Kronecker-factored curvature: each layer's Gauss-Newton block as E[a a^T] x E[g g^T].
 
@@ -130,7 +160,7 @@ class KFAC(AbstractKronecker):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shampoo(AbstractKronecker):
     r"""Shampoo's bases, the eigenvectors of E[G G^T] and E[G^T G], with measured eigenvalues as in `EKFAC`.
 

@@ -10,38 +10,43 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.errors import InvalidInput
-from ..core.indexing import evenly_spaced
-from ..linalg.lanczos import estimate_extremes, power_iteration
-from ..linalg.operator import AbstractOperator, AbstractSampled, AbstractSymmetric, apply_flat
-from ..linalg.rows import Rows
-from ..linalg.shift import Shift
-from ..linalg.trace import hutchinson_trace
-from .base import (
+from ...core.errors import InvalidInput
+from ...curvature.base import AbstractCurvature
+from ...curvature.cost import Cost, ProblemSize
+from ...linalg.operator import AbstractOperator
+from ...linalg.rows import Rows
+from ...linalg.shift import Shift
+from ..base import (
     AbstractSolver,
     Result,
     Solution,
     System,
+    check_incomplete,
     damping_that_works,
     nonfinite_rows,
     refuse_input,
     relative,
 )
+from .tuning import (
+    DEPTH,
+    PROBES,
+    SAFETY,
+    SMALLEST_BATCH,
+    NeumannState,
+    Tuning,
+    apply_sampled,
+    bends_down,
+    measure,
+    measure_preconditioned,
+)
 
-# The measured largest eigenvalue is a lower bound; this much is added before it sets a step.
-_SAFETY = 1.1
-# Depth in time constants of the weakest direction: its error is exp(-3), 5 %.
-_DEPTH = 3.0
-# Examples on which a preconditioned step is measured where there are more.
-_MEASURED = 2048
-_SMALLEST_BATCH = 16
 # Steps between two looks at the norm: each look costs a synchronisation on a GPU.
 _LOOK = 10
 
@@ -51,48 +56,11 @@ class Start(enum.Enum):
 
     B = "b"
     """At step * M b, as the paper does: zero with the first step taken."""
-    ZERO = "zero"
     SOLVED = "solved"
     """At M b, the preconditioner's own answer."""
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """What was measured, and the step, batch and depth that follow from it.
-
-    `largest`, `smallest` and `trace` are of C, or of M (C + D) when there is a preconditioner M.
-    """
-
-    step: float
-    steps: int
-    batch: int
-    largest: float
-    smallest: float
-    trace: float
-    rate: float
-    """Decay rate of the weakest direction: its error after t steps is exp(-step * rate * t)."""
-    products: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class NeumannState:
-    """The system, the preconditioner, and the tuning once it has been measured."""
-
-    system: System
-    preconditioner: AbstractOperator | None
-    known: dict[tuple[torch.dtype, torch.device], Tuning] = field(default_factory=dict)
-
-    def precondition(self, x: Tensor) -> Tensor:
-        return x if self.preconditioner is None else apply_flat(self.preconditioner, x)
-
-    @property
-    def examples(self) -> int:
-        """How many examples can be sampled from; 0 when the operator is whole."""
-        operator = self.system.operator
-        return operator.examples if isinstance(operator, AbstractSampled) else 0
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Neumann(AbstractSolver[NeumannState]):
     """x <- x + step * M (b - (C_B + D) x) on random batches B, all rows at once.
 
@@ -104,10 +72,12 @@ class Neumann(AbstractSolver[NeumannState]):
     **Stops early** when, over a window of k steps (a quarter of the weakest direction's time constant), the
     estimate moved by no more than `tolerance * (exp(step * D * k) - 1)` of its norm: with full products the
     remaining error is then at most `tolerance`. The estimate is the last iterate; with random batches and a
-    measured step, the mean over the last windows. `repeats` runs with different batches are averaged. `rtol`
-    judges the final, full, true residual, which random batches keep large in strong directions even where
-    the answer is good; left None, a row fails only when it is no closer to the answer than zero is, in the
-    norm of C + D: depth is a choice here.
+    measured step, the mean over the last windows. `repeats` runs with different batches are averaged.
+
+    A row fails when it is no closer to the answer than zero is, in the norm of C + D: depth is a choice here. `rtol`
+    judges the final, full, true residual as well, which random batches keep large in strong directions even where the
+    answer is good; what misses it is handed back with an `IncompleteSolveWarning`, or is an error with
+    `incomplete="error"`.
 
     `momentum` mu keeps a share of the last move (heavy ball); a measured step is lowered to (1 - mu) of itself, so that
     a move as a whole stays as long. `halve_every` halves the step every so many steps, which lets the noise of random
@@ -127,6 +97,8 @@ class Neumann(AbstractSolver[NeumannState]):
     rtol: float | None = None
     momentum: float | int = 0.0
     halve_every: int | None = None
+    incomplete: str = "warn"
+    vectors_held: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
         for name in ("step", "steps", "batch_size", "repeats", "rtol", "halve_every"):
@@ -140,6 +112,17 @@ class Neumann(AbstractSolver[NeumannState]):
         known = ", ".join(repr(s.value) for s in Start)
         if not isinstance(self.start, Start) and self.start not in [s.value for s in Start]:
             raise InvalidInput(f"Neumann(start={self.start!r}): choose one of {known}.")
+        check_incomplete("Neumann", self.incomplete)
+
+    def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
+        # The strongest direction sets the step and the weakest the depth; noise of the batches halves the step.
+        depth = DEPTH * SAFETY * (1 + 2 * size.top_eigenvalue / (5.0 if guided else 1.0))
+        steps = self.steps or depth
+        share = min(1.0, (self.batch_size or SMALLEST_BATCH) / size.examples)
+        products = curvature.product_cost(size, size.n_queries)
+        tuned = Cost() if self.step is not None and self.steps is not None else curvature.product_cost(size, PROBES)
+        form = self.form(curvature)
+        return curvature.cost(size, form) + tuned + products.repeated(1 + self.repeats * steps * share)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
@@ -159,8 +142,8 @@ class Neumann(AbstractSolver[NeumannState]):
         """Step, batch and depth for rows of this dtype on this device; measured once per state."""
         key = (dtype, device)
         if key not in state.known:
-            measure = _measure if state.preconditioner is None else _measure_preconditioned
-            state.known[key] = measure(self, state, dtype, device)
+            tune = measure if state.preconditioner is None else measure_preconditioned
+            state.known[key] = tune(self, state, dtype, device)
         return state.known[key]
 
     def solve(self, state: NeumannState, rows: Rows) -> Solution:
@@ -174,7 +157,7 @@ class Neumann(AbstractSolver[NeumannState]):
             plan = Tuning(self.step, self.steps, batch, math.nan, math.nan, math.nan, rate)
         else:
             plan = self.tuning(state, b.dtype, b.device)
-        if not fixed and state.preconditioner is None and _bends_down(plan, state, b.dtype):
+        if not fixed and state.preconditioner is None and bends_down(plan, state, b.dtype):
             return self._negative(state, rows, b, plan)
         run = _Series(self, state, plan, b)
         total = torch.zeros_like(b)
@@ -204,13 +187,14 @@ class Neumann(AbstractSolver[NeumannState]):
         steps = run.taken + run.plan.products
         if bad := nonfinite_rows(residual):
             return Solution(value, residual, Result.nonfinite_output, steps, notes, bad)
-        if self.rtol is None:
-            # |x - x*|_A >= |x*|_A in the norm of A = C + D: no closer than zero is
-            wrong = ((x * product).sum(1) >= 2 * (x * b).sum(1)) & (b != 0).any(1)
-        else:
-            wrong = residual > self.rtol
+        # |x - x*|_A >= |x*|_A in the norm of A = C + D: no closer than zero is
+        useless = ((x * product).sum(1) >= 2 * (x * b).sum(1)) & (b != 0).any(1)
+        rough = useless if self.rtol is None else residual > self.rtol
+        result, wrong = (Result.unsettled, useless) if bool(useless.any()) else (Result.max_steps_reached, rough)
         failed = tuple(int(i) for i in wrong.nonzero().flatten())
-        return Solution(value, residual, Result.unsettled if failed else Result.successful, steps, notes, failed)
+        if not failed:
+            return Solution(value, residual, Result.successful, steps, notes)
+        return Solution(value, residual, result, steps, notes, failed, incomplete=self.incomplete)
 
     def _negative(self, state: NeumannState, rows: Rows, b: Tensor, plan: Tuning) -> Solution:
         """Growth is certain whatever the depth: say so before spending it."""
@@ -236,7 +220,7 @@ class Neumann(AbstractSolver[NeumannState]):
             measured = automatic.tuning(NeumannState(system, state.preconditioner), b.dtype, b.device)
         except InvalidInput as cause:
             return Solution(value, residual, Result.nonfinite_output, run.taken, notes, failed, str(cause))
-        if state.preconditioner is None and _bends_down(measured, state, b.dtype):
+        if state.preconditioner is None and bends_down(measured, state, b.dtype):
             negative = self._negative(state, system.operator.space.rows(b), b, measured)
             return Solution(value, residual, negative.result, run.taken, notes, failed, negative.detail)
         detail = (
@@ -279,11 +263,8 @@ class _Series:
         return draw
 
     def _begin(self) -> Tensor:
-        start = Start(self.options.start)
-        if start is Start.ZERO:
-            return torch.zeros_like(self.b)
         first = self.state.precondition(self.b)
-        return first.clone() if start is Start.SOLVED else first * self.plan.step
+        return first.clone() if Start(self.options.start) is Start.SOLVED else first * self.plan.step
 
     def once(self, seed: int) -> Tensor:
         """One run of the series; sets `grew` when it diverges."""
@@ -297,7 +278,7 @@ class _Series:
         watch.begin(x)
         for t in range(1, plan.steps + 1):
             ids = draw()
-            product = (operator.apply(rows(x)) if ids is None else _sampled(operator, rows(x), ids)).flat()
+            product = (operator.apply(rows(x)) if ids is None else apply_sampled(operator, rows(x), ids)).flat()
             if keep is not None:
                 x.mul_(keep).add_(self.b, alpha=plan.step).sub_(product, alpha=plan.step)
             else:
@@ -370,93 +351,3 @@ class _Watch:
 
     def estimate(self, x: Tensor) -> Tensor:
         return torch.stack(self.means).mean(0) if self.means else x
-
-
-def _sampled(operator: AbstractOperator, rows: Rows, ids: Tensor) -> Rows:
-    assert isinstance(operator, AbstractSampled)
-    return operator.apply(rows, ids)
-
-
-def _trace(operator: AbstractOperator, dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
-    """trace(C): what the operator knows, or Hutchinson's estimate where it knows nothing."""
-    if isinstance(operator, AbstractSymmetric):
-        mean = operator.mean_eigenvalue()
-        if math.isfinite(mean):
-            return mean * operator.size, 0
-    return hutchinson_trace(operator, 8, dtype=dtype, device=device), 8
-
-
-def _batch(options: Neumann, examples: int, ratio: float, at_least: int = _SMALLEST_BATCH) -> int:
-    if not examples:
-        return 0
-    asked = options.batch_size or max(at_least, math.ceil(ratio))
-    return min(asked, examples)
-
-
-def _bends_down(plan: Tuning, state: NeumannState, dtype: torch.dtype) -> bool:
-    """Whether C + D has a negative eigenvalue for certain: only rounding takes Lanczos below the true one."""
-    return plan.smallest + state.system.shift.smallest < -10 * torch.finfo(dtype).eps * abs(plan.largest)
-
-
-def _check_measured(*numbers: float) -> None:
-    if not all(math.isfinite(v) for v in numbers):
-        raise InvalidInput("The curvature's products are not finite, so no step can be measured.")
-
-
-def _measure(options: Neumann, state: NeumannState, dtype: torch.dtype, device: torch.device) -> Tuning:
-    """theory §6.3: the contraction needs 1 / step > largest + D + trace / batch."""
-    operator, shift = state.system.operator, state.system.shift
-    largest, smallest = estimate_extremes(operator, 20, options.seed, dtype=dtype, device=device)
-    trace, cost = _trace(operator, dtype, device)
-    _check_measured(largest, smallest, trace)
-    size = max(largest, abs(smallest))
-    # A Hessian's trace can be small or negative by cancellation, which says nothing about its noise.
-    trace = max(trace, size)
-    batch = _batch(options, state.examples, trace / size if size > 0 else 1.0)
-    noise = trace / batch if 0 < batch < state.examples else 0.0
-    whole = 1.0 / (_SAFETY * (size + shift.largest + noise))
-    step = options.step or (1.0 - options.momentum) * whole
-    rate = shift.smallest
-    steps = options.steps or math.ceil(_DEPTH * (1.0 - options.momentum) / (step * rate))
-    return Tuning(step, steps, batch, largest, smallest, trace, rate, min(20, operator.size) + cost)
-
-
-def _measure_preconditioned(options: Neumann, state: NeumannState, dtype: torch.dtype, device: torch.device) -> Tuning:
-    """The same for M (C + D), whose spectrum is real and positive but which is not symmetric."""
-    system, p, budget = state.system, state.system.operator.size, 20
-    generator = torch.Generator().manual_seed(options.seed)
-    # Where a full product is out of reach, some examples stand for all: fewer only raise the largest eigenvalue.
-    some = evenly_spaced(state.examples, _MEASURED) if state.examples > _MEASURED else None
-
-    def probe(n: int) -> Tensor:
-        return torch.randn(n, p, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
-
-    def power(f: Callable[[Tensor], Tensor]) -> float:
-        return power_iteration(f, probe(1), budget)
-
-    def curved(v: Tensor) -> Tensor:
-        return (
-            system.curvature(v)
-            if some is None
-            else _sampled(system.operator, system.operator.space.rows(v), some).flat()
-        )
-
-    def full(v: Tensor) -> Tensor:
-        return state.precondition(curved(v) + v * system.diagonal(v))
-
-    largest = power(full)
-    smallest = largest - power(lambda v: largest * v - full(v))
-    z = probe(8)
-    trace = max(float((z * state.precondition(curved(z))).sum()) / 8, largest)
-    _check_measured(largest, smallest, trace)
-    # All directions converge at about one rate here, so few steps remain to average the noise of small
-    # batches.
-    batch = _batch(options, state.examples, trace / largest, 8 * _SMALLEST_BATCH)
-    noise = trace / batch if 0 < batch < state.examples else 0.0
-    step = options.step or (1.0 - options.momentum) / (_SAFETY * (largest + noise))
-    # Power iteration may miss the weakest direction; a preconditioner that bad is not assumed.
-    rate = max(smallest, 0.05 * largest)
-    steps = options.steps or max(4 * _LOOK, math.ceil(_DEPTH * (1.0 - options.momentum) / (step * rate)))
-    whole = 2 * budget + 8
-    products = whole if some is None else math.ceil(whole * len(some) / state.examples)
-    return Tuning(step, steps, batch, largest, smallest, trace, rate, products)

@@ -18,16 +18,16 @@ _STEPS = 4
 class PreconditionerTrial:
     """How far conjugate gradients got in as many steps: x^T b - x^T (C + D) x / 2, larger is nearer to the answer."""
 
-    guided: float
-    plain: float
+    with_it: float
+    without: float
 
     @property
     def pays(self) -> bool:
         """Whether the preconditioner got further."""
-        return self.guided > self.plain
+        return self.with_it > self.without
 
     def __str__(self) -> str:
-        share = (self.guided - self.plain) / abs(self.plain) if self.plain else float("inf")
+        share = (self.with_it - self.without) / abs(self.without) if self.without else float("inf")
         return f"tried on one gradient, {_STEPS} steps got {abs(share):.0%} {'further' if share > 0 else 'less far'}"
 
     @staticmethod
@@ -36,9 +36,9 @@ class PreconditionerTrial:
     ) -> PreconditionerTrial:
         """Run both; decided by numbers alone, never by the clock, so that the same problem gets the same method."""
         system, b = System.of(operator, shift), row.flat()
-        gained = []
+        gains = []
         for guide in (preconditioner, None):
             solver = CG(max_steps=_STEPS)
             x = solver.solve(solver.init(operator, shift, guide), row).value.flat()
-            gained.append(float((x * b).sum() - (x * system.product(x)).sum() / 2))
-        return PreconditionerTrial(*gained)
+            gains.append(float((x * b).sum() - (x * system.product(x)).sum() / 2))
+        return PreconditionerTrial(*gains)

@@ -1,0 +1,216 @@
+"""What work costs, counted before it is done: the sizes of a problem, and passes, operations and bytes.
+
+A *pass* is one forward and one backward pass over all training data that gives a gradient row per example. The backward
+pass goes to the layers' outputs only, so forward and backward weigh the same here. What is counted elsewhere (products,
+decompositions) is given in the same units, so that one sum can be compared and turned into seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+
+from ..core.distributed import World
+from ..gradients.per_example import Derivatives
+from ..linalg.block_diagonal import subspace
+from ..linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum
+from ..linalg.space import Space
+from ..objectives.base import AbstractLikelihood
+from ..problem.problem import first_batch
+
+# Operations are counted as those of a float32 matrix product. Measured on one core, for a matrix of side d: an
+# eigendecomposition in float64 takes as long as 25 d^3 of them, a Cholesky factor 1.5 d^3, and a product in float64 2.3
+# times as long as one in float32.
+EIGENDECOMPOSITION = 25.0
+FACTORISATION = 1.5
+DOUBLE = 2.3
+# Measured on perceptrons of 3,610 to 50,890 parameters, by the steps that conjugate gradients took.
+_TRACE_OVER_TOP = 20
+# Repetitions of a short batch, of which the fastest is taken.
+_REPEATS, _SHORT = 3, 0.05
+
+
+Amount: TypeAlias = int | float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of work takes, beside the model itself."""
+
+    passes: Amount = 0.0
+    """Forward and backward passes over the training data."""
+    flops: Amount = 0.0
+    """Operations of the algebra beside them, as those of a float32 matrix product."""
+    bytes: Amount = 0.0
+    """Memory held at the same time."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.passes + other.passes, self.flops + other.flops, self.bytes + other.bytes)
+
+    def repeated(self, times: Amount) -> Cost:
+        """The same work several times, one after the other in the same memory."""
+        return Cost(self.passes * times, self.flops * times, self.bytes)
+
+
+def passes_for_rows(columns: Amount) -> float:
+    """One forward pass, and one backward pass for each of `columns` rows per example."""
+    return (1 + columns) / 2
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """One block of parameters, and what one example's gradient of it is made of."""
+
+    shape: tuple[int, ...]
+    terms: int
+    """How many outer products (or table entries) the gradient is a sum of."""
+    numbers: Amount
+    """Numbers held for one example in the cheapest exact form."""
+    factored: bool
+    """Whether it is held as outer products."""
+
+    @staticmethod
+    def of(block: AbstractBlock) -> BlockSize:
+        """The size of a block of `n` rows, per row."""
+        n, size = len(block), torch.Size(block.shape).numel()
+        factored = isinstance(block, (Outer, Conv))
+        return BlockSize(tuple(block.shape), terms_of(block), min(block.numbers / n, size), factored)
+
+    @property
+    def numel(self) -> int:
+        """The number of parameters."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def pair_flops(self) -> Amount:
+        """Operations of the inner product of two examples' gradients: factor by factor, or written out."""
+        return 2.0 * min(self.terms * self.numbers, self.numel)
+
+
+def terms_of(block: AbstractBlock) -> int:
+    """How many terms an example's gradient is a sum of."""
+    if isinstance(block, Sum):
+        return max(terms_of(p) for p in block.parts)
+    if isinstance(block, Indexed):
+        return int(block.index.shape[1])
+    return block.terms if isinstance(block, (Outer, Conv)) else 1
+
+
+@dataclass(frozen=True)
+class ProblemSize:
+    """The sizes that a choice and a forecast depend on."""
+
+    space: Space
+    """Where gradient rows live: the parameters, or their projection."""
+    examples: int
+    outputs: int | None
+    """Columns of H^(1/2) per example; None when the objective is no likelihood."""
+    n_queries: int
+    blocks: Mapping[str, BlockSize]
+    operations: Amount
+    """Floating-point operations of one example's forward pass."""
+    number_bytes: int = 4
+    seconds: float = 0.0
+    """Measured seconds for one example's gradient row, reading included."""
+    damping_share: Amount = 1.0
+    """Damping in mean eigenvalues of the curvature, as far as it is known beforehand."""
+
+    @staticmethod
+    def of(derivatives: Derivatives, n_queries: int) -> ProblemSize:
+        """Count on one batch, and time a second one: the first pays for whatever is paid once."""
+        problem = derivatives.problem
+        some = torch.arange(min(len(problem), problem.batch_size))
+        rows = next(derivatives.stream(ids=some, label="counting", world=World())).rows
+        # The pass goes through the parameters even where rows are projected.
+        whole = derivatives if derivatives.projector is None else replace(derivatives, projector=None)
+        one = rows if whole is derivatives else next(whole.stream(ids=some[:2], world=World())).rows
+        return ProblemSize(
+            space=derivatives.space,
+            examples=len(problem),
+            outputs=_columns(derivatives),
+            n_queries=n_queries,
+            blocks={name: BlockSize.of(block) for name, block in rows.blocks.items()},
+            operations=sum(2.0 * terms_of(b) * torch.Size(b.shape).numel() for b in one.blocks.values()),
+            number_bytes=next(iter(rows.blocks.values())).reference.element_size(),
+            seconds=_seconds_each(derivatives, some),
+        )
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return self.space.size
+
+    @property
+    def row_numbers(self) -> Amount:
+        """Numbers held for one example's gradient row in its cheapest exact form."""
+        return sum(block.numbers for block in self.blocks.values())
+
+    @property
+    def row_bytes(self) -> Amount:
+        """Bytes of one example's gradient row in its cheapest exact form."""
+        return self.row_numbers * self.number_bytes
+
+    @property
+    def pair_flops(self) -> Amount:
+        """Operations of the inner product of two examples' gradients."""
+        return sum(block.pair_flops for block in self.blocks.values())
+
+    @property
+    def top_eigenvalue(self) -> float:
+        """The largest eigenvalue over the damping, as it is in networks of the size: a twentieth of the trace."""
+        return self.parameters / (_TRACE_OVER_TOP * self.damping_share)
+
+    @property
+    def columns(self) -> int:
+        """Rows per example of the Gauss-Newton matrix; 1 where the objective has none."""
+        return self.outputs or 1
+
+    @property
+    def used_once(self) -> bool:
+        """Whether every weight is used once per example."""
+        return all(block.terms == 1 for block in self.blocks.values())
+
+    def flops(self, cost: Cost) -> Amount:
+        """All of a cost in operations: a pass is a forward pass and as much again backward."""
+        return cost.flops + cost.passes * self.examples * 2 * self.operations
+
+    def for_queries(self, count: Amount) -> ProblemSize:
+        """The size of the same problem with another number of queries."""
+        return replace(self, n_queries=math.ceil(count))
+
+    def over(self, names: Iterable[str]) -> ProblemSize:
+        """The size of the same problem with only some blocks of parameters."""
+        wanted = list(names)
+        return replace(self, space=subspace(self.space, wanted), blocks={k: self.blocks[k] for k in wanted})
+
+
+def _columns(derivatives: Derivatives) -> int | None:
+    objective = derivatives.objective
+    if not isinstance(objective, AbstractLikelihood):
+        return None
+    return root_size(derivatives, objective)
+
+
+def root_size(derivatives: Derivatives, objective: AbstractLikelihood) -> int:
+    """Columns of H^(1/2) per example, from the outputs of the first one."""
+    with first_batch(derivatives.problem, ids=torch.arange(1)) as (_, batch), torch.no_grad():
+        return int(objective.root_size(objective.outputs(derivatives.problem.model, batch)))
+
+
+def _seconds_each(derivatives: Derivatives, some: torch.Tensor) -> float:
+    """Seconds per example of a batch that is not the first."""
+    fastest = float("inf")
+    for _ in range(_REPEATS):
+        start, done = time.perf_counter(), 0
+        for batch in derivatives.stream(ids=some, label="timing", world=World()):
+            done += len(batch.ids)
+        spent = time.perf_counter() - start
+        fastest = min(fastest, spent / done)
+        if spent > _SHORT:
+            break
+    return fastest

@@ -1,0 +1,177 @@
+"""Curvature that is made of rows: C = G^T G / count, dense, kept as rows, or by products with rows made anew."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..core.distributed import World, current
+from ..core.indexing import evenly_spaced
+from ..gradients.per_example import Derivatives
+from ..linalg.dense import Matrix
+from ..linalg.gram import Gram
+from ..linalg.implicit import Implicit
+from ..linalg.operator import AbstractSymmetric, dense_bytes
+from ..linalg.rows import Rows
+from ..problem.data import Source
+from ..problem.problem import sweep
+from .base import TRACE_EXAMPLES, AbstractCurvature, Budget, Form
+from .cost import DOUBLE, Amount, Cost, ProblemSize, passes_for_rows
+from .second_moment import SecondMoment
+
+# Numbers that one batch's activations may take, pushed in all directions at once; and the examples of a batch.
+_ACTIVATIONS = 1 << 25
+_NARROWEST, _WIDEST = 8, 1024
+
+
+class AbstractRowCurvature(AbstractCurvature):
+    """C = G^T G / count, with the rows G of every batch at hand.
+
+    A new one says how many rows an example has (`columns`), over how many of them C is a mean (`averaged`), and makes
+    those of a batch (`rows_of`); all three forms follow.
+    """
+
+    forms: ClassVar[tuple[Form, ...]] = (Form.MATRIX, Form.GRAM, Form.IMPLICIT)
+    label: ClassVar[str] = "curvature rows"
+
+    @abstractmethod
+    def columns(self, size: ProblemSize) -> int:
+        """Rows per example."""
+
+    @property
+    @abstractmethod
+    def averaged(self) -> int:
+        """How many of an example's rows stand for the same thing: C is their mean, and the sum over the others."""
+
+    @abstractmethod
+    def rows_of(self, derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
+        """The rows of one batch, column by column, each with a row per example."""
+
+    def count(self, examples: int) -> int:
+        """What G^T G is divided by."""
+        return examples * self.averaged
+
+    def batches(self, derivatives: Derivatives) -> Iterator[Iterator[Rows]]:
+        """The rows of every batch, in dataset order."""
+        source = self.source(derivatives)
+        for ids, batch in sweep(derivatives.problem, source, label=self.label, world=World()):
+            yield self.rows_of(derivatives, ids, batch)
+
+    def source(self, derivatives: Derivatives) -> Source:
+        """The training data in batches that suit the size of a row: small rows in small batches are mostly overhead."""
+        return wide_source(derivatives, derivatives.numbers or derivatives.space.size)
+
+    def stream(self, derivatives: Derivatives) -> Iterator[Rows]:
+        """All rows, one batch and column after the other."""
+        for batch in self.batches(derivatives):
+            yield from batch
+
+    def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
+        self.require(form)
+        self.check_objective(derivatives)
+        if form is Form.IMPLICIT:
+            return self.implicit(derivatives)
+        return self.dense(derivatives, budget) if form is Form.MATRIX else self.stored(derivatives, budget)
+
+    def check_objective(self, derivatives: Derivatives) -> None:
+        """Refuse an objective that does not know enough for this curvature."""
+        return
+
+    def dense(self, derivatives: Derivatives, budget: Budget) -> Matrix:
+        """The matrix, added up batch by batch."""
+        space = derivatives.space
+        check_dense(space.size, budget)
+        total = SecondMoment(space, derivatives.problem.device)
+        for batch in self.batches(derivatives):
+            total.add(batch)
+        return Matrix(space, total.matrix() / self.count(len(derivatives.problem)))
+
+    def stored(self, derivatives: Derivatives, budget: Budget) -> Gram:
+        """All rows, kept."""
+        kept: list[Rows] = []
+        kept_bytes, looked_at, n = 0.0, 0, len(derivatives.problem)
+        for batch in self.batches(derivatives):
+            so_far = looked_at
+            for column in batch:
+                kept.append(column.compact())
+                kept_bytes += kept[-1].numbers * kept[-1].dtype.itemsize
+                looked_at = so_far + len(column)
+                # What the first batch takes tells what the rest will.
+                expected = kept_bytes / looked_at * n
+                budget.check(expected, "Keeping the gradient rows", "use CG() or EKFAC(), or name fewer parameters")
+        return Gram(derivatives.space, Rows.cat(kept), self.count(n))
+
+    def implicit(self, derivatives: Derivatives) -> Implicit:
+        """C x = mean of g <g, x> over rows made anew at every product."""
+        problem, shared = derivatives.problem, current()
+
+        def product(x: Rows, ids: Tensor | None = None) -> Rows:
+            total = x.flat().new_zeros(len(x), derivatives.space.size)
+            world = shared if ids is None else World()
+            for batch_ids, batch in sweep(problem, ids=ids, label="curvature products", world=world):
+                for g in self.rows_of(derivatives, batch_ids, batch):
+                    total += g.combine(g.inner(x).T).flat()
+            count = self.count(len(problem) if ids is None else len(ids))
+            return derivatives.space.rows(world.all_sum(total) / count)
+
+        return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), len(problem))
+
+    def block_means(self, derivatives: Derivatives) -> dict[str, float]:
+        """trace(C_bb) / P_b of every block b, on some of the examples."""
+        some = evenly_spaced(len(derivatives.problem), TRACE_EXAMPLES)
+        batches = sweep(derivatives.problem, ids=some, label="trace", world=World())
+        rows = (g for ids, batch in batches for g in self.rows_of(derivatives, ids, batch))
+        return mean_eigenvalues(derivatives, rows, self.count(len(some)))
+
+    # ---------------------------------------------------------------- what it costs
+
+    def projectable(self, form: Form) -> bool:
+        return form in (Form.MATRIX, Form.GRAM)
+
+    def rows(self, size: ProblemSize) -> int:
+        return size.examples * self.columns(size)
+
+    def cost(self, size: ProblemSize, form: Form) -> Cost:
+        columns, n, p = self.columns(size), size.examples, size.parameters
+        passes = passes_for_rows(columns)
+        if form is Form.MATRIX:
+            products = 1 if size.used_once else columns
+            return Cost(passes, DOUBLE * 2 * n * products * p**2, dense_bytes(p))
+        if form is Form.GRAM:
+            return Cost(passes, bytes=n * columns * size.row_bytes)
+        return self.trace_cost(size)
+
+    def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
+        columns = self.columns(size)
+        return Cost(passes_for_rows(columns), 4 * vectors * size.examples * columns * size.row_numbers)
+
+    def trace_cost(self, size: ProblemSize) -> Cost:
+        return Cost(passes_for_rows(self.columns(size)) * min(1.0, TRACE_EXAMPLES / size.examples))
+
+
+def check_dense(size: int, budget: Budget) -> None:
+    """Refuse a dense matrix, with what decomposing it takes, that is above the budget.
+
+    Raises:
+        TooLarge: it is.
+    """
+    budget.check(dense_bytes(size), f"A dense matrix over {size:,} parameters", "use CG() or Woodbury()")
+
+
+def wide_source(derivatives: Derivatives, numbers_each: float, most: int = _WIDEST) -> Source:
+    """The training data in batches as wide as `_ACTIVATIONS` allows when an example takes `numbers_each` numbers."""
+    room = int(_ACTIVATIONS / max(1.0, numbers_each))
+    return replace(derivatives.problem.data, batch_size=min(most, max(_NARROWEST, min(room, _WIDEST))))
+
+
+def mean_eigenvalues(derivatives: Derivatives, rows: Iterator[Rows], count: int) -> dict[str, float]:
+    """Mean eigenvalue per block of sum g g^T / count."""
+    traces = dict.fromkeys(derivatives.space.blocks, 0.0)
+    for r in rows:
+        for name, block in r.blocks.items():
+            traces[name] += float(block.squared_norms().double().sum())
+    return {k: trace / count / derivatives.space.numel(k) for k, trace in traces.items()}

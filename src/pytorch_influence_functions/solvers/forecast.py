@@ -1,0 +1,130 @@
+"""What a run will cost, before it is paid for."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..curvature.base import AbstractCurvature, Budget, Form
+from ..curvature.cost import Amount, Cost, ProblemSize
+from ..damping.rules import AbstractDamping
+from .base import AbstractSolver
+from .preconditioner import Preconditioner
+
+# Share of the memory budget that solved queries, with what the solver holds beside each, may take.
+QUERY_SHARE = 1 / 4
+# Examples whose gradients tell how the trained weights stand, whatever the method.
+_LOOKED_AT = 160
+# Scores are added up in float64.
+_SCORE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A curvature, a solver, the reason in words, what the solver is preconditioned with, and a damping."""
+
+    curvature: AbstractCurvature
+    solver: AbstractSolver[Any]
+    why: str
+    preconditioner: AbstractCurvature | None = None
+    damping: AbstractDamping | None = None
+    """The damping that belongs to the choice; None: the solver's default."""
+
+    @property
+    def default_damping(self) -> AbstractDamping:
+        """The damping where none was asked for."""
+        return self.solver.default_damping(self.curvature) if self.damping is None else self.damping
+
+    def cost(self, size: ProblemSize) -> Cost:
+        """Fitting, and solving for `size.n_queries` right-hand sides."""
+        if self.preconditioner is None:
+            return self.solver.cost(size, self.curvature)
+        steps = self.solver.expected_steps(size, guided=True)
+        return self.solver.cost(size, self.curvature, True) + Preconditioner.cost(self.preconditioner, size, steps)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will cost, before it is paid for: method, passes over the data, memory, seconds."""
+
+    method: str
+    why: str
+    passes: Amount
+    memory_bytes: Amount
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"method   {self.method}\nwhy      {self.why}\n"
+            f"passes   {self.passes:,.0f} forward+backward passes over the training data\n"
+            f"memory   {self.memory_bytes / 2**20:,.0f} MiB beside the model\n"
+            f"time     about {self.seconds:,.1f} s on this machine (measured on one batch)"
+        )
+
+
+def queries_at_once(solver: AbstractSolver[Any], parameters: int, number_bytes: int, budget: Budget) -> int:
+    """How many queries are solved together, with what the solver holds beside each answer."""
+    each = parameters * number_bytes * (1 + solver.vectors_held)
+    return max(1, int(budget.bytes * QUERY_SHARE / each))
+
+
+def forecast(
+    choice: Composition,
+    size: ProblemSize,
+    method: str,
+    budget: Budget,
+    damping: AbstractDamping | None = None,
+    solves_per_example: Amount = 0,
+) -> Forecast:
+    """Passes, memory and seconds of a choice: counted, with one batch and one product measured for the seconds.
+
+    Args:
+        choice: what will be run.
+        size: the sizes of the problem, with how many queries are expected.
+        method: the composition as it would be written.
+        budget: what curvature and solved queries may take.
+        damping: the damping in use; None: the choice's own.
+        solves_per_example: right-hand sides that scaling asks for, for every training example.
+    """
+    n, p, q = size.examples, size.parameters, size.n_queries
+    share = (damping or choice.default_damping).expected_share
+    size = replace(size, damping_share=share or size.damping_share)
+    fitting = choice.cost(size.for_queries(q + solves_per_example * n))
+    at_once = queries_at_once(choice.solver, p, size.number_bytes, budget)
+    groups = math.ceil(q / at_once)
+    # Training gradients that the curvature keeps are not taken again.
+    kept = choice.curvature.holds_gradients and choice.solver.form(choice.curvature) is Form.GRAM
+    again = 0 if kept and choice.solver.solves_in_dual and not solves_per_example else groups
+    pairs = size.pair_flops if choice.solver.solves_in_dual else 2.0 * p
+    scoring = Cost(
+        (min(_LOOKED_AT, n) + q) / n + again,
+        (q * n * pairs) if again else 0.0,
+        _held_bytes(choice.solver, size, min(q, at_once)) + _SCORE_BYTES * q * n,
+    )
+    total = fitting + scoring
+    seconds = total.passes * n * size.seconds + total.flops / operations_per_second()
+    return Forecast(method, choice.why, total.passes, total.bytes, seconds)
+
+
+def _held_bytes(solver: AbstractSolver[Any], size: ProblemSize, queries: int) -> Amount:
+    """The gradients of a group of queries, their solutions, and what the solver holds beside each."""
+    if solver.solves_in_dual:
+        return queries * size.row_bytes
+    return queries * (size.row_bytes + (1 + solver.vectors_held) * size.parameters * size.number_bytes)
+
+
+@lru_cache(maxsize=1)
+def operations_per_second() -> float:
+    """Floating-point operations per second of a float32 matrix product on this machine, measured once."""
+    a = torch.ones(384, 384)
+    fastest = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * 384**3 / fastest

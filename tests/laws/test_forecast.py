@@ -1,0 +1,369 @@
+"""What a run costs is known before it is paid for: forecasts against counted passes, products and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions import curvature as curvatures
+from pytorch_influence_functions import solvers
+from pytorch_influence_functions.curvature import (
+    EKFAC,
+    GGN,
+    KFAC,
+    AbstractCurvature,
+    Arnoldi,
+    Budget,
+    EmpiricalFisher,
+    Fisher,
+    Form,
+    Hessian,
+    Nystrom,
+    Subsample,
+)
+from pytorch_influence_functions.curvature.cost import ProblemSize
+from pytorch_influence_functions.damping import Relative
+from pytorch_influence_functions.gradients.per_example import Derivatives, Tape
+from pytorch_influence_functions.gradients.products import Products
+from pytorch_influence_functions.influence import assumptions
+from pytorch_influence_functions.linalg.gram import Gram
+from pytorch_influence_functions.linalg.kronecker import Kronecker
+from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.scaling import RelatIF
+from pytorch_influence_functions.solvers import (
+    CG,
+    AbstractSolver,
+    Blockwise,
+    Cholesky,
+    Factored,
+    Neumann,
+    Spectral,
+    Woodbury,
+)
+from pytorch_influence_functions.solvers.auto import choose_composition
+from tests.laws.recipes import MINRES, Signs
+
+N, QUERIES = 600, 8
+FACTOR = 3.0
+"""A forecast may be off by so much."""
+
+
+def problem(n: int = N, width: int = 12, seed: int = 0) -> ptif.Problem:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3))
+    return ptif.Problem(model, ptif.CrossEntropy(), (torch.randn(n, 8), torch.randint(0, 3, (n,))))
+
+
+def queries(count: int = QUERIES) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 8, generator=generator), torch.randint(0, 3, (count,), generator=generator)
+
+
+@dataclass
+class Counter:
+    """Work in units of half an example: a forward pass, a backward pass to the layers' outputs."""
+
+    halves: float = 0.0
+    inside: bool = False
+
+    def passes(self, n: int) -> float:
+        return self.halves / 2 / n
+
+
+@contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> Iterator[Counter]:
+    """Count every forward of the model, every backward, and products by their directions."""
+    counter = Counter()
+    rows, weighted = Tape.rows, assumptions.weighted_gradient
+
+    def forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not counter.inside:
+            counter.halves += len(args[0])
+
+    def counted_rows(self: Tape, cotangent: Tensor, keep_graph: bool = False) -> Rows:
+        counter.halves += len(cotangent)
+        return rows(self, cotangent, keep_graph)
+
+    def counted_gradient(outputs: Tensor, *rest: Any) -> Any:
+        counter.halves += 2 * len(outputs)
+        return weighted(outputs, *rest)
+
+    def product(original: Any, first: float, each: float) -> Any:
+        def counted(self: Products, ids: Tensor, batch: Any, directions: Rows, *rest: Any) -> Any:
+            counter.halves += len(ids) * (first + each * len(directions))
+            counter.inside = True
+            try:
+                return original(self, ids, batch, directions, *rest)
+            finally:
+                counter.inside = False
+
+        return counted
+
+    handle = model.register_forward_pre_hook(forward)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tape, "rows", counted_rows)
+        patch.setattr(assumptions, "weighted_gradient", counted_gradient)
+        # A product goes forward once, and for each direction forward and back to the parameters, twice as far.
+        patch.setattr(Products, "ggn_product", product(Products.ggn_product, 1, 3))
+        patch.setattr(Products, "hessian_product", product(Products.hessian_product, 0, 6))
+        patch.setattr(Products, "losses_along", product(Products.losses_along, 1, 1))
+        yield counter
+    handle.remove()
+
+
+def counted_and_forecast(
+    monkeypatch: pytest.MonkeyPatch, method: Any, of: ptif.Problem, asked: tuple[Tensor, Tensor]
+) -> tuple[float, float]:
+    """Passes that fitting and scoring took, and passes that were forecast."""
+    expected = method.forecast(of, len(asked[0])).passes
+    with counting(monkeypatch, of.model) as counter:
+        method.fit(of, n_queries=len(asked[0])).score(asked)
+    return counter.passes(len(of)), expected
+
+
+SOLVERS: dict[str, ptif.Influence] = {
+    "dense": ptif.Influence(GGN(), Spectral()),
+    "dense Cholesky": ptif.Influence(GGN(), Cholesky()),
+    "dual": ptif.Influence(GGN(), Woodbury()),
+    "dual of the gradients": ptif.dual(),
+    "conjugate gradients": ptif.Influence(GGN(), CG()),
+    "conjugate gradients, light damping": ptif.Influence(GGN(), CG(), Relative(0.1)),
+    "conjugate gradients, tight": ptif.Influence(GGN(), CG(rtol=1e-5, max_steps=500)),
+    "conjugate gradients on gradients": ptif.Influence(EmpiricalFisher(), CG()),
+    "guided by EK-FAC": ptif.gauss_newton(preconditioner=EKFAC()),
+    "guided by a sample": ptif.gauss_newton(preconditioner=Fisher(samples=1)),
+    "Neumann": ptif.Influence(GGN(), Neumann()),
+    "Neumann, so many steps": ptif.Influence(GGN(), Neumann(steps=300, batch_size=32, tolerance=0.0)),
+    "ASTRA": ptif.methods.astra(steps=50, batch_size=64),
+    "DataInf": ptif.methods.datainf(),
+    "factored": ptif.Influence(KFAC(), Factored()),
+    "block by block": ptif.methods.blockwise(),
+    "block by block, conjugate gradients": ptif.Influence(GGN(), Blockwise(CG())),
+    "chosen": ptif.Influence(),
+    "by the recipe": ptif.Influence(GGN(), MINRES()),
+}
+CURVATURES: dict[str, ptif.Influence] = {
+    "Identity": ptif.methods.grad_dot(),
+    "Hessian": ptif.Influence(Hessian(), Spectral(), 10.0),
+    "Hessian by products": ptif.Influence(Hessian(), CG(), 10.0),
+    "GGN": ptif.Influence(GGN(), Spectral()),
+    "Fisher": ptif.Influence(Fisher(samples=2), Spectral()),
+    "Fisher, enumerated": ptif.Influence(Fisher(), Woodbury()),
+    "EmpiricalFisher": ptif.Influence(EmpiricalFisher(), Spectral()),
+    "KFAC": ptif.methods.kfac(),
+    "EKFAC": ptif.ekfac(),
+    "EKFAC on few examples": ptif.ekfac(examples=50),
+    "EKFAC on gradients": ptif.ekfac(fisher=EmpiricalFisher()),
+    "Shampoo": ptif.methods.shampoo(),
+    "Arnoldi": ptif.Influence(Arnoldi(5, GGN()), Spectral()),
+    "Nystrom": ptif.Influence(Nystrom(20), Spectral()),
+    "Diagonal": ptif.methods.diagonal(),
+    "Subsample": ptif.Influence(Subsample(GGN(), 100), CG()),
+}
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, *CURVATURES])
+def test_forecasts_are_near_what_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, expected = counted_and_forecast(monkeypatch, (SOLVERS | CURVATURES)[name], problem(), queries())
+    assert counted / FACTOR < expected < counted * FACTOR
+
+
+def test_every_public_solver_and_curvature_is_forecast() -> None:
+    methods = [*SOLVERS.values(), *CURVATURES.values()]
+    public = {k: getattr(solvers, k) for k in solvers.__all__}
+    wanted = {v for v in public.values() if isinstance(v, type) and issubclass(v, AbstractSolver)} - {AbstractSolver}
+    assert wanted <= {type(m.solver) for m in methods}
+    public = {k: getattr(curvatures, k) for k in curvatures.__all__}
+    wanted = {v for v in public.values() if isinstance(v, type) and issubclass(v, AbstractCurvature)}
+    assert {v for v in wanted if not v.__abstractmethods__} <= {type(m.curvature) for m in methods}
+
+
+@pytest.mark.parametrize("method", [ptif.ekfac(), ptif.gauss_newton(), ptif.Influence(GGN(), MINRES())], ids=repr)
+def test_many_queries_in_little_memory_take_a_pass_for_every_group(
+    method: ptif.Influence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, asked = problem(), queries(100)
+    held = 1 + method.solver.vectors_held  # type: ignore[union-attr]
+    memory = 4 * 10 * held * of.space.size * 4  # ten queries at once
+    tight = ptif.Influence(method.curvature, method.solver, memory=memory)
+    counted, expected = counted_and_forecast(monkeypatch, tight, of, asked)
+    assert counted / FACTOR < expected < counted * FACTOR
+    assert expected == pytest.approx(method.forecast(of, 100).passes + 9)
+
+
+def test_scaling_asks_for_a_solve_per_example() -> None:
+    raw, relative = (ptif.Influence(GGN(), CG(), scaling=s) for s in (ptif.scaling.Raw(), RelatIF()))
+    of = problem(50)
+    assert relative.forecast(of, 1).passes > 20 * raw.forecast(of, 1).passes
+
+
+# --------------------------------------------------------------------------- a solver added by the recipe
+
+
+def test_a_solver_by_the_recipe_equals_the_dense_solve() -> None:
+    of = problem()
+    got = ptif.Influence(GGN(), MINRES(1e-5), Relative(1.0)).fit(of).score(queries()).values
+    want = ptif.Influence(GGN(), Spectral(), Relative(1.0)).fit(of).score(queries()).values
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("solver", [MINRES(), CG(), Neumann()], ids=repr)
+def test_solvers_keep_the_memory_bound(solver: AbstractSolver[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    of = problem()
+    each = of.space.size * 4 * (1 + solver.vectors_held)
+    memory = 4 * 3 * each  # three queries with a quarter of the memory
+    sizes: list[int] = []
+    solve = type(solver).solve
+
+    def watched(self: Any, state: Any, rows: Rows, *rest: Any) -> Any:
+        sizes.append(len(rows))
+        return solve(self, state, rows, *rest)
+
+    monkeypatch.setattr(type(solver), "solve", watched)
+    spec = ptif.Influence(GGN(), solver, Relative(3.0), memory=memory)
+    spec.fit(of).score(queries())
+    assert sizes == [3, 3, 2]
+
+
+def test_a_projection_by_the_recipe_is_as_good_as_gaussian() -> None:
+    of, asked = problem(width=60), queries(20)
+    exact = ptif.dual(damping=0.05).fit(of).score(asked).values.flatten()
+    agreement = []
+    for projection in (Signs(200), ptif.gradients.Gaussian(200)):
+        scores = ptif.Influence(EmpiricalFisher(), Spectral(), 0.05, projection=projection).fit(of).score(asked)
+        agreement.append(float(torch.corrcoef(torch.stack([exact, scores.values.flatten()]))[0, 1]))
+    assert min(agreement) > 0.8 and abs(agreement[0] - agreement[1]) < 0.1
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def test_memory_counts_rows_factors_solutions_and_scores() -> None:
+    of, count = problem(400, width=40), 1000
+    dual = ptif.dual().forecast(of, count)
+    operator = ptif.dual().fit(of).members[0].operator
+    assert isinstance(operator, Gram)
+    rows = operator.rows.numbers * 4 + 3 * 8 * 400**2
+    assert rows + 8 * count * 400 <= dual.memory_bytes <= 1.5 * (rows + 8 * count * 400)
+    ekfac = ptif.ekfac().forecast(of, count)
+    factors = ptif.ekfac().fit(of).members[0].operator
+    assert isinstance(factors, Kronecker)
+    solutions = count * of.space.size * 4
+    least = factors.numbers * 4 + solutions + 8 * count * 400
+    assert least <= ekfac.memory_bytes <= 2 * least
+    # Ten times the queries: the scores grow, the solutions only as far as the bound lets them.
+    bounded = ptif.ekfac().forecast(of, 100 * count).memory_bytes
+    assert 8 * 100 * count * 400 < bounded < 8 * 100 * count * 400 + 2 * Budget().bytes
+
+
+# --------------------------------------------------------------------------- what is chosen
+
+
+def size_of(model: nn.Module, x: Tensor, y: Tensor, count: int, loss: Any = None) -> ProblemSize:
+    of = ptif.Problem(model, loss or ptif.CrossEntropy(), (x, y))
+    return ProblemSize.of(Derivatives.of(of), count)
+
+
+def perceptron(inputs: int, n: int, *, hidden: int = 0, outputs: int = 10) -> ProblemSize:
+    layers = [nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs)] if hidden else []
+    model = nn.Sequential(*layers) if layers else nn.Linear(inputs, outputs)
+    # The data need not be there to be counted.
+    x, y = torch.randn(1, inputs).expand(n, -1), torch.arange(outputs)[:1].expand(n)
+    return size_of(model, x, y, 1)
+
+
+@pytest.mark.parametrize("given", [None, GGN(), EmpiricalFisher()])
+@pytest.mark.parametrize(
+    "size",
+    [perceptron(5, 300), perceptron(100, 3000), perceptron(784, 2000, hidden=128), perceptron(784, 100, hidden=64)],
+    ids=["tiny", "logistic", "perceptron", "few examples"],
+)
+def test_what_is_estimated_does_not_depend_on_the_number_of_queries(
+    given: AbstractCurvature | None, size: ProblemSize
+) -> None:
+    choices = [choose_composition(given, size.for_queries(q), Budget()) for q in (1, 10, 30, 100, 10_000)]
+    assert len({(repr(c.curvature), repr(c.default_damping)) for c in choices}) == 1
+
+
+def test_what_was_cheap_and_exact_stays_so() -> None:
+    for size, solver in ((perceptron(5, 300), Spectral()), (perceptron(100, 3000), Spectral())):
+        choice = choose_composition(None, size, Budget())
+        assert (choice.curvature, choice.solver, choice.default_damping) == (GGN(), solver, Relative(0.1))
+    choice = choose_composition(None, perceptron(784, 300, hidden=64), Budget())
+    assert (choice.curvature, choice.solver, choice.default_damping) == (GGN(), Woodbury(), Relative(3.0))
+
+
+@pytest.mark.parametrize("count", [1, 10, 1000])
+def test_a_network_with_many_rows_gets_kronecker_factors(count: int) -> None:
+    size = perceptron(784, 2000, hidden=128).for_queries(count)
+    choice = choose_composition(None, size, Budget())
+    assert (choice.curvature, choice.default_damping) == (EKFAC(), Relative(1.0, per_block=True))
+
+
+def test_outputs_are_counted() -> None:
+    """Few parameters, and 4,096 outputs per example: rows of the Gauss-Newton matrix are 4,096 times the examples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 1, 3, padding=1))
+    x, y = torch.randn(4, 1, 64, 64), torch.rand(4, 1, 64, 64).round()
+    size = size_of(model, x, y, 1, ptif.Bernoulli())
+    assert size.outputs == 4096
+    many = ProblemSize(**{**vars(size), "examples": 200})
+    assert choose_composition(None, many, Budget()).curvature == EKFAC()
+    dense = Spectral().cost(size, GGN())
+    assert dense.passes > 100 or dense.flops > 1e10
+
+
+def test_memory_bounds_the_choice() -> None:
+    size = perceptron(784, 300, hidden=64)
+    assert choose_composition(None, size, Budget()).curvature == GGN()
+    assert choose_composition(None, size, Budget(10_000_000)).curvature == EKFAC()
+
+
+# --------------------------------------------------------------------------- the dense matrix in one product per batch
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_the_dense_matrix_is_the_sum_over_rows(hidden: int) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 3)] if hidden else [nn.Linear(4, 3)]
+    model = nn.Sequential(*layers).double()
+    x, y = torch.randn(50, 4).double(), torch.randint(0, 3, (50,))
+    derivatives = Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=7))
+    rows = torch.cat([r.flat() for r in GGN().stream(derivatives)])
+    assert len(rows) == 150
+    matrix = GGN().of(derivatives, Form.MATRIX, Budget()).matrix  # type: ignore[attr-defined]
+    torch.testing.assert_close(matrix, rows.T @ rows / 50, rtol=1e-10, atol=1e-12)
+
+
+def test_enumerated_classes_cost_no_more_than_one_row() -> None:
+    """Ten classes of a logistic regression: the sum over classes is taken before the outer product."""
+    from pytorch_influence_functions.curvature.second_moment import SecondMoment
+
+    derivatives = Derivatives.of(
+        ptif.Problem(nn.Linear(20, 10), ptif.CrossEntropy(), (torch.randn(64, 20), torch.arange(64) % 10))
+    )
+    total = SecondMoment(derivatives.space, torch.device("cpu"))
+    for batch in GGN().batches(derivatives):
+        total.add(batch)
+    assert total._pairs and not total._flat.any()
+
+
+def test_a_large_root_is_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytorch_influence_functions.curvature import exact
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 6).double()
+    x, y = torch.randn(20, 4).double(), torch.randint(0, 6, (20,))
+    derivatives = Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+    want = GGN().of(derivatives, Form.MATRIX, Budget()).matrix  # type: ignore[attr-defined]
+    monkeypatch.setattr(exact, "_ROOT_NUMBERS", 10)
+    monkeypatch.setattr(exact, "roots_of", lambda *_: pytest.fail("a row was made for every output"))
+    got = GGN().of(derivatives, Form.MATRIX, Budget()).matrix  # type: ignore[attr-defined]
+    torch.testing.assert_close(got, want)
