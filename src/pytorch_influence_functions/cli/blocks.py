@@ -25,10 +25,10 @@ def block_ranges(queries: int, block: int | None = None) -> Iterator[tuple[int, 
     >>> list(block_ranges(30)), list(block_ranges(5, block=2))
     ([(0, 8), (8, 24), (24, 30)], [(0, 2), (2, 4), (4, 5)])
     """
-    at, size = 0, block or FIRST
-    while at < queries:
-        yield at, min(at + size, queries)
-        at += size
+    start, size = 0, block or FIRST
+    while start < queries:
+        yield start, min(start + size, queries)
+        start += size
         size = block or min(2 * size, LARGEST)
 
 

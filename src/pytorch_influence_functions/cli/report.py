@@ -43,11 +43,11 @@ def report_command(
     with exit_with_code(output) as interruption:
         interruption.kept = f"the scores in {str(out)!r} are as they were"
         with report_progress(output):
-            scores, found = _finished(out), None
+            scores, loaded_task = _finished(out), None
             if task is not None:
-                found = load_task(task)
-                scores = _with_data(scores, found, out)
-            page = write_page(scores, out, found)
+                loaded_task = load_task(task)
+                scores = _with_data(scores, loaded_task, out)
+            page = write_page(scores, out, loaded_task)
         output.print_text(show.heading("Written"), show.file_table([(page, "open it in a browser")]))
         output.print_json({"status": "complete", "exit_code": 0, "command": "report", "files": {"report": str(page)}})
 
@@ -86,14 +86,14 @@ def write_page(scores: Scores, out: Path, task: Task | None) -> Path:
 
 def predictions(task: Task, ids: list[int]) -> Tensor | None:
     """What the model says about the queries: probabilities [Q, C], or a number each [Q]; None where neither fits."""
-    problem, found = task.problem, []
+    problem, answers = task.problem, []
     source: Source = task.query_source
     for _, batch in sweep(problem, source, ids, label="the model's answers", world=World()):
         with torch.no_grad():
             outputs = problem.objective.outputs(problem.model, batch).double().cpu()
-        found.append(_said(problem.objective, outputs))
-    parts: list[Any] = [part for part in found if part is not None]
-    return torch.cat(parts) if len(parts) == len(found) else None
+        answers.append(_said(problem.objective, outputs))
+    parts: list[Any] = [part for part in answers if part is not None]
+    return torch.cat(parts) if len(parts) == len(answers) else None
 
 
 def _said(objective: Any, outputs: Tensor) -> Tensor | None:

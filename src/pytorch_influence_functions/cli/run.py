@@ -21,7 +21,7 @@ from .exit import Interruption
 from .fingerprints import describe_settings, fingerprint_run
 from .folder import RUN, SCORES, RunFolder
 from .options import RunSettings
-from .parsing import override_damping, parse_method, parse_positions
+from .parsing import override_damping, parse_method, parse_query_range
 from .progress_bars import QUERIES
 from .task import Task, load_task
 
@@ -53,7 +53,7 @@ class AttributionRun:
         path = settings.task_file
         named = None if settings.method is None else parse_method(settings.method)
         task = load_task(path, settings.overrides)
-        ids = parse_positions(settings.queries, len(task.query_source))
+        ids = parse_query_range(settings.queries, len(task.query_source))
         return AttributionRun(settings, task, choose_method(named, task, settings), tuple(ids))
 
     @property
@@ -73,8 +73,8 @@ class AttributionRun:
     def result_bytes(self) -> int:
         """How large the scores will be."""
         k, n = self.settings.top, len(self.task.problem)
-        held = 4 * n if k is None else 12 * min(2 * k, n)
-        return held * len(self.ids)
+        bytes_each = 4 * n if k is None else 12 * min(2 * k, n)
+        return bytes_each * len(self.ids)
 
     def score(self, overwrite: bool, interruption: Interruption, report: Callback) -> FinishedRun:
         """Score the queries that have not been scored yet, keep every finished block, then write all scores."""

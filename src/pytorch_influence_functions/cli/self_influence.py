@@ -62,8 +62,8 @@ def self_influence_command(
         with report_progress(output):
             loaded = load_task(settings.task_file, settings.overrides)
             chosen = choose_method(named, loaded, settings)
-            values, labels, made = _computed(loaded, chosen, settings, overwrite, interruption)
-        _say(output, settings, values, labels, made)
+            values, labels, record = _computed(loaded, chosen, settings, overwrite, interruption)
+        _say(output, settings, values, labels, record)
 
 
 def _forecast(output: Output, settings: options.RunSettings, named: AbstractMethod | None) -> None:
@@ -127,7 +127,7 @@ def _computed(
 
 
 def _say(
-    output: Output, settings: options.RunSettings, values: Tensor, labels: list[str] | None, made: dict[str, Any]
+    output: Output, settings: options.RunSettings, values: Tensor, labels: list[str] | None, record: dict[str, Any]
 ) -> None:
     out, top = settings.out, min(settings.top or 20, len(values))
     order = self_influence_table.worst(values)
@@ -137,8 +137,8 @@ def _say(
         (out / self_influence_table.RECORD, "what they were made from"),
     ]
     output.print_text(
-        show.heading(f"{len(values):,} training examples in {format_duration(made['seconds'])}"),
-        show.fact_table([("method", made["method"]), ("why", made["why"])]),
+        show.heading(f"{len(values):,} training examples in {format_duration(record['seconds'])}"),
+        show.fact_table([("method", record["method"]), ("why", record["why"])]),
         "",
         show.heading(f"Most suspicious {top:,}"),
         show.indent("by how much an example's own loss would rise without it"),
@@ -155,9 +155,9 @@ def _say(
             "out": str(out),
             "files": {"table": str(files[0][0]), "numbers": str(files[1][0]), "run": str(files[2][0])},
             "n_train": len(values),
-            "method": made["method"],
-            "why": made["why"],
-            "seconds": made["seconds"],
+            "method": record["method"],
+            "why": record["why"],
+            "seconds": record["seconds"],
             "worst": [
                 {"index": i, "label": None if labels is None else labels[i], "self_influence": float(values[i])}
                 for i in order[:top].tolist()

@@ -66,11 +66,11 @@ class Budget:
             )
 
 
-def _parse_bytes(words: str) -> int | str:
+def _parse_bytes(text: str) -> int | str:
     """The number of bytes in words; words without one come back as they are, to be refused."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", words.upper())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if match is None or match[2] not in _UNITS:
-        return words
+        return text
     return int(float(match[1]) * _UNITS[match[2]])
 
 

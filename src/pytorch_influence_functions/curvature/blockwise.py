@@ -14,7 +14,7 @@ from ..linalg.rows import Rows
 from ..linalg.space import Space
 from .base import AbstractCurvature, Budget, Form
 from .from_rows import AbstractRowCurvature
-from .second_moment import SecondMoment, chunks
+from .second_moment import SecondMoment, column_groups
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _from_one_pass(
     kept_bytes, looked_at, n = 0.0, 0, len(derivatives.problem)
     for batch in curvature.batches(chosen):
         so_far = looked_at
-        for columns in chunks(batch):
+        for columns in column_groups(batch):
             for name, total in matrices.items():
                 total.add([restrict_rows(column, spaces[name]) for column in columns])
             for name, several in kept.items():

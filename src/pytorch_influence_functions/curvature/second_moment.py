@@ -33,7 +33,7 @@ class SecondMoment:
 
     def add(self, columns: Iterable[Rows]) -> None:
         """Add one batch, given column by column."""
-        for several in chunks(columns):
+        for several in column_groups(columns):
             shared = _shared_inputs(several) if len(several) > 1 else None
             if shared is None:
                 self._add_flat(several)
@@ -56,8 +56,8 @@ class SecondMoment:
         """Rows written out, in pieces of all columns together: one large product is faster than many small ones."""
         n = len(columns[0])
         step = max(1, _PIECE // (self.space.size * len(columns)))
-        for at in range(0, n, step):
-            flat = torch.cat([c.take(slice(at, at + step)).flat() for c in columns]).double()
+        for start in range(0, n, step):
+            flat = torch.cat([c.take(slice(start, start + step)).flat() for c in columns]).double()
             self._flat.addmm_(flat.T, flat)
 
     def _add_pairs(self, columns: Sequence[Rows], inputs: dict[str, Tensor]) -> None:
@@ -67,8 +67,8 @@ class SecondMoment:
         }
         rights = {name: right.double() for name, right in inputs.items()}
         names = list(inputs)
-        for at, one in enumerate(names):
-            for two in names[at:]:
+        for position, one in enumerate(names):
+            for two in names[position:]:
                 self._add_pair(one, two, lefts, rights)
 
     def _add_pair(self, one: str, two: str, lefts: dict[str, Tensor], rights: dict[str, Tensor]) -> None:
@@ -84,7 +84,7 @@ class SecondMoment:
             total.addmm_(picked.T, inputs)
 
 
-def chunks(columns: Iterable[Rows]) -> Iterator[list[Rows]]:
+def column_groups(columns: Iterable[Rows]) -> Iterator[list[Rows]]:
     """The columns of a batch, as many as are looked at together."""
     left = iter(columns)
     while several := list(islice(left, _COLUMNS)):
@@ -123,5 +123,5 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 def _pieces(count: int, numbers_each: int) -> Iterator[slice]:
     step = max(1, _PIECE // numbers_each)
-    for at in range(0, count, step):
-        yield slice(at, at + step)
+    for start in range(0, count, step):
+        yield slice(start, start + step)

@@ -29,7 +29,7 @@ from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
 from ..solvers.auto import Auto, choose_composition
 from ..solvers.base import AbstractSolver
-from ..solvers.forecast import Composition, Forecast, forecast
+from ..solvers.forecast import Composition, Forecast, estimate_cost
 from ..solvers.truncation import Truncation
 from .assumptions import StationarityCheck
 from .checks import as_weights, check_options_used, check_parts, check_problem, check_weights_fit
@@ -132,7 +132,7 @@ class Influence(Record, AbstractMethod):
             composition = self._compose(derivatives, n_queries, size)
         times = max(1, len(problem.checkpoints))
         rule, solves = self._damping_of(composition), self.scaling.solves_per_example(size.columns)
-        one = forecast(composition, size, self.describe(composition), Budget.of(self.memory), rule, solves)
+        one = estimate_cost(composition, size, self.describe(composition), Budget.of(self.memory), rule, solves)
         return replace(one, passes=one.passes * times, seconds=one.seconds * times)
 
     @property
@@ -246,9 +246,9 @@ class Attribution(OldNames):
         scoring = ScoringPass(self.problem, self._question(queries, measure, top, batch_size), streamed=alone)
         for weight, member in self._weighted():
             with at_checkpoint(self.problem.model, member.checkpoint):
-                for at, solved in self._solved(member, scoring):
+                for query_ids, solved in self._solved(member, scoring):
                     for ids, values in self._stream(member, solved, scoring.log).blocks():
-                        scoring.add(at, ids, values if weight == 1.0 else values * weight)
+                        scoring.add(query_ids, ids, values if weight == 1.0 else values * weight)
             scoring.log.end_checkpoint(weight)
         scoring.sum_over_workers()
         return scoring.scores(self._diagnostics, self.fit_seconds)
@@ -291,8 +291,8 @@ class Attribution(OldNames):
         scoring = ScoringPass(self.problem, question, streamed=False)
         for weight, member in self._weighted():
             with at_checkpoint(self.problem.model, member.checkpoint):
-                for at, solved in self._solved(member, scoring):
-                    tokens.add(member.derivatives, at, solved, weight)
+                for query_ids, solved in self._solved(member, scoring):
+                    tokens.add(member.derivatives, query_ids, solved, weight)
         return tokens.values
 
     def with_damping(self, damping: AbstractDamping | float) -> Attribution:
@@ -377,13 +377,13 @@ class Attribution(OldNames):
 
     def _solved(self, member: FittedMember, scoring: ScoringPass) -> Iterator[tuple[Tensor, Solved]]:
         """(query indices, solved queries), in groups as large as memory allows."""
-        for at, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(self.spec.memory))):
+        for query_ids, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(self.spec.memory))):
             solution = member.solve(rows)
             scoring.log.add_solution(solution, rows, member.shift)
             factors = self.spec.scaling.query_factors(rows)
             solved = solution.unwrap() if factors is None else solution.unwrap().scaled(factors)
             del rows, solution  # while the data stream past, nobody holds the unsolved rows
-            yield at, solved
+            yield query_ids, solved
 
     def _stream(self, member: FittedMember, solved: Solved, log: RunLog) -> TrainingStream:
         scaling = self.spec.scaling
@@ -401,10 +401,10 @@ class Attribution(OldNames):
         """<g, D (C + D)^-1 g> / |g|^2 for every query."""
         shares = torch.zeros(len(question), dtype=torch.float64)
         scoring = ScoringPass(self.problem, question, streamed=False)
-        for at, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(self.spec.memory))):
+        for query_ids, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(self.spec.memory))):
             sizes = rows.squared_norms().double()
             damped = member.solve(rows).unwrap().rowwise(member.shift.apply(rows)).double()
-            shares[at] = torch.where(sizes > 0, damped / sizes, torch.zeros_like(sizes)).cpu()
+            shares[query_ids] = torch.where(sizes > 0, damped / sizes, torch.zeros_like(sizes)).cpu()
         return shares
 
     def _member(self, checkpoint: Any) -> FittedMember:

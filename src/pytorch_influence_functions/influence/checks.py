@@ -135,10 +135,10 @@ def in_queries() -> Iterator[None]:
     try:
         yield
     except (InvalidInput, NonFinite) as error:
-        words = str(error)
-        if not words.startswith("In the queries"):
-            plain = words.split(" ", 1)[0] in _SMALL
-            error.args = (f"In the queries, {words[0].lower() + words[1:] if plain else words}",)
+        message = str(error)
+        if not message.startswith("In the queries"):
+            plain = message.split(" ", 1)[0] in _SMALL
+            error.args = (f"In the queries, {message[0].lower() + message[1:] if plain else message}",)
         raise
 
 

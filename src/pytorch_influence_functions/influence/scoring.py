@@ -80,17 +80,17 @@ class ScoringPass:
             question.labels.add(gradients.ids, gradients.batch)
             yield gradients
 
-    def add(self, at: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
+    def add(self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
         """Add a block of scores: queries `at` on training examples `ids`.
 
         Raises:
             NonFinite: a score is NaN or infinite: nothing is ranked around it.
         """
-        refuse_nonfinite(values, at, ids)
+        refuse_nonfinite(values, query_ids, ids)
         if self._extremes is not None:
-            self._extremes.add(at, ids, values)
+            self._extremes.add(query_ids, ids, values)
         else:
-            self._whole()[at[:, None], ids[None]] += values.double().cpu()
+            self._whole()[query_ids[:, None], ids[None]] += values.double().cpu()
 
     def _whole(self) -> Tensor:
         """All scores [Q, N], made when the first block comes: who asks for the queries alone holds none."""
@@ -239,12 +239,12 @@ def self_influence_rows(derivatives: Derivatives, room: int) -> Iterator[tuple[I
             yield gradients.ids[part], gradients.rows.take(part)
 
 
-def refuse_nonfinite(values: Tensor, at: Tensor, ids: Tensor) -> None:
+def refuse_nonfinite(values: Tensor, query_ids: Tensor, ids: Tensor) -> None:
     """Nothing is ranked around a NaN: scores `[q, n]` of queries `at` on training examples `ids` must be finite."""
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
         raise NonFinite(
-            f"Scores of queries {name_ids(sorted(set(at[bad[:, 0].cpu()].tolist())))} are NaN or infinite at training "
+            f"Scores of queries {name_ids(sorted(set(query_ids[bad[:, 0].cpu()].tolist())))} are NaN or infinite at training "
             f"indices {name_ids(sorted(set(ids[bad[:, 1].cpu()].tolist())))}; look at these examples "
             "or raise the damping."
         )

@@ -26,7 +26,7 @@ class TokenScores:
         self.problem, self.ids, self.n_queries = problem, _checked(ids, len(problem)), n_queries
         self.values: dict[int, Tensor] = {}
 
-    def add(self, d: Derivatives, at: Tensor, solved: Rows | DualSolution, weight: float) -> None:
+    def add(self, d: Derivatives, query_ids: Tensor, solved: Rows | DualSolution, weight: float) -> None:
         """One more group of solved queries, at the model's present weights."""
         directions = solved.rows() if isinstance(solved, DualSolution) else solved
         products: Products | None = None
@@ -34,9 +34,11 @@ class TokenScores:
         for i in self.ids:
             for ids, batch in sweep(self.problem, ids=[i], label="tokens", world=World()):
                 products = products or Products.of(d, batch, len(ids))
-                found = products.token_losses_along(batch, directions)[:, 0].double().cpu()
-                total = self.values.setdefault(i, torch.zeros(self.n_queries, found.shape[1], dtype=torch.float64))
-                total[at] += found * (weight / len(self.problem))
+                token_scores = products.token_losses_along(batch, directions)[:, 0].double().cpu()
+                total = self.values.setdefault(
+                    i, torch.zeros(self.n_queries, token_scores.shape[1], dtype=torch.float64)
+                )
+                total[query_ids] += token_scores * (weight / len(self.problem))
 
 
 def check_tokens(d: Derivatives, scaling: AbstractScaling) -> None:
@@ -58,12 +60,12 @@ def check_tokens(d: Derivatives, scaling: AbstractScaling) -> None:
 
 def _checked(ids: Any, n: int) -> list[int]:
     try:
-        found = torch.as_tensor(ids if isinstance(ids, (Tensor, Sequence)) else list(ids)).reshape(-1)
+        token_scores = torch.as_tensor(ids if isinstance(ids, (Tensor, Sequence)) else list(ids)).reshape(-1)
     except (TypeError, ValueError, RuntimeError) as cause:
         raise InvalidInput(f"ids={ids!r} are no positions in the training dataset; give integers.") from cause
-    if found.numel() == 0 or found.dtype.is_floating_point or found.dtype == torch.bool:
+    if token_scores.numel() == 0 or token_scores.dtype.is_floating_point or token_scores.dtype == torch.bool:
         raise InvalidInput(f"ids={ids!r} are no positions in the training dataset; give at least one integer.")
-    outside = [i for i in found.tolist() if not 0 <= i < n]
+    outside = [i for i in token_scores.tolist() if not 0 <= i < n]
     if outside:
         raise InvalidInput(f"Index {name_ids(outside)} is outside the {n} training examples; count from 0.")
-    return [int(i) for i in dict.fromkeys(found.tolist())]
+    return [int(i) for i in dict.fromkeys(token_scores.tolist())]

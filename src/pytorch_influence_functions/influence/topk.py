@@ -32,11 +32,11 @@ class TopK:
         # Twice as many: where equal scores stand among both the largest and the smallest, the next ones move up.
         self._smallest = _Extremes.empty(self.n_queries, 2 * self.k, sign=-1.0)
 
-    def add(self, at: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
+    def add(self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
         """Merge one block: scores of queries `at` on training examples `ids`."""
-        if self._queries is not None and not torch.equal(self._queries, at):
+        if self._queries is not None and not torch.equal(self._queries, query_ids):
             self._merge()
-        self._queries = at
+        self._queries = query_ids
         self._buffer.append((ids.cpu(), values.double().cpu()))
         if sum(len(i) for i, _ in self._buffer) >= max(_COLUMNS, 4 * self.k):
             self._merge()
@@ -80,13 +80,13 @@ class _Extremes:
         values = torch.full((n_queries, k), -sign * torch.inf, dtype=torch.float64)
         return _Extremes(values, torch.full((n_queries, k), -1), sign)
 
-    def merge(self, at: Tensor, ids: Tensor, values: Tensor) -> None:
-        known = self.ids[at]
-        ids = torch.cat([known, ids.expand(len(at), -1)], 1)
-        signed = self.sign * torch.cat([self.values[at], values], 1)
+    def merge(self, query_ids: Tensor, ids: Tensor, values: Tensor) -> None:
+        known = self.ids[query_ids]
+        ids = torch.cat([known, ids.expand(len(query_ids), -1)], 1)
+        signed = self.sign * torch.cat([self.values[query_ids], values], 1)
         best = _best(signed, ids, known.shape[1])
-        self.values[at] = self.sign * signed.gather(1, best)
-        self.ids[at] = ids.gather(1, best)
+        self.values[query_ids] = self.sign * signed.gather(1, best)
+        self.ids[query_ids] = ids.gather(1, best)
 
 
 def _best(values: Float[Tensor, "q w"], ids: Int[Tensor, "q w"], k: int) -> Int[Tensor, "q k"]:

@@ -83,9 +83,9 @@ def last_linear(problem: Problem) -> str:
     Raises:
         InvalidInput: there is none.
     """
-    seen: list[tuple[str, Tensor]] = []
+    calls: list[tuple[str, Tensor]] = []
     handles = [
-        module.register_forward_hook(lambda m, args, out, name=name: seen.append((name, out)))
+        module.register_forward_hook(lambda m, args, out, name=name: calls.append((name, out)))
         for name, module in problem.model.named_modules()
         if isinstance(module, nn.Linear)
     ]
@@ -96,7 +96,7 @@ def last_linear(problem: Problem) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    for name, out in reversed(seen):
+    for name, out in reversed(calls):
         if out.shape == outputs.shape and torch.equal(out, outputs):
             return name or ROOT
     raise InvalidInput(
@@ -244,11 +244,11 @@ class FittedBaseline(OldNames):
         checkpoints = problem.checkpoints or (None,)
         scoring = ScoringPass(problem, question, streamed=len(checkpoints) == 1)
         sign = 1.0 if question.measure.lower_is_better else -1.0
-        everyone, at = torch.arange(len(problem)), torch.arange(len(question))
+        everyone, query_ids = torch.arange(len(problem)), torch.arange(len(question))
         for checkpoint in checkpoints:
             with at_checkpoint(problem.model, checkpoint):
                 values = self.spec.values(problem, question.source)
-                scoring.add(at, everyone, values.double() * (sign / len(checkpoints)))
+                scoring.add(query_ids, everyone, values.double() * (sign / len(checkpoints)))
         facts = Diagnostics(
             method=self.method,
             why=self.spec.why,
@@ -267,11 +267,11 @@ class FittedBaseline(OldNames):
 @contextmanager
 def entering(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
     """What enters a layer, call by call, while this is open."""
-    seen: list[Tensor] = []
+    calls: list[Tensor] = []
     handle = model.get_submodule("" if layer == ROOT else layer).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
+        lambda _, args: calls.append(args[0])
     )
     try:
-        yield seen
+        yield calls
     finally:
         handle.remove()

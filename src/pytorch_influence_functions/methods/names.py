@@ -146,8 +146,8 @@ def _refusal(given: Any) -> str:
             return f"{kind.__name__} is a {part}, one part of a method; write {advice.format(kind.__name__)}."
     if isinstance(given, Fitted):
         return f"method= is fitted already, as {kind.__name__}; call its score(queries)."
-    got = f"the class {kind.__name__}" if isinstance(given, type) else kind.__name__
+    description = f"the class {kind.__name__}" if isinstance(given, type) else kind.__name__
     return (
         "method= must be a method such as ptif.ekfac(), a name such as 'ekfac', or a curvature such as "
-        f"ptif.curvature.GGN(), got {got}; leave it out to have one chosen by size."
+        f"ptif.curvature.GGN(), got {description}; leave it out to have one chosen by size."
     )

@@ -165,9 +165,9 @@ class _Columns:
                 self.absorb(member, n, f"{where}[{key!r}]")
         elif isinstance(value, (tuple, list)):
             plain = all(isinstance(member, (str, bytes, int, float, type(None))) for member in value)
-            for at, member in enumerate(value):
+            for position, member in enumerate(value):
                 self._add(where, "words", digest(member).encode()) if plain else self.absorb(
-                    member, n, f"{where}[{at}]"
+                    member, n, f"{where}[{position}]"
                 )
         else:
             self._add(where, "other", digest(value).encode())

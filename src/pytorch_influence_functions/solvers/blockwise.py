@@ -64,7 +64,7 @@ class BlockGroup(Record):
     def matches(self, pattern: str, block: BlockSpec) -> bool:
         """Whether a pattern means a block: by its name, its parameters' names, or a module above them."""
         names = {block.name, *block.parameters}
-        above = {name[:at] for name in block.parameters for at, letter in enumerate(name) if letter == "."}
+        above = {name[:position] for name in block.parameters for position, letter in enumerate(name) if letter == "."}
         return any(fnmatchcase(name, pattern) for name in names | above)
 
 

@@ -190,11 +190,11 @@ class _Run:
         live.rz = rz
 
     def _fail_rows(self, live: _Live, bad: Tensor, why: Result, quotient: Tensor | None = None) -> None:
-        for at in bad.nonzero().flatten().tolist():
-            row = int(live.index[at])
+        for position in bad.nonzero().flatten().tolist():
+            row = int(live.index[position])
             self.outcome.setdefault(row, why)
             if quotient is not None:
-                self.negative[row] = float(quotient[at])
+                self.negative[row] = float(quotient[position])
 
     def _settle(self, live: _Live, x: Tensor) -> _Live:
         """Let go of rows that are done, have failed or are stuck."""
@@ -223,8 +223,8 @@ class _Run:
         # A second claim that is hardly better than the first is rounding, not progress.
         lost = is_done & ~reached & (true > 0.9 * asked.claimed)
         lost |= ~is_done & ~reached & ((true - told).abs() > _DRIFT * told)
-        for at in lost.nonzero().flatten().tolist():
-            self.outcome[int(asked.index[at])] = Result.stagnated
+        for position in lost.nonzero().flatten().tolist():
+            self.outcome[int(asked.index[position])] = Result.stagnated
         x[asked.index] = asked.x
         rest = live.keep(~(done | stuck))
         again = ~reached & ~lost & is_done

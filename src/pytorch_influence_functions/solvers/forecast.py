@@ -73,7 +73,7 @@ def queries_at_once(solver: AbstractSolver[Any], parameters: int, number_bytes: 
     return max(1, int(budget.bytes * QUERY_SHARE / each))
 
 
-def forecast(
+def estimate_cost(
     choice: Composition,
     size: ProblemSize,
     method: str,

@@ -55,9 +55,9 @@ class Truncation(Record):
 
     def of(self, rows: Rows) -> Truncated:
         """The rows in low rank, and what each layer of each row lost."""
-        made = {name: self._block(block) for name, block in rows.blocks.items()}
-        kept = Rows({name: block for name, (block, _) in made.items()})
-        return Truncated(kept, {name: lost for name, (_, lost) in made.items()})
+        truncated_blocks = {name: self._block(block) for name, block in rows.blocks.items()}
+        kept = Rows({name: block for name, (block, _) in truncated_blocks.items()})
+        return Truncated(kept, {name: lost for name, (_, lost) in truncated_blocks.items()})
 
     def _block(self, block: AbstractBlock) -> tuple[AbstractBlock, Float[Tensor, " n"]]:
         nothing = torch.zeros(len(block), dtype=torch.float64, device=block.reference.device)

@@ -119,9 +119,9 @@ class SOURCE(AbstractMethod):
         return tuple(self.segments) if isinstance(self.segments, Sequence) else (self.segments,)
 
     def __repr__(self) -> str:
-        words = [f"[{', '.join(map(repr, self.parts))}]", f"curvature={self.curvature!r}"]
-        words += ["final=..."] if self.final is not None else []
-        return f"SOURCE({', '.join(words)})"
+        parts = [f"[{', '.join(map(repr, self.parts))}]", f"curvature={self.curvature!r}"]
+        parts += ["final=..."] if self.final is not None else []
+        return f"SOURCE({', '.join(parts)})"
 
     def fit(self, problem: Problem, n_queries: int = 1) -> SourceAttribution:
         """The curvature of every segment, once.
@@ -260,8 +260,8 @@ class SourceAttribution(OldNames):
         with at_checkpoint(model, self.spec.final):
             question = Question.of(self.problem, self.derivatives.objective, queries, measure, top, batch_size)
             scoring = ScoringPass(self.problem, question, streamed=True)
-            for at, rows in scoring.query_groups(self.derivatives, self._room()):
-                scoring.add(at, everyone, current().all_sum(self._block(at, rows, scoring.log)))
+            for query_ids, rows in scoring.query_groups(self.derivatives, self._room()):
+                scoring.add(query_ids, everyone, current().all_sum(self._block(query_ids, rows, scoring.log)))
             return scoring.scores(self._diagnostics, self.fit_seconds)
 
     def self_influence(self) -> Float[Tensor, " n"]:
@@ -309,15 +309,15 @@ class SourceAttribution(OldNames):
             u = segment.survives(u) if k else u
         return solved[::-1]
 
-    def _block(self, at: Tensor, rows: Rows, log: RunLog) -> Tensor:
+    def _block(self, query_ids: Tensor, rows: Rows, log: RunLog) -> Tensor:
         """Scores [q, N] of a group of queries: the training data pass once per checkpoint."""
         route = Route.of(self.spec.route)
-        total = torch.zeros(len(at), len(self.problem), dtype=torch.float64)
+        total = torch.zeros(len(query_ids), len(self.problem), dtype=torch.float64)
         for segment, solved in zip(self.segments, self._propagated(rows, log), strict=True):
             for checkpoint, derivatives in segment.members:
                 with at_checkpoint(self.problem.model, checkpoint):
                     for ids, values in TrainingStream(derivatives, solved, route).blocks():
-                        refuse_nonfinite(values, at, ids)
+                        refuse_nonfinite(values, query_ids, ids)
                         total[:, ids] += values.double().cpu() / len(segment.members)
         return total
 
@@ -362,8 +362,8 @@ def _speaking_of(segment: int, checkpoint: int) -> Iterator[None]:
     try:
         yield
     except (InvalidInput, NonFinite) as error:
-        words = str(error)
-        error.args = (f"Segment {segment + 1}, checkpoint {checkpoint + 1}: {words[0].lower() + words[1:]}",)
+        message = str(error)
+        error.args = (f"Segment {segment + 1}, checkpoint {checkpoint + 1}: {message[0].lower() + message[1:]}",)
         raise
 
 

@@ -176,14 +176,16 @@ class Fit:
         """Blocks that are fitted together: all of them, or as many as the budget holds where a folder takes them."""
         size = look.dtype.itemsize
         largest, shapes = self.plan.largest, {k: look.blocks[k].shape for k in names}
-        held = {k: (numbers_of(shape, largest) + _workspace(shape, largest)) * size for k, shape in shapes.items()}
-        worst = max(held.values(), default=0)
+        bytes_held = {
+            k: (numbers_of(shape, largest) + _workspace(shape, largest)) * size for k, shape in shapes.items()
+        }
+        worst = max(bytes_held.values(), default=0)
         if not stored:
-            self.budget.check(sum(held.values()), "Fitting the Kronecker factors", "give them folder=path")
+            self.budget.check(sum(bytes_held.values()), "Fitting the Kronecker factors", "give them folder=path")
         self.budget.check(worst, "The Kronecker factors of one layer", "lower `largest`, or leave the layer out")
         group: list[str] = []
         for name in names:
-            if group and sum(held[k] for k in [*group, name]) > self.budget.bytes:
+            if group and sum(bytes_held[k] for k in [*group, name]) > self.budget.bytes:
                 yield group
                 group = []
             group.append(name)
@@ -264,14 +266,14 @@ class Fit:
                 for ids, batch in sweep(derivatives.problem, self.wide, over, "curvature factors", self.world):
                     tape, cotangents = self._cotangents(derivatives, ids, batch, draws)
                     left = sum(len(c) for c in cotangents)
-                    found: list[Columns] = []
+                    column_sets: list[Columns] = []
                     for several in cotangents:
                         columns = []
                         for cotangent in several:
                             left -= 1
                             columns.append(tape.rows(cotangent, keep_graph=left > 0))
-                        found.append({k: unified([r.blocks[k] for r in columns]) for k in names})
-                    yield found[0], found[-1]
+                        column_sets.append({k: unified([r.blocks[k] for r in columns]) for k in names})
+                    yield column_sets[0], column_sets[-1]
 
     def _cotangents(
         self, derivatives: Derivatives, ids: Tensor, batch: Any, draws: tuple[int, ...]
@@ -290,11 +292,11 @@ class Fit:
         assert isinstance(objective, AbstractLikelihood), "_fisher() says so in a sentence first"
         if not isinstance(fisher, Fisher) or fisher.samples is None:
             return tape, [list(objective.root(outputs, batch))]
-        made = []
+        cotangents = []
         for draw in draws:
             seeds = [draw_seed(fisher.seed, draw * fisher.samples + k) for k in range(fisher.samples)]
-            made.append([objective.sample_cotangent(outputs, batch, Keyed(ids, seed)) for seed in seeds])
-        return tape, made
+            cotangents.append([objective.sample_cotangent(outputs, batch, Keyed(ids, seed)) for seed in seeds])
+        return tape, cotangents
 
     def _weights(self, checkpoint: Checkpoint | None) -> AbstractContextManager[None]:
         model = self.members[0][1].problem.model

@@ -59,8 +59,8 @@ class Axis:
             self.moment.add_(x.square().sum(0), alpha=weight)
             return
         step = self.size if self.size < _PANELLED else -(-self.size // _PANELS)
-        for at in range(0, self.size, step):
-            self.moment[at : at + step, at:].addmm_(x[:, at : at + step].T, x[:, at:], alpha=weight)
+        for start in range(0, self.size, step):
+            self.moment[start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:], alpha=weight)
 
     def eigen(self, what: str) -> tuple[Tensor | None, Float[Tensor, " d"]]:
         """Eigenvectors (None: the coordinates themselves) and eigenvalues, clamped at 0, float64."""
@@ -229,34 +229,34 @@ def _same(x: Tensor, y: Tensor) -> bool:
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor once, where several are the same memory."""
-    found: list[Tensor] = []
+    distinct: list[Tensor] = []
     for x in tensors:
-        if not any(_same(x, y) for y in found):
-            found.append(x)
-    return found
+        if not any(_same(x, y) for y in distinct):
+            distinct.append(x)
+    return distinct
 
 
 def _outers(columns: Sequence[AbstractBlock], chunk: slice) -> list[Outer]:
     """The rows `chunk` of every column with patches unfolded, once per distinct input."""
-    made: list[Outer] = []
+    outers: list[Outer] = []
     unfolded: list[tuple[Tensor, Tensor]] = []
     for column in columns:
         part = column.take(chunk)
         if isinstance(part, Outer):
-            made.append(part)
+            outers.append(part)
             continue
         assert isinstance(part, Conv)
         patches = next((p for x, p in unfolded if _same(x, part.x)), None)
         if patches is None:
             patches = part.window.patches(part.x)
             unfolded.append((part.x, patches))
-        made.append(Outer(part.left.flatten(2).mT, patches))
-    return made
+        outers.append(Outer(part.left.flatten(2).mT, patches))
+    return outers
 
 
 def unified(columns: Sequence[AbstractBlock]) -> list[AbstractBlock]:
     """Columns that hold equal inputs made to share them: what is the same is stored, and computed with, once."""
-    first, found = columns[0], list(columns[:1])
+    first, shared = columns[0], list(columns[:1])
     for column in columns[1:]:
         if isinstance(first, Outer) and isinstance(column, Outer):
             left = first.left if _equal(first.left, column.left) else column.left
@@ -264,8 +264,8 @@ def unified(columns: Sequence[AbstractBlock]) -> list[AbstractBlock]:
             column = Outer(left, right)
         elif isinstance(first, Conv) and isinstance(column, Conv) and _equal(first.x, column.x):
             column = Conv(column.left, first.x, column.window)
-        found.append(column)
-    return found
+        shared.append(column)
+    return shared
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:

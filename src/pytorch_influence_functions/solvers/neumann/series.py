@@ -251,14 +251,14 @@ class _Series:
         if not size or size >= examples:
             return lambda: None
         generator = torch.Generator().manual_seed(seed)
-        order, at = torch.randperm(examples, generator=generator), 0
+        order, start = torch.randperm(examples, generator=generator), 0
 
         def draw() -> Tensor:
-            nonlocal order, at
-            if at + size > examples:
-                order, at = torch.randperm(examples, generator=generator), 0
-            at += size
-            return order[at - size : at]
+            nonlocal order, start
+            if start + size > examples:
+                order, start = torch.randperm(examples, generator=generator), 0
+            start += size
+            return order[start - size : start]
 
         return draw
 
