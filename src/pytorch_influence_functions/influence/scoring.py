@@ -243,8 +243,8 @@ def refuse_nonfinite(values: Tensor, query_ids: Tensor, ids: Tensor) -> None:
     """Nothing is ranked around a NaN: scores `[q, n]` of queries `at` on training examples `ids` must be finite."""
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
+        queries, examples = (sorted(set(i.tolist())) for i in (query_ids[bad[:, 0].cpu()], ids[bad[:, 1].cpu()]))
         raise NonFinite(
-            f"Scores of queries {name_ids(sorted(set(query_ids[bad[:, 0].cpu()].tolist())))} are NaN or infinite at training "
-            f"indices {name_ids(sorted(set(ids[bad[:, 1].cpu()].tolist())))}; look at these examples "
-            "or raise the damping."
+            f"Scores of queries {name_ids(queries)} are NaN or infinite at training indices {name_ids(examples)}; look at "
+            "these examples or raise the damping."
         )

@@ -28,7 +28,7 @@ class TokenScores:
 
     def add(self, d: Derivatives, query_ids: Tensor, solved: Rows | DualSolution, weight: float) -> None:
         """One more group of solved queries, at the model's present weights."""
-        directions = solved.rows() if isinstance(solved, DualSolution) else solved
+        directions = solved.rows()
         products: Products | None = None
         # One by one: texts differ in length, and few are asked for.
         for i in self.ids:
