@@ -245,6 +245,6 @@ def refuse_nonfinite(values: Tensor, query_ids: Tensor, ids: Tensor) -> None:
     if len(bad):
         queries, examples = (sorted(set(i.tolist())) for i in (query_ids[bad[:, 0].cpu()], ids[bad[:, 1].cpu()]))
         raise NonFinite(
-            f"Scores of queries {name_ids(queries)} are NaN or infinite at training indices {name_ids(examples)}; look at "
-            "these examples or raise the damping."
+            f"Scores of queries {name_ids(queries)} are NaN or infinite at training indices {name_ids(examples)}; look "
+            "at these examples or raise the damping."
         )
