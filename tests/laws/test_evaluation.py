@@ -217,6 +217,7 @@ def test_ridge_leave_one_out_is_exact() -> None:
     assert removal_correlation(dot, truth).value < 0.995
 
 
+@pytest.mark.slow
 def test_logistic_leave_one_out_against_real_refits() -> None:
     """With the minimum found each time, influence over one minus leverage is leave-one-out almost exactly."""
     generator = torch.Generator().manual_seed(1)
@@ -281,6 +282,7 @@ def classes() -> tuple[Recipe, ptif.Problem, tuple[Tensor, Tensor], tuple[Tensor
     return recipe, ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=3e-3), (x, y), (qx, qy)
 
 
+@pytest.mark.slow
 def test_pbrf_is_what_influence_predicts_at_small_steps() -> None:
     _, problem, _, queries = classes()
     scores = ptif.exact(damping=0.02).fit(problem).score(queries)
@@ -295,6 +297,7 @@ def test_pbrf_is_what_influence_predicts_at_small_steps() -> None:
     assert scores.values.shape == ggn.values.shape
 
 
+@pytest.mark.slow
 def test_a_table_with_its_baselines() -> None:
     recipe, problem, train, queries = classes()
     truth = retrain(recipe, Subsets.halves(120, 40), 4, train=train, queries=queries)
@@ -314,6 +317,7 @@ def test_a_table_with_its_baselines() -> None:
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == names
 
 
+@pytest.mark.slow
 def test_removing_the_top_hurts_more_than_removing_at_random() -> None:
     recipe, problem, train, queries = classes()
     scores = ptif.gauss_newton(damping=0.02).fit(problem).score(queries)
@@ -328,6 +332,7 @@ def test_removing_the_top_hurts_more_than_removing_at_random() -> None:
     assert torch.allclose(curves.measured["influence"][0][:, 3], alone.measured[0, :, 3], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_verification_tells_influence_from_noise() -> None:
     recipe, problem, train, queries = classes()
     scores = ptif.gauss_newton(damping=0.02).fit(problem).score(queries)
@@ -341,6 +346,7 @@ def test_verification_tells_influence_from_noise() -> None:
     assert blind.r.low < 0.3
 
 
+@pytest.mark.slow
 def test_attribute_verifies_at_the_door() -> None:
     recipe, problem, train, queries = classes()
     scores = ptif.attribute(problem.model, train, queries, weight_decay=3e-3, verify=recipe, top=5)
@@ -348,6 +354,7 @@ def test_attribute_verifies_at_the_door() -> None:
     assert scores.shape == (12, 10)
 
 
+@pytest.mark.slow
 def test_trajectory_specific_removal_is_less_noisy() -> None:
     """Held batches change one weight only: seeds agree better on what a removal does."""
     recipe, _, train, queries = classes()

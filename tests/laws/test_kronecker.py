@@ -520,6 +520,7 @@ def test_an_interrupted_fit_leaves_whole_files_only(tmp_path: Any, monkeypatch: 
     torch.testing.assert_close(written_out(found), written_out(fitted(EKFAC(GGN()), derivatives)))
 
 
+@pytest.mark.slow
 def test_factors_larger_than_memory_are_fitted_in_turn_and_stay_on_disk(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(30, 30) for _ in range(4)), nn.Tanh(), nn.Linear(30, 3)).double()

@@ -263,6 +263,7 @@ def test_nystrom_of_low_rank_is_exact_and_never_exceeds() -> None:
         nystrom_pairs(implicit(with_spectrum(space, -values)), 5, 0, F64, CPU)
 
 
+@pytest.mark.slow
 def test_nystrom_guides_conjugate_gradients_to_the_dense_solve_in_fewer_steps() -> None:
     data = mlp()
     model, x, y, xq, yq = data

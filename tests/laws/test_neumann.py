@@ -167,6 +167,7 @@ def test_the_seed_alone_decides_the_batches() -> None:
     assert sorted(epoch.tolist()) == list(range(40))  # without replacement until used up
 
 
+@pytest.mark.slow
 def test_repeats_are_averaged() -> None:
     operator, dense = implicit_examples(a_space(), 100)
     b, shift = some_rows(operator.space, 2), Shift(0.05)

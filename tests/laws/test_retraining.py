@@ -190,6 +190,7 @@ def test_a_function_of_ones_own() -> None:
     assert seen[-1] == (list(range(2, N)), 1, labels[2:])
 
 
+@pytest.mark.slow
 def test_a_function_of_ones_own_in_processes() -> None:
     here = made(own, Subsets.halves(N, 2), measure=nn.CrossEntropyLoss())
     there = made(own, Subsets.halves(N, 2), measure=nn.CrossEntropyLoss(), workers=2)
