@@ -11,7 +11,7 @@ from unittest.mock import patch
 from typer.testing import CliRunner
 
 from pytorch_influence_functions import cli
-from pytorch_influence_functions.cli import watch
+from pytorch_influence_functions.cli import progress_bars
 
 N, QUERIES = 40, 12
 
@@ -62,7 +62,7 @@ class Ran:
     """What a command printed, and how it ended. However slow the machine, no pass is long enough to be reported."""
 
     def __init__(self, *arguments: Any) -> None:
-        with patch.multiple(watch, SHORT=math.inf, EVERY=math.inf):
+        with patch.multiple(progress_bars, SHOW_AFTER=math.inf, LINE_INTERVAL=math.inf):
             result = CliRunner().invoke(cli.build(), [str(a) for a in arguments])
         self.code, self.stdout, self.stderr = result.exit_code, result.stdout, result.stderr
 

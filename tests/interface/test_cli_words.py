@@ -15,7 +15,7 @@ from rich.progress import Progress
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.cli import blocks, options, show
 from pytorch_influence_functions.cli.exit import Output
-from pytorch_influence_functions.cli.parsing import parse_damping, parse_method, parse_positions
+from pytorch_influence_functions.cli.parsing import parse_damping, parse_method, parse_query_positions
 from pytorch_influence_functions.cli.progress_bars import ProgressBars, ProgressLines, report_progress
 from pytorch_influence_functions.damping import Absolute, FromTraining
 from pytorch_influence_functions.errors import InvalidInput, UnknownName
@@ -126,16 +126,16 @@ def test_dampings_in_words() -> None:
 
 def test_ranges_of_queries() -> None:
     assert (
-        parse_positions("8:", 10) == [8, 9]
-        and parse_positions(":2", 10) == [0, 1]
-        and parse_positions("::4", 10) == [0, 4, 8]
+        parse_query_positions("8:", 10) == [8, 9]
+        and parse_query_positions(":2", 10) == [0, 1]
+        and parse_query_positions("::4", 10) == [0, 4, 8]
     )
-    assert parse_positions("9", 10) == [9]
+    assert parse_query_positions("9", 10) == [9]
 
 
 @pytest.mark.parametrize(("queries", "block"), [(1, None), (8, None), (1000, None), (10, 3), (3, 10)])
 def test_blocks_cover_every_query_once(queries: int, block: int | None) -> None:
-    found = list(blocks.plan(queries, block))
+    found = list(blocks.block_ranges(queries, block))
     assert [q for a, b in found for q in range(a, b)] == list(range(queries))
     assert max(b - a for a, b in found) <= (block or blocks.LARGEST)
     assert block is not None or len(found) <= 9
@@ -146,10 +146,10 @@ def test_what_one_block_did_not_measure_is_not_known_of_the_whole() -> None:
         d = ptif.Diagnostics(residual_max=residual, residual_mean=residual, n_queries=queries, seconds=seconds)
         return ptif.Scores(torch.ones(queries, 2), diagnostics=d)
 
-    whole = blocks.joined([part(0.1, 1, 2.0), part(0.4, 3, 1.0)]).diagnostics
+    whole = blocks.join_blocks([part(0.1, 1, 2.0), part(0.4, 3, 1.0)]).diagnostics
     assert (whole.residual_max, whole.n_queries, whole.seconds) == (0.4, 4, 3.0)
     assert whole.residual_mean == pytest.approx((0.1 + 3 * 0.4) / 4)
-    unknown = blocks.joined([part(0.1, 1, 2.0), part(float("nan"), 3, 1.0)]).diagnostics
+    unknown = blocks.join_blocks([part(0.1, 1, 2.0), part(float("nan"), 3, 1.0)]).diagnostics
     assert unknown.residual_max != unknown.residual_max
 
 
