@@ -15,7 +15,7 @@ from rich.progress import Progress
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.cli import blocks, options, show
 from pytorch_influence_functions.cli.exit import Output
-from pytorch_influence_functions.cli.parsing import parse_damping, parse_method, parse_query_range
+from pytorch_influence_functions.cli.parsing import parse_damping, parse_method, parse_query_positions
 from pytorch_influence_functions.cli.progress_bars import ProgressBars, ProgressLines, report_progress
 from pytorch_influence_functions.damping import Absolute, FromTraining
 from pytorch_influence_functions.errors import InvalidInput, UnknownName
@@ -126,11 +126,11 @@ def test_dampings_in_words() -> None:
 
 def test_ranges_of_queries() -> None:
     assert (
-        parse_query_range("8:", 10) == [8, 9]
-        and parse_query_range(":2", 10) == [0, 1]
-        and parse_query_range("::4", 10) == [0, 4, 8]
+        parse_query_positions("8:", 10) == [8, 9]
+        and parse_query_positions(":2", 10) == [0, 1]
+        and parse_query_positions("::4", 10) == [0, 4, 8]
     )
-    assert parse_query_range("9", 10) == [9]
+    assert parse_query_positions("9", 10) == [9]
 
 
 @pytest.mark.parametrize(("queries", "block"), [(1, None), (8, None), (1000, None), (10, 3), (3, 10)])

@@ -66,13 +66,13 @@ def parse_damping(text: str) -> AbstractDamping:
     )
 
 
-def parse_query_range(text: str, n: int) -> list[int]:
+def parse_query_positions(text: str, n: int) -> list[int]:
     """Positions among `n` queries, in the order written: `all`, `0:20`, `5`, `1,4,10:20`, `0:100:10`.
 
     Raises:
         InvalidInput: no such query, none at all, one named twice, or text that is no range.
 
-    >>> parse_query_range("7, 0:6:2", 10), len(parse_query_range("all", 10))
+    >>> parse_query_positions("7, 0:6:2", 10), len(parse_query_positions("all", 10))
     ([7, 0, 2, 4], 10)
     """
     if text.strip().lower() == "all":

@@ -1,4 +1,4 @@
-"""`ptif report`: the page for scores that an earlier run left in a folder."""
+"""`ptif report`: the report page for the scores of an earlier run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .exit import Output, exit_with_code
 from .fingerprints import QUERIES, TRAINING_DATA, fingerprint_data
 from .folder import SCORES, fingerprint_of, read_record
 from .progress_bars import report_progress
-from .self_influence_table import kept_self_influence
+from .self_influence_table import find_self_influence
 from .task import Task, load_task
 
 PAGE = "report.html"
@@ -43,16 +43,16 @@ def report_command(
     with exit_with_code(output) as interruption:
         interruption.kept = f"the scores in {str(out)!r} are as they were"
         with report_progress(output):
-            scores, loaded_task = _finished(out), None
+            scores, loaded = _load_finished(out), None
             if task is not None:
-                loaded_task = load_task(task)
-                scores = _with_data(scores, loaded_task, out)
-            page = write_page(scores, out, loaded_task)
+                loaded = load_task(task)
+                scores = _with_data(scores, loaded, out)
+            page = write_page(scores, out, loaded)
         output.print_text(show.heading("Written"), show.file_table([(page, "open it in a browser")]))
         output.print_json({"status": "complete", "exit_code": 0, "command": "report", "files": {"report": str(page)}})
 
 
-def _finished(out: Path) -> Scores:
+def _load_finished(out: Path) -> Scores:
     record = read_record(out)
     if record.get("status") != "complete":
         raise InvalidInput(f"The run in {str(out)!r} is not finished; run its ptif attribute command again first.")
@@ -60,7 +60,7 @@ def _finished(out: Path) -> Scores:
 
 
 def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
-    """The scores with the data they were made from, which is checked."""
+    """The scores with the task's data, after a check that they were made from these."""
     queries = task.query_source
     ids = scores.query_ids
     last = int(ids.max())
@@ -77,26 +77,26 @@ def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
 
 
 def write_page(scores: Scores, out: Path, task: Task | None) -> Path:
-    """`report.html` in `out`, with self-influence where that lies there and the model's answers where the task is."""
-    own = kept_self_influence(out)
-    said = None if task is None else predictions(task, scores.query_ids.tolist())
-    scores.report(out / PAGE, self_influence=own, predictions=said)
+    """Write `report.html` into `out`, with self-influence if it is there, and with predictions if there is a task."""
+    self_influence = find_self_influence(out)
+    predictions = None if task is None else predict_queries(task, scores.query_ids.tolist())
+    scores.report(out / PAGE, self_influence=self_influence, predictions=predictions)
     return out / PAGE
 
 
-def predictions(task: Task, ids: list[int]) -> Tensor | None:
-    """What the model says about the queries: probabilities [Q, C], or a number each [Q]; None where neither fits."""
-    problem, answers = task.problem, []
+def predict_queries(task: Task, ids: list[int]) -> Tensor | None:
+    """The model's predictions for the queries: probabilities [Q, C], or a number each [Q]; None if neither fits."""
+    problem, batches = task.problem, []
     source: Source = task.query_source
     for _, batch in sweep(problem, source, ids, label="the model's answers", world=World()):
         with torch.no_grad():
             outputs = problem.objective.outputs(problem.model, batch).double().cpu()
-        answers.append(_said(problem.objective, outputs))
-    parts: list[Any] = [part for part in answers if part is not None]
-    return torch.cat(parts) if len(parts) == len(answers) else None
+        batches.append(_as_predictions(problem.objective, outputs))
+    predictions: list[Any] = [part for part in batches if part is not None]
+    return torch.cat(predictions) if len(predictions) == len(batches) else None
 
 
-def _said(objective: Any, outputs: Tensor) -> Tensor | None:
+def _as_predictions(objective: Any, outputs: Tensor) -> Tensor | None:
     if isinstance(objective, CrossEntropy) and outputs.ndim == 2:
         return outputs.softmax(1)
     if isinstance(objective, Bernoulli) and outputs.numel() == len(outputs):

@@ -1,4 +1,4 @@
-"""One run of `ptif attribute`: what is asked, what it would cost, and the work itself, block by block."""
+"""One run of `ptif attribute`: its settings, its forecast cost, and the scoring itself, block by block."""
 
 import platform
 import time
@@ -21,7 +21,7 @@ from .exit import Interruption
 from .fingerprints import describe_settings, fingerprint_run
 from .folder import RUN, SCORES, RunFolder
 from .options import RunSettings
-from .parsing import override_damping, parse_method, parse_query_range
+from .parsing import override_damping, parse_method, parse_query_positions
 from .progress_bars import QUERIES
 from .task import Task, load_task
 
@@ -53,7 +53,7 @@ class AttributionRun:
         path = settings.task_file
         named = None if settings.method is None else parse_method(settings.method)
         task = load_task(path, settings.overrides)
-        ids = parse_query_range(settings.queries, len(task.query_source))
+        ids = parse_query_positions(settings.queries, len(task.query_source))
         return AttributionRun(settings, task, choose_method(named, task, settings), tuple(ids))
 
     @property
@@ -71,10 +71,10 @@ class AttributionRun:
 
     @property
     def result_bytes(self) -> int:
-        """How large the scores will be."""
+        """The size of the scores."""
         k, n = self.settings.top, len(self.task.problem)
-        bytes_each = 4 * n if k is None else 12 * min(2 * k, n)
-        return bytes_each * len(self.ids)
+        per_query = 4 * n if k is None else 12 * min(2 * k, n)
+        return per_query * len(self.ids)
 
     def score(self, overwrite: bool, interruption: Interruption, report: Callback) -> FinishedRun:
         """Score the queries that have not been scored yet, keep every finished block, then write all scores."""
@@ -110,7 +110,7 @@ class AttributionRun:
         try:
             self._score_missing(parts, folder, queries, report)
         finally:
-            # Counted on the disk: a block may be there when the interruption comes.
+            # The blocks on the disk are counted: one may have been written when the interruption came.
             kept = sum(last - first for first, last in self.block_ranges if folder.has_block(first, last))
             interruption.kept = f"{kept:,} of {len(self.ids):,} queries are kept in {str(self.settings.out)!r}"
         return [part for part in parts.values() if part is not None], resumed
@@ -128,9 +128,9 @@ class AttributionRun:
                 continue
             start = time.perf_counter()
             fitted = fitted or self.method.fit(self.task.problem, n_queries=total)
-            some = queries.subset(range(first, last))
-            part = fitted.score(some, self.task.measure, top=self.settings.top)
-            seconds = time.perf_counter() - start  # the first block's with the fit
+            block_queries = queries.subset(range(first, last))
+            part = fitted.score(block_queries, self.task.measure, top=self.settings.top)
+            seconds = time.perf_counter() - start  # of the first block, including the fit
             part = replace(
                 part,
                 query_ids=torch.tensor(self.ids[first:last]),

@@ -1,4 +1,4 @@
-"""`ptif self-influence`: which labels the model had to learn by heart, the most suspicious first."""
+"""`ptif self-influence`: training examples by self-influence, the most suspicious labels first."""
 
 import time
 from contextlib import suppress
@@ -57,16 +57,16 @@ def self_influence_command(
         settings = options.merge_settings(flags, config)
         named = None if settings.method is None else parse_method(settings.method)
         if dry_run:
-            _forecast(output, settings, named)
+            _print_forecast(output, settings, named)
             return
         with report_progress(output):
             loaded = load_task(settings.task_file, settings.overrides)
-            chosen = choose_method(named, loaded, settings)
-            values, labels, record = _computed(loaded, chosen, settings, overwrite, interruption)
-        _say(output, settings, values, labels, record)
+            fitted_by = choose_method(named, loaded, settings)
+            values, labels, record = _compute(loaded, fitted_by, settings, overwrite, interruption)
+        _print_result(output, settings, values, labels, record)
 
 
-def _forecast(output: Output, settings: options.RunSettings, named: AbstractMethod | None) -> None:
+def _print_forecast(output: Output, settings: options.RunSettings, named: AbstractMethod | None) -> None:
     with report_progress(output):
         task = load_task(settings.task_file, settings.overrides)
         n = len(task.problem)
@@ -98,10 +98,10 @@ def _forecast(output: Output, settings: options.RunSettings, named: AbstractMeth
     )
 
 
-def _computed(
+def _compute(
     task: Task, method: AbstractMethod, settings: options.RunSettings, overwrite: bool, interruption: Interruption
 ) -> tuple[Tensor, list[str] | None, dict[str, Any]]:
-    """The numbers, from the folder where this very run had been finished there."""
+    """Compute the self-influence, or read it from the folder if this very run was finished there."""
     out, problem = settings.out, task.problem
     record = {
         "command": "self-influence",
@@ -112,25 +112,25 @@ def _computed(
     }
     fingerprint = fingerprint_run(task, method, {}, None)
     with RunFolder.open(out, fingerprint, record, overwrite, self_influence_table.RECORD) as folder:
-        labels = self_influence_table.label_words(problem)
+        labels = self_influence_table.label_names(problem)
         if folder.is_complete:
             with suppress(InvalidInput):  # damaged, or of another run: computed again
-                return self_influence_table.read(out, folder.identity), labels, folder.record
+                return self_influence_table.read_numbers(out, folder.identity), labels, folder.record
         interruption.kept = "self-influence is computed in one go and nothing of it was kept"
         start = time.perf_counter()
         fitted = method.fit(problem, n_queries=len(problem))
         values = torch.as_tensor(fitted.self_influence()).double().cpu()
-        self_influence_table.save(out, values, labels, fitted.method, folder.identity)
+        self_influence_table.write_files(out, values, labels, fitted.method, folder.identity)
         seconds = time.perf_counter() - start
         folder.write(status="complete", seconds=seconds, method=fitted.method, why=fitted.why)
     return values, labels, folder.record
 
 
-def _say(
+def _print_result(
     output: Output, settings: options.RunSettings, values: Tensor, labels: list[str] | None, record: dict[str, Any]
 ) -> None:
     out, top = settings.out, min(settings.top or 20, len(values))
-    order = self_influence_table.worst(values)
+    order = self_influence_table.most_suspicious_first(values)
     files = [
         (out / self_influence_table.TABLE, "all of them, most suspicious first"),
         (out / self_influence_table.NUMBERS, "in training order"),

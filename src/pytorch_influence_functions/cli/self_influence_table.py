@@ -1,4 +1,4 @@
-"""Self-influence of the training examples in a folder: a table to read and the numbers to compute with."""
+"""The self-influence of training examples in a folder: a table for readers and the numbers for programs."""
 
 import csv
 import io
@@ -21,30 +21,30 @@ RECORD: Final = "self_influence.json"
 NUMBERS: Final = "self_influence.safetensors"
 TABLE: Final = "self_influence.csv"
 _KIND: Final = "self-influence"
-# What a spreadsheet would take for a formula at the start of a cell.
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet takes a cell that begins with one of these for a formula.
+_FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
 
 
-def save(folder: Path, values: Tensor, labels: Sequence[str] | None, method: str, fingerprint: str) -> None:
+def write_files(folder: Path, values: Tensor, labels: Sequence[str] | None, method: str, fingerprint: str) -> None:
     """Write both files: all N numbers in training order, and the table with the largest first."""
     record = {"n_train": len(values), "method": method, "fingerprint": fingerprint}
     write_tensors(folder / NUMBERS, _KIND, {"values": values.double()}, record)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["rank", "index", *([] if labels is None else ["label"]), "self_influence"])
-    for rank, i in enumerate(worst(values).tolist(), 1):
-        label = [] if labels is None else [_cell(labels[i])]
+    for rank, i in enumerate(most_suspicious_first(values).tolist(), 1):
+        label = [] if labels is None else [_text_cell(labels[i])]
         writer.writerow([rank, i, *label, repr(float(values[i]))])
     write_bytes(folder / TABLE, table.getvalue().encode())
 
 
-def worst(values: Tensor) -> Tensor:
-    """Training indices, the largest self-influence first, equal ones by index."""
+def most_suspicious_first(values: Tensor) -> Tensor:
+    """Training indices, the largest self-influence first; equal values by index."""
     return values.argsort(descending=True, stable=True)
 
 
-def read(folder: Path, fingerprint: str) -> Tensor:
-    """The numbers that `save` wrote for this fingerprint.
+def read_numbers(folder: Path, fingerprint: str) -> Tensor:
+    """The numbers that `write_files` wrote for this fingerprint.
 
     Raises:
         InvalidInput: there are none, or the file is damaged or of another run.
@@ -55,8 +55,8 @@ def read(folder: Path, fingerprint: str) -> Tensor:
     return tensors["values"]
 
 
-def kept_self_influence(folder: Path) -> Tensor | None:
-    """The numbers where they lie in the folder of a run, else None.
+def find_self_influence(folder: Path) -> Tensor | None:
+    """The numbers in the folder of a run, or None if there are none.
 
     Raises:
         InvalidInput: they are of another model or other training data than the run.
@@ -70,31 +70,31 @@ def kept_self_influence(folder: Path) -> Tensor | None:
             f"The self-influence in {str(folder)!r} is of other {', '.join(names)} than the scores; run "
             "ptif self-influence --overwrite, or remove its files."
         )
-    return read(folder, own.identity)
+    return read_numbers(folder, own.identity)
 
 
-def label_words(problem: Problem) -> list[str] | None:
-    """Every training example's label as a person would read it; None where targets are no labels."""
+def label_names(problem: Problem) -> list[str] | None:
+    """The name of every training example's label; None if targets are no labels."""
     labels = problem.labels
-    if not labels.complete:  # where nothing was computed, nothing has been read either
+    if not labels.complete:  # without a fit, the labels have not been read yet
         for _ in sweep(problem, label="labels", world=World()):
             pass
-    known = labels.as_list(World())
-    if known is None or any(label is None for label in known):
+    label_list = labels.as_list(World())
+    if label_list is None or any(label is None for label in label_list):
         return None
     names = problem.data.class_names
-    return [_word(plain_value(label), names) for label in known]
+    return [_label_name(plain_value(label), names) for label in label_list]
 
 
-def _word(label: Any, names: Sequence[str] | None) -> str:
+def _label_name(label: Any, names: Sequence[str] | None) -> str:
     if isinstance(label, int) and names is not None and 0 <= label < len(names):
         return names[label]
     return f"{label:.4g}" if isinstance(label, float) else str(label)
 
 
-def _cell(text: str) -> str:
+def _text_cell(text: str) -> str:
     try:
         float(text)
     except ValueError:
-        return "'" + text if text.startswith(_FORMULA) else text
+        return "'" + text if text.startswith(_FORMULA_STARTS) else text
     return text
