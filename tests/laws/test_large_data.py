@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import GGN, EmpiricalFisher, Fisher, Hessian, exact
+from pytorch_influence_functions.curvature.base import TRACE_EXAMPLES
 from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.solvers import CG, Spectral
 
@@ -44,7 +45,7 @@ CURVATURES = {
 def test_relative_damping_is_a_share_of_the_mean_eigenvalue_whatever_the_size(name: str) -> None:
     curvature, classes, empirical, tolerance = CURVATURES[name]
     model, x, y = softmax(classes)
-    assert exact._TRACE_EXAMPLES < 0.8 * N, "nothing would be left out"
+    assert TRACE_EXAMPLES < 0.8 * N, "nothing would be left out"
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=500)
     fitted = ptif.Influence(curvature, CG(), Relative(0.5)).fit(problem)
     want = mean_eigenvalue(model, x, y, empirical)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, TooLarge
+from pytorch_influence_functions.curvature import Budget
+from pytorch_influence_functions.curvature.from_rows import check_dense
 from pytorch_influence_functions.linalg.dense import Eigen, Matrix
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.implicit import Implicit
 from pytorch_influence_functions.linalg.lanczos import estimate_extremes
-from pytorch_influence_functions.linalg.operator import check_dense
 from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.linalg.trace import hutchinson_trace
 from tests.laws.solver_cases import (
@@ -172,5 +173,5 @@ def test_bad_operators_are_refused_in_words() -> None:
         Gram(space, some_rows(space, 2), 0)
     with pytest.raises(NonFinite, match="holds NaN"):
         Matrix(space, torch.full((39, 39), math.nan)).eigen()
-    with pytest.raises(TooLarge, match=r"of 100000 parameters needs 298.02 GiB, above the bound of 2.00 GiB"):
-        check_dense(100_000, 2 << 30, "The eigendecomposition")
+    with pytest.raises(TooLarge, match=r"over 100,000 parameters would take 298 GiB and the bound is 2 GiB"):
+        check_dense(100_000, Budget(2 << 30))

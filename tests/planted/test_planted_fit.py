@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.curvature import exact
+from pytorch_influence_functions.curvature import from_rows
 from pytorch_influence_functions.influence.assumptions import StationarityCheck
 from pytorch_influence_functions.influence.run_log import RunLog
 from pytorch_influence_functions.linalg.shift import Shift
@@ -22,7 +22,7 @@ from tests.planted.planting import Bug, must_be_noticed, swap, swap_everywhere
 
 def by_all_examples(original: Any, derivatives: Any, rows: Any, count: int) -> Any:
     """Summed over some, divided by how many there are in all."""
-    per = count // min(count, exact._TRACE_EXAMPLES)
+    per = count // min(count, from_rows.TRACE_EXAMPLES)
     return original(derivatives, rows, len(derivatives.problem) * per)
 
 
@@ -48,8 +48,12 @@ def mean_of_blocks(original: Any, shift: Shift, part: Any) -> Shift:
 
 LAMBDA = test_large_data.test_relative_damping_is_a_share_of_the_mean_eigenvalue_whatever_the_size
 BUGS = [
-    Bug("trace of some divided by all", swap(exact, "_means_of", by_all_examples), partial(LAMBDA, "GGN")),
-    Bug("trace of some rows divided by all", swap(exact, "_means_of", by_all_examples), partial(LAMBDA, "Fisher")),
+    Bug("trace of some divided by all", swap(from_rows, "mean_eigenvalues", by_all_examples), partial(LAMBDA, "GGN")),
+    Bug(
+        "trace of some rows divided by all",
+        swap(from_rows, "mean_eigenvalues", by_all_examples),
+        partial(LAMBDA, "Fisher"),
+    ),
     Bug(
         "residuals of many queries added up twice",
         swap_everywhere(base.combined_residual, summed),

@@ -37,7 +37,10 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory that curvature, solver and solved queries may take, in bytes.
+    """Memory that curvature, solver and solved queries may take.
+
+    Args:
+        bytes: how much.
 
     >>> Budget.of("2GB").bytes, Budget.of("1.5 GiB").bytes, Budget.of(1000).bytes
     (2000000000, 1610612736, 1000)
@@ -52,13 +55,22 @@ class Budget:
 
     @staticmethod
     def of(given: Budget | int | float | str) -> Budget:
-        """A budget from a number of bytes, or from words such as `"2GB"`, `"500 MB"` or `"4GiB"`."""
+        """A budget from what was `given`: a number of bytes, or words such as `"2GB"`, `"500 MB"` or `"4GiB"`."""
         if isinstance(given, Budget):
             return given
         return Budget(_parse_bytes(given) if isinstance(given, str) else given)  # type: ignore[arg-type]
 
     def check(self, wanted: int | float, what: str, way_out: str) -> None:
-        """Raise `TooLarge` when `wanted` bytes are above the bound."""
+        """Refuse what is above the bound.
+
+        Args:
+            wanted: bytes.
+            what: what would take them, the subject of the sentence.
+            way_out: what to do instead.
+
+        Raises:
+            TooLarge: it is above.
+        """
         if wanted > self.bytes:
             raise TooLarge(
                 f"{what} would take {wanted / 2**30:.3g} GiB and the bound is {self.bytes / 2**30:.3g} GiB; {way_out}, "
@@ -94,6 +106,11 @@ class AbstractCurvature(Record, ABC):
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         """The operator, in the asked form. Work is done here, not in the constructor.
 
+        Args:
+            derivatives: how the problem's gradients are taken.
+            form: one of `forms`.
+            budget: what it may take.
+
         Raises:
             NotLikelihood: the objective does not know enough for this curvature.
             TooLarge: the form needs more memory than `budget` allows.
@@ -115,19 +132,24 @@ class AbstractCurvature(Record, ABC):
         return False
 
     def projectable(self, form: Form) -> bool:
-        """Whether it can be had in this form where only projections of gradient rows are known."""
+        """Whether it can be had in this `form` where only projections of gradient rows are known."""
         return False
 
     def closest_form(self, wanted: Form) -> Form:
-        """Its eigenvalues where it comes with them, else the form that is wanted."""
+        """Its eigenvalues where it comes with them, else the form that is `wanted`."""
         return Form.SPECTRAL if Form.SPECTRAL in self.forms else wanted
 
     def rows(self, size: ProblemSize) -> int | None:
-        """How many rows it is made of; None where it is not made of rows."""
+        """How many rows it is made of for a problem of this `size`; None where it is not made of rows."""
         return None
 
     def cost(self, size: ProblemSize, form: Form) -> Cost:
-        """What `of` takes, with the trace that a relative damping asks for."""
+        """What `of` takes, with the trace that a relative damping asks for.
+
+        Args:
+            size: the sizes of the problem.
+            form: one of `forms`.
+        """
         if form is Form.MATRIX:
             return self.product_cost(size, size.parameters) + Cost(bytes=dense_bytes(size.parameters))
         if form is Form.GRAM:
@@ -140,11 +162,15 @@ class AbstractCurvature(Record, ABC):
         """One product with so many vectors at once, where no dense matrix is held: forward, and along each and back.
 
         A backward pass to the parameters is twice one to the layers' outputs.
+
+        Args:
+            size: the sizes of the problem.
+            vectors: how many.
         """
         return Cost(passes=0.5 + 1.5 * vectors)
 
     def trace_cost(self, size: ProblemSize) -> Cost:
-        """What measuring the trace of the matrix-free form takes."""
+        """What measuring the trace of the matrix-free form takes for a problem of this `size`."""
         return Cost(passes_for_rows(1) * min(1.0, TRACE_EXAMPLES / size.examples))
 
     def mean_of(
@@ -154,6 +180,11 @@ class AbstractCurvature(Record, ABC):
 
         Dense matrices are averaged entry by entry. One member alone may have any form; a curvature whose other forms
         have a mean (Kronecker factors) says so by a `mean_of` of its own.
+
+        Args:
+            members: the checkpoints, with how gradients are taken at each.
+            form: one of `forms`.
+            budget: what it may take.
 
         Raises:
             InvalidInput: several members in a form that has no mean, or none at all.
@@ -179,7 +210,7 @@ class AbstractCurvature(Record, ABC):
         return total
 
     def require(self, form: Form) -> None:
-        """Refuse a form this curvature does not have."""
+        """Refuse a `form` that this curvature does not have."""
         if form not in self.forms:
             have = ", ".join(f.value for f in self.forms)
             raise InvalidInput(

@@ -165,7 +165,11 @@ class GGN(AbstractRowCurvature):
         return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), len(derivatives.problem))
 
     def block_means(self, derivatives: Derivatives) -> dict[str, float]:
-        """Mean eigenvalue per block: exact for few outputs and examples, else from one sampled cotangent each."""
+        """Mean eigenvalue per block, exact for few outputs and examples, else from one sampled cotangent each.
+
+        Args:
+            derivatives: how gradients are taken.
+        """
         few = self._root_size(derivatives) <= ENUMERATED_OUTPUTS
         return AbstractRowCurvature.block_means(self if few else Fisher(samples=1), derivatives)
 
@@ -190,7 +194,9 @@ class GGN(AbstractRowCurvature):
 class Fisher(AbstractRowCurvature):
     """The true Fisher: gradients of labels the model itself would give.
 
-    `samples=None` enumerates the labels, which equals `GGN()`; an integer draws that many per example from `seed`.
+    Args:
+        samples: labels that are drawn per example; `None`: all labels are enumerated, which equals `GGN()`.
+        seed: of the draws.
     """
 
     samples: int | None = None

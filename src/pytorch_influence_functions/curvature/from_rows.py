@@ -40,7 +40,7 @@ class AbstractRowCurvature(AbstractCurvature):
 
     @abstractmethod
     def columns(self, size: ProblemSize) -> int:
-        """Rows per example."""
+        """Rows per example of a problem of this `size`."""
 
     @property
     @abstractmethod
@@ -49,20 +49,26 @@ class AbstractRowCurvature(AbstractCurvature):
 
     @abstractmethod
     def rows_of(self, derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
-        """The rows of one batch, column by column, each with a row per example."""
+        """The rows of one batch, column by column, each with a row per example.
+
+        Args:
+            derivatives: how gradients are taken.
+            ids: dataset indices of the batch.
+            batch: what the collate function gave for them.
+        """
 
     def count(self, examples: int) -> int:
         """What G^T G is divided by."""
         return examples * self.averaged
 
     def batches(self, derivatives: Derivatives) -> Iterator[Iterator[Rows]]:
-        """The rows of every batch, in dataset order."""
+        """The rows of every batch in dataset order, gradients taken as `derivatives` say."""
         source = self.source(derivatives)
         for ids, batch in sweep(derivatives.problem, source, label=self.label, world=World()):
             yield self.rows_of(derivatives, ids, batch)
 
     def source(self, derivatives: Derivatives) -> Source:
-        """The training data in batches that suit the size of a row: small rows in small batches are mostly overhead."""
+        """The training data of `derivatives` in batches that suit the size of a row: small ones are mostly overhead."""
         return wide_source(derivatives, derivatives.numbers or derivatives.space.size)
 
     def stream(self, derivatives: Derivatives) -> Iterator[Rows]:
@@ -78,11 +84,16 @@ class AbstractRowCurvature(AbstractCurvature):
         return self.dense(derivatives, budget) if form is Form.MATRIX else self.stored(derivatives, budget)
 
     def check_objective(self, derivatives: Derivatives) -> None:
-        """Refuse an objective that does not know enough for this curvature."""
+        """Refuse `derivatives` whose objective does not know enough for this curvature."""
         return
 
     def dense(self, derivatives: Derivatives, budget: Budget) -> Matrix:
-        """The matrix, added up batch by batch."""
+        """The matrix, added up batch by batch.
+
+        Args:
+            derivatives: how gradients are taken.
+            budget: what the matrix and its decomposition may take.
+        """
         space = derivatives.space
         check_dense(space.size, budget)
         total = SecondMoment(space, derivatives.problem.device)
@@ -91,7 +102,12 @@ class AbstractRowCurvature(AbstractCurvature):
         return Matrix(space, total.matrix() / self.count(len(derivatives.problem)))
 
     def stored(self, derivatives: Derivatives, budget: Budget) -> Gram:
-        """All rows, kept."""
+        """All rows, kept.
+
+        Args:
+            derivatives: how gradients are taken.
+            budget: what the rows may take.
+        """
         kept: list[Rows] = []
         kept_bytes, looked_at, n = 0.0, 0, len(derivatives.problem)
         for batch in self.batches(derivatives):
@@ -106,7 +122,7 @@ class AbstractRowCurvature(AbstractCurvature):
         return Gram(derivatives.space, Rows.cat(kept), self.count(n))
 
     def implicit(self, derivatives: Derivatives) -> Implicit:
-        """C x = mean of g <g, x> over rows made anew at every product."""
+        """C x = mean of g <g, x> over rows that `derivatives` make anew at every product."""
         problem, shared = derivatives.problem, current()
 
         def product(x: Rows, ids: Tensor | None = None) -> Rows:
@@ -121,7 +137,7 @@ class AbstractRowCurvature(AbstractCurvature):
         return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), len(problem))
 
     def block_means(self, derivatives: Derivatives) -> dict[str, float]:
-        """trace(C_bb) / P_b of every block b, on some of the examples."""
+        """trace(C_bb) / P_b of every block b, on some of the examples of `derivatives`."""
         some = evenly_spaced(len(derivatives.problem), TRACE_EXAMPLES)
         batches = sweep(derivatives.problem, ids=some, label="trace", world=World())
         rows = (g for ids, batch in batches for g in self.rows_of(derivatives, ids, batch))

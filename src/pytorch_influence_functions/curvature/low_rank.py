@@ -48,7 +48,7 @@ class AbstractLowRank(AbstractCurvature):
 
     @abstractmethod
     def vectors(self, parameters: int) -> int:
-        """With how many vectors the other curvature is multiplied."""
+        """With how many vectors the other curvature is multiplied, for so many `parameters`."""
 
     @property
     @abstractmethod

@@ -59,7 +59,7 @@ class Spectrum:
         return self.trace / self.parameters
 
     def density(self, bins: int = 50) -> tuple[Float[Tensor, " edges"], Float[Tensor, " bins"]]:
-        """Edges [bins + 1] and the number of eigenvalues in each bin [bins], summing to P; for a histogram.
+        """Edges [`bins` + 1] and the number of eigenvalues in each bin [bins], summing to P; for a histogram.
 
         Bins are equal in the logarithm from 1e-12 of the largest |eigenvalue| where none is negative (smaller ones, the
         zeros with them, go to the first bin), else equal in the eigenvalue.

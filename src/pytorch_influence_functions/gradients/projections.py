@@ -52,17 +52,27 @@ class AbstractProjection(Record, ABC):
         """The part of the matrix that meets `length` coordinates, float32 on the CPU: E[strip strip^T] is the identity.
 
         It must depend on its arguments alone.
+
+        Args:
+            length: how many coordinates.
+            generator: the only source of randomness.
         """
 
     @final
     def draw(self, block: str, number: int, length: int) -> Float[Tensor, "length k"]:
-        """Strip `number` of a block of parameters, the same one every time."""
+        """One strip of the matrix, the same one every time.
+
+        Args:
+            block: the name of the block of parameters.
+            number: which strip of the block.
+            length: how many coordinates it meets.
+        """
         seed = zlib.crc32(f"{self.seed}/{block}/{number}".encode())
         return self.strip(length, torch.Generator().manual_seed(seed))
 
     @final
     def projector(self, space: Space) -> Projector:
-        """The projection of one parameter space.
+        """The projection of one parameter `space`.
 
         Raises:
             InvalidInput: k is no smaller than the number of parameters, or weight decay differs between parameters.

@@ -48,7 +48,7 @@ class AbstractScaling(Record, ABC):
         """
 
     def solves_per_example(self, outputs: int) -> int:
-        """Right-hand sides that are solved for every training example of so many outputs."""
+        """Right-hand sides that are solved for every training example of so many `outputs`."""
         return 0
 
     def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:

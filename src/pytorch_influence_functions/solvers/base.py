@@ -78,11 +78,17 @@ def _empty() -> dict[str, Any]:
 class Solution:
     """What a solve gives back.
 
-    `residual[n]` is the true relative residual |(C + D) x_n - b_n| / |b_n| of the value handed out (0 for
-    b_n = 0). `steps` counts products with the curvature; `failed` lists the rows that did not reach the
-    tolerance. `notes` holds diagnostics: always "damping", and where known "smallest_curvature"
-    and "largest_curvature" (of C). "approximation" says that `value` is a formula which does not solve (C + D) x = b
-    and was not judged by `residual`. `incomplete` says what becomes of rows that ended before the tolerance.
+    Args:
+        value: x, as rows or in the span of the curvature's rows.
+        residual: the true relative residual |(C + D) x_n - b_n| / |b_n| of every row handed out (0 for b_n = 0).
+        result: how the solve ended.
+        steps: products with the curvature.
+        notes: diagnostics: always "damping", and where known "smallest_curvature" and "largest_curvature" (of C).
+            "approximation" says that `value` is a formula which does not solve (C + D) x = b and was not judged by
+            `residual`.
+        failed: the rows that did not reach the tolerance.
+        detail: what else should be said of the failure.
+        incomplete: what becomes of rows that ended before the tolerance: `"warn"` hands them back, `"error"` raises.
     """
 
     value: Rows | DualSolution
@@ -169,28 +175,49 @@ class AbstractSolver(Record, ABC, Generic[S]):
 
     @abstractmethod
     def init(self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None) -> S:
-        """Prepare for one operator and one D. `preconditioner.apply` approximates (C + D)^-1."""
+        """Prepare for one operator and one D.
+
+        Args:
+            operator: C.
+            shift: D, damping and weight decay.
+            preconditioner: its `apply` approximates (C + D)^-1.
+        """
 
     @abstractmethod
     def solve(self, state: S, rows: Rows) -> Solution:
-        """Solve for every row. Failure is a value: see `Solution.unwrap`."""
+        """Solve for every row. Failure is a value: see `Solution.unwrap`.
+
+        Args:
+            state: from `init`.
+            rows: the right-hand sides.
+        """
 
     def quadratic(self, state: S, rows: Rows) -> Float[Tensor, " n"]:
-        """b^T (C + D)^-1 b for every row: N times its self-influence. Raises as `Solution.unwrap`."""
+        """b^T (C + D)^-1 b for every row: N times its self-influence. Raises as `Solution.unwrap`.
+
+        Args:
+            state: from `init`.
+            rows: the right-hand sides b.
+        """
         return self.solve(state, rows).unwrap().rowwise(rows)
 
     def leverages(self, state: S) -> Float[Tensor, " m"] | None:
-        """(1/N) g_i^T (C + D)^-1 g_i of every row of the curvature, where that is known without solving."""
+        """(1/N) g_i^T (C + D)^-1 g_i of every row of the curvature, where the `state` knows it without solving."""
         return None
 
     # ---------------------------------------------------------------- what it needs of the curvature
 
     def form(self, curvature: AbstractCurvature) -> Form:
-        """The form in which it wants a curvature."""
+        """The form in which it wants a `curvature`."""
         return curvature.closest_form(Form.IMPLICIT)
 
     def operator(self, curvature: AbstractCurvature, derivatives: Derivatives, budget: Budget) -> AbstractSymmetric:
         """The curvature as it is solved with.
+
+        Args:
+            curvature: the recipe.
+            derivatives: how the problem's gradients are taken.
+            budget: what it may take.
 
         Raises:
             InvalidInput: the curvature does not have the form, or drops directions that this solver would answer for.
@@ -199,7 +226,7 @@ class AbstractSolver(Record, ABC, Generic[S]):
         return curvature.of(derivatives, self.form(curvature), budget)
 
     def check_answers(self, curvature: AbstractCurvature) -> None:
-        """Refuse a curvature that drops directions, where this solver would answer for them all the same."""
+        """Refuse a `curvature` that drops directions, where this solver would answer for them all the same."""
         if curvature.drops_directions and not self.accepts_dropped:
             raise InvalidInput(
                 f"{curvature!r} drops what lies across its directions, which only Spectral() can; use it, or "
@@ -208,6 +235,10 @@ class AbstractSolver(Record, ABC, Generic[S]):
 
     def check_memory(self, operator: AbstractSymmetric, budget: Budget) -> None:
         """Refuse an operator that cannot be prepared within the budget. An iterative solver prepares nothing.
+
+        Args:
+            operator: C.
+            budget: what its preparation may take.
 
         Raises:
             TooLarge: it cannot.
@@ -222,7 +253,7 @@ class AbstractSolver(Record, ABC, Generic[S]):
         return False
 
     def default_damping(self, curvature: AbstractCurvature) -> AbstractDamping:
-        """A share of the mean eigenvalue: of each layer's own where the curvature treats layers apart.
+        """A share of the mean eigenvalue: of each layer's own where the `curvature` treats layers apart.
 
         Measured on a Fashion-MNIST perceptron of 50,890 parameters (2,000 images, linear datamodelling score over 60
         half subsets x 3 seeds). EK-FAC, per block: .40 at a share of 0.1, .43 at 0.3, .45 at 1, .44 at 3, .40 at 10.
@@ -233,13 +264,24 @@ class AbstractSolver(Record, ABC, Generic[S]):
         return Relative(1.0, per_block=True) if curvature.layerwise else Relative(self.default_share)
 
     def damped(self, operator: AbstractSymmetric, shift: Shift) -> Shift:
-        """D as it is solved with."""
+        """D as it is solved with.
+
+        Args:
+            operator: C.
+            shift: D, as it was given.
+        """
         return shift
 
     # ---------------------------------------------------------------- what it costs
 
     def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
-        """Making the curvature, preparing, and solving for `size.n_queries` right-hand sides; answers not counted."""
+        """Making the curvature, preparing, and solving for `size.n_queries` right-hand sides; answers not counted.
+
+        Args:
+            size: the sizes of the problem.
+            curvature: what is solved with.
+            guided: whether there is a preconditioner.
+        """
         form, steps = self.form(curvature), self.expected_steps(size, guided)
         if form is Form.MATRIX:
             product = Cost(flops=2 * DOUBLE * size.n_queries * size.parameters**2)
@@ -251,6 +293,10 @@ class AbstractSolver(Record, ABC, Generic[S]):
         """Products per right-hand side that a Krylov method takes until `rtol`, at most `max_steps` or `steps`.
 
         Half the root of the condition number for every factor of e. A preconditioner that is worth it takes a third.
+
+        Args:
+            size: the sizes of the problem.
+            guided: whether there is a preconditioner.
         """
         options: Any = self
         rtol = getattr(options, "rtol", None) or (1e-6 if size.number_bytes == 8 else 1e-3)

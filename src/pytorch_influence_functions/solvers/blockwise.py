@@ -62,7 +62,12 @@ class BlockGroup(Record):
         object.__setattr__(self, "damping", None if self.damping is None else as_damping(self.damping))
 
     def matches(self, pattern: str, block: BlockSpec) -> bool:
-        """Whether a pattern means a block: by its name, its parameters' names, or a module above them."""
+        """Whether a pattern means a block: by its name, its parameters' names, or a module above them.
+
+        Args:
+            pattern: a glob.
+            block: the block.
+        """
         names = {block.name, *block.parameters}
         above = {name[:position] for name in block.parameters for position, letter in enumerate(name) if letter == "."}
         return any(fnmatchcase(name, pattern) for name in names | above)
@@ -128,7 +133,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
         return self.groups is not None and all(isinstance(g, BlockGroup) and g.damping for g in self.groups.values())
 
     def members(self, space: Space) -> dict[str, tuple[str, ...]]:
-        """The blocks of every group."""
+        """The blocks of every group, in a parameter `space`."""
         if self.groups is None:
             return _layers(space)
         owner: dict[str, str] = {}
@@ -153,12 +158,18 @@ class Blockwise(AbstractSolver[BlockwiseState]):
         return {name: tuple(k for k in space.blocks if owner[k] == name) for name in self._groups()}
 
     def operator(self, curvature: AbstractCurvature, derivatives: Derivatives, budget: Budget) -> BlockDiagonal:
-        """The diagonal blocks of a curvature, each in the form its group's solver needs."""
+        """The diagonal blocks of a curvature, each in the form its group's solver needs.
+
+        Args:
+            curvature: of the groups that have none of their own.
+            derivatives: how the problem's gradients are taken.
+            budget: what all groups together may take.
+        """
         requests = self._requests(curvature, derivatives.space)
         return BlockDiagonal(derivatives.space, block_operators(requests, derivatives, budget))
 
     def form(self, curvature: AbstractCurvature) -> Form:
-        """The form that the solver of a group without one of its own wants."""
+        """The form in which groups without a solver of their own want a `curvature`."""
         return self.solver.form(curvature)
 
     @property
@@ -184,7 +195,12 @@ class Blockwise(AbstractSolver[BlockwiseState]):
         return total + Cost(passes=sum(shared.values()))
 
     def damped(self, operator: AbstractSymmetric, shift: Shift) -> Shift:
-        """`shift` with the dampings that groups have of their own."""
+        """D with the dampings that groups have of their own.
+
+        Args:
+            operator: the diagonal blocks.
+            shift: D, as it was given.
+        """
         own = {k: as_damping(g.damping) for k, g in self._groups().items() if g.damping is not None}
         if not own or not isinstance(operator, BlockDiagonal):
             return shift

@@ -43,18 +43,21 @@ class CGState:
 class CG(AbstractSolver[CGState]):
     """Preconditioned conjugate gradients (Hestenes & Stiefel 1952), all rows in one product per step.
 
-    A row is done when its *true* relative residual is at most `rtol`; done rows drop out of the product.
-    `rtol=None` is 1e-6 in float64 and 1e-3 in float32, about what rounding allows there. Rounding makes the
-    recursive residual too rosy: it is replaced by the true one when a row claims to be done, and the row
-    goes on, or is given up as `stagnated` when that no longer helps. After `patience` steps without progress
-    the two are compared as well.
+    A row is done when its *true* relative residual is at most `rtol`; done rows drop out of the product. Rounding makes
+    the recursive residual too rosy: it is replaced by the true one when a row claims to be done, and the row goes on,
+    or is given up as `stagnated` when that no longer helps.
+
+    Args:
+        rtol: the relative residual that is asked for; `None`: 1e-6 in float64 and 1e-3 in float32, about what rounding
+            allows there.
+        max_steps: at most so many products with the curvature.
+        patience: after so many steps without progress the recursive residual is compared with the true one.
+        incomplete: what becomes of rows that `max_steps` or rounding stop before `rtol`: `"warn"` hands back what was
+            reached, with an `IncompleteSolveWarning` and a bad mark in the diagnostics; `"error"` raises `SolveFailed`.
 
     This differs from the textbook in: 1. each row meets its own end; 2. negative curvature along a search
     direction ends that row with its Rayleigh quotient instead of an arbitrary step; 3. the residual reported
     is recomputed.
-
-    `incomplete` says what becomes of rows that `max_steps` or rounding stop before `rtol`: `"warn"` hands back what was
-    reached, with an `IncompleteSolveWarning` and a bad mark in the diagnostics; `"error"` raises `SolveFailed`.
 
     >>> state = CG(rtol=1e-8).init(operator, Shift(1e-3))  # doctest: +SKIP
     >>> CG(rtol=1e-8).solve(state, rows).unwrap()  # doctest: +SKIP
@@ -77,7 +80,13 @@ class CG(AbstractSolver[CGState]):
         return CGState(System.of(operator, shift), preconditioner)
 
     def solve(self, state: CGState, rows: Rows, start: Rows | None = None) -> Solution:
-        """Solve for every row, from zero or from `start`."""
+        """Solve for every row.
+
+        Args:
+            state: from `init`.
+            rows: the right-hand sides.
+            start: where to begin; None: at zero.
+        """
         b = rows.flat()
         if bad := nonfinite_rows(b):
             return refuse_input(rows, bad, state.system.shift)

@@ -50,6 +50,9 @@ class SpectralState:
 class Spectral(AbstractSolver[SpectralState]):
     """x = Q (lam + D)^-1 Q^T b, in float64 for a `Matrix`; another damping costs nothing but the products.
 
+    Args:
+        rtol: the largest relative residual that is accepted, where precision and condition do not allow for more.
+
     Weight decay that differs between blocks is added to C before the decomposition. `init` raises
     `InvalidInput` for an operator without known eigenvalues, `SolveFailed` when C + D is not positive definite: at a
     saddle the formula gives a number without meaning.
@@ -185,6 +188,9 @@ class CholeskyState:
 @dataclass(frozen=True, repr=False)
 class Cholesky(AbstractSolver[CholeskyState]):
     """x = (L L^T)^-1 b for a `Matrix` and one D, in float64: a small part of the work of `Spectral` when D is fixed.
+
+    Args:
+        rtol: the largest relative residual that is accepted, where precision and condition do not allow for more.
 
     `init` raises `InvalidInput` for any other operator, and `SolveFailed` with the smallest eigenvalue and a damping
     that works when C + D is not positive definite.

@@ -63,6 +63,9 @@ def _scaled_gram(operator: Gram, shift: Shift) -> Tensor:
 class Woodbury(AbstractSolver[DualState]):
     """x = D^-1 (b - G^T w), w = (N + G D^-1 G^T)^-1 G D^-1 b: solve in m dimensions instead of P.
 
+    Args:
+        rtol: the largest relative residual that is accepted.
+
     The value is a `DualSolution`: scoring against it builds no vector of length P. The first damping costs one
     Cholesky factor of the Gram matrix; the second one eigendecomposition, after which every damping is m^2 work. D must
     be positive. The residual is exact Gram algebra plus an estimate of what rounding in the rows' own precision adds.
@@ -162,7 +165,7 @@ class Woodbury(AbstractSolver[DualState]):
         return shift.inverse(rows).inner(operator.rows).double()
 
     def leverages(self, state: DualState) -> Float[Tensor, " m"]:
-        """h_i = (1/N) g_i^T (C + D)^-1 g_i for every row of the curvature, in [0, 1): exact, from K alone.
+        """h_i = (1/N) g_i^T (C + D)^-1 g_i for every row of the curvature, in [0, 1): exact, from the `state` alone.
 
         Where the rows are the examples' loss gradients this is each example's self-influence.
         """

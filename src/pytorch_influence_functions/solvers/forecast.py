@@ -50,7 +50,15 @@ class Composition:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will cost, before it is paid for: method, passes over the data, memory, seconds."""
+    """What a run will cost, before it is paid for.
+
+    Args:
+        method: the composition, as it would be written.
+        why: why it was chosen.
+        passes: forward and backward passes over the training data.
+        memory_bytes: what is held beside the model: rows, factors, solved queries, scores.
+        seconds: from one measured batch, and counted operations.
+    """
 
     method: str
     why: str

@@ -54,7 +54,7 @@ class Truncation(Record):
             raise InvalidInput(f"Truncation(rank={self.rank}) must be at least 1.")
 
     def of(self, rows: Rows) -> Truncated:
-        """The rows in low rank, and what each layer of each row lost."""
+        """The `rows` in low rank, and what each layer of each row lost."""
         truncated_blocks = {name: self._block(block) for name, block in rows.blocks.items()}
         kept = Rows({name: block for name, (block, _) in truncated_blocks.items()})
         return Truncated(kept, {name: lost for name, (_, lost) in truncated_blocks.items()})

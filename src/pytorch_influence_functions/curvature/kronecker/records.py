@@ -139,7 +139,10 @@ class KFAC(AbstractKronecker):
 
     Exact for deep linear networks with squared error, for one example, and wherever inputs and output gradients are
     independent; elsewhere `EKFAC` is closer to the Gauss-Newton matrix in the same basis, for one more look at the
-    gradients. Arguments as for `EKFAC`.
+    gradients.
+
+    Args:
+        fisher, sharing, examples, largest, folder: as for `EKFAC`.
 
     References: Martens & Grosse (2015); Grosse & Martens (2016) for convolutions; Eschenhagen et al. (2023) for shared
     weights.
@@ -164,8 +167,10 @@ class KFAC(AbstractKronecker):
 class Shampoo(AbstractKronecker):
     r"""Shampoo's bases, the eigenvectors of E[G G^T] and E[G^T G], with measured eigenvalues as in `EKFAC`.
 
-    Needs the whole gradient matrix of every example, so shared weights cost more than under `EKFAC`. Arguments as for
-    `EKFAC`.
+    Needs the whole gradient matrix of every example, so shared weights cost more than under `EKFAC`.
+
+    Args:
+        fisher, examples, largest, folder: as for `EKFAC`.
 
     References: Gupta et al. (2018); Vyas et al. (2024) for the eigenvalue correction.
     """

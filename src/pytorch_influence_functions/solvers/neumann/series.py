@@ -74,14 +74,25 @@ class Neumann(AbstractSolver[NeumannState]):
     remaining error is then at most `tolerance`. The estimate is the last iterate; with random batches and a
     measured step, the mean over the last windows. `repeats` runs with different batches are averaged.
 
-    A row fails when it is no closer to the answer than zero is, in the norm of C + D: depth is a choice here. `rtol`
-    judges the final, full, true residual as well, which random batches keep large in strong directions even where the
-    answer is good; what misses it is handed back with an `IncompleteSolveWarning`, or is an error with
-    `incomplete="error"`.
+    A row fails when it is no closer to the answer than zero is, in the norm of C + D: depth is a choice here. The true
+    residual is judged only where `rtol` is given: random batches keep it large in strong directions even where the
+    answer is good.
 
-    `momentum` mu keeps a share of the last move (heavy ball); a measured step is lowered to (1 - mu) of itself, so that
-    a move as a whole stays as long. `halve_every` halves the step every so many steps, which lets the noise of random
-    batches die away: with a preconditioner and `start="solved"` this is ASTRA.
+    Args:
+        step: the step; 1 / scale in the paper's words.
+        steps: how many: the depth of the recursion.
+        batch_size: examples per batch.
+        repeats: runs with different batches, which are averaged.
+        seed: of the batches.
+        tolerance: how far from settled the series may stop early; 0 runs every step.
+        start: `Start.B`, the paper's, or `Start.SOLVED`, the preconditioner's own answer.
+        rtol: the largest true relative residual; `None`: a row need only be closer to the answer than zero is.
+        momentum: the share of the last move that is kept (heavy ball); a measured step is lowered to (1 - momentum) of
+            itself, so that a move as a whole stays as long.
+        halve_every: the step is halved every so many steps, which lets the noise of random batches die away: with a
+            preconditioner and `start="solved"` this is ASTRA.
+        incomplete: what becomes of rows that miss `rtol`: `"warn"` hands back what was reached, with an
+            `IncompleteSolveWarning` and a bad mark in the diagnostics; `"error"` raises `SolveFailed`.
 
     >>> state = Neumann(step=1 / 25, steps=5000, batch_size=1).init(operator, Shift(0.01))  # doctest: +SKIP
     >>> Neumann().solve(Neumann().init(operator, Shift(0.01)), rows).unwrap()  # doctest: +SKIP
@@ -139,7 +150,13 @@ class Neumann(AbstractSolver[NeumannState]):
         return state
 
     def tuning(self, state: NeumannState, dtype: torch.dtype, device: torch.device) -> Tuning:
-        """Step, batch and depth for rows of this dtype on this device; measured once per state."""
+        """Step, batch and depth; measured once per state.
+
+        Args:
+            state: from `init`.
+            dtype: of the rows.
+            device: where the rows are.
+        """
         key = (dtype, device)
         if key not in state.known:
             tune = measure if state.preconditioner is None else measure_preconditioned
