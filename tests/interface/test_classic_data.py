@@ -32,6 +32,7 @@ from pytorch_influence_functions.classic import (
 from pytorch_influence_functions.classic.selection import dataset_labels
 from pytorch_influence_functions.core.errors import InvalidInput, TrainingDataWarning
 from tests.interface.classic_cases import Images, ImagesWithTargets, Toy, fit, image_model, images, quick, toy
+from tests.tolerance import gap, rounding
 
 
 def short(folder: Path, **changes: Any) -> Config:
@@ -44,7 +45,6 @@ def short(folder: Path, **changes: Any) -> Config:
 
 README = """
 import pytorch_influence_functions as ptif
-from tests.tolerance import gap, rounding
 
 # Supplied by the user:
 model = get_my_model()
