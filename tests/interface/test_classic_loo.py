@@ -29,6 +29,7 @@ from pytorch_influence_functions.classic import (
 from pytorch_influence_functions.classic.engine import ClassicSettings, calculation
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
 from tests.interface.classic_cases import DECAY, Toy, fit, flat, gradient, hessian, quick, toy
+from tests.tolerance import gap, rounding
 
 CE = nn.functional.cross_entropy
 
@@ -151,7 +152,6 @@ import resource, time, torch
 torch.set_num_threads(1)
 from torch.nn.functional import cross_entropy
 from pytorch_influence_functions.classic import s_test
-from tests.tolerance import gap, rounding
 x, y, model = torch.randn(40, 4), torch.arange(40) % 3, torch.nn.Linear(4, 3)
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
 weights = list(model.parameters())
