@@ -381,7 +381,8 @@ class Attribution(OldNames):
             solution = member.solve(rows)
             scoring.log.add_solution(solution, rows, member.shift)
             factors = self.spec.scaling.query_factors(rows)
-            solved = solution.unwrap() if factors is None else solution.unwrap().scaled(factors)
+            solved = solution.unwrap()
+            solved = solved if factors is None else solved.scaled(factors)
             del rows, solution  # while the data stream past, nobody holds the unsolved rows
             yield query_ids, solved
 
