@@ -188,7 +188,7 @@ def _exact(this: Workload, options: dict[str, Any], path: Path) -> None:
     problem, (qx, qy), damping = _problem(this, options, getattr(torch, this.exact_dtype))
     some = slice(0, this.exact_queries)
     if this.net == "mlp":
-        method = Influence(GGN(), Woodbury(max_bytes=16 * 2**30), damping, memory=16 * 2**30)
+        method = Influence(GGN(), Woodbury(), damping, memory=16 * 2**30)
     else:
         method = Influence(GGN(), CG(rtol=this.exact_rtol, max_steps=5000), damping, preconditioner=EKFAC())
     scores = method.fit(problem).score((qx[some], qy[some]))

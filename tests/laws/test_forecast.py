@@ -282,8 +282,14 @@ def perceptron(inputs: int, n: int, *, hidden: int = 0, outputs: int = 10) -> Pr
 @pytest.mark.parametrize("given", [None, GGN(), EmpiricalFisher()])
 @pytest.mark.parametrize(
     "size",
-    [perceptron(5, 300), perceptron(100, 3000), perceptron(784, 2000, hidden=128), perceptron(784, 100, hidden=64)],
-    ids=["tiny", "logistic", "perceptron", "few examples"],
+    [
+        perceptron(5, 300),
+        perceptron(100, 3000),
+        perceptron(784, 4800),
+        perceptron(784, 2000, hidden=128),
+        perceptron(784, 100, hidden=64),
+    ],
+    ids=["tiny", "logistic", "large logistic", "perceptron", "few examples"],
 )
 def test_what_is_estimated_does_not_depend_on_the_number_of_queries(
     given: AbstractCurvature | None, size: ProblemSize
@@ -298,6 +304,14 @@ def test_what_was_cheap_and_exact_stays_so() -> None:
         assert (choice.curvature, choice.solver, choice.default_damping) == (GGN(), solver, Relative(0.1))
     choice = choose_composition(None, perceptron(784, 300, hidden=64), Budget())
     assert (choice.curvature, choice.solver, choice.default_damping) == (GGN(), Woodbury(), Relative(3.0))
+
+
+def test_a_convex_loss_is_solved_exactly_and_the_number_of_queries_decides_how() -> None:
+    size = perceptron(784, 4800)
+    few, many = (choose_composition(None, size.for_queries(q), Budget()) for q in (100, 100_000))
+    assert (few.curvature, few.solver, few.default_damping) == (GGN(), CG(rtol=1e-3, max_steps=500), Relative(3.0))
+    assert few.preconditioner is not None
+    assert (many.curvature, many.solver, many.default_damping) == (GGN(), Spectral(), Relative(3.0))
 
 
 @pytest.mark.parametrize("count", [1, 10, 1000])

@@ -233,7 +233,7 @@ def added_leverage(original: Any, derivatives: Any, solve: Any, count: int) -> A
 
 
 DENSE = partial(values_law, Spectral())
-ITERATED = partial(values_law, CG(1e-10))
+ITERATED = partial(values_law, CG(1e-10, incomplete="error"))
 ELSEWHERE = swap(gradients, "slopes", per_batch_mean)
 SNAPSHOT = guard._Snapshot
 

@@ -79,7 +79,7 @@ class Budget:
 
 
 def _parse_bytes(text: str) -> int | str:
-    """The number of bytes in words; words without one come back as they are, to be refused."""
+    """The number of bytes that a text means; a text without one comes back as it is, to be refused."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if match is None or match[2] not in _UNITS:
         return text

@@ -270,16 +270,6 @@ class AbstractLikelihood(AbstractObjective):
     """
 
     @abstractmethod
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
-        """The batch with targets drawn from the model's own distribution p(y | f).
-
-        Args:
-            outputs: the model's outputs, one per example along the first axis.
-            batch: the batch that the outputs came from.
-            generator: where random numbers come from; `None`: torch's own generator.
-        """
-
-    @abstractmethod
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:

@@ -21,7 +21,6 @@ from .base import (
     inputs_and_targets,
     offenders,
     tensor_targets,
-    with_targets,
 )
 from .draws import Randomness, draw
 from .likelihoods import check_weight, diagonal_root, match_shape
@@ -86,11 +85,6 @@ class Bernoulli(AbstractLikelihood):
                 "Bernoulli() expects 0 for no and 1 for yes, so recode the labels."
             )
         self._factors(outputs, y)
-
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
-        targets = tensor_targets(batch)
-        labels = draw(outputs, generator) < outputs.sigmoid()
-        return with_targets(batch, labels.reshape(targets.shape).to(targets.dtype))
 
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
@@ -26,7 +25,6 @@ from .base import (
     label_key,
     offenders,
     tensor_targets,
-    with_targets,
 )
 from .draws import Randomness, draw
 
@@ -156,14 +154,6 @@ class CrossEntropy(AbstractLikelihood):
                     "from_log_probabilities=True expect; end the model with log_softmax, or use "
                     "CrossEntropy()."
                 )
-
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
-        targets = tensor_targets(batch)
-        shape = outputs.shape[:1] + outputs.shape[2:]
-        labels = _softmax_sample(_classes_last(outputs).softmax(-1), generator).reshape(shape)
-        if targets.is_floating_point():
-            return with_targets(batch, F.one_hot(labels, outputs.shape[1]).movedim(-1, 1).to(targets.dtype))
-        return with_targets(batch, torch.where(targets == self.ignore_index, targets, labels.to(targets.dtype)))
 
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
@@ -328,14 +318,6 @@ class TokenCrossEntropy(AbstractLikelihood):
                 "dataset."
             )
 
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
-        targets: Tensor = self._split(batch)[2]
-        labels = _softmax_sample(outputs.softmax(-1), generator).to(targets.dtype)
-        if self.shift:
-            # Position t predicts token t + 1; nothing predicts the first token.
-            labels = torch.cat([targets[:, :1], labels[:, :-1]], 1)
-        return with_targets(batch, torch.where(targets == self.ignore_index, targets, labels))
-
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
@@ -422,11 +404,6 @@ class SquaredError(AbstractLikelihood):
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         match_shape(outputs, check_batch(outputs, inputs_and_targets(batch)[2], ids), "SquaredError()")
-
-    def sample(self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None) -> Batch:
-        shape = tensor_targets(batch).shape
-        noise = draw(outputs, generator, normal=True).to(outputs.dtype) / math.sqrt(self._scale(outputs))
-        return with_targets(batch, (outputs + noise).reshape(shape))
 
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None

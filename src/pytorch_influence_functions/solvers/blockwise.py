@@ -18,7 +18,6 @@ from ..curvature.cost import Cost, ProblemSize
 from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
 from ..linalg.block_diagonal import BlockDiagonal, join_rows, restrict_rows
-from ..linalg.dual_solution import DualSolution
 from ..linalg.operator import AbstractOperator, AbstractSymmetric
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
@@ -234,9 +233,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
         for name, (space, solver, part) in state.parts.items():
             inside = restrict_rows(rows, space)
             solved[name] = solver.solve(part, inside), inside.squared_norms().double()
-        values = []
-        for solution, _ in solved.values():
-            values.append(solution.value.rows() if isinstance(solution.value, DualSolution) else solution.value)
+        values = [solution.value.rows() for solution, _ in solved.values()]
         squares = torch.stack([(s.residual.double().square() * size) for s, size in solved.values()]).sum(0)
         residual = relative(squares.sqrt(), rows.squared_norms().double().sqrt())
         bad = [(name, s) for name, (s, _) in solved.items() if s.result is not Result.successful]

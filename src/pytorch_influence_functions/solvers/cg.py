@@ -226,12 +226,12 @@ class _Run:
         is_done = done[done | stuck]
         b = self.b[asked.index]
         r = b - self.state.system.product(asked.x)
-        true, told = r.norm(dim=1), asked.r.norm(dim=1)
+        true, recursive = r.norm(dim=1), asked.r.norm(dim=1)
         goal = self.rtol * self.norms[asked.index]
         reached = true <= goal
         # A second claim that is hardly better than the first is rounding, not progress.
         lost = is_done & ~reached & (true > 0.9 * asked.claimed)
-        lost |= ~is_done & ~reached & ((true - told).abs() > _DRIFT * told)
+        lost |= ~is_done & ~reached & ((true - recursive).abs() > _DRIFT * recursive)
         for position in lost.nonzero().flatten().tolist():
             self.outcome[int(asked.index[position])] = Result.stagnated
         x[asked.index] = asked.x

@@ -81,7 +81,7 @@ class Factored(AbstractSolver[FactoredState]):
             return refuse_input(rows, bad, state.system.shift)
         operator, shift = state.system.operator, state.system.shift
         assert isinstance(operator, Kronecker)
-        value = rows.map(lambda name, block: _solved(operator.blocks[name], state.sides[name], block))
+        value = rows.map(lambda name, block: _solve_block(operator.blocks[name], state.sides[name], block))
         residual = combined_residual(operator, shift, rows, value)
         low, high = operator.extremes()
         notes = {"damping": shift.damping, "smallest_curvature": low, "largest_curvature": high}
@@ -99,7 +99,7 @@ def _inverses(block: KroneckerBlock, damping: float) -> tuple[Tensor, Tensor]:
     return 1.0 / (left + root / pi), 1.0 / (right + root * pi)
 
 
-def _solved(basis: KroneckerBlock, sides: tuple[Tensor, Tensor], block: AbstractBlock) -> AbstractBlock:
+def _solve_block(basis: KroneckerBlock, sides: tuple[Tensor, Tensor], block: AbstractBlock) -> AbstractBlock:
     left, right = (s.to(block.reference) for s in sides)
     if isinstance(block, Conv):
         block = block.outer()

@@ -9,7 +9,6 @@ from ..core.errors import InvalidInput
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize
 from ..gradients.per_example import Derivatives
-from ..linalg.dual_solution import DualSolution
 from ..linalg.operator import AbstractOperator, AbstractSymmetric
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
@@ -31,8 +30,7 @@ class Inverse(AbstractOperator):
     state: Any
 
     def apply(self, rows: Rows) -> Rows:
-        value = self.solver.solve(self.state, rows).value
-        return value.rows() if isinstance(value, DualSolution) else value
+        return self.solver.solve(self.state, rows).value.rows()
 
 
 @dataclass(frozen=True, eq=False)
