@@ -96,7 +96,7 @@ METHODS = {
     "hessian cg": (
         "hessian",
         lambda lam: ptif.Influence(Hessian(), CG(1e-11, 400), lam),
-        1e-8,
+        1e-7,
     ),
     "ggn lissa": (
         "ggn",
@@ -105,12 +105,12 @@ METHODS = {
     ),
     "ggn spectral": ("ggn", lambda lam: ptif.Influence(GGN(), Spectral(), lam), 1e-10),
     "ggn dual": ("ggn", lambda lam: ptif.Influence(GGN(), Woodbury(), lam), 1e-8),
-    "ggn cg": ("ggn", lambda lam: ptif.Influence(GGN(), CG(1e-11, 400), lam), 1e-8),
+    "ggn cg": ("ggn", lambda lam: ptif.Influence(GGN(), CG(1e-11, 400), lam), 1e-7),
     "fisher": ("ggn", lambda lam: ptif.Influence(Fisher(), Spectral(), lam), 1e-10),
     "ggn cg preconditioned": (
         "ggn",
         lambda lam: ptif.Influence(GGN(), CG(1e-11, 400), lam, preconditioner=EmpiricalFisher()),
-        1e-8,
+        1e-7,
     ),
     "empirical spectral": (
         "empirical",
@@ -121,7 +121,7 @@ METHODS = {
     "empirical cg": (
         "empirical",
         lambda lam: ptif.Influence(EmpiricalFisher(), CG(1e-11, 400), lam),
-        1e-8,
+        1e-7,
     ),
     "auto": ("ggn", lambda lam: ptif.Influence(damping=lam), 1e-10),
 }
@@ -252,7 +252,7 @@ def test_decay_that_differs_by_parameter(solver: Any) -> None:
     want = influence(matrix + diagonal.diag(), SMALL, gq, g)
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=decay)
     got = ptif.Influence(GGN(), solver, SMALL).fit(problem).score((xq, yq))
-    assert relative_gap(got.values, want) < 1e-8
+    assert relative_gap(got.values, want) < 1e-7
 
 
 @pytest.mark.parametrize("route", [r for r in Route])
