@@ -32,7 +32,7 @@ from pytorch_influence_functions.curvature.cost import ProblemSize
 from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives, Tape
 from pytorch_influence_functions.gradients.products import Products
-from pytorch_influence_functions.influence import assumptions
+from pytorch_influence_functions.influence import assumptions, attribution
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.kronecker import Kronecker
 from pytorch_influence_functions.linalg.rows import Rows
@@ -381,3 +381,52 @@ def test_a_large_root_is_not_written_out(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(exact, "roots_of", lambda *_: pytest.fail("a row was made for every output"))
     got = GGN().of(derivatives, Form.MATRIX, Budget()).matrix  # type: ignore[attr-defined]
     torch.testing.assert_close(got, want)
+
+
+# --------------------------------------------------------------------------- seconds
+
+
+@pytest.mark.parametrize(
+    ("method", "timed"),
+    [
+        (ptif.gauss_newton(), True),
+        (ptif.Influence(Arnoldi(5, GGN()), Spectral()), True),
+        (ptif.Influence(Subsample(GGN(), 50), CG()), True),
+        (ptif.Influence(EmpiricalFisher(), CG()), True),
+        (ptif.ekfac(), False),
+        (ptif.dual(), False),
+    ],
+    ids=str,
+)
+def test_a_product_is_timed_where_products_are_taken(
+    method: ptif.Influence, timed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[ProblemSize] = []
+    original = attribution.estimate_cost
+
+    def watched(choice: Any, size: ProblemSize, *rest: Any) -> Any:
+        sizes.append(size)
+        return original(choice, size, *rest)
+
+    monkeypatch.setattr(attribution, "estimate_cost", watched)
+    method.forecast(problem(), 4)
+    (size,) = sizes
+    assert size.seconds > 0 and (size.product_seconds is not None) == timed
+    assert size.product_seconds is None or size.product_seconds > 0
+
+
+def test_a_forecast_reads_few_examples() -> None:
+    read: set[int] = set()
+
+    class Watched(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 20_000
+
+        def __getitem__(self, index: int) -> Any:
+            read.add(index)
+            return torch.zeros(8), index % 3
+
+    of = problem()
+    for method in (ptif.gauss_newton(), ptif.ekfac()):
+        method.forecast(ptif.Problem(of.model, ptif.CrossEntropy(), Watched()), 10)
+    assert len(read) < 600

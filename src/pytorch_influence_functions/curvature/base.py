@@ -131,6 +131,11 @@ class AbstractCurvature(Record, ABC):
         """Whether its rows are the training examples' own loss gradients, which then need not be taken again."""
         return False
 
+    @property
+    def multiplied(self) -> AbstractCurvature | None:
+        """The curvature whose matrix-free products are taken for it; None where there are none."""
+        return self if Form.IMPLICIT in self.forms else None
+
     def projectable(self, form: Form) -> bool:
         """Whether it can be had in this `form` where only projections of gradient rows are known."""
         return False
@@ -167,7 +172,8 @@ class AbstractCurvature(Record, ABC):
             size: the sizes of the problem.
             vectors: how many.
         """
-        return Cost(passes=0.5 + 1.5 * vectors)
+        passes = 0.5 + 1.5 * vectors
+        return Cost(passes, products=passes)
 
     def trace_cost(self, size: ProblemSize) -> Cost:
         """What measuring the trace of the matrix-free form takes for a problem of this `size`."""

@@ -48,13 +48,24 @@ class Cost:
     """Operations of the algebra beside them, as those of a float32 matrix product."""
     bytes: Amount = 0.0
     """Memory held at the same time."""
+    products: Amount = 0.0
+    """How many of the passes are taken by products with a curvature, in batches and at a speed of their own."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.passes + other.passes, self.flops + other.flops, self.bytes + other.bytes)
+        return Cost(
+            self.passes + other.passes,
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.products + other.products,
+        )
 
     def repeated(self, times: Amount) -> Cost:
         """The same work several times, one after the other in the same memory."""
-        return Cost(self.passes * times, self.flops * times, self.bytes)
+        return Cost(self.passes * times, self.flops * times, self.bytes, self.products * times)
+
+    def over_share(self, share: Amount) -> Cost:
+        """The same work on a share of the training data only."""
+        return replace(self, passes=self.passes * share, products=self.products * share)
 
 
 def passes_for_rows(columns: Amount) -> float:
@@ -117,6 +128,8 @@ class ProblemSize:
     number_bytes: int = 4
     seconds: float = 0.0
     """Measured seconds for one example's gradient row, reading included."""
+    product_seconds: float | None = None
+    """Measured seconds for one example's part of a product, per pass that it counts for; None: as for a row."""
     damping_share: Amount = 1.0
     """Damping in mean eigenvalues of the curvature, as far as it is known beforehand."""
 

@@ -105,7 +105,7 @@ class Hessian(AbstractCurvature):
 
     def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
         # Along each vector a gradient is differentiated: forward, and back to the parameters, each twice.
-        return Cost(3.0 * vectors)
+        return Cost(3.0 * vectors, products=3.0 * vectors)
 
     def trace_cost(self, size: ProblemSize) -> Cost:
         if size.outputs is None:

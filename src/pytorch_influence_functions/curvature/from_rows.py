@@ -163,7 +163,8 @@ class AbstractRowCurvature(AbstractCurvature):
 
     def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
         columns = self.columns(size)
-        return Cost(passes_for_rows(columns), 4 * vectors * size.examples * columns * size.row_numbers)
+        passes = passes_for_rows(columns)
+        return Cost(passes, 4 * vectors * size.examples * columns * size.row_numbers, products=passes)
 
     def trace_cost(self, size: ProblemSize) -> Cost:
         return Cost(passes_for_rows(self.columns(size)) * min(1.0, TRACE_EXAMPLES / size.examples))

@@ -46,6 +46,10 @@ class AbstractLowRank(AbstractCurvature):
     def drops_directions(self) -> bool:
         return self.complement == "dropped"
 
+    @property
+    def multiplied(self) -> AbstractCurvature | None:
+        return self.curvature.multiplied
+
     @abstractmethod
     def vectors(self, parameters: int) -> int:
         """With how many vectors the other curvature is multiplied, for so many `parameters`."""

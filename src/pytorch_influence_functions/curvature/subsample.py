@@ -64,6 +64,10 @@ class Subsample(AbstractCurvature):
     def drops_directions(self) -> bool:
         return self._inner.drops_directions
 
+    @property
+    def multiplied(self) -> AbstractCurvature | None:
+        return self._inner.multiplied
+
     def rows(self, size: ProblemSize) -> int | None:
         return self._inner.rows(self._part(size)[0])
 
@@ -76,13 +80,11 @@ class Subsample(AbstractCurvature):
 
     def cost(self, size: ProblemSize, form: Form) -> Cost:
         part, share = self._part(size)
-        cost = self._inner.cost(part, form)
-        return replace(cost, passes=cost.passes * share)
+        return self._inner.cost(part, form).over_share(share)
 
     def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
         part, share = self._part(size)
-        cost = self._inner.product_cost(part, vectors)
-        return replace(cost, passes=cost.passes * share)
+        return self._inner.product_cost(part, vectors).over_share(share)
 
     # ---------------------------------------------------------------- inner workings
 

@@ -29,7 +29,7 @@ from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
 from ..solvers.auto import Auto, choose_composition
 from ..solvers.base import AbstractSolver
-from ..solvers.forecast import Composition, Forecast, estimate_cost
+from ..solvers.forecast import Composition, Forecast, estimate_cost, time_product
 from ..solvers.truncation import Truncation
 from .assumptions import StationarityCheck
 from .checks import as_weights, check_options_used, check_parts, check_problem, check_weights_fit
@@ -130,6 +130,7 @@ class Influence(Record, AbstractMethod):
                 derivatives = derivatives.with_projection(self.projection)
             size = ProblemSize.of(derivatives, n_queries)
             composition = self._compose(derivatives, n_queries, size)
+            size = time_product(composition, derivatives, size, Budget.of(self.memory))
         times = max(1, len(problem.checkpoints))
         rule, solves = self._damping_of(composition), self.scaling.solves_per_example(size.columns)
         one = estimate_cost(composition, size, self.describe(composition), Budget.of(self.memory), rule, solves)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeAlias, final
 
@@ -189,7 +189,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
             if request.curvature.rows(size) is not None and request.form is not Form.IMPLICIT:
                 # Groups that are made of the same rows share the passes that make them.
                 shared[request.curvature] = part.passes
-                part = Cost(0.0, part.flops, part.bytes)
+                part = replace(part, passes=0.0)
             total += part
         return total + Cost(passes=sum(shared.values()))
 

@@ -13,6 +13,8 @@ import torch
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize
 from ..damping.rules import AbstractDamping
+from ..gradients.per_example import Derivatives
+from ..gradients.products import DIRECTIONS
 from .base import AbstractSolver
 from .preconditioner import Preconditioner
 
@@ -20,6 +22,10 @@ from .preconditioner import Preconditioner
 QUERY_SHARE = 1 / 4
 # Examples whose gradients tell how the trained weights stand, whatever the method.
 _LOOKED_AT = 160
+# A product is timed on so many examples, as long as that many numbers hold what it pushes through the model.
+_FEWEST_TIMED, _MOST_TIMED, _TIMED_NUMBERS = 8, 512, 1 << 24
+# The first product pays for what is paid once.
+_REPEATS = 2
 # Scores are added up in float64.
 _SCORE_BYTES = 8
 
@@ -115,8 +121,32 @@ def estimate_cost(
         _held_bytes(choice.solver, size, min(q, at_once)) + _SCORE_BYTES * q * n,
     )
     total = fitting + scoring
-    seconds = total.passes * n * size.seconds + total.flops / operations_per_second()
+    each = size.seconds if size.product_seconds is None else size.product_seconds
+    reading = (total.passes - total.products) * n * size.seconds + total.products * n * each
+    seconds = reading + total.flops / operations_per_second()
     return Forecast(method, choice.why, total.passes, total.bytes, seconds)
+
+
+def time_product(choice: Composition, derivatives: Derivatives, size: ProblemSize, budget: Budget) -> ProblemSize:
+    """The size with a measured product, where the choice takes products: on a few examples, along a few directions."""
+    curvature = choice.curvature.multiplied
+    if curvature is None or not choice.cost(size).products:
+        return size
+    like = next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
+    count = min(size.examples, max(_FEWEST_TIMED, int(_TIMED_NUMBERS / (size.row_numbers * DIRECTIONS))), _MOST_TIMED)
+    vectors = max(1, min(size.n_queries, DIRECTIONS, _TIMED_NUMBERS // size.parameters))
+    source = derivatives.problem.data.subset(range(count))
+    few = replace(derivatives, problem=derivatives.problem.with_(data=source))
+    operator = curvature.of(few, Form.IMPLICIT, budget)
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(vectors, size.parameters, generator=generator).to(like)
+    spent = math.inf
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        operator.apply(derivatives.space.rows(flat))
+        spent = min(spent, time.perf_counter() - start)
+    part = replace(size, examples=count)
+    return replace(size, product_seconds=spent / count / curvature.product_cost(part, vectors).passes)
 
 
 def _held_bytes(solver: AbstractSolver[Any], size: ProblemSize, queries: int) -> Amount:
