@@ -48,7 +48,7 @@ def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("strength", [0.3, {"0.weight": 0.5, "2.weight": 0.1, "2.bias": 0.02}], ids=str)
 def test_the_distance_from_a_minimum_is_that_of_loss_and_weight_decay_together(strength: Any) -> None:
-    """|mean gradient of the loss + decay * weights| over the root mean square of the examples' gradients, in float64."""
+    """|mean gradient of the loss + decay * weights| over the root mean square of the examples' gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(20, 4).double(), torch.randint(0, 3, (20,))

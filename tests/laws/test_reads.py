@@ -14,8 +14,8 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import EmpiricalFisher
 
 N = 1000
-# Reads that find out how things stand: the stationarity check looks at each of so few examples once; one wide batch where
-# a fit plans its memory, a few to probe the layers and the data.
+# Reads that find out how things stand: the stationarity check looks once at each of so few examples; one wide batch
+# where a fit plans its memory, a few to probe the layers and the data.
 LOOKS = N + 256 + 20
 
 

@@ -92,7 +92,7 @@ CASES = [
     Case("interpolating wrong labels", digits_with_wrong_labels, lambda: perceptron(64, 10, 128),
          lambda p: torch.optim.Adam(p, lr=5e-3), 60),
     Case("weight decay", digits, lambda: perceptron(64, 10), sgd(0.1, 5e-3), 30, 5e-3),
-    Case("weight decay and wrong labels", digits_with_wrong_labels, lambda: perceptron(64, 10), sgd(0.1, 1e-2), 30, 1e-2),
+    Case("decay and wrong labels", digits_with_wrong_labels, lambda: perceptron(64, 10), sgd(0.1, 1e-2), 30, 1e-2),
     Case("stopped early at a plateau", digits, lambda: perceptron(64, 10, smooth=True), sgd(0.05), 12),
     Case("frozen backbone", digits, frozen, sgd(0.1, 1e-3), 30, 1e-3),
     Case("AdamW", digits, convolutions, lambda p: torch.optim.AdamW(p, lr=5e-3), 30),
