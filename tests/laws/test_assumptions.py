@@ -128,9 +128,9 @@ def squares(looks: list[StationarityCheck]) -> torch.Tensor:
 
 
 def test_a_sample_at_an_exact_minimum_raises_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 examples alone leave 1 / sqrt(128) = 8.8 %, above the bound of 5 %; corrected for sampling they do not."""
+    """128 examples alone leave 1 / sqrt(128) = 8.8 %, above the bound of 6 %; corrected for sampling they do not."""
     looks = drawn(monkeypatch, at_the_minimum(), 128, 40)
-    assert sum(look.relative_gradient - 2 * look.error > 0.05 for look in looks) == 0
+    assert sum(look.relative_gradient - 2 * look.error > 0.06 for look in looks) == 0
     # What is left scatters about 0: its mean, cut off at 0, is well below the sampling noise of 1 / 128.
     assert float(squares(looks).mean()) < 0.5 / 128
 

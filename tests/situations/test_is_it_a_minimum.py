@@ -85,6 +85,7 @@ class Case:
     loss: nn.Module = nn.CrossEntropyLoss()
     early: float = 1.0
     """Epochs after which the other run is stopped."""
+    batch: int = 32
 
 
 CASES = [
@@ -96,7 +97,7 @@ CASES = [
     Case("stopped early at a plateau", digits, lambda: perceptron(64, 10, smooth=True), sgd(0.05), 12),
     Case("frozen backbone", digits, frozen, sgd(0.1, 1e-3), 30, 1e-3),
     Case("AdamW", digits, convolutions, lambda p: torch.optim.AdamW(p, lr=5e-3), 30),
-    Case("batch norm", digits, normalised, sgd(0.02, 1e-3), 45, 1e-3),
+    Case("batch norm", digits, normalised, sgd(0.05, 1e-3), 60, 1e-3, batch=128),
     Case("logistic regression", patients, lambda: nn.Linear(30, 2), sgd(0.05, 1e-2), 40, 1e-2),
     Case("regression", progression, lambda: perceptron(10, 1, 16, smooth=True), sgd(0.02, 1e-2), 40, 1e-2,
          loss=nn.MSELoss()),
@@ -108,11 +109,11 @@ def trained(case: Case, epochs: float) -> ptif.Problem:
     torch.manual_seed(0)
     (x, y), model = case.data(), case.model()
     optimizer = case.optimizer([p for p in model.parameters() if p.requires_grad])
-    steps = round(case.epochs * len(x) / 32)
+    steps = round(case.epochs * len(x) / case.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
-    for step in range(round(epochs * len(x) / 32)):
-        some = torch.randint(0, len(x), (32,)) if step else torch.arange(32)
+    for step in range(round(epochs * len(x) / case.batch)):
+        some = torch.randint(0, len(x), (case.batch,)) if step else torch.arange(case.batch)
         optimizer.zero_grad()
         case.loss(model(x[some]), y[some]).backward()
         optimizer.step()

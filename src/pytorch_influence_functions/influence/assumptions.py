@@ -172,7 +172,7 @@ class _Look:
         groups = self.sample.groups[self.done : self.done + len(gradients.ids)]
         squares = torch.stack([b.squared_norms() for b in gradients.rows.blocks.values()], 1)
         self.squares.index_add_(0, groups, squares.double().cpu())
-        for group in groups.unique().tolist():
+        for group in sorted(set(groups.tolist())):
             rows = gradients.rows if self.sample.count == 1 else gradients.rows.take(torch.where(groups == group)[0])
             ones = torch.ones(1, len(rows), dtype=rows.dtype, device=rows.device)
             self.sums[group] += rows.combine(ones).flat()[0]
