@@ -32,7 +32,7 @@ from pytorch_influence_functions.curvature.cost import ProblemSize
 from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives, Tape
 from pytorch_influence_functions.gradients.products import Products
-from pytorch_influence_functions.influence import assumptions, attribution
+from pytorch_influence_functions.influence import attribution
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.kronecker import Kronecker
 from pytorch_influence_functions.linalg.rows import Rows
@@ -81,7 +81,7 @@ class Counter:
 def counting(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> Iterator[Counter]:
     """Count every forward of the model, every backward, and products by their directions."""
     counter = Counter()
-    rows, weighted = Tape.rows, assumptions.weighted_gradient
+    rows = Tape.rows
 
     def forward(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not counter.inside:
@@ -90,10 +90,6 @@ def counting(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> Iterator[Coun
     def counted_rows(self: Tape, cotangent: Tensor, keep_graph: bool = False) -> Rows:
         counter.halves += len(cotangent)
         return rows(self, cotangent, keep_graph)
-
-    def counted_gradient(outputs: Tensor, *rest: Any) -> Any:
-        counter.halves += 2 * len(outputs)
-        return weighted(outputs, *rest)
 
     def product(original: Any, first: float, each: float) -> Any:
         def counted(self: Products, ids: Tensor, batch: Any, directions: Rows, *rest: Any) -> Any:
@@ -109,7 +105,6 @@ def counting(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> Iterator[Coun
     handle = model.register_forward_pre_hook(forward)
     with monkeypatch.context() as patch:
         patch.setattr(Tape, "rows", counted_rows)
-        patch.setattr(assumptions, "weighted_gradient", counted_gradient)
         # A product goes forward once, and for each direction forward and back to the parameters, twice as far.
         patch.setattr(Products, "ggn_product", product(Products.ggn_product, 1, 3))
         patch.setattr(Products, "hessian_product", product(Products.hessian_product, 0, 6))

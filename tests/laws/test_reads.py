@@ -14,9 +14,9 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import EmpiricalFisher
 
 N = 1000
-# Reads that find out how things stand: 128 + 32 + 3 for the stationarity check, one wide batch where a fit plans its
-# memory, a few to probe the layers and the data.
-LOOKS = 180 + 256
+# Reads that find out how things stand: the stationarity check looks once at each of so few examples; one wide batch
+# where a fit plans its memory, a few to probe the layers and the data.
+LOOKS = N + 256 + 20
 
 
 class Counting(Dataset[Any]):

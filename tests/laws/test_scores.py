@@ -267,7 +267,9 @@ def test_a_good_run_passes_every_check() -> None:
 
 
 BROKEN = [
-    ("minimum", {"relative_gradient": 0.2}, "warn", "not quite"),
+    ("minimum", {"relative_gradient": 0.08}, "warn", "not quite"),
+    ("minimum", {"relative_gradient": 0.09, "relative_gradient_error": 0.01}, "warn", "9.0% +- 1.0% of"),
+    ("minimum", {"relative_gradient": 0.14, "relative_gradient_error": 0.03}, "warn", "not quite"),
     ("minimum", {"relative_gradient": 0.9}, "bad", "far from a minimum"),
     ("minimum", {"relative_gradient": math.nan}, "warn", "not measured"),
     ("solve", {"residual_max": 0.05}, "warn", "loosely"),
@@ -286,6 +288,11 @@ BROKEN = [
     ("data", {"deterministic": "not checked"}, "warn", "not checked"),
     ("loss", {"reduction": ""}, "warn", "not recorded"),
 ]
+
+
+def test_a_gradient_within_its_sampling_error_is_no_alarm() -> None:
+    d = Diagnostics.from_dict(GOOD.to_dict() | {"relative_gradient": 0.08, "relative_gradient_error": 0.02})
+    assert d.checks()[0].status == "ok" and "8.0% +- 2.0% of a typical example's (on 64 of 100 ex" in d.checks()[0].text
 
 
 @pytest.mark.parametrize(("name", "change", "status", "text"), BROKEN)

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import from_rows
-from pytorch_influence_functions.influence.assumptions import StationarityCheck
+from pytorch_influence_functions.influence.assumptions import Moments, StationarityCheck
 from pytorch_influence_functions.influence.run_log import RunLog
 from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.solvers import base, blockwise
@@ -33,7 +34,31 @@ def summed(original: Any, operator: Any, shift: Any, rows: Any, value: Any) -> T
 
 def without_decay(original: Any, derivatives: Any) -> Any:
     plain = derivatives.problem.with_(weight_decay=ptif.WeightDecay())
-    return original(replace(derivatives, problem=plain))
+    return original(replace(derivatives, problem=plain, whole=plain.space))
+
+
+def without_noise_correction(original: Any, self: Moments) -> tuple[float, float]:
+    """As if the sample were all there is: its mean's own variance stays in."""
+    value, _ = original(replace(self, population=int(self.counts.sum())))
+    return value, original(self)[1]
+
+
+def mean_of_norms(original: Any, derivatives: Any) -> Any:
+    """The examples' mean norm in place of the root mean square."""
+    look = original(derivatives)
+    norms = torch.cat([g.rows.squared_norms().sqrt() for g in derivatives.stream()])
+    ratio = float(norms.square().mean().sqrt() / norms.mean())
+    return replace(look, relative_gradient=look.relative_gradient * ratio)
+
+
+def in_fresh_patch(law: Any) -> Any:
+    """A law that patches on its own account, called without pytest's fixture."""
+
+    def run() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            law(patch)
+
+    return run
 
 
 def of_the_last_layer(original: Any, self: Truncated, training: Any) -> Tensor:
@@ -67,6 +92,16 @@ BUGS = [
         "weight decay left out of the minimum's check",
         swap(StationarityCheck, "of", without_decay),
         test_assumptions.test_a_minimum_with_weight_decay_is_seen_as_one,
+    ),
+    Bug(
+        "the minimum's check without its correction for sampling",
+        swap(Moments, "relative", without_noise_correction),
+        in_fresh_patch(test_assumptions.test_a_sample_at_an_exact_minimum_raises_no_alarm),
+    ),
+    Bug(
+        "the mean norm in the minimum's check",
+        swap(StationarityCheck, "of", mean_of_norms),
+        partial(test_assumptions.test_the_distance_from_a_minimum_is_that_of_loss_and_weight_decay_together, 0.3),
     ),
     Bug(
         "a certificate from the last layer only",

@@ -105,6 +105,7 @@ class RunLog:
             parameters_total=stationarity.total,
             gradient_shares=stationarity.shares,
             relative_gradient=stationarity.relative_gradient,
+            relative_gradient_error=stationarity.error,
             gradient_examples=stationarity.looked_at,
             mode=describe_mode(problem),
             deterministic=problem.data.determinism,

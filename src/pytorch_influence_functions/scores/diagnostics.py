@@ -15,8 +15,11 @@ Status: TypeAlias = Literal["ok", "warn", "bad"]
 LEFT_OUT = "(left out)"
 """The name in `gradient_shares` for the parameters that did not take part."""
 
-# The training gradient beside a typical example's: 0 at a minimum, near 1 where nothing was learned.
-_STATIONARY, _MOVING = 0.1, 0.3
+# The objective's gradient beside a typical example's: 0 at a minimum. `docs/trust.md` has what was measured on trained
+# networks (at most the first) and on networks stopped after an epoch (above it).
+_STATIONARY, _MOVING = 0.06, 0.1
+# An alarm needs the gradient to be above a bound by so many standard errors.
+_ERRORS = 2.0
 # Relative residuals: below the first a ranking is safe, above the second it is the solver's noise.
 _SOLVED, _UNSOLVED = 1e-2, 1e-1
 # The least share of the gradient that the chosen parameters should carry.
@@ -68,8 +71,10 @@ class Diagnostics:
         parameters_total: numbers in all parameters of the model.
         gradient_shares: per block, its share (0 to 1) of the squared gradient norm; "(left out)" is the
             share of the parameters that did not take part.
-        relative_gradient: |gradient of the mean training objective| / typical |per-example gradient|.
-        gradient_examples: how many examples the two lines above were measured on.
+        relative_gradient: |gradient of the mean training objective|, weight decay included, over the root mean square
+            of the examples' gradients; sampling noise is taken off, so it is 0 at a minimum.
+        relative_gradient_error: its standard error; 0 where every example was looked at.
+        gradient_examples: how many examples the three lines above were measured on.
         mode: the mode the model was in, in words: eval, dropout, batch norm.
         deterministic: whether reading an example twice gave the same: `"yes"`, `"no"` or other words.
         reduction: the training loss's reduction, in words.
@@ -103,6 +108,7 @@ class Diagnostics:
     parameters_total: int = 0
     gradient_shares: Mapping[str, float] = field(default_factory=_no_shares)
     relative_gradient: float = math.nan
+    relative_gradient_error: float = math.nan
     gradient_examples: int = 0
     mode: str = "eval mode"
     deterministic: str = "not checked"
@@ -202,15 +208,24 @@ def _minimum(d: Diagnostics) -> Check:
     name, value = "minimum", d.relative_gradient
     if math.isnan(value):
         return Check(name, "warn", "the gradient of the training objective was not measured")
-    fact = f"the training gradient is {value:.1%} of a typical example's"
-    fact += f" (on {d.gradient_examples:,} examples)" if d.gradient_examples else ""
+    error = 0.0 if math.isnan(d.relative_gradient_error) else d.relative_gradient_error
+    fact = f"the objective's gradient is {value:.1%}{f' +- {error:.1%}' if error else ''} of a typical example's"
+    fact += f" ({_describe_examples(d)})" if d.gradient_examples else ""
     if not d.needs_minimum:
         return Check(name, "ok", f"{fact}; this method follows training and needs no minimum")
-    if value > _MOVING:
+    least = value - _ERRORS * error
+    if least > _MOVING:
         return Check(name, "bad", f"{fact}: the model is far from a minimum; train longer, or read with care")
-    if value > _STATIONARY:
-        return Check(name, "warn", f"{fact}: not quite at a minimum")
+    if least > _STATIONARY:
+        text = f"{fact}: not quite at a minimum; train longer, or let the learning rate fall to 0 at the end"
+        return Check(name, "warn", text)
     return Check(name, "ok", fact)
+
+
+def _describe_examples(d: Diagnostics) -> str:
+    if d.gradient_examples == d.n_train:
+        return f"on all {d.n_train:,} examples"
+    return f"on {d.gradient_examples:,}{f' of {d.n_train:,}' if d.n_train else ''} examples"
 
 
 def _solve(d: Diagnostics) -> Check:
