@@ -120,11 +120,12 @@ def at_checkpoint(model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[N
     own = named_tensors(model)
     before = {id(tensor): (tensor, tensor.detach().clone()) for tensor in own.values()}
     try:
-        with torch.no_grad():
+        # Weights made in inference mode may be written in it only; others may too.
+        with torch.inference_mode():
             for name, value in state.items():
                 own[name].copy_(value)
         yield
     finally:
-        with torch.no_grad():
+        with torch.inference_mode():
             for tensor, value in before.values():
                 tensor.copy_(value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..core.batches import to_device
+from ..core.batches import map_tensors, tensors_of, to_device
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, nearest
 from ..core.progress import track
@@ -248,7 +248,14 @@ def sweep(
             source.check_finite(batch_ids, batch)
             if source_is_training:
                 problem.labels.add(batch_ids, batch)
-            yield batch_ids, to_device(batch, problem.device)
+            yield batch_ids, _differentiable(to_device(batch, problem.device))
+
+
+def _differentiable(batch: Any) -> Any:
+    """The batch, with copies of tensors that were made in inference mode: autograd cannot keep those."""
+    if not any(tensor.is_inference() for _, tensor in tensors_of(batch)):
+        return batch
+    return map_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 @contextmanager
