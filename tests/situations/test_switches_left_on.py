@@ -6,6 +6,7 @@ A notebook often begins with `torch.set_grad_enabled(False)`, and evaluation cod
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,8 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import IncompleteSolveWarning, SolveFailed
+from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.problem.problem import sweep
 from tests.laws.test_training_mode import ENTRIES, Entry, case, loader
+from tests.oracles import autograd as oracle
+from tests.tolerance import gap
 
 
 @contextmanager
@@ -55,12 +60,14 @@ def settings() -> tuple[Any, ...]:
     )
 
 
+def _recipe() -> Any:
+    loss = nn.CrossEntropyLoss()
+    return ptif.evaluation.Recipe(lambda: nn.Linear(4, 3).double(), epochs=2, batch_size=8, loss=loss)
+
+
 def retrained(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
-    recipe = ptif.evaluation.Recipe(
-        lambda: nn.Linear(4, 3).double(), epochs=2, batch_size=8, loss=nn.CrossEntropyLoss()
-    )
     subsets = ptif.evaluation.Subsets.halves(len(train[0]), count=3)
-    return ptif.evaluation.retrain(recipe, subsets, seeds=1, train=train, queries=queries, workers=1)
+    return ptif.evaluation.retrain(_recipe(), subsets, seeds=1, train=train, queries=queries, workers=1)
 
 
 MORE: dict[str, Entry] = {
@@ -93,11 +100,8 @@ def _table(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
 
 
 def _verdict(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
-    recipe = ptif.evaluation.Recipe(
-        lambda: nn.Linear(4, 3).double(), epochs=2, batch_size=8, loss=nn.CrossEntropyLoss()
-    )
     scores = ptif.attribute(model, train, queries, loss=nn.CrossEntropyLoss(), method="dual")
-    return scores.verify(recipe, n=6, size=4, seeds=1)
+    return scores.verify(_recipe(), n=6, size=4, seeds=1)
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -144,3 +148,68 @@ def test_contexts_may_end_in_any_order_as_generators_do() -> None:
         assert torch.is_grad_enabled()
         second.close()
         assert not torch.is_grad_enabled()
+
+
+# --------------------------------------------------------------------------- autocast inside forward
+
+
+BF16 = torch.finfo(torch.bfloat16).eps
+
+
+class OpensAutocast(nn.Module):
+    """A model that runs its layers in bfloat16, as models written for training on GPUs do."""
+
+    def __init__(self, returns: torch.dtype) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 12), nn.LayerNorm(12), nn.PReLU(), nn.Tanh()
+        )
+        self.head = nn.Linear(12, 3)
+        self.returns = returns
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs: Tensor = self.head(self.body(x))
+        return outputs.to(self.returns)
+
+
+def autocast_case(returns: torch.dtype) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(0)
+    x, y = torch.randn(28, 1, 3, 3), torch.arange(28) % 3
+    return OpensAutocast(returns), (x[:24], y[:24]), (x[24:], y[24:])
+
+
+@pytest.mark.parametrize("returns", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_of_a_model_that_opens_autocast_are_its_own_autograd_s(returns: torch.dtype) -> None:
+    model, train, queries = autocast_case(returns)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.float(), targets, reduction="none")
+
+    g, q = (oracle.example_gradients(model, loss, *data).double() for data in (train, queries))
+    problem = ptif.Problem(model, nn.CrossEntropyLoss(), train)
+    routes = Derivatives.of(problem).routes
+    assert {routes[k] for k in ("body.0", "body.3", "head")} == {"rule"}, routes
+    scores = ptif.methods.grad_dot().fit(problem).score(queries).values
+    assert gap(scores, q @ g.T / len(g)) < 4 * BF16
+    dual = ptif.dual(damping=1.0).fit(problem).score(queries).values
+    fisher = g.T @ g / len(g)
+    assert gap(dual, oracle.influence(fisher, 1.0, q, g)) < 8 * BF16
+
+
+@pytest.mark.parametrize("returns", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("entry", ALL)
+def test_every_entry_takes_a_model_that_opens_autocast(entry: str, returns: torch.dtype, tmp_path: Path) -> None:
+    if entry in ("classic, all test items", "verification", "retraining", "table"):
+        pytest.skip("these make models of another shape")
+    model, train, queries = autocast_case(returns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IncompleteSolveWarning)  # products in bfloat16 end where rounding does
+        try:
+            values = ALL[entry](model, train, queries, tmp_path)
+        except SolveFailed:
+            assert entry in ("arnoldi", "koh_liang")  # the Hessian of an untrained net is indefinite
+            values = torch.zeros(())
+    for part in values if isinstance(values, list) else [values]:
+        assert bool(torch.isfinite(torch.as_tensor(part)).all())
+    assert settings() == (True, False, False, torch.get_autocast_dtype("cpu"), True)
