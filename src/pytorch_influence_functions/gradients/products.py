@@ -79,7 +79,7 @@ class Products:
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
                 log.info("No %s for this model: %s", mode.value, first_line(reason))
                 continue
-            gap = ((pushed * c).flatten(1).sum(1) - expected).norm()
+            gap = ((pushed * c).reshape(n, -1).sum(1) - expected).norm()
             if bool(gap <= tolerance(derivatives.precision) * (expected.norm() + 1e-6 * pushed.norm() * c.norm())):
                 return products
             log.info("The %s of this model disagrees with its backward pass; it is not used.", mode.value)

@@ -98,7 +98,9 @@ def last_linear(problem: Problem) -> str:
         for handle in handles:
             handle.remove()
     for name, out in reversed(calls):
-        if out.shape == outputs.shape and torch.equal(out, outputs):
+        # A model may drop or add axes of its last layer's output: an output of one number often has no axis of its own.
+        same_numbers = len(out) == len(outputs) and out.numel() == outputs.numel()
+        if same_numbers and torch.equal(out.reshape(outputs.shape).to(outputs.dtype), outputs):
             return name or ROOT
     raise InvalidInput(
         f"The outputs of {type(problem.model).__name__} are not those of a torch.nn.Linear, so it has no last layer to "
