@@ -14,6 +14,7 @@ from ..gradients.per_example import Derivatives, rows_one_by_one, slopes
 from ..gradients.vjp import weighted_gradient
 from ..problem.model_state import preserved
 from ..problem.problem import first_batch, sweep
+from ..scores.diagnostics import FROZEN, LEFT_OUT
 
 # Examples on which the gradient at the trained weights is looked at.
 _LOOK = 128
@@ -34,7 +35,8 @@ class StationarityCheck:
     """|mean gradient of the objective| / mean |per-example gradient|: 0 at a minimum."""
     looked_at: int
     shares: Mapping[str, float]
-    """Share of the squared per-example gradient norm by block; parameters left out are under "(left out)"."""
+    """Share of the squared per-example gradient norm by block; parameters left out are under `LEFT_OUT`, or `FROZEN`
+    if they are not trainable."""
     used: int
     total: int
 
@@ -76,6 +78,7 @@ def _shares(derivatives: Derivatives) -> dict[str, float]:
     """Squared gradient norm by block over all floating-point parameters, whether they take part or not."""
     problem, model = derivatives.problem, derivatives.problem.model
     names = [k for k, p in model.named_parameters() if p.is_floating_point()]
+    frozen = {k for k, p in model.named_parameters() if not p.requires_grad}
     count = min(_SHARES, len(problem))
     with first_batch(problem, ids=torch.arange(count)) as (ids, batch), preserved(model, names):
         with torch.no_grad():
@@ -85,7 +88,7 @@ def _shares(derivatives: Derivatives) -> dict[str, float]:
     block_of = {p: b for b, spec in derivatives.space.blocks.items() for p in spec.parameters}
     sums: dict[str, float] = {}
     for name, value in rows.items():
-        key = block_of.get(name, "(left out)")
+        key = block_of.get(name, FROZEN if name in frozen else LEFT_OUT)
         sums[key] = sums.get(key, 0.0) + float(value.double().square().sum())
     whole = sum(sums.values())
     return {k: v / whole if whole > 0 else 0.0 for k, v in sums.items()}
