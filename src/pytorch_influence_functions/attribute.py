@@ -21,6 +21,7 @@ from .methods.names import MethodLike, as_method
 from .problem.checkpoints import Checkpoint
 from .problem.data import Source
 from .problem.infer_loss import infer_objective
+from .problem.model_state import plain_autograd
 from .problem.problem import Problem, check_model
 from .problem.weight_decay import WeightDecay
 from .scores.scores import Scores
@@ -43,6 +44,7 @@ class ProblemOptions(TypedDict, total=False):
     device: torch.device | str | None
 
 
+@plain_autograd()
 def attribute(
     model: nn.Module,
     train: Any,
@@ -114,6 +116,7 @@ def attribute(
     return scores if top is None else scores.top(top)
 
 
+@plain_autograd()
 def forecast(
     model: nn.Module,
     train: Any,

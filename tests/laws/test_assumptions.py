@@ -32,7 +32,7 @@ def test_shares_of_the_gradient_norm_and_the_distance_from_a_minimum() -> None:
         p.requires_grad_(False)
     scores = ptif.attribute(model, (x, y), (x, y), loss=nn.CrossEntropyLoss())
     shares = scores.diagnostics.gradient_shares
-    assert shares["(left out)"] == pytest.approx(first / whole, rel=1e-9)
+    assert shares["(frozen)"] == pytest.approx(first / whole, rel=1e-9)
     assert shares["2"] == pytest.approx(1 - first / whole, rel=1e-9)
     assert (scores.diagnostics.parameters_used, scores.diagnostics.parameters_total) == (18, 43)
     last = g[:, 25:]

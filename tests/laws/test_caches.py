@@ -284,7 +284,11 @@ def test_the_same_code_defined_again_finds_its_trainings(
     first = truth(tmp_path, changes())
     names = jobs_run(monkeypatch)
     again = truth(tmp_path, changes())
-    assert names == [] and torch.allclose(first.measured, again.measured, rtol=1e-9, atol=1e-12) and "had results" not in again.how
+    assert (
+        names == []
+        and torch.allclose(first.measured, again.measured, rtol=1e-9, atol=1e-12)
+        and "had results" not in again.how
+    )
 
 
 def test_a_damaged_training_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

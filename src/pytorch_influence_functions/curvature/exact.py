@@ -386,7 +386,7 @@ def _likelihood(derivatives: Derivatives, curvature: str) -> AbstractLikelihood:
 
 def finite_outputs(outputs: Tensor, ids: Tensor) -> None:
     """Refuse NaN or infinite outputs, naming the examples."""
-    good = torch.isfinite(outputs.flatten(1)).all(1)
+    good = torch.isfinite(outputs.reshape(len(outputs), -1)).all(1)
     if not bool(good.all()):
         raise NonFinite(
             f"The model's output is NaN or infinite at dataset indices {name_ids(ids[~good.cpu()].tolist())}; "

@@ -410,7 +410,7 @@ def _outputs(basis: _Basis, derivatives: Derivatives, theta: Rows | None, goal: 
         yield _LocalModel(
             torch.stack([basis.project(r) for r in rows], 1),
             own,
-            slope.flatten(1).double(),
+            slope.reshape(n, width).double(),
             objective.output_hessian(outputs, batch).double(),
             torch.cat([_multiply(r, goal) for r in rows], 1),
             torch.cat([_multiply(r, theta) for r in rows], 1),

@@ -16,12 +16,14 @@ from ..gradients.vjp import as_function, detach_parameters
 from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
 from ..problem.data import Source
+from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from .subsets import Subsets
 from .training import Examples
 from .truth import Truth
 
 
+@plain_autograd()
 def pbrf(
     problem: Problem,
     ids: Sequence[int] | Tensor,

@@ -26,7 +26,7 @@ from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.ingredients import describe_model, digest_data
-from ..problem.model_state import same_rng
+from ..problem.model_state import plain_autograd, same_rng
 from ..problem.problem import Problem
 from . import training, user_training
 from .cache import RetrainingCache, job_key
@@ -36,6 +36,7 @@ from .training import Examples, Job, Stack, TrainingMode
 from .truth import Truth
 
 
+@plain_autograd()
 def retrain(
     recipe: Any,
     subsets: Any,

@@ -17,6 +17,7 @@ from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod
 from ..methods.baselines import EmbeddingSimilarity, Random, TrainingLoss
 from ..problem.data import Source
+from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..scores.scores import Scores
 from ..solvers.direct import Spectral
@@ -132,6 +133,7 @@ class Evaluation:
     __repr__ = __str__
 
 
+@plain_autograd()
 def evaluate(
     methods: Any,
     truth: Truth,

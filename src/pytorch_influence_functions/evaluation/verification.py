@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..problem.model_state import plain_autograd
 from ..scores.scores import Scores
 from .correlate import RESAMPLES, Estimate
 from .retraining import retrain
@@ -102,6 +103,7 @@ def _interval(e: Estimate) -> str:
     return f"{e.value:.2f} ({e.low:.2f} to {e.high:.2f})"
 
 
+@plain_autograd()
 def verify(
     scores: Scores,
     recipe: Any,

@@ -30,7 +30,7 @@ from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
 from .layer_rules import Layout, ParameterPart, find_rule, layout_of
 from .projections import AbstractProjection, Projector
-from .recording import Capture, HookedLayer, record_calls
+from .recording import Capture, HookedLayer, NarrowestType, record_calls
 from .vjp import detach_parameters, per_example_vjp, weighted_gradient
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -72,7 +72,8 @@ class Tape:
         return rows if d.projector is None else d.projector.apply(rows)
 
     def _zeros(self, n: int, block: str) -> Dense:
-        return Dense(self.outputs.detach().new_zeros(1).expand(n, *self._derivatives.whole.blocks[block].shape))
+        like = next(iter(self._derivatives.whole.values(self._derivatives.problem.model).values()))
+        return Dense(like.detach().new_zeros(1).expand(n, *self._derivatives.whole.blocks[block].shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,8 @@ class Derivatives:
     numbers: float = 0.0
     """How many numbers one example's row takes; 0 where that was not measured."""
     projector: Projector | None = None
+    precision: torch.dtype = torch.float64
+    """The narrowest type in which the model computes: below its weights' where it opens autocast itself."""
 
     @staticmethod
     def of(problem: Problem, route: Route = Route.AUTO) -> Derivatives:
@@ -101,7 +104,7 @@ class Derivatives:
         with preserved(problem.model, space.names):
             probe = _Probe.take(problem)
             every = tuple(space.blocks)
-            start = Derivatives(problem, probe.objective, space, {})
+            start = Derivatives(problem, probe.objective, space, {}, precision=probe.precision)
             if route is Route.LOOP:
                 return replace(start, looped=every)
             if route is Route.VMAP:
@@ -268,6 +271,7 @@ class _Probe:
     outputs: Tensor
     cotangent: Tensor
     reference: Rows
+    precision: torch.dtype
 
     @staticmethod
     def take(problem: Problem) -> _Probe:
@@ -277,16 +281,18 @@ class _Probe:
         ids = torch.arange(3) % count
         with first_batch(problem, together, torch.arange(count)) as (_, several), torch.no_grad():
             batch = batch_slice(several, count, ids)
-            outputs = problem.objective.outputs(model, batch)
+            with NarrowestType() as narrowest:
+                outputs = problem.objective.outputs(model, batch)
         check_outputs(outputs, ids)
         objective = problem.objective
         if isinstance(objective, FromFunction):
             objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
-        _refuse_mixing(model, objective, batch, outputs)
+        precision = max(narrowest.dtype, outputs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        _refuse_mixing(model, objective, batch, outputs, tolerance(precision))
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         rows = rows_one_by_one(model, objective, list(space.names), batch, cotangent)
-        return _Probe(problem, objective, batch, 3, outputs, cotangent, space.from_parameters(rows))
+        return _Probe(problem, objective, batch, 3, outputs, cotangent, space.from_parameters(rows), precision)
 
     def disagreeing(self, plan: Derivatives, blocks: Any) -> list[str]:
         """The blocks on which `plan` differs from the definition."""
@@ -302,7 +308,7 @@ class _Probe:
                 continue
             expected = self.reference.blocks[name].dense().flatten(1)
             gap = (rows.blocks[name].dense().flatten(1) - expected).norm(dim=1)
-            if bool((gap > tolerance(self.outputs.dtype) * (expected.norm(dim=1) + 1e-3 * total)).any()):
+            if bool((gap > tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)).any()):
                 differing.append(name)
         return differing
 
@@ -312,7 +318,9 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 5e-2)
 
 
-def _refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, outputs: Tensor) -> None:
+def _refuse_mixing(
+    model: nn.Module, objective: AbstractObjective, batch: Any, outputs: Tensor, relative: float
+) -> None:
     """An example's output must not depend on which others share its batch."""
     n = len(outputs)
     for e in range(n):
@@ -331,7 +339,7 @@ def _refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, o
                 f"{n}; the first axis must run over the examples, so return one output per example."
             )
         gap = (alone.reshape(outputs[e].shape) - outputs[e]).abs().max()
-        if gap > tolerance(outputs.dtype) * (outputs.abs().max() + 1e-6):
+        if gap > relative * (outputs.abs().max() + 1e-6):
             raise InvalidInput(
                 f"The model's output for one example changes by {float(gap):.2g} with the examples beside it in the "
                 "batch, so it has no gradient of its own; the usual cause is batch normalisation without running "

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.errors import InfluenceError
 from ..linalg.blocks import AbstractBlock, add
@@ -29,6 +31,11 @@ class HookedLayer:
     rule: Rule
     parts: Mapping[str, ParameterPart]
     layouts: tuple[Layout, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its parameters, and so of their gradients."""
+        return next(p.dtype for p in self.module.parameters(recurse=False))
 
 
 @dataclass
@@ -65,13 +72,37 @@ class Capture:
                     f"The input of layer {call.layer.name!r} was changed in place after the layer had read it; "
                     "replace the in-place operation that follows it."
                 )
-            x, g = rows_first(call.x, call.layout), rows_first(g.detach(), call.layout)
+            # Autocast inside forward runs a layer in a narrower type than its weight's.
+            x, g = _widen(call.x, call.layer.dtype), _widen(g.detach(), call.layer.dtype)
+            x, g = rows_first(x, call.layout), rows_first(g, call.layout)
             if call.layout == "shared":
                 x = x.expand(self.n, *x.shape[1:])
             for block, part in call.layer.parts.items():
                 rows = fold(call.layer.rule(call.layer.module, x, g, part), self.n)
                 blocks[block] = add(blocks[block], rows) if block in blocks else rows
         return blocks
+
+
+def _widen(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype) if values.is_floating_point() else values
+
+
+class NarrowestType(TorchDispatchMode):
+    """Notes, while open, the narrowest floating point type that any operation gave.
+
+    A model may run in bfloat16 inside autocast of its own and return float32: two correct computations of its outputs
+    then agree to bfloat16 only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.float64
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        if isinstance(returned, Tensor) and returned.is_floating_point():
+            self.dtype = max(self.dtype, returned.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        return returned
 
 
 def _expand_examples(output: Tensor, n: int) -> Tensor:

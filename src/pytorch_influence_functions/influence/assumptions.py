@@ -13,7 +13,7 @@ from ..core.batches import batch_slice
 from ..core.distributed import World
 from ..gradients.per_example import Derivatives, GradientBatch, rows_one_by_one, slopes
 from ..problem.model_state import preserved
-from ..scores.diagnostics import LEFT_OUT
+from ..scores.diagnostics import FROZEN, LEFT_OUT
 
 # The most examples that are looked at. Correcting for sampling leaves an error of about 1 / sqrt(examples) at a minimum
 # before, and well below 2 % after it.
@@ -24,7 +24,7 @@ _CHEAP = 1 << 27
 _AFFORDABLE, _FEWEST = 1 << 30, 16
 
 # Groups of the jackknife: the fewest, the most, and the numbers that their sums may take.
-_GROUPS, _GROUP_NUMBERS = (4, 16), 1 << 26
+_GROUPS, _GROUP_NUMBERS = (2, 16), 1 << 26
 
 # Examples on which the parameters that take no part are looked at, one by one.
 _ONE_BY_ONE = 3
@@ -40,7 +40,8 @@ class StationarityCheck:
     """Its standard error; 0 where every example was looked at."""
     looked_at: int
     shares: Mapping[str, float]
-    """Share of the squared per-example gradient norm by block; parameters left out are under "(left out)"."""
+    """Share of the squared per-example gradient norm by block; parameters left out are under `LEFT_OUT`, or `FROZEN`
+    if they are not trainable."""
     used: int
     total: int
 
@@ -159,9 +160,14 @@ class _Look:
     few: dict[str, float] = field(default_factory=dict)
     """Squared norms by block over the few examples that are looked at one by one."""
     done: int = 0
+    frozen: frozenset[str] = field(init=False)
+    """Parameters that are not trainable."""
 
     def __post_init__(self) -> None:
         space = self.derivatives.space
+        named = self.derivatives.problem.model.named_parameters()
+        # Noted before the pass, which makes exactly the chosen parameters trainable.
+        self.frozen = frozenset(name for name, p in named if not p.requires_grad)
         like = next(iter(space.values(self.derivatives.problem.model).values()))
         wide = torch.promote_types(like.dtype, torch.float32)
         self.sums = torch.zeros(self.sample.count, space.size, dtype=wide, device=like.device)
@@ -192,7 +198,7 @@ class _Look:
             _, slope = slopes(objective, outputs, batch, gradients.ids[:count])
             rows = rows_one_by_one(problem.model, objective, names, batch, slope)
         for name, value in rows.items():
-            key = "used" if name in space.names else LEFT_OUT
+            key = "used" if name in space.names else FROZEN if name in self.frozen else LEFT_OUT
             self.few[key] = self.few.get(key, 0.0) + float(value.double().square().sum())
 
     def moments(self) -> Moments:
@@ -204,18 +210,16 @@ class _Look:
         products = torch.cat([(self.sums @ self.sums.T).double().cpu(), cross], 1)
         products = torch.cat([products, torch.cat([cross.T, (decay @ decay.T).double().cpu()], 1)])
         counts = torch.bincount(self.sample.groups, minlength=self.sample.count).double()
-        mean = self.sums.double().sum(0) / self.done + decay[0].double()
+        mean = self.sums.sum(0, dtype=torch.float64) / self.done + decay[0].double()
         square, per_example = float(mean @ mean), problem.weight_decay.per_example
         return Moments(counts, products, self.squares.sum(1), square, len(problem), per_example)
 
     def shares(self) -> dict[str, float]:
         """Squared gradient norm by block, as shares of the whole; what takes no part is judged by the few."""
         by_block = self.squares.sum(0)
-        few = sum(self.few.values())
-        left_out = self.few[LEFT_OUT] / few if few > 0 else 0.0
-        whole = float(by_block.sum())
+        few, whole = sum(self.few.values()), float(by_block.sum())
+        apart = {k: self.few[k] / few if few > 0 else 0.0 for k in (LEFT_OUT, FROZEN) if k in self.few}
+        used = 1 - sum(apart.values())
         names = self.derivatives.space.blocks
-        shares = {
-            k: float(v) / whole * (1 - left_out) if whole > 0 else 0.0 for k, v in zip(names, by_block, strict=True)
-        }
-        return shares | ({LEFT_OUT: left_out} if self.few else {})
+        shares = {k: float(v) / whole * used if whole > 0 else 0.0 for k, v in zip(names, by_block, strict=True)}
+        return shares | apart

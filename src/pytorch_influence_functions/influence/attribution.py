@@ -23,6 +23,7 @@ from ..gradients.per_example import Derivatives
 from ..gradients.projections import AbstractProjection
 from ..linalg.rows import Route
 from ..problem.checkpoints import Checkpoint, at_checkpoint
+from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..scaling.base import AbstractScaling, Raw
 from ..scores.diagnostics import Diagnostics
@@ -85,6 +86,7 @@ class Influence(Record, AbstractMethod):
         object.__setattr__(self, "route", Route.of(self.route))
         object.__setattr__(self, "weights", as_weights(self.weights))
 
+    @plain_autograd()
     def fit(self, problem: Problem, n_queries: int = 1) -> Attribution:
         """Do the work that does not depend on the queries, once per checkpoint.
 
@@ -116,6 +118,7 @@ class Influence(Record, AbstractMethod):
                 insists=self.preconditioner is not None,
             )
 
+    @plain_autograd()
     def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
         """What `fit` and `score` would cost; runs one batch.
 
@@ -227,6 +230,7 @@ class Attribution(OldNames):
         several = f", {len(self.members)} checkpoints" if len(self.members) > 1 else ""
         return f"Attribution({self.method}, {self.problem!r}{several})"
 
+    @plain_autograd()
     def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
         """Predicted change of the measure on every query when each training example is removed.
 
@@ -254,6 +258,7 @@ class Attribution(OldNames):
         scoring.sum_over_workers()
         return scoring.scores(self._diagnostics, self.fit_seconds)
 
+    @plain_autograd()
     def self_influence(self) -> Float[Tensor, " n"]:
         """Self-influence of every training example, (1/N) g_i^T (C + lambda)^-1 g_i, shape [N]; large = suspicious.
 
@@ -265,6 +270,7 @@ class Attribution(OldNames):
                 total += member.self_influence(Budget.of(self.spec.memory)) * weight
         return total
 
+    @plain_autograd()
     def token_scores(self, queries: Any, ids: Any, measure: Any = None) -> dict[int, Float[Tensor, "q l"]]:
         """Every token's share of the scores of a few training texts.
 
@@ -296,6 +302,7 @@ class Attribution(OldNames):
                     tokens.add(member.derivatives, query_ids, solved, weight)
         return tokens.values
 
+    @plain_autograd()
     def with_damping(self, damping: AbstractDamping | float) -> Attribution:
         """The same fit under another damping: nothing but the solver's own preparation is repeated.
 
@@ -324,6 +331,7 @@ class Attribution(OldNames):
             ) from cause
         return {x: self.with_damping(x).score(queries, measure) for x in values}
 
+    @plain_autograd()
     def damping_curve(self, held_out: Any = None, lambdas: Any = None, checkpoint: int = 0) -> DampingCurve:
         """The curve on which `FromCurve(held_out, lambdas)` would choose lambda, for one of the checkpoints.
 
@@ -336,6 +344,7 @@ class Attribution(OldNames):
         with at_checkpoint(self.problem.model, member.checkpoint):
             return FromCurve(held_out, lambdas).path(member)
 
+    @plain_autograd()
     def spectrum(
         self,
         queries: Any = None,

@@ -24,6 +24,7 @@ from ..influence.scoring import ScoringPass
 from ..linalg.space import ROOT, Space
 from ..problem.checkpoints import at_checkpoint
 from ..problem.data import Source
+from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, first_batch, sweep
 from ..problem.weight_decay import WeightDecay
 from ..scores.diagnostics import Diagnostics
@@ -97,7 +98,9 @@ def last_linear(problem: Problem) -> str:
         for handle in handles:
             handle.remove()
     for name, out in reversed(calls):
-        if out.shape == outputs.shape and torch.equal(out, outputs):
+        # A model may drop or add axes of its last layer's output: an output of one number often has no axis of its own.
+        same_numbers = len(out) == len(outputs) and out.numel() == outputs.numel()
+        if same_numbers and torch.equal(out.reshape(outputs.shape).to(outputs.dtype), outputs):
             return name or ROOT
     raise InvalidInput(
         f"The outputs of {type(problem.model).__name__} are not those of a torch.nn.Linear, so it has no last layer to "
@@ -237,6 +240,7 @@ class FittedBaseline(OldNames):
         """The method, as it would be written."""
         return repr(self.spec)
 
+    @plain_autograd()
     def score(self, queries: Any, measure: Any = None, top: int | None = None) -> Scores:
         """A number for every query and training example, high (of a loss) where the example is taken to help."""
         problem = self.problem
@@ -259,6 +263,7 @@ class FittedBaseline(OldNames):
         )
         return scoring.scores(lambda log: facts)
 
+    @plain_autograd()
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's number on itself: its loss, for `TrainingLoss`."""
         return self.spec.own_values(self.problem)

@@ -129,7 +129,8 @@ def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             f"The model returned {type(returned).__name__}, expected a tensor, an object with .logits, or a "
             "tuple starting with a tensor; wrap the model so that it returns its outputs."
         )
-    return result
+    # A loss is a sum of many terms: autocast, too, computes it in float32.
+    return result.float() if result.dtype in (torch.bfloat16, torch.float16) else result
 
 
 # ----------------------------------------------------------------- checks of values, never under transforms

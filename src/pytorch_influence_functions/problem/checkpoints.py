@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
+from pickle import UnpicklingError
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,8 @@ Checkpoint: TypeAlias = Mapping[str, Tensor] | str | PathLike[str]
 
 # Keys under which training scripts keep the state dict in a larger dictionary.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
+# What wrappers put before every name: DataParallel, torch.compile, and training classes that keep the model.
+_PREFIXES = ("module.", "_orig_mod.", "net.", "model.")
 
 
 def as_checkpoints(given: Sequence[Checkpoint] | Checkpoint, name: str = "checkpoints") -> tuple[Checkpoint, ...]:
@@ -58,6 +61,12 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> d
                 state = load_file(path)
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as cause:
+            # torch's message holds terminal codes, and advises to unpickle whatever the file holds.
+            raise InvalidInput(
+                f"{what} cannot be read: it holds Python objects besides tensors, or is damaged, and is not unpickled "
+                "because that runs code; save the state dict alone with torch.save(model.state_dict(), path)."
+            ) from cause
         except Exception as cause:
             raise InvalidInput(
                 f"{what} cannot be read ({first_line(cause)}); expected a .safetensors file or a state dict "
@@ -69,8 +78,20 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> d
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InvalidInput(f"{what} is no state dict (tensors by name) but {type(state).__name__}.")
     if model is not None:
+        state = _without_wrappers(state, named_tensors(model))
         _check_fits(what, state, model)
     return dict(state)
+
+
+def _without_wrappers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict without prefixes of wrappers around the model, where all its names are the model's then."""
+    names = {name: name for name in state}
+    while names and not all(name in own for name in names.values()):
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in names.values())), None)
+        if prefix is None:
+            return state
+        names = {name: short.removeprefix(prefix) for name, short in names.items()}
+    return {short: state[name] for name, short in names.items()}
 
 
 def _check_fits(what: str, state: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -120,11 +141,12 @@ def at_checkpoint(model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[N
     own = named_tensors(model)
     before = {id(tensor): (tensor, tensor.detach().clone()) for tensor in own.values()}
     try:
-        with torch.no_grad():
+        # Weights made in inference mode may be written in it only; others may too.
+        with torch.inference_mode():
             for name, value in state.items():
                 own[name].copy_(value)
         yield
     finally:
-        with torch.no_grad():
+        with torch.inference_mode():
             for tensor, value in before.values():
                 tensor.copy_(value)

@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from ..core.batches import tensors_of
-from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
+from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, first_line, name_ids
 from ..core.validate import choice, whole_number
 from .model_state import same_rng
 
@@ -147,7 +147,7 @@ class _NamingDataset(Dataset[Any]):
             return self.dataset[index]
         except Exception as cause:
             raise InvalidInput(
-                f"Reading item {index} of the dataset failed with {type(cause).__name__}: {cause}."
+                f"Reading item {index} of the dataset failed with {type(cause).__name__}: {first_line(cause)}."
             ) from cause
 
     def __getitems__(self, ids: list[int]) -> list[Any]:
@@ -169,8 +169,9 @@ class _NamingCollate:
             return self.collate(items)
         except Exception as cause:
             raise InvalidInput(
-                f"The collate function failed on {len(items)} examples with {type(cause).__name__}: {cause}; "
-                "give examples of one shape, tensors or arrays (x, y), or a DataLoader whose collate_fn pads them."
+                f"The collate function failed on {len(items)} examples with {type(cause).__name__}: "
+                f"{first_line(cause)}; give examples of one shape, tensors or arrays (x, y), or a DataLoader whose "
+                "collate_fn pads them."
             ) from cause
 
 
@@ -310,7 +311,14 @@ class Source:
             generator=torch.Generator().manual_seed(0),
             **self.worker_options,
         )
-        yield from zip(plan, loader, strict=True)
+        try:
+            yield from zip(plan, loader, strict=True)
+        except InvalidInput as error:
+            # From a worker process the sentence comes inside a traceback, as its last line.
+            message = str(error)
+            if not message.startswith("Caught InvalidInput in DataLoader worker"):
+                raise
+            raise InvalidInput(message.strip().splitlines()[-1].split(f"{InvalidInput.__name__}: ", 1)[-1]) from None
 
     def batches(self, ids: IdsLike = None) -> Iterator[tuple[Int[Tensor, "_"], Any]]:
         """Yield `(ids, batch)` in dataset order, or in the order of `ids`; batches stay on the CPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,7 +50,112 @@ def same_rng() -> Iterator[None]:
         _set_rng_state(state)
 
 
+# --------------------------------------------------------------------------- switches
+
+
+_lock = threading.RLock()
+
+
+@dataclass(eq=False)
+class _Switch:
+    """A setting that is on while at least one context is open, whatever order they end in."""
+
+    turn_on: Callable[[ExitStack], None]
+    depth: int = 0
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with _lock:
+            if self.depth == 0:
+                self.turn_on(self.stack)
+            self.depth += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                self.depth -= 1
+                if self.depth == 0:
+                    self.stack.close()
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def _no_switch_left_on(stack: ExitStack) -> None:
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(False))
+    stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+    torch.set_grad_enabled(True)
+    for device in _AUTOCAST_DEVICES:
+        if torch.is_autocast_enabled(device):
+            stack.callback(torch.set_autocast_enabled, device, True)
+            torch.set_autocast_enabled(device, False)
+    # Where the model opens autocast itself: a weight that was cast once is not the weight of the next checkpoint.
+    stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+    torch.set_autocast_cache_enabled(False)
+
+
+def _eager(stack: ExitStack) -> None:
+    stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+# Gradient mode, inference mode and autocast belong to a thread, so each thread counts its own contexts.
+_threads = threading.local()
+_compiled = _Switch(_eager)
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """Compute as if no switch had been touched: gradients are recorded, inference mode and autocast are off.
+
+    Code that was compiled by `torch.compile` runs eagerly: it would be compiled anew for every set of hooks. The
+    switches are as before afterwards; contexts may end in any order, as generators do. Every public entry that computes
+    is decorated with it.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     with plain_autograd():
+        ...         inside = torch.is_grad_enabled()
+        ...     inside, torch.is_grad_enabled()
+        (True, False)
+    """
+    switch = getattr(_threads, "switch", None)
+    if switch is None:
+        switch = _threads.switch = _Switch(_no_switch_left_on)
+    with ExitStack() as stack:
+        stack.enter_context(switch.on())
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it takes seconds
+            stack.enter_context(_compiled.on())
+        yield
+
+
 # --------------------------------------------------------------------------- one model
+
+
+@dataclass(eq=False)
+class _StandIn:
+    """The copy that stands in for a parameter or buffer made in inference mode, which autograd refuses."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    copy: Tensor
+
+    @staticmethod
+    def all_of(modules: Iterable[nn.Module]) -> list[_StandIn]:
+        copies: dict[int, Tensor] = {}
+        stand_ins = []
+        for module in modules:
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None or not tensor.is_inference():
+                    continue
+                if id(tensor) not in copies:
+                    copy = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    copies[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+                stand_ins.append(_StandIn(module, name, tensor, copies[id(tensor)]))
+        return stand_ins
 
 
 @dataclass(eq=False)
@@ -57,6 +163,7 @@ class _Snapshot:
     """Everything of a model that a pass can change, with the values from before it."""
 
     modes: list[tuple[nn.Module, bool]]
+    stand_ins: list[_StandIn]
     parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
     rng: dict[str, Any]
@@ -65,14 +172,18 @@ class _Snapshot:
     @classmethod
     def of(cls, model: nn.Module) -> _Snapshot:
         modules = list(model.modules())
+        stand_ins = _StandIn.all_of(modules)
+        copies = {id(s.copy): s.copy for s in stand_ins if isinstance(s.copy, nn.Parameter)}
+        own = [p for p in model.parameters() if not p.is_inference()]
         return cls(
             modes=[(m, m.training) for m in modules],
-            parameters=[(p, p.requires_grad, p.grad) for p in model.parameters()],
+            stand_ins=stand_ins,
+            parameters=[(p, p.requires_grad, p.grad) for p in [*own, *copies.values()]],
             buffers=[
                 (m, name, buffer, buffer.detach().clone())
                 for m in modules
                 for name, buffer in m._buffers.items()
-                if buffer is not None
+                if buffer is not None and not buffer.is_inference()
             ],
             rng=_rng_state(),
         )
@@ -81,6 +192,8 @@ class _Snapshot:
         # The flag is set directly: train() is often overridden, with effects that eval() would not undo.
         for module, _ in self.modes:
             module.training = False
+        for stand_in in self.stand_ins:
+            setattr(stand_in.module, stand_in.name, stand_in.copy)
         for parameter, _, _ in self.parameters:
             parameter.grad = None
 
@@ -103,11 +216,12 @@ class _Snapshot:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+        for stand_in in self.stand_ins:
+            setattr(stand_in.module, stand_in.name, stand_in.tensor)
         _set_rng_state(self.rng)
 
 
 _active: WeakKeyDictionary[nn.Module, _Snapshot] = WeakKeyDictionary()
-_lock = threading.RLock()
 
 
 @contextmanager
@@ -115,7 +229,8 @@ def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Itera
     """Put a model in eval mode for a while and restore everything afterwards.
 
     Inside, every module is in eval mode, `.grad` is empty, and exactly the parameters named by `trainable`
-    have `requires_grad` (`None`: as they were). Afterwards, also after an exception, the mode of each module,
+    have `requires_grad` (`None`: as they were); the switches are those of `plain_autograd`, and copies stand in for
+    parameters and buffers made in inference mode. Afterwards, also after an exception, the mode of each module,
     `requires_grad`, `.grad` (the same tensors), the values of buffers and all random generators are as
     before.
 
@@ -133,28 +248,28 @@ def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Itera
         >>> model.training, model[0].bias.requires_grad
         (True, True)
     """
-    ids = None if trainable is None else _parameter_ids(model, trainable)
-    mark = object()
-    with _lock:
-        snapshot = _active.get(model)
-        if snapshot is None:
-            snapshot = _Snapshot.of(model)
-    try:
+    mark, names = object(), None if trainable is None else tuple(trainable)
+    with plain_autograd():
         with _lock:
-            if not snapshot.frames:
-                _active[model] = snapshot
-                snapshot.enter()
-            snapshot.frames.append((mark, ids))
-            snapshot.apply_latest()
-        yield
-    finally:
-        with _lock:
-            snapshot.frames = [frame for frame in snapshot.frames if frame[0] is not mark]
-            if snapshot.frames:
+            snapshot = _active.get(model)
+            if snapshot is None:
+                snapshot = _Snapshot.of(model)
+        try:
+            with _lock:
+                if not snapshot.frames:
+                    _active[model] = snapshot
+                    snapshot.enter()
+                snapshot.frames.append((mark, None if names is None else _parameter_ids(model, names)))
                 snapshot.apply_latest()
-            else:
-                _active.pop(model, None)
-                snapshot.restore()
+            yield
+        finally:
+            with _lock:
+                snapshot.frames = [frame for frame in snapshot.frames if frame[0] is not mark]
+                if snapshot.frames:
+                    snapshot.apply_latest()
+                else:
+                    _active.pop(model, None)
+                    snapshot.restore()
 
 
 def _parameter_ids(model: nn.Module, names: Iterable[str]) -> frozenset[int]:
@@ -168,29 +283,6 @@ def _parameter_ids(model: nn.Module, names: Iterable[str]) -> frozenset[int]:
 
 
 # --------------------------------------------------------------------------- kernels
-
-
-@dataclass(eq=False)
-class _Switch:
-    """A process-wide setting that is on while at least one context is open, whatever order they end in."""
-
-    turn_on: Callable[[ExitStack], None]
-    depth: int = 0
-    stack: ExitStack = field(default_factory=ExitStack)
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        with _lock:
-            if self.depth == 0:
-                self.turn_on(self.stack)
-            self.depth += 1
-        try:
-            yield
-        finally:
-            with _lock:
-                self.depth -= 1
-                if self.depth == 0:
-                    self.stack.close()
 
 
 def _no_cudnn(stack: ExitStack) -> None:

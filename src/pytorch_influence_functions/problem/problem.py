@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..core.batches import to_device
+from ..core.batches import map_tensors, tensors_of, to_device
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, nearest
 from ..core.progress import track
@@ -77,10 +77,11 @@ class Problem:
         device: torch.device | str | None = None,
     ) -> None:
         check_model(model)
+        model, prefix = unwrap(model)
         check_policy(deterministic)
         source = Source.of(data, batch_size)
         # An iterator of parameters would be used up by the first look at it.
-        chosen = tuple(parameters) if isinstance(parameters, Iterator) else parameters
+        chosen = _without_prefix(tuple(parameters) if isinstance(parameters, Iterator) else parameters, prefix)
         values = {
             "model": model,
             "objective": as_objective(objective),
@@ -143,6 +144,41 @@ def check_model(model: Any) -> None:
             f"The model must be a torch.nn.Module, got {what}; pass the trained module itself, the model before "
             "the data."
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidInput(
+            "The model is a TorchScript module, whose layers cannot be looked into; pass the Python module it was "
+            "made from, with the weights of scripted.state_dict()."
+        )
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model inside what `torch.compile`, `DataParallel` or `DistributedDataParallel` made, and its prefix.
+
+    A wrapped model computes the same numbers; unwrapped it takes hooks without being compiled anew for each of them.
+
+    Example:
+        >>> inner, prefix = unwrap(nn.DataParallel(nn.Linear(2, 1)))
+        >>> inner, prefix
+        (Linear(in_features=2, out_features=1, bias=True), 'module.')
+    """
+    prefix = ""
+    while True:
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        name = "module" if parallel else "_orig_mod" if "_orig_mod" in model._modules else None
+        if name is None:
+            return model, prefix
+        model, prefix = model.get_submodule(name), f"{prefix}{name}."
+
+
+def _without_prefix(selection: Selection, prefix: str) -> Selection:
+    """The selection by the names of the model inside, where it was given by those of the wrapper."""
+    if not prefix or callable(selection):
+        return selection
+    if isinstance(selection, str):
+        return selection.removeprefix(prefix)
+    if selection is None or isinstance(selection, nn.Module):
+        return selection
+    return tuple(s.removeprefix(prefix) if isinstance(s, str) else s for s in selection)
 
 
 def _device(asked: Any) -> torch.device:
@@ -248,7 +284,14 @@ def sweep(
             source.check_finite(batch_ids, batch)
             if source_is_training:
                 problem.labels.add(batch_ids, batch)
-            yield batch_ids, to_device(batch, problem.device)
+            yield batch_ids, _differentiable(to_device(batch, problem.device))
+
+
+def _differentiable(batch: Any) -> Any:
+    """The batch, with copies of tensors that were made in inference mode: autograd cannot keep those."""
+    if not any(tensor.is_inference() for _, tensor in tensors_of(batch)):
+        return batch
+    return map_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 @contextmanager

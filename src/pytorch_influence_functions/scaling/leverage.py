@@ -61,5 +61,5 @@ def leverage_corrected(
         a = torch.stack([torch.stack([x.rowwise(r) for x in solutions], 1) for r in rows], 1)
         hessian = objective.output_hessian(outputs, batch).to(a)
         system = units.to(a) - hessian @ a / count
-        corrected = torch.linalg.solve(system, slope.flatten(1).to(a)[..., None])[..., 0]
+        corrected = torch.linalg.solve(system, slope.reshape(n, columns).to(a)[..., None])[..., 0]
         yield GradientBatch(ids, tape.rows(corrected.to(slope).reshape(slope.shape)), losses, batch)

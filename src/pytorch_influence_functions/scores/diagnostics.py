@@ -12,7 +12,7 @@ from ..core.errors import InvalidInput
 
 Status: TypeAlias = Literal["ok", "warn", "bad"]
 
-LEFT_OUT = "(left out)"
+LEFT_OUT, FROZEN = "(left out)", "(frozen)"
 """The name in `gradient_shares` for the parameters that did not take part."""
 
 # The objective's gradient beside a typical example's: 0 at a minimum. `docs/trust.md` has what was measured on trained
@@ -70,7 +70,7 @@ class Diagnostics:
         parameters_used: numbers in the parameters that took part.
         parameters_total: numbers in all parameters of the model.
         gradient_shares: per block, its share (0 to 1) of the squared gradient norm; "(left out)" is the
-            share of the parameters that did not take part.
+            share of the trainable parameters that did not take part, "(frozen)" that of those not trainable.
         relative_gradient: |gradient of the mean training objective|, weight decay included, over the root mean square
             of the examples' gradients; sampling noise is taken off, so it is 0 at a minimum.
         relative_gradient_error: its standard error; 0 where every example was looked at.
@@ -239,7 +239,9 @@ def _solve(d: Diagnostics) -> Check:
         return Check(name, "warn", f"{d.approximation}: a formula that does not solve the system; {fact}")
     if d.unsolved:
         early = f"{d.unsolved:,} of {d.n_queries:,} solves" if d.n_queries else f"{d.unsolved:,} solves"
-        return Check(name, "bad", f"{early} ended before their tolerance; {fact}: more steps, more damping, or a guide")
+        return Check(
+            name, "bad", f"{early} ended before their tolerance; {fact}: more steps, more damping, or a preconditioner"
+        )
     if d.residual_max > _UNSOLVED:
         return Check(name, "bad", f"{fact}: not solved; more steps, more damping, or a preconditioner")
     if d.residual_max > _SOLVED:
@@ -277,10 +279,14 @@ def _parameters(d: Diagnostics) -> Check:
         whole = d.parameters_used == d.parameters_total
         text = facts if whole else f"{facts}; the others' share of the gradient was not measured"
         return Check(name, "ok" if whole else "warn", text)
-    share = 1.0 - d.gradient_shares.get(LEFT_OUT, 0.0)
+    frozen, left_out = d.gradient_shares.get(FROZEN, 0.0), d.gradient_shares.get(LEFT_OUT, 0.0)
+    share = 1.0 if frozen >= 1.0 else 1.0 - left_out / (1.0 - frozen)
+    if FROZEN in d.gradient_shares and left_out == 0.0:
+        return Check(name, "ok", f"{facts}: all that are trainable; the model's other parameters are frozen")
     facts += f", with {share:.1%} of the squared gradient norm"
+    facts += " of what is trainable" if FROZEN in d.gradient_shares else ""
     if not share >= _COVERED:
-        return Check(name, "warn", f"{facts}: what the others learned is not facts")
+        return Check(name, "warn", f"{facts}: what the others learned is not counted")
     return Check(name, "ok", facts)
 
 

@@ -43,6 +43,7 @@ from ..linalg.dense import Matrix
 from ..linalg.operator import AbstractSpectral
 from ..linalg.rows import Route, Rows
 from ..problem.checkpoints import Checkpoint, at_checkpoint
+from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
@@ -123,6 +124,7 @@ class SOURCE(AbstractMethod):
         parts += ["final=..."] if self.final is not None else []
         return f"SOURCE({', '.join(parts)})"
 
+    @plain_autograd()
     def fit(self, problem: Problem, n_queries: int = 1) -> SourceAttribution:
         """The curvature of every segment, once.
 
@@ -241,6 +243,7 @@ class SourceAttribution(OldNames):
         """The composition in use, as it would be written."""
         return repr(self.spec)
 
+    @plain_autograd()
     def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
         """Predicted change of the measure on every query had each training example been absent.
 
@@ -264,6 +267,7 @@ class SourceAttribution(OldNames):
                 scoring.add(query_ids, everyone, current().all_sum(self._block(query_ids, rows, scoring.log)))
             return scoring.scores(self._diagnostics, self.fit_seconds)
 
+    @plain_autograd()
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's score on its own loss, shape [N]: how much the model leant on it to fit it.
 
