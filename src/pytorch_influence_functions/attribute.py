@@ -105,9 +105,10 @@ def attribute(
     check_top(top)
     spec, whole, source = _prepare("attribute", model, train, queries, loss, method, (damping, route), problem)
     fitted = spec.fit(whole, n_queries=len(source))
+    scores = fitted.score(source, measure, top=top if verify is None else None)
+    scores = replace(scores, diagnostics=replace(scores.diagnostics, inferred=loss is None))
     if verify is None:
-        return fitted.score(source, measure, top=top)
-    scores = fitted.score(source, measure)
+        return scores
     verdict = scores.verify(verify, measure=whole.objective if measure is None else measure)
     diagnostics = replace(scores.diagnostics, notes=(*scores.diagnostics.notes, verdict.sentence))
     scores = replace(scores, diagnostics=diagnostics)

@@ -364,7 +364,7 @@ TYPES_AND_SHAPES = [
         "shape, no loss",
         put_in(train=(X[:, :3], Y), loss=None),
         INPUT,
-        r"layer '0' \(Linear\) on inputs of shape \(2, 3\)",
+        r"layer '0' \(Linear\) on inputs of shape \(12, 3\)",
     ),
     Row(
         "shape asked",

@@ -171,7 +171,7 @@ LOSSES = [
         "unclear shapes",
         put_in(train=(X, torch.ones(N, 2)), loss=None),
         INPUT,
-        r"cannot be told from outputs \(12, 3\)",
+        r"told from outputs \(12, 3\)",
     ),
     Row(
         "margin of numbers",

@@ -18,7 +18,6 @@ from torch.utils.data import (
     IterableDataset,
     Subset,
     TensorDataset,
-    WeightedRandomSampler,
     default_collate,
 )
 
@@ -125,8 +124,7 @@ EXPECTED = (list(range(10)), X[:, 0].tolist(), Y.tolist())
         Items(),
         [(x, int(y)) for x, y in zip(X, Y, strict=True)],
         DataLoader(Items(), batch_size=3, shuffle=True, drop_last=True),
-        DataLoader(TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 10, 4)),
-        DataLoader(TensorDataset(X, Y), batch_sampler=[[3, 1], [2]]),
+        DataLoader(TensorDataset(X, Y), batch_sampler=[[3, 1], [2, 9, 0, 4], [5, 6, 7, 8]]),
     ],
     ids=lambda d: type(d).__name__,
 )

@@ -1,4 +1,4 @@
-"""Data by index: anything with a length and items, in dataset order, whatever a loader's sampler says."""
+"""Data by index: anything with a length and items, in dataset order, whatever order a loader's sampler takes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ..core.batches import tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
 from ..core.validate import choice, whole_number
 from .model_state import same_rng
+from .samplers import SampledSubset, examples_of
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
 Collate: TypeAlias = Callable[[list[Any]], Any]
@@ -139,6 +140,9 @@ class _NamingDataset(Dataset[Any]):
 
     dataset: Any
 
+    def _name(self, index: int) -> int:
+        return int(self.dataset.indices[index]) if type(self.dataset) is SampledSubset else index
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -147,7 +151,7 @@ class _NamingDataset(Dataset[Any]):
             return self.dataset[index]
         except Exception as cause:
             raise InvalidInput(
-                f"Reading item {index} of the dataset failed with {type(cause).__name__}: {cause}."
+                f"Reading item {self._name(index)} of the dataset failed with {type(cause).__name__}: {cause}."
             ) from cause
 
     def __getitems__(self, ids: list[int]) -> list[Any]:
@@ -178,7 +182,7 @@ def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
     """The tensors behind a dataset that only indexes them, and the indices a Subset picks from them."""
     if type(dataset) in (TensorDataset, NamedTensors):
         return dataset.tensors, None
-    if type(dataset) is Subset:
+    if type(dataset) in (Subset, SampledSubset):
         inner = _fast_columns(dataset.dataset)
         if inner is not None:
             indices = torch.as_tensor(list(dataset.indices), dtype=torch.long)
@@ -190,8 +194,10 @@ def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
 class Source:
     """Examples by index, batched in dataset order. Made with `Source.of`.
 
-    A loader gives its dataset, collate function, workers and batch size; its sampler, shuffling and `drop_last` are
-    ignored: every item of the dataset is used, and an index is a position in the dataset.
+    A loader gives its dataset, collate function, workers and batch size; shuffling and `drop_last` are ignored. A
+    sampler that draws the same part of the dataset in every epoch (`SubsetRandomSampler`, or one of your own) says what
+    the training set is: the source is that part, in dataset order, and `positions` are its places in the dataset, by
+    which scores name it. Other samplers are refused (weights) or warned about once.
 
     Example:
         >>> source = Source.of((torch.arange(10.0).reshape(5, 2), torch.arange(5)), batch_size=2)
@@ -204,6 +210,8 @@ class Source:
     batch_size: int = BATCH_SIZE
     num_workers: int = 0
     worker_options: Mapping[str, Any] = field(default_factory=dict)
+    reading: str = ""
+    """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
     _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
 
     @classmethod
@@ -240,10 +248,43 @@ class Source:
                 "prefetch_factor": data.prefetch_factor,
                 "multiprocessing_context": data.multiprocessing_context,
             }
-        return cls(data.dataset, data.collate_fn, int(size), data.num_workers, options)
+        dataset, reading = examples_of(data)
+        return cls(dataset, data.collate_fn, int(size), data.num_workers, options, reading)
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def positions(self) -> Int[Tensor, " n"] | None:
+        """The place of every example in the dataset, where a sampler chose a part of it; None: all, in order."""
+        return torch.tensor(list(self.dataset.indices)) if type(self.dataset) is SampledSubset else None
+
+    @property
+    def whole(self) -> Source:
+        """The same source over the whole dataset, also what a sampler left out: an index is a place in the dataset."""
+        return replace(self, dataset=self.dataset.dataset) if type(self.dataset) is SampledSubset else self
+
+    def index_of(self, position: int) -> int:
+        """The index in this source of the example at a place in the whole dataset.
+
+        Raises:
+            InvalidInput: a sampler left it out.
+        """
+        if self.positions is None:
+            return position
+        index = (self.positions == position).nonzero()
+        if not len(index):
+            raise InvalidInput(
+                f"Example {position} is not among those that the loader's sampler draws, so training never saw it; "
+                "choose others."
+            )
+        return int(index[0])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Numbers [n] of the examples as [N] over the whole dataset, 0 for what is not part of this source."""
+        if self.positions is None:
+            return values
+        return values.new_zeros(len(self.whole)).index_copy(0, self.positions.to(values.device), values)
 
     @cached_property
     def _fast(self) -> tuple[Any, Tensor | None] | None:
@@ -376,7 +417,8 @@ class Source:
                 continue
             finite = torch.isfinite(tensor)
             if not bool(finite.all()):
-                bad = ids[(~finite).flatten(1).any(1).cpu()] if tensor.ndim > 1 else ids[(~finite).cpu()]
+                places = ids if self.positions is None else self.positions[ids]
+                bad = places[(~finite).reshape(len(ids), -1).any(1).cpu()]
                 part = f" (in batch{where})" if where else ""
                 raise NonFinite(
                     f"The data hold NaN or infinity at dataset index {name_ids(bad.tolist())}{part}; "

@@ -67,7 +67,8 @@ def infer_objective(model: nn.Module, source: Source, device: torch.device | str
         return _infer_numbers(outputs, targets)
     yes_or_no = "BCELoss() (the outputs lie in [0, 1])" if _in_unit_interval(outputs) else "BCEWithLogitsLoss()"
     raise InvalidInput(
-        f"The loss cannot be told from {shapes}; pass loss=, e.g. torch.nn.CrossEntropyLoss(), MSELoss() or {yes_or_no}."
+        f"The loss cannot be told from {shapes}; pass loss=, e.g. torch.nn.CrossEntropyLoss(), MSELoss() or "
+        f"{yes_or_no}."
     )
 
 
