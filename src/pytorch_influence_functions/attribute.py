@@ -169,7 +169,7 @@ def _prepare(
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
     with in_queries():
-        source = Source.of(queries, batch_size)
+        source = Source.of(queries, batch_size, data.class_names or ())
     objective = infer_objective(model, data, options.get("device")) if loss is None else loss
     return spec, Problem(model, objective, data, **options), source
 

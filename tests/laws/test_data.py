@@ -359,7 +359,7 @@ def test_values_that_are_not_finite_are_named_by_dataset_index(value: float) -> 
             "'train', 'test' is not a dataset; pass one split",
         ),
         (lambda: Source.of((np.array([{}, {}], dtype=object), Y[:2])), "Array 0 has dtype object"),
-        (lambda: Source.of((X, np.array(["cat"] * 10))), "Array 1 has dtype <U3"),
+        (lambda: Source.of((np.array(["cat"] * 10), Y)), "Array 0 has dtype <U3"),
         (lambda: Source.of((X, torch.tensor(1))), "Array 1 is a single number"),
         (lambda: Source.of((X, Y), 0), "^batch_size=0 must be a whole number of at least 1"),
         (

@@ -28,79 +28,13 @@ from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
 from ..core.validate import choice, whole_number
 from .model_state import same_rng
 from .samplers import SampledSubset, examples_of
+from .tables import LabelledTensors, NamedTensors, as_dataset
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
 Collate: TypeAlias = Callable[[list[Any]], Any]
 
 BATCH_SIZE = 64
 POLICIES = ("warn", "error", "ignore")
-
-
-# --------------------------------------------------------------------------- tensors as data
-
-
-@dataclass(frozen=True, eq=False)
-class NamedTensors(Dataset[dict[str, Tensor]]):
-    """A mapping of equally long tensors as a dataset of dictionaries."""
-
-    tensors: Mapping[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: values[index] for name, values in self.tensors.items()}
-
-
-def _as_tensor(value: Any, name: str) -> Tensor:
-    if isinstance(value, Tensor):
-        tensor = value.detach()
-    else:
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            raise InvalidInput(
-                f"Array {name} has dtype {array.dtype}, which is not numeric; "
-                "convert it to a numeric array first (labels to class numbers, ragged lists to a Dataset)."
-            )
-        # A copy where torch cannot share: negative strides, foreign byte order, read-only memory.
-        shareable = array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative
-        array = array if shareable else np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-        tensor = torch.as_tensor(array)
-    if tensor.ndim == 0:
-        raise InvalidInput(f"Array {name} is a single number; expected one entry per example.")
-    return tensor
-
-
-def _column_dataset(columns: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors = {name: _as_tensor(value, name) for name, value in columns.items()}
-    if len({len(t) for t in tensors.values()}) > 1:
-        lengths = ", ".join(f"{name} has {len(t)}" for name, t in tensors.items())
-        raise InvalidInput(f"The arrays have different lengths ({lengths}); each needs one entry per example.")
-    return tensors
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (Tensor, np.ndarray))
-
-
-def _as_dataset(data: Any) -> Any:
-    """Arrays become a dataset; whatever has a length and items is one already."""
-    if _is_array(data):
-        data = (data,)
-    if isinstance(data, (tuple, list)) and data:
-        # (x, y) as two arrays; a list of (x, y) pairs is a dataset as it stands.
-        whole = all(_is_array(x) for x in data)
-        if whole or (isinstance(data, tuple) and any(_is_array(x) for x in data)):
-            columns = _column_dataset({str(i): x for i, x in enumerate(data)})
-            return TensorDataset(*columns.values())
-    if isinstance(data, Mapping) and not isinstance(data, Dataset):
-        if data and all(_is_array(x) for x in data.values()):
-            return NamedTensors(_column_dataset({str(k): v for k, v in data.items()}))
-        raise InvalidInput(
-            f"A mapping with {', '.join(map(repr, list(data)[:4])) or 'nothing'} is not a dataset; "
-            "pass one split of it, or a mapping of equally long tensors or arrays."
-        )
-    return data
 
 
 def _check_dataset(dataset: Any) -> None:
@@ -169,6 +103,12 @@ class _NamingCollate:
     collate: Collate
 
     def __call__(self, items: list[Any]) -> Any:
+        if self.collate is default_collate and (place := _list_in(items[0])):
+            raise InvalidInput(
+                f"The examples hold a Python list ({place}), which the default collate function would turn around; "
+                "give tensors (a dataset of Hugging Face: dataset.with_format('torch')), or a DataLoader whose "
+                "collate_fn makes tensors and pads them."
+            )
         try:
             return self.collate(items)
         except Exception as cause:
@@ -178,9 +118,18 @@ class _NamingCollate:
             ) from cause
 
 
+def _list_in(item: Any) -> str:
+    """Where an example holds a list of numbers, in words; empty where it does not."""
+    members = item.items() if isinstance(item, Mapping) else enumerate(item) if isinstance(item, tuple) else ()
+    for place, value in members:
+        if type(value) is list and value and isinstance(value[0], (int, float)):
+            return f"under {place!r}" if isinstance(place, str) else f"as member {place}"
+    return ""
+
+
 def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
     """The tensors behind a dataset that only indexes them, and the indices a Subset picks from them."""
-    if type(dataset) in (TensorDataset, NamedTensors):
+    if type(dataset) in (TensorDataset, LabelledTensors, NamedTensors):
         return dataset.tensors, None
     if type(dataset) in (Subset, SampledSubset):
         inner = _fast_columns(dataset.dataset)
@@ -215,13 +164,16 @@ class Source:
     _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
 
     @classmethod
-    def of(cls, data: Any, batch_size: int | None = None) -> Source:
+    def of(cls, data: Any, batch_size: int | None = None, classes: Sequence[str] | None = None) -> Source:
         """Wrap a dataset, a loader, or tensors or arrays `(x, y)`; reads nothing.
 
         Args:
             data: a map-style dataset (`__len__`, `__getitem__`; a list of examples too), a `DataLoader`, a
-                tuple, list or mapping of equally long tensors or arrays, or a `Source`.
+                tuple, list or mapping of equally long tensors, arrays, frames or series (what has `to_numpy()`), a
+                tuple of equally long lists, a sparse matrix with labels, or a `Source`. Real numbers of frames and
+                lists are taken in torch's default precision. Labels may be words.
             batch_size: examples per batch; `None`: the loader's, else 64.
+            classes: what labels in words are numbered by; `None`: a categorical series' own order, else alphabetical.
 
         Raises:
             InvalidInput: data that can only be iterated, has no length or is empty; arrays of different
@@ -232,7 +184,7 @@ class Source:
         if isinstance(data, Source):
             return data if batch_size is None else replace(data, batch_size=batch_size)
         if not isinstance(data, DataLoader):
-            dataset = _as_dataset(data)
+            dataset = as_dataset(data, classes)
             _check_dataset(dataset)
             return cls(dataset, batch_size=batch_size or BATCH_SIZE)
         _check_dataset(data.dataset)
