@@ -75,11 +75,14 @@ def refuse_shared_losses(objective: AbstractObjective, batch: Any, outputs: Tens
         InvalidInput: an example's loss changes with its neighbours.
     """
     n = len(outputs)
-    with torch.no_grad():
-        together = objective.losses(outputs, batch)
-        if together.shape != (n,):
-            return  # refused in its own words where the losses are used
-        alone = [objective.losses(outputs[e : e + 1], batch_slice(batch, n, slice(e, e + 1))) for e in range(n)]
+    try:
+        with torch.no_grad():
+            together = objective.losses(outputs, batch)
+            alone = [objective.losses(outputs[e : e + 1], batch_slice(batch, n, slice(e, e + 1))) for e in range(n)]
+    except (InvalidInput, RuntimeError):
+        return  # refused in its own words, with the examples named, where the losses are used
+    if together.shape != (n,) or any(loss.shape != (1,) for loss in alone):
+        return
     _refuse_gap(type(objective).__name__, together, torch.cat(alone))
 
 

@@ -6,16 +6,13 @@ import csv
 import html
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from . import indexing
 
-if TYPE_CHECKING:
-    from .scores import Scores
-else:
-    Scores = Any  # of a file above; annotations are evaluated all the same
+Scores: TypeAlias = Any  # the class is of the file above, which imports this one
 
 
 def long_table(scores: Scores) -> dict[str, Any]:
