@@ -65,7 +65,8 @@ def attribute(
 
     Args:
         model: the trained model. It is left exactly as it was.
-        train: what it was trained on: a Dataset, a DataLoader (its dataset, in dataset order), tensors (x, y).
+        train: what it was trained on: a Dataset, a DataLoader (its dataset in dataset order, or the part that its
+            sampler draws), a pair (x, y) of tensors, arrays, frames or lists. See `Source.of`.
         queries: what is asked about, in the same forms.
         loss: the training loss: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. `None`: inferred
             from outputs and targets where that is unambiguous.

@@ -322,7 +322,7 @@ TYPES_AND_SHAPES = [
         put_in(train=(X.double(), Y)),
         INPUT,
         r"^The data are torch.float64 \(.*\(3, 4\)\) and the model's layer '0' \(Linear\) is torch.float32; convert "
-        r"one of them: the data with \.float\(\) in the dataset, or the model with model\.double\(\)\.$",
+        r"one of them: the data with \.float\(\) in the dataset .*, or the model with model\.double\(\)\.$",
     ),
     Row(
         "float64 model",

@@ -135,6 +135,14 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(name: str) -> None:
         list(Source.of(data).batches())
 
 
+def test_arrays_of_double_precision_are_refused_with_what_works() -> None:
+    model, x, y = Net(), X.double().numpy(), Y.numpy()
+    with pytest.raises(InvalidInput, match=r"torch\.float64.*an array with \.astype\('float32'\)"):
+        ptif.attribute(model, (x, y), (x[:2], y[:2]))
+    x = x.astype("float32")
+    assert ptif.attribute(model, (x, y), (x[:2], y[:2]), method="grad_dot").values.any()
+
+
 def test_the_pair_that_the_message_names_works() -> None:
     frame = FRAME.assign(label=Y.numpy())
     pair = (frame.drop(columns="label"), frame["label"])

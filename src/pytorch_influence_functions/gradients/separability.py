@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import batch_slice
+from ..core.distributed import World
 from ..core.errors import InvalidInput, first_line, name_ids
 from ..core.indexing import evenly_spaced
 from ..objectives.base import AbstractObjective, inputs_and_targets
@@ -163,15 +164,17 @@ def _room(alone: Tensor) -> float:
 
 def _any_slope(problem: Problem, objective: FromFunction) -> bool:
     """Whether one of the examples looked at has a loss or a slope that is not 0."""
-    for _, batch in sweep(problem, ids=evenly_spaced(len(problem), _ZEROS), label="looking at the losses"):
+    for _, batch in sweep(
+        problem, ids=evenly_spaced(len(problem), _ZEROS), label="looking at the losses", world=World()
+    ):
         with torch.no_grad():
             leaf = objective.outputs(problem.model, batch)
         leaf.requires_grad_()
         with torch.enable_grad():
             losses = objective.losses(leaf, batch)
-            (slope,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+            (slope,) = torch.autograd.grad(losses.sum(), leaf, materialize_grads=True)
         # NaN is not 0: it is refused with its index where the losses are used.
-        if bool((losses != 0).any()) or (slope is not None and bool((slope != 0).any())):
+        if bool((losses != 0).any()) or bool((slope != 0).any()):
             return True
     return False
 

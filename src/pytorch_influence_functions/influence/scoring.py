@@ -125,7 +125,7 @@ class ScoringPass:
             indices=indices,
             train_labels=_spread_labels(problem.labels.as_list(), data),
             query_labels=question.labels.as_list(World()),
-            query_ids=queries.positions,
+            query_ids=torch.arange(len(queries)) if queries.positions is None else queries.positions,
             class_names=data.class_names or queries.class_names,
             diagnostics=record,
             train_source=data.whole,

@@ -195,7 +195,7 @@ def _as_words(values: Any) -> list[str] | None:
 
 def _categories(values: Any) -> list[str] | None:
     """The names of a categorical series, in its own order."""
-    categories = getattr(getattr(values, "dtype", None), "categories", None)
+    categories: Any = getattr(getattr(values, "dtype", None), "categories", None)
     names = categories.tolist() if hasattr(categories, "tolist") else None
     return names if names and all(isinstance(name, str) for name in names) else None
 
