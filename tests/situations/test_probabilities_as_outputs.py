@@ -221,3 +221,25 @@ def test_what_are_no_probabilities_are_refused(outputs: Tensor) -> None:
 def test_outputs_cannot_be_two_things() -> None:
     with pytest.raises(InvalidInput, match="one or the other, so leave one out"):
         ptif.CrossEntropy(from_log_probabilities=True, from_probabilities=True)
+
+
+def test_a_margin_of_probabilities_is_refused_and_the_log_odds_are_right() -> None:
+    """The margin of probabilities read as logits would be another number; the log-odds are those of the logits."""
+    x, y = classes()
+    model, margin = softmax(3), ptif.Margin()
+    objective = ptif.CrossEntropy(from_probabilities=True)
+    with pytest.raises(InvalidInput, match=r"Margin\(\) reads logits.*FromFunction\(lambda p, y: p\.gather"):
+        ptif.attribute(model, (x, y), (x[:3], y[:3]), loss=objective, measure=margin, method="grad_dot")
+    odds = ptif.FromFunction(lambda p, y: p.gather(1, y[:, None])[:, 0].logit(), lower_is_better=False)
+    ours = ptif.attribute(model, (x, y), (x[:3], y[:3]), loss=objective, measure=odds, method="grad_dot")
+    theirs = ptif.attribute(model[0], (x, y), (x[:3], y[:3]), measure=margin, method="grad_dot")  # type: ignore[index]
+    assert gap(ours.values, theirs.values) < rounding(torch.float32, condition=10)
+    binary, yes = ptif.Bernoulli(from_probabilities=True), sigmoid()
+    with pytest.raises(InvalidInput, match=r"\(2 \* y - 1\) \* p\.flatten\(\)\.logit\(\)"):
+        ptif.attribute(yes, (x, y), (x[:3], y[:3]), loss=binary, measure=margin, method="grad_dot")
+    odds = ptif.FromFunction(lambda p, y: (2 * y - 1) * p.flatten().logit(), lower_is_better=False)
+    ours = ptif.attribute(yes, (x, y), (x[:3], y[:3]), loss=binary, measure=odds, method="grad_dot")
+    logit: Any = yes[0]  # type: ignore[index]
+    options: dict[str, Any] = {"loss": ptif.Bernoulli(), "measure": margin, "method": "grad_dot"}
+    theirs = ptif.attribute(logit, (x, y), (x[:3], y[:3]), **options)
+    assert gap(ours.values, theirs.values) < rounding(torch.float32, condition=10)

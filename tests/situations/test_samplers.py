@@ -71,11 +71,19 @@ def loader(sampler: Any = None, **options: Any) -> DataLoader[Any]:
     return DataLoader(DATA, batch_size=4, sampler=sampler, **options)
 
 
+class FirstOnly(SequentialSampler):
+    """A class of one's own: its ancestor visits everything, it does not."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(PART)
+
+
 PARTS: dict[str, Callable[[], DataLoader[Any]]] = {
     "SubsetRandomSampler": lambda: loader(SubsetRandomSampler(PART)),
     "Fixed": lambda: loader(Fixed()),
     "in a BatchSampler": lambda: DataLoader(DATA, batch_sampler=BatchSampler(SubsetRandomSampler(PART), 4, False)),
     "batches": lambda: DataLoader(DATA, batch_sampler=Buckets(PART)),
+    "subclass": lambda: loader(FirstOnly(DATA)),
 }
 
 
@@ -142,10 +150,9 @@ def test_samplers_that_visit_everything_say_nothing(name: str) -> None:
 
 UNCLEAR: dict[str, tuple[Callable[[], DataLoader[Any]], str]] = {
     "replacement": (lambda: loader(RandomSampler(DATA, replacement=True)), "RandomSampler, which draws .* with repl"),
-    "fewer": (lambda: loader(RandomSampler(DATA, num_samples=8)), "RandomSampler, which draws .*only 8 in an epoch"),
-    "fresh": (lambda: loader(Fresh()), "Fresh, whose examples differ from epoch to epoch or come twice"),
+    "fewer": (lambda: loader(RandomSampler(DATA, num_samples=8)), "RandomSampler, whose examples differ"),
+    "fresh": (lambda: loader(Fresh()), "Fresh, whose examples differ from epoch to epoch or never end"),
     "endless": (lambda: loader(Repeating()), "Repeating, whose examples differ"),
-    "batches": (lambda: DataLoader(DATA, batch_sampler=Buckets([1, 1, 2])), "Buckets, whose examples differ"),
 }
 
 
@@ -157,6 +164,19 @@ def test_unclear_samplers_are_named_once_and_in_the_diagnostics(name: str) -> No
         scores = ptif.attribute(nn.Linear(3, 2), data, (X[:2], Y[:2]), loss=nn.CrossEntropyLoss(), method="grad_dot")
     assert len(caught) == 1 and scores.shape == (2, N)
     assert "[warn] data" in str(scores.diagnostics) and "all 30 examples, each once" in str(scores.diagnostics)
+
+
+def test_samplers_of_another_length_than_the_dataset_are_a_part() -> None:
+    for sampler in (SequentialSampler(range(8)), RandomSampler(range(8))):
+        source = Source.of(loader(sampler))
+        assert source.positions is not None and source.positions.tolist() == list(range(8))
+
+
+def test_repeated_examples_count_once_and_what_is_never_drawn_is_left_out() -> None:
+    with pytest.warns(TrainingDataWarning, match="SubsetRandomSampler draws some examples more than once; each counts"):
+        source = Source.of(loader(SubsetRandomSampler([7, 7, 2])))
+    assert source.positions is not None and source.positions.tolist() == [2, 7]
+    assert source.reading == "2 of 30 examples, those of SubsetRandomSampler, each once although it repeats some"
 
 
 def test_asking_a_sampler_leaves_all_generators_alone() -> None:

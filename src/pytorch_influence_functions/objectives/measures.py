@@ -49,6 +49,7 @@ class Margin(AbstractObjective):
     """
 
     lower_is_better: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = True
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         args, kwargs, _ = inputs_and_targets(batch)
@@ -78,6 +79,7 @@ class Logit(AbstractObjective):
     """
 
     lower_is_better: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = True
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         args, kwargs, _ = inputs_and_targets(batch)

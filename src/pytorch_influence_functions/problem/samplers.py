@@ -22,8 +22,8 @@ from torch.utils.data import (
 from ..core.errors import InvalidInput, TrainingDataWarning
 from .model_state import same_rng
 
-# In every epoch they visit the whole dataset once (a distributed one, its processes together).
-_WHOLE: Final = (SequentialSampler, DistributedSampler)
+# An epoch of more than this many times the dataset is taken to have no end.
+_LONGEST: Final = 4
 
 
 class SampledSubset(Subset[Any]):
@@ -54,46 +54,57 @@ def examples_of(loader: DataLoader[Any]) -> tuple[Any, str]:
             "loss; pass its dataset, loader.dataset, with a loss that has the weights, such as "
             "CrossEntropy(weight=...) with one per class."
         )
-    if isinstance(sampler, _WHOLE) or (type(sampler) is RandomSampler and not _draws_otherwise(sampler, size)):
+    if _visits_all(sampler, size):
         return dataset, ""
-    if type(sampler) is RandomSampler:
-        how = "with replacement" if sampler.replacement else f"only {sampler.num_samples:,} in an epoch"
-        return dataset, _take_all(f"{name}, which draws examples {how}", size)
+    if type(sampler) is RandomSampler and sampler.replacement:
+        return dataset, _take_all(f"{name}, which draws examples with replacement", size)
     with _generators_kept(sampler), same_rng():
         first, second = _indices(sampler, size), _indices(sampler, size)
     if first is None or second is None or set(first) != set(second):
-        return dataset, _take_all(f"{name}, whose examples differ from epoch to epoch or come twice", size)
+        return dataset, _take_all(f"{name}, whose examples differ from epoch to epoch or never end", size)
     if not first:
         raise InvalidInput(f"The DataLoader's sampler {name} draws no example; at least one is needed.")
-    if len(first) == size:
-        return dataset, ""
-    return SampledSubset(dataset, sorted(first)), f"{len(first):,} of {size:,} examples, those of {name}"
+    part = sorted(set(first))
+    reading = "" if len(part) == size else f"{len(part):,} of {size:,} examples, those of {name}"
+    if len(part) < len(first):
+        reading = reading or f"all {size:,} examples of {name}"
+        _warn(f"The DataLoader's sampler {name} draws some examples more than once; each counts once", "")
+        reading += ", each once although it repeats some"
+    return (dataset if len(part) == size else SampledSubset(dataset, part)), reading
 
 
-def _draws_otherwise(sampler: RandomSampler, size: int) -> bool:
-    return sampler.replacement or sampler.num_samples != size
+def _visits_all(sampler: Any, size: int) -> bool:
+    """Whether it is known by its type to visit every example once in an epoch, without a look at its indices."""
+    if isinstance(sampler, DistributedSampler):
+        return True  # its processes together
+    if type(sampler) is RandomSampler and (sampler.replacement or len(sampler.data_source) != size):
+        return False
+    return type(sampler) in (SequentialSampler, RandomSampler) and len(sampler) == size
 
 
 def _take_all(what: str, size: int) -> str:
-    warnings.warn(
+    _warn(
         f"The DataLoader's sampler is {what}; all {size:,} examples of its dataset are taken as the training set, each "
-        "once: if training saw only a part, pass torch.utils.data.Subset(dataset, indices).",
-        TrainingDataWarning,
-        stacklevel=5,
+        "once",
+        ": if training saw only a part, pass torch.utils.data.Subset(dataset, indices)",
     )
     return f"all {size:,} examples, each once, whatever the loader's {what.split(',')[0]} draws"
 
 
+def _warn(fact: str, advice: str) -> None:
+    warnings.warn(f"{fact}{advice}.", TrainingDataWarning, stacklevel=6)
+
+
 def _indices(sampler: Any, size: int) -> list[int] | None:
-    """The positions that a sampler, or a batch sampler, visits; None where they are no part of the dataset."""
+    """The positions that a sampler, or a batch sampler, visits; None where it never ends or they are no positions."""
+    most = _LONGEST * size
     try:
-        # One more than there are is enough to see that one comes twice, also where the sampler never ends.
-        drawn = list(itertools.islice(_flat(sampler), size + 1))
+        drawn = list(itertools.islice(_flat(sampler), most + 1))
         positions = [int(i) for i in drawn]
     except Exception:
         return None
-    valid = len(positions) <= size and len(set(positions)) == len(positions) and positions == drawn
-    return positions if valid and all(0 <= i < size for i in positions) else None
+    valid = len(positions) <= most and positions == drawn and all(0 <= i < size for i in positions)
+    return positions if valid else None
 
 
 def _flat(sampler: Any) -> Iterator[Any]:
