@@ -67,7 +67,8 @@ def attribute(
 
     Args:
         model: the trained model. It is left exactly as it was.
-        train: what it was trained on: a Dataset, a DataLoader (its dataset, in dataset order), tensors (x, y).
+        train: what it was trained on: a Dataset, a DataLoader (its dataset in dataset order, or the part that its
+            sampler draws), a pair (x, y) of tensors, arrays, frames or lists. See `Source.of`.
         queries: what is asked about, in the same forms.
         loss: the training loss: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. `None`: inferred
             from outputs and targets where that is unambiguous.
@@ -107,9 +108,10 @@ def attribute(
     check_top(top)
     spec, whole, source = _prepare("attribute", model, train, queries, loss, method, (damping, route), problem)
     fitted = spec.fit(whole, n_queries=len(source))
+    scores = fitted.score(source, measure, top=top if verify is None else None)
+    scores = replace(scores, diagnostics=replace(scores.diagnostics, inferred=loss is None))
     if verify is None:
-        return fitted.score(source, measure, top=top)
-    scores = fitted.score(source, measure)
+        return scores
     verdict = scores.verify(verify, measure=whole.objective if measure is None else measure)
     diagnostics = replace(scores.diagnostics, notes=(*scores.diagnostics.notes, verdict.sentence))
     scores = replace(scores, diagnostics=diagnostics)
@@ -171,7 +173,7 @@ def _prepare(
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
     with in_queries():
-        source = Source.of(queries, batch_size)
+        source = Source.of(queries, batch_size, data.class_names or ())
     objective = infer_objective(model, data, options.get("device")) if loss is None else loss
     return spec, Problem(model, objective, data, **options), source
 

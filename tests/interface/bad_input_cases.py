@@ -322,7 +322,7 @@ TYPES_AND_SHAPES = [
         put_in(train=(X.double(), Y)),
         INPUT,
         r"^The data are torch.float64 \(.*\(3, 4\)\) and the model's layer '0' \(Linear\) is torch.float32; convert "
-        r"one of them: the data with \.float\(\) in the dataset, or the model with model\.double\(\)\.$",
+        r"one of them: the data with \.float\(\) in the dataset .*, or the model with model\.double\(\)\.$",
     ),
     Row(
         "float64 model",
@@ -364,7 +364,7 @@ TYPES_AND_SHAPES = [
         "shape, no loss",
         put_in(train=(X[:, :3], Y), loss=None),
         INPUT,
-        r"layer '0' \(Linear\) on inputs of shape \(2, 3\)",
+        r"layer '0' \(Linear\) on inputs of shape \(12, 3\)",
     ),
     Row(
         "shape asked",

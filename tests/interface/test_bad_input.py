@@ -168,7 +168,10 @@ LOSSES = [
     Row("class weights", put_in(loss=nn.CrossEntropyLoss(torch.ones(7))), INPUT, r"7 class weights and 3 classes"),
     Row("unclear", real(train=(X, (R > 0).float()), loss=None), INPUT, r"cannot be told from .*; pass loss=", single),
     Row(
-        "unclear shapes", put_in(train=(X, torch.ones(N, 2)), loss=None), INPUT, r"cannot be told from outputs \(2, 3\)"
+        "unclear shapes",
+        put_in(train=(X, torch.ones(N, 2)), loss=None),
+        INPUT,
+        r"told from outputs \(12, 3\)",
     ),
     Row(
         "margin of numbers",

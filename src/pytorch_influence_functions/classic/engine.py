@@ -163,8 +163,8 @@ class CachedItems(Dataset[Any]):
 
 
 def make_source(data: Any, deterministic: Any) -> Source:
-    """The data by index; with `deterministic=True` every item is kept as first read."""
-    source = Source.of(data)
+    """The data by index, all of the dataset; with `deterministic=True` items are kept as first read."""
+    source = Source.of(data).whole
     if deterministic is True:
         # Items are kept in this process, because a worker's memory is lost with the worker.
         source = replace(source, dataset=CachedItems(source.dataset), num_workers=0, worker_options={}, _determinism={})

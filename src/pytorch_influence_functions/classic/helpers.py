@@ -40,7 +40,7 @@ def plot_influences(
         InvalidInput: the test example was not part of the run.
         MissingExtra: matplotlib is not installed.
     """
-    train, test = Source.of(train_ds), Source.of(test_ds)
+    train, test = Source.of(train_ds).whole, Source.of(test_ds).whole
     scores = replace(result.scores, train_source=train, query_source=test)
     names = {"class_names": scores.class_names or train.class_names or test.class_names} | options
     return query.plot_influences(scores, result.position(test_index), k, train=train, queries=test, path=path, **names)
@@ -92,7 +92,7 @@ def influential_loader(
     """
     if which not in _WHICH:
         raise InvalidInput(f"which={which!r} must be 'helpful' or 'harmful'.")
-    source, n = Source.of(train_ds), len(result.helpful)
+    source, n = Source.of(train_ds).whole, len(result.helpful)
     if len(source) != n:
         raise InvalidInput(f"The training data have {len(source)} examples and the result is of {n}; pass its data.")
     if (k is None) == (fraction is None):

@@ -42,7 +42,7 @@ def dataset_labels(data: Any) -> list[Any]:
     `Subset` and `ConcatDataset` and with the dataset's `target_transform`, if they agree with the first item. Otherwise
     every item is read once.
     """
-    source = Source.of(data)
+    source = Source.of(data).whole
     stored = _stored_labels(source.dataset)
     if stored is not None and len(stored) == len(source):
         with same_rng():
@@ -171,7 +171,7 @@ def choose_test_ids(test: Any, num: Any, start: Any, num_classes: int | None) ->
     Raises:
         InvalidInput: none is left.
     """
-    first, size = int(start or 0), len(Source.of(test))
+    first, size = int(start or 0), len(Source.of(test).whole)
     ids = get_dataset_sample_ids(num, test, num_classes, first)[1] if num else list(range(first, size))
     if not ids:
         where = "any class" if num else f"the test data, which have {size} items"

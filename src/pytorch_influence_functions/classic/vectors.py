@@ -144,7 +144,7 @@ def calc_s_test(
     extras = {"loss_fn": loss_fn, "params": params, "generator": generator, "progress": progress}
     settings = _make_settings(gpu, damp, scale, recursion_depth, r, extras)
     with calculation(model, settings):
-        engine, test = Engine.of(model, train_loader, settings), Source.of(test_loader)
+        engine, test = Engine.of(model, train_loader, settings), Source.of(test_loader).whole
         ids, solutions = _ids_from(start, len(test)), []
         _ = engine.attribution
         for i in track(ids, len(ids), "s_test"):
@@ -260,7 +260,7 @@ def calc_influence_single(
         if s_test_vec is not None:
             solved = engine.from_list(s_test_vec)
         else:
-            solved = engine.s_test(engine.gradients(Source.of(test_loader), [test_id_num]).rows)
+            solved = engine.s_test(engine.gradients(Source.of(test_loader).whole, [test_id_num]).rows)
         values = engine.influence(solved)[0]
         if time_logging:
             log.info("Influences on test item %d took %.3f s.", test_id_num, time.perf_counter() - start)

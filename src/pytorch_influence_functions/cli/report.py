@@ -73,7 +73,7 @@ def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
             f"The {names[0]} of {task.path.name} are not those of the run in {str(out)!r}; give the task it was made "
             "with, or run ptif attribute again."
         )
-    return replace(scores, train_source=task.problem.data, query_source=queries)
+    return replace(scores, train_source=task.problem.data.whole, query_source=queries)
 
 
 def write_page(scores: Scores, out: Path, task: Task | None) -> Path:

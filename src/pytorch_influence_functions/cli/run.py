@@ -142,7 +142,7 @@ class AttributionRun:
             report(QUERIES, done, total)
 
     def _with_data(self, scores: Scores) -> Scores:
-        return replace(scores, train_source=self.task.problem.data, query_source=self.task.query_source)
+        return replace(scores, train_source=self.task.problem.data.whole, query_source=self.task.query_source)
 
 
 def choose_method(named: AbstractMethod | None, task: Task, settings: RunSettings) -> AbstractMethod:

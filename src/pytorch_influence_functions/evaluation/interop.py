@@ -77,7 +77,10 @@ def explanations(scores: Scores) -> Float[Tensor, "q n"]:
     tensor([[-1.,  2.]])
     """
     if scores.indices is not None:
-        raise InvalidInput("Only some training examples are held (top=), and metrics need all; score without top=.")
+        raise InvalidInput(
+            "Only some training examples are held (top=, or a loader's sampler), and metrics need all; score without "
+            "top=, and give a part of a dataset as torch.utils.data.Subset(dataset, indices)."
+        )
     return scores.values if scores.lower_is_better else -scores.values
 
 

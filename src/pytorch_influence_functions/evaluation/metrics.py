@@ -38,7 +38,8 @@ def score_values(scores: Scores | Tensor, truth: Truth) -> Float[Tensor, "q n"]:
         return scores.detach().cpu().double()
     if scores.indices is not None:
         raise InvalidInput(
-            "Only some training examples are held (top=); evaluation sums over all, so score without top=."
+            "Only some training examples are held (top=, or a loader's sampler); evaluation sums over all, so "
+            "score without top=, and give a part of a dataset as torch.utils.data.Subset(dataset, indices)."
         )
     if scores.lower_is_better != truth.lower_is_better:
         raise InvalidInput(

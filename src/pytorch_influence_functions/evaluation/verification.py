@@ -144,7 +144,8 @@ def verify(
         )
     if scores.indices is not None:
         raise InvalidInput(
-            "Only some training examples are held (top=), so groups cannot be predicted; score without top=."
+            "Only some training examples are held (top=, or a loader's sampler), so groups cannot be predicted; "
+            "score without top=, and give a part of a dataset as torch.utils.data.Subset(dataset, indices)."
         )
     if n < 6:
         raise InvalidInput(f"Verification needs at least 6 removals, got n={n}.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.batches import batch_slice
 from ..core.distributed import World
-from ..core.errors import InvalidInput, NonFinite, first_line, name_ids
+from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
@@ -31,6 +31,7 @@ from ..problem.problem import Problem, check_weights, first_batch, sweep
 from .layer_rules import Layout, ParameterPart, find_rule, layout_of
 from .projections import AbstractProjection, Projector
 from .recording import Capture, HookedLayer, NarrowestType, record_calls
+from .separability import refuse_batch_loss, refuse_mixing, refuse_shared_losses
 from .vjp import detach_parameters, per_example_vjp, weighted_gradient
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -285,10 +286,12 @@ class _Probe:
                 outputs = problem.objective.outputs(model, batch)
         check_outputs(outputs, ids)
         objective = problem.objective
+        precision = max(narrowest.dtype, outputs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        refuse_mixing(model, objective, batch, outputs, tolerance(precision))
         if isinstance(objective, FromFunction):
             objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
-        precision = max(narrowest.dtype, outputs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        _refuse_mixing(model, objective, batch, outputs, tolerance(precision))
+            refuse_batch_loss(problem, objective)
+        refuse_shared_losses(objective, batch, outputs)
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         rows = rows_one_by_one(model, objective, list(space.names), batch, cotangent)
@@ -316,35 +319,6 @@ class _Probe:
 def tolerance(dtype: torch.dtype) -> float:
     """The largest relative difference of two correct results in a dtype."""
     return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 5e-2)
-
-
-def _refuse_mixing(
-    model: nn.Module, objective: AbstractObjective, batch: Any, outputs: Tensor, relative: float
-) -> None:
-    """An example's output must not depend on which others share its batch."""
-    n = len(outputs)
-    for e in range(n):
-        try:
-            with torch.no_grad():
-                alone = objective.outputs(model, batch_slice(batch, n, slice(e, e + 1)))
-        except (RuntimeError, ValueError, IndexError, TypeError) as failure:
-            raise InvalidInput(
-                f"The model runs on a batch of {n} examples but not on one alone "
-                f"({first_line(failure.__cause__ or failure)}); every example needs an output of its "
-                "own, so use running statistics or GroupNorm and keep the batch axis."
-            ) from failure
-        if alone.numel() != outputs[e].numel():
-            raise InvalidInput(
-                f"The model gave outputs of shape {tuple(alone.shape)} for one example and {tuple(outputs.shape)} for "
-                f"{n}; the first axis must run over the examples, so return one output per example."
-            )
-        gap = (alone.reshape(outputs[e].shape) - outputs[e]).abs().max()
-        if gap > relative * (outputs.abs().max() + 1e-6):
-            raise InvalidInput(
-                f"The model's output for one example changes by {float(gap):.2g} with the examples beside it in the "
-                "batch, so it has no gradient of its own; the usual cause is batch normalisation without running "
-                "statistics. Use running statistics or GroupNorm."
-            )
 
 
 def _find_layers(model: nn.Module, space: Space, probe: _Probe) -> dict[str, HookedLayer]:

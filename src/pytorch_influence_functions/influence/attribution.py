@@ -262,13 +262,14 @@ class Attribution(OldNames):
     def self_influence(self) -> Float[Tensor, " n"]:
         """Self-influence of every training example, (1/N) g_i^T (C + lambda)^-1 g_i, shape [N]; large = suspicious.
 
-        Always >= 0 for a positive semidefinite curvature. Averaged over checkpoints.
+        Always >= 0 for a positive semidefinite curvature. Averaged over checkpoints. Where a loader's sampler chose a
+        part of the dataset, N is the whole dataset, and the examples that were left out hold 0.
         """
         total = torch.zeros(len(self.problem), dtype=torch.float64)
         for weight, member in self._weighted():
             with at_checkpoint(self.problem.model, member.checkpoint):
                 total += member.self_influence(Budget.of(self.spec.memory)) * weight
-        return total
+        return self.problem.data.spread(total)
 
     @plain_autograd()
     def token_scores(self, queries: Any, ids: Any, measure: Any = None) -> dict[int, Float[Tensor, "q l"]]:

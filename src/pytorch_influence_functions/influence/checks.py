@@ -137,6 +137,11 @@ def in_queries() -> Iterator[None]:
     except (InvalidInput, NonFinite) as error:
         message = str(error)
         if not message.startswith("In the queries"):
+            if "has no target" in message:
+                message += (
+                    " To ask about unlabelled examples, give the model's own answers as labels: queries=(x, "
+                    "model(x).argmax(1))."
+                )
             plain = message.split(" ", 1)[0] in _SMALL
             error.args = (f"In the queries, {message[0].lower() + message[1:] if plain else message}",)
         raise

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..core.errors import InvalidInput
 from ..objectives.base import AbstractObjective, inputs_and_targets
 from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
@@ -41,7 +42,8 @@ class Question:
         """
         check_top(top)
         with in_queries():
-            source = Source.of(queries, problem.batch_size if batch_size is None else batch_size)
+            size = problem.batch_size if batch_size is None else batch_size
+            source = Source.of(queries, size, problem.data.class_names or ())
         return Question(source, resolve_measure(problem, objective, measure, source), top, Labels(len(source)))
 
     def __len__(self) -> int:
@@ -54,6 +56,12 @@ def resolve_measure(problem: Problem, trained: AbstractObjective, measure: Any, 
         return trained
     with of_measure():
         objective = as_objective(measure)
+    if getattr(objective, "reads_logits", False) and getattr(trained, "from_probabilities", False):
+        raise InvalidInput(
+            f"{objective!r} reads logits and the model gives probabilities (from_probabilities=True); write the "
+            "log-odds as measure=ptif.FromFunction(lambda p, y: p.gather(1, y[:, None])[:, 0].logit(), "
+            "lower_is_better=False), or for one yes or no with (2 * y - 1) * p.flatten().logit()."
+        )
     if isinstance(objective, FromFunction):
         ids = torch.arange(min(2, len(source)))
         with in_queries(), first_batch(problem, source, ids) as (_, batch), torch.no_grad():

@@ -109,6 +109,8 @@ class RunLog:
             gradient_examples=stationarity.looked_at,
             mode=describe_mode(problem),
             deterministic=problem.data.determinism,
+            objective=repr(problem.objective),
+            reading=problem.data.reading,
             routes=routes,
             **(logged | facts),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from ..gradients.per_example import Derivatives, GradientBatch
 from ..gradients.products import Products
 from ..linalg.dual_solution import DualSolution
 from ..linalg.rows import Route, Rows
+from ..problem.data import Source
 from ..problem.problem import Problem, sweep
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
@@ -109,23 +110,38 @@ class ScoringPass:
         Scores are in the model's precision, at least float32.
         """
         problem, question = self.problem, self.question
+        data, queries = problem.data, question.source
         values, indices = (self._whole(), None) if self._extremes is None else self._extremes.result()
+        if data.positions is not None:
+            # A loader's sampler chose a part of the dataset: examples are named by their places in the whole.
+            indices = data.positions.expand(len(values), -1) if indices is None else data.positions[indices]
         dtype = next(iter(problem.space.values(problem.model).values())).dtype
         seconds = fit_seconds + time.perf_counter() - self._started
         record = replace(diagnostics(self.log), n_queries=len(question), seconds=seconds)
         scores = Scores(
             values.to(torch.float64 if dtype == torch.float64 else torch.float32),
             lower_is_better=question.measure.lower_is_better,
-            n_train=len(problem),
+            n_train=len(data.whole),
             indices=indices,
-            train_labels=problem.labels.as_list(),
+            train_labels=_spread_labels(problem.labels.as_list(), data),
             query_labels=question.labels.as_list(World()),
-            class_names=problem.data.class_names or question.source.class_names,
+            query_ids=torch.arange(len(queries)) if queries.positions is None else queries.positions,
+            class_names=data.class_names or queries.class_names,
             diagnostics=record,
-            train_source=problem.data,
-            query_source=question.source,
+            train_source=data.whole,
+            query_source=queries.whole,
         )
-        return scores if question.top is None or indices is not None else scores.top(question.top)
+        return scores if question.top is None or self._extremes is not None else scores.top(question.top)
+
+
+def _spread_labels(labels: list[Any] | None, data: Source) -> list[Any] | None:
+    """One label per example of the whole dataset, None for those that a sampler left out."""
+    if labels is None or data.positions is None:
+        return labels
+    spread: list[Any] = [None] * len(data.whole)
+    for position, label in zip(data.positions.tolist(), labels, strict=True):
+        spread[position] = label
+    return spread
 
 
 def grouped(batches: Iterable[tuple[Tensor, Rows]], room: int) -> Iterator[tuple[Tensor, Rows]]:

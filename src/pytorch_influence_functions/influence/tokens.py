@@ -23,7 +23,7 @@ class TokenScores:
     """Sums over checkpoints of weight / N <x_q, gradient of each token's part of the loss>, for chosen examples."""
 
     def __init__(self, problem: Problem, ids: Any, n_queries: int) -> None:
-        self.problem, self.ids, self.n_queries = problem, _checked(ids, len(problem)), n_queries
+        self.problem, self.ids, self.n_queries = problem, _checked(ids, len(problem.data.whole)), n_queries
         self.values: dict[int, Tensor] = {}
 
     def add(self, d: Derivatives, query_ids: Tensor, solved: Rows | DualSolution, weight: float) -> None:
@@ -32,7 +32,7 @@ class TokenScores:
         products: Products | None = None
         # One by one: texts differ in length, and few are asked for.
         for i in self.ids:
-            for ids, batch in sweep(self.problem, ids=[i], label="tokens", world=World()):
+            for ids, batch in sweep(self.problem, ids=[self.problem.data.index_of(i)], label="tokens", world=World()):
                 products = products or Products.of(d, batch, len(ids))
                 token_scores = products.token_losses_along(batch, directions)[:, 0].double().cpu()
                 total = self.values.setdefault(

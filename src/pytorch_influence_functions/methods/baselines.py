@@ -257,6 +257,8 @@ class FittedBaseline(OldNames):
             method=self.method,
             why=self.spec.why,
             n_train=len(problem),
+            objective=repr(problem.objective),
+            reading=problem.data.reading,
             members=len(checkpoints),
             needs_minimum=False,
             approximation="a plain baseline: no prediction of any change",
@@ -266,7 +268,7 @@ class FittedBaseline(OldNames):
     @plain_autograd()
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's number on itself: its loss, for `TrainingLoss`."""
-        return self.spec.own_values(self.problem)
+        return self.problem.data.spread(self.spec.own_values(self.problem))
 
 
 @contextmanager

@@ -110,4 +110,5 @@ def _suggest_conversion(data: torch.dtype, model: torch.dtype) -> str:
     """Which side to convert: weights cannot be whole numbers."""
     if not data.is_floating_point:
         return f"convert the data with {_to(model)} in the dataset"
-    return f"convert one of them: the data with {_to(model)} in the dataset, or the model with model{_to(data)}"
+    array = f" (an array with .astype({str(model).removeprefix('torch.')!r}))" if model != torch.bfloat16 else ""
+    return f"convert one of them: the data with {_to(model)} in the dataset{array}, or the model with model{_to(data)}"

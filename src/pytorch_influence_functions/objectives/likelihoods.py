@@ -88,9 +88,12 @@ class CrossEntropy(AbstractLikelihood):
         ignore_index: class number of targets that do not count.
         from_log_probabilities: the outputs are log-probabilities (a model trained with `NLLLoss`), which
             `check` makes sure of. Nothing else changes: log-softmax leaves normalised values as they are.
+        from_probabilities: the model returns probabilities (it ends in a softmax): `outputs` takes their
+            logarithm, kept finite at 0. The Gauss-Newton matrix is then that of the probabilities p with the
+            expected Hessian diag(1/p), which is the same matrix as that of the logits before the softmax.
 
     Raises:
-        InvalidInput: a setting out of its range.
+        InvalidInput: a setting out of its range, or outputs said to be two things.
 
     Example:
         >>> batch = (torch.zeros(1, 2), torch.tensor([1]))
@@ -102,9 +105,15 @@ class CrossEntropy(AbstractLikelihood):
     label_smoothing: float = 0.0
     ignore_index: int = -100
     from_log_probabilities: bool = False
+    from_probabilities: bool = False
     lower_is_better: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if self.from_log_probabilities and self.from_probabilities:
+            raise InvalidInput(
+                "CrossEntropy() got from_log_probabilities=True and from_probabilities=True; outputs are one or the "
+                "other, so leave one out."
+            )
         finite_number("label_smoothing", self.label_smoothing, least=0, most=1, owner=self)
         if self.weight is not None:
             if self.weight.dim() != 1:
@@ -115,7 +124,8 @@ class CrossEntropy(AbstractLikelihood):
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         args, kwargs, _ = inputs_and_targets(batch)
-        return call_model(model, args, kwargs)
+        outputs = call_model(model, args, kwargs)
+        return _log_probabilities(outputs) if self.from_probabilities else outputs
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
         targets = self._targets(outputs, batch)
@@ -145,15 +155,23 @@ class CrossEntropy(AbstractLikelihood):
             raise InvalidInput(
                 f"The target probabilities at {offenders(bad, ids)} are negative or NaN; expected numbers from 0 to 1."
             )
-        if self.from_log_probabilities:
-            # Rounding leaves three digits in single precision.
-            allowed = max(torch.finfo(outputs.dtype).eps ** 0.5, 1e-3)
-            if bool((bad := ~(outputs.logsumexp(1).abs() <= allowed)).any()):
-                raise InvalidInput(
-                    f"The outputs at {offenders(bad, ids)} are not log-probabilities, which NLLLoss and "
-                    "from_log_probabilities=True expect; end the model with log_softmax, or use "
-                    "CrossEntropy()."
-                )
+        if self.from_log_probabilities or self.from_probabilities:
+            self._check_normalised(outputs, ids)
+
+    def _check_normalised(self, outputs: Tensor, ids: Tensor) -> None:
+        # Rounding leaves three digits in single precision.
+        allowed = max(torch.finfo(outputs.dtype).eps ** 0.5, 1e-3)
+        if not bool((bad := ~(outputs.logsumexp(1).abs() <= allowed)).any()):
+            return
+        if self.from_probabilities:
+            raise InvalidInput(
+                f"The outputs at {offenders(bad, ids)} are not probabilities that sum to 1, which "
+                "from_probabilities=True expects; end the model with softmax, or use CrossEntropy() for logits."
+            )
+        raise InvalidInput(
+            f"The outputs at {offenders(bad, ids)} are not log-probabilities, which NLLLoss and "
+            "from_log_probabilities=True expect; end the model with log_softmax, or use CrossEntropy()."
+        )
 
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
@@ -239,6 +257,15 @@ def _describe_misfit(shape: tuple[int, ...], target_shape: tuple[int, ...], targ
 def _classes_last(outputs: Tensor) -> Float[Tensor, "n l c"]:
     """[n, C, d1, ...] as [n, positions, C]."""
     return outputs.reshape(*outputs.shape[:2], -1).movedim(1, -1)
+
+
+def _log_probabilities(p: Tensor) -> Tensor:
+    """log p, finite where p is 0, NaN for what is no probability (`check` names it)."""
+    room = torch.finfo(p.dtype).eps ** 0.5  # a softmax may exceed 1 by rounding
+    inside = torch.where(
+        (p >= 0) & (p <= 1 + room), p.clamp_min(torch.finfo(p.dtype).tiny), torch.full_like(p, torch.nan)
+    )
+    return inside.log()
 
 
 def check_weight(name: str, weight: Tensor) -> None:

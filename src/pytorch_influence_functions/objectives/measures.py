@@ -49,6 +49,7 @@ class Margin(AbstractObjective):
     """
 
     lower_is_better: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = True
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         args, kwargs, _ = inputs_and_targets(batch)
@@ -78,6 +79,7 @@ class Logit(AbstractObjective):
     """
 
     lower_is_better: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = True
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         args, kwargs, _ = inputs_and_targets(batch)
@@ -268,6 +270,7 @@ def detect_reduction(function: Callable[[Any, Any], Any], outputs: Tensor, targe
         f"The loss {_name(function)} of two examples is neither the mean nor the sum of their own "
         f"({_format_losses(whole, each)}), so no loss per example can be read from it; for a mean over tokens of "
         "sequences of unequal length use TokenCrossEntropy(), for class weights CrossEntropy(weight=...), "
+        "for a loss that compares the examples of a batch (contrastive) make one item of the dataset a whole group, "
         "otherwise return one number per example."
     )
 

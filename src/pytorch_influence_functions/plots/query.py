@@ -97,7 +97,7 @@ def _require_data(data: Any, size: int | None, name: str) -> Source:
         raise InvalidInput(
             f"The scores do not remember the data (they were loaded, or made by hand); pass {name}= to show examples."
         )
-    source = Source.of(data)
+    source = Source.of(data).whole
     if size is not None and len(source) != size:
         raise InvalidInput(
             f"{name}= has {len(source)} examples and the scores are of {size}; pass the dataset that was scored."

@@ -99,7 +99,8 @@ def plot_class_matrix(scores: Scores, path: str | os.PathLike[str] | None = None
     """
     if scores.indices is not None:
         raise InvalidInput(
-            "Only some training examples are held (top=), so classes cannot be summed; score without top=."
+            "Only some training examples are held (top=, or a loader's sampler), so classes cannot be summed; "
+            "score without top=, and give a part of a dataset as torch.utils.data.Subset(dataset, indices)."
         )
     if scores.train_labels is None or scores.query_labels is None:
         raise InvalidInput(

@@ -1,4 +1,4 @@
-"""Data by index: anything with a length and items, in dataset order, whatever a loader's sampler says."""
+"""Data by index: anything with a length and items, in dataset order, whatever order a loader's sampler takes."""
 
 from __future__ import annotations
 
@@ -27,79 +27,14 @@ from ..core.batches import tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, first_line, name_ids
 from ..core.validate import choice, whole_number
 from .model_state import same_rng
+from .samplers import SampledSubset, examples_of
+from .tables import LabelledTensors, NamedTensors, as_dataset
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
 Collate: TypeAlias = Callable[[list[Any]], Any]
 
 BATCH_SIZE = 64
 POLICIES = ("warn", "error", "ignore")
-
-
-# --------------------------------------------------------------------------- tensors as data
-
-
-@dataclass(frozen=True, eq=False)
-class NamedTensors(Dataset[dict[str, Tensor]]):
-    """A mapping of equally long tensors as a dataset of dictionaries."""
-
-    tensors: Mapping[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: values[index] for name, values in self.tensors.items()}
-
-
-def _as_tensor(value: Any, name: str) -> Tensor:
-    if isinstance(value, Tensor):
-        tensor = value.detach()
-    else:
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            raise InvalidInput(
-                f"Array {name} has dtype {array.dtype}, which is not numeric; "
-                "convert it to a numeric array first (labels to class numbers, ragged lists to a Dataset)."
-            )
-        # A copy where torch cannot share: negative strides, foreign byte order, read-only memory.
-        shareable = array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative
-        array = array if shareable else np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-        tensor = torch.as_tensor(array)
-    if tensor.ndim == 0:
-        raise InvalidInput(f"Array {name} is a single number; expected one entry per example.")
-    return tensor
-
-
-def _column_dataset(columns: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors = {name: _as_tensor(value, name) for name, value in columns.items()}
-    if len({len(t) for t in tensors.values()}) > 1:
-        lengths = ", ".join(f"{name} has {len(t)}" for name, t in tensors.items())
-        raise InvalidInput(f"The arrays have different lengths ({lengths}); each needs one entry per example.")
-    return tensors
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (Tensor, np.ndarray))
-
-
-def _as_dataset(data: Any) -> Any:
-    """Arrays become a dataset; whatever has a length and items is one already."""
-    if _is_array(data):
-        data = (data,)
-    if isinstance(data, (tuple, list)) and data:
-        # (x, y) as two arrays; a list of (x, y) pairs is a dataset as it stands.
-        whole = all(_is_array(x) for x in data)
-        if whole or (isinstance(data, tuple) and any(_is_array(x) for x in data)):
-            columns = _column_dataset({str(i): x for i, x in enumerate(data)})
-            return TensorDataset(*columns.values())
-    if isinstance(data, Mapping) and not isinstance(data, Dataset):
-        if data and all(_is_array(x) for x in data.values()):
-            return NamedTensors(_column_dataset({str(k): v for k, v in data.items()}))
-        raise InvalidInput(
-            f"A mapping with {', '.join(map(repr, list(data)[:4])) or 'nothing'} is not a dataset; "
-            "pass one split of it, or a mapping of equally long tensors or arrays."
-        )
-    return data
 
 
 def _check_dataset(dataset: Any) -> None:
@@ -139,6 +74,9 @@ class _NamingDataset(Dataset[Any]):
 
     dataset: Any
 
+    def _name(self, index: int) -> int:
+        return int(self.dataset.indices[index]) if type(self.dataset) is SampledSubset else index
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -147,7 +85,7 @@ class _NamingDataset(Dataset[Any]):
             return self.dataset[index]
         except Exception as cause:
             raise InvalidInput(
-                f"Reading item {index} of the dataset failed with {type(cause).__name__}: {first_line(cause)}."
+                f"Reading item {self._name(index)} of the dataset failed with {type(cause).__name__}: {first_line(cause)}."
             ) from cause
 
     def __getitems__(self, ids: list[int]) -> list[Any]:
@@ -165,6 +103,12 @@ class _NamingCollate:
     collate: Collate
 
     def __call__(self, items: list[Any]) -> Any:
+        if self.collate is default_collate and (place := _list_in(items[0])):
+            raise InvalidInput(
+                f"The examples hold a Python list ({place}), which the default collate function would turn around; "
+                "give tensors (a dataset of Hugging Face: dataset.with_format('torch')), or a DataLoader whose "
+                "collate_fn makes tensors and pads them."
+            )
         try:
             return self.collate(items)
         except Exception as cause:
@@ -175,11 +119,20 @@ class _NamingCollate:
             ) from cause
 
 
+def _list_in(item: Any) -> str:
+    """Where an example holds a list of numbers, in words; empty where it does not."""
+    members = item.items() if isinstance(item, Mapping) else enumerate(item) if isinstance(item, tuple) else ()
+    for place, value in members:
+        if type(value) is list and value and isinstance(value[0], (int, float)):
+            return f"under {place!r}" if isinstance(place, str) else f"as member {place}"
+    return ""
+
+
 def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
     """The tensors behind a dataset that only indexes them, and the indices a Subset picks from them."""
-    if type(dataset) in (TensorDataset, NamedTensors):
+    if type(dataset) in (TensorDataset, LabelledTensors, NamedTensors):
         return dataset.tensors, None
-    if type(dataset) is Subset:
+    if type(dataset) in (Subset, SampledSubset):
         inner = _fast_columns(dataset.dataset)
         if inner is not None:
             indices = torch.as_tensor(list(dataset.indices), dtype=torch.long)
@@ -191,8 +144,10 @@ def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
 class Source:
     """Examples by index, batched in dataset order. Made with `Source.of`.
 
-    A loader gives its dataset, collate function, workers and batch size; its sampler, shuffling and `drop_last` are
-    ignored: every item of the dataset is used, and an index is a position in the dataset.
+    A loader gives its dataset, collate function, workers and batch size; shuffling and `drop_last` are ignored. A
+    sampler that draws the same part of the dataset in every epoch (`SubsetRandomSampler`, or one of your own) says what
+    the training set is: the source is that part, in dataset order, and `positions` are its places in the dataset, by
+    which scores name it. Other samplers are refused (weights) or warned about once.
 
     Example:
         >>> source = Source.of((torch.arange(10.0).reshape(5, 2), torch.arange(5)), batch_size=2)
@@ -205,16 +160,21 @@ class Source:
     batch_size: int = BATCH_SIZE
     num_workers: int = 0
     worker_options: Mapping[str, Any] = field(default_factory=dict)
+    reading: str = ""
+    """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
     _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
 
     @classmethod
-    def of(cls, data: Any, batch_size: int | None = None) -> Source:
+    def of(cls, data: Any, batch_size: int | None = None, classes: Sequence[str] | None = None) -> Source:
         """Wrap a dataset, a loader, or tensors or arrays `(x, y)`; reads nothing.
 
         Args:
             data: a map-style dataset (`__len__`, `__getitem__`; a list of examples too), a `DataLoader`, a
-                tuple, list or mapping of equally long tensors or arrays, or a `Source`.
+                tuple, list or mapping of equally long tensors, arrays, frames or series (what has `to_numpy()`), a
+                tuple of equally long lists, a sparse matrix with labels, or a `Source`. Real numbers of frames and
+                lists are taken in torch's default precision. Labels may be words.
             batch_size: examples per batch; `None`: the loader's, else 64.
+            classes: what labels in words are numbered by; `None`: a categorical series' own order, else alphabetical.
 
         Raises:
             InvalidInput: data that can only be iterated, has no length or is empty; arrays of different
@@ -225,7 +185,7 @@ class Source:
         if isinstance(data, Source):
             return data if batch_size is None else replace(data, batch_size=batch_size)
         if not isinstance(data, DataLoader):
-            dataset = _as_dataset(data)
+            dataset = as_dataset(data, classes)
             _check_dataset(dataset)
             return cls(dataset, batch_size=batch_size or BATCH_SIZE)
         _check_dataset(data.dataset)
@@ -241,10 +201,43 @@ class Source:
                 "prefetch_factor": data.prefetch_factor,
                 "multiprocessing_context": data.multiprocessing_context,
             }
-        return cls(data.dataset, data.collate_fn, int(size), data.num_workers, options)
+        dataset, reading = examples_of(data)
+        return cls(dataset, data.collate_fn, int(size), data.num_workers, options, reading)
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def positions(self) -> Int[Tensor, " n"] | None:
+        """The place of every example in the dataset, where a sampler chose a part of it; None: all, in order."""
+        return torch.tensor(list(self.dataset.indices)) if type(self.dataset) is SampledSubset else None
+
+    @property
+    def whole(self) -> Source:
+        """The same source over the whole dataset, also what a sampler left out: an index is a place in the dataset."""
+        return replace(self, dataset=self.dataset.dataset) if type(self.dataset) is SampledSubset else self
+
+    def index_of(self, position: int) -> int:
+        """The index in this source of the example at a place in the whole dataset.
+
+        Raises:
+            InvalidInput: a sampler left it out.
+        """
+        if self.positions is None:
+            return position
+        index = (self.positions == position).nonzero()
+        if not len(index):
+            raise InvalidInput(
+                f"Example {position} is not among those that the loader's sampler draws, so training never saw it; "
+                "choose others."
+            )
+        return int(index[0])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Numbers [n] of the examples as [N] over the whole dataset, 0 for what is not part of this source."""
+        if self.positions is None:
+            return values
+        return values.new_zeros(len(self.whole)).index_copy(0, self.positions.to(values.device), values)
 
     @cached_property
     def _fast(self) -> tuple[Any, Tensor | None] | None:
@@ -384,7 +377,8 @@ class Source:
                 continue
             finite = torch.isfinite(tensor)
             if not bool(finite.all()):
-                bad = ids[(~finite).flatten(1).any(1).cpu()] if tensor.ndim > 1 else ids[(~finite).cpu()]
+                places = ids if self.positions is None else self.positions[ids]
+                bad = places[(~finite).reshape(len(ids), -1).any(1).cpu()]
                 part = f" (in batch{where})" if where else ""
                 raise NonFinite(
                     f"The data hold NaN or infinity at dataset index {name_ids(bad.tolist())}{part}; "

@@ -1,15 +1,17 @@
-"""The training loss, inferred from a model's outputs and its targets."""
+"""The training loss, inferred from a model's outputs and its targets, or refused with the readings that fit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from ..core.batches import to_device
 from ..core.errors import InvalidInput
+from ..core.indexing import evenly_spaced
 from ..objectives.base import AbstractObjective, check_outputs, inputs_and_targets
 from ..objectives.bernoulli import Bernoulli
 from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
@@ -17,41 +19,168 @@ from .data import Source
 from .model_state import preserved
 from .problem import check_weights, model_device
 
+# Values are judged on up to this many examples, evenly spaced.
+_LOOK: Final = 16
+# Outputs of a regression on 0 and 1 lie in this range, but for a few; logits of a trained classifier do not.
+_NEAR_LABELS: Final = (-1.0, 2.0)
+_MOST_OUTSIDE: Final = 0.25
+
 
 def infer_objective(model: nn.Module, source: Source, device: torch.device | str | None = None) -> AbstractObjective:
-    """The training loss, guessed from two examples' outputs and targets; refused when it could be more than one."""
+    """The training loss, from shapes, types and values of outputs and targets of a few examples.
+
+    Args:
+        model: the trained model.
+        source: its training data.
+        device: where to compute; None: where the model is.
+
+    Raises:
+        InvalidInput: more than one loss fits; the message names the readings and what to write for each.
+    """
     check_weights(model)
-    ids, batch = next(iter(source.batches(torch.arange(min(2, len(source))))))
-    source.check_finite(ids, batch)
-    batch = to_device(batch, model_device(model, device))
-    with preserved(model), torch.no_grad():
-        outputs = CrossEntropy().outputs(model, batch)
+    source = replace(source, batch_size=min(_LOOK, source.batch_size))
+    device, looks = model_device(model, device), list[tuple[Any, Tensor]]()
+    for ids, batch in source.batches(evenly_spaced(len(source), _LOOK)):
+        source.check_finite(ids, batch)
+        batch = to_device(batch, device)
+        with preserved(model), torch.no_grad():
+            looks.append((batch, CrossEntropy().outputs(model, batch)))
+        check_outputs(looks[-1][1], ids)
+    batch, outputs = looks[0]
     targets = inputs_and_targets(batch)[2]
-    check_outputs(outputs, ids)
-    shapes = f"outputs {tuple(outputs.shape)} and targets {_describe(targets)}"
     if not isinstance(targets, Tensor):
-        raise InvalidInput(f"The loss cannot be told from {shapes}; pass loss=, e.g. torch.nn.CrossEntropyLoss().")
-    whole = not targets.is_floating_point()
-    if (
-        whole
-        and outputs.dim() >= 2
-        and targets.shape == outputs.shape[:1]
-        and outputs.dim() == 2
-        and outputs.shape[1] > 1
-    ):
-        return CrossEntropy()
-    if whole and outputs.dim() == 3 and targets.shape == outputs.shape[:2]:
-        return TokenCrossEntropy(shift=_is_causal(batch, targets))
-    single = outputs.numel() == len(ids)
-    if whole and single and targets.numel() == len(ids):
-        return Bernoulli()
-    binary = bool(((targets == 0) | (targets == 1)).all())
-    if not whole and not binary and outputs.numel() == targets.numel():
-        return SquaredError()
+        raise InvalidInput(
+            f"The loss cannot be told from outputs {tuple(outputs.shape)} and targets {_describe(targets)}; pass "
+            "loss=, e.g. torch.nn.CrossEntropyLoss()."
+        )
+    outputs = _together([outputs for _, outputs in looks])
+    targets = _together([inputs_and_targets(batch)[2] for batch, _ in looks])
+    shapes = f"outputs {tuple(outputs.shape)} and targets {_describe(targets)}"
+    if not targets.is_floating_point():
+        if outputs.dim() == 2 and outputs.shape[1] > 1 and targets.shape == outputs.shape[:1]:
+            return _infer_classes(outputs)
+        if outputs.dim() == 3 and targets.shape == outputs.shape[:2]:
+            return _infer_tokens(outputs, targets, batch)
+        if outputs.numel() == len(outputs) == targets.numel():
+            return _infer_decisions(outputs, targets)
+    elif outputs.numel() == targets.numel() and not bool(((targets == 0) | (targets == 1)).all()):
+        return _infer_numbers(outputs, targets)
+    yes_or_no = "BCELoss() (the outputs lie in [0, 1])" if _in_unit_interval(outputs) else "BCEWithLogitsLoss()"
     raise InvalidInput(
         f"The loss cannot be told from {shapes}; pass loss=, e.g. torch.nn.CrossEntropyLoss(), MSELoss() or "
-        "BCEWithLogitsLoss()."
+        f"{yes_or_no}."
     )
+
+
+def _infer_classes(outputs: Tensor) -> AbstractObjective:
+    if _in_unit_interval(outputs):
+        if _sums_to_one(outputs):
+            raise InvalidInput(
+                f"The loss cannot be told: {_looked_at(outputs)} are probabilities (a softmax at the end); write "
+                "loss=ptif.CrossEntropy(from_probabilities=True) if training took their logarithm, or "
+                "loss=torch.nn.CrossEntropyLoss() if that loss was given the probabilities as they are."
+            )
+        raise InvalidInput(
+            f"The loss cannot be told: {_looked_at(outputs)} all lie in [0, 1] but do not sum to 1 (a sigmoid at the "
+            "end), and targets are class numbers; write loss=torch.nn.CrossEntropyLoss() if that loss was given these "
+            "outputs as they are, or, for one yes or no per class, loss=lambda p, y: "
+            "torch.nn.functional.binary_cross_entropy(p, torch.eye(p.shape[1])[y].to(p))."
+        )
+    # Log-probabilities are their own log-softmax, so both readings are the same loss.
+    return CrossEntropy(from_log_probabilities=_are_log_probabilities(outputs))
+
+
+def _infer_tokens(outputs: Tensor, targets: Tensor, batch: Any) -> AbstractObjective:
+    shift = _is_causal(batch, targets)
+    if outputs.shape[1] == outputs.shape[2]:
+        length = outputs.shape[1]
+        raise InvalidInput(
+            f"The loss cannot be told: outputs {tuple(outputs.shape)} have {length} positions and {length} classes; "
+            f"write loss=ptif.TokenCrossEntropy({'shift=True' if shift else ''}) if they are (examples, tokens, "
+            "classes), or loss=torch.nn.CrossEntropyLoss() if they are (examples, classes, positions)."
+        )
+    if _in_unit_interval(outputs) and _sums_to_one(outputs):
+        raise InvalidInput(
+            f"The loss cannot be told: {_looked_at(outputs)} are probabilities of tokens (a softmax at the end); write "
+            "loss=lambda p, y: torch.nn.functional.nll_loss(p.log().flatten(0, 1), y.flatten()) if training took "
+            f"their logarithm, or loss=ptif.TokenCrossEntropy({'shift=True' if shift else ''}) if cross entropy was "
+            "given them as they are."
+        )
+    return TokenCrossEntropy(shift=shift)
+
+
+def _infer_decisions(outputs: Tensor, targets: Tensor) -> AbstractObjective:
+    """One output per example and whole numbers as targets: logits, probabilities or numbers."""
+    if not bool(((targets == 0) | (targets == 1)).all()):
+        raise InvalidInput(
+            "The loss cannot be told: there is one output per example, and targets are whole numbers from "
+            f"{int(targets.min())} to {int(targets.max())}; write loss=torch.nn.MSELoss() for a regression on them, or "
+            "loss=lambda f, y: torch.nn.functional.poisson_nll_loss(f.flatten(), y.flatten()) for counts, the model "
+            "giving their logarithm."
+        )
+    if _in_unit_interval(outputs):
+        raise InvalidInput(
+            f"The loss cannot be told: {_looked_at(outputs)} all lie in [0, 1], and targets are 0 or 1; write "
+            "loss=torch.nn.BCELoss() if they are probabilities (a sigmoid at the end), loss=torch.nn.MSELoss() for a "
+            "regression on 0 and 1, or loss=torch.nn.BCEWithLogitsLoss() if they are logits."
+        )
+    low, high = _NEAR_LABELS
+    if float(((outputs < low) | (outputs > high)).float().mean()) <= _MOST_OUTSIDE:
+        raise InvalidInput(
+            f"The loss cannot be told: {_looked_at(outputs)} lie near the targets 0 and 1, so they may be logits or a "
+            "regression; write loss=torch.nn.BCEWithLogitsLoss() if they are logits, or loss=torch.nn.MSELoss() for a "
+            "regression on 0 and 1."
+        )
+    return Bernoulli()
+
+
+def _infer_numbers(outputs: Tensor, targets: Tensor) -> AbstractObjective:
+    """Real numbers as targets, as many as outputs."""
+    if _in_unit_interval(targets.to(outputs.dtype)):
+        if outputs.dim() == 2 and outputs.shape[1] > 1 and _sums_to_one(targets.to(outputs.dtype).view_as(outputs)):
+            reading = (
+                "loss=ptif.CrossEntropy(from_probabilities=True)"
+                if _in_unit_interval(outputs) and _sums_to_one(outputs)
+                else "loss=torch.nn.CrossEntropyLoss()"
+            )
+            raise InvalidInput(
+                "The loss cannot be told: the targets of each example sum to 1; write "
+                f"{reading} if they are probabilities of classes, or loss=torch.nn.MSELoss() for a regression on them."
+            )
+        if _in_unit_interval(outputs):
+            raise InvalidInput(
+                f"The loss cannot be told: {_looked_at(outputs)} and the targets all lie in [0, 1]; write "
+                "loss=torch.nn.BCELoss() if both are probabilities, or loss=torch.nn.MSELoss() for a regression."
+            )
+    return SquaredError()
+
+
+# --------------------------------------------------------------------------- values
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    """All batches as one, or the first alone where padding gives them different shapes."""
+    return torch.cat(parts) if len({part.shape[1:] for part in parts}) == 1 else parts[0]
+
+
+def _in_unit_interval(values: Tensor) -> bool:
+    """Whether all values lie in [0, 1] and say something: a model that gives 0 everywhere has no last layer to see."""
+    room = torch.finfo(values.dtype).eps ** 0.5
+    return bool(((values >= 0) & (values <= 1 + room)).all()) and bool((values != values.flatten()[0]).any())
+
+
+def _sums_to_one(values: Tensor) -> bool:
+    allowed = max(torch.finfo(values.dtype).eps ** 0.5, 1e-3)
+    return bool(((values.sum(-1) - 1).abs() <= allowed).all())
+
+
+def _are_log_probabilities(outputs: Tensor) -> bool:
+    allowed = max(torch.finfo(outputs.dtype).eps ** 0.5, 1e-3)
+    return bool((outputs.logsumexp(-1).abs() <= allowed).all())
+
+
+def _looked_at(outputs: Tensor) -> str:
+    return f"the outputs of the {len(outputs)} examples looked at"
 
 
 def _is_causal(batch: Any, targets: Tensor) -> bool:

@@ -118,7 +118,7 @@ def make_reader(
     """
     if data is None:
         return ExampleReader(None, what, denormalize, columns)
-    source = Source.of(data)
+    source = Source.of(data).whole
     if size is not None and len(source) != size:
         raise InvalidInput(
             f"{what}= has {len(source)} examples and the scores are of {size}; pass the dataset that was scored."

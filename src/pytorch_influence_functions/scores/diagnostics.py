@@ -82,6 +82,9 @@ class Diagnostics:
         members: checkpoints that were averaged.
         seconds: wall-clock seconds for fitting and scoring.
         notes: anything else that should be read with the result.
+        objective: the training loss that was taken, as it would be written.
+        inferred: whether the loss was inferred from outputs and targets rather than given.
+        reading: how a loader's sampler was read, in words; empty where the whole dataset is the training set.
         needs_minimum: whether the method assumes that training had ended at a minimum (unrolled ones do not).
         effective_dimension: tr(C (C + D)^-1), how many directions the data decide rather than the damping.
         lost_to_damping: median over queries of `<g, D (C + D)^-1 g> / |g|^2`, the share of a query's squared gradient
@@ -122,6 +125,9 @@ class Diagnostics:
     lost_to_damping: float = math.nan
     approximation: str = ""
     residual_history: tuple[float, ...] = ()
+    objective: str = ""
+    inferred: bool = False
+    reading: str = ""
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
@@ -298,19 +304,24 @@ def _mode(d: Diagnostics) -> Check:
 
 
 def _data(d: Diagnostics) -> Check:
+    reading = f"; {d.reading}" if d.reading else ""
     if d.deterministic == "yes":
-        return Check("data", "ok", "an example reads the same twice")
+        # What a sampler drew is not known where all examples were taken in its stead.
+        status: Status = "warn" if d.reading.startswith("all") else "ok"
+        return Check("data", status, f"an example reads the same twice{reading}")
     if d.deterministic == "no":
         text = "an example reads differently twice (random augmentation?): scores belong to one random draw"
-        return Check("data", "bad", text)
-    return Check("data", "warn", "whether an example reads the same twice was not checked")
+        return Check("data", "bad", text + reading)
+    return Check("data", "warn", f"whether an example reads the same twice was not checked{reading}")
 
 
 def _loss(d: Diagnostics) -> Check:
     n = f"; N = {d.n_train:,} examples" if d.n_train else ""
     if not d.reduction:
         return Check("loss", "warn", f"the reduction of the loss was not recorded{n}")
-    return Check("loss", "ok", f"{d.reduction}{n}")
+    source = "inferred from outputs and targets" if d.inferred else "given"
+    objective = f"{d.objective} ({source}), " if d.objective else ""
+    return Check("loss", "ok", f"{objective}{d.reduction}{n}")
 
 
 # --------------------------------------------------------------------------- lines above them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids, require
 from ..core.files import read_tensors, write_bytes, write_tensors
-from . import indexing
+from . import export, indexing
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -317,20 +317,7 @@ class Scores:
         return f"Scores({', '.join(facts)}){''.join(ends)}"
 
     def _repr_html_(self, rows: int = 10, k: int = 5) -> str:
-        # Names and labels come from data: everything is escaped.
-        def cell(pairs: list[tuple[int, float]]) -> str:
-            return "<br>".join(f"{html.escape(self.describe_train(i))} <code>{s:+.3g}</code>" for i, s in pairs)
-
-        lines = []
-        for row in range(min(rows, len(self))):
-            name = html.escape(self.describe_query(row))
-            label = html.escape(self.label_name(indexing.member_at(self.query_labels, row)))
-            cells = (f"{name}<br>{label}", cell(self.helpful(row, k)), cell(self.harmful(row, k)))
-            lines.append("<tr>" + "".join(f"<td style='text-align:left'>{c}</td>" for c in cells) + "</tr>")
-        more = f"<p>and {len(self) - rows:,} more queries</p>" if len(self) > rows else ""
-        head = html.escape(repr(self).splitlines()[0])
-        titles = "<tr><th>query</th><th>most helpful</th><th>most harmful</th></tr>"
-        return f"<p><code>{head}</code></p><table>{titles}{''.join(lines)}</table>{more}"
+        return export.as_html(self, rows, k)
 
     # ---------------------------------------------------------------- handing on
 
@@ -339,28 +326,19 @@ class Scores:
 
         Ordered by query, then rank. Needs pandas (`pip install 'pytorch-influence-functions[frame]'`).
         """
-        pandas = require("pandas", "frame")
-        width = self.shape[1]
-        columns = torch.stack([self._order(row, helpful=True) for row in range(len(self))])
-        index = torch.stack([self._index(row)[columns[row]] for row in range(len(self))]).flatten()
-        table: dict[str, Any] = {
-            "query": self.query_ids.repeat_interleave(width).numpy(),
-            "train": index.numpy(),
-            "score": self.values.gather(1, columns).flatten().double().numpy(),
-            "rank": torch.arange(1, width + 1).repeat(len(self)).numpy(),
-        }
-        rows = torch.arange(len(self)).repeat_interleave(width).tolist()
-        for side, places in (("query", rows), ("train", index.tolist())):
-            labels, names = getattr(self, f"{side}_labels"), getattr(self, f"{side}_names")
-            if labels is not None:
-                values = indexing.plain_values(labels)
-                table[f"{side}_label"] = [values[i] for i in places]
-                if self.class_names is not None:
-                    class_names = [self.label_name(label) for label in values]
-                    table[f"{side}_class"] = [class_names[i] for i in places]
-            if names is not None:
-                table[f"{side}_name"] = [names[i] for i in places]
-        return pandas.DataFrame(table)
+        return require("pandas", "frame").DataFrame(export.long_table(self))
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the table of `to_frame` as comma-separated values, without pandas.
+
+        Args:
+            path: the file; one that is there is replaced, whole or not at all.
+        """
+        write_bytes(path, export.as_csv(export.long_table(self)).encode())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """`values` for `numpy.asarray(scores)`: [queries, scores per query]; a copy."""
+        return np.array(self.values.numpy(), dtype=dtype)
 
     def to_dict(self, top_k: int | None = 500) -> dict[str, dict[str, Any]]:
         """The layout of version 0.1, one entry per query under its index as a string (`"mean"` for a mean).
@@ -408,6 +386,12 @@ class Scores:
         Raises:
             InvalidInput: labels or names are not numbers, words or lists of them; or the file cannot be written.
         """
+        if os.fspath(path).lower().endswith((".csv", ".json")):
+            ending = os.path.splitext(os.fspath(path))[1].lower()
+            raise InvalidInput(
+                f"save() writes safetensors, not {ending}: {os.fspath(path)!r} would not be what its name says; write "
+                f"scores.to_{ending[1:]}(path), or give it the ending .safetensors."
+            )
         tensors = {n: v for n in _TENSORS if isinstance(v := getattr(self, n), Tensor)}
         record = {n: getattr(self, n) for n in _RECORD} | {"fingerprint": fingerprint}
         record |= {n: v for n in ("train_labels", "query_labels") if isinstance(v := getattr(self, n), list)}

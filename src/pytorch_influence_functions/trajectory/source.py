@@ -282,7 +282,7 @@ class SourceAttribution(OldNames):
                     for checkpoint, derivatives in segment.members:
                         with at_checkpoint(model, checkpoint):
                             own[ids] += self._own(derivatives, ids, solved) / (n * len(segment.members))
-        return own
+        return self.problem.data.spread(own)
 
     # ---------------------------------------------------------------- inner workings
 

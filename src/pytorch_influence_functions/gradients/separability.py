@@ -1,0 +1,184 @@
+"""Whether every example has an output and a loss of its own: nothing random, nothing shared with its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batches import batch_slice
+from ..core.distributed import World
+from ..core.errors import InvalidInput, first_line, name_ids
+from ..core.indexing import evenly_spaced
+from ..objectives.base import AbstractObjective, inputs_and_targets
+from ..objectives.measures import FromFunction
+from ..problem.problem import Problem, first_batch, sweep
+
+# Examples whose losses are taken together and apart, and at most how many pairs of them.
+_GROUP, _PAIRS = 16, 6
+# Examples among which one must have a loss that is not 0.
+_ZEROS: Final = 128
+
+
+def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, outputs: Tensor, allowed: float) -> None:
+    """An example's output must be the same in every pass, and must not depend on which others share its batch.
+
+    Args:
+        model: the model, in eval mode.
+        objective: how outputs are taken from it.
+        batch: a few examples.
+        outputs: their outputs.
+        allowed: the largest relative difference of two correct results.
+
+    Raises:
+        InvalidInput: it does not hold; the message says which of the two.
+    """
+    n, room = len(outputs), allowed * (float(outputs.abs().max()) + 1e-6)
+    with torch.no_grad():
+        first, second = objective.outputs(model, batch), objective.outputs(model, batch)
+    if (gap := float((first - second).abs().max())) > room:
+        raise InvalidInput(
+            f"The model gave different outputs for the same batch twice, by {gap:.2g}, although it is in eval mode: "
+            "its forward draws random numbers, so a score would belong to one draw; draw the noise once per example in "
+            "the dataset and give it to the model as an input, or leave it out where self.training is False."
+        )
+    for e in range(n):
+        try:
+            with torch.no_grad():
+                alone = objective.outputs(model, batch_slice(batch, n, slice(e, e + 1)))
+        except (RuntimeError, ValueError, IndexError, TypeError) as failure:
+            raise InvalidInput(
+                f"The model runs on a batch of {n} examples but not on one alone "
+                f"({first_line(failure.__cause__ or failure)}); every example needs an output of its "
+                "own, so use running statistics or GroupNorm and keep the batch axis."
+            ) from failure
+        if alone.numel() != outputs[e].numel():
+            raise InvalidInput(
+                f"The model gave outputs of shape {tuple(alone.shape)} for one example and {tuple(outputs.shape)} for "
+                f"{n}; the first axis must run over the examples, so return one output per example."
+            )
+        gap = float((alone.reshape(outputs[e].shape) - outputs[e]).abs().max())
+        if gap > room:
+            raise InvalidInput(
+                f"The model's output for one example changes by {gap:.2g} with the examples beside it in the "
+                "batch, so it has no gradient of its own; the usual cause is batch normalisation without running "
+                "statistics. Use running statistics or GroupNorm."
+            )
+
+
+def refuse_shared_losses(objective: AbstractObjective, batch: Any, outputs: Tensor) -> None:
+    """The losses of a batch must be those of its examples alone.
+
+    Raises:
+        InvalidInput: an example's loss changes with its neighbours.
+    """
+    n = len(outputs)
+    try:
+        with torch.no_grad():
+            together = objective.losses(outputs, batch)
+            alone = [objective.losses(outputs[e : e + 1], batch_slice(batch, n, slice(e, e + 1))) for e in range(n)]
+    except (InvalidInput, RuntimeError):
+        return  # refused in its own words, with the examples named, where the losses are used
+    if together.shape != (n,) or any(loss.shape != (1,) for loss in alone):
+        return
+    _refuse_gap(type(objective).__name__, together, torch.cat(alone))
+
+
+def refuse_batch_loss(problem: Problem, objective: FromFunction) -> None:
+    """A function that is a loss of a whole batch, as contrastive losses are, has no loss per example.
+
+    The function is called on pairs and on a group of examples, and on each of them alone. Alone, a contrastive loss is
+    0 whatever the weights are, and so would all scores be.
+
+    Args:
+        problem: whose training examples are looked at.
+        objective: the function, its reduction known.
+
+    Raises:
+        InvalidInput: the loss of a group is neither the mean nor the sum of its examples' own; or every example looked
+            at has loss 0 and no slope.
+    """
+    ids = evenly_spaced(len(problem), _GROUP)
+    several = replace(problem.data, batch_size=min(len(ids), max(problem.batch_size, 4)))
+    with first_batch(problem, several, ids) as (ids, batch), torch.no_grad():
+        outputs = objective.outputs(problem.model, batch)
+        targets, n = inputs_and_targets(batch)[2], len(ids)
+        alone = torch.stack([_call(objective, outputs, targets, [e]).reshape(()) for e in range(n)])
+        for group in _groups(n):
+            value = _call(objective, outputs, targets, group)
+            _refuse_group(objective, value, alone[group], ids[group].tolist())
+    if not _any_slope(problem, objective):
+        looked_at = min(len(problem), _ZEROS)
+        raise InvalidInput(
+            f"The loss {_name(objective)} is exactly 0, with no slope, for each of {looked_at} examples taken alone, "
+            "so every score would be 0: a loss over a batch (contrastive) has no loss per example, so make one item of "
+            "the dataset a whole group, or give a loss that each example has by itself."
+        )
+
+
+def _groups(n: int) -> list[list[int]]:
+    """All examples, and pairs of neighbours and of distant ones."""
+    if n < 2:
+        return []
+    pairs = [[i, i + 1] for i in range(0, n - 1, 2)] + [[i, n - 1 - i] for i in range(n // 2)]
+    return [list(range(n)), *pairs[: _PAIRS // 2], *pairs[-(_PAIRS // 2) :]]
+
+
+def _call(objective: FromFunction, outputs: Tensor, targets: Any, group: Sequence[int]) -> Tensor:
+    index = torch.tensor(group, device=outputs.device)
+    value: Tensor = objective.function(outputs[index], batch_slice(targets, len(outputs), index))
+    return value.detach()
+
+
+def _refuse_group(objective: FromFunction, value: Tensor, alone: Tensor, ids: list[int]) -> None:
+    if value.numel() == len(alone) and value.dim() > 0:
+        _refuse_gap(_name(objective), value.reshape(-1), alone)
+        return
+    room = _room(alone) * len(alone)
+    whole, mean, total = float(value), float(alone.double().mean()), float(alone.double().sum())
+    if abs(whole - mean) <= room or abs(whole - total) <= room:
+        return
+    raise InvalidInput(
+        f"The loss {_name(objective)} of examples {name_ids(ids)} together is {whole:.4g}, and theirs alone have mean "
+        f"{mean:.4g} and sum {total:.4g}: it depends on which examples share a batch, as contrastive losses and means "
+        "weighted over a batch do, so no example has a loss of its own; make one item of the dataset a whole group, "
+        "use CrossEntropy(weight=...) for class weights, or return one number per example."
+    )
+
+
+def _refuse_gap(name: str, together: Tensor, alone: Tensor) -> None:
+    gap = (together - alone).abs().max()
+    if bool(gap > _room(alone) * len(alone)):
+        raise InvalidInput(
+            f"The loss {name} of one example changes by {float(gap):.2g} with the examples beside it in the batch, as "
+            "contrastive losses do, so no example has a loss of its own; make one item of the dataset a whole group."
+        )
+
+
+def _room(alone: Tensor) -> float:
+    return min(1e3 * torch.finfo(alone.dtype).eps, 2e-2) * float(alone.abs().max())
+
+
+def _any_slope(problem: Problem, objective: FromFunction) -> bool:
+    """Whether one of the examples looked at has a loss or a slope that is not 0."""
+    for _, batch in sweep(
+        problem, ids=evenly_spaced(len(problem), _ZEROS), label="looking at the losses", world=World()
+    ):
+        with torch.no_grad():
+            leaf = objective.outputs(problem.model, batch)
+        leaf.requires_grad_()
+        with torch.enable_grad():
+            losses = objective.losses(leaf, batch)
+            (slope,) = torch.autograd.grad(losses.sum(), leaf, materialize_grads=True)
+        # NaN is not 0: it is refused with its index where the losses are used.
+        if bool((losses != 0).any()) or bool((slope != 0).any()):
+            return True
+    return False
+
+
+def _name(objective: FromFunction) -> str:
+    function = objective.function
+    return str(getattr(function, "__name__", type(function).__name__))

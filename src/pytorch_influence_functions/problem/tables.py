@@ -1,0 +1,217 @@
+"""Arrays, frames, lists and sparse matrices as datasets: columns of equal length, labels in words as class numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from ..core.errors import InvalidInput
+
+
+@dataclass(frozen=True, eq=False)
+class NamedTensors(Dataset[dict[str, Tensor]]):
+    """A mapping of equally long tensors as a dataset of dictionaries."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: values[index] for name, values in self.tensors.items()}
+
+
+class LabelledTensors(TensorDataset):
+    """Tensors whose last member was words: the class numbers, and the words as `classes`."""
+
+    def __init__(self, tensors: Sequence[Tensor], classes: list[str]) -> None:
+        super().__init__(*tensors)
+        self.classes = classes
+
+
+@dataclass(frozen=True, eq=False)
+class SparseRows(Dataset[Any]):
+    """A sparse matrix beside dense columns; rows are written out when they are read, a batch at a time."""
+
+    matrix: Any
+    columns: Dataset[Any]
+
+    def __len__(self) -> int:
+        return int(self.matrix.shape[0])
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, ids: list[int]) -> list[Any]:
+        rows = torch.as_tensor(self.matrix[ids].toarray()).to(torch.get_default_dtype())
+        return [(row, *self.columns[i]) for row, i in zip(rows, ids, strict=True)]
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes, where labels were words."""
+        return getattr(self.columns, "classes", None)
+
+
+def as_dataset(data: Any, classes: Sequence[str] | None = None) -> Any:
+    """Arrays, frames and lists become a dataset; whatever has a length and items is one already.
+
+    Args:
+        data: what was given.
+        classes: the names of the classes that labels in words are numbered by; None: their own, in alphabetical order.
+
+    Raises:
+        InvalidInput: columns of different lengths or without numbers, a table without a target, an unknown label.
+    """
+    if _is_frame(data) and len(data.shape) == 2:
+        names = [str(name) for name in list(data.columns)]
+        raise InvalidInput(
+            f"A table with the columns {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''} does not "
+            f"say which is the target; pass a pair, such as (frame.drop(columns={names[-1]!r}), frame[{names[-1]!r}])."
+        )
+    if _is_array(data) or _is_frame(data):
+        data = (data,)
+    if isinstance(data, (tuple, list)) and data and _are_columns(data):
+        return _dataset_of_columns(data, classes)
+    if isinstance(data, Mapping) and not isinstance(data, Dataset):
+        if data and all(_is_array(x) or _is_frame(x) for x in data.values()):
+            return NamedTensors(_check_lengths({str(k): as_tensor(v, str(k)) for k, v in data.items()}))
+        raise InvalidInput(
+            f"A mapping with {', '.join(map(repr, list(data)[:4])) or 'nothing'} is not a dataset; "
+            "pass one split of it, or a mapping of equally long tensors or arrays."
+        )
+    return data
+
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """One column as a tensor; a frame's or list's real numbers in torch's default precision.
+
+    Raises:
+        InvalidInput: it holds no numbers, or only one.
+    """
+    if isinstance(value, Tensor):
+        tensor = value.detach()
+    else:
+        array = value.to_numpy() if _is_frame(value) else np.asarray(value)
+        if array.dtype == object and _is_frame(value):
+            # A frame of columns of several types; booleans and whole numbers become real ones.
+            try:
+                array = array.astype(np.float64)
+            except (TypeError, ValueError):
+                raise InvalidInput(
+                    f"Array {name} is a table with columns that are not numeric; encode them as numbers first, e.g. "
+                    "with pandas.get_dummies(frame)."
+                ) from None
+        if array.dtype.kind not in "biuf":
+            raise InvalidInput(
+                f"Array {name} has dtype {array.dtype}, which is not numeric; "
+                "convert it to a numeric array first (labels to class numbers, ragged lists to a Dataset)."
+            )
+        # A copy where torch cannot share: negative strides, foreign byte order, read-only memory.
+        shareable = array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative
+        array = array if shareable else np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+        tensor = torch.as_tensor(array)
+        if tensor.dtype == torch.float64 and not isinstance(value, np.ndarray):
+            # Frames and lists know one real type only; it says nothing about the model.
+            tensor = tensor.to(torch.get_default_dtype())
+    if tensor.ndim == 0:
+        raise InvalidInput(f"Array {name} is a single number; expected one entry per example.")
+    return tensor
+
+
+def _dataset_of_columns(data: Sequence[Any], classes: Sequence[str] | None) -> Any:
+    *first, last = data
+    names: list[str] | None = None
+    if len(data) > 1 and (words := _as_words(last)) is not None:
+        last, names = _encode(words, classes if classes is not None else _categories(last))
+    if len(data) > 1 and _is_sparse(data[0]):
+        rest = _dataset_of_columns([*first[1:], last], None)
+        rest = rest if names is None else LabelledTensors(rest.tensors, names)
+        _check_lengths({"0": data[0], "1": rest})
+        return SparseRows(data[0].tocsr(), rest)
+    tensors = _check_lengths({str(i): as_tensor(x, str(i)) for i, x in enumerate([*first, last])})
+    return TensorDataset(*tensors.values()) if names is None else LabelledTensors(list(tensors.values()), names)
+
+
+def _check_lengths(columns: dict[str, Any]) -> dict[str, Any]:
+    sizes = {name: column.shape[0] if _is_sparse(column) else len(column) for name, column in columns.items()}
+    if len(set(sizes.values())) > 1:
+        lengths = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise InvalidInput(f"The arrays have different lengths ({lengths}); each needs one entry per example.")
+    return columns
+
+
+# --------------------------------------------------------------------------- what is what
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def _is_frame(value: Any) -> bool:
+    """A frame or series of pandas, polars and their like."""
+    return callable(getattr(value, "to_numpy", None)) and hasattr(value, "shape")
+
+
+def _is_sparse(value: Any) -> bool:
+    return hasattr(value, "nnz") and callable(getattr(value, "tocsr", None))
+
+
+def _are_columns(data: tuple[Any, ...] | list[Any]) -> bool:
+    """(x, y) as two columns; a list of (x, y) pairs is a dataset as it stands."""
+    columns = [_is_array(x) or _is_frame(x) or _is_sparse(x) for x in data]
+    if isinstance(data, list):
+        return all(columns)
+    if any(columns):
+        return True
+    # Two lists of numbers, equally long; examples are tuples or hold things of several kinds.
+    return len(data) > 1 and all(type(x) is list and _is_regular(x) for x in data)
+
+
+def _is_regular(values: list[Any]) -> bool:
+    try:
+        return np.asarray(values).dtype.kind in "biufU" and len(values) > 0
+    except ValueError:
+        return False
+
+
+def _as_words(values: Any) -> list[str] | None:
+    """Labels that are words, one per example; None where they are something else."""
+    if isinstance(values, Tensor) or _is_sparse(values):
+        return None
+    array = values.to_numpy() if _is_frame(values) else np.asarray(values) if _is_array(values) else None
+    if array is None:
+        array = np.asarray(values) if type(values) is list and _is_regular(values) else None
+    if array is None or array.ndim != 1 or array.dtype.kind not in "OUT":
+        return None
+    entries = array.tolist()
+    return entries if entries and all(isinstance(entry, str) for entry in entries) else None
+
+
+def _categories(values: Any) -> list[str] | None:
+    """The names of a categorical series, in its own order."""
+    categories: Any = getattr(getattr(values, "dtype", None), "categories", None)
+    names = categories.tolist() if hasattr(categories, "tolist") else None
+    return names if names and all(isinstance(name, str) for name in names) else None
+
+
+def _encode(words: list[str], classes: Sequence[str] | None) -> tuple[Tensor, list[str]]:
+    """Class numbers of labels in words."""
+    names = sorted(set(words)) if classes is None else list(classes)
+    if not names:
+        raise InvalidInput(
+            f"Label {words[0]!r} is a word and the training labels are not; give class numbers, as for training."
+        )
+    number = {name: i for i, name in enumerate(names)}
+    unknown = sorted(set(words) - set(number))
+    if unknown:
+        raise InvalidInput(
+            f"Label {unknown[0]!r} is none of the classes {', '.join(map(repr, names[:6]))}; give labels by these "
+            "names, or as class numbers."
+        )
+    return torch.tensor([number[word] for word in words]), names

@@ -1,0 +1,174 @@
+"""My loss compares the examples of a batch with each other, or my model draws noise in forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.objectives.base import AbstractObjective, call_model, inputs_and_targets
+from tests.tolerance import gap, rounding
+
+N = 24
+X, Y = torch.linspace(-3, 3, 4 * N).reshape(N, 4).sin(), torch.arange(N) % 3
+METHODS = ["grad_dot", "grad_cos", "dual"]
+
+
+def nt_xent(z: Tensor, other: Tensor) -> Tensor:
+    """Each example against its second view, the other examples of the batch as negatives."""
+    similarity = F.normalize(z, dim=1) @ F.normalize(other, dim=1).T / 0.5
+    return F.cross_entropy(similarity, torch.arange(len(z)))
+
+
+def sup_con(z: Tensor, y: Tensor) -> Tensor:
+    z = F.normalize(z, dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool)
+    logp = (z @ z.T).masked_fill(itself, -1e9).log_softmax(1)
+    same = (y[:, None] == y) & ~itself
+    return -(logp * same).sum(1).div(same.sum(1).clamp_min(1)).mean()
+
+
+def per_example_nt_xent(z: Tensor, other: Tensor) -> Tensor:
+    similarity = F.normalize(z, dim=1) @ F.normalize(other, dim=1).T / 0.5
+    return F.cross_entropy(similarity, torch.arange(len(z)), reduction="none")
+
+
+def weighted_mean(f: Tensor, y: Tensor) -> Tensor:
+    """torch's mean divides by the weights of the batch: the first pair has equal labels only by chance."""
+    return F.cross_entropy(f, y, torch.tensor([1.0, 5.0, 25.0]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("loss", "targets", "message"),
+    [
+        (
+            nt_xent,
+            X.flip(1)[:, :3].contiguous(),
+            "nt_xent of two examples is neither .*make one item of the dataset a whole",
+        ),
+        (sup_con, Y, "sup_con of examples .* together is .* which examples share a batch"),
+        (per_example_nt_xent, X.flip(1)[:, :3].contiguous(), "per_example_nt_xent"),
+        (weighted_mean, torch.cat([Y[[0, 3]], Y[1:3], Y[4:]]), "weighted_mean"),
+    ],
+    ids=["nt_xent", "sup_con", "per example", "weighted"],
+)
+def test_a_loss_over_the_batch_is_refused(loss: Any, targets: Tensor, message: str, method: str) -> None:
+    model = nn.Linear(4, 3)
+    with pytest.raises(InvalidInput, match=message):
+        ptif.attribute(model, (X, targets), (X[:2], targets[:2]), loss=loss, method=method)
+
+
+def test_a_group_as_one_item_is_accepted() -> None:
+    """The advice: one item of the dataset is a whole group, so that its loss is its own."""
+    groups, views = X.reshape(6, 4, 4), X.flip(1).reshape(6, 4, 4)
+
+    def loss(z: Tensor, other: Tensor) -> Tensor:
+        return torch.stack([nt_xent(a, b) for a, b in zip(z, other, strict=True)])
+
+    model = nn.Linear(4, 4)
+    scores = ptif.attribute(model, (groups, views), (groups[:2], views[:2]), loss=loss, method="grad_dot")
+    rows = []
+    for x, other in zip(groups, views, strict=True):
+        model.zero_grad()
+        nt_xent(model(x), other).backward()
+        rows.append(torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None]))
+    oracle = torch.stack(rows)
+    assert gap(scores.values, oracle[:2] @ oracle.T / 6) < rounding(torch.float32)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OwnObjective(AbstractObjective):
+    lower_is_better: ClassVar[bool] = True
+
+    def outputs(self, model: Any, batch: Any) -> Tensor:
+        args, kwargs, _ = inputs_and_targets(batch)
+        return call_model(model, args, kwargs)
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        return per_example_nt_xent(outputs, inputs_and_targets(batch)[2])
+
+    def check(self, outputs: Tensor, batch: Any, ids: Tensor) -> None: ...
+
+
+def test_an_objective_of_ones_own_over_the_batch_is_refused() -> None:
+    y = X.flip(1)[:, :3].contiguous()
+    with pytest.raises(InvalidInput, match=r"The loss OwnObjective of one example changes by .* beside it"):
+        ptif.attribute(nn.Linear(4, 3), (X, y), (X[:2], y[:2]), loss=OwnObjective(), method="grad_dot")
+
+
+def test_a_loss_that_is_zero_everywhere_is_refused() -> None:
+    def silent(f: Tensor, y: Tensor) -> Tensor:
+        return ((f - f.mean(0)) ** 2).sum() * 0.0
+
+    with pytest.raises(InvalidInput, match="silent is exactly 0, with no slope, for each of 24 examples"):
+        ptif.attribute(nn.Linear(4, 3), (X, Y), (X[:2], Y[:2]), loss=silent, method="grad_dot")
+
+
+def hinge(f: Tensor, y: Tensor) -> Tensor:
+    return F.multi_margin_loss(f, y)
+
+
+def test_a_loss_that_is_zero_for_most_examples_is_accepted() -> None:
+    """A hinge loss is 0 where the margin is kept: one example that pays is enough."""
+    x = F.one_hot(Y, 3).float() * 9
+    x[7] = 0
+    scores = ptif.attribute(scaled(), (x, Y), (x, Y), loss=hinge, method="grad_dot")
+    assert scores.values[7, 7] > 0 and int(scores.values.count_nonzero()) >= 1
+
+
+def scaled() -> nn.Module:
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+        model.bias.zero_()
+    return model
+
+
+# --------------------------------------------------------------------------- random forward
+
+
+class Noisy(nn.Module):
+    def __init__(self, only_in_training: bool = False) -> None:
+        super().__init__()
+        self.layer, self.only_in_training = nn.Linear(4, 3), only_in_training
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        if noise is None:
+            silent = self.only_in_training and not self.training
+            noise = torch.zeros_like(x) if silent else torch.randn_like(x)
+        output: Tensor = self.layer(x + noise)
+        return output
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), lambda f, y: F.cross_entropy(f, y)])
+def test_noise_in_forward_is_named(loss: Any) -> None:
+    model = Noisy()
+    state = torch.get_rng_state()
+    with pytest.raises(InvalidInput, match=r"different outputs for the same batch twice.*once per example.*training"):
+        ptif.attribute(model, (X, Y), (X[:2], Y[:2]), loss=loss, method="grad_dot")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_both_pieces_of_advice_for_noise_work() -> None:
+    noise = torch.randn(N, 4)
+    model = Noisy()
+    drawn = ptif.attribute(
+        model, (X, noise, Y), (X[:2], noise[:2], Y[:2]), loss=nn.CrossEntropyLoss(), method="grad_dot"
+    )
+    fixed = X + noise
+    plain = ptif.attribute(model.layer, (fixed, Y), (fixed[:2], Y[:2]), loss=nn.CrossEntropyLoss(), method="grad_dot")
+    assert gap(drawn.values, plain.values) < rounding(torch.float32)
+    assert ptif.attribute(Noisy(True), (X, Y), (X[:2], Y[:2]), loss=nn.CrossEntropyLoss()).values.any()
+
+
+def test_batch_statistics_are_still_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(InvalidInput, match=r"examples beside it in the batch.*batch normalisation|not on one alone"):
+        ptif.attribute(model, (X, Y), (X[:2], Y[:2]), loss=nn.CrossEntropyLoss(), method="grad_dot")
