@@ -84,9 +84,8 @@ class _NamingDataset(Dataset[Any]):
         try:
             return self.dataset[index]
         except Exception as cause:
-            raise InvalidInput(
-                f"Reading item {self._name(index)} of the dataset failed with {type(cause).__name__}: {first_line(cause)}."
-            ) from cause
+            reason = f"{type(cause).__name__}: {first_line(cause)}"
+            raise InvalidInput(f"Reading item {self._name(index)} of the dataset failed with {reason}.") from cause
 
     def __getitems__(self, ids: list[int]) -> list[Any]:
         if callable(getattr(self.dataset, "__getitems__", None)):
