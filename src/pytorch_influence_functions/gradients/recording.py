@@ -87,7 +87,7 @@ def _widen(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype) if values.is_floating_point() else values
 
 
-class NarrowestType(TorchDispatchMode):
+class NarrowestType(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes, while open, the narrowest floating point type that any operation gave.
 
     A model may run in bfloat16 inside autocast of its own and return float32: two correct computations of its outputs
@@ -95,7 +95,7 @@ class NarrowestType(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = torch.float64
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
