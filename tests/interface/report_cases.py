@@ -18,7 +18,7 @@ ATTACK = "</script><script>window.broken=1</script><img src=x onerror='window.br
 CLASSES = ["cat", "dog", "<b>owl</b>"]
 DIAGNOSTICS = Diagnostics(
     method="exact()", damping=0.01, residual_max=0.5, residual_mean=0.1, steps=7, n_train=40, n_queries=6, seconds=1.5,
-    parameters_used=10, parameters_total=10, deterministic="yes", relative_gradient=0.2,
+    parameters_used=10, parameters_total=10, deterministic="yes", relative_gradient=0.08,
 )  # fmt: skip
 
 
