@@ -15,8 +15,7 @@ from ..gradients.per_example import Derivatives, GradientBatch, rows_one_by_one,
 from ..problem.model_state import preserved
 from ..scores.diagnostics import FROZEN, LEFT_OUT
 
-# The most examples that are looked at. Correcting for sampling leaves an error of about 1 / sqrt(examples) at a minimum
-# before, and well below 2 % after it.
+# The most examples that are looked at: at a minimum the standard error is then about 1 %.
 _MOST = 2048
 # All of the data are looked at while their rows take no more numbers than this; beyond it a quarter at most.
 _CHEAP = 1 << 27
