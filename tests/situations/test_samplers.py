@@ -214,6 +214,34 @@ def test_verification_of_a_part_says_how_and_that_works() -> None:
         scores.verify(lambda data, seed: model, measure=nn.CrossEntropyLoss())
 
 
+def fit_least_squares(dataset: Any, seed: int) -> nn.Module:
+    """The minimum of the squared error, in closed form; the seed changes nothing."""
+    x = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    y = torch.stack([dataset[i][1] for i in range(len(dataset))])
+    model = nn.Linear(3, 1)
+    with torch.no_grad():
+        solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y[:, None]).solution[:, 0]
+        model.weight.copy_(solution[None, :3])
+        model.bias.copy_(solution[3:])
+    return model
+
+
+def test_verification_measures_the_queries_that_a_sampler_chose() -> None:
+    """Rows are queries 4 and 9 of the dataset, not 0 and 1."""
+    x = torch.randn(N, 3)
+    data = TensorDataset(x, x @ torch.tensor([1.0, -1.0, 0.5]) + torch.randn(N))
+    queries = DataLoader(data, sampler=SubsetRandomSampler([9, 4]))
+    scores = ptif.attribute(fit_least_squares(data, 0), data, queries, loss=nn.MSELoss(), method="exact")
+    verdict = scores.verify(fit_least_squares, n=6, size=1, measure=nn.MSELoss(), seeds=1)
+    for removal in verdict.removals:
+        kept = [i for i in range(N) if i not in removal.ids]
+        x, y = data[removal.query]
+        before, after = (
+            float((fit_least_squares(part, 0)(x) - y).detach().square()) for part in (data, Subset(data, kept))
+        )
+        assert removal.query in (4, 9) and removal.actual == pytest.approx(after - before, rel=1e-3, abs=1e-4)
+
+
 def test_the_loss_that_was_taken_is_named() -> None:
     inferred = ptif.attribute(nn.Linear(3, 2), DATA, (X[:2], Y[:2]), method="grad_dot").diagnostics
     assert "CrossEntropy() (inferred from outputs and targets)" in str(inferred)

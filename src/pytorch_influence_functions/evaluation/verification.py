@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..problem.data import Source
 from ..problem.model_state import plain_autograd
 from ..scores.scores import Scores
 from .correlate import RESAMPLES, Estimate
@@ -153,6 +154,7 @@ def verify(
     if not 1 <= count <= scores.n_train // 2:
         raise InvalidInput(f"size must lie between 1 and {scores.n_train // 2}, half the training data; got {count}.")
     groups = _choose_groups(scores, n, count)
+    query_source = _queries_of(scores, query_source)
     truth = retrain(
         recipe, Subsets.groups(scores.n_train, [ids for _, _, ids in groups]), seeds, train=source,
         queries=query_source, measure=measure, folder=folder, workers=workers,
@@ -168,6 +170,14 @@ def verify(
             Removal(why, int(scores.query_ids[q]), tuple(ids.tolist()), predicted, float(change.mean()), error)
         )
     return judge(removals, f"{truth.name}; {truth.recipe}")
+
+
+def _queries_of(scores: Scores, queries: Any) -> Source:
+    """The queries that the rows are of, where rows were picked or a sampler chose among the queries."""
+    source, ids = Source.of(queries), scores.query_ids
+    in_order = len(ids) == len(source) and bool((ids == torch.arange(len(ids))).all())
+    fits = int(ids.min()) >= 0 and int(ids.max()) < len(source)
+    return source.subset(ids) if fits and not in_order else source
 
 
 def _choose_groups(scores: Scores, n: int, size: int) -> list[tuple[str, int, Tensor]]:
