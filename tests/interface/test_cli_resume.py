@@ -19,7 +19,7 @@ import pytorch_influence_functions as ptif
 from tests.interface.cli_cases import QUERIES, Ran, task_file
 from tests.tolerance import gap, rounding
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are sent differently there")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="signals are sent differently there")]
 
 ARGUMENTS = ("--method", "grad_dot", "--block", "3", "--out")
 COMMAND = (sys.executable, "-m", "pytorch_influence_functions.cli", "attribute")

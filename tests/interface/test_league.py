@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_one_setting_in_small(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/league/run.py", "--quick", "--setting", "3", "--threads", "1"]
     done = subprocess.run(
