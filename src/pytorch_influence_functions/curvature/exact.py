@@ -145,8 +145,9 @@ class GGN(AbstractRowCurvature):
         return wide_source(derivatives, each, most=max(1, _ROOT_NUMBERS // columns**2))
 
     def dense(self, derivatives: Derivatives, budget: Budget) -> Matrix:
-        # Projected rows have no products with the parameters, and are made whatever the root takes.
-        if derivatives.projector is not None or self._root_size(derivatives) ** 2 <= _ROOT_NUMBERS:
+        # Projected rows have no products with the parameters, and are made whatever that takes.
+        by_rows = derivatives.projector is not None or _takes_rows(self._root_size(derivatives), derivatives.space.size)
+        if by_rows:
             return AbstractRowCurvature.dense(self, derivatives, budget)
         return _densify(self.implicit(derivatives), derivatives, budget)
 
@@ -174,7 +175,7 @@ class GGN(AbstractRowCurvature):
         return AbstractRowCurvature.block_means(self if few else Fisher(samples=1), derivatives)
 
     def cost(self, size: ProblemSize, form: Form) -> Cost:
-        if form is Form.MATRIX and size.columns**2 > _ROOT_NUMBERS:
+        if form is Form.MATRIX and not _takes_rows(size.columns, size.parameters):
             return AbstractCurvature.cost(self, size, form)
         return AbstractRowCurvature.cost(self, size, form)
 
@@ -270,6 +271,14 @@ class EmpiricalFisher(AbstractRowCurvature):
     def batches(self, derivatives: Derivatives) -> Iterator[Iterator[Rows]]:
         for batch in derivatives.stream(None, self.measure, label="gradient rows", world=World()):
             yield iter((batch.rows,))
+
+
+def _takes_rows(columns: int, parameters: int) -> bool:
+    """Whether a dense matrix is made of a row per output, or of products with every column of the identity.
+
+    A row takes half a pass and a product one and a half; and with many outputs H^(1/2) is too large to write out.
+    """
+    return columns**2 <= _ROOT_NUMBERS and columns <= 3 * parameters
 
 
 def roots_of(derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:

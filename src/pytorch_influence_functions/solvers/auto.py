@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from ..core.records import Record
@@ -59,6 +59,7 @@ def choose_composition(curvature: AbstractCurvature | None, size: ProblemSize, b
     if curvature is not None and Form.SPECTRAL in curvature.forms:
         return Composition(curvature, Spectral(), f"{type(curvature).__name__} comes with its eigenvalues")
     likelihood = size.outputs is not None
+    size = replace(size, damping_share=_damping(size).share)
     chosen = curvature or (GGN() if likelihood else Hessian())
     exact = _exact_composition(chosen, size, budget) or _convex_composition(chosen, size, budget)
     if exact is not None:
