@@ -29,8 +29,9 @@ from ..problem.problem import first_batch
 EIGENDECOMPOSITION = 25.0
 FACTORISATION = 1.5
 DOUBLE = 2.3
-# A pass through a network takes so many times as long as its operations in one large product.
-_PASS = 4
+# A pass through a network takes so many times as long as its operations in one large product: where every weight is
+# used once per example, and where weights are shared (measured on convolutions of 8 channels).
+_PASS, _SHARED_PASS = 4, 20
 # Measured on perceptrons of 3,610 to 50,890 parameters, by the steps that conjugate gradients took.
 _TRACE_OVER_TOP = 20
 # Repetitions of a short batch, of which the fastest is taken.
@@ -192,7 +193,8 @@ class ProblemSize:
 
     def flops(self, cost: Cost) -> Amount:
         """All of a cost in operations: a pass is a forward pass and as much again backward, slower than one product."""
-        return cost.flops + cost.passes * self.examples * 2 * self.operations * _PASS
+        slower = _PASS if self.used_once else _SHARED_PASS
+        return cost.flops + cost.passes * self.examples * 2 * self.operations * slower
 
     def for_queries(self, count: Amount) -> ProblemSize:
         """The size of the same problem with another number of queries."""
