@@ -229,8 +229,9 @@ class TrainingStream:
                 )
             return True
         ruleless = bool(d.vmapped or d.looped) and d.projector is None
-        few = len(self.solved) <= _FORWARD_QUERIES
-        return self.route is Route.AUTO and ruleless and few and self.training_rows is None and self.solved.written_out
+        # Forward mode follows whole directions: truncated ones would lose their certificate.
+        rows_needed = self.training_rows is not None or self.truncation is not None or not self.solved.written_out
+        return self.route is Route.AUTO and ruleless and len(self.solved) <= _FORWARD_QUERIES and not rows_needed
 
     def _by_forward_mode(self) -> Iterator[tuple[Tensor, Tensor]]:
         directions, products = self.solved.rows(), None
