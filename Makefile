@@ -36,7 +36,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) $(PARALLEL) $(ARGS)
 
-# For the inner loop: the properties, without those that train models many times.
+# For the inner loop: the properties, without those that take a second or more or go through every entry point.
 test-fast: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow" tests/laws $(ARGS)
 

@@ -135,6 +135,7 @@ def test_a_sample_at_an_exact_minimum_raises_no_alarm(monkeypatch: pytest.Monkey
     assert float(squares(looks).mean()) < 0.5 / 128
 
 
+@pytest.mark.slow
 def test_a_sample_is_unbiased_and_knows_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = at_the_minimum(pull=0.25)
     everything = StationarityCheck.of(replaced_bound(monkeypatch, problem))

@@ -37,6 +37,7 @@ def score(spec: ptif.Influence, data: Any) -> ptif.Scores:
     return spec.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((xq, yq))
 
 
+@pytest.mark.slow
 def test_ekfac_guides_conjugate_gradients_to_the_dense_solve_in_fewer_steps() -> None:
     data = mlp()
     want = oracle(data)

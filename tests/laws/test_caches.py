@@ -83,6 +83,7 @@ def score(folder: Path | None, changes: dict[str, Any]) -> ptif.Scores:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLIND_SPOTS)
 def test_factors_of_something_else_are_not_used(name: str, tmp_path: Path) -> None:
     first, second, named = BLIND_SPOTS[name]
@@ -243,6 +244,7 @@ OTHER_TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_TRAININGS)
 def test_measurements_of_something_else_are_not_used(name: str, tmp_path: Path) -> None:
     first, second, named = OTHER_TRAININGS[name]

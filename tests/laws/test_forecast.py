@@ -164,6 +164,7 @@ CURVATURES: dict[str, ptif.Influence] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SOLVERS, *CURVATURES])
 def test_forecasts_are_near_what_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counted, expected = counted_and_forecast(monkeypatch, (SOLVERS | CURVATURES)[name], problem(), queries())
@@ -180,6 +181,7 @@ def test_every_public_solver_and_curvature_is_forecast() -> None:
     assert {v for v in wanted if not v.__abstractmethods__} <= {type(m.curvature) for m in methods}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ptif.ekfac(), ptif.gauss_newton(), ptif.Influence(GGN(), MINRES())], ids=repr)
 def test_many_queries_in_little_memory_take_a_pass_for_every_group(
     method: ptif.Influence, monkeypatch: pytest.MonkeyPatch
@@ -209,6 +211,7 @@ def test_a_solver_by_the_recipe_equals_the_dense_solve() -> None:
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [MINRES(), CG(), Neumann()], ids=repr)
 def test_solvers_keep_the_memory_bound(solver: AbstractSolver[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     of = problem()

@@ -280,6 +280,7 @@ def test_low_rank_queries_are_certified_in_the_diagnostics() -> None:
 # --------------------------------------------------------------------------- whose gradients
 
 
+@pytest.mark.slow
 def test_many_sampled_labels_approach_the_exact_fisher() -> None:
     model, x, y, *_ = mlp(n=40)
     derivatives = derivatives_of(model, x, y)
@@ -339,6 +340,7 @@ class Tokens(nn.Module):
         return self.head(torch.tanh(self.mix(self.table(x)).cumsum(1)))
 
 
+@pytest.mark.slow
 def test_language_models_are_fitted_on_sampled_tokens() -> None:
     torch.manual_seed(0)
     model, x = Tokens().double(), torch.randint(0, 9, (12, 5))

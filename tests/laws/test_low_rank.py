@@ -297,6 +297,7 @@ def test_a_low_rank_guide_on_a_decaying_spectrum() -> None:
     assert guided.steps < 0.35 * alone.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [lambda: ptif.methods.arnoldi(12, GGN(), 0.01), lambda: ptif.methods.nystrom(12, 0.01, 1e-6)]
 )

@@ -113,6 +113,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
 # --------------------------------------------------------------------------- closed forms
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.sampled_from(sorted(LIKELIHOODS)), st.integers(1, 4), st.integers(0, 2**31))
 def test_closed_forms_are_the_autograd_hessian(name: str, n: int, seed: int) -> None:

@@ -164,6 +164,7 @@ def test_steps_of_descent_in_closed_form() -> None:
     assert 0 < relative_gap(got, exact) < 0.05 * float(torch.linalg.eigvalsh(h).max()) / 2
 
 
+@pytest.mark.slow
 def test_momentum_is_a_larger_learning_rate() -> None:
     data = regression()
     state = data[0].state_dict()
@@ -174,6 +175,7 @@ def test_momentum_is_a_larger_learning_rate() -> None:
     assert gaps[2] < 0.05 and gaps[0] > 2 * gaps[1] > 4 * gaps[2], gaps
 
 
+@pytest.mark.slow
 def test_adam_meets_real_preconditioned_descent() -> None:
     """Steps of lr * P * gradient with P as Adam has it, one learning rate per weight."""
     data = regression()
@@ -330,6 +332,7 @@ def test_adam_state_is_what_adam_divides_by(kind: Any) -> None:
 # --------------------------------------------------------------------------- a network's whole trajectory
 
 
+@pytest.mark.slow
 def test_many_segments_meet_the_unrolled_run_of_a_network() -> None:
     """Real descent from a random start, differentiated exactly: SOURCE with ever shorter segments tends to it."""
     torch.manual_seed(0)

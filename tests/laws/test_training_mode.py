@@ -165,6 +165,7 @@ def training_passes(model: nn.Module) -> Iterator[list[str]]:
 ITERATIVE = ("arnoldi", "astra", "gauss_newton", "koh_liang", "lissa", "nystrom", "source")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "net"),
     [(entry, net) for entry in ENTRIES for net in NETS if net == "perceptron" or entry not in ITERATIVE],
