@@ -293,13 +293,8 @@ def roots_of(derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows
         yield tape.rows(column, keep_graph=k + 1 < len(root))
 
 
-def sampled_rows(derivatives: Derivatives, ids: Tensor, batch: Any, samples: int, seed: int) -> Rows:
-    """Rows J^T c with E[c c^T] = H; the same draws for the same examples, however often they are asked for."""
-    return Rows.cat(list(draws_of(derivatives, ids, batch, samples, seed)))
-
-
 def draws_of(derivatives: Derivatives, ids: Tensor, batch: Any, samples: int, seed: int) -> Iterator[Rows]:
-    """The same, draw by draw."""
+    """Rows J^T c with E[c c^T] = H, draw by draw; the same for the same examples, however often they are asked for."""
     objective = _likelihood(derivatives, "Fisher()")
     tape = derivatives.tape(batch, len(ids))
     outputs = tape.outputs.detach()

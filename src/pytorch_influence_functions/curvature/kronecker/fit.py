@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import Any, TypeAlias
@@ -126,7 +125,7 @@ class Fit:
     def _look(self) -> Rows:
         """Rows of a few examples: the form of every block, and what it costs."""
         checkpoint, derivatives = self.members[0]
-        with self._weights(checkpoint):
+        with at_checkpoint(derivatives.problem.model, checkpoint):
             together = replace(derivatives.problem.data, batch_size=min(4, len(derivatives.problem)))
             some = torch.arange(together.batch_size)
             with first_batch(derivatives.problem, together, some) as (ids, batch):
@@ -262,7 +261,7 @@ class Fit:
         Both are the same where nothing is drawn.
         """
         for checkpoint, derivatives in self.members:
-            with self._weights(checkpoint):
+            with at_checkpoint(derivatives.problem.model, checkpoint):
                 for ids, batch in sweep(derivatives.problem, self.wide, over, "curvature factors", self.world):
                     tape, cotangents = self._cotangents(derivatives, ids, batch, draws)
                     left = sum(len(c) for c in cotangents)
@@ -297,10 +296,6 @@ class Fit:
             seeds = [draw_seed(fisher.seed, draw * fisher.samples + k) for k in range(fisher.samples)]
             cotangents.append([objective.sample_cotangent(outputs, batch, Keyed(ids, seed)) for seed in seeds])
         return tape, cotangents
-
-    def _weights(self, checkpoint: Checkpoint | None) -> AbstractContextManager[None]:
-        model = self.members[0][1].problem.model
-        return nullcontext() if checkpoint is None else at_checkpoint(model, checkpoint)
 
 
 def needed_examples(plan: Plan, blocks: Sequence[BlockSize]) -> tuple[int, int]:
