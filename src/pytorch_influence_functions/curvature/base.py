@@ -132,6 +132,11 @@ class AbstractCurvature(Record, ABC):
         return False
 
     @property
+    def splits_by_example(self) -> bool:
+        """Whether each training example's own part of it is known exactly."""
+        return False
+
+    @property
     def multiplied(self) -> AbstractCurvature | None:
         """The curvature whose matrix-free products are taken for it; None where there are none."""
         return self if Form.IMPLICIT in self.forms else None

@@ -22,7 +22,7 @@ from ..core.batches import batch_slice, tensors_of
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..core.validate import whole_number
-from ..gradients.per_example import Derivatives
+from ..gradients.per_example import Derivatives, slopes
 from ..gradients.products import DIRECTIONS, Products
 from ..linalg.dense import Matrix
 from ..linalg.gram import Gram
@@ -37,6 +37,7 @@ from ..problem.data import Source
 from ..problem.problem import first_batch, sweep
 from .base import AbstractCurvature, Budget, Form, not_a_likelihood
 from .cost import Amount, Cost, ProblemSize, root_size
+from .fisher import AbstractFisher
 from .from_rows import AbstractRowCurvature, check_dense, wide_source
 
 # A dataset smaller than this, in bytes, is kept collated for mini-batch products.
@@ -115,7 +116,7 @@ class Hessian(AbstractCurvature):
 
 @final
 @dataclass(frozen=True, repr=False)
-class GGN(AbstractRowCurvature):
+class GGN(AbstractFisher):
     """C = mean of J^T H J, with H the loss's Hessian in the outputs: positive semidefinite, equal to the Hessian for
     linear models and to the true Fisher for cross entropy, squared error and Bernoulli losses."""
 
@@ -138,6 +139,18 @@ class GGN(AbstractRowCurvature):
 
     def rows_of(self, derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
         return roots_of(derivatives, ids, batch)
+
+    def column_count(self, derivatives: Derivatives) -> int:
+        return self._root_size(derivatives)
+
+    def cotangents(
+        self, derivatives: Derivatives, outputs: Tensor, batch: Any, ids: Tensor, draw: int = 0
+    ) -> list[Tensor]:
+        return list(_likelihood(derivatives, "GGN()").root(outputs.detach(), batch))
+
+    @property
+    def splits_by_example(self) -> bool:
+        return True
 
     def source(self, derivatives: Derivatives) -> Source:
         columns = self._root_size(derivatives)
@@ -192,7 +205,7 @@ class GGN(AbstractRowCurvature):
 
 @final
 @dataclass(frozen=True, repr=False)
-class Fisher(AbstractRowCurvature):
+class Fisher(AbstractFisher):
     """The true Fisher: gradients of labels the model itself would give.
 
     Args:
@@ -228,6 +241,27 @@ class Fisher(AbstractRowCurvature):
             return roots_of(derivatives, ids, batch)
         return draws_of(derivatives, ids, batch, self.samples, self.seed)
 
+    @property
+    def draws_labels(self) -> bool:
+        return self.samples is not None
+
+    @property
+    def splits_by_example(self) -> bool:
+        return not self.draws_labels
+
+    def column_count(self, derivatives: Derivatives) -> int:
+        return self.samples or root_size(derivatives, _likelihood(derivatives, "Fisher()"))
+
+    def cotangents(
+        self, derivatives: Derivatives, outputs: Tensor, batch: Any, ids: Tensor, draw: int = 0
+    ) -> list[Tensor]:
+        objective, outputs = _likelihood(derivatives, "Fisher()"), outputs.detach()
+        if self.samples is None:
+            return list(objective.root(outputs, batch))
+        first = draw * self.samples
+        keys = [Keyed(ids, draw_seed(self.seed, first + k)) for k in range(self.samples)]
+        return [objective.sample_cotangent(outputs, batch, key) for key in keys]
+
     def cost(self, size: ProblemSize, form: Form) -> Cost:
         enumerated = self.samples is None
         return GGN().cost(size, form) if enumerated else AbstractRowCurvature.cost(self, size, form)
@@ -241,7 +275,7 @@ class Fisher(AbstractRowCurvature):
 
 @final
 @dataclass(frozen=True, repr=False)
-class EmpiricalFisher(AbstractRowCurvature):
+class EmpiricalFisher(AbstractFisher):
     """C = mean of grad grad^T at the given labels. Cheap, and not a curvature once the model fits its data: it shrinks
     with the residuals. In its dual form every scoring quantity comes from one N x N matrix.
 
@@ -249,6 +283,7 @@ class EmpiricalFisher(AbstractRowCurvature):
     """
 
     measure: AbstractObjective | None = None
+    given_labels: ClassVar[bool] = True
 
     @property
     def title(self) -> str:
@@ -257,6 +292,21 @@ class EmpiricalFisher(AbstractRowCurvature):
     @property
     def holds_gradients(self) -> bool:
         return self.measure is None
+
+    @property
+    def splits_by_example(self) -> bool:
+        return self.measure is None
+
+    def measured_objective(self, derivatives: Derivatives) -> AbstractObjective:
+        return self.measure or derivatives.objective
+
+    def column_count(self, derivatives: Derivatives) -> int:
+        return 1
+
+    def cotangents(
+        self, derivatives: Derivatives, outputs: Tensor, batch: Any, ids: Tensor, draw: int = 0
+    ) -> list[Tensor]:
+        return [slopes(self.measured_objective(derivatives), outputs, batch, ids)[1]]
 
     def columns(self, size: ProblemSize) -> int:
         return 1

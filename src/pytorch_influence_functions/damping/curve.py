@@ -19,11 +19,9 @@ from torch import Tensor
 from ..core.distributed import World
 from ..core.errors import InvalidInput, NonFinite
 from ..curvature.base import AbstractCurvature
-from ..curvature.exact import GGN, EmpiricalFisher, Fisher
 from ..gradients.per_example import Derivatives, slopes
-from ..linalg.dense import Eigen, Matrix
-from ..linalg.gram import Gram
 from ..linalg.operator import AbstractSymmetric
+from ..linalg.resolvent import Resolvent
 from ..linalg.rows import Rows
 from ..objectives.base import AbstractLikelihood
 from ..problem.data import Source
@@ -174,12 +172,18 @@ class FromCurve(AbstractDamping):
                 tried predicts the held-out loss.
         """
         derivatives, operator = fitted.derivatives, fitted.operator
-        _refuse_inexact(fitted.composition.curvature, derivatives)
-        basis = _Basis.of(operator)
+        curvature = fitted.composition.curvature
+        _refuse_inexact(curvature, derivatives)
+        resolvent = _resolvent(operator)
         lambdas = self.lambdas or tuple((_GRID * _mean_eigenvalue(operator)).tolist())
-        empirical = isinstance(fitted.composition.curvature, EmpiricalFisher)
         target = None if self.held_out is None else _held_out_loss(derivatives, self.held_out)
-        losses, training = _predict_losses(basis, derivatives, empirical, lambdas, refit=target is None)
+        losses, training = _predict_losses(
+            resolvent,
+            derivatives,
+            curvature.holds_gradients,
+            lambdas,
+            _refit(operator, derivatives) if target is None else None,
+        )
         return _choose(lambdas, losses, training, target)
 
 
@@ -209,8 +213,7 @@ def _mean_eigenvalue(operator: AbstractSymmetric) -> float:
 
 
 def _refuse_inexact(curvature: AbstractCurvature, derivatives: Derivatives) -> None:
-    exact = isinstance(curvature, (GGN, EmpiricalFisher)) or (isinstance(curvature, Fisher) and not curvature.samples)
-    if not exact:
+    if not curvature.splits_by_example:
         raise InvalidInput(
             f"FromCurve() takes each example's own part out of the curvature, which {curvature!r} does not hold "
             "example by example; use GGN() or EmpiricalFisher(), or Relative()."
@@ -250,60 +253,20 @@ def _choose(
 # --------------------------------------------------------------------------- what one decomposition gives
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class _Basis:
-    """a^T (C + decay + lambda)^-1 b = plain <a, b> + sum_k weight_k u_k(a) u_k(b) for every lambda, u = `project`."""
-
-    operator: AbstractSymmetric
-    project: Callable[[Rows], Tensor]
-    values: Float[Tensor, " m"]
-    add: float
-    count: int | None
-    """N in the dual, None for a dense curvature."""
-
-    @staticmethod
-    def of(operator: AbstractSymmetric) -> _Basis:
-        decay = operator.space.decay
-        numbers = set(decay.values())
-        if isinstance(operator, Gram):
-            if len(numbers) > 1:
-                raise InvalidInput(
-                    "FromCurve() needs one weight decay for all blocks in the dual, and they differ; use Spectral() "
-                    "or give a number."
-                )
-            values, vectors = operator.eigen()
-            rows = operator.rows
-            return _Basis(
-                operator,
-                lambda x: x.inner(rows).double() @ vectors,
-                values,
-                next(iter(numbers), 0.0),
-                operator.count,
-            )
-        if isinstance(operator, (Matrix, Eigen)):
-            shifted = operator.shifted(decay) if numbers - {0.0} else operator
-            eigen = shifted.eigen() if isinstance(shifted, Matrix) else shifted
-            return _Basis(operator, lambda x: x.flat().to(eigen.vectors) @ eigen.vectors, eigen.values, 0.0, None)
+def _resolvent(operator: AbstractSymmetric) -> Resolvent:
+    resolvent = operator.resolvent()
+    if resolvent is None:
         raise InvalidInput(
             f"FromCurve() reads every lambda off one eigendecomposition, which {type(operator).__name__} does not "
             "have; use Woodbury() or Spectral() with GGN() or EmpiricalFisher(), or Relative()."
         )
-
-    def plain(self, damping: float) -> float:
-        return 0.0 if self.count is None else 1.0 / (damping + self.add)
-
-    def weights(self, damping: float) -> Float[Tensor, " m"]:
-        d = damping + self.add
-        if self.count is None:
-            return 1.0 / (self.values + d)
-        return -1.0 / (d * (self.values + self.count * d))
+    return resolvent
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class _LocalModel:
-    """A few examples: rows of their outputs (or their gradients) in the coordinates of the basis."""
+    """A few examples: rows of their outputs (or their gradients) in the coordinates of the decomposition."""
 
     u: Float[Tensor, "n c m"]
     own: Float[Tensor, "n c c"]
@@ -318,29 +281,35 @@ class _LocalModel:
 
 
 def _predict_losses(
-    basis: _Basis, derivatives: Derivatives, empirical: bool, lambdas: Sequence[float], refit: bool
+    resolvent: Resolvent,
+    derivatives: Derivatives,
+    empirical: bool,
+    lambdas: Sequence[float],
+    refit: tuple[Rows, Rows] | None,
 ) -> tuple[Float[Tensor, " l"], float]:
     """The mean leave-one-out loss for every lambda, and the mean loss as it is."""
     n = len(derivatives.problem)
     sums, training = torch.zeros(len(lambdas), dtype=torch.float64), 0.0
-    theta, goal = _refit(basis, derivatives) if refit else (None, None)
-    goal_coordinates = None if goal is None else basis.project(goal)[0]
+    theta, goal = (None, None) if refit is None else refit
+    goal_coordinates = None if goal is None else resolvent.project(goal)[0]
     batches = (
-        _gradients(basis, derivatives, theta, goal, refit) if empirical else _outputs(basis, derivatives, theta, goal)
+        _gradients(resolvent, derivatives, theta, goal, refit is not None)
+        if empirical
+        else _outputs(resolvent, derivatives, theta, goal)
     )
     for examples in batches:
         training += float(examples.loss(torch.zeros_like(examples.slope)).double().sum())
         for k, damping in enumerate(lambdas):
-            moves = _leave_one_out(basis, examples, damping, goal_coordinates, n)
+            moves = _leave_one_out(resolvent, examples, damping, goal_coordinates, n)
             sums[k] += float(examples.loss(moves).double().sum())
     return sums / n, training / n
 
 
 def _leave_one_out(
-    basis: _Basis, examples: _LocalModel, damping: float, goal_coordinates: Tensor | None, count: int
+    resolvent: Resolvent, examples: _LocalModel, damping: float, goal_coordinates: Tensor | None, count: int
 ) -> Float[Tensor, "n c"]:
     """How far every example's outputs move when it is left out."""
-    plain, weights = basis.plain(damping), basis.weights(damping)
+    plain, weights = resolvent.plain(damping), resolvent.weights(damping)
     a = plain * examples.own + (examples.u * weights) @ examples.u.mT
     start = torch.zeros_like(examples.slope)
     if goal_coordinates is not None:
@@ -351,7 +320,7 @@ def _leave_one_out(
     return start + (a @ step)[..., 0] / count
 
 
-def _refit(basis: _Basis, derivatives: Derivatives) -> tuple[Rows, Rows]:
+def _refit(operator: AbstractSymmetric, derivatives: Derivatives) -> tuple[Rows, Rows]:
     """The trained weights, and C theta - mean gradient, each as one row in float64."""
     space, problem = derivatives.space, derivatives.problem
     theta = space.from_parameters({k: v.detach()[None] for k, v in space.values(problem.model).items()})
@@ -360,19 +329,19 @@ def _refit(basis: _Basis, derivatives: Derivatives) -> tuple[Rows, Rows]:
         rows = gradients.rows
         ones = torch.ones(1, len(rows), dtype=rows.dtype, device=rows.device)
         total += rows.combine(ones).flat().double()
-    goal = basis.operator.apply(theta).flat().double() - total / len(problem)
+    goal = operator.apply(theta).flat().double() - total / len(problem)
     return theta, space.rows(goal.to(theta.flat()))
 
 
 def _gradients(
-    basis: _Basis, derivatives: Derivatives, theta: Rows | None, goal: Rows | None, quadratic: bool
+    resolvent: Resolvent, derivatives: Derivatives, theta: Rows | None, goal: Rows | None, quadratic: bool
 ) -> Iterator[_LocalModel]:
     """One row per example, its gradient: C holds it squared, whatever the outputs."""
     for gradients in derivatives.stream(label="leave one out", world=World()):
         rows, n = gradients.rows, len(gradients.ids)
         one = rows.squared_norms().double().new_ones(n, 1)
         yield _LocalModel(
-            basis.project(rows)[:, None],
+            resolvent.project(rows)[:, None],
             rows.squared_norms().double()[:, None, None],
             one,
             one[..., None],
@@ -388,7 +357,9 @@ def _loss_model(losses: Tensor, quadratic: bool) -> Callable[[Tensor], Tensor]:
     return lambda moves: losses + moves[:, 0] + (0.5 * moves[:, 0].square() if quadratic else 0.0)
 
 
-def _outputs(basis: _Basis, derivatives: Derivatives, theta: Rows | None, goal: Rows | None) -> Iterator[_LocalModel]:
+def _outputs(
+    resolvent: Resolvent, derivatives: Derivatives, theta: Rows | None, goal: Rows | None
+) -> Iterator[_LocalModel]:
     """One row per example and output."""
     objective = derivatives.objective
     assert isinstance(objective, AbstractLikelihood), "GGN() says so in a sentence first"
@@ -403,12 +374,12 @@ def _outputs(basis: _Basis, derivatives: Derivatives, theta: Rows | None, goal: 
         units = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
         rows = [tape.rows(units[k].expand(n, -1).reshape(outputs.shape), keep_graph=True) for k in range(width)]
         own = torch.zeros(n, width, width, dtype=torch.float64, device=outputs.device)
-        if basis.count is not None:
+        if resolvent.dual:
             for k in range(width):
                 for j in range(k + 1):
                     own[:, k, j] = own[:, j, k] = rows[k].rowwise(rows[j]).double()
         yield _LocalModel(
-            torch.stack([basis.project(r) for r in rows], 1),
+            torch.stack([resolvent.project(r) for r in rows], 1),
             own,
             slope.reshape(n, width).double(),
             objective.output_hessian(outputs, batch).double(),

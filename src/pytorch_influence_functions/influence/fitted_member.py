@@ -16,7 +16,6 @@ from ..curvature.base import Budget
 from ..curvature.spectrum import effective
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives, GradientBatch
-from ..linalg.gram import Gram
 from ..linalg.operator import AbstractOperator, AbstractSymmetric
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
@@ -101,8 +100,7 @@ class FittedMember:
     @property
     def stored(self) -> Rows | None:
         """All training gradients, when the curvature is made of them and keeps them."""
-        kept = self.composition.curvature.holds_gradients and isinstance(self.operator, Gram)
-        return self.operator.rows if kept and isinstance(self.operator, Gram) else None
+        return self.operator.kept_rows if self.composition.curvature.holds_gradients else None
 
     def solve(self, rows: Rows) -> Solution:
         """(C + D)^-1 of every row."""

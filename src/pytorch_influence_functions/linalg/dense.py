@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput, NonFinite
 from .density import Density
 from .operator import AbstractSpectral, Cache, cache_field, dense_bytes, diagonal_vector, means_of_diagonal
+from .resolvent import Resolvent
 from .rows import Rows
 from .space import Space
 
@@ -53,6 +54,10 @@ class Eigen(AbstractSpectral):
 
     def known_eigenvalues(self) -> Density:
         return Density.of(self.values)
+
+    def resolvent(self) -> Resolvent:
+        decayed = self.shifted(self.space.decay) if any(self.space.decay.values()) else self
+        return Resolvent(lambda rows: rows.flat().to(decayed.vectors) @ decayed.vectors, decayed.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +116,10 @@ class Matrix(AbstractSpectral):
 
     def known_eigenvalues(self) -> Density:
         return self.eigen().known_eigenvalues()
+
+    def resolvent(self) -> Resolvent:
+        decayed = self.eigen(self.space.decay if any(self.space.decay.values()) else None)
+        return Resolvent(lambda rows: rows.flat().to(decayed.vectors) @ decayed.vectors, decayed.values)
 
     @property
     def eigenvalues_at_hand(self) -> bool:

@@ -14,6 +14,7 @@ from ..core.errors import InvalidInput
 from ..core.validate import whole_number
 from .density import Density
 from .operator import AbstractSampled, Cache, cache_field
+from .resolvent import Resolvent
 from .rows import Rows
 from .space import Space
 
@@ -37,6 +38,10 @@ class Gram(AbstractSampled):
     def examples(self) -> int:
         # Only when row i is example i does "the mean over some examples" have a meaning here.
         return self.count if len(self.rows) == self.count else 0
+
+    @property
+    def kept_rows(self) -> Rows:
+        return self.rows
 
     @property
     def decomposition_bytes(self) -> int:
@@ -91,6 +96,17 @@ class Gram(AbstractSampled):
             # A Gram matrix larger than the space has zeros that are no eigenvalues of C.
             values = values.sort().values[-self.size :]
         return Density.of(values, zeros=self.size - len(values))
+
+    def resolvent(self) -> Resolvent:
+        decays = set(self.space.decay.values())
+        if len(decays) > 1:
+            raise InvalidInput(
+                "One decomposition of the dual needs one weight decay for all blocks, and they differ; use Spectral() "
+                "instead of Woodbury(), or give the damping as a number."
+            )
+        values, vectors = self.eigen()
+        rows = self.rows
+        return Resolvent(lambda x: x.inner(rows).double() @ vectors, values, next(iter(decays), 0.0), self.count)
 
     @property
     def eigenvalues_at_hand(self) -> bool:

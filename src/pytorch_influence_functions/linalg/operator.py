@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .density import Density
+from .resolvent import Resolvent
 from .rows import Rows
 from .space import Space
 
@@ -47,6 +48,11 @@ class AbstractOperator(ABC):
         return flat
 
     @property
+    def kept_rows(self) -> Rows | None:
+        """The rows it is made of, where it keeps them."""
+        return None
+
+    @property
     def decomposition_bytes(self) -> int:
         """What a solver needs that decomposes it."""
         return 0
@@ -70,6 +76,10 @@ class AbstractSymmetric(AbstractOperator):
 
     def known_eigenvalues(self) -> Density | None:
         """Every eigenvalue, where the operator has them or one decomposition gives them; None where it does not."""
+        return None
+
+    def resolvent(self) -> Resolvent | None:
+        """(C + decay + lambda)^-1 for every lambda, with the space's weight decay; None without a decomposition."""
         return None
 
     @property

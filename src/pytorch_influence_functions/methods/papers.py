@@ -16,6 +16,7 @@ from ..core.errors import InvalidInput
 from ..curvature.base import AbstractCurvature
 from ..curvature.diagonal import Diagonal
 from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Hessian, Identity
+from ..curvature.fisher import AbstractFisher
 from ..curvature.kronecker.moments import Sharing
 from ..curvature.kronecker.records import EKFAC, KFAC, Shampoo
 from ..curvature.low_rank import Arnoldi, Nystrom
@@ -194,7 +195,7 @@ def gauss_newton(
 
 def ekfac(
     damping: AbstractDamping | float | None = None,
-    fisher: GGN | Fisher | EmpiricalFisher | None = None,
+    fisher: AbstractFisher | None = None,
     examples: int | None = None,
     folder: str | PathLike[str] | None = None,
 ) -> Influence:
@@ -218,7 +219,7 @@ def ekfac(
 
 def kfac(
     damping: AbstractDamping | float | None = None,
-    fisher: GGN | Fisher | EmpiricalFisher | None = None,
+    fisher: AbstractFisher | None = None,
     examples: int | None = None,
     sharing: Sharing = Sharing.EXPAND,
     folder: str | PathLike[str] | None = None,
@@ -243,7 +244,7 @@ def kfac(
 
 def shampoo(
     damping: AbstractDamping | float | None = None,
-    fisher: GGN | Fisher | EmpiricalFisher | None = None,
+    fisher: AbstractFisher | None = None,
     examples: int | None = None,
     folder: str | PathLike[str] | None = None,
 ) -> Influence:

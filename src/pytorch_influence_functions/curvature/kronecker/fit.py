@@ -13,18 +13,18 @@ from torch import Tensor
 from ...core.distributed import World, current
 from ...core.errors import NonFinite
 from ...core.indexing import evenly_spaced
-from ...gradients.per_example import Derivatives, Tape, slopes
+from ...gradients.per_example import Derivatives, Tape
 from ...linalg.blocks import AbstractBlock, Conv, Outer, matrix_shape
 from ...linalg.kronecker import Kronecker, KroneckerBlock
 from ...linalg.rows import Rows
-from ...objectives.base import AbstractLikelihood, AbstractObjective
-from ...objectives.draws import Keyed
+from ...objectives.base import AbstractLikelihood
 from ...problem.checkpoints import Checkpoint, at_checkpoint
 from ...problem.data import Source
 from ...problem.problem import first_batch, sweep
 from ..base import Budget, not_a_likelihood
 from ..cost import BlockSize, terms_of
-from ..exact import ENUMERATED_OUTPUTS, GGN, EmpiricalFisher, Fisher, draw_seed, finite_outputs
+from ..exact import ENUMERATED_OUTPUTS, GGN, Fisher, finite_outputs
+from ..fisher import AbstractFisher
 from ..from_rows import wide_source
 from .cache import FactorCache, fingerprint_factors
 from .moments import BlockFactors, Moments, Sharing, unified
@@ -51,7 +51,7 @@ class Plan:
     moments: Moments
     sharing: Sharing
     corrected: bool
-    fisher: GGN | Fisher | EmpiricalFisher | None
+    fisher: AbstractFisher | None
     examples: int | None
     largest: int
     folder: str | PathLike[str] | None
@@ -131,22 +131,19 @@ class Fit:
             with first_batch(derivatives.problem, together, some) as (ids, batch):
                 return derivatives.loss_rows(ids, batch).rows
 
-    def _fisher(self, look: Rows) -> tuple[GGN | Fisher | EmpiricalFisher, int]:
+    def _fisher(self, look: Rows) -> tuple[AbstractFisher, int]:
         """Whose gradients are measured, and how many columns that is: exact by default where they are few and cheap."""
-        derivatives, asked = self.members[0][1], self.plan.fisher
-        objective = derivatives.objective
-        if isinstance(asked, EmpiricalFisher):
-            return asked, 1
-        if not isinstance(objective, AbstractLikelihood):
-            raise not_a_likelihood("Kronecker-factored curvature without fisher=EmpiricalFisher()", objective)
-        if isinstance(asked, Fisher) and asked.samples is not None:
-            return asked, asked.samples
-        with first_batch(derivatives.problem, ids=torch.arange(1)) as (_, batch), torch.no_grad():
-            columns = objective.root_size(objective.outputs(derivatives.problem.model, batch))
+        derivatives = self.members[0][1]
+        fisher = self.plan.fisher or GGN()
+        if not (fisher.given_labels or isinstance(derivatives.objective, AbstractLikelihood)):
+            raise not_a_likelihood(
+                "Kronecker-factored curvature without fisher=EmpiricalFisher()", derivatives.objective
+            )
+        columns = fisher.column_count(derivatives)
         sizes = [BlockSize.of(b) for b in look.blocks.values()]
-        if asked is None and columns_by_default(columns, sizes) is None:
+        if self.plan.fisher is None and columns_by_default(columns, sizes) is None:
             return Fisher(samples=1), 1
-        return GGN(), columns
+        return fisher, columns
 
     def _ids(self, look: Rows) -> tuple[Tensor, Tensor]:
         """The examples that the basis, and the eigenvalues in it, are measured on: evenly spaced.
@@ -205,7 +202,7 @@ class Fit:
                 factor.see(one[name])
             if keep:
                 kept.append(other)
-        weight = len(self.members) * self._samples
+        weight = len(self.members) * self.fisher.averaged
         for factor in factors.values():
             self._summed(factor).decompose(len(self.ids) * weight)
         fitted = {}
@@ -243,10 +240,9 @@ class Fit:
         return block
 
     @property
-    def _samples(self) -> int:
-        """Draws that are averaged; enumerated classes and given labels are summed as they are."""
-        fisher = self.plan.fisher
-        return fisher.samples if isinstance(fisher, Fisher) and fisher.samples is not None else 1
+    def fisher(self) -> AbstractFisher:
+        """Whose gradients are measured."""
+        return self.plan.fisher or GGN()
 
     def _fits(self, blocks: Mapping[str, AbstractBlock]) -> bool:
         """Whether the rows of a whole pass may be kept for a second look."""
@@ -278,24 +274,14 @@ class Fit:
         self, derivatives: Derivatives, ids: Tensor, batch: Any, draws: tuple[int, ...]
     ) -> tuple[Tape, list[list[Tensor]]]:
         """A forward pass, and per draw the columns c of the Fisher matrix's root: E[sum c c^T] is the Hessian."""
-        fisher = self.plan.fisher
-        objective: AbstractObjective = derivatives.objective
-        if isinstance(fisher, EmpiricalFisher):
-            objective = fisher.measure or objective
+        fisher = self.fisher
+        objective = fisher.measured_objective(derivatives)
         tape = derivatives.tape(batch, len(ids), objective)
         outputs = tape.outputs.detach()
         objective.check(outputs, batch, ids)
         finite_outputs(outputs, ids)
-        if isinstance(fisher, EmpiricalFisher):
-            return tape, [[slopes(objective, tape.outputs, batch, ids)[1]]]
-        assert isinstance(objective, AbstractLikelihood), "_fisher() says so in a sentence first"
-        if not isinstance(fisher, Fisher) or fisher.samples is None:
-            return tape, [list(objective.root(outputs, batch))]
-        cotangents = []
-        for draw in draws:
-            seeds = [draw_seed(fisher.seed, draw * fisher.samples + k) for k in range(fisher.samples)]
-            cotangents.append([objective.sample_cotangent(outputs, batch, Keyed(ids, seed)) for seed in seeds])
-        return tape, cotangents
+        several = draws if fisher.draws_labels else draws[:1]
+        return tape, [fisher.cotangents(derivatives, tape.outputs, batch, ids, draw) for draw in several]
 
 
 def needed_examples(plan: Plan, blocks: Sequence[BlockSize]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, ClassVar, TypeAlias, final
+from typing import Any, ClassVar, final
 
 from ...core.errors import InvalidInput
 from ...core.validate import whole_number
@@ -27,11 +27,9 @@ from ...linalg.operator import AbstractSymmetric
 from ...problem.checkpoints import Checkpoint
 from ..base import AbstractCurvature, Budget, Form
 from ..cost import EIGENDECOMPOSITION, Amount, Cost, ProblemSize, passes_for_rows
-from ..exact import GGN, EmpiricalFisher, Fisher
+from ..fisher import AbstractFisher
 from .fit import Fit, Plan, columns_by_default, needed_examples, numbers_of
 from .moments import Moments, Sharing
-
-Gradients: TypeAlias = GGN | Fisher | EmpiricalFisher
 
 
 class AbstractKronecker(AbstractCurvature):
@@ -118,7 +116,7 @@ class EKFAC(AbstractKronecker):
     1000
     """
 
-    fisher: Gradients | None = None
+    fisher: AbstractFisher | None = None
     sharing: Sharing = Sharing.EXPAND
     examples: int | None = None
     largest: int = 8192
@@ -148,7 +146,7 @@ class KFAC(AbstractKronecker):
     weights.
     """
 
-    fisher: Gradients | None = None
+    fisher: AbstractFisher | None = None
     sharing: Sharing = Sharing.EXPAND
     examples: int | None = None
     largest: int = 8192
@@ -175,7 +173,7 @@ class Shampoo(AbstractKronecker):
     References: Gupta et al. (2018); Vyas et al. (2024) for the eigenvalue correction.
     """
 
-    fisher: Gradients | None = None
+    fisher: AbstractFisher | None = None
     examples: int | None = None
     largest: int = 8192
     folder: str | PathLike[str] | None = field(default=None, metadata={"fingerprint": False})
@@ -190,7 +188,7 @@ class Shampoo(AbstractKronecker):
 
 def _check(given: Any) -> None:
     name = type(given).__name__
-    if given.fisher is not None and not isinstance(given.fisher, (GGN, Fisher, EmpiricalFisher)):
+    if given.fisher is not None and not isinstance(given.fisher, AbstractFisher):
         raise InvalidInput(
             f"{name}(fisher={given.fisher!r}) does not say whose gradients are measured; pass GGN() for the exact "
             "Fisher, Fisher(samples=1) for sampled labels, or EmpiricalFisher()."
