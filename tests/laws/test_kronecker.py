@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, NotLikelihood, SolveFailed, TooLarge
+from pytorch_influence_functions.core.indexing import spread_sample
 from pytorch_influence_functions.curvature import EKFAC, GGN, KFAC, EmpiricalFisher, Fisher, Shampoo
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.curvature.kronecker import fit as fitting_module
@@ -404,10 +405,10 @@ def test_float32_is_close_to_float64() -> None:
     torch.testing.assert_close(found.apply(rows).flat().double(), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
 
 
-def test_few_examples_are_evenly_spaced_and_counted_right() -> None:
+def test_few_examples_are_spread_and_counted_right() -> None:
     model, x, y, *_ = mlp(n=60)
     some = fitted(EKFAC(GGN(), examples=7), derivatives_of(model, x, y))
-    picked = torch.linspace(0, 59, 7).long()
+    picked = spread_sample(60, 7)
     only = fitted(EKFAC(GGN()), derivatives_of(model, x[picked], y[picked]))
     torch.testing.assert_close(written_out(some), written_out(only))
 

@@ -62,3 +62,16 @@ def test_the_trace_from_some_examples_is_near_that_of_all() -> None:
     ]
     assert dampings[1] == pytest.approx(dampings[0], rel=0.03)
     assert dampings[0] == pytest.approx(0.1 * mean_eigenvalue(model, x, y, False), rel=1e-9)
+
+
+def test_classes_that_alternate_do_not_mislead_lambda() -> None:
+    """Every third example is of a class of its own scale: a sample with a step of three would see one class alone."""
+    torch.manual_seed(0)
+    model, n = nn.Linear(3, 2).double(), 3 * TRACE_EXAMPLES
+    x = torch.randn(n, 3).double() * torch.tensor([0.1, 1.0, 10.0]).double().repeat(TRACE_EXAMPLES)[:, None]
+    y = torch.randint(0, 2, (n,))
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=500)
+    fitted = ptif.Influence(EmpiricalFisher(), CG(), Relative(0.5)).fit(problem)
+    want = mean_eigenvalue(model, x, y, empirical=True)
+    # The third of the examples that carries the trace counts within 4 %, and its members differ by as much again.
+    assert fitted.score((x[:1], y[:1])).diagnostics.damping == pytest.approx(0.5 * want, rel=0.1)

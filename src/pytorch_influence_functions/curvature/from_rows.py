@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..core.distributed import World, current
-from ..core.indexing import evenly_spaced
+from ..core.indexing import spread_sample
 from ..gradients.per_example import Derivatives
 from ..linalg.dense import Matrix
 from ..linalg.gram import Gram
@@ -138,7 +138,7 @@ class AbstractRowCurvature(AbstractCurvature):
 
     def block_means(self, derivatives: Derivatives) -> dict[str, float]:
         """trace(C_bb) / P_b of every block b, on some of the examples of `derivatives`."""
-        some = evenly_spaced(len(derivatives.problem), TRACE_EXAMPLES)
+        some = spread_sample(len(derivatives.problem), TRACE_EXAMPLES)
         batches = sweep(derivatives.problem, ids=some, label="trace", world=World())
         rows = (g for ids, batch in batches for g in self.rows_of(derivatives, ids, batch))
         return mean_eigenvalues(derivatives, rows, self.count(len(some)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.batches import batch_slice
 from ..core.distributed import World
 from ..core.errors import InvalidInput, first_line, name_ids
-from ..core.indexing import evenly_spaced
+from ..core.indexing import spread_sample
 from ..objectives.base import AbstractObjective, inputs_and_targets
 from ..objectives.measures import FromFunction
 from ..problem.problem import Problem, first_batch, sweep
@@ -101,7 +101,7 @@ def refuse_batch_loss(problem: Problem, objective: FromFunction) -> None:
         InvalidInput: the loss of a group is neither the mean nor the sum of its examples' own; or every example looked
             at has loss 0 and no slope.
     """
-    ids = evenly_spaced(len(problem), _GROUP)
+    ids = spread_sample(len(problem), _GROUP)
     several = replace(problem.data, batch_size=min(len(ids), max(problem.batch_size, 4)))
     with first_batch(problem, several, ids) as (ids, batch), torch.no_grad():
         outputs = objective.outputs(problem.model, batch)
@@ -165,7 +165,7 @@ def _room(alone: Tensor) -> float:
 def _any_slope(problem: Problem, objective: FromFunction) -> bool:
     """Whether one of the examples looked at has a loss or a slope that is not 0."""
     for _, batch in sweep(
-        problem, ids=evenly_spaced(len(problem), _ZEROS), label="looking at the losses", world=World()
+        problem, ids=spread_sample(len(problem), _ZEROS), label="looking at the losses", world=World()
     ):
         with torch.no_grad():
             leaf = objective.outputs(problem.model, batch)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.batches import to_device
 from ..core.errors import InvalidInput
-from ..core.indexing import evenly_spaced
+from ..core.indexing import spread_sample
 from ..objectives.base import AbstractObjective, check_outputs, inputs_and_targets
 from ..objectives.bernoulli import Bernoulli
 from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
@@ -40,7 +40,7 @@ def infer_objective(model: nn.Module, source: Source, device: torch.device | str
     check_weights(model)
     source = replace(source, batch_size=min(_LOOK, source.batch_size))
     device, looks = model_device(model, device), list[tuple[Any, Tensor]]()
-    for ids, batch in source.batches(evenly_spaced(len(source), _LOOK)):
+    for ids, batch in source.batches(spread_sample(len(source), _LOOK)):
         source.check_finite(ids, batch)
         batch = to_device(batch, device)
         with preserved(model), torch.no_grad():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.digest import digest, tensor_bytes
 from ..core.distributed import World
 from ..core.fingerprint import Probe
-from ..core.indexing import evenly_spaced
+from ..core.indexing import spread_sample
 from ..core.progress import track
 from .checkpoints import Checkpoint, at_checkpoint, named_tensors
 from .data import IdsLike, Source
@@ -84,7 +84,7 @@ def _probe(problem: Problem) -> list[tuple[float, float]]:
     """(value, size) pairs of a few examples at the model's present weights."""
     numbers: list[tuple[float, float]] = []
     together = replace(problem.data, batch_size=min(_PROBES, problem.batch_size))
-    ids = evenly_spaced(len(problem), _PROBES)
+    ids = spread_sample(len(problem), _PROBES)
     own = dict(problem.model.named_parameters(remove_duplicate=False))
     for _, batch in sweep(problem, together, ids, "looking at the model", World()):
         with seeded(), torch.inference_mode(False), torch.enable_grad():

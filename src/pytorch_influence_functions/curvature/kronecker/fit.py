@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.distributed import World, current
 from ...core.errors import NonFinite
-from ...core.indexing import evenly_spaced
+from ...core.indexing import spread_sample
 from ...gradients.per_example import Derivatives, Tape
 from ...linalg.blocks import AbstractBlock, Conv, Outer, matrix_shape
 from ...linalg.kronecker import Kronecker, KroneckerBlock
@@ -146,14 +146,14 @@ class Fit:
         return fisher, columns
 
     def _ids(self, look: Rows) -> tuple[Tensor, Tensor]:
-        """The examples that the basis, and the eigenvalues in it, are measured on: evenly spaced.
+        """The examples that the basis, and the eigenvalues in it, are measured on: spread over all.
 
         A basis needs more terms than a side is long, which examples with many positions give sooner than eigenvalues
         are known to a few per cent.
         """
         n = len(self.members[0][1].problem)
         basis, values = needed_examples(self.plan, [BlockSize.of(b) for b in look.blocks.values()])
-        return evenly_spaced(n, basis), evenly_spaced(n, values)
+        return spread_sample(n, basis), spread_sample(n, values)
 
     def _side(self, block: AbstractBlock) -> int:
         """The longest side that is decomposed."""

@@ -99,7 +99,7 @@ class EKFAC(AbstractKronecker):
             `EmpiricalFisher()` (the given labels; cheap, and not a curvature once the model fits); `None`: exact for
             at most 16 outputs without weight sharing, else `Fisher(samples=1)`.
         sharing: how the uses of a shared weight enter the basis: `Sharing.EXPAND` or `Sharing.REDUCE`.
-        examples: how many training examples to measure on, evenly spaced; `None`: as many as the basis needs.
+        examples: how many training examples to measure on, spread over all; `None`: as many as the basis needs.
         largest: sides longer than this keep their coordinates as basis instead of being decomposed.
         folder: where finished blocks are kept (safetensors), found again by a fingerprint of what they are made from:
             weights, what the model computes and its code, the loss's code, data, settings and version; an interrupted

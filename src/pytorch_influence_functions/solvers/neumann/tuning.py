@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
-from ...core.indexing import evenly_spaced
+from ...core.indexing import spread_sample
 from ...linalg.lanczos import estimate_extremes, power_iteration
 from ...linalg.operator import AbstractOperator, AbstractSampled, AbstractSymmetric, apply_flat
 from ...linalg.rows import Rows
@@ -139,7 +139,7 @@ def measure_preconditioned(
     system, p, budget = state.system, state.system.operator.size, PROBES
     generator = torch.Generator().manual_seed(options.seed)
     # Where a full product is out of reach, some examples stand for all: fewer only raise the largest eigenvalue.
-    some = evenly_spaced(state.examples, _MEASURED) if state.examples > _MEASURED else None
+    some = spread_sample(state.examples, _MEASURED) if state.examples > _MEASURED else None
 
     def probe(n: int) -> Tensor:
         return torch.randn(n, p, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
