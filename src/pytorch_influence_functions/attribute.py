@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
@@ -12,7 +12,6 @@ from torch import nn
 
 from .core.errors import InvalidInput, UnknownName, nearest
 from .damping.rules import AbstractDamping
-from .influence.attribution import Influence
 from .influence.checks import check_top, in_queries
 from .influence.method import AbstractMethod
 from .linalg.rows import Route
@@ -147,11 +146,6 @@ def forecast(
         '8 parameters are few enough for the dense Gauss-Newton matrix, exactly'
     """
     spec, whole, source = _prepare("forecast", model, train, queries, loss, method, (damping, route), problem)
-    if not isinstance(spec, Influence):
-        raise InvalidInput(
-            f"forecast() speaks of an Influence, not of {type(spec).__name__}; call attribute(), or fit() and score() "
-            "one after the other."
-        )
     return spec.forecast(whole, len(source))
 
 
@@ -169,7 +163,7 @@ def _prepare(
     check_model(model)
     _check_options(name, options)
     damping, route = changes
-    spec = _with_options(as_method(method), damping=damping, route=route)
+    spec = as_method(method).with_options(damping=damping, route=route)
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
     with in_queries():
@@ -191,15 +185,3 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             raise InvalidInput(f"{name}() takes no {option}=, which does not change what is forecast; leave it out.")
         close = nearest(option, [*known, *(rest if name == "attribute" else [])])
         raise UnknownName(f"{name}() has no argument {option!r}.{close}")
-
-
-def _with_options(spec: AbstractMethod, **options: Any) -> AbstractMethod:
-    """The method with the options of the call; an option that it does not have is refused."""
-    changes = {name: value for name, value in options.items() if value is not None}
-    record: Any = spec
-    known = {f.name for f in fields(record)} if is_dataclass(record) else set()
-    for name in changes:
-        if name not in known:
-            raise InvalidInput(f"{type(spec).__name__} takes no {name}=; leave it out.")
-    changed: AbstractMethod = replace(record, **changes) if changes else spec
-    return changed

@@ -208,6 +208,12 @@ METHODS = [
         INPUT,
         r"solver= must be a solver such as CG\(\).*got 'cg' of type str",
     ),
+    Row(
+        "a method as curvature",
+        lambda m: fitted(m, curvature=ptif.ekfac()),
+        INPUT,
+        r"curvature= got Influence\(curvature=EKFAC.*which is a whole method; pass it as method=",
+    ),
     Row("solver class", lambda m: fitted(m, solver=CG), INPUT, r"solver= is the class CG; write CG\(\)"),
     Row(
         "curvature class",
@@ -442,7 +448,7 @@ CHOICES = [
         "forecast of Random",
         costs(method=ptif.methods.Random()),
         INPUT,
-        r"speaks of an Influence, not of Random",
+        r"^Random has no forecast of its cost; call attribute",
     ),
     Row("top 2.5", put_in(top=2.5), INPUT, r"^top=2.5 is no whole number"),
     Row("query 5", lambda m: ask(m).helpful(5), INPUT, r"There is no query 5: they are numbered 0 to 1"),

@@ -1,7 +1,5 @@
 """Methods, dampings and ranges of queries, parsed from a command line."""
 
-from dataclasses import replace
-
 from ..core.errors import InvalidInput
 from ..damping.rules import Absolute, AbstractDamping, FromTraining, Relative
 from ..influence.attribution import Influence
@@ -32,11 +30,7 @@ def override_damping(method: AbstractMethod, text: str | None) -> AbstractMethod
     Raises:
         InvalidInput: the text is no damping, or the method takes none.
     """
-    if text is None:
-        return method
-    if not isinstance(method, Influence):
-        raise InvalidInput(f"{type(method).__name__} takes no --damping; leave it out.")
-    return replace(method, damping=parse_damping(text))
+    return method if text is None else method.with_options(damping=parse_damping(text))
 
 
 def parse_damping(text: str) -> AbstractDamping:

@@ -9,7 +9,6 @@ from typing import Any, final
 import torch
 
 from .._version import __version__
-from ..core.errors import InvalidInput
 from ..core.progress import Callback
 from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod, Fitted
@@ -67,7 +66,7 @@ class AttributionRun:
         Raises:
             InvalidInput: the method has no forecast.
         """
-        return forecast_run(self.method, self.task, len(self.ids))
+        return self.method.forecast(self.task.problem, len(self.ids))
 
     @property
     def result_bytes(self) -> int:
@@ -148,17 +147,6 @@ class AttributionRun:
 def choose_method(named: AbstractMethod | None, task: Task, settings: RunSettings) -> AbstractMethod:
     """The method that the flags name, else the task's own, else the one that `Auto` chooses."""
     return override_damping(named or task.method or Influence(), settings.damping)
-
-
-def forecast_run(method: AbstractMethod, task: Task, queries: int) -> Forecast:
-    """Passes, memory and seconds.
-
-    Raises:
-        InvalidInput: the method has no forecast.
-    """
-    if not isinstance(method, Influence):
-        raise InvalidInput(f"--dry-run forecasts an Influence, not {type(method).__name__}; leave it out.")
-    return method.forecast(task.problem, queries)
 
 
 def versions() -> dict[str, str]:

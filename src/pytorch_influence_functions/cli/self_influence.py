@@ -17,7 +17,7 @@ from .folder import RunFolder
 from .machine import format_bytes, format_duration, free_memory
 from .parsing import parse_method
 from .progress_bars import report_progress
-from .run import choose_method, forecast_run, versions
+from .run import choose_method, versions
 from .task import Task, load_task
 
 
@@ -70,7 +70,7 @@ def _print_forecast(output: Output, settings: options.RunSettings, named: Abstra
     with report_progress(output):
         task = load_task(settings.task_file, settings.overrides)
         n = len(task.problem)
-        costs = forecast_run(choose_method(named, task, settings), task, n)
+        costs = choose_method(named, task, settings).forecast(task.problem, n)
     memory = free_memory()
     free = "" if memory is None else f" ({format_bytes(memory)} free)"
     pairs = [

@@ -16,6 +16,7 @@ from ..scaling.base import AbstractScaling
 from ..solvers.auto import Auto
 from ..solvers.base import AbstractSolver, no_preconditioner
 from ..solvers.truncation import Truncation
+from .method import AbstractMethod
 
 
 def check_parts(spec: Any) -> None:
@@ -34,6 +35,10 @@ def check_parts(spec: Any) -> None:
             continue
         if isinstance(given, type):
             raise InvalidInput(f"{name}= is the class {given.__name__}; write {given.__name__}(), an instance.")
+        if isinstance(given, AbstractMethod):
+            raise InvalidInput(
+                f"{name}= got {given!r}, which is a whole method; pass it as method=, or call its fit(problem)."
+            )
         raise InvalidInput(f"{name}= must be {examples}, got {given!r} of type {type(given).__name__}.")
     if isinstance(spec.solver, AbstractSolver):
         check_options_used(spec, spec.solver)

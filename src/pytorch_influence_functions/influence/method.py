@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.errors import InvalidInput
 from ..problem.problem import Problem
 from ..scores.scores import Scores
+from ..solvers.forecast import Forecast
 
 
 @runtime_checkable
@@ -49,6 +52,36 @@ class AbstractMethod(ABC):
             problem: model, loss and training data.
             n_queries: how many queries are expected.
         """
+
+    def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
+        """What `fit` and `score` would cost.
+
+        Args:
+            problem: model, loss and training data.
+            n_queries: how many queries there will be.
+
+        Raises:
+            InvalidInput: this method does not know.
+        """
+        raise InvalidInput(
+            f"{type(self).__name__} has no forecast of its cost; call attribute(), or fit() and score() one after the "
+            "other."
+        )
+
+    def with_options(self, **options: Any) -> AbstractMethod:
+        """A copy with these fields changed; None leaves a field as it is.
+
+        Raises:
+            InvalidInput: the method has no such field.
+        """
+        changes = {name: value for name, value in options.items() if value is not None}
+        record: Any = self
+        known = {f.name for f in fields(record)} if is_dataclass(record) else set()
+        for name in changes:
+            if name not in known:
+                raise InvalidInput(f"{type(self).__name__} takes no {name}=; leave it out.")
+        changed: AbstractMethod = replace(record, **changes) if changes else self
+        return changed
 
 
 # Names that methods of fitted objects had in version 1.0's previews.
