@@ -428,7 +428,7 @@ CHOICES = [
     ),
     Row("a model", lambda m: ask(m, checkpoints=m), INPUT, r"not Sequential; pass model.state_dict\(\)"),
     Row("a count", put_in(checkpoints=3), INPUT, r"^checkpoints must be state dicts .* or paths, not int"),
-    Row("top 0", put_in(top=0), INPUT, r"^top=0 keeps nothing; give at least 1"),
+    Row("top 0", put_in(top=0), INPUT, r"^top=0 must be a whole number of at least 1; it is how many"),
     Row("dry run", put_in(dry_run=True), INPUT, r"^dry_run= became a function: write ptif\.forecast\(model, train, "),
     Row(
         "argument",
@@ -450,7 +450,7 @@ CHOICES = [
         INPUT,
         r"^Random has no forecast of its cost; call attribute",
     ),
-    Row("top 2.5", put_in(top=2.5), INPUT, r"^top=2.5 is no whole number"),
+    Row("top 2.5", put_in(top=2.5), INPUT, r"^top=2.5 must be a whole number"),
     Row("query 5", lambda m: ask(m).helpful(5), INPUT, r"There is no query 5: they are numbered 0 to 1"),
     Row("query slice", lambda m: ask(m)[7:], INPUT, r"No query was picked"),
     Row(

@@ -364,7 +364,7 @@ def test_dropping_the_harmful_lowers_the_test_loss(fitted: tuple[Toy, InfluenceR
         ({"k": 1, "fraction": 0.5}, "either k or fraction"),
         ({"k": 61}, "61 of 60 training examples"),
         ({"k": 60, "drop": True}, "and dropped"),
-        ({"fraction": 1.5}, "at most at 1"),
+        ({"fraction": 1.5}, "fraction=1.5 must be a number above 0 and of at most 1"),
         ({"k": 1, "which": "best"}, "'helpful' or 'harmful'"),
     ],
 )

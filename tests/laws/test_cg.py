@@ -245,11 +245,14 @@ def test_an_indefinite_preconditioner_is_named() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"rtol": 0.0}, r"CG\(rtol=0.0\) must lie in \(0, 1\)"),
-        ({"rtol": 2.0}, "must lie in"),
-        ({"max_steps": 0}, "both must be at least 1"),
-        ({"patience": 0}, "both must be at least 1"),
-        ({"incomplete": "keep"}, r"CG\(incomplete='keep'\) must be 'warn', which hands back what was reached"),
+        ({"rtol": 0.0}, r"CG\(rtol=0.0\) must be a number above 0 and below 1; None follows the precision"),
+        ({"rtol": 2.0}, "above 0 and below 1"),
+        ({"max_steps": 0}, r"CG\(max_steps=0\) must be a whole number of at least 1"),
+        ({"patience": 0}, r"CG\(patience=0\) must be a whole number of at least 1"),
+        (
+            {"incomplete": "keep"},
+            r"CG\(incomplete='keep'\) must be 'warn' or 'error'; 'warn' hands back what was reached",
+        ),
     ],
 )
 def test_nonsense_options_are_refused(kwargs, match) -> None:  # type: ignore[no-untyped-def]

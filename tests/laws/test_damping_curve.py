@@ -242,7 +242,7 @@ def test_bad_input_is_refused_in_words() -> None:
     with pytest.raises(InvalidInput, match="above the leave-one-out loss that any of the lambdas"):
         _fit(model, (x, y), Woodbury(), damping=FromCurve(held_out=(x, y + 1e6)))
     fitted = _fit(model, (x, y), Woodbury())
-    with pytest.raises(InvalidInput, match="1 checkpoint"):
+    with pytest.raises(InvalidInput, match="checkpoint=1 must be 0"):
         fitted.damping_curve(checkpoint=1)
 
 

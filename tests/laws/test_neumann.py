@@ -259,13 +259,13 @@ def test_bad_input_is_refused_in_words() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"step": 0.0}, r"Neumann\(step=0.0\) must be positive"),
-        ({"step": math.inf}, "positive and finite"),
+        ({"step": 0.0}, r"Neumann\(step=0.0\) must be a finite number above 0"),
+        ({"step": math.inf}, "a finite number above 0"),
         ({"steps": 0}, r"Neumann\(steps=0\)"),
         ({"batch_size": -1}, r"Neumann\(batch_size=-1\)"),
         ({"repeats": 0}, r"Neumann\(repeats=0\)"),
-        ({"tolerance": -1.0}, "must not be negative"),
-        ({"start": "nowhere"}, r"start='nowhere'\): choose one of 'b', 'solved'"),
+        ({"tolerance": -1.0}, "at least 0; 0 runs every step"),
+        ({"start": "nowhere"}, r"Neumann\(start='nowhere'\) must be 'b'"),
     ],
 )
 def test_nonsense_options_are_refused(kwargs, match) -> None:  # type: ignore[no-untyped-def]

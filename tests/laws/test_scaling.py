@@ -116,8 +116,10 @@ def test_weights_that_do_not_fit_are_refused(weights: Any, words: str) -> None:
 def test_tracin_refuses_rates_and_steps_that_do_not_pair_up() -> None:
     with pytest.raises(InvalidInput, match="one each per checkpoint"):
         ptif.tracin([0.1, 0.2], steps=[1])
-    with pytest.raises(InvalidInput, match="must be positive"):
+    with pytest.raises(InvalidInput, match=r"tracin\(learning_rates=0.0\) must be a finite number above 0"):
         ptif.tracin([0.1, 0.0])
+    with pytest.raises(InvalidInput, match=r"tracin\(steps=0\) must be a whole number"):
+        ptif.tracin([0.1], steps=0)
 
 
 def test_gradient_cosines_equal_their_definition() -> None:

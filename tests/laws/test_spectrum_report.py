@@ -135,7 +135,7 @@ def test_bad_input_is_refused_in_words() -> None:
         fitted.spectrum(probes=1 << 28)
     with pytest.raises(InvalidInput, match=r"^bins=0 must be a whole number of at least 1"):
         fitted.spectrum().density(0)
-    with pytest.raises(InvalidInput, match="none of the 1 checkpoint; count from 0"):
+    with pytest.raises(InvalidInput, match="must be 0; checkpoints are counted from 0"):
         fitted.spectrum(checkpoint=3)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 from torch import nn
 
 from ..core.errors import InvalidInput, UnknownName, nearest
+from ..core.validate import is_finite, is_whole
 from ..problem.data import POLICIES
 from .console import log
 
@@ -273,38 +274,30 @@ def get_default_config() -> Config:
 # --------------------------------------------------------------------------- values
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 _Check = tuple[Callable[[Any], bool], str]
-_COUNT: _Check = (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1")
+_COUNT: _Check = (lambda v: is_whole(v) and v >= 1, "a whole number of at least 1")
 _COUNT_OR_NONE: _Check = (lambda v: v is None or _COUNT[0](v), "a whole number of at least 1, or None")
 _SAMPLES: _Check = (
-    lambda v: v is None or v is False or (_is_whole(v) and v >= 0),
+    lambda v: v is None or v is False or (is_whole(v) and v >= 0),
     "a whole number of at least 0, or False",
 )
 _BOOL: _Check = (lambda v: isinstance(v, bool), "True or False")
 _TEXT_I: _Check = (lambda v: isinstance(v, str) and "{i}" in v, "a file name with {i} for the index")
 
 _CHECKS: Mapping[str, _Check] = {
-    "seed": (_is_whole, "a whole number"),
-    "gpu": (lambda v: _is_whole(v) and v >= -1, "-1 for the CPU or the number of a GPU"),
+    "seed": (is_whole, "a whole number"),
+    "gpu": (lambda v: is_whole(v) and v >= -1, "-1 for the CPU or the number of a GPU"),
     "calc_method": (lambda v: v in CALC_METHODS, f"one of {', '.join(map(repr, CALC_METHODS))}"),
     "test_sample_start_per_class": _SAMPLES,
     "test_sample_num": _SAMPLES,
     "recursion_depth": _COUNT,
     "r": _COUNT,
-    "damp": (lambda v: _is_number(v) and v >= 0, "a finite number of at least 0, or None"),
-    "scale": (lambda v: _is_number(v) and v > 0, "a finite number above 0, or None"),
+    "damp": (lambda v: is_finite(v) and v >= 0, "a finite number of at least 0, or None"),
+    "scale": (lambda v: is_finite(v) and v > 0, "a finite number above 0, or None"),
     "num_classes": _COUNT_OR_NONE,
     "solver": (lambda v: v in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
     "batch_size": _COUNT_OR_NONE,
-    "tolerance": (lambda v: _is_number(v) and v >= 0, "a finite number of at least 0"),
+    "tolerance": (lambda v: is_finite(v) and v >= 0, "a finite number of at least 0"),
     "top_k": _COUNT_OR_NONE,
     "keep_tmp": _BOOL,
     "progress": (lambda v: isinstance(v, bool) or callable(v), "True, False or a callback (label, done, total)"),

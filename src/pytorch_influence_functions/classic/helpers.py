@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Subset
 
 from ..core.errors import InvalidInput
+from ..core.validate import choice, finite_number
 from ..plots import query
 from ..problem.data import Source
 from .results import InfluenceResult
@@ -90,15 +91,14 @@ def influential_loader(
     Raises:
         InvalidInput: not exactly one of `k` and `fraction`, or one out of range, or data of another length.
     """
-    if which not in _WHICH:
-        raise InvalidInput(f"which={which!r} must be 'helpful' or 'harmful'.")
+    choice("which", which, _WHICH)
     source, n = Source.of(train_ds).whole, len(result.helpful)
     if len(source) != n:
         raise InvalidInput(f"The training data have {len(source)} examples and the result is of {n}; pass its data.")
     if (k is None) == (fraction is None):
         raise InvalidInput("Give either k or fraction: how many examples, or which share of them.")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise InvalidInput(f"fraction={fraction} must lie above 0 and at most at 1.")
+    if fraction is not None:
+        finite_number("fraction", fraction, above=0, most=1)
     count = round(fraction * n) if fraction is not None else int(k or 0)
     if not 1 <= count <= n or (drop and count == n):
         raise InvalidInput(f"{count} of {n} training examples cannot be picked{' and dropped' if drop else ''}.")

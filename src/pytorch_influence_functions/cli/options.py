@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, final
 import typer
 
 from ..core.errors import InvalidInput, UnknownName, nearest, require
+from ..core.validate import is_finite, is_whole
 from .task import Overrides
 
 # --------------------------------------------------------------------------- flags
@@ -76,11 +77,11 @@ class RunSettings:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return is_whole(value) and value >= 1
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    return is_finite(value) and value >= 0
 
 
 def _is_text(value: Any) -> bool:
@@ -96,7 +97,7 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "out": _PATH,
     "method": _TEXT,
     "damping": (lambda v: _is_text(v) or _is_number(v), "a number, 'relative:SHARE' or 'training:RATE:STEPS'", str),
-    "queries": (lambda v: _is_text(v) or (_is_number(v) and isinstance(v, int)), "such as '0:20'", str),
+    "queries": (lambda v: _is_text(v) or (is_whole(v) and v >= 0), "such as '0:20'", str),
     "top": _COUNT,
     "block": _COUNT,
     "report": (lambda v: isinstance(v, bool), "true or false", bool),

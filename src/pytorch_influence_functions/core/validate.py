@@ -5,11 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from .errors import InvalidInput
 
 Bound: TypeAlias = int | float
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number; True and False are none.
+
+    >>> is_whole(3), is_whole(3.0), is_whole(True)
+    (True, False, False)
+    """
+    return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number; True and False are none.
+
+    >>> is_finite(0.5), is_finite(float("nan")), is_finite(True)
+    (True, False, False)
+    """
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def whole_number(
@@ -36,9 +54,10 @@ def whole_number(
     pytorch_influence_functions.core.errors.InvalidInput: Arnoldi(rank=2.5) must be a whole number of at least 1; \
 20 is usual.
     """
-    number = int(value) if not isinstance(value, bool) and isinstance(value, Integral) else None
+    number = int(value) if is_whole(value) else None
     if number is None or (least is not None and number < least) or (most is not None and number > most):
-        raise InvalidInput(_sentence(name, value, f"a whole number{_range(least=least, most=most)}", owner, hint))
+        expected = f"{least}" if least is not None and least == most else f"a whole number{_range(least, most=most)}"
+        raise InvalidInput(_sentence(name, value, expected, owner, hint))
     return number
 
 
@@ -73,7 +92,7 @@ def finite_number(
     ...
     pytorch_influence_functions.core.errors.InvalidInput: The damping is -1; it must be a finite number of at least 0.
     """
-    number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    number = float(value) if is_finite(value) else math.nan
     within = (
         math.isfinite(number)
         and (least is None or number >= least)

@@ -298,6 +298,7 @@ class EmpiricalFisher(AbstractFisher):
         return self.measure is None
 
     def measured_objective(self, derivatives: Derivatives) -> AbstractObjective:
+        """`measure`, or the training loss of `derivatives`."""
         return self.measure or derivatives.objective
 
     def column_count(self, derivatives: Derivatives) -> int:

@@ -45,5 +45,5 @@ class AbstractFisher(AbstractRowCurvature):
         """
 
     def measured_objective(self, derivatives: Derivatives) -> AbstractObjective:
-        """What the slopes are taken of."""
+        """What the slopes are taken of: the training loss of `derivatives`."""
         return derivatives.objective

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..core.validate import whole_number
 from ..scores.scores import Scores
 from .correlate import RESAMPLES, Estimate, Statistic, pearson, per_query, resampled, slope, spearman, weighted_ranks
 from .subsets import Protocol
@@ -203,8 +204,7 @@ def precision_at(suspicion: Tensor, planted: Tensor, k: int, resamples: int = RE
         resamples: of those k, for the interval.
     """
     suspicion, wrong = _check_suspicion(suspicion, planted)
-    if not 1 <= k <= len(wrong):
-        raise InvalidInput(f"k must lie between 1 and {len(wrong)}, the number of examples; got {k}.")
+    whole_number("k", k, 1, len(wrong), hint="no more than there are examples")
     hits = wrong[suspicion.argsort(descending=True, stable=True)[:k]].double()
     name = f"precision at {k}, {int(wrong.sum())} of {len(wrong)} wrong"
     return _over_examples(lambda w: (w * hits).sum(-1) / w.sum(-1), k, resamples, name)
@@ -262,8 +262,7 @@ def top_overlap(runs: Sequence[Scores], k: int = 10, resamples: int = RESAMPLES)
     """
     if len(runs) < 2:
         raise InvalidInput(f"Overlap is between runs: give at least 2 scores, got {len(runs)}.")
-    if not 1 <= k <= runs[0].n_train:
-        raise InvalidInput(f"k must lie between 1 and {runs[0].n_train}, the number of training examples; got {k}.")
+    whole_number("k", k, 1, runs[0].n_train, hint="no more than there are training examples")
     shapes = {(len(run), run.n_train) for run in runs}
     if len(shapes) > 1:
         raise InvalidInput(f"The runs score different data: (queries, training examples) are {sorted(shapes)}.")

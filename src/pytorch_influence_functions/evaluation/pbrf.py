@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import map_tensors
-from ..core.errors import InvalidInput, SolveFailed
+from ..core.errors import SolveFailed
 from ..core.progress import track
+from ..core.validate import finite_number
 from ..gradients.vjp import as_function, detach_parameters
 from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
@@ -63,10 +64,8 @@ def pbrf(
 
     Reference: Bae et al. (2022), "If Influence Functions are the Answer, Then What is the Question?".
     """
-    if not damping > 0:
-        raise InvalidInput(f"damping must be above 0, got {damping}; take scores.diagnostics.damping.")
-    if not 0 < step <= 1:
-        raise InvalidInput(f"step must lie above 0 and be at most 1, got {step}.")
+    finite_number("damping", damping, above=0, hint="take scores.diagnostics.damping")
+    finite_number("step", step, above=0, most=1)
     query_source = Source.of(queries)
     training_loss = resolve_measure(problem, problem.objective, problem.objective, problem.data)
     measured = resolve_measure(problem, training_loss, measure, query_source)

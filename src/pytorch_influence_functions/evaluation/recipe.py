@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
+from ..core.validate import whole_number
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 
@@ -107,9 +108,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InvalidInput(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), owner=self)
         for name in ("model", "optimizer"):
             if not callable(getattr(self, name)) or isinstance(getattr(self, name), nn.Module):
                 raise InvalidInput(

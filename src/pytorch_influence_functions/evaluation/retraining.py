@@ -19,6 +19,7 @@ from ..core.errors import InvalidInput
 from ..core.fingerprint import Fingerprint, Probe
 from ..core.progress import Meter
 from ..core.threads import one_thread
+from ..core.validate import whole_number
 from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
@@ -94,8 +95,8 @@ def retrain(
         raise InvalidInput(
             f"recipe must be a Recipe or a function (dataset, seed) -> trained model, got {type(recipe).__name__}."
         )
-    if workers is not None and workers < 1:
-        raise InvalidInput(f"workers must be at least 1, got {workers}.")
+    if workers is not None:
+        whole_number("workers", workers)
     retraining = _Retraining.of(recipe, source, query_source, measure, seed_list[0], workers)
     everything = torch.ones(subsets.n, dtype=torch.bool)
     jobs = [Job(everything, {}, r) for r in seed_list]

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..core.errors import InvalidInput, name_ids
+from ..core.validate import whole_number
 
 
 class Protocol(Enum):
@@ -58,7 +59,7 @@ class Subsets:
             seed: of the choice.
         """
         keep = _share_of(n, fraction, "fraction")
-        detail = f"{_check_count(count)} subsets of {100 * keep / n:.3g} % of {n} examples"
+        detail = f"{count} subsets of {100 * keep / n:.3g} % of {n} examples"
         return Subsets(_draw(n, count, keep, seed), Protocol.HALVES, detail)
 
     @staticmethod
@@ -72,7 +73,7 @@ class Subsets:
             seed: of the choice.
         """
         out = _share_of(n, share, "share")
-        detail = f"{_check_count(count)} times {100 * out / n:.3g} % of {n} examples left out"
+        detail = f"{count} times {100 * out / n:.3g} % of {n} examples left out"
         return Subsets(_draw(n, count, n - out, seed), Protocol.DROPS, detail)
 
     @staticmethod
@@ -171,16 +172,10 @@ class Subsets:
 
 def _draw(n: int, count: int, keep: int, seed: int) -> Bool[Tensor, "s n"]:
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.zeros(_check_count(count), n, dtype=torch.bool)
+    kept = torch.zeros(whole_number("The number of subsets", count), n, dtype=torch.bool)
     for row in kept:
         row[torch.randperm(n, generator=generator)[:keep]] = True
     return kept
-
-
-def _check_count(count: int) -> int:
-    if count < 1:
-        raise InvalidInput(f"The number of subsets must be at least 1, got {count}.")
-    return count
 
 
 def _share_of(n: int, share: float, name: str) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.validate import whole_number
 from ..problem.data import Source
 from ..problem.model_state import plain_autograd
 from ..scores.scores import Scores
@@ -148,11 +149,9 @@ def verify(
             "Only some training examples are held (top=, or a loader's sampler), so groups cannot be predicted; "
             "score without top=, and give a part of a dataset as torch.utils.data.Subset(dataset, indices)."
         )
-    if n < 6:
-        raise InvalidInput(f"Verification needs at least 6 removals, got n={n}.")
+    whole_number("n", n, 6, hint="fewer removals say nothing of a correlation")
     count = max(1, scores.n_train // 50) if size is None else size
-    if not 1 <= count <= scores.n_train // 2:
-        raise InvalidInput(f"size must lie between 1 and {scores.n_train // 2}, half the training data; got {count}.")
+    whole_number("size", count, 1, scores.n_train // 2, hint="no more than half the training data")
     groups = _choose_groups(scores, n, count)
     query_source = _queries_of(scores, query_source)
     truth = retrain(

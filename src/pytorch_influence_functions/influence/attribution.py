@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.distributed import current
 from ..core.errors import InvalidInput
 from ..core.records import Record
+from ..core.validate import whole_number
 from ..curvature.base import AbstractCurvature, Budget
 from ..curvature.cost import ProblemSize
 from ..curvature.spectrum import Spectrum, spectrum_of
@@ -420,10 +421,8 @@ class Attribution(OldNames):
         return shares
 
     def _member(self, checkpoint: Any) -> FittedMember:
-        if isinstance(checkpoint, bool) or not isinstance(checkpoint, int) or not 0 <= checkpoint < len(self.members):
-            known = f"{len(self.members)} checkpoint{'' if len(self.members) == 1 else 's'}"
-            raise InvalidInput(f"checkpoint={checkpoint!r} is none of the {known}; count from 0.")
-        return self.members[checkpoint]
+        last = len(self.members) - 1
+        return self.members[whole_number("checkpoint", checkpoint, 0, last, hint="checkpoints are counted from 0")]
 
     def _diagnostics(self, log: RunLog) -> Diagnostics:
         first, members, scaling = self.members[0], self.members, self.spec.scaling

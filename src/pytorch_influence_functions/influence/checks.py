@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..core.errors import InvalidInput, NonFinite
+from ..core.validate import whole_number
 from ..curvature.base import AbstractCurvature
 from ..gradients.projections import AbstractProjection
 from ..linalg.rows import Route
@@ -123,12 +124,8 @@ def check_top(top: Any) -> None:
     Raises:
         InvalidInput: it is not.
     """
-    if top is None:
-        return
-    if isinstance(top, bool) or not isinstance(top, int):
-        raise InvalidInput(f"top={top!r} is no whole number; give how many examples to keep, or None for all scores.")
-    if top < 1:
-        raise InvalidInput(f"top={top} keeps nothing; give at least 1, or None for all scores.")
+    if top is not None:
+        whole_number("top", top, hint="it is how many examples are kept at each end; None keeps all scores")
 
 
 _SMALL = ("The", "A", "Label", "Target", "Item", "Array", "Arrays", "Reading", "Index")

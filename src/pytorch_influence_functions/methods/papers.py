@@ -13,6 +13,7 @@ from os import PathLike
 from typing import Any
 
 from ..core.errors import InvalidInput
+from ..core.validate import finite_number, whole_number
 from ..curvature.base import AbstractCurvature
 from ..curvature.diagonal import Diagonal
 from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Hessian, Identity
@@ -77,8 +78,8 @@ def tracin(learning_rates: Sequence[float], steps: Sequence[int] | int = 1) -> I
             "checkpoint."
         )
     for eta, count in zip(learning_rates, counts, strict=True):
-        if not eta > 0 or count < 1:
-            raise InvalidInput(f"tracin() got a learning rate of {eta} for {count} steps; both must be positive.")
+        finite_number("learning_rates", eta, above=0, owner="tracin")
+        whole_number("steps", count, owner="tracin")
     weights = tuple(float(eta) * count for eta, count in zip(learning_rates, counts, strict=True))
     return Influence(Identity(), Spectral(), Absolute(0.0), weights=weights)
 

@@ -15,6 +15,7 @@ from typing import Any, final
 
 from ..core.errors import InvalidInput, require
 from ..core.files import write_bytes
+from ..core.validate import whole_number
 from ..plots.examples import Denormalize
 from ..scores.scores import Scores
 from .overview import Overview
@@ -100,8 +101,7 @@ def write_report(
     """
     require("jinja2", "report"), require("PIL", "report")
     target = _check_path(path)
-    if isinstance(k, bool) or k != int(k) or k < 1:
-        raise InvalidInput(f"k={k} keeps no example on the page; give a whole number of at least 1.")
+    whole_number("k", k, hint="so many examples are shown at each end of a ranking")
     predicted = None if predictions is None else as_predictions(scores, predictions)
     own = None if self_influence is None else as_self_influence(self_influence, scores.n_train)
     train = scores.train_source if train is None else train

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.errors import IncompleteSolveWarning, InvalidInput, NonFinite, SolveFailed
 from ..core.records import Record
+from ..core.validate import choice
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import DOUBLE, Cost, ProblemSize
 from ..damping.rules import AbstractDamping, Relative
@@ -136,10 +137,7 @@ class Solution:
 
 def check_incomplete(solver: str, given: Any) -> None:
     """Refuse a word that says nothing about an incomplete solve."""
-    if given not in ("warn", "error"):
-        raise InvalidInput(
-            f"{solver}(incomplete={given!r}) must be 'warn', which hands back what was reached, or 'error'."
-        )
+    choice("incomplete", given, ("warn", "error"), owner=solver, hint="'warn' hands back what was reached")
 
 
 def _names(rows: tuple[int, ...], limit: int = 8) -> str:

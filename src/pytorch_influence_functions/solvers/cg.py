@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.errors import InvalidInput
+from ..core.validate import finite_number, whole_number
 from ..linalg.lanczos import estimate_extremes
 from ..linalg.operator import AbstractOperator, apply_flat
 from ..linalg.rows import Rows
@@ -70,10 +70,10 @@ class CG(AbstractSolver[CGState]):
     vectors_held: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
-        if self.rtol is not None and not 0 < self.rtol < 1:
-            raise InvalidInput(f"CG(rtol={self.rtol}) must lie in (0, 1), or be None to follow the precision.")
-        if self.max_steps < 1 or self.patience < 1:
-            raise InvalidInput(f"CG(max_steps={self.max_steps}, patience={self.patience}): both must be at least 1.")
+        if self.rtol is not None:
+            finite_number("rtol", self.rtol, above=0, below=1, owner=self, hint="None follows the precision")
+        whole_number("max_steps", self.max_steps, owner=self)
+        whole_number("patience", self.patience, owner=self)
         check_incomplete("CG", self.incomplete)
 
     def init(self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None) -> CGState:

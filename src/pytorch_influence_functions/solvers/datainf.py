@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.validate import flag
 from ..curvature.base import AbstractCurvature, Form
 from ..curvature.cost import Cost, ProblemSize
 from ..linalg.blocks import Dense
@@ -59,8 +60,7 @@ class DataInf(AbstractSolver[DataInfState]):
     takes_preconditioner: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.per_block, bool):
-            raise InvalidInput(f"DataInf(per_block={self.per_block!r}) must be True or False.")
+        flag("per_block", self.per_block, owner=self)
 
     def form(self, curvature: AbstractCurvature) -> Form:
         return Form.GRAM

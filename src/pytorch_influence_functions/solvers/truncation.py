@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..core.records import Record
+from ..core.validate import finite_number, whole_number
 from ..linalg.blocks import AbstractBlock, Dense, Outer, matrix_shape
 from ..linalg.chunks import chunks
 from ..linalg.rows import Rows
@@ -48,10 +49,10 @@ class Truncation(Record):
                 f"Truncation(tolerance={self.tolerance}, rank={self.rank}) needs one of the two: a tolerance such as "
                 "0.01, or a rank such as 32."
             )
-        if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise InvalidInput(f"Truncation(tolerance={self.tolerance}) must lie in (0, 1).")
-        if self.rank is not None and self.rank < 1:
-            raise InvalidInput(f"Truncation(rank={self.rank}) must be at least 1.")
+        if self.tolerance is not None:
+            finite_number("tolerance", self.tolerance, above=0, below=1, owner=self)
+        if self.rank is not None:
+            whole_number("rank", self.rank, owner=self)
 
     def of(self, rows: Rows) -> Truncated:
         """The `rows` in low rank, and what each layer of each row lost."""

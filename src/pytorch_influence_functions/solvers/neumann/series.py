@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...core.errors import InvalidInput
+from ...core.validate import choice, finite_number, whole_number
 from ...curvature.base import AbstractCurvature
 from ...curvature.cost import Cost, ProblemSize
 from ...linalg.operator import AbstractOperator
@@ -112,17 +113,17 @@ class Neumann(AbstractSolver[NeumannState]):
     vectors_held: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
-        for name in ("step", "steps", "batch_size", "repeats", "rtol", "halve_every"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InvalidInput(f"Neumann({name}={value}) must be positive and finite.")
-        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise InvalidInput(f"Neumann(tolerance={self.tolerance}) must not be negative; 0 runs every step.")
-        if not 0 <= self.momentum < 1:
-            raise InvalidInput(f"Neumann(momentum={self.momentum}) must lie in [0, 1); 0.9 is usual.")
-        known = ", ".join(repr(s.value) for s in Start)
-        if not isinstance(self.start, Start) and self.start not in [s.value for s in Start]:
-            raise InvalidInput(f"Neumann(start={self.start!r}): choose one of {known}.")
+        for name in ("step", "rtol"):
+            if getattr(self, name) is not None:
+                finite_number(name, getattr(self, name), above=0, owner=self)
+        for name in ("steps", "batch_size", "halve_every"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), owner=self)
+        whole_number("repeats", self.repeats, owner=self)
+        finite_number("tolerance", self.tolerance, least=0, owner=self, hint="0 runs every step")
+        finite_number("momentum", self.momentum, least=0, below=1, owner=self, hint="0.9 is usual")
+        if not isinstance(self.start, Start):
+            choice("start", self.start, [start.value for start in Start], owner=self)
         check_incomplete("Neumann", self.incomplete)
 
     def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
