@@ -63,15 +63,6 @@ class RemovalCurves:
         resampled = torch.randint(len(worse), (resamples, len(worse)), generator=torch.Generator().manual_seed(0))
         return Estimate.of(float(worse.mean()), worse[resampled].mean(1), f"{self.protocol}, {count} removed")
 
-    def below_zero(self, name: str, count: int) -> float:
-        """The share of trainings and queries with a measure below zero: for a margin, the flipped predictions.
-
-        Args:
-            name: of a method.
-            count: how many examples were removed.
-        """
-        return float((self.measured[name][self.counts.index(count)] < 0).double().mean())
-
     def __str__(self) -> str:
         width = max(map(len, self.measured))
         lines = [f"harm to a query by {self.protocol}; 95 % intervals over queries"]

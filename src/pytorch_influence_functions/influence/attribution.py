@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.distributed import current
 from ..core.errors import InvalidInput
 from ..core.records import Record
+from ..core.renames import OldNames
 from ..core.validate import whole_number
 from ..curvature.base import AbstractCurvature, Budget
 from ..curvature.cost import ProblemSize
@@ -36,7 +37,7 @@ from ..solvers.truncation import Truncation
 from .assumptions import StationarityCheck
 from .checks import as_weights, check_options_used, check_parts, check_problem, check_weights_fit
 from .fitted_member import FittedMember
-from .method import AbstractMethod, OldNames
+from .method import AbstractMethod
 from .question import Question
 from .run_log import RunLog
 from .scoring import ScoringPass, Solved, TrainingStream

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -82,26 +81,3 @@ class AbstractMethod(ABC):
                 raise InvalidInput(f"{type(self).__name__} takes no {name}=; leave it out.")
         changed: AbstractMethod = replace(record, **changes) if changes else self
         return changed
-
-
-# Names that methods of fitted objects had in version 1.0's previews.
-_RENAMED = {
-    "self_scores": "self_influence",
-    "redamped": "with_damping",
-    "path": "scores_over_damping",
-    "damping_path": "damping_curve",
-}
-
-
-class OldNames:
-    """Old method names of a fitted object still work, and say in one sentence what they are called now."""
-
-    # Hidden from type checkers: they should report an old name.
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            new_name = _RENAMED.get(name)
-            if new_name is None or not hasattr(type(self), new_name):
-                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
-            warnings.warn(f".{name}() is now .{new_name}().", DeprecationWarning, stacklevel=2)
-            return getattr(self, new_name)

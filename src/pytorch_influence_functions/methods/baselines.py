@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput
+from ..core.renames import OldNames
 from ..curvature.exact import Identity
 from ..damping.rules import Absolute
 from ..influence.attribution import Attribution, Influence
 from ..influence.checks import check_problem
-from ..influence.method import AbstractMethod, OldNames
+from ..influence.method import AbstractMethod
 from ..influence.question import Question, resolve_measure
 from ..influence.scoring import ScoringPass
 from ..linalg.space import ROOT, Space

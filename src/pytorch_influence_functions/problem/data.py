@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from torch.utils.data import (
 from ..core.batches import tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, first_line, name_ids
 from ..core.validate import choice, whole_number
+from ..core.warn import warn_caller
 from .model_state import same_rng
 from .samplers import SampledSubset, examples_of
 from .tables import LabelledTensors, NamedTensors, as_dataset
@@ -359,7 +359,7 @@ class Source:
         if policy == "error":
             raise InvalidInput(message + ", or deterministic='warn'.")
         self._determinism["warned"] = True
-        warnings.warn(message + ", or silence this with deterministic='ignore'.", TrainingDataWarning, stacklevel=3)
+        warn_caller(message + ", or silence this with deterministic='ignore'.", TrainingDataWarning)
 
     def check_finite(self, ids: Int[Tensor, "_"], batch: Any) -> None:
         """Refuse NaN and infinity in the floating point tensors of a batch that have one row per example.

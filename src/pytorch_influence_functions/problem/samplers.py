@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -20,6 +19,7 @@ from torch.utils.data import (
 )
 
 from ..core.errors import InvalidInput, TrainingDataWarning
+from ..core.warn import warn_caller
 from .model_state import same_rng
 
 # An epoch of more than this many times the dataset is taken to have no end.
@@ -92,7 +92,7 @@ def _take_all(what: str, size: int) -> str:
 
 
 def _warn(fact: str, advice: str) -> None:
-    warnings.warn(f"{fact}{advice}.", TrainingDataWarning, stacklevel=6)
+    warn_caller(f"{fact}{advice}.", TrainingDataWarning)
 
 
 def _indices(sampler: Any, size: int) -> list[int] | None:

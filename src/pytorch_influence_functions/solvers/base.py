@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..core.errors import IncompleteSolveWarning, InvalidInput, NonFinite, SolveFailed
 from ..core.records import Record
 from ..core.validate import choice
+from ..core.warn import warn_caller
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import DOUBLE, Cost, ProblemSize
 from ..damping.rules import AbstractDamping, Relative
@@ -124,7 +124,7 @@ class Solution:
         )
         if not self.ended_early:
             raise SolveFailed(message)
-        warnings.warn(message, IncompleteSolveWarning, stacklevel=2)
+        warn_caller(message, IncompleteSolveWarning)
         return self.value
 
     def _worst(self) -> str:

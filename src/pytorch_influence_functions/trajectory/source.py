@@ -22,12 +22,13 @@ from torch import Tensor
 
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, TooLarge
+from ..core.renames import OldNames
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.exact import GGN
 from ..gradients.per_example import Derivatives
 from ..influence.assumptions import StationarityCheck
 from ..influence.checks import check_problem
-from ..influence.method import AbstractMethod, OldNames
+from ..influence.method import AbstractMethod
 from ..influence.question import Question
 from ..influence.run_log import RunLog
 from ..influence.scoring import (
