@@ -112,7 +112,8 @@ def test_import_brings_no_optional_library() -> None:
 def test_a_first_call_does_not_wait_for_the_compiler() -> None:
     """torch imports its compiler, a second and a half, for a dispatch mode that does not say it needs none."""
     code = (
-        "import sys, torch, pytorch_influence_functions as ptif; x, y = torch.randn(60, 6), torch.randint(0, 3, (60,)); "
+        "import sys, torch, pytorch_influence_functions as ptif; "
+        "x, y = torch.randn(60, 6), torch.randint(0, 3, (60,)); "
         "m = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3)); "
         "[ptif.attribute(m, (x, y), (x[:2], y[:2]), method=k) for k in (None, 'ekfac', 'dual', 'grad_dot')]; "
         "print('torch._dynamo' in sys.modules)"

@@ -127,6 +127,7 @@ def squares(looks: list[StationarityCheck]) -> torch.Tensor:
     return torch.tensor([look.relative_gradient for look in looks]).square()
 
 
+@pytest.mark.slow
 def test_a_sample_at_an_exact_minimum_raises_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 examples alone leave 1 / sqrt(128) = 8.8 %, above the bound of 6 %; corrected for sampling they do not."""
     looks = drawn(monkeypatch, at_the_minimum(), 128, 40)
@@ -152,6 +153,7 @@ def replaced_bound(monkeypatch: pytest.MonkeyPatch, problem: ptif.Problem) -> De
     return Derivatives.of(problem)
 
 
+@pytest.mark.slow
 def test_what_is_found_does_not_depend_on_the_batches() -> None:
     """The same sample, groups and shares whatever the batch size, to rounding in float64."""
     problem = at_the_minimum(3000, 0.1)

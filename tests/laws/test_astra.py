@@ -66,6 +66,7 @@ def test_one_guided_step_is_nearer_than_the_guide_itself() -> None:
     assert bool((distance(one) <= distance(guide.apply(b).flat()) * (1 + 1e-12)).all())
 
 
+@pytest.mark.slow
 def test_astra_without_a_step_is_ekfac() -> None:
     data = mlp()
     still = Neumann(step=1e-14, steps=1, batch_size=10, start="solved")

@@ -358,6 +358,7 @@ def test_self_influence_is_the_diagonal() -> None:
         assert relative_gap(got, want) < 1e-7 and float(got.min()) >= 0
 
 
+@pytest.mark.slow
 def test_redamping_equals_fitting_again_and_path_sweeps() -> None:
     data = mlp()
     model, x, y, xq, yq = data

@@ -52,6 +52,7 @@ def test_relative_damping_is_a_share_of_the_mean_eigenvalue_whatever_the_size(na
     assert fitted.score((x[:1], y[:1])).diagnostics.damping == pytest.approx(0.5 * want, rel=tolerance)
 
 
+@pytest.mark.slow
 def test_the_trace_from_some_examples_is_near_that_of_all() -> None:
     """The same lambda, whether the solver writes the matrix out (all examples) or only multiplies with it (some)."""
     model, x, y = softmax(3)

@@ -282,6 +282,7 @@ def test_nystrom_guides_conjugate_gradients_to_the_dense_solve_in_fewer_steps() 
     assert max(steps["zero"], steps["smallest"], steps["arnoldi"]) < 0.6 * steps["alone"], steps
 
 
+@pytest.mark.slow
 def test_a_low_rank_guide_on_a_decaying_spectrum() -> None:
     space = wide_space(150)
     matrix = spectrum_matrix(space, 1e-8)

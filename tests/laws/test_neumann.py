@@ -76,6 +76,7 @@ def test_the_fixed_point_is_the_dense_solve(shift: Shift) -> None:
     torch.testing.assert_close(solution.residual, true, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_stopping_rule_keeps_its_promise() -> None:
     """With full products the remaining error is at most the tolerance."""
     operator, dense = implicit_examples(a_space(), 100)

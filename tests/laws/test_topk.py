@@ -10,6 +10,7 @@ from pytorch_influence_functions.influence.topk import TopK
 from pytorch_influence_functions.scores.scores import Scores
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 9), st.booleans())
 def test_merged_extremes_equal_those_of_the_whole(seed: int, k: int, cut: int, ties: bool) -> None:
