@@ -12,11 +12,11 @@ STAMP := .venv/.installed
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install demo test test-fast test-portable crosscheck test-browser lint format types layers docs bench peers quanda league paper check clean
+.PHONY: help install demo test test-fast test-portable crosscheck integrations test-browser lint format types layers docs bench peers quanda league paper check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | test-fast | test-portable | crosscheck | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
+	@echo "make demo | test | test-fast | test-portable | crosscheck | integrations | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
 
 install: $(STAMP)
 
@@ -52,6 +52,11 @@ test-portable: $(STAMP)
 crosscheck: $(STAMP)
 	$(INSTALL) --no-deps --requirement tests/crosscheck/requirements.txt
 	$(PYTEST) tests/crosscheck
+
+# The recipes of docs/integrations.md with the libraries they are about, pinned: half a gigabyte.
+integrations: $(STAMP)
+	$(INSTALL) --requirement tests/integrations/requirements.txt
+	$(BIN)/python -W ignore scripts/run_snippets.py --all docs/integrations.md
 
 # The report page in a real browser: Debian's chromium, fetched here where it is missing and one may.
 test-browser: $(STAMP)

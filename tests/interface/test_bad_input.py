@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jaxtyping
@@ -70,6 +71,13 @@ from tests.interface.run_cases import RUNS
 MODELS = [
     Row("a function", put_in(), INPUT, r"must be a torch.nn.Module, got function", lambda: lambda x: x),
     Row("a function, no loss", put_in(loss=None), INPUT, r"torch.nn.Module, got function", lambda: lambda x: x),
+    Row(
+        "a skorch net",
+        put_in(),
+        INPUT,
+        r"must be a torch.nn.Module, got SimpleNamespace; the module that it trained is its .module_",
+        lambda: SimpleNamespace(module_=nn.Linear(6, 3)),
+    ),
     Row("a class", put_in(), INPUT, r"must be a torch.nn.Module, got the class Linear", lambda: nn.Linear),
     Row("data first", lambda m: ptif.attribute((X, Y), m, (X, Y)), INPUT, r"got tuple; .*the model before the data"),  # type: ignore[call-overload]
     Row("on meta", put_in(), INPUT, r"lies on the meta device and has no values", lambda: net().to("meta")),

@@ -65,6 +65,17 @@ def test_says_what_was_skipped(runner: ModuleType, tmp_path: Path, capsys: pytes
     assert "page.md: 2 snippets run, 1 SKIPPED" in capsys.readouterr().out
 
 
+def test_a_block_waits_for_what_it_needs(runner: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- needs: json -->\n```python\nimport json\n```\n"
+        "<!-- needs: json, no_such_library -->\n```python\nimport no_such_library\n```\n"
+    )
+    assert runner.run_page(page) == (1, 1)
+    with pytest.raises(ModuleNotFoundError):
+        runner.run_page(page, everything=True)
+
+
 def test_a_failure_is_counted_and_names_the_line_of_the_page(
     runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

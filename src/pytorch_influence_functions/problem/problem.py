@@ -140,10 +140,11 @@ def check_model(model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise InvalidInput(
-            f"The model must be a torch.nn.Module, got {what}; pass the trained module itself, the model before "
-            "the data."
-        )
+        # skorch and other wrappers in the manner of scikit-learn hold the module they trained under this name.
+        inside = isinstance(getattr(model, "module_", None), nn.Module)
+        itself = "pass the trained module itself, the model before the data"
+        advice = "the module that it trained is its .module_" if inside else itself
+        raise InvalidInput(f"The model must be a torch.nn.Module, got {what}; {advice}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidInput(
             "The model is a TorchScript module, whose layers cannot be looked into; pass the Python module it was "
