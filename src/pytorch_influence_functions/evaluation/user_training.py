@@ -5,58 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from typing import Any, final
+from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..core.errors import InvalidInput
-from ..objectives.base import LABELS, AbstractObjective
+from ..objectives.base import AbstractObjective
 from ..problem.data import Source
+from ..problem.edited import EditedExamples
 from ..problem.model_state import same_rng
 from .recipe import TrainFunction, name_callable
 from .training import Job, measure_queries
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class KeptExamples(Dataset[Any]):
-    """The dataset that a training function is given: the kept examples, with `.indices` into the whole dataset."""
-
-    dataset: Any
-    indices: list[int]
-    labels: Mapping[int, Any] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Any:
-        index = self.indices[position]
-        item = self.dataset[index]
-        return _relabel(item, self.labels[index]) if index in self.labels else item
-
-
-def _relabel(item: Any, label: Any) -> Any:
-    """Give an example another label, of the type of its old one."""
-    if isinstance(item, Mapping):
-        name = next((k for k in LABELS if k in item), None)
-        if name is None:
-            raise InvalidInput("An example without 'labels' or 'label' cannot be relabelled; rename its target.")
-        return {**item, name: _label_like(item[name], label)}
-    if not isinstance(item, (tuple, list)) or len(item) < 2:
-        raise InvalidInput(
-            f"An example of type {type(item).__name__} has no target to relabel; expected (inputs, target)."
-        )
-    return type(item)([*item[:-1], _label_like(item[-1], label)])
-
-
-def _label_like(old: Any, label: Any) -> Any:
-    return torch.as_tensor(label, dtype=old.dtype) if isinstance(old, Tensor) else label
 
 
 @final
@@ -75,7 +39,7 @@ class Work:
 
     def train(self, job: Job) -> nn.Module:
         """Call the user's function; the model is returned in eval mode."""
-        examples = KeptExamples(self.data.dataset, job.kept.nonzero().flatten().tolist(), job.change)
+        examples = EditedExamples(self.data.dataset, job.kept.nonzero().flatten().tolist(), job.change)
         with same_rng():
             random.seed(job.seed)
             np.random.seed(job.seed % 2**32)

@@ -1,0 +1,172 @@
+"""What is changed in the training data: examples removed, relabelled, replaced, added or weighted otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from dataclasses import replace as replace_fields
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..core.errors import InvalidInput, name_ids, nearest
+from ..core.validate import finite_number
+from ..problem.data import Source
+from ..problem.edited import EditedExamples
+from ..problem.problem import Problem
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Term:
+    """Examples whose weight in the sum over the training data changes."""
+
+    source: Source
+    ids: Int[Tensor, " n"]
+    """Their indices in `source`."""
+    weights: Float[Tensor, " n"]
+    """By how much each one's weight changes: -1 removes it, +1 adds it."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change of the training data, as the examples whose weights it changes.
+
+    A new label or new inputs take the old example out and put the new one in.
+    """
+
+    terms: tuple[Term, ...]
+    description: str
+
+    @staticmethod
+    def of(
+        problem: Problem,
+        remove: Any = None,
+        relabel: Mapping[int, Any] | None = None,
+        replace: Mapping[int, Any] | None = None,
+        add: Any = None,
+        reweight: Mapping[int, float] | None = None,
+    ) -> Edit:
+        """Read what was asked; indices are places in the whole training dataset.
+
+        Args:
+            problem: whose training data are changed.
+            remove: indices, or a bool mask over the training data.
+            relabel: new labels by index; names of classes where the data have them.
+            replace: new inputs by index.
+            add: more examples: a dataset, a loader, tensors or arrays `(x, y)`.
+            reweight: new weights by index; 1 is the weight that an example has now.
+
+        Raises:
+            InvalidInput: nothing is changed, everything is removed, or an index or label cannot be used.
+        """
+        removed = _indices(problem, remove, "remove")
+        labels = {i: _class_number(problem, label) for i, label in _by_index(problem, relabel, "relabel").items()}
+        inputs = _by_index(problem, replace, "replace")
+        weights = _by_index(problem, reweight, "reweight")
+        _refuse_twice(removed=removed, reweighted=weights, changed=[*labels, *(i for i in inputs if i not in labels)])
+        terms, parts = [], []
+        if removed:
+            terms.append(_term(problem.data, removed, -1.0))
+            parts.append(f"{_count(removed)} removed")
+        if labels or inputs:
+            changed = sorted({*labels, *inputs})
+            edited = EditedExamples(problem.data.dataset, changed, labels, inputs)
+            terms.append(_term(problem.data, changed, -1.0))
+            terms.append(_term(replace_fields(problem.data, dataset=edited), range(len(edited)), 1.0))
+            parts += [f"{_count(labels)} relabelled"] if labels else []
+            parts += [f"{_count(inputs)} replaced"] if inputs else []
+        if add is not None:
+            more = Source.of(add, problem.batch_size, problem.data.class_names or ())
+            terms.append(_term(more, range(len(more)), 1.0))
+            parts.append(f"{_count(range(len(more)))} added")
+        if weights:
+            changes = [finite_number(f"reweight[{i}]", w, least=0) - 1.0 for i, w in weights.items()]
+            terms.append(Term(problem.data, torch.tensor(list(weights)), torch.tensor(changes, dtype=torch.float64)))
+            parts.append(f"{_count(weights)} weighted otherwise")
+        if not terms:
+            raise InvalidInput("Nothing is changed; give remove=, relabel=, replace=, add= or reweight=.")
+        edit = Edit(tuple(terms), ", ".join(parts))
+        if len(problem) + edit.weight <= 1e-9 * len(problem):
+            raise InvalidInput(f"Of the {len(problem)} training examples nothing would be left; leave some in.")
+        return edit
+
+    @property
+    def weight(self) -> float:
+        """The sum of all changes of weight: -k where k examples are removed."""
+        return float(sum(term.weights.sum() for term in self.terms))
+
+    def __len__(self) -> int:
+        return sum(len(term.ids) for term in self.terms)
+
+
+def _term(source: Source, ids: Iterable[int], weight: float) -> Term:
+    indices = torch.tensor(list(ids), dtype=torch.long)
+    return Term(source, indices, torch.full((len(indices),), weight, dtype=torch.float64))
+
+
+def _count(examples: Any) -> str:
+    return f"{len(examples)} example{'' if len(examples) == 1 else 's'}"
+
+
+def _indices(problem: Problem, given: Any, name: str) -> list[int]:
+    """Positions in the source of what was given as places in the whole dataset, each once."""
+    if given is None:
+        return []
+    try:
+        values = torch.as_tensor(given if hasattr(given, "__len__") or isinstance(given, int) else list(given))
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise InvalidInput(f"{name}= takes indices of training examples, such as [3, 7], got {given!r}.") from cause
+    whole = len(problem.data.whole)
+    if values.dtype == torch.bool:
+        if values.shape != (whole,):
+            raise InvalidInput(
+                f"{name}= is a mask of shape {tuple(values.shape)} and there are {whole} training examples; give one "
+                "bool for each, or indices."
+            )
+        values = values.nonzero()
+    if values.numel() and values.is_floating_point():
+        raise InvalidInput(f"{name}= takes whole numbers, the indices of training examples, got {values.dtype}.")
+    chosen = [int(i) for i in values.reshape(-1).tolist()]
+    outside = [i for i in chosen if not 0 <= i < whole]
+    if outside:
+        raise InvalidInput(
+            f"{name}= names index {name_ids(outside)}, and the training examples are 0 to {whole - 1}; choose others."
+        )
+    twice = sorted({i for i in chosen if chosen.count(i) > 1}) if len(set(chosen)) < len(chosen) else []
+    if twice:
+        raise InvalidInput(f"{name}= names index {name_ids(twice)} more than once; give each once.")
+    return [problem.data.index_of(i) for i in chosen]
+
+
+def _by_index(problem: Problem, given: Any, name: str) -> dict[int, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        example = {"relabel": "{3: 0}", "replace": "{3: x}", "reweight": "{3: 0.5}"}[name]
+        raise InvalidInput(f"{name}= takes a mapping by index, such as {example}, got {type(given).__name__}.")
+    return dict(zip(_indices(problem, list(given), name), given.values(), strict=True))
+
+
+def _class_number(problem: Problem, label: Any) -> Any:
+    """A class given by its name as its number; anything else as it is."""
+    if not isinstance(label, str):
+        return label
+    names = problem.data.class_names
+    if names is None or label not in names:
+        known = f"{nearest(label, names)} The classes are {', '.join(names)}." if names else " Give its number."
+        raise InvalidInput(f"{label!r} is no class of the training data.{known}")
+    return names.index(label)
+
+
+def _refuse_twice(**groups: Iterable[int]) -> None:
+    """Refuse an example to which two different things are done."""
+    done: dict[int, str] = {}
+    for name, ids in groups.items():
+        for index in ids:
+            if index in done:
+                raise InvalidInput(f"Example {index} is both {done[index]} and {name}; do one thing to each example.")
+            done[index] = name

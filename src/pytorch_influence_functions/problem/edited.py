@@ -1,0 +1,111 @@
+"""Training data with some examples changed: other labels, other inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..core.errors import InvalidInput
+from ..objectives.base import LABELS
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class EditedExamples(Dataset[Any]):
+    """Some examples of a dataset, changed.
+
+    Args:
+        dataset: whose examples they are.
+        indices: which of them, in this order.
+        labels: new labels by index in `dataset`.
+        inputs: new inputs by index in `dataset`; an example that is a mapping takes a mapping of the keys that change.
+    """
+
+    dataset: Any
+    indices: list[int]
+    labels: Mapping[int, Any] = field(default_factory=dict)
+    inputs: Mapping[int, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Any:
+        index = self.indices[position]
+        item = self.dataset[index]
+        if index in self.inputs:
+            item = with_inputs(item, self.inputs[index])
+        return with_label(item, self.labels[index]) if index in self.labels else item
+
+
+def with_label(item: Any, label: Any) -> Any:
+    """An example with another label, of the type of its old one.
+
+    Args:
+        item: one example as the dataset gives it.
+        label: the new label.
+
+    Raises:
+        InvalidInput: the example has no label.
+    """
+    if isinstance(item, Mapping):
+        name = next((k for k in LABELS if k in item), None)
+        if name is None:
+            raise InvalidInput("An example without 'labels' or 'label' cannot be relabelled; rename its target.")
+        return {**item, name: _like(item[name], label)}
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise InvalidInput(
+            f"An example of type {type(item).__name__} has no target to relabel; expected (inputs, target)."
+        )
+    return type(item)([*item[:-1], _like(item[-1], label)])
+
+
+def with_inputs(item: Any, inputs: Any) -> Any:
+    """An example with other inputs, of the shape of its old ones, and its own label.
+
+    Args:
+        item: one example as the dataset gives it.
+        inputs: the new inputs; for a mapping the keys that change; for several inputs a tuple of them.
+
+    Raises:
+        InvalidInput: they do not fit.
+    """
+    if isinstance(item, Mapping):
+        unknown = [] if not isinstance(inputs, Mapping) else [k for k in inputs if k not in item]
+        if not isinstance(inputs, Mapping) or unknown:
+            raise InvalidInput(
+                f"This example is a mapping with the keys {', '.join(map(repr, item))}; give its new inputs as a "
+                "mapping of those that change."
+            )
+        return {**item, **{k: _of_shape(item[k], value, k) for k, value in inputs.items()}}
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise InvalidInput(
+            f"An example of type {type(item).__name__} has no inputs to replace; expected (inputs, target)."
+        )
+    *old, target = item
+    new = list(inputs) if len(old) > 1 else [inputs]
+    if len(new) != len(old):
+        raise InvalidInput(
+            f"This example has {len(old)} inputs and {len(new)} were given; give a tuple with one for each."
+        )
+    return type(item)([*(_of_shape(a, b, "input") for a, b in zip(old, new, strict=True)), target])
+
+
+def _of_shape(old: Any, new: Any, name: str) -> Any:
+    if not isinstance(old, Tensor):
+        return new
+    tensor = torch.as_tensor(new, dtype=old.dtype)
+    if tensor.shape != old.shape:
+        raise InvalidInput(
+            f"The new {name} has shape {tuple(tensor.shape)} and the old one {tuple(old.shape)}; give one example's, "
+            "without a batch axis."
+        )
+    return tensor
+
+
+def _like(old: Any, label: Any) -> Any:
+    return torch.as_tensor(label, dtype=old.dtype) if isinstance(old, Tensor) else label

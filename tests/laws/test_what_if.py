@@ -1,0 +1,246 @@
+"""Law: what_if on ridge regression is the refit, and on logistic regression near it; values, not ranks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.actions import what_if
+from pytorch_influence_functions.core.errors import InvalidInput, SolveFailed
+
+N, P, DECAY = 40, 5, 0.3
+
+
+def ridge_data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, P, generator=generator, dtype=torch.float64)
+    y = x @ torch.randn(P, 1, generator=generator, dtype=torch.float64) + torch.randn(
+        N, 1, generator=generator, dtype=torch.float64
+    )
+    return x, y
+
+
+def ridge_weights(x: Tensor, y: Tensor, weights: Tensor, decay: float) -> Tensor:
+    """argmin (1/N) sum_i w_i (x_i theta - y_i)^2 + decay/2 |theta|^2, the bias as a column of ones; [P + 1]."""
+    columns = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    left = 2 / N * (columns.T * weights) @ columns + decay * torch.eye(P + 1, dtype=x.dtype)
+    return torch.linalg.solve(left, 2 / N * (columns.T * weights) @ y)[:, 0]
+
+
+def ridge_model(x: Tensor, y: Tensor) -> nn.Linear:
+    theta = ridge_weights(x, y, torch.ones(len(x), dtype=x.dtype), DECAY)
+    model = nn.Linear(P, 1).double()
+    with torch.no_grad():
+        model.weight.copy_(theta[None, :P])
+        model.bias.copy_(theta[P:])
+    return model
+
+
+def problem_of(x: Tensor, y: Tensor, per_example: bool = False) -> ptif.Problem:
+    decay = ptif.WeightDecay(DECAY, per_example=per_example)
+    return ptif.Problem(ridge_model(x, y), nn.MSELoss(), (x, y), weight_decay=decay, batch_size=7)
+
+
+NEW_X = torch.linspace(-1, 2, P, dtype=torch.float64)
+MORE = (torch.linspace(-2, 1, 3 * P, dtype=torch.float64).reshape(3, P), torch.tensor([[1.0], [-1.0], [4.0]]).double())
+EDITS: dict[str, dict[str, Any]] = {
+    "remove one": {"remove": [3]},
+    "remove eight": {"remove": [0, 1, 2, 3, 20, 21, 22, 39]},
+    "remove by mask": {"remove": torch.arange(N) % 5 == 1},
+    "relabel": {"relabel": {4: [7.0], 9: [-3.0]}},
+    "replace": {"replace": {4: NEW_X, 30: 2 * NEW_X}},
+    "relabel and replace": {"replace": {4: NEW_X}, "relabel": {4: [7.0]}},
+    "add": {"add": MORE},
+    "reweight": {"reweight": {5: 0.25, 6: 3.0, 7: 0.0}},
+    "everything at once": {
+        "remove": [0, 1],
+        "relabel": {4: [7.0]},
+        "replace": {30: NEW_X},
+        "add": MORE,
+        "reweight": {5: 0.25},
+    },
+}
+
+
+def refit(x: Tensor, y: Tensor, edit: dict[str, Any], per_example: bool) -> Tensor:
+    """The closed form after an edit, done by hand."""
+    x, y, weights = x.clone(), y.clone(), torch.ones(N, dtype=torch.float64)
+    if "remove" in edit:
+        weights[torch.as_tensor(edit["remove"])] = 0.0
+    for i, label in edit.get("relabel", {}).items():
+        y[i] = torch.tensor(label).double()
+    for i, inputs in edit.get("replace", {}).items():
+        x[i] = inputs
+    for i, w in edit.get("reweight", {}).items():
+        weights[i] = w
+    if "add" in edit:
+        x, y = torch.cat([x, MORE[0]]), torch.cat([y, MORE[1]])
+        weights = torch.cat([weights, torch.ones(len(MORE[0]), dtype=torch.float64)])
+    decay = DECAY * float(weights.sum()) / N if per_example else DECAY
+    return ridge_weights(x, y, weights, decay)
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+@pytest.mark.parametrize("name", EDITS)
+def test_ridge_regression_is_refitted_exactly(name: str, per_example: bool) -> None:
+    x, y = ridge_data()
+    problem = problem_of(x, y, per_example)
+    outcome = what_if(problem, **EDITS[name], method=ptif.exact(damping=0.0))
+    before = torch.cat([problem.model.weight[0], problem.model.bias]).detach()
+    want = refit(x, y, EDITS[name], per_example) - before
+    change = outcome.parameter_change
+    got = torch.cat([change["weight"][0], change["bias"]])
+    assert float((got - want).norm() / want.norm()) < 1e-10
+    first = outcome.first_order[0].flat()[0]
+    # Another target leaves a linear model's curvature as it is: there the first order is exact too.
+    assert name == "relabel" or float((first - want).norm() / want.norm()) > 1e-3, "nothing would be tested"
+    # Predictions are linear in theta, so the measured outputs change by exactly the difference.
+    edited = outcome.model()
+    torch.testing.assert_close(
+        edited.weight[0].detach(), refit(x, y, EDITS[name], per_example)[:P], rtol=1e-9, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("method", ["exact", "dual ggn", "cg", "guided cg"])
+def test_solvers_and_batches_agree(method: str) -> None:
+    x, y = ridge_data()
+    curvature = ptif.curvature.GGN()
+    methods = {
+        "exact": ptif.exact(damping=0.01),
+        "dual ggn": ptif.Influence(curvature, ptif.solvers.Woodbury(), 0.01),
+        "cg": ptif.Influence(curvature, ptif.solvers.CG(rtol=1e-12), 0.01),
+        "guided cg": ptif.Influence(curvature, ptif.solvers.CG(rtol=1e-12), 0.01, preconditioner=curvature),
+    }
+    changes = [
+        what_if(problem_of(x, y).with_(batch_size=size), remove=[1, 2, 3], relabel={8: [2.0]}, method=methods[method])
+        for size in (3, 64)
+    ]
+    want = what_if(problem_of(x, y), remove=[1, 2, 3], relabel={8: [2.0]}, method=methods["exact"])
+    for outcome in changes:
+        torch.testing.assert_close(outcome.corrected[0].flat(), want.corrected[0].flat(), rtol=1e-8, atol=1e-11)
+
+
+def test_large_groups_by_conjugate_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    module = importlib.import_module("pytorch_influence_functions.actions.what_if")
+    x, y = ridge_data()
+    wanted = what_if(problem_of(x, y), remove=range(15), method=ptif.exact(damping=0.0))
+    monkeypatch.setattr(module, "_DENSE_ROWS", 3)
+    outcome = what_if(problem_of(x, y), remove=range(15), method=ptif.exact(damping=0.0))
+    assert "conjugate gradients" in outcome.how
+    torch.testing.assert_close(outcome.corrected[0].flat(), wanted.corrected[0].flat(), rtol=1e-5, atol=1e-8)
+
+
+def softmax_fit(x: Tensor, y: Tensor, weights: Tensor, decay: float) -> nn.Linear:
+    """The minimum of (1/N) sum w_i CE_i + decay/2 |theta|^2, to float64's rounding."""
+    model = nn.Linear(x.shape[1], 3).double()
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        loss = (losses * weights).sum() / len(x) + decay / 2 * sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return model
+
+
+@pytest.mark.parametrize("size", [1, 10, 60])
+def test_groups_of_logistic_regression_against_refits(size: int) -> None:
+    torch.manual_seed(0)
+    n, decay = 200, 0.01
+    y = torch.arange(n) % 3
+    x = torch.randn(n, 8).double() + nn.functional.one_hot(y, 8)
+    xq, yq = torch.randn(20, 8).double(), torch.arange(20) % 3
+    ones = torch.ones(n, dtype=torch.float64)
+    model = softmax_fit(x, y, ones, decay)
+    fitted = ptif.exact(damping=0.0).fit(ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=decay))
+
+    def losses(m: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(m(xq), yq, reduction="none").detach()
+
+    predicted, first, measured = [], [], []
+    for seed in range(5):
+        group = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:size]
+        weights = ones.clone()
+        weights[group] = 0.0
+        outcome = what_if(fitted, remove=group)
+        predicted.append(losses(outcome.model()) - losses(model))
+        first.append(outcome.change((xq, yq), order="first"))
+        measured.append(losses(softmax_fit(x, y, weights, decay)) - losses(model))
+    p, f, m = (torch.cat(parts) for parts in (predicted, first, measured))
+    slope, plain = ((a * m).sum() / (a * a).sum() for a in (p, f))
+    assert abs(float(slope) - 1) < 0.05
+    assert abs(float(plain) - 1) > abs(float(slope) - 1), "first order is not the better one"
+    assert float(torch.corrcoef(torch.stack([p, m]))[0, 1]) > 0.99
+
+
+def test_a_duplicated_pair_is_not_underestimated() -> None:
+    x, y = ridge_data()
+    x[1], y[1] = x[0], y[0]
+    x[:2] *= 3
+    problem = problem_of(x, y)
+    fitted = ptif.exact(damping=0.0).fit(problem)
+    together = what_if(fitted, remove=[0, 1]).corrected[0].flat()
+    singly = sum(what_if(fitted, remove=[i]).corrected[0].flat() for i in (0, 1))
+    assert float(together.norm() / singly.norm()) > 1.1, "removing both moves more than twice removing one"
+
+
+def test_the_model_and_the_data_are_left_alone() -> None:
+    x, y = ridge_data()
+    problem = problem_of(x, y)
+    state, copies = copy.deepcopy(problem.model.state_dict()), (x.clone(), y.clone())
+    problem.model.train()
+    outcome = what_if(problem, replace={3: NEW_X}, relabel={5: [1.0]})
+    assert problem.model.training and outcome.model().training
+    assert all(torch.equal(v, problem.model.state_dict()[k]) for k, v in state.items())
+    assert torch.equal(x, copies[0]) and torch.equal(y, copies[1])
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({}, "Nothing is changed; give remove="),
+    "outside": ({"remove": [40]}, "remove= names index 40, and the training examples are 0 to 39"),
+    "doubled": ({"remove": [3, 3]}, "remove= names index 3 more than once"),
+    "everything": ({"remove": range(N)}, "Of the 40 training examples nothing would be left"),
+    "mask": ({"remove": torch.ones(3, dtype=torch.bool)}, r"a mask of shape \(3,\) and there are 40"),
+    "floats": ({"remove": [1.5]}, "takes whole numbers"),
+    "two things": ({"remove": [1], "reweight": {1: 0.5}}, "Example 1 is both removed and reweighted"),
+    "list of labels": ({"relabel": [1, 2]}, r"relabel= takes a mapping by index, such as \{3: 0\}, got list"),
+    "weight": ({"reweight": {1: -1.0}}, r"reweight\[1\] is -1.0; it must be a finite number of at least 0"),
+    "shape": ({"replace": {1: torch.zeros(2, P)}}, r"The new input has shape \(2, 5\) and the old one \(5,\)"),
+    "method": (
+        {"remove": [1], "method": ptif.methods.Random()},
+        "what_if\\(\\) solves a linear system, which Random does not have",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_in_one_sentence(name: str) -> None:
+    arguments, match = BAD[name]
+    with pytest.raises(InvalidInput, match=match):
+        what_if(problem_of(*ridge_data()), **arguments)
+
+
+def test_a_label_outside_the_classes_is_refused() -> None:
+    x, y = torch.randn(30, 4), torch.arange(30) % 3
+    problem = ptif.Problem(nn.Linear(4, 3), nn.CrossEntropyLoss(), (x, y))
+    with pytest.raises(InvalidInput, match=r"0\.\.2"):
+        what_if(problem, relabel={2: 7})
+
+
+def test_removing_more_curvature_than_there_is_fails_in_words() -> None:
+    x, y = ridge_data()
+    # More columns than examples that are left: nothing but damping holds the rest.
+    problem = ptif.Problem(nn.Linear(P, 1).double(), nn.MSELoss(), (x[:8], y[:8]))
+    with pytest.raises(SolveFailed, match="raise the damping"):
+        what_if(problem, remove=range(7), method=ptif.exact(damping=0.0))
