@@ -1,9 +1,19 @@
 """From scores to actions: what if training examples were removed, relabelled, replaced or added?"""
 
 from .edits import Edit
+from .inputs import input_influence
+from .smallest_removal import SmallestRemoval, flip_prediction, smallest_removal
 from .what_if import WhatIf, what_if
 
-__all__ = ["Edit", "WhatIf", "what_if"]
+__all__ = [
+    "Edit",
+    "SmallestRemoval",
+    "WhatIf",
+    "flip_prediction",
+    "input_influence",
+    "smallest_removal",
+    "what_if",
+]
 
 
 def __dir__() -> list[str]:

@@ -46,7 +46,7 @@ class LocalRows:
         return LocalRows(
             Rows.cat([part.rows for part in parts]),
             torch.cat([part.slopes for part in parts]),
-            torch.block_diag(*[part.hessian for part in parts]),
+            torch.block_diag(*[part.hessian for part in parts]),  # type: ignore[no-untyped-call]
         )
 
     def __len__(self) -> int:

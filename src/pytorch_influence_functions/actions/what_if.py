@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, SolveFailed
 from ..curvature.base import Budget
-from ..influence.attribution import Attribution, Influence
+from ..influence.attribution import Attribution
 from ..influence.fitted_member import FittedMember
 from ..influence.question import Question
 from ..influence.scoring import ScoringPass
 from ..linalg.implicit import Implicit
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
-from ..methods.names import as_method
 from ..objectives.base import AbstractLikelihood
 from ..problem.checkpoints import at_checkpoint
 from ..problem.model_state import plain_autograd
@@ -28,6 +27,7 @@ from ..problem.problem import Problem
 from ..solvers.cg import CG
 from ..solvers.preconditioner import Inverse
 from .edits import Edit
+from .fitted_system import fit_system
 from .local_rows import LocalRows
 
 # Up to so many rows the edited examples' block is inverted densely; beyond, the edited system is solved by CG.
@@ -173,7 +173,7 @@ def what_if(
         >>> what_if(Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(), (x, y)), relabel={4: 1}).edit.description
         '1 example relabelled'
     """
-    fitted = _fit(problem, method)
+    fitted = fit_system(problem, method, "what_if")
     edit = Edit.of(fitted.problem, remove, relabel, replace, add, reweight)
     steps = []
     for member in fitted.members:
@@ -182,29 +182,6 @@ def what_if(
     outcome = WhatIf(fitted, edit, tuple(s for s, _, _ in steps), tuple(f for _, f, _ in steps), "")
     how = f"{steps[0][2]}, {100 * outcome.correction:.3g} % from first order"
     return WhatIf(fitted, edit, outcome.corrected, outcome.first_order, how)
-
-
-def _fit(problem: Problem | Attribution, method: Any) -> Attribution:
-    if isinstance(problem, Attribution):
-        if method is not None:
-            raise InvalidInput(
-                "what_if() got a fitted method and method= as well; give the problem, or leave method= out."
-            )
-        fitted = problem
-    else:
-        spec = as_method(method)
-        if not isinstance(spec, Influence):
-            raise InvalidInput(
-                f"what_if() solves a linear system, which {type(spec).__name__} does not have; give an Influence such "
-                "as method='exact', 'dual' or 'ekfac'."
-            )
-        fitted = spec.fit(problem)
-    if fitted.spec.projection is not None:
-        raise InvalidInput(
-            f"projection={fitted.spec.projection!r} keeps no direction in the parameters, so nothing can be said of "
-            "them; leave the projection out."
-        )
-    return fitted
 
 
 def _step(member: FittedMember, edit: Edit) -> tuple[Rows, Rows, str]:
@@ -253,8 +230,8 @@ def _by_block(member: FittedMember, local: LocalRows, right: Rows, shift: Shift)
     system = torch.eye(len(local), dtype=overlap.dtype, device=overlap.device) + weighted @ overlap
     if float(torch.linalg.eigvals(system).real.min()) <= 1e-9:
         raise SolveFailed(
-            "After the edit the curvature is no longer positive: the examples taken out hold more of it than the damping "
-            "leaves; raise the damping, or change fewer examples."
+            "After the edit the curvature is no longer positive: the examples taken out hold more of it than the "
+            "damping leaves; raise the damping, or change fewer examples."
         )
     coefficients = torch.linalg.solve(system, weighted @ local.rows.inner(start.rows()).double())
     moved = start.flat().double() - coefficients.T @ solved.flat().double()

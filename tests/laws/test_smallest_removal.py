@@ -1,0 +1,142 @@
+"""Law: what smallest_removal finds flips the conclusion after a real refit, and is near the smallest set there is."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.actions import flip_prediction, smallest_removal
+from pytorch_influence_functions.core.errors import InvalidInput
+
+
+def slope(x: Tensor, y: Tensor) -> Tensor:
+    """The coefficient of the first column in least squares with an intercept."""
+    columns = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    return torch.linalg.lstsq(columns, y).solution[0, 0]
+
+
+def fitted_line(x: Tensor, y: Tensor) -> nn.Linear:
+    columns = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    theta = torch.linalg.lstsq(columns, y).solution[:, 0]
+    model = nn.Linear(x.shape[1], 1).double()
+    with torch.no_grad():
+        model.weight.copy_(theta[None, :-1])
+        model.bias.copy_(theta[-1:])
+    return model
+
+
+def without(x: Tensor, ids: tuple[int, ...]) -> Tensor:
+    return x[[i for i in range(len(x)) if i not in ids]]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_sign_of_a_coefficient(seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(18, 2).double()
+    y = 0.25 * x[:, :1] + torch.randn(18, 1).double()
+    outcome = smallest_removal(
+        ptif.Problem(fitted_line(x, y), nn.MSELoss(), (x, y)), lambda m: m.weight[0, 0], method=ptif.exact(damping=0.0)
+    )
+    assert outcome.found
+    after = float(slope(without(x, outcome.ids), without(y, outcome.ids)))
+    assert after == pytest.approx(outcome.predicted, rel=1e-8), "a Newton step of least squares is the refit"
+    assert after * outcome.before < 0
+    smallest = next(
+        size
+        for size in range(1, 6)
+        if any(
+            float(slope(without(x, ids), without(y, ids))) * outcome.before < 0 for ids in combinations(range(18), size)
+        )
+    )
+    assert len(outcome.ids) <= smallest + 1
+
+
+def test_masked_outliers_are_found_by_looking_again() -> None:
+    """Two clusters pull the same way and hide each other: the first scores alone would need many more."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(60, 1), torch.full((5, 1), 6.0) + 0.1 * torch.randn(5, 1)]).double()
+    y = torch.cat([-0.3 * x[:60], torch.full((5, 1), 5.0)]) + 0.3 * torch.randn(65, 1).double()
+    problem = ptif.Problem(fitted_line(x, y), nn.MSELoss(), (x, y))
+    outcome = smallest_removal(problem, lambda m: m.weight[0, 0], method=ptif.exact(damping=0.0))
+    assert outcome.found and len(outcome.ids) <= 5
+    assert set(outcome.ids) <= set(range(60, 65))
+
+
+def test_nothing_is_found_where_nothing_would_do() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 1).double()
+    y = 5 * x + 0.1 * torch.randn(50, 1).double()
+    problem = ptif.Problem(fitted_line(x, y), nn.MSELoss(), (x, y))
+    outcome = smallest_removal(problem, lambda m: m.weight[0, 0], most=5, method=ptif.exact(damping=0.0))
+    assert not outcome.found and outcome.confirmed is None and len(outcome.ids) <= 5
+    assert "none found" in repr(outcome)
+
+
+@pytest.mark.slow
+def test_flipped_predictions_flip_when_trained_again() -> None:
+    from functools import partial
+
+    import sklearn.datasets
+
+    data = sklearn.datasets.load_digits()
+    x, y = torch.tensor(data.data / 16).float(), torch.tensor(data.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, test = order[:400], order[400:]
+    optimizer = partial(torch.optim.LBFGS, max_iter=400, line_search_fn="strong_wolfe", tolerance_grad=1e-7)
+
+    decay = 1e-2
+
+    def train_on(ids: Tensor) -> nn.Linear:
+        model = nn.Linear(64, 10).double()
+        nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+        optimiser = optimizer(model.parameters())
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = nn.functional.cross_entropy(model(x[ids].double()), y[ids])
+            # The weight decay is fixed while the sum over the examples shrinks.
+            loss = loss * len(ids) / len(train) + decay / 2 * sum(p.square().sum() for p in model.parameters())
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        return model
+
+    model = train_on(train)
+    problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x[train].double(), y[train]), weight_decay=decay)
+    margins = model(x[test].double()).topk(2, 1).values
+    nearest = (margins[:, 0] - margins[:, 1]).argsort()[5:85:8]
+    flipped = 0
+    for q in test[nearest].tolist():
+        outcome = flip_prediction(problem, (x[q : q + 1].double(), y[q : q + 1]), method=ptif.exact(damping=0.0))
+        assert outcome.found
+        again = train_on(train[[i for i in range(len(train)) if i not in outcome.ids]])
+        flipped += int(again(x[q].double()).argmax() != model(x[q].double()).argmax())
+    assert flipped >= 8, f"{flipped} of 10 predictions flipped"
+
+
+def problem() -> ptif.Problem:
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 3), torch.arange(30) % 2
+    return ptif.Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(), (x, y))
+
+
+def test_bad_input_in_one_sentence() -> None:
+    with pytest.raises(InvalidInput, match="The statistic gave float, expected one number as a tensor"):
+        smallest_removal(problem(), lambda m: float(m.weight[0, 0]))  # type: ignore[arg-type,return-value]
+    with pytest.raises(InvalidInput, match=r"a tensor of shape \(3,\), expected one number"):
+        smallest_removal(problem(), lambda m: m.weight[0])
+    with pytest.raises(InvalidInput, match="does not depend on the parameters through autograd"):
+        smallest_removal(problem(), lambda m: m.weight[0, 0].detach())
+    with pytest.raises(InvalidInput, match="the threshold itself"):
+        smallest_removal(problem(), lambda m: m.weight[0, 0] * 0)
+    with pytest.raises(InvalidInput, match="most=30 must be a whole number from 1 to 29; or a share"):
+        smallest_removal(problem(), lambda m: m.weight[0, 0], most=30)
+    with pytest.raises(InvalidInput, match="about one query, and 2 were given"):
+        flip_prediction(problem(), (torch.randn(2, 3), torch.tensor([0, 1])))
+    with pytest.raises(InvalidInput, match="moves one model along"):
+        smallest_removal(problem(), lambda m: m.weight[0, 0], method=ptif.methods.Random())
