@@ -9,13 +9,14 @@ the training *dataset*. For a loss, positive means helpful.
 
 What is typed daily stands here; the rest stands in one module per part of the formula: `ptif.methods`,
 `ptif.curvature`, `ptif.solvers`, `ptif.damping`, `ptif.scaling`, `ptif.objectives`, `ptif.gradients`,
-`ptif.trajectory`, `ptif.plots`, `ptif.evaluation`, `ptif.errors`, `ptif.classic`.
+`ptif.trajectory`, `ptif.plots`, `ptif.evaluation`, `ptif.actions`, `ptif.errors`, `ptif.classic`.
 """
 
 from typing import TYPE_CHECKING
 
 # Three are old submodules by their old names: `ptif.calc_influence_function.calc_s_test(...)` keeps working.
 from . import (
+    actions,
     calc_influence_function,
     classic,
     curvature,
@@ -33,6 +34,7 @@ from . import (
     utils,
 )
 from ._version import __version__
+from .actions.what_if import what_if
 from .attribute import attribute, forecast
 from .classic import (
     calc_all_grad_then_test,
@@ -75,6 +77,7 @@ __all__ = [
     "TokenCrossEntropy",
     "WeightDecay",
     "__version__",
+    "actions",
     "attribute",
     "calc_all_grad_then_test",
     "calc_img_wise",
@@ -109,6 +112,7 @@ __all__ = [
     "trajectory",
     "trak",
     "utils",
+    "what_if",
 ]
 
 # Where the names went that stood at this level in the previews of version 1.0.
