@@ -357,6 +357,18 @@ def test_dropping_the_harmful_lowers_the_test_loss(fitted: tuple[Toy, InfluenceR
     assert len(set(result.harmful[:10]) & set(range(12))) >= 6  # those with the wrong label
 
 
+def test_influential_loader_of_scores() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3), torch.arange(40) % 2
+    scores = ptif.attribute(nn.Linear(3, 2), (x, y), (x[:4], y[:4]), loss=nn.CrossEntropyLoss())
+    data = torch.utils.data.TensorDataset(x, y)
+    for which, order in (("helpful", scores.helpful_order()), ("harmful", scores.harmful_order())):
+        loader = ptif.influential_loader(scores, data, 5, which=which, shuffle=False)
+        assert torch.equal(torch.cat([batch[0] for batch in loader]), x[order[:5]])
+    rest = ptif.influential_loader(scores, data, fraction=0.25, which="harmful", drop=True)
+    assert len(rest.dataset) == 30  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
