@@ -23,7 +23,7 @@ from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
-from ..objectives.base import AbstractObjective, check_outputs, inputs_and_targets
+from ..objectives.base import AbstractObjective, check_outputs
 from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
@@ -289,7 +289,9 @@ class _Probe:
         precision = max(narrowest.dtype, outputs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         refuse_mixing(model, objective, batch, outputs, tolerance(precision))
         if isinstance(objective, FromFunction):
-            objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
+            objective = objective.resolved_on(outputs, batch)
+            with torch.no_grad():
+                outputs = objective.outputs(model, batch)
             refuse_batch_loss(problem, objective)
         refuse_shared_losses(objective, batch, outputs)
         generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..core.errors import InvalidInput
-from ..objectives.base import AbstractObjective, inputs_and_targets
+from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
 from ..problem.data import Source
@@ -67,5 +67,5 @@ def resolve_measure(problem: Problem, trained: AbstractObjective, measure: Any, 
         with in_queries(), first_batch(problem, source, ids) as (_, batch), torch.no_grad():
             outputs = objective.outputs(problem.model, batch)
         with of_measure():
-            objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
+            objective = objective.resolved_on(outputs, batch)
     return objective

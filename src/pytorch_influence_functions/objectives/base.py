@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.batches import whole_batch
 from ..core.errors import InvalidInput, name_ids
 from ..core.records import describe_record, settings_of
 from .draws import Randomness
 from .failure import model_failed
+from .outputs import main_output
 
 #: Where a batch that is a mapping keeps its target.
 LABELS = ("labels", "label")
@@ -45,6 +47,7 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
         >>> inputs_and_targets((1, 2, 3))
         ((1, 2), {}, 3)
     """
+    batch = whole_batch(batch)
     if isinstance(batch, Mapping):
         key = label_key(batch)
         if key is None:
@@ -104,33 +107,32 @@ def as_tensor_targets(targets: Any) -> Tensor:
 
 
 def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The model's outputs as one tensor: `.logits` of an output object, the first member of a tuple.
+    """The model's outputs as one tensor: the only one that it returns, or `logits` or `out` of several.
 
     Raises:
-        InvalidInput: the model failed, or there is no tensor to be found.
+        InvalidInput: the model failed, or returned no tensor, or several of which any may be meant.
+    """
+    return widen(main_output(run_model(model, args, kwargs)))
+
+
+def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Whatever the model returns.
+
+    Raises:
+        InvalidInput: the model failed.
     """
     try:
-        returned = model(*args, **kwargs)
+        return model(*args, **kwargs)
     except Exception as cause:
         error = model_failed(cause, args, kwargs)
         if error is cause:
             raise
         raise error from cause
-    result = returned
-    if not isinstance(result, Tensor):
-        if isinstance(result, Mapping) and "logits" in result:
-            result = result["logits"]
-        elif isinstance(getattr(result, "logits", None), Tensor):
-            result = result.logits
-        elif isinstance(result, (tuple, list)) and result:
-            result = result[0]
-    if not isinstance(result, Tensor):
-        raise InvalidInput(
-            f"The model returned {type(returned).__name__}, expected a tensor, an object with .logits, or a "
-            "tuple starting with a tensor; wrap the model so that it returns its outputs."
-        )
-    # A loss is a sum of many terms: autocast, too, computes it in float32.
-    return result.float() if result.dtype in (torch.bfloat16, torch.float16) else result
+
+
+def widen(outputs: Tensor) -> Tensor:
+    """Outputs in float32 at least: a loss is a sum of many terms, and autocast, too, computes it so."""
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
 # ----------------------------------------------------------------- checks of values, never under transforms
