@@ -92,9 +92,13 @@ class Products:
         objective = objective or self.derivatives.objective
         if self.mode is PushforwardMode.ROWS:
             return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
-        slopes = self._push(
-            lambda p: objective.losses(objective.outputs(as_function(self._model, p), batch), batch), directions
-        )
+        try:
+            slopes = self._push(
+                lambda p: objective.losses(objective.outputs(as_function(self._model, p), batch), batch), directions
+            )
+        except NotImplementedError as reason:  # the model has a forward derivative, but a loss of the user's may not
+            log.info("No forward mode for this loss: %s", first_line(reason))
+            return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
         return slopes.T
 
     def token_losses_along(self, batch: Any, directions: Rows) -> Float[Tensor, "q n l"]:

@@ -440,9 +440,7 @@ def _require_one_per_example(value: Tensor, n: int) -> Tensor:
     return value.reshape(n)
 
 
-def _evaluate_one_by_one(
-    apply: Callable[[Any, Any], Any], function: Any, outputs: Tensor, targets: Any
-) -> Tensor:
+def _evaluate_one_by_one(apply: Callable[[Any, Any], Any], function: Any, outputs: Tensor, targets: Any) -> Tensor:
     """The function's value on each example alone, [n]."""
     n = len(outputs)
 

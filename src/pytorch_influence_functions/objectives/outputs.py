@@ -15,6 +15,7 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
 
 from ..core.errors import InvalidInput
 
@@ -43,6 +44,8 @@ def map_outputs(returned: Any, f: Callable[[Any], Any]) -> Any:
     if isinstance(returned, Mapping):
         members = {key: map_outputs(member, f) for key, member in returned.items()}
         return _rebuild(returned, members)
+    if isinstance(returned, (Distribution, _Unmade)):
+        return _Unmade.of(returned).mapped(f)
     attributes = _attributes(returned)
     if not attributes:
         return None
@@ -50,6 +53,33 @@ def map_outputs(returned: Any, f: Callable[[Any], Any]) -> Any:
     for name, value in attributes.items():
         object.__setattr__(twin, name, map_outputs(value, f))
     return twin
+
+
+@final
+@dataclass(frozen=True)
+class _Unmade:
+    """A distribution by its arguments: it keeps the shape of its batch, so that it is made anew for each."""
+
+    kind: type[Distribution]
+    arguments: Mapping[str, Any]
+
+    @staticmethod
+    def of(returned: Distribution | _Unmade) -> _Unmade:
+        if isinstance(returned, _Unmade):
+            return returned
+        if isinstance(returned, Independent):
+            inside = {"base_distribution": returned.base_dist}
+            return _Unmade(Independent, inside | {"reinterpreted_batch_ndims": returned.reinterpreted_batch_ndims})
+        arguments = {name: vars(returned)[name] for name in type(returned).arg_constraints if name in vars(returned)}
+        if "logits" in arguments:  # probabilities may have been worked out from them
+            arguments.pop("probs", None)
+        return _Unmade(type(returned), arguments)
+
+    def mapped(self, f: Callable[[Any], Any]) -> Any:
+        arguments = {name: map_outputs(value, f) for name, value in self.arguments.items()}
+        if all(isinstance(value, (Tensor, Distribution, *_PLAIN)) for value in arguments.values()):
+            return self.kind(**arguments, validate_args=False)  # type: ignore[call-arg]
+        return _Unmade(self.kind, arguments)
 
 
 def _attributes(returned: Any) -> dict[str, Any]:
@@ -200,8 +230,10 @@ class _Leaf:
         lead = () if self.shared else (len(columns),)
         columns = columns[0] if self.shared else columns
         if self.dtype.is_complex:
-            return torch.view_as_complex(columns.reshape(*lead, *self.shape, 2).contiguous())
-        numbers = columns.reshape(*lead, *self.shape)
+            # Not view_as_complex: under vmap it asks for strides that columns of a row do not have.
+            pairs = columns.reshape((*lead, *self.shape, 2))
+            return torch.complex(pairs[..., 0], pairs[..., 1])
+        numbers = columns.reshape((*lead, *self.shape))
         # Whole numbers and yes or no are exact in any of these types, and have no derivative.
         return numbers if self.dtype.is_floating_point else numbers.detach().to(self.dtype)
 
@@ -218,7 +250,7 @@ class _Layout:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return repr(self.template), self.leaves
+        return _skeleton(self.template), self.leaves
 
     def fits_one(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these can be the tensors of one example."""
@@ -308,6 +340,21 @@ def has_rows(returned: Any, n: int) -> bool:
     if type(returned) not in (list, tuple) or len(returned) != n:
         return True
     return all(tensor.dim() > 0 and tensor.shape[0] == n for tensor in output_tensors(returned))
+
+
+def _skeleton(template: Any) -> Any:
+    """What two layouts must share: containers, names, and what stands beside the tensors."""
+    if isinstance(template, _Place):
+        return "tensor"
+    if isinstance(template, Mapping):
+        members: Any = list(template.items())
+    elif isinstance(template, (tuple, list)):
+        members = enumerate(template)
+    else:
+        members = list(_attributes(template).items())
+        if not members:
+            return repr(template)
+    return type(template).__name__, tuple((name, _skeleton(member)) for name, member in members)
 
 
 def _shapes(leaves: Sequence[_Leaf]) -> str:

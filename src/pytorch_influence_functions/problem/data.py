@@ -24,8 +24,8 @@ from ..core.batches import Collated, tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, first_line, name_ids
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
-from .model_state import same_rng
 from .cutting import is_cut_by_rows, same
+from .model_state import same_rng
 from .samplers import SampledSubset, examples_of
 from .tables import LabelledTensors, NamedTensors, as_dataset
 
