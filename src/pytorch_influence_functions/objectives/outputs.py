@@ -106,7 +106,12 @@ def _rebuild(like: Mapping[Any, Any], members: dict[Any, Any]) -> Any:
 def output_tensors(returned: Any) -> list[Tensor]:
     """Every tensor in what a model returned, in the order of `map_outputs`."""
     tensors: list[Tensor] = []
-    map_outputs(returned, tensors.append)
+
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    map_outputs(returned, note)
     return tensors
 
 
