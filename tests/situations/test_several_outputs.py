@@ -221,11 +221,19 @@ def test_a_known_loss_takes_the_logits(returned: Any) -> None:
         assert gap(*scores) < rounding(torch.float64)
 
 
-HEADS = {
-    "a tuple of": (lambda m, h, a, b: (a, h), r"out\[0\]", lambda out, y: F.cross_entropy(out[0], y)),
-    "a dict of kind": (lambda m, h, a, b: {"kind": a, "size": b}, r"out\['kind'\]", lambda o, y: F.cross_entropy(o["kind"], y)),
-    "a Pair of kind": (lambda m, h, a, b: Pair(a, b), r"out\[0\]", lambda o, y: F.cross_entropy(o[0], y)),
-}  # fmt: skip
+def of_first(out: Any, y: Tensor) -> Tensor:
+    return F.cross_entropy(out[0], y)
+
+
+HEADS: dict[str, tuple[Any, str, Any]] = {
+    "a tuple of": (lambda m, h, a, b: (a, h), r"out\[0\]", of_first),
+    "a dict of kind": (
+        lambda m, h, a, b: {"kind": a, "size": b},
+        r"out\['kind'\]",
+        lambda out, y: F.cross_entropy(out["kind"], y),
+    ),
+    "a Pair of kind": (lambda m, h, a, b: Pair(a, b), r"out\[0\]", of_first),
+}
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MultiMarginLoss(), None])
@@ -250,7 +258,8 @@ def test_a_measure_may_look_at_all_outputs_or_at_the_logits() -> None:
     model = Heads(FORMS["dataclass"].returned)
     rows = gradients_of(list(model.parameters()), example_losses(model, FORMS["dataclass"]))
     measured = [model(X[i : i + 1]) for i in range(Q)]
-    margins = [out.logits[0, KIND[i]] - (out.logits[0].exp().sum() - out.logits[0, KIND[i]].exp()).log() for i, out in enumerate(measured)]  # fmt: skip
+    logp = [out.logits[0].log_softmax(0)[y] for out, y in zip(measured, KIND, strict=False)]
+    margins = [value - torch.log1p(-value.exp()) for value in logp]
     train = FORMS["dataclass"].loss
     questions: list[tuple[Any, list[Tensor]]] = [
         (lambda out, y: out.hidden.square().sum(), [out.hidden.square().sum() for out in measured]),
