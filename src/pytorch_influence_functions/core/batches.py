@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -29,25 +29,22 @@ class Collated:
     items: tuple[Any, ...]
     collate: Callable[[list[Any]], Any]
     changes: tuple[Callable[[Any], Any], ...] = ()
-    _parts: dict[tuple[int, ...], Collated] = field(default_factory=dict, repr=False)
 
     def changed(self, change: Callable[[Any], Any]) -> Collated:
         """The batch after a change, such as a move to another device."""
-        return replace(self, whole=change(self.whole), changes=(*self.changes, change), _parts={})
+        return replace(self, whole=change(self.whole), changes=(*self.changes, change))
 
     def part(self, index: slice | Tensor) -> Collated:
-        """Some of its examples, collated by themselves; examples alone are kept, for they are asked for again."""
-        chosen = tuple(torch.arange(len(self.items))[index.cpu() if isinstance(index, Tensor) else index].tolist())
-        if chosen in self._parts:
-            return self._parts[chosen]
+        """Some of its examples, collated by themselves.
+
+        Not kept: what is collated inside a transform of `torch.func` cannot be used outside of it.
+        """
+        chosen = torch.arange(len(self.items))[index.cpu() if isinstance(index, Tensor) else index].tolist()
         items = tuple(self.items[i] for i in chosen)
         whole = self.collate(list(items))
         for change in self.changes:
             whole = change(whole)
-        part = replace(self, whole=whole, items=items, _parts={})
-        if len(chosen) == 1:
-            self._parts[chosen] = part
-        return part
+        return replace(self, whole=whole, items=items)
 
 
 def whole_batch(batch: Any) -> Any:

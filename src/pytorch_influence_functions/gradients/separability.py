@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import batch_slice
+from ..core.batches import Collated, batch_slice
 from ..core.distributed import World
 from ..core.errors import InvalidInput, first_line, name_ids
 from ..core.indexing import spread_sample
@@ -63,9 +63,20 @@ def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, ou
         if gap > room:
             raise InvalidInput(
                 f"The model's output for one example changes by {gap:.2g} with the examples beside it in the "
-                "batch, so it has no gradient of its own; the usual cause is batch normalisation without running "
-                "statistics. Use running statistics or GroupNorm."
+                f"batch, so it has no gradient of its own; {_causes(batch)}."
             )
+
+
+def _causes(batch: Any) -> str:
+    if isinstance(batch, Collated):
+        return (
+            "the collate function or the model lets examples see each other, as a mean over the batch does; take such "
+            "numbers once over the training data, or use running statistics or GroupNorm"
+        )
+    return (
+        "the usual cause is batch normalisation without running statistics, or an output that is one number for a "
+        "whole batch; use running statistics or GroupNorm, and return one number per example"
+    )
 
 
 def refuse_shared_losses(objective: AbstractObjective, batch: Any, outputs: Tensor) -> None:

@@ -342,18 +342,24 @@ class Source:
 
     @property
     def is_cut_by_rows(self) -> bool:
-        """Whether every example of a batch is a row of its tensors; else its examples are collated again one by one.
+        """Whether every example of a batch is a row of its tensors; else its examples are collated again one by one."""
+        return self.collate is default_collate or self._try_collate()["rows"]
 
-        Found out once, on three examples, for collate functions other than the default one.
-        """
-        if self.collate is default_collate:
-            return True
+    @property
+    def _collate_draws(self) -> bool:
+        """Whether the collate function draws random numbers, as one that masks tokens does."""
+        return self.collate is not default_collate and self._try_collate()["draws"]
+
+    def _try_collate(self) -> dict[str, Any]:
+        """What a collate function of the user's does to three examples; found out once."""
         if "rows" not in self._determinism:
-            count = len(self)
+            count, collate = len(self), _NamingCollate(self.collate)
             with same_rng():
                 items = [self.item(i) for i in (0, count // 2, count - 1)]
-                self._determinism["rows"] = is_cut_by_rows(_NamingCollate(self.collate), items)
-        return bool(self._determinism["rows"])
+                draws = not same(collate(items), collate(items))
+                # What it draws would be drawn anew when an example is collated again.
+                self._determinism.update(draws=draws, rows=draws or is_cut_by_rows(collate, items))
+        return self._determinism
 
     @property
     def determinism(self) -> str:
@@ -378,14 +384,20 @@ class Source:
             with same_rng():
                 odd = next((i for i in probes if not same(self.item(i), self.item(i))), None)
             self._determinism["differs"] = odd
-        differs = self._determinism["differs"]
-        if differs is None or (policy == "warn" and self._determinism.get("warned")):
+        differs, drawn = self._determinism["differs"], self._collate_draws
+        if (differs is None and not drawn) or (policy == "warn" and self._determinism.get("warned")):
             return
-        message = (
-            f"Item {differs} of the dataset was read twice and came out different (random augmentation?): "
-            "every pass sees another draw, so scores belong to one random draw per pass and not to the "
-            "examples as trained on; give the dataset without its random transform"
-        )
+        message = "every pass sees another draw, so scores belong to one random draw per pass and not to the examples "
+        if differs is None:
+            message = (
+                "The collate function gave two different batches of the same examples (random masks?): "
+                f"{message}as trained on; store one draw per example in the dataset"
+            )
+        else:
+            message = (
+                f"Item {differs} of the dataset was read twice and came out different (random augmentation?): "
+                f"{message}as trained on; give the dataset without its random transform"
+            )
         if policy == "error":
             raise InvalidInput(message + ", or deterministic='warn'.")
         self._determinism["warned"] = True
@@ -413,12 +425,9 @@ class Source:
 
     def _check_items(self, ids: Int[Tensor, "_"], batch: Collated) -> None:
         """As `check_finite`, where an example is no row: its tensors are looked at before they were collated."""
-        floats = [t for _, t in tensors_of(batch) if t.is_floating_point() or t.is_complex()]
-        if all(bool(torch.isfinite(tensor.sum())) for tensor in floats):
-            return
         for place, item in zip(ids, batch.items, strict=True):
             for where, tensor in tensors_of(item):
-                if not bool(torch.isfinite(tensor).all()):
+                if not bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
                     self._refuse_nonfinite(place[None], f"item{where}")
 
     def _refuse_nonfinite(self, ids: Int[Tensor, "_"], where: str) -> None:
