@@ -15,7 +15,7 @@ from ..core.errors import InvalidInput, name_ids
 from ..core.records import describe_record, settings_of
 from .draws import Randomness
 from .failure import model_failed
-from .outputs import main_output
+from .outputs import main_output, without_weights
 
 #: Where a batch that is a mapping keeps its target.
 LABELS = ("labels", "label")
@@ -112,7 +112,7 @@ def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     Raises:
         InvalidInput: the model failed, or returned no tensor, or several of which any may be meant.
     """
-    return widen(main_output(run_model(model, args, kwargs)))
+    return widen(main_output(without_weights(run_model(model, args, kwargs))))
 
 
 def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

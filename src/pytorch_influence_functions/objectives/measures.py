@@ -29,7 +29,16 @@ from .base import (
     tensor_targets,
     widen,
 )
-from .outputs import OutputLayouts, describe_outputs, has_main, has_rows, main_output
+from .loss_weights import TrainedLoss, refuse_hidden_weights
+from .outputs import (
+    OutputLayouts,
+    describe_outputs,
+    has_main,
+    has_rows,
+    map_outputs,
+    with_main,
+    without_weights,
+)
 
 Reduction = Literal["none", "mean", "sum"]
 _REDUCTIONS = ("none", "mean", "sum")
@@ -192,24 +201,45 @@ class FromFunction(AbstractObjective):
         args, kwargs, targets = inputs_and_targets(batch)
         if self.layouts.one_by_one:
             return self._losses_alone(model, batch, count_examples(batch, targets))
-        returned = run_model(model, args, kwargs)
-        if self.takes_one:
-            return widen(main_output(returned))
+        returned = self._read(run_model(model, args, kwargs))
         n = count_examples(batch, targets)
-        if has_rows(returned, n) or (isinstance(returned, Tensor) and not isinstance(batch, Collated)):
+        is_tensor = isinstance(without_weights(returned), Tensor)
+        if has_rows(returned, n) or (is_tensor and not isinstance(batch, Collated)):
             return widen(self.layouts.flatten(returned, n))
         losses = self._losses_alone(model, batch, n)
+        cut_off = map_outputs(returned, Tensor.detach)
+        refuse_hidden_weights(self._value(cut_off, targets), _name(self.function))
         if n > 1:
-            self._reduction_of(self._value(returned, targets), losses.detach())
+            self._reduction_of(self._value(cut_off, targets), losses.detach())
         self.layouts.one_by_one = True
         return losses
+
+    def look(self, model: Model, batch: Batch, n: int) -> Tensor:
+        """The outputs of a batch of `n` examples, after a look at one less.
+
+        A tensor that examples share may have as many rows as the batch has examples; with one less it has not.
+
+        Args:
+            model: the model, or any callable with its arguments.
+            batch: the batch.
+            n: how many examples it holds.
+        """
+        if n > 1:
+            self.outputs(model, batch_slice(batch, n, slice(0, n - 1)))
+        self.outputs(model, batch)
+        return self.outputs(model, batch)
+
+    def _read(self, returned: Any) -> Any:
+        """What the function is given of what the model returned."""
+        returned = returned if isinstance(self.function, TrainedLoss) else without_weights(returned)
+        return with_main(returned) if self.takes_one else returned
 
     def _losses_alone(self, model: Model, batch: Batch, n: int) -> Tensor:
         """Each example's loss from a forward pass of its own, [n]."""
         losses = []
         for e in range(n):
             args, kwargs, targets = inputs_and_targets(batch_slice(batch, n, slice(e, e + 1)))
-            value = self._value(run_model(model, args, kwargs), targets)
+            value = self._value(self._read(run_model(model, args, kwargs)), targets)
             if value.numel() != 1:
                 raise InvalidInput(_describe_not_scalar(self.function, value))
             losses.append(value.reshape(()))
@@ -234,12 +264,12 @@ class FromFunction(AbstractObjective):
         """
         returned = self.layouts.restore(outputs)
         if self.takes_one:
-            return self.function(main_output(returned), targets)
+            return self.function(with_main(returned), targets)
         if self.takes_one is None and has_main(returned):
             try:
                 return self.function(returned, targets)
             except Exception:  # it was written for the logits of an output object: a fault of its own shows again
-                return self.function(main_output(returned), targets)
+                return self.function(with_main(returned), targets)
         return self.function(returned, targets)
 
     def evaluate(self, outputs: Tensor, batch: Batch, examples: Sequence[int]) -> Tensor:
@@ -287,12 +317,13 @@ class FromFunction(AbstractObjective):
         if self.layouts.one_by_one:
             return self if self.reduction else replace(self, reduction="none")
         with torch.enable_grad():
-            leaf = outputs.detach()[:2].requires_grad_()
+            leaf = outputs.detach()[:2].clone().requires_grad_()
             first = batch_slice(batch, len(outputs), slice(0, 2))
             reads = replace(self, takes_one=self._reading(leaf, first))
             reduction = self.reduction or reads._detect(leaf, first)
             resolved = replace(reads, reduction=reduction)
             losses = resolved.losses(leaf, first)
+        refuse_hidden_weights(losses, _name(self.function), leaf)
         if not losses.requires_grad:
             raise InvalidInput(
                 f"The loss {_name(self.function)} has no derivative in the model's outputs; it was probably "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Final, final
 
 import torch
@@ -146,8 +146,30 @@ def _named(returned: Any) -> Iterator[tuple[str, Tensor]]:
 # --------------------------------------------------------------------------- the one output
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class OutputsAndWeights:
+    """What a model returned, beside the weights of its loss: the loss is a function of both."""
+
+    outputs: Any
+    weights: Mapping[str, Tensor]
+
+
+def without_weights(returned: Any) -> Any:
+    """What the model itself returned."""
+    return returned.outputs if isinstance(returned, OutputsAndWeights) else returned
+
+
+def with_main(returned: Any) -> Any:
+    """The one output that a loss is of, see `main_output`; the weights of the loss stay beside it."""
+    if isinstance(returned, OutputsAndWeights):
+        return replace(returned, outputs=main_output(returned.outputs))
+    return main_output(returned)
+
+
 def has_main(returned: Any) -> bool:
     """Whether one of several outputs is marked as the one that a loss is of: `.logits`, `["logits"]` or `["out"]`."""
+    returned = without_weights(returned)
     return not isinstance(returned, Tensor) and _marked(returned) is not None
 
 
@@ -216,8 +238,7 @@ class _Leaf:
     shared: bool
 
     @staticmethod
-    def of(tensor: Tensor, n: int) -> _Leaf:
-        shared = tensor.dim() == 0 or tensor.shape[0] != n
+    def of(tensor: Tensor, shared: bool) -> _Leaf:
         return _Leaf(tuple(tensor.shape if shared else tensor.shape[1:]), tensor.dtype, shared)
 
     @property
@@ -257,13 +278,6 @@ class _Layout:
     def key(self) -> tuple[Any, ...]:
         return _skeleton(self.template), self.leaves
 
-    def fits_one(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these can be the tensors of one example."""
-        return len(tensors) == len(self.leaves) and all(
-            tuple(tensor.shape) == (leaf.shape if leaf.shared else (1, *leaf.shape))
-            for leaf, tensor in zip(self.leaves, tensors, strict=True)
-        )
-
     def restore(self, flat: Tensor) -> Any:
         parts = flat.split([leaf.size for leaf in self.leaves], 1)
         return map_outputs(self.template, lambda place: self.leaves[place.index].restored(parts[place.index]))
@@ -282,6 +296,8 @@ class OutputLayouts:
     """
 
     by_size: dict[int, _Layout] = field(default_factory=dict)
+    shared: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
+    """Which tensors, by place and shape, were seen not to run over the examples."""
     one_by_one: bool = False
     """Whether outputs were met that have no row per example: each example is then run, and its loss taken, alone."""
 
@@ -301,10 +317,12 @@ class OutputLayouts:
                 f"The model returned {type(returned).__name__}, expected a tensor, an object with .logits, or a "
                 "container of tensors; wrap the model so that it returns its outputs."
             )
-        leaves = tuple(_Leaf.of(tensor, n) for tensor in tensors)
-        known = self.by_size.get(sum(leaf.size for leaf in leaves))
-        if known is not None and n == 1 and known.fits_one(tensors):
-            leaves = known.leaves
+        own = len(tensors) - (len(returned.weights) if isinstance(returned, OutputsAndWeights) else 0)
+        for place, tensor in enumerate(tensors):
+            if place >= own or tensor.dim() == 0 or tensor.shape[0] != n:
+                self.shared.add((place, tuple(tensor.shape)))
+        # What was seen to be shared is so too where it has as many rows as a batch has examples.
+        leaves = tuple(_Leaf.of(t, (place, tuple(t.shape)) in self.shared) for place, t in enumerate(tensors))
         # At least float32, as for a single tensor: a loss is a sum of many terms.
         dtype = torch.float32
         for tensor in tensors:
@@ -340,6 +358,7 @@ class OutputLayouts:
 
 def has_rows(returned: Any, n: int) -> bool:
     """Whether outputs of `n` examples lie along the first axis: not where there is an entry of a list for each."""
+    returned = without_weights(returned)
     if isinstance(returned, Tensor):
         return returned.dim() > 0 and returned.shape[0] == n
     if type(returned) not in (list, tuple) or len(returned) != n:
