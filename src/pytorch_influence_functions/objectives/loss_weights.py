@@ -37,8 +37,8 @@ class TrainedLoss:
     def __call__(self, returned: Any, targets: Any) -> Any:
         if not isinstance(returned, OutputsAndWeights):
             raise InvalidInput(
-                f"The loss {self.__name__} has weights of its own, and a model trained again comes without them; measure "
-                "something of the outputs alone, e.g. measure=ptif.Margin(), or make the loss a part of the model."
+                f"The loss {self.__name__} has weights of its own, and a model trained again comes without them; "
+                "measure something of the outputs alone, e.g. measure=ptif.Margin(), or make the loss a part of the model."
             )
         return functional_call(self.module, dict(returned.weights), (returned.outputs, targets))
 

@@ -93,7 +93,10 @@ def _open(state: Any, model: nn.Module | None) -> Any:
             state = state[key]
     if not isinstance(model, ModelAndLoss) or not loss:
         return state
-    return {**_without_wrappers(state, named_tensors(model)), **{f"{model.prefix}{name}": t for name, t in loss.items()}}
+    return {
+        **_without_wrappers(state, named_tensors(model)),
+        **{f"{model.prefix}{name}": t for name, t in loss.items()},
+    }
 
 
 def _without_wrappers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

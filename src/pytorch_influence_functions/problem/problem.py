@@ -22,7 +22,7 @@ from ..objectives.convert import as_objective
 from .checkpoints import Checkpoint, as_checkpoints
 from .data import IdsLike, Source, check_policy
 from .labels import Labels
-from .model_and_loss import join_loss
+from .model_and_loss import ModelAndLoss, join_loss
 from .model_state import derivative_safe, preserved
 from .weight_decay import WeightDecay, as_weight_decay
 
@@ -115,6 +115,18 @@ class Problem:
     def labels(self) -> Labels:
         """The labels of the training examples that passes over them have seen so far."""
         return Labels(len(self))
+
+    def describe_objective(self) -> str:
+        """The training loss, and whether weights of its own take part."""
+        if not isinstance(self.model, ModelAndLoss):
+            return repr(self.objective)
+        parts = []
+        for taken, verb in ((True, "take part"), (False, "are left out")):
+            names = [n for n in self.model.weights if (f"{self.model.prefix}{n}" in self.space.names) == taken]
+            if names:
+                shown = [f"'{self.model.prefix}{name}'" for name in names[:3]] + ["..."] * (len(names) > 3)
+                parts.append(f"its weights {', '.join(shown)} {verb}")
+        return f"{self.objective!r}, {' and '.join(parts)}"
 
     def with_(self, **changes: Any) -> Problem:
         """A copy with some arguments replaced.
