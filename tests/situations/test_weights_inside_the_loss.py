@@ -144,7 +144,10 @@ def test_curvature_is_over_both(name: str) -> None:
     assert gap(dual, influence(rows.T @ rows / N, 0.1, rows[:Q], rows)) < rounding(torch.float64, 1e3)
     hessian = hessian_of(parameters, torch.stack(losses).mean())
     enough = 2 * float(torch.linalg.eigvalsh(hessian).abs().max())
-    for method in (ptif.exact(Hessian()), ptif.Influence(Hessian(), ptif.solvers.CG(rtol=1e-10, max_steps=400))):
+    methods = [ptif.exact(Hessian())]
+    if name == "ArcFace":
+        methods.append(ptif.Influence(Hessian(), ptif.solvers.CG(rtol=1e-10, max_steps=400)))
+    for method in methods:
         scores = score(model, loss, method, enough).values
         assert gap(scores, influence(hessian, enough, rows[:Q], rows)) < rounding(torch.float64, 1e4)
 
@@ -336,6 +339,6 @@ def test_the_built_in_recipe_does_not_train_a_loss() -> None:
     recipe = ptif.evaluation.Recipe(model=features, epochs=1, loss=loss)
     scores = score(model, loss, "grad_dot")
     with pytest.raises(
-        InvalidInput, match="ArcFace has weights of its own, and the built-in recipe trains the model's"
+        InvalidInput, match="ArcFace has weights of its own, and the built-in recipe trains those of the model"
     ):
         scores.verify(recipe)

@@ -132,8 +132,8 @@ class Recipe:
         objective = None if self.loss is None else as_objective(self.loss)
         if isinstance(objective, FromFunction) and loss_module(objective.function) is not None:
             raise InvalidInput(
-                f"The loss {type(self.loss).__name__} has weights of its own, and the built-in recipe trains those of the "
-                "model alone; give a training function instead, and what to measure with measure=."
+                f"The loss {type(self.loss).__name__} has weights of its own, and the built-in recipe trains those of "
+                "the model alone; give a training function instead, and what to measure with measure=."
             )
         return objective
 

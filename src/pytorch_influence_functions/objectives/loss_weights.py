@@ -38,7 +38,7 @@ class TrainedLoss:
         if not isinstance(returned, OutputsAndWeights):
             raise InvalidInput(
                 f"The loss {self.__name__} has weights of its own, and a model trained again comes without them; "
-                "measure something of the outputs alone, e.g. measure=ptif.Margin(), or make the loss a part of the model."
+                "measure something of the outputs alone, e.g. measure=ptif.Margin(), or let the model hold the loss."
             )
         return functional_call(self.module, dict(returned.weights), (returned.outputs, targets))
 
