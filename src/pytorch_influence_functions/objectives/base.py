@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.batches import whole_batch
+from ..core.batches import Collated, whole_batch
 from ..core.errors import InvalidInput, name_ids
 from ..core.records import describe_record, settings_of
 from .draws import Randomness
@@ -79,6 +80,8 @@ def label_key(batch: Mapping[str, Any]) -> str | None:
 
 def with_targets(batch: Batch, targets: Tensor) -> Batch:
     """The batch with its target replaced (or added, where a mapping has none)."""
+    if isinstance(batch, Collated):
+        return replace(batch, whole=with_targets(batch.whole, targets))
     if isinstance(batch, Mapping):
         return {**batch, label_key(batch) or LABELS[0]: targets}
     members = [*batch[:-1], targets]

@@ -82,10 +82,11 @@ def join_loss(model: nn.Module, objective: AbstractObjective) -> tuple[nn.Module
         objective: the training loss.
     """
     inner = model.inner if isinstance(model, ModelAndLoss) else model
+    if isinstance(model, ModelAndLoss) and isinstance(getattr(objective, "function", None), TrainedLoss):
+        # Also where the model is a copy in another precision: its loss is a copy then too.
+        return model, replace(objective, function=model.trained)  # type: ignore[type-var]
     loss = loss_module(objective.function) if isinstance(objective, FromFunction) else None
     if loss is None or not isinstance(objective, FromFunction):
         return inner, objective
-    if isinstance(model, ModelAndLoss) and model.trained.module is loss:
-        return model, objective
     joined = ModelAndLoss(inner, loss)
     return joined, replace(objective, function=joined.trained)
