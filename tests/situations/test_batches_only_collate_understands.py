@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.batches import Collated, map_tensors
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, TrainingDataWarning
 from pytorch_influence_functions.curvature import GGN, EmpiricalFisher, Hessian
 from pytorch_influence_functions.damping import Absolute
@@ -325,6 +326,14 @@ def test_worker_processes_give_the_same() -> None:
     situation = SITUATIONS["graphs as one"]
     model = make(situation)
     assert gap(score(situation, model, "grad_dot", num_workers=2), score(situation, model, "grad_dot")) == 0
+
+
+def test_parts_are_changed_as_the_batch_was() -> None:
+    """A move to another device, or any other change, is made to what is collated again, too."""
+    batch = Collated(join_bags([bag(i) for i in range(4)]), tuple(bag(i) for i in range(4)), join_bags)
+    changed = map_tensors(batch, lambda t: t + 100)
+    assert changed.part(slice(2, 3)).whole[0].tolist() == (bag(2)[0] + 100).tolist()
+    assert changed.part(torch.tensor([3, 1])).whole[2].tolist() == [100 + bag(3)[1], 100 + bag(1)[1]]
 
 
 def test_padded_batches_are_cut_as_before() -> None:

@@ -125,6 +125,10 @@ FORMS = {
         lambda out, y: sum((w * F.cross_entropy(f, y["kind"]) for w, f in zip((1, 0.5, 0.2), out, strict=True))),
     ),
     "learned scale": Form(lambda m, h, a, b: {"kind": a, "scale": m.scale}, with_scale),
+    "learned scale, per example": Form(
+        lambda m, h, a, b: {"kind": a, "scale": m.scale},
+        lambda out, y: F.cross_entropy(out["scale"].exp() * out["kind"], y["kind"], reduction="none"),
+    ),
     "scale of one": Form(lambda m, h, a, b: {"scale": m.scale[None], "kind": a}, with_scale),
     "distribution": Form(
         lambda m, h, a, b: {"kind": a, "size": Normal(b, m.scale.exp()), "all": _wide(h)}, of_distribution

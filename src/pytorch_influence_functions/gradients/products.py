@@ -81,7 +81,7 @@ class Products:
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
                 log.info("No %s for this model: %s", mode.value, first_line(reason))
                 continue
-            if not isinstance(derivatives.objective, AbstractLikelihood) and not products._can_push_losses(batch, v):
+            if not products._can_push_losses(batch, v):
                 continue
             gap = ((pushed * c).reshape(n, -1).sum(1) - expected).norm()
             if bool(gap <= tolerance(derivatives.precision) * (expected.norm() + 1e-6 * pushed.norm() * c.norm())):
@@ -96,7 +96,7 @@ class Products:
         objective = objective or self.derivatives.objective
         if self.mode is PushforwardMode.ROWS:
             return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
-        if isinstance(objective, AbstractLikelihood) or objective is self.derivatives.objective:
+        if objective is self.derivatives.objective:
             return self._push_losses(batch, directions, objective).T
         try:
             return self._push_losses(batch, directions, objective).T
@@ -113,7 +113,7 @@ class Products:
         """Whether a loss of the user's own has the derivative that this mode needs, as the model has."""
         try:
             self._push_losses(batch, directions, self.derivatives.objective)
-        except (RuntimeError, NotImplementedError, InvalidInput) as reason:
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
             log.info("No %s for this loss: %s", self.mode.value, first_line(reason))
             return False
         return True

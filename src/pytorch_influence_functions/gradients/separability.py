@@ -74,8 +74,9 @@ def _causes(batch: Any) -> str:
             "numbers once over the training data, or use running statistics or GroupNorm"
         )
     return (
-        "the usual cause is batch normalisation without running statistics, or an output that is one number for a "
-        "whole batch; use running statistics or GroupNorm, and return one number per example"
+        "the usual causes are batch normalisation without running statistics, an output that is one number for the "
+        "whole batch, and noise from a generator that forward seeds anew; use running statistics or GroupNorm, return "
+        "one number per example, and draw noise once per example in the dataset"
     )
 
 
