@@ -174,7 +174,7 @@ MODELS = [
         "weights hidden in a loss",
         put_in(loss=weighed),
         INPUT,
-        r"loss weighed depends on trainable weights .*\(of shape \(3,\)\).*make the loss a torch.nn.Module.*requires_gr",
+        r"loss weighed depends on trainable weights .*\(of shape \(3,\)\).*make the loss a torch.nn.Module.*requires_g",
     ),
     Row(
         "weights hidden in a measure",

@@ -270,9 +270,10 @@ def test_a_measure_may_look_at_all_outputs_or_at_the_logits() -> None:
         (lambda f, y: f.softmax(1)[:, 0], [out.logits.softmax(1)[0, 0] for out in measured]),
     ]
     for measure, values in questions:
-        scores = score(model, train, "grad_dot", measure=measure)
         expected = gradients_of(list(model.parameters()), values) @ rows.T / N
-        assert gap(scores, expected) < rounding(torch.float64)
+        for route in (None, "vmap", "loop"):
+            scores = score(model, train, "grad_dot", measure=measure, route=route)
+            assert gap(scores, expected) < rounding(torch.float64)
     labelled = ptif.attribute(model, data(), (X[:Q], KIND[:Q]), loss=train, method="grad_dot", measure=ptif.Margin())
     assert gap(labelled.values, gradients_of(list(model.parameters()), margins) @ rows.T / N) < rounding(torch.float64)
 

@@ -70,7 +70,8 @@ class _Unmade:
         if isinstance(returned, Independent):
             inside = {"base_distribution": returned.base_dist}
             return _Unmade(Independent, inside | {"reinterpreted_batch_ndims": returned.reinterpreted_batch_ndims})
-        arguments = {name: vars(returned)[name] for name in type(returned).arg_constraints if name in vars(returned)}
+        names: Any = type(returned).arg_constraints
+        arguments = {name: vars(returned)[name] for name in names if name in vars(returned)}
         if "logits" in arguments:  # probabilities may have been worked out from them
             arguments.pop("probs", None)
         return _Unmade(type(returned), arguments)
@@ -78,7 +79,7 @@ class _Unmade:
     def mapped(self, f: Callable[[Any], Any]) -> Any:
         arguments = {name: map_outputs(value, f) for name, value in self.arguments.items()}
         if all(isinstance(value, (Tensor, Distribution, *_PLAIN)) for value in arguments.values()):
-            return self.kind(**arguments, validate_args=False)  # type: ignore[call-arg]
+            return self.kind(**arguments, validate_args=False)
         return _Unmade(self.kind, arguments)
 
 
@@ -86,7 +87,8 @@ def _attributes(returned: Any) -> dict[str, Any]:
     """The fields of a dataclass, or the attributes of an object that holds tensors itself; empty for anything else."""
     if isinstance(returned, (type, nn.Module)):
         return {}
-    if is_dataclass(returned):
+    record: Any = returned
+    if is_dataclass(record):
         return {member.name: getattr(returned, member.name) for member in fields(returned)}
     attributes = dict(getattr(returned, "__dict__", {}))
     # Not deeper: a cache of attention keys is no output.
@@ -95,10 +97,11 @@ def _attributes(returned: Any) -> dict[str, Any]:
 
 def _rebuild(like: Mapping[Any, Any], members: dict[Any, Any]) -> Any:
     # An output class of transformers is a mapping and a dataclass at once, and is made from its fields by name.
-    if is_dataclass(like):
-        return type(like)(**members)
+    kind: Any = type(like)
+    if is_dataclass(kind):
+        return kind(**members)
     try:
-        return type(like)(members)  # type: ignore[call-arg]
+        return kind(members)
     except Exception:  # a mapping with a constructor of its own
         return members
 
@@ -279,7 +282,7 @@ class _Layout:
         return _skeleton(self.template), self.leaves
 
     def restore(self, flat: Tensor) -> Any:
-        parts = flat.split([leaf.size for leaf in self.leaves], 1)
+        parts = torch.split(flat, [leaf.size for leaf in self.leaves], 1)
         return map_outputs(self.template, lambda place: self.leaves[place.index].restored(parts[place.index]))
 
 

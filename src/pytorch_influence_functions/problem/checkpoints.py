@@ -87,7 +87,7 @@ def _open(state: Any, model: nn.Module | None) -> Any:
     """The state dict in a larger dictionary; with that of the loss, where the loss has weights and one was kept."""
     if not isinstance(state, Mapping):
         return state
-    loss = next((state[key] for key in _LOSS_KEYS if isinstance(state.get(key), Mapping)), {})
+    loss: Mapping[str, Tensor] = next((state[key] for key in _LOSS_KEYS if isinstance(state.get(key), Mapping)), {})
     for key in _STATE_KEYS:
         if isinstance(state.get(key), Mapping):
             state = state[key]
