@@ -98,7 +98,7 @@ def _attributes(returned: Any) -> dict[str, Any]:
 def _rebuild(like: Mapping[Any, Any], members: dict[Any, Any]) -> Any:
     # An output class of transformers is a mapping and a dataclass at once, and is made from its fields by name.
     kind: Any = type(like)
-    if is_dataclass(kind):
+    if hasattr(kind, "__dataclass_fields__"):
         return kind(**members)
     try:
         return kind(members)
