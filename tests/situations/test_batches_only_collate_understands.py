@@ -99,6 +99,18 @@ def join_graphs(items: list[Any]) -> tuple[Graphs, Tensor]:
     return joined, torch.tensor([label for _, _, label in items])
 
 
+@dataclass
+class Labelled(Graphs):
+    """Graphs that hold their labels, too."""
+
+    y: Tensor
+
+
+def join_labelled(items: list[Any]) -> Labelled:
+    joined, y = join_graphs(items)
+    return Labelled(joined.nodes, joined.edges, joined.graph, joined.count, y)
+
+
 def join_nodes(items: list[Any]) -> tuple[Graphs, Tensor]:
     """Every node has a label."""
     joined, _ = join_graphs(items)
@@ -243,6 +255,7 @@ class Situation(NamedTuple):
 SITUATIONS = {
     "bags with offsets": Situation(bag, join_bags, Bags, second=False),
     "graphs as one": Situation(graph, join_graphs, Convolution),
+    "graphs with labels inside": Situation(graph, join_labelled, Convolution),
     "labels of nodes": Situation(graph, join_nodes, lambda: Convolution(True), lambda f, y: nll_of_nodes(f, y).sum()),
     "packed sequences": Situation(sequence, pack, Recurrent),
     "detection, stacked": Situation(image, as_lists, lambda: Detector("stacked"), stacked_detection),
@@ -262,10 +275,14 @@ def loader(situation: Situation, ids: range | None = None, **options: Any) -> Da
     return DataLoader(data if ids is None else Subset(data, ids), **options)
 
 
+def take_apart(batch: Any) -> tuple[Any, ...]:
+    return (batch, batch.y) if isinstance(batch, Labelled) else tuple(batch)
+
+
 def example_losses(situation: Situation, model: nn.Module) -> Iterator[Tensor]:
     """Every example's loss by itself: `collate([dataset[i]])` through the model."""
     for i in range(N):
-        *inputs, target = situation.collate([situation.item(i)])
+        *inputs, target = take_apart(situation.collate([situation.item(i)]))
         yield situation.loss(model(*inputs), target)
 
 
@@ -305,7 +322,7 @@ def test_gauss_newton_is_that_of_the_examples(name: str) -> None:
     parameters, total = list(model.parameters()), torch.zeros(())
     rows = gradients_of(parameters, example_losses(situation, model))
     for i in range(N):
-        *inputs, _ = situation.collate([situation.item(i)])
+        *inputs, _ = take_apart(situation.collate([situation.item(i)]))
         f = model(*inputs)
         p, jacobian = f[0].softmax(0).detach(), gradients_of(parameters, f[0].unbind())
         total = total + jacobian.T @ (torch.diag(p) - p[:, None] * p) @ jacobian / N

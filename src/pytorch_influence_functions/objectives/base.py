@@ -34,7 +34,8 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
     Args:
         batch: what the collate function gives. A tuple or list is `(inputs..., target)`; a mapping as its
             first member holds keyword arguments. A mapping (tokenizer output) holds the target under "labels"
-            or "label", everything else are keyword arguments.
+            or "label", everything else are keyword arguments. An object of its own (graphs put together as one) is
+            the model's only argument, and holds the target as its attribute `y`.
 
     Returns:
         `(args, kwargs, targets)`, so that the outputs are `model(*args, **kwargs)`.
@@ -58,6 +59,8 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
             )
         return (), {k: v for k, v in batch.items() if k != key}, batch[key]
     if not isinstance(batch, (tuple, list)):
+        if not isinstance(batch, Tensor) and isinstance(getattr(batch, "y", None), Tensor):
+            return (batch,), {}, batch.y
         raise InvalidInput(
             f"A batch of type {type(batch).__name__} has no target; expected (inputs, target) "
             "or a mapping with 'labels', so let the dataset return both."
