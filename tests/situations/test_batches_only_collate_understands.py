@@ -301,6 +301,7 @@ def test_gradients_are_those_of_collate_of_one_example(name: str) -> None:
     assert gap(score(situation, model, "grad_dot"), rows[:Q] @ rows.T / N) < rounding(torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_curvature_is_that_of_the_examples(name: str) -> None:
     situation = SITUATIONS[name]
@@ -315,6 +316,7 @@ def test_curvature_is_that_of_the_examples(name: str) -> None:
         assert gap(exact, influence(hessian, 5.0, rows[:Q], rows)) < rounding(torch.float64, 1e4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bags with offsets", "graphs as one", "packed sequences", "sentences"])
 def test_gauss_newton_is_that_of_the_examples(name: str) -> None:
     situation = SITUATIONS[name]
@@ -331,6 +333,7 @@ def test_gauss_newton_is_that_of_the_examples(name: str) -> None:
         assert gap(score(situation, model, method, 0.1), expected) < rounding(torch.float64, 1e4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ekfac", "kfac", "diagonal", "datainf", None])
 @pytest.mark.parametrize("name", ["bags with offsets", "graphs as one"])
 def test_other_methods_do_not_depend_on_the_batch_size(name: str, method: str | None) -> None:

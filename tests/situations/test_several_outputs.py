@@ -181,6 +181,7 @@ def test_my_own_loss_of_all_outputs_has_the_gradients_of_one_example_autograd(na
     assert gap(scores, rows[:Q] @ rows.T / N) < rounding(torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dict", "dataclass", "depths", "learned scale", "distribution"])
 def test_curvature_of_several_outputs_is_that_of_the_whole_loss(name: str) -> None:
     model = Heads(FORMS[name].returned)
@@ -258,6 +259,7 @@ def test_what_the_refusal_says_to_write_is_right(name: str) -> None:
     assert gap(scores, known.values) < rounding(torch.float64, 1e3)
 
 
+@pytest.mark.slow
 def test_a_measure_may_look_at_all_outputs_or_at_the_logits() -> None:
     model = Heads(FORMS["dataclass"].returned)
     rows = gradients_of(list(model.parameters()), example_losses(model, FORMS["dataclass"]))

@@ -135,6 +135,7 @@ def test_the_weights_of_the_loss_take_part(name: str, batch_size: int) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_curvature_is_over_both(name: str) -> None:
     model, loss = make(name)

@@ -224,9 +224,9 @@ class FromFunction(AbstractObjective):
             batch: the batch.
             n: how many examples it holds.
         """
-        if n > 1:
+        if n > 1 and not self.takes_one:
+            self.outputs(model, batch)
             self.outputs(model, batch_slice(batch, n, slice(0, n - 1)))
-        self.outputs(model, batch)
         return self.outputs(model, batch)
 
     def _read(self, returned: Any) -> Any:
