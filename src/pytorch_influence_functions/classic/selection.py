@@ -13,7 +13,8 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from ..core.errors import InvalidInput
 from ..core.progress import track
 from ..objectives.base import inputs_and_targets
-from ..problem.data import Source, same
+from ..problem.cutting import same
+from ..problem.data import Source
 from ..problem.model_state import same_rng
 from .console import log
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -51,6 +51,8 @@ class Products:
 
     derivatives: Derivatives
     mode: PushforwardMode
+    unusable: set[str] = field(default_factory=set, repr=False)
+    """Products that forward mode was found not to give."""
 
     @staticmethod
     def of(derivatives: Derivatives, batch: Any, n: int) -> Products:
@@ -79,6 +81,8 @@ class Products:
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
                 log.info("No %s for this model: %s", mode.value, first_line(reason))
                 continue
+            if not products._can_push_losses(batch, v):
+                continue
             gap = ((pushed * c).reshape(n, -1).sum(1) - expected).norm()
             if bool(gap <= tolerance(derivatives.precision) * (expected.norm() + 1e-6 * pushed.norm() * c.norm())):
                 return products
@@ -92,10 +96,27 @@ class Products:
         objective = objective or self.derivatives.objective
         if self.mode is PushforwardMode.ROWS:
             return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
-        slopes = self._push(
+        if objective is self.derivatives.objective:
+            return self._push_losses(batch, directions, objective).T
+        try:
+            return self._push_losses(batch, directions, objective).T
+        except (RuntimeError, NotImplementedError, InvalidInput) as reason:  # only the training loss was tried before
+            log.info("No %s for this measure: %s", self.mode.value, first_line(reason))
+            return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
+
+    def _push_losses(self, batch: Any, directions: Rows, objective: AbstractObjective) -> Tensor:
+        return self._push(
             lambda p: objective.losses(objective.outputs(as_function(self._model, p), batch), batch), directions
         )
-        return slopes.T
+
+    def _can_push_losses(self, batch: Any, directions: Rows) -> bool:
+        """Whether a loss of the user's own has the derivative that this mode needs, as the model has."""
+        try:
+            self._push_losses(batch, directions, self.derivatives.objective)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
+            log.info("No %s for this loss: %s", self.mode.value, first_line(reason))
+            return False
+        return True
 
     def token_losses_along(self, batch: Any, directions: Rows) -> Float[Tensor, "q n l"]:
         """<gradient of each token's part of the loss, direction q>; the objective is a `TokenCrossEntropy`.
@@ -162,11 +183,16 @@ class Products:
             def total(p: Tree) -> Tensor:
                 return objective.losses(objective.outputs(as_function(self._model, p), batch), batch).sum()
 
-            if self.mode is PushforwardMode.FORWARD and len(directions) > 1:
+            if self.mode is PushforwardMode.FORWARD and len(directions) > 1 and "hessian" not in self.unusable:
                 product = vmap(
                     lambda v: jvp(grad(total), (current,), (v,))[1], chunk_size=DIRECTIONS, randomness="different"
                 )
-                return self._rows(product(tree))
+                try:
+                    return self._rows(product(tree))
+                except (RuntimeError, NotImplementedError, InvalidInput) as reason:
+                    # A backward pass may have no forward derivative, and yet be differentiable backwards.
+                    log.info("No forward mode for the Hessian of this model: %s", first_line(reason))
+                    self.unusable.add("hessian")
             return self._rows(_stack([_hessian_by_reverse(total, current, v) for v in _unstack(tree)]))
 
     def check_hessian(self, ids: Tensor, batch: Any) -> None:
