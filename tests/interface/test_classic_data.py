@@ -301,18 +301,23 @@ def test_display_progress_ends_its_line_once(capsys: pytest.CaptureFixture[str])
 
 
 def test_init_logging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = list(logging.getLogger().handlers)
+    root = logging.getLogger()
+    level, before = root.level, list(root.handlers)
     log = init_logging(tmp_path / "a" / "b.log")
     try:
         init_logging(tmp_path / "a" / "b.log")
         log.info("hello")
-        assert capsys.readouterr().out.count("hello") == 1
-        assert (tmp_path / "a" / "b.log").read_text().count("hello") == 1
-        assert logging.getLogger().handlers == root
+        logging.getLogger("mine").info("from the caller")
+        printed, written = capsys.readouterr().out, (tmp_path / "a" / "b.log").read_text()
+        for line in ("hello", "from the caller"):
+            assert printed.count(line) == written.count(line) == 1
+        assert [h for h in root.handlers if h in before] == before and len(root.handlers) == len(before) + 2
+        assert log.handlers == []
     finally:
-        for handler in list(log.handlers):
-            log.removeHandler(handler)
+        for handler in [h for h in root.handlers if h not in before]:
+            root.removeHandler(handler)
             handler.close()
+        root.setLevel(level)
         log.setLevel(logging.NOTSET)
 
 

@@ -290,7 +290,12 @@ def test_save_json_flags(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.json"
     assert save_json({"a": 1}, path) == path
     assert save_json({"a": 2}, path, append_if_exists=True) == path
-    assert [json.loads(x) for x in path.read_text().splitlines()] == [{"a": 1}, {"a": 2}]
+    assert json.loads(path.read_text()) == [{"a": 1}, {"a": 2}]
+    save_json([3], path, append_if_exists=True)
+    assert json.loads(path.read_text()) == [{"a": 1}, {"a": 2}, [3]]
+    (tmp_path / "two.json").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(InvalidInput, match=r"two\.json is not one JSON document"):
+        save_json({}, tmp_path / "two.json", append_if_exists=True)
     other = save_json({"a": 3}, path)
     assert other != path and other.name.startswith("a_2") and json.loads(other.read_text()) == {"a": 3}
     save_json({"a": 4}, path, overwrite_if_exists=True)

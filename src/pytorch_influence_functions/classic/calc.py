@@ -88,7 +88,13 @@ def _open_run(
         stack.enter_context(logged_to(c["log_filename"]))
         stack.enter_context(calculation(model, settings))
         queries = make_source(test, settings.deterministic)
-        ids = choose_test_ids(queries, c["test_sample_num"], c["test_sample_start_per_class"], c["num_classes"])
+        ids = choose_test_ids(
+            queries,
+            c["test_sample_num"],
+            c["test_sample_start_per_class"],
+            c["num_classes"],
+            c.spelled("test_sample_start_per_class"),
+        )
         start, num = int(c["test_sample_start_per_class"] or 0), int(c["test_sample_num"] or 0)
         files = ResultFiles(Path(c["outdir"]), start, num, c["results_name"], c["keep_tmp"])
         files.meta({**c.items_for_json(), "test_sample_index_list": ids})

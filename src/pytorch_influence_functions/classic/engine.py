@@ -279,13 +279,13 @@ class Engine:
             raise SolveFailed(
                 f"The s_test recursion diverged with scale={s.scale:g}: scale must be above the largest eigenvalue "
                 "plus damping plus the noise of mini-batches. Set "
-                f"config['scale'] to at least {1.0 / step:.4g} (and damp to "
+                f"scale to at least {1.0 / step:.4g} (and damp to "
                 f"{s.damp * s.scale * step:.3g} for the same damping), or call config.auto_tune(model, train_loader)."
             )
         if solution.result is Result.negative_curvature:
             raise SolveFailed(
                 f"{solution.detail} The effective damping is damp * scale = {s.damp * s.scale:g}: raise "
-                "config['damp'], train the model to a minimum, or use config['solver'] = 'auto'."
+                "damp, train the model to a minimum, or use config['solver'] = 'auto'."
             )
         solution.unwrap()
 
