@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput, NonFinite
+from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature
 from ..gradients.per_example import Derivatives, slopes
 from ..linalg.operator import AbstractSymmetric
@@ -55,8 +56,8 @@ class FittedCurvature(Protocol):
 
 
 @final
-@dataclass(frozen=True)
-class DampingCurve:
+@dataclass(frozen=True, repr=False)
+class DampingCurve(Printable):
     """The curve along which a damping was chosen; `print` it, or plot `losses` over `lambdas` (logarithmic axes).
 
     Args:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.distributed import current
 from ..core.errors import InvalidInput
+from ..core.notebook import html_table
 from ..core.records import Record
 from ..core.renames import OldNames
 from ..core.validate import whole_number
@@ -230,7 +231,14 @@ class Attribution(OldNames):
 
     def __repr__(self) -> str:
         several = f", {len(self.members)} checkpoints" if len(self.members) > 1 else ""
-        return f"Attribution({self.method}, {self.problem!r}{several})"
+        return f"Attribution({self.method}, {len(self.problem):,} examples{several})"
+
+    def _repr_html_(self) -> str:
+        dampings = ", ".join(f"{m.shift.damping:.3g}" for m in self.members[:8])
+        rows = [("method", self.method), ("why", self.why), ("problem", repr(self.problem)), ("lambda", dampings)]
+        rows += [("checkpoints", str(len(self.members)))] if len(self.members) > 1 else []
+        rows += [("fit", f"{self.fit_seconds:.3g} s"), ("next", "score(queries), self_influence()")]
+        return html_table(rows, title="Attribution")
 
     @plain_autograd()
     def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:

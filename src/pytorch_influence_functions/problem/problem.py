@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from ..core.batches import map_tensors, tensors_of, to_device
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, nearest
+from ..core.notebook import html_table
 from ..core.progress import track
 from ..linalg.space import Selection, Space
 from ..objectives.base import AbstractObjective
@@ -105,6 +106,14 @@ class Problem:
     def __repr__(self) -> str:
         decay = "" if self.weight_decay.is_zero else f", weight_decay={self.weight_decay.strength}"
         return f"Problem({type(self.model).__name__}, {self.objective!r}, {len(self)} examples{decay})"
+
+    def _repr_html_(self) -> str:
+        rows = [("model", type(self.model).__name__), ("loss", repr(self.objective))]
+        rows += [("training examples", f"{len(self):,}"), ("batch size", str(self.batch_size))]
+        rows += [] if self.parameters is None else [("parameters", "a selection")]
+        rows += [] if self.weight_decay.is_zero else [("weight decay", repr(self.weight_decay.strength))]
+        rows += [("checkpoints", str(len(self.checkpoints)))] if self.checkpoints else []
+        return html_table([*rows, ("device", str(self.device))], title="Problem")
 
     @cached_property
     def space(self) -> Space:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import os
 import re
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, final
+from urllib.parse import quote
 
 from ..core.errors import InvalidInput, require
 from ..core.files import write_bytes
+from ..core.notebook import Printable
 from ..core.validate import whole_number
 from ..plots.examples import Denormalize
 from ..scores.scores import Scores
@@ -30,8 +33,8 @@ _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028",
 
 
 @final
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Printable):
     """The place and the size of a report that was written, or would be.
 
     Attributes:
@@ -58,6 +61,19 @@ class Report:
         missing = f"; {self.unreadable:,} could not be shown" if self.unreadable else ""
         examples = f"{self.examples:,} training examples, pictures up to {self.side} px"
         return f"{self.path}{folder}: {size}, {examples}{missing}"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: a link, and the page itself where the notebook's server can reach it."""
+        words = f"<p>{html.escape(str(self))}</p>"
+        if not self.written:
+            return words
+        absolute = self.path.resolve()
+        here = Path.cwd()
+        if not absolute.is_relative_to(here):  # a notebook's server hands out files below its own folder only
+            return f"{words}<p><a href='{html.escape(absolute.as_uri())}' target='_blank'>open the page</a></p>"
+        address = html.escape(quote(absolute.relative_to(here).as_posix()))
+        frame = f"<iframe src='{address}' style='width:100%;height:640px;border:1px solid #ccc'></iframe>"
+        return f"{words}<p><a href='{address}' target='_blank'>open the page in a tab of its own</a></p>{frame}"
 
 
 def files_folder(path: Path) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, final
 
 from ..core.errors import InvalidInput
+from ..core.notebook import html_table
 
 Status: TypeAlias = Literal["ok", "warn", "bad"]
 
@@ -52,7 +53,7 @@ def _no_routes() -> dict[str, str]:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnostics:
     """Facts of one run; `print` it for the checklist in words. NaN, None and empty words mean "not measured".
 
@@ -154,15 +155,32 @@ class Diagnostics:
         verdicts = {check.status for check in self.checks()}
         return "bad" if "bad" in verdicts else "warn" if "warn" in verdicts else "ok"
 
+    def _facts(self) -> list[tuple[str, str]]:
+        """What is told about the run above the checks: name and words."""
+        facts = [("method", self.method or "not recorded")]
+        facts += [("why", self.why)] if self.why else []
+        facts += [("size", _describe_size(self))] if self.n_train else []
+        facts += [("time", f"{self.seconds:.3g} s")] if not math.isnan(self.seconds) else []
+        facts += [("routes", _describe_routes(self.routes))] if set(self.routes.values()) - {"rule"} else []
+        facts += [("blocks", _describe_largest(self.gradient_shares))] if self.gradient_shares else []
+        return facts
+
     def __str__(self) -> str:
-        lines = [f"method  {self.method or 'not recorded'}"]
-        lines += [f"why     {self.why}"] if self.why else []
-        lines += [f"size    {_describe_size(self)}"] if self.n_train else []
-        lines += [f"time    {self.seconds:.3g} s"] if not math.isnan(self.seconds) else []
-        lines += [f"routes  {_describe_routes(self.routes)}"] if set(self.routes.values()) - {"rule"} else []
-        lines += [f"blocks  {_describe_largest(self.gradient_shares)}"] if self.gradient_shares else []
+        lines = [f"{name:<8}{text}" for name, text in self._facts()]
         lines += [str(check) for check in self.checks()]
         return "\n".join(lines + [f"note    {note}" for note in self.notes])
+
+    def __repr__(self) -> str:
+        checks = self.checks()
+        counts = [f"{status} {n}" for status in ("ok", "warn", "bad") if (n := sum(c.status == status for c in checks))]
+        doubtful = [c.name for c in checks if c.status != "ok"]
+        which = f" ({', '.join(doubtful)})" if doubtful else ""
+        return f"Diagnostics({', '.join(counts)}{which}; print() shows the checklist)"
+
+    def _repr_html_(self) -> str:
+        rows = [("", *fact) for fact in self._facts()]
+        rows += [(check.status, check.name, check.text) for check in self.checks()]
+        return html_table(rows + [("", "note", note) for note in self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries; NaN and infinity as the strings `"nan"`, `"inf"`."""

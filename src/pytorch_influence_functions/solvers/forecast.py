@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize
 from ..damping.rules import AbstractDamping
@@ -54,8 +55,8 @@ class Composition:
         return self.solver.cost(size, self.curvature, True) + Preconditioner.cost(self.preconditioner, size, steps)
 
 
-@dataclass(frozen=True)
-class Forecast:
+@dataclass(frozen=True, repr=False)
+class Forecast(Printable):
     """What a run will cost, before it is paid for.
 
     Args:
