@@ -254,18 +254,19 @@ def test_partial_results(t: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names == ["influence_results_tmp_0_1_last-i_0.json", "influence_results_tmp_0_1_last-i_1.json"]
     assert list(json.loads((tmp_path / "kept" / names[0]).read_text())) == list(kept.keys())[:1]
 
-    from pytorch_influence_functions.classic import calc
+    from pytorch_influence_functions.classic import calc, engine
 
     seen: list[list[str]] = []
-    real = calc._calculate_item
+    real = calc._calculate_items
 
-    def watched(run: Any, i: int) -> Any:
+    def watched(run: Any, ids: list[int]) -> Any:
         seen.append(sorted(p.name for p in (tmp_path / "w").glob("*tmp*")))
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return real(run, i)
+        return real(run, ids)
 
-    monkeypatch.setattr(calc, "_calculate_item", watched)
+    monkeypatch.setattr(calc, "_calculate_items", watched)
+    monkeypatch.setattr(engine, "_MOST_ITEMS", 1)
     monkeypatch.setattr(calc._WriteTimer, "due", True)
     with pytest.raises(KeyboardInterrupt):
         calc_img_wise(short(tmp_path / "w"), t.model, t.train, t.test)

@@ -7,6 +7,7 @@ whose fixed point is `(H + damp * scale)^-1 v`.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -41,6 +42,9 @@ from ..solvers.neumann import Neumann, Tuning
 from .console import log
 from .selection import index_tensor, split_labels
 
+# Test items whose recursions run side by side on the same mini-batches: at most so many, and so many numbers in all.
+# A step on one small item is nearly all overhead.
+_MOST_ITEMS, _MOST_NUMBERS = 32, 1 << 21
 # A loader's batch size is meant for LiSSA's mini-batches; passes over all data take at least so many at a time.
 _MIN_BATCH = 64
 
@@ -246,6 +250,16 @@ class Engine:
 
     def __len__(self) -> int:
         return len(self.problem)
+
+    def blocks(self, ids: Sequence[int], workers: int = 1) -> list[list[int]]:
+        """Test items in blocks that are solved together; an item's result does not depend on its block.
+
+        Args:
+            ids: the test items.
+            workers: the least number of blocks, where there are enough items.
+        """
+        size = max(1, min(_MOST_ITEMS, _MOST_NUMBERS // self.derivatives.space.size, math.ceil(len(ids) / workers)))
+        return [list(ids[start : start + size]) for start in range(0, len(ids), size)]
 
     def gradients(self, source: Source, ids: Sequence[int]) -> QueryGradients:
         """The gradients of some items of `source`, one row each."""
