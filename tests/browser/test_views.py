@@ -131,7 +131,7 @@ def test_a_training_example_shows_what_the_model_says_and_whom_it_moves(look: Ca
     page = look("pictures", "training/labels")
     examples = Page(page.path).examples
     index = next(i for i in range(20) if examples[i]["help"] and examples[i]["harm"])
-    page.page.get_by_role("button", name=f"Look at Training example {index},").first.click()
+    page.page.get_by_role("button", name=f"Look at training example {index}", exact=True).first.click()
     page.settle()
     dialog = page.page.locator("#example")
     text = dialog.inner_text()

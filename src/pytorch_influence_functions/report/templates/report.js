@@ -318,7 +318,8 @@
     if (has("sure")) form.append(selected("sure", Object.keys(BANDS).map((band) => [band, band || "any"]), "Confidence"));
     if (Object.keys(SORTS).length > 1) form.append(selected("sort", Object.entries(SORTS), "Order"));
   }
-  function filtered() {
+  /** Which queries are asked for, in the order asked for. */
+  function arrange() {
     const words = filters.search.trim().toLowerCase(), [low, high] = BANDS[filters.sure];
     visible = [...Array(size).keys()].filter((q) => {
       if (filters.label && Q.label[q] !== filters.label) return false;
@@ -328,6 +329,9 @@
     });
     const rank = RANKS[filters.sort];
     visible.sort((a, b) => rank(b) - rank(a) || a - b);
+  }
+  function filtered() {
+    arrange();
     $("count").textContent = visible.length === size ? whole(size) + (size === 1 ? " query" : " queries")
       : whole(visible.length) + " of " + whole(size) + " queries";
     $("grid").replaceChildren();
@@ -632,6 +636,7 @@
       if (on) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
     }
     if (known === "query") showQuery(q);
+    if (known === "queries" && !drawn) filtered();
     if (known === "training") showTraining(rest);
     if (known === "decisions") showDecisions();
     document.title = (known === "query" ? Q.name[q] : $("h-" + known).textContent) + " · " + meta.title;
@@ -651,7 +656,7 @@
   new IntersectionObserver((seen) => { if (seen.some((one) => one.isIntersecting) && !$("more").hidden) more(); }, { rootMargin: "600px" }).observe($("more"));
   window.addEventListener("hashchange", route);
   fillFilters();
-  filtered();
+  arrange();
   fillTabs();
   start();
   counted();
