@@ -203,7 +203,8 @@ def _told_apart(there: Any, here: Mapping[str, Any], name: str) -> tuple[str, st
     texts = [_as_text(side.get(name)) for side in (there, here)]
     if max(map(len, texts)) <= _WHOLE:
         return texts[0], texts[1]
-    same = len(os.path.commonprefix(texts))
+    shortest = min(map(len, texts))
+    same = next((k for k in range(shortest) if texts[0][k] != texts[1][k]), shortest)
     # From the beginning of the argument in which they differ to the end of that argument, or a little further.
     start = max(texts[0].rfind(mark, 0, same) + len(mark) for mark in (", ", "("))
     start = start if start > len(", ") else 0

@@ -443,6 +443,8 @@ class Attribution(OldNames):
             method=self.method,
             why=self.why,
             damping=sum(m.shift.damping for m in members) / len(members),
+            weight_decay=min(first.shift.decay.values(), default=0.0),
+            weight_decay_most=max(first.shift.decay.values(), default=0.0),
             members=len(members),
             effective_dimension=sum(m.effective_dimension for m in members) / len(members),
             notes=(*notes, *log.notes(), *((scaling.note,) if scaling.note else ())),

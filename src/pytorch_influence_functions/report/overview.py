@@ -100,7 +100,7 @@ def _facts(scores: Scores, target: Target, predictions: list[Prediction] | None)
         ("Why this method", d.why),
         ("Model", f"{d.parameters_used:,} of {d.parameters_total:,} parameters" if d.parameters_total else ""),
         ("Checkpoints", f"mean over {d.members}" if d.members > 1 else ""),
-        ("Damping λ", _damping(d.damping)),
+        ("λ", d.lambda_text),
         ("Relative residual", _residual_text(d)),
         ("Run time", _seconds(d.seconds)),
     ]
@@ -113,10 +113,6 @@ def _facts(scores: Scores, target: Target, predictions: list[Prediction] | None)
         mean = target.number_text(four_digits(sum(errors) / len(errors)))
         facts.append(("Error of the model", f"mean absolute {mean} over {len(errors):,} queries"))
     return [(term, value) for term, value in (*facts, ("Written by", f"version {__version__}")) if value]
-
-
-def _damping(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3g}"
 
 
 def _residual_text(d: Any) -> str:

@@ -60,7 +60,9 @@ class Diagnostics:
     Args:
         method: the composition, as it would be written.
         why: why it was chosen.
-        damping: lambda as a number, in units of the curvature of the *mean* objective.
+        damping: what is added to the curvature of the *mean* objective beside weight decay, as a number.
+        weight_decay: the least weight decay of the parameters that took part; lambda is damping plus weight decay.
+        weight_decay_most: the largest of them, where they differ.
         residual_max: largest relative residual |(C + D) x - b| / |b| over the queries.
         residual_mean: its mean over the queries.
         steps: products with the curvature.
@@ -129,6 +131,8 @@ class Diagnostics:
     objective: str = ""
     inferred: bool = False
     reading: str = ""
+    weight_decay: float = 0.0
+    weight_decay_most: float = 0.0
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
@@ -136,6 +140,17 @@ class Diagnostics:
         object.__setattr__(self, "routes", dict(self.routes))
         object.__setattr__(self, "notes", tuple(self.notes))
         object.__setattr__(self, "residual_history", tuple(self.residual_history))
+
+    @property
+    def lambda_text(self) -> str:
+        """Lambda, and what it is the sum of; empty where the damping is not known."""
+        if math.isnan(self.damping):
+            return ""
+        decays = dict.fromkeys((self.weight_decay, max(self.weight_decay, self.weight_decay_most)))
+        total = " to ".join(f"{self.damping + decay:.3g}" for decay in decays)
+        if not any(decays):
+            return total
+        return f"{total} (damping {self.damping:.3g} + weight decay {' to '.join(f'{decay:.3g}' for decay in decays)})"
 
     def checks(self) -> list[Check]:
         """The assumptions of influence functions, each with its verdict, in a fixed order."""
@@ -277,7 +292,8 @@ def _curvature(d: Diagnostics) -> Check:
     name, low = "damping", d.smallest_curvature
     if math.isnan(d.damping):
         return Check(name, "warn", "lambda was not recorded")
-    facts = f"lambda = {d.damping:.3g}"
+    facts = f"lambda = {d.lambda_text}"
+    least = d.damping + d.weight_decay
     if not math.isnan(d.effective_dimension):
         facts += f", effective dimension {d.effective_dimension:,.4g}"
     if not math.isnan(d.lost_to_damping):
@@ -286,9 +302,9 @@ def _curvature(d: Diagnostics) -> Check:
         return Check(name, "ok", f"{facts}; the smallest curvature was not measured")
     facts += f", smallest curvature seen {low:.3g}"
     # Rounding leaves tiny negative eigenvalues in a semidefinite matrix; lambda is the scale to judge by.
-    if low >= -1e-3 * d.damping:
+    if low >= -1e-3 * least:
         return Check(name, "ok", facts)
-    if d.damping <= -low:
+    if least <= -low:
         text = f"{facts}: lambda does not outweigh it, so there is no minimum; use GGN() or more damping"
         return Check(name, "bad", text)
     return Check(name, "warn", f"{facts}: negative curvature that only lambda outweighs; compare with GGN()")

@@ -307,7 +307,7 @@ class Scores:
         of = "" if columns == self.n_train else f" of {self.n_train:,}"
         d = self.diagnostics
         facts = [f"{queries:,} quer{'y' if queries == 1 else 'ies'} x {columns:,}{of} training examples"]
-        facts += [] if math.isnan(d.damping) else [f"lambda = {d.damping:.3g}"]
+        facts += [f"lambda = {d.lambda_text}"] if d.lambda_text else []
         facts += ["helpful = positive" if self.lower_is_better else "helpful = negative"]
         ends = [f"\n  {self.provenance}"] if self.provenance else []
         ends += [
@@ -453,7 +453,7 @@ class Scores:
         Args:
             path: the file to write, `.html`.
             options: those of `pytorch_influence_functions.report.write_report`. `predictions=` (class probabilities of
-                the queries) and `self_influence=` add the most; `dry_run=True` forecasts the size.
+                the queries), `train_predictions=` and `self_influence=` add the most; `dry_run=True` forecasts the size.
 
         Needs jinja2 and pillow (`pip install 'pytorch-influence-functions[report]'`).
         """
