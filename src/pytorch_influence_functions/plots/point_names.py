@@ -86,5 +86,5 @@ def _crosses_diagonal(axes: Axes, box: Box) -> bool:
 def _draw_leader(axes: Axes, dot: NDArray[Any], box: Box) -> None:
     """A thin line from a dot to the nearest place on the edge of its name."""
     end = (min(max(dot[0], box[0]), box[2]), min(max(dot[1], box[1]), box[3]))
-    ends = axes.transData.inverted().transform([dot, end])
+    ends = axes.transData.inverted().transform(np.array([dot, end]))
     axes.plot(ends[:, 0], ends[:, 1], color=style.FAINT, linewidth=0.5, zorder=1.5)

@@ -453,7 +453,7 @@ class Scores:
         Args:
             path: the file to write, `.html`.
             options: those of `pytorch_influence_functions.report.write_report`. `predictions=` (class probabilities of
-                the queries), `train_predictions=` and `self_influence=` add the most; `dry_run=True` forecasts the size.
+                the queries), `train_predictions=` and `self_influence=` add the most; `dry_run=True` only forecasts.
 
         Needs jinja2 and pillow (`pip install 'pytorch-influence-functions[report]'`).
         """

@@ -408,7 +408,7 @@ class _Watch:
             self.sum.zero_()
         moved = (now - self.before).norm(dim=1)
         self.before = now if self.averaged else now.clone()
-        settled = moved <= self.tolerance * math.expm1(min(self.reach * self.window, 50.0)) * now.norm(dim=1)
+        settled: Tensor = moved <= self.tolerance * math.expm1(min(self.reach * self.window, 50.0)) * now.norm(dim=1)
         return settled.all().expand_as(settled) if self.averaged else settled
 
     def _forgotten(self, difference: Tensor, x: Tensor) -> Tensor:
@@ -421,7 +421,8 @@ class _Watch:
         seen = (self.before / size).log() / self.window
         self.before = size
         left = size / torch.expm1(seen.clamp(0.0, self.reach))
-        return (size == 0) | (left <= self.tolerance * x.norm(dim=1))
+        forgotten: Tensor = (size == 0) | (left <= self.tolerance * x.norm(dim=1))
+        return forgotten
 
     def keep(self, going: Tensor) -> None:
         """Forget the rows that have settled."""
