@@ -50,6 +50,8 @@ ENUMERATED_OUTPUTS = 16
 _TRACE_PRODUCTS = 8
 # Columns of H^(1/2) whose rows are held at once, roughly.
 _HELD = 8
+# Roundings that a product takes on its way through a model and back.
+_HALF_ROUNDINGS = 4
 # Columns of the identity pushed through products together.
 _COLUMNS = 64
 # Numbers that H^(1/2) of one example may have: above, a dense matrix is taken from products, which need no root.
@@ -178,7 +180,8 @@ class GGN(AbstractFisher):
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:
             return data.average(lambda i, b: data.products.ggn_product(i, b, rows), rows, ids)
 
-        return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), len(derivatives.problem))
+        count, rounding = len(derivatives.problem), _product_rounding(derivatives)
+        return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), count, rounding)
 
     def block_means(self, derivatives: Derivatives) -> dict[str, float]:
         """Mean eigenvalue per block, exact for few outputs and examples, else from one sampled cotangent each.
@@ -433,6 +436,12 @@ def _densify(operator: Implicit, derivatives: Derivatives, budget: Budget) -> Ma
     columns = [operator.apply(space.rows(part)).flat().double() for part in torch.split(eye, _COLUMNS)]
     matrix = torch.cat(columns)
     return Matrix(space, (matrix + matrix.T) / 2)
+
+
+def _product_rounding(derivatives: Derivatives) -> float:
+    """The relative error of J^T H J v where the model computes in half precision, as under autocast."""
+    eps = float(torch.finfo(derivatives.precision).eps)
+    return _HALF_ROUNDINGS * eps if eps > torch.finfo(torch.float32).eps else 0.0
 
 
 def finite_outputs(outputs: Tensor, ids: Tensor) -> None:
