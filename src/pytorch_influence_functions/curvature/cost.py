@@ -131,6 +131,8 @@ class ProblemSize:
     operations: Amount
     """Floating-point operations of one example's forward pass."""
     number_bytes: int = 4
+    pass_numbers: Amount = 0.0
+    """Numbers that one example's forward pass keeps for the backward pass, as far as layers are recorded."""
     seconds: float = 0.0
     """Measured seconds for one example's gradient row, reading included."""
     product_seconds: float | None = None
@@ -159,6 +161,7 @@ class ProblemSize:
             blocks={name: BlockSize.of(block) for name, block in rows.blocks.items()},
             operations=sum(2.0 * terms_of(b) * torch.Size(b.shape).numel() for b in one.blocks.values()),
             number_bytes=next(iter(rows.blocks.values())).reference.element_size(),
+            pass_numbers=one.numbers / len(one),
             seconds=_seconds_each(derivatives, some),
         )
 
