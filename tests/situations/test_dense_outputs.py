@@ -36,7 +36,7 @@ def test_the_first_call_takes_a_few_passes_however_many_pixels(side: int) -> Non
     model, x, y = masks(side, 5)
     loss = nn.BCEWithLogitsLoss()
     cost = ptif.forecast(model, (x, y), (x[:1], y[:1]), loss=loss)
-    assert cost.passes < 10 and "EKFAC" in cost.method and f"{side * side:,} outputs" in cost.why
+    assert cost.passes < 10 and "EKFAC" in cost.method and "outputs" in cost.why
     assert ptif.attribute(model, (x, y), (x[:1], y[:1]), loss=loss).values.shape == (1, 6)
 
 

@@ -36,6 +36,7 @@ from ..objectives.differentiated import output_curvature
 from ..objectives.draws import Keyed
 from ..problem.data import Source
 from ..problem.problem import first_batch, sweep
+from ..problem.working_precision import full_precision, offers_full_precision
 from .base import AbstractCurvature, Budget, Form
 from .cost import Amount, Cost, ProblemSize, root_size
 from .fisher import AbstractFisher
@@ -175,10 +176,13 @@ class GGN(AbstractFisher):
         return AbstractRowCurvature.stored(self, derivatives, budget)
 
     def implicit(self, derivatives: Derivatives) -> Implicit:
+        if offers_full_precision(derivatives.problem.model):
+            derivatives = replace(derivatives, precision=torch.float32)
         data = _Passes.of(derivatives)
 
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:
-            return data.average(lambda i, b: data.products.ggn_product(i, b, rows), rows, ids)
+            with full_precision():
+                return data.average(lambda i, b: data.products.ggn_product(i, b, rows), rows, ids)
 
         count, rounding = len(derivatives.problem), _product_rounding(derivatives)
         return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), count, rounding)

@@ -61,8 +61,9 @@ class Influence(Record, AbstractMethod):
         route: force one route for inner products; see `Route`.
         truncation: keep solved queries in low rank, with a certified bound on every score's error.
         projection: `Gaussian(k)` projects every gradient to k numbers first; `None`: none does.
-        precision: `"bf16"`: forward and backward passes and the products of scoring are computed in bfloat16, sums in
-            float32 and eigendecompositions in float64; `None`: float32, or the model's precision where that is more.
+        precision: `"bf16"`: forward and backward passes and the products of scoring are computed in bfloat16; sums and
+            products with a curvature that a solver repeats in float32, eigendecompositions in float64; `None`: float32,
+            or the model's precision where that is more. Weights in half precision are computed in float32, on a copy.
         weights: one number per checkpoint that multiplies its scores before they are added up; `None`: their mean.
 
     The record's `repr` is the provenance carried by every result. Making one computes nothing.

@@ -178,7 +178,8 @@ class Blocks:
         """
         values, vectors = torch.linalg.eigh(self.values)
         self._refuse(values)
-        return vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+        root: Tensor = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+        return root
 
     def refuse_negative(self) -> None:
         """Refuse blocks that are not positive semi-definite.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Final
 
 import torch
@@ -95,17 +97,39 @@ def _copied(problem: Problem, every: bool) -> nn.Module:
     return model
 
 
+# Whether copies that compute in bfloat16 are asked for float32 for a while.
+_full: ContextVar[bool] = ContextVar("full precision", default=False)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let copies made for precision="bf16" compute in float32: solvers add up hundreds of products with a curvature."""
+    token = _full.set(True)
+    try:
+        yield
+    finally:
+        _full.reset(token)
+
+
+def offers_full_precision(model: nn.Module) -> bool:
+    """Whether the model is a copy that `full_precision` speaks to."""
+    return getattr(model.forward, "offers_full_precision", False)
+
+
 def _replace_forward(model: nn.Module, autocast: str | None) -> None:
     """Let a copy take inputs in half precision; under autocast to bfloat16 on the device `autocast`."""
     forward = model.forward
+    # What was left in half precision, outside the chosen layers, needs autocast.
+    offers_full = autocast is not None and not any(t.dtype in HALF for t in _tensors(model))
 
     def compute(*args: Any, **kwargs: Any) -> Any:
-        if autocast is not None:
+        if autocast is not None and not (offers_full and _full.get()):
             with torch.autocast(autocast, dtype=torch.bfloat16, cache_enabled=False):
                 return forward(*args, **kwargs)
         return forward(*map_tensors(args, _widened), **map_tensors(kwargs, _widened))
 
-    model.forward = compute  # type: ignore[method-assign]
+    compute.offers_full_precision = offers_full  # type: ignore[attr-defined]
+    model.forward = compute
 
 
 def _widened(tensor: Tensor) -> Tensor:

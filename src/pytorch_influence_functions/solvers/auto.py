@@ -21,6 +21,8 @@ from .neumann.series import Neumann
 # An exact solution may take so many operations, some seconds on one core, or as many passes over the data as a
 # Kronecker-factored one is worth.
 _AFFORDABLE, _AFFORDABLE_PASSES = 5e11, 20
+# However small the network, so many passes are slow: one for every pixel of an image, at 32 x 32 pixels half a minute.
+_MOST_PASSES = 500
 # Conjugate gradients may take more where an exact solution was asked for, or is worth it: for how many queries that is
 # judged must not depend on how many are asked.
 _CG_OPERATIONS, _JUDGED_QUERIES = 3e12, 100
@@ -136,7 +138,7 @@ def _fits(choice: Composition, size: ProblemSize, budget: Budget, most: Amount) 
     """Whether a choice is affordable, in operations and in memory."""
     cost = choice.cost(size)
     affordable = max(most, size.flops(Cost(_AFFORDABLE_PASSES)))
-    return size.flops(cost) <= affordable and cost.bytes <= budget.bytes
+    return size.flops(cost) <= affordable and cost.passes <= _MOST_PASSES and cost.bytes <= budget.bytes
 
 
 def _why_exact(curvature: AbstractCurvature, form: Form, size: ProblemSize) -> str:
