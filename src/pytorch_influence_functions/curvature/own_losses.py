@@ -6,7 +6,7 @@ import torch
 
 from ..core.distributed import World
 from ..core.errors import NotLikelihood
-from ..core.indexing import evenly_spaced
+from ..core.indexing import spread_sample
 from ..gradients.per_example import Derivatives
 from ..objectives.differentiated import Differentiated, no_curvature, output_curvature
 from ..problem.problem import sweep
@@ -43,7 +43,7 @@ def find_obstacle(derivatives: Derivatives) -> NotLikelihood | None:
 
 def _look_at(derivatives: Derivatives, curvature: Differentiated) -> None:
     problem, curved = derivatives.problem, False
-    some = evenly_spaced(len(problem), _LOOK)
+    some = spread_sample(len(problem), _LOOK)
     for ids, batch in sweep(problem, ids=some, label="looking at the loss", world=World()):
         with torch.no_grad():
             outputs = curvature.objective.outputs(problem.model, batch)
