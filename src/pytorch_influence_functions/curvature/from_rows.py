@@ -181,8 +181,12 @@ def check_dense(size: int, budget: Budget) -> None:
 
 def wide_source(derivatives: Derivatives, numbers_each: float, most: int = _WIDEST) -> Source:
     """The training data in batches as wide as `_ACTIVATIONS` allows when an example takes `numbers_each` numbers."""
-    room = int(_ACTIVATIONS / max(1.0, numbers_each))
-    return replace(derivatives.problem.data, batch_size=min(most, max(_NARROWEST, min(room, _WIDEST))))
+    return replace(derivatives.problem.data, batch_size=min(most, examples_at_once(numbers_each)))
+
+
+def examples_at_once(numbers_each: float) -> int:
+    """How many examples a wide batch has when each takes `numbers_each` numbers."""
+    return max(_NARROWEST, min(int(_ACTIVATIONS / max(1.0, numbers_each)), _WIDEST))
 
 
 def mean_eigenvalues(derivatives: Derivatives, rows: Iterator[Rows], count: int) -> dict[str, float]:

@@ -24,7 +24,8 @@ from ..gradients.per_example import Derivatives, slopes
 from ..linalg.operator import AbstractSymmetric
 from ..linalg.resolvent import Resolvent
 from ..linalg.rows import Rows
-from ..objectives.base import AbstractLikelihood
+from ..objectives.base import AbstractObjective
+from ..objectives.differentiated import output_curvature
 from ..problem.data import Source
 from ..problem.problem import sweep
 from .rules import Absolute, AbstractDamping, HasMeanEigenvalue
@@ -363,7 +364,7 @@ def _outputs(
 ) -> Iterator[_LocalModel]:
     """One row per example and output."""
     objective = derivatives.objective
-    assert isinstance(objective, AbstractLikelihood), "GGN() says so in a sentence first"
+    curvature = output_curvature(objective)
     width: int | None = None
     for ids, batch in sweep(derivatives.problem, label="leave one out", world=World()):
         n = len(ids)
@@ -383,14 +384,14 @@ def _outputs(
             torch.stack([resolvent.project(r) for r in rows], 1),
             own,
             slope.reshape(n, width).double(),
-            objective.output_hessian(outputs, batch).double(),
+            curvature.output_hessian(outputs, batch).double(),
             torch.cat([_multiply(r, goal) for r in rows], 1),
             torch.cat([_multiply(r, theta) for r in rows], 1),
             _exact_loss(objective, outputs, batch),
         )
 
 
-def _exact_loss(objective: AbstractLikelihood, outputs: Tensor, batch: Any) -> Callable[[Tensor], Tensor]:
+def _exact_loss(objective: AbstractObjective, outputs: Tensor, batch: Any) -> Callable[[Tensor], Tensor]:
     def loss(moves: Tensor) -> Tensor:
         with torch.no_grad():
             losses: Tensor = objective.losses(outputs + moves.to(outputs).reshape(outputs.shape), batch)

@@ -23,7 +23,8 @@ from torch.func import grad, jvp, vjp, vmap
 
 from ..core.errors import InvalidInput, first_line
 from ..linalg.rows import Rows
-from ..objectives.base import AbstractLikelihood, AbstractObjective
+from ..objectives.base import AbstractObjective, AbstractOutputCurvature
+from ..objectives.differentiated import output_curvature
 from ..objectives.likelihoods import TokenCrossEntropy
 from ..problem.model_state import double_backward_safe, preserved
 from .per_example import Derivatives, tolerance
@@ -149,9 +150,9 @@ class Products:
     def ggn_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
         """sum over the batch of J^T (d^2 loss / d outputs^2) J v, for every direction."""
         objective = self.derivatives.objective
-        assert isinstance(objective, AbstractLikelihood), "GGN() says so in a sentence first"
+        curvature = output_curvature(objective)
         if self.mode is PushforwardMode.ROWS:
-            return self._ggn_by_rows(ids, batch, directions, objective)
+            return self._ggn_by_rows(ids, batch, directions, curvature)
         tree = self.derivatives.space.to_parameters(directions)
         with preserved(self._model, self._names), double_backward_safe(self._model), silence_slow_batching():
             current = self._current
@@ -161,16 +162,18 @@ class Products:
 
             if self.mode is PushforwardMode.FORWARD:
                 f, pull = vjp(outputs, current)  # type: ignore[misc]
+                curve = curvature.hessian_map(f, batch)
 
                 def product(v: Tree) -> Tree:
                     pushed = jvp(outputs, (current,), (v,))[1]
-                    return cast(Tree, pull(objective.hessian_product(f, batch, pushed))[0])
+                    return cast(Tree, pull(curve(pushed))[0])
 
                 return self._rows(vmap(product, chunk_size=DIRECTIONS, randomness="different")(tree))
-            products = []
+            products, by_reverse = [], None
             for v in _unstack(tree):
                 f, pushed = _push_by_reverse(outputs, current, v)
-                products.append(_pull(outputs, current, objective.hessian_product(f, batch, pushed)))
+                by_reverse = by_reverse or curvature.hessian_map(f, batch)
+                products.append(_pull(outputs, current, by_reverse(pushed)))
             return self._rows(_stack(products))
 
     def hessian_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
@@ -210,7 +213,7 @@ class Products:
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as reason:
             raise InvalidInput(
                 f"Hessian() needs second derivatives, and an operation of this model has none ({first_line(reason)}); "
-                "use GGN() or EmpiricalFisher()."
+                "use EmpiricalFisher(), or GGN() where the loss has one."
             ) from reason
         # In units of the largest entry: a loss that is nearly linear here has entries whose squares are zero.
         unit = products.abs().max().clamp_min(torch.finfo(like.dtype).tiny)
@@ -239,10 +242,10 @@ class Products:
                 return cast(Tensor, pushed({k: x[None] for k, x in v.items()}))[0]
             return _push_by_reverse(outputs, self._current, v)[1]
 
-    def _ggn_by_rows(self, ids: Tensor, batch: Any, directions: Rows, objective: AbstractLikelihood) -> Rows:
+    def _ggn_by_rows(self, ids: Tensor, batch: Any, directions: Rows, curvature: AbstractOutputCurvature) -> Rows:
         tape = self.derivatives.tape(batch, len(ids))
         total = torch.zeros_like(directions.flat())
-        root = objective.root(tape.outputs.detach(), batch)
+        root = curvature.root(tape.outputs.detach(), batch)
         for k, column in enumerate(root):
             rows = tape.rows(column, keep_graph=k + 1 < len(root))
             total += rows.combine(rows.inner(directions).T).flat()

@@ -28,6 +28,7 @@ from ..linalg.rows import Route
 from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
+from ..problem.working_precision import copied_bytes, in_working_precision
 from ..scaling.base import AbstractScaling, Raw
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
@@ -61,6 +62,9 @@ class Influence(Record, AbstractMethod):
         route: force one route for inner products; see `Route`.
         truncation: keep solved queries in low rank, with a certified bound on every score's error.
         projection: `Gaussian(k)` projects every gradient to k numbers first; `None`: none does.
+        precision: `"bf16"`: forward and backward passes and the products of scoring are computed in bfloat16; sums and
+            products with a curvature that a solver repeats in float32, eigendecompositions in float64; `None`: float32,
+            or the model's precision where that is more. Weights in half precision are computed in float32, on a copy.
         weights: one number per checkpoint that multiplies its scores before they are added up; `None`: their mean.
 
     The record's `repr` is the provenance carried by every result. Making one computes nothing.
@@ -81,6 +85,7 @@ class Influence(Record, AbstractMethod):
     truncation: Truncation | None = None
     weights: tuple[float, ...] | None = None
     projection: AbstractProjection | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", Budget.of(self.memory))
@@ -100,6 +105,7 @@ class Influence(Record, AbstractMethod):
         start = time.perf_counter()
         check_problem(problem)
         check_weights_fit(self.weights, len(problem.checkpoints))
+        problem = in_working_precision(problem, self.precision)
         members = tuple(self._fit_at(problem, c, n_queries) for c in (problem.checkpoints or (None,)))
         return Attribution(self, problem, members, time.perf_counter() - start)
 
@@ -130,6 +136,7 @@ class Influence(Record, AbstractMethod):
             n_queries: how many queries there will be.
         """
         check_problem(problem)
+        given, problem = problem, in_working_precision(problem, self.precision)
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
             derivatives = Derivatives.of(problem, self._gradient_route)
             if self.projection is not None:
@@ -140,7 +147,8 @@ class Influence(Record, AbstractMethod):
         times = max(1, len(problem.checkpoints))
         rule, solves = self._damping_of(composition), self.scaling.solves_per_example(size.columns)
         one = estimate_cost(composition, size, self.describe(composition), Budget.of(self.memory), rule, solves)
-        return replace(one, passes=one.passes * times, seconds=one.seconds * times)
+        memory = one.memory_bytes + copied_bytes(given, problem)
+        return replace(one, passes=one.passes * times, seconds=one.seconds * times, memory_bytes=memory)
 
     @property
     def _gradient_route(self) -> Route:
@@ -196,6 +204,7 @@ class Influence(Record, AbstractMethod):
             "projection": self.projection,
             "weights": self.weights,
             "truncation": self.truncation,
+            "precision": self.precision,
         }
         parts += [f"{name}={value!r}" for name, value in optional.items() if value is not None]
         return f"Influence({', '.join(parts)})"
@@ -417,6 +426,7 @@ class Attribution(OldNames):
             member.stored,
             self.spec.truncation,
             log,
+            None if self.spec.precision is None else torch.bfloat16,
         )
 
     def _damped_shares(self, member: FittedMember, question: Question) -> Tensor:

@@ -272,10 +272,10 @@ def _key(objective: AbstractObjective) -> tuple[Any, ...]:
     )
 
 
-class AbstractLikelihood(AbstractObjective):
-    """An objective that is -log p(y | f), up to scale: unlocks GGN, Fisher and K-FAC.
+class AbstractOutputCurvature(ABC):
+    """The Hessian H_n of every example's loss in the example's outputs; it is positive semi-definite.
 
-    H_n below is the Hessian of example n's loss in its outputs; it is positive semi-definite.
+    Unlocks GGN, Fisher and K-FAC.
     """
 
     @abstractmethod
@@ -308,6 +308,32 @@ class AbstractLikelihood(AbstractObjective):
         """
 
     @abstractmethod
+    def hessian_map(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Callable[[Tensor], Tensor]:
+        """The map v_n -> H_n v_n at these outputs, which may be called under `torch.func.vmap`.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+        """
+
+    @final
+    def output_hessian(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "n c c"]:
+        """H_n written out, over the outputs of an example flattened.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+        """
+        size, product = outputs[0].numel(), self.hessian_map(outputs, batch)
+        units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+        columns = [product(unit.expand(len(outputs), size).reshape(outputs.shape)) for unit in units]
+        return torch.stack(columns, -1).reshape(len(outputs), size, size)
+
+
+class AbstractLikelihood(AbstractObjective, AbstractOutputCurvature):
+    """An objective that is -log p(y | f), up to scale, and knows its Hessian in the outputs in closed form."""
+
+    @abstractmethod
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
     ) -> Float[Tensor, "n *out"]:
@@ -320,17 +346,5 @@ class AbstractLikelihood(AbstractObjective):
         """
 
     @final
-    def output_hessian(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "n c c"]:
-        """H_n written out, over the outputs of an example flattened.
-
-        Args:
-            outputs: the model's outputs, one per example along the first axis.
-            batch: the batch that the outputs came from.
-        """
-        size = outputs[0].numel()
-        units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-        columns = [
-            self.hessian_product(outputs, batch, unit.expand(len(outputs), size).reshape(outputs.shape))
-            for unit in units
-        ]
-        return torch.stack(columns, -1).reshape(len(outputs), size, size)
+    def hessian_map(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Callable[[Tensor], Tensor]:
+        return lambda v: self.hessian_product(outputs, batch, v)

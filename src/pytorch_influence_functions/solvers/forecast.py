@@ -13,6 +13,7 @@ import torch
 from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize
+from ..curvature.from_rows import examples_at_once
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS
@@ -27,6 +28,8 @@ _LOOKED_AT = 160
 _FEWEST_TIMED, _MOST_TIMED, _TIMED_NUMBERS = 8, 512, 1 << 24
 # The first product pays for what is paid once.
 _REPEATS = 2
+# What a pass records is held by the graph, unfolded and multiplied as well: measured on U-Nets of 64² to 256² pixels.
+_PASS_COPIES = 6
 # Scores are added up in float64.
 _SCORE_BYTES = 8
 
@@ -65,6 +68,8 @@ class Forecast(Printable):
         passes: forward and backward passes over the training data.
         memory_bytes: what is held beside the model: rows, factors, solved queries, scores.
         seconds: from one measured batch, and counted operations.
+        batch_bytes: what the forward and backward pass of one wide batch holds besides, roughly: layer inputs and
+            gradients, more than all else where the model's outputs are images.
     """
 
     method: str
@@ -72,12 +77,14 @@ class Forecast(Printable):
     passes: Amount
     memory_bytes: Amount
     seconds: float
+    batch_bytes: Amount = 0.0
 
     def __str__(self) -> str:
         return (
             f"method   {self.method}\nwhy      {self.why}\n"
             f"passes   {self.passes:,.0f} forward+backward passes over the training data\n"
-            f"memory   {self.memory_bytes / 2**20:,.0f} MiB beside the model\n"
+            f"memory   {self.memory_bytes / 2**20:,.0f} MiB beside the model, "
+            f"and {self.batch_bytes / 2**20:,.0f} MiB for the passes of a batch\n"
             f"time     about {self.seconds:,.1f} s on this machine (measured on one batch)"
         )
 
@@ -125,7 +132,9 @@ def estimate_cost(
     each = size.seconds if size.product_seconds is None else size.product_seconds
     reading = (total.passes - total.products) * n * size.seconds + total.products * n * each
     seconds = reading + total.flops / operations_per_second()
-    return Forecast(method, choice.why, total.passes, total.bytes, seconds)
+    together = min(n, examples_at_once(size.pass_numbers))
+    batch = _PASS_COPIES * together * size.pass_numbers * size.number_bytes
+    return Forecast(method, choice.why, total.passes, total.bytes, seconds, batch)
 
 
 def time_product(choice: Composition, derivatives: Derivatives, size: ProblemSize, budget: Budget) -> ProblemSize:
