@@ -10,20 +10,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.distributed import World
-from ..core.errors import InvalidInput, require
+from ..core.errors import InvalidInput, SolveFailed, TooLarge, require
 from ..evaluation.recipe import Recipe
 from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution
-from ..methods.papers import ekfac
+from ..methods.papers import dual, ekfac
 from ..objectives.base import tensor_targets
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, sweep
+from ..scores.doubt import label_doubt, left_out_loss
 from .fitted_system import fit_system
 
 if TYPE_CHECKING:
     import pandas
+
+# Up to so many examples the Gram matrix of all gradients is taken: it costs their number squared.
+_DUAL = 10_000
 
 
 @final
@@ -32,8 +36,11 @@ class LabelIssues:
     """Every training example with how doubtful its label is. `find_label_issues(...)` makes it.
 
     Attributes:
-        doubt: larger is more doubtful, [N]: the loss in units of its spread, plus the harm in units of its own.
+        doubt: larger is more doubtful, [N]: the left-out loss in units of its spread, plus the harm in units of its
+            own.
         loss: the model's loss on the given label, [N].
+        left_out_loss: the loss that a model would have which never saw the example, predicted, [N]; the loss itself
+            where that is too dear to know.
         harm: how much better the mean loss on the validation data would be without the example, [N]; None without any.
         self_influence: the example's score on itself, [N].
         given: the given class, [N].
@@ -45,6 +52,7 @@ class LabelIssues:
 
     doubt: Float[Tensor, " n"]
     loss: Float[Tensor, " n"]
+    left_out_loss: Float[Tensor, " n"]
     harm: Float[Tensor, " n"] | None
     self_influence: Float[Tensor, " n"]
     given: Int[Tensor, " n"]
@@ -115,6 +123,7 @@ class LabelIssues:
             "suggested_label": [self.name(int(c)) for c in self.suggested[order]],
             "probability_of_given": self.probability[order].numpy(),
             "loss": self.loss[order].numpy(),
+            "left_out_loss": self.left_out_loss[order].numpy(),
             "self_influence": self.self_influence[order].numpy(),
         }
         if self.harm is not None:
@@ -132,10 +141,12 @@ class LabelIssues:
 def find_label_issues(problem: Problem | Attribution, validation: Any = None, method: Any = None) -> LabelIssues:
     """Order the training examples by how doubtful their labels are.
 
-    doubt = loss / its standard deviation + harm / its standard deviation, where the harm is how much the mean loss on
-    the validation data would fall without the example. A wrong label has a high loss, and harms those it should have
-    helped; an example that is merely hard has the loss alone. Without validation data the order is that of the loss,
-    which is a strong rival of every influence score (see the page What if? for figures).
+    doubt = left-out loss / its standard deviation + harm / its standard deviation. The left-out loss is the loss that
+    a model would have which never saw the example, by the closed form `loss + s / (1 - s)` with s its self-influence
+    under `dual()` (up to 10,000 examples; beyond, the loss itself). The harm is how much the mean loss on the
+    validation data would fall without the example; without validation data it is left out. A wrong label has a high
+    left-out loss, and harms those it should have helped; an example that is merely hard has the loss alone. Figures
+    against the highest loss and confident learning: the page What if?.
 
     Args:
         problem: model, loss and training data; or what a method's `fit(problem)` gave.
@@ -159,13 +170,16 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
     others = probabilities.clone()
     others[rows, given] = -1.0
     harm = None if validation is None else _mean_harm(fitted, validation)
-    doubt = loss / _spread(loss) + (0.0 if harm is None else harm / _spread(harm))
+    own = _leverages(fitted.problem)
+    left_out = loss if own is None else left_out_loss(loss, own)
+    doubt = label_doubt(left_out, harm)
     spread = fitted.problem.data.spread
     return LabelIssues(
         _outside(spread(doubt), fitted.problem, -torch.inf),
         spread(loss),
+        spread(left_out),
         None if harm is None else spread(harm),
-        fitted.self_influence(),
+        fitted.self_influence() if own is None else spread(own),
         spread(given),
         spread(probabilities.argmax(1)),
         spread(probabilities[rows, given]),
@@ -206,15 +220,21 @@ def _probabilities(outputs: Tensor, already: bool) -> Tensor:
     return outputs if already else outputs.softmax(1)
 
 
+def _leverages(problem: Problem) -> Tensor | None:
+    """Self-influence under the empirical Fisher, [n] in float64; None where that is too dear or too ill-conditioned."""
+    if len(problem) > _DUAL:
+        return None
+    try:
+        own = dual().fit(problem).self_influence()
+    except (TooLarge, SolveFailed):
+        return None
+    positions = problem.data.positions
+    return own.double() if positions is None else own.double()[positions]
+
+
 def _mean_harm(fitted: Attribution, validation: Any) -> Tensor:
     """By how much the mean loss on the validation data falls without each training example, [n] in float64."""
     return -fitted.score(validation).values.double().mean(0)
-
-
-def _spread(values: Tensor) -> Tensor:
-    """The standard deviation, or 1 where all values are the same."""
-    deviation = values.std()
-    return deviation if float(deviation) > 0 else torch.ones_like(deviation)
 
 
 def _outside(values: Tensor, problem: Problem, filler: float) -> Tensor:

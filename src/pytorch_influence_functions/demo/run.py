@@ -23,6 +23,7 @@ from ..influence.attribution import Attribution
 from ..methods.papers import dual
 from ..objectives.likelihoods import CrossEntropy
 from ..problem.problem import Problem
+from ..scores.doubt import left_out_loss
 from ..scores.scores import Scores
 from . import show, write
 from .data import DemoData, DemoDatasets, datasets, load
@@ -137,14 +138,8 @@ def find_suspects(
     count: int,
     seed: int,
 ) -> Suspects:
-    r"""Rank by the predicted loss of each image for a model that was never trained on it.
-
-    That is its loss now + the predicted change of its own loss when it is removed: `loss_i + s_i / (1 - s_i)` with the
-    self-influence `s_i = (1/N) g_i^T (C + D)^-1 g_i`. Under the empirical Fisher, `s_i` is also the example's leverage;
-    dividing by `1 - s_i` takes its own gradient out of the curvature (Sherman-Morrison). A model can memorise a wrong
-    label, which lowers its loss, but then depends on that label alone, which raises the second term.
-    """
-    suspicion = losses.double() + self_influence / (1.0 - self_influence).clamp_min(1e-9)
+    """Rank by the predicted loss of each image for a model that was never trained on it."""
+    suspicion = left_out_loss(losses, self_influence)
     wrong = torch.from_numpy(planted)
     order = suspicion.argsort(descending=True, stable=True)
     by_loss = losses.argsort(descending=True, stable=True)

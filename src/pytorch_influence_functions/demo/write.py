@@ -29,6 +29,7 @@ def write_files(story: Story, out: Path) -> list[tuple[str, str]]:
         predictions=story.trained.test_probabilities,
         train_predictions=story.trained.train_probabilities,
         self_influence=story.suspects.self_influence,
+        doubt=story.suspects.suspicion,
         title="Fashion-MNIST, a tenth of the labels wrong",
         about=f"A small convolutional network, trained on {story.scores.n_train:,} images; "
         f"{int(story.data.planted.sum())} of their labels are wrong on purpose.",

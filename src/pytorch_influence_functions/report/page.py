@@ -90,6 +90,7 @@ def write_report(
     predictions: Any = None,
     train_predictions: Any = None,
     self_influence: Any = None,
+    doubt: Any = None,
     train: Any = None,
     queries: Any = None,
     denormalize: Denormalize = None,
@@ -108,7 +109,9 @@ def write_report(
         path: the file to write, `.html`.
         predictions: the model's predictions for the queries: probabilities [Q, C], or a number each [Q] or [Q, 1].
         train_predictions: the same for the training examples: what the model says of each, and where it disagrees.
-        self_influence: [N], larger is more suspicious; orders the queue of doubtful labels.
+        self_influence: [N], larger is more suspicious.
+        doubt: [N], larger is more doubtful, such as `find_label_issues(problem).doubt`: orders the queue of doubtful
+            labels. `None`: the loss where `train_predictions` tell it, else `self_influence`, else the mean harm.
         train, queries: the data, if the scores do not hold them (after `Scores.load`).
         denormalize: a function applied to an input before it is shown, or `(mean, std)` per channel or table column.
         columns: names for the numbers of a table row, with units if you like: `"age [years]"`.
@@ -128,7 +131,7 @@ def write_report(
     whole_number("k", k, hint="so many examples are shown at each end of a ranking")
     classes = Classes.of(scores)
     labels = Target.of(scores, classes, target, denormalize_target)
-    given = collect_given(scores, labels, predictions, train_predictions, self_influence)
+    given = collect_given(scores, labels, predictions, train_predictions, self_influence, doubt)
     train = scores.train_source if train is None else train
     queries = scores.query_source if queries is None else queries
     train_reader = make_reader(train, scores.n_train, "train", denormalize, columns)

@@ -56,7 +56,8 @@ def collect_contents(scores: Scores, classes: Classes | None, train: ExampleRead
     lists = [_query_lists(scores, q, k, predictions) for q in range(len(scores))]
     queue_length = min(QUEUE, max(SHORTEST_QUEUE, scores.n_train // QUEUE_SHARE))
     errors = given.training_errors
-    queue = label_queue(scores, classes, sums, given.self_influence, queue_length, errors)
+    doubt = given.training_losses if given.doubt is None else given.doubt
+    queue = label_queue(scores, classes, sums, given.self_influence, queue_length, errors, doubt)
     labels = (
         [given.target.text(scores, x) for x in indexing.plain_values(scores.train_labels)]
         if scores.train_labels is not None
@@ -81,7 +82,7 @@ def collect_contents(scores: Scores, classes: Classes | None, train: ExampleRead
         "unit": clean(given.target.unit),
         "queries": _query_columns(scores, given.target, predictions),
         "queue": queue,
-        "queueBy": "turns" if errors is not None else "mean" if given.self_influence is None else "self",
+        "queueBy": _queue_order(given),
         "pairs": pairs,
         "compared": compared if train.source is not None else 0,
         "top": {"help": _rounded(helpful), "harm": _rounded(harmful)},
@@ -235,3 +236,14 @@ def _card_label(label: Any) -> Any:
 def clean(text: str) -> str:
     """Text without lone surrogates, which no file can hold, at most 400 letters."""
     return text[:400].encode("utf-8", "replace").decode("utf-8")
+
+
+def _queue_order(given: Given) -> str:
+    """By what the doubtful labels are ordered: the key of the sentence that the page says about it."""
+    if given.training_errors is not None:
+        return "turns"
+    if given.doubt is not None:
+        return "doubt"
+    if given.training_losses is not None:
+        return "loss"
+    return "mean" if given.self_influence is None else "self"

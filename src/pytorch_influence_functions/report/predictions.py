@@ -18,6 +18,8 @@ from .ranking import four_digits
 from .target import Target
 
 _LIKELIEST = 5
+# Shares below this, which rounding makes 0, count as this in the loss.
+_SMALLEST = 1e-12
 
 
 @final
@@ -31,6 +33,7 @@ class Prediction:
         wrong: whether the class is another than the label's; None without such a label.
         likeliest: the likeliest classes with their shares.
         error: predicted minus labelled number, in raw values; NaN for classes.
+        loss: minus the logarithm of the label's share; NaN for numbers, and without such a label.
     """
 
     text: str
@@ -38,6 +41,7 @@ class Prediction:
     wrong: bool | None
     likeliest: tuple[tuple[str, float], ...]
     error: float = math.nan
+    loss: float = math.nan
 
 
 @final
@@ -50,18 +54,26 @@ class Given:
         predictions: of the queries, or None.
         train_predictions: of the training examples, or None.
         self_influence: [N], or None.
+        doubt: [N], or None.
     """
 
     target: Target
     predictions: list[Prediction] | None = None
     train_predictions: list[Prediction] | None = None
     self_influence: Tensor | None = None
+    doubt: Tensor | None = None
 
     @property
     def training_errors(self) -> Float[Tensor, " N"] | None:
         """How far the model is from the number of every training example; None for classes, and where unknown."""
         errors = torch.tensor([p.error for p in self.train_predictions or []], dtype=torch.float64)
         return errors if len(errors) and bool(torch.isfinite(errors).all()) else None
+
+    @property
+    def training_losses(self) -> Float[Tensor, " N"] | None:
+        """The model's loss on the class of every training example; None for numbers, and where one is unknown."""
+        losses = torch.tensor([p.loss for p in self.train_predictions or []], dtype=torch.float64)
+        return losses if len(losses) and bool(torch.isfinite(losses).all()) else None
 
 
 def as_finite(values: Any, name: str) -> Tensor:
@@ -88,7 +100,7 @@ def as_finite(values: Any, name: str) -> Tensor:
 
 
 def collect_given(
-    scores: Scores, target: Target, predictions: Any, train_predictions: Any, self_influence: Any
+    scores: Scores, target: Target, predictions: Any, train_predictions: Any, self_influence: Any, doubt: Any
 ) -> Given:
     """Check what was handed in beside the scores.
 
@@ -101,22 +113,22 @@ def collect_given(
         target,
         None if predictions is None else as_predictions(scores, predictions, target, queries),
         None if train_predictions is None else as_predictions(scores, train_predictions, target, training),
-        None if self_influence is None else as_self_influence(self_influence, scores.n_train),
+        None if self_influence is None else one_each(self_influence, "self_influence", scores.n_train),
+        None if doubt is None else one_each(doubt, "doubt", scores.n_train),
     )
 
 
-def as_self_influence(values: Any, size: int) -> Float[Tensor, " N"]:
+def one_each(values: Any, name: str, size: int) -> Float[Tensor, " N"]:
     """Check that there is one finite number per training example.
 
     Raises:
         InvalidInput: another number of them.
         NonFinite: NaN or infinity.
     """
-    numbers = as_finite(values, "self_influence")
+    numbers = as_finite(values, name)
     if numbers.shape != (size,):
         raise InvalidInput(
-            f"self_influence= has shape {tuple(numbers.shape)} and there are {size} training examples; "
-            "give one number each."
+            f"{name}= has shape {tuple(numbers.shape)} and there are {size} training examples; give one number each."
         )
     return numbers
 
@@ -183,7 +195,8 @@ def as_predictions(scores: Scores, values: Any, target: Target, side: Side) -> l
             f"{side.name}= are no probabilities at position {name_ids(bad.tolist())}: a row has numbers of at least 0 "
             "that sum to 1; apply softmax to the outputs."
         )
-    return [_predicted_class(scores, indexing.member_at(side.labels, i), row) for i, row in enumerate(numbers)]
+    names = [scores.label_name(c) for c in range(numbers.shape[1])]
+    return [_predicted_class(names, indexing.member_at(side.labels, i), row) for i, row in enumerate(numbers)]
 
 
 def _are_yes_or_no(labels: Labels) -> bool:
@@ -196,13 +209,16 @@ def _predicted_number(target: Target, label: Any, value: float) -> Prediction:
     return Prediction(target.number_text(four_digits(predicted)), math.nan, None, (), error)
 
 
-def _predicted_class(scores: Scores, label: Any, row: Float[Tensor, " C"]) -> Prediction:
+def _predicted_class(names: list[str], label: Any, row: Float[Tensor, " C"]) -> Prediction:
     order = torch.argsort(row, descending=True, stable=True)[:_LIKELIEST].tolist()
-    likeliest = tuple((scores.label_name(c), four_digits(float(row[c]))) for c in order)
+    likeliest = tuple((names[c], four_digits(float(row[c]))) for c in order)
     label = indexing.plain_value(label)
     wrong: bool | None = None
+    own: Any = None
     if isinstance(label, (int, float)):
-        wrong = label != order[0]
+        wrong, own = label != order[0], label
     elif isinstance(label, str):
-        wrong = label != likeliest[0][0]
-    return Prediction(likeliest[0][0], four_digits(float(row[order[0]])), wrong, likeliest)
+        wrong, own = label != likeliest[0][0], names.index(label) if label in names else None
+    known = isinstance(own, (int, float)) and own == int(own) and 0 <= own < len(row)
+    loss = -math.log(max(float(row[int(own)]), _SMALLEST)) if known else math.nan
+    return Prediction(likeliest[0][0], four_digits(float(row[order[0]])), wrong, likeliest, loss=loss)

@@ -26,18 +26,20 @@ def label_queue(
     self_influence: Tensor | None,
     size: int,
     errors: Float[Tensor, " N"] | None = None,
+    doubt: Float[Tensor, " N"] | None = None,
 ) -> list[dict[str, Any]]:
     """The `size` training examples whose labels look most doubtful, worst first, each with its evidence.
 
-    The order is by self-influence if it is given, else by the mean harm to all queries. With `errors`, how far the
-    model is from the number of every example, the two orders give an example by turns.
+    The order is by `doubt` if it is given, else by self-influence, else by the mean harm to all queries. With `errors`,
+    how far the model is from the number of every example, that order and the largest errors give an example by turns.
 
     Keys: `i` index, `o` self-influence, `p` share of examples with a smaller one, `h` mean harm to all queries,
     `g` suggested class, `gh` harm that a tenth of its queries suffer at least, `q` opponents: (query row, score) of
     the queries of other classes that the example harms most.
     """
     harm = harm_sign(scores) * sums.mean
-    order = torch.argsort(harm if self_influence is None else self_influence, descending=True, stable=True)
+    suspicion = next(values for values in (doubt, self_influence, harm) if values is not None)
+    order = torch.argsort(suspicion, descending=True, stable=True)
     if errors is not None:
         order = _take_turns(order, torch.argsort(errors.abs(), descending=True, stable=True))
     order = order[:size]

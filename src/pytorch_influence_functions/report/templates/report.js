@@ -479,8 +479,10 @@
     return el("li", { class: "suspect" }, picture, el("div", {}, head, ...evidence(entry)), ticks(entry.i, true));
   }
   const BY = {
+    doubt: "Ordered by the doubt that the report was given, such as that of find_label_issues().",
+    loss: "Ordered by the model's loss on the " + LABEL + "; find_label_issues() finds more wrong " + LABEL + "s.",
     self: "Ordered by self-influence: the model leans on these " + LABEL + "s alone, which a wrong one needs.",
-    mean: "Ordered by mean harm over all queries; self-influence, where a report is given it, finds wrong " + LABEL + "s better.",
+    mean: "Ordered by mean harm over all queries; with train_predictions= the model's loss is taken in, which finds wrong " + LABEL + "s better.",
     turns: "Taken by turns from two orders: the largest " + (index.queue.some((entry) => entry.o !== undefined) ? "self-influence (the model leans on this " + LABEL + " alone)" : "mean harm over all queries") + ", and the largest error of the model, which typing errors have.",
   };
   const wanted = { search: "", label: "", state: "", sort: "" };
