@@ -91,7 +91,7 @@ def refuse_shared_losses(objective: AbstractObjective, batch: Any, outputs: Tens
         with torch.no_grad():
             together = objective.losses(outputs, batch)
             alone = [objective.losses(outputs[e : e + 1], batch_slice(batch, n, slice(e, e + 1))) for e in range(n)]
-    except (InvalidInput, RuntimeError):
+    except (InvalidInput, RuntimeError, IndexError):
         return  # refused in its own words, with the examples named, where the losses are used
     if together.shape != (n,) or any(loss.shape != (1,) for loss in alone):
         return
