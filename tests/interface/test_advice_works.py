@@ -26,6 +26,7 @@ from pytorch_influence_functions.solvers import (
     Spectral,
 )
 from tests.interface.advice_cases import Advice, curvature, damping, influence, methods, probabilities, scored, sigmoid
+from tests.interface.advice_on_values import parts, targets
 from tests.interface.bad_input_cases import (
     C,
     X,
@@ -39,13 +40,14 @@ from tests.interface.more_advice_cases import objectives, problem, solvers
 
 ADVICE = [
     pytest.param(row, id=f"{make.__name__}: {row.name}")
-    for make in (methods, influence, curvature, damping, solvers, objectives, problem)
+    for make in (methods, influence, curvature, damping, solvers, objectives, problem, parts, targets)
     for row in make()
 ]
 
 
 @pytest.mark.parametrize("row", ADVICE)
 @pytest.mark.filterwarnings("ignore::pytorch_influence_functions.core.errors.IncompleteSolveWarning")
+@pytest.mark.filterwarnings("ignore::pytorch_influence_functions.core.errors.TrainingDataWarning")
 def test_what_is_recommended_is_not_refused(row: Advice) -> None:
     with pytest.raises(InfluenceError, match=row.says):
         row.refused(row.model())

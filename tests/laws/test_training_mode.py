@@ -303,6 +303,41 @@ RETRAINING: dict[str, Entry] = {
     ),
 }
 
+# --------------------------------------------------------------------------- actions
+
+
+def about(ask: Callable[[Any, Any], Any]) -> Entry:
+    def run(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+        return ask(ptif.Problem(model, nn.CrossEntropyLoss(), train, weight_decay=0.01), queries)
+
+    return run
+
+
+def last_bias(model: nn.Module) -> Tensor:
+    return list(model.parameters())[-1][0]
+
+
+DAMPED = ptif.exact(damping=1.0)
+ACTIONS: dict[str, Entry] = {
+    "what if": about(lambda problem, queries: ptif.what_if(problem, remove=[0, 3], method=DAMPED).change(queries)),
+    "label issues": about(
+        lambda problem, queries: torch.tensor(ptif.find_label_issues(problem, queries, method="ekfac").ids(5))
+    ),
+    "smallest removal": about(
+        lambda problem, queries: (
+            ptif.actions.smallest_removal(problem, last_bias, threshold=5.0, most=3, method=DAMPED).predicted
+        )
+    ),
+    "flip prediction": about(
+        lambda problem, queries: (
+            ptif.actions.flip_prediction(problem, (queries[0][:1], queries[1][:1]), most=3, method=DAMPED).predicted
+        )
+    ),
+    "input influence": about(
+        lambda problem, queries: ptif.actions.input_influence(problem, queries, ids=[0, 5], method=DAMPED)
+    ),
+}
+
 # --------------------------------------------------------------------------- page and command line
 
 HANDED: dict[str, Any] = {}
@@ -363,7 +398,7 @@ OUTSIDE: dict[str, Entry] = {
     ),
     "ptif self-influence, dry run": by_command("self-influence", lambda found, out: found["passes"], "--dry-run"),
 }
-ENTRIES |= CLASSIC | RETRAINING | OUTSIDE
+ENTRIES |= CLASSIC | RETRAINING | ACTIONS | OUTSIDE
 
 # --------------------------------------------------------------------------- the law
 
