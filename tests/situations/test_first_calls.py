@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import InvalidInput
 from tests.laws.pictures import differences, picture
 from tests.tolerance import gap, rounding
 
@@ -163,3 +165,36 @@ def test_how_a_loader_was_read_stands_beside_the_loss() -> None:
     assert checks["loss"].endswith(f"N = {N // 2} examples")
     assert "SubsetRandomSampler" in checks["data"] and f"{N // 2} of {N}" in checks["data"]
     assert checks["parameters"].startswith("12 of 15 took part")
+
+
+class Forces(nn.Module):
+    """An energy whose slope in the positions is what was trained, as in models of molecules."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.energy, self.way = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), way
+
+    def forward(self, x: Tensor) -> Any:
+        if self.way == "torch.func":
+            return torch.func.vmap(torch.func.grad(lambda z: self.energy(z).sum()))(x)
+        with nullcontext() if self.way == "plain" else torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_forces_are_right_where_forward_differentiates_as_the_message_says() -> None:
+    train, queries = (X[:N], X[:N].flip(1)), (X[N:], X[N:].flip(1))
+    torch.manual_seed(1)
+    plain = Forces("plain").double()
+    with pytest.raises(InvalidInput, match=r"under `with torch.enable_grad\(\):`, or by torch.func.grad\.$"):
+        ptif.attribute(plain, train, queries, loss=nn.MSELoss())
+    rows = []
+    for i in range(N + QUERIES):
+        loss = (plain(X[i : i + 1]) - X[i : i + 1].flip(1)).square().mean()
+        parts = torch.autograd.grad(loss, list(plain.parameters()), allow_unused=True)
+        rows.append(torch.cat([torch.zeros(1) if part is None else part.flatten() for part in parts]))
+    g = torch.stack(rows)
+    for way in ("enable_grad", "torch.func"):
+        plain.way = way
+        scores = ptif.attribute(plain, train, queries, loss=nn.MSELoss(), method="grad_dot")
+        assert gap(scores.values, g[N:] @ g[:N].T / N) < rounding(torch.float64, 1e3)
