@@ -344,7 +344,7 @@ def curvature() -> list[Advice]:
         Advice(
             "indefinite",
             scored(curvature=Hessian(), solver=Spectral(), damping=1e-6),
-            r"use GGN\(\) instead of Hessian\(\)",
+            r"GGN\(\) instead of Hessian\(\)",
             (scored(curvature=GGN(), solver=Spectral(), damping=1e-6),),
         ),
     ]
