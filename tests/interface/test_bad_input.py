@@ -227,7 +227,7 @@ LOSSES = [
         "one argument",
         put_in(loss=lambda f: f.sum()),
         INPUT,
-        r"failed on outputs of shape \(2, 3\) .*must take \(outputs",
+        r"failed on outputs of shape \(2, 3\) .*write it as a function of \(outputs",
     ),
     Row("infinite", put_in(loss=infinite), INFINITE, r"loss infinite is NaN or infinite on the first two examples"),
     Row(
@@ -238,7 +238,13 @@ LOSSES = [
     ),
     Row("wrong kind", put_in(loss=nn.MSELoss()), INPUT, r"for one class number per example use CrossEntropy\(\)"),
     Row("class weights", put_in(loss=nn.CrossEntropyLoss(torch.ones(7))), INPUT, r"7 class weights and 3 classes"),
-    Row("unclear", real(train=(X, (R > 0).float()), loss=None), INPUT, r"cannot be told from .*; pass loss=", single),
+    Row(
+        "unclear",
+        real(train=(X, (R > 0).float()), loss=None),
+        INPUT,
+        r"cannot be told from .*; write loss=torch.nn.BCEW",
+        single,
+    ),
     Row(
         "unclear shapes",
         put_in(train=(X, torch.ones(N, 2)), loss=None),

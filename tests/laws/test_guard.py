@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pytorch_influence_functions.core.errors import UnknownName
-from pytorch_influence_functions.problem.model_state import derivative_safe, double_backward_safe, preserved, same_rng
+from pytorch_influence_functions.problem.model_state import (
+    derivative_safe,
+    double_backward_safe,
+    plain_autograd,
+    preserved,
+    same_rng,
+)
+from tests.laws.pictures import Reading
 
 
 def net() -> nn.Sequential:
@@ -32,23 +40,6 @@ def state(model: nn.Module) -> dict[str, Any]:
         "rng": (torch.get_rng_state().tolist(), str(np.random.get_state())),
         "python": Reading(random.getstate()),
     }
-
-
-class Reading:
-    """A state of python's generator, up to the few numbers that beartype's checks draw from it in tests."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Reading):
-            return False
-        return any(self.state == s for s in other.following()) or any(other.state == s for s in self.following())
-
-    def following(self) -> list[Any]:
-        generator = random.Random()
-        generator.setstate(self.state)
-        return [self.state] + [(generator.getrandbits(32), generator.getstate())[1] for _ in range(40)]
 
 
 def disturb(model: nn.Sequential) -> None:
@@ -141,6 +132,45 @@ def test_an_abandoned_generator_puts_everything_back() -> None:
     next(running)
     assert not model.training
     running.close()
+    assert state(model) == before
+
+
+def test_a_failed_call_puts_everything_back_though_the_exception_is_kept() -> None:
+    model = net()
+    before = state(model)
+
+    def visits() -> Iterator[None]:
+        with preserved(model), derivative_safe():
+            yield
+
+    @plain_autograd()
+    def call() -> None:
+        still = visits()  # a generator that stands still, held by the frame, which is held by the exception
+        next(still)
+        disturb(model)
+        raise ZeroDivisionError
+
+    try:
+        call()
+    except ZeroDivisionError as kept:
+        assert state(model) == before, kept
+    assert state(model) == before
+
+
+def test_a_failed_call_leaves_alone_what_began_before_it() -> None:
+    model = net()
+    before = state(model)
+
+    @plain_autograd()
+    def call() -> None:
+        with preserved(model, ["0.weight"]):
+            raise ZeroDivisionError
+
+    with preserved(model, ["3.bias"]):
+        with pytest.raises(ZeroDivisionError):
+            call()
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == ["3.bias"]
+        assert not model.training and torch.is_grad_enabled()
     assert state(model) == before
 
 

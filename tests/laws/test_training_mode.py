@@ -1,13 +1,17 @@
 """Law: a model handed over in training mode comes back bit for bit, and is judged as in eval mode.
 
 A forward pass in training mode moves the running statistics of batch normalisation and draws dropout masks: the model
-is changed for its owner, and the scores are those of another model. So no entry point may run one.
+is changed for its owner, and the scores are those of another model. So no entry point may run one. `ENTRIES` holds
+every public call that takes a model; frozen, tied and wrapped ones go through them in `test_nothing_is_changed.py`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import re
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +26,8 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions import methods
 from pytorch_influence_functions.problem import problem as problem_module
 from pytorch_influence_functions.problem.problem import first_batch
+from pytorch_influence_functions.problem.wrappers import unwrap
+from tests.laws.pictures import differences, picture
 
 N, QUERIES = 24, 3
 
@@ -56,7 +62,33 @@ def case(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Ten
     model.train()
     model[-1].eval()
     x, y = torch.randn(N + QUERIES, *shape).double(), torch.arange(N + QUERIES) % 3
-    return model, (x[:N], y[:N]), (x[N:], y[N:])
+    return in_use(model), (x[:N], y[:N]), (x[N:], y[N:])
+
+
+def watch(*anything: Any) -> None:
+    """A hook that looks and changes nothing, as those of experiment trackers."""
+
+
+def in_use(model: nn.Module) -> nn.Module:
+    """The model as a training loop leaves it: gradients not cleared, hooks of a tracker on it."""
+    first = next(m for m in model.modules() if any(True for _ in m.parameters(recurse=False)))
+    first.register_forward_hook(watch)
+    first.register_forward_pre_hook(watch)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 0.5)
+            parameter.register_hook(watch)
+    return model
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The plain model: not wrapped, in eval mode, without gradients and hooks."""
+    plain = copy.deepcopy(unwrap(model)[0]).eval()  # a copied parameter has no hooks
+    for module in plain.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    plain.zero_grad()
+    return plain
 
 
 Entry = Callable[[nn.Module, Any, Any, Path], Any]
@@ -76,9 +108,13 @@ def fitted(model: nn.Module, train: Any, spec: Any = None, loss: Any = None) -> 
 
 def states(model: nn.Module) -> list[dict[str, Tensor]]:
     """Two checkpoints near the model's weights, the buffers as they are."""
-    moved = {k for k, _ in model.named_parameters()}
+    moved = {k for k, _ in model.named_parameters(remove_duplicate=False)}
     own = model.state_dict()
     return [{k: v * (1.0 + 0.01 * s) if k in moved else v.clone() for k, v in own.items()} for s in (1, 2)]
+
+
+def loader(data: Any) -> Any:
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 8)
 
 
 SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
@@ -132,16 +168,239 @@ ENTRIES |= {
     "responses": lambda model, train, queries, folder: (
         ptif.evaluation.pbrf(ptif.Problem(model, nn.CrossEntropyLoss(), train), [0], queries, 1.0, rtol=0.1).measured
     ),
-    "classic": lambda model, train, queries, folder: torch.tensor(
-        ptif.classic.calc_influence_single(
-            model, loader(train), loader(queries), 0, recursion_depth=10, damp=0.5, scale=5.0, progress=False
-        )[0]
+    "many dampings": lambda model, train, queries, folder: torch.stack(
+        [s.values for s in fitted(model, train, ptif.dual()).scores_over_damping(queries, [0.1, 1.0]).values()]
     ),
+    "forecast of attribute": lambda model, train, queries, folder: (
+        ptif.forecast(model, train, queries, loss=nn.CrossEntropyLoss(), method="gauss_newton").passes
+    ),
+    "tokens": lambda model, train, queries, folder: token_scores(model, train, queries),
 }
 
 
-def loader(data: Any) -> Any:
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 8)
+def token_scores(model: nn.Module, train: Any, queries: Any) -> Any:
+    """Every example taken for a text of one token."""
+    longer = Lengthened(model)
+    texts, asked = ((x, y[:, None]) for x, y in (train, queries))
+    problem = ptif.Problem(longer, ptif.TokenCrossEntropy(), texts, weight_decay=0.01)
+    return [*ptif.ekfac().fit(problem).token_scores(asked, [0, 5]).values()]
+
+
+class Lengthened(nn.Module):
+    """Gives the outputs of a net as those of a sequence of one token."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.net(x)
+        return outputs[:, None]
+
+
+# --------------------------------------------------------------------------- the entries of version 0.1
+
+SHORT: dict[str, Any] = {"recursion_depth": 5, "damp": 0.5, "scale": 5.0, "progress": False}
+
+
+def classic_run(mode: str) -> Entry:
+    def run(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+        config = ptif.classic.get_default_config()
+        config.update(recursion_depth=5, r_averaging=1, scale=5.0, damp=0.5, test_sample_num=False, gpu=-1)
+        config.update(outdir=str(folder))
+        results: Any = getattr(ptif.classic, mode)(config, model, loader(train), loader(queries), progress=False)
+        results = results[0] if isinstance(results, tuple) else results
+        return torch.tensor([results[str(i)]["influence"] for i in range(len(queries[0]))])
+
+    return run
+
+
+def tuned(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+    config = ptif.classic.get_default_config()
+    return config.auto_tune(model, loader(train), damping=1.0)["scale"]
+
+
+def joined(vectors: Any) -> Tensor:
+    return torch.cat([v.flatten() for v in vectors])
+
+
+CLASSIC: dict[str, Entry] = {
+    "classic, one item": lambda model, train, queries, folder: torch.tensor(
+        ptif.classic.calc_influence_single(model, loader(train), loader(queries), 0, **SHORT)[0]
+    ),
+    "classic, calc_img_wise": classic_run("calc_img_wise"),
+    "classic, calc_influences": classic_run("calc_influences"),
+    "classic, calc_all_grad_then_test": classic_run("calc_all_grad_then_test"),
+    "classic, calc_grad_z": lambda model, train, queries, folder: [
+        joined(v) for v in ptif.classic.calc_grad_z(model, loader(train), progress=False)[0]
+    ],
+    "classic, grad_z": lambda model, train, queries, folder: joined(ptif.classic.grad_z(*queries, model)),
+    "classic, calc_s_test": lambda model, train, queries, folder: [
+        joined(v) for v in ptif.classic.calc_s_test(model, loader(queries), loader(train), **SHORT)[0]
+    ],
+    "classic, calc_s_test_single": lambda model, train, queries, folder: joined(
+        ptif.calc_s_test_single(model, *queries, loader(train), **SHORT)
+    ),
+    "classic, s_test": lambda model, train, queries, folder: joined(
+        ptif.classic.s_test(*queries, model, loader(train), **SHORT)
+    ),
+    "classic, auto_tune": tuned,
+}
+
+# --------------------------------------------------------------------------- entries that train again
+
+
+def recipe() -> Any:
+    loss = nn.CrossEntropyLoss()
+    return ptif.evaluation.Recipe(lambda: nn.Linear(4, 3).double(), epochs=2, batch_size=8, loss=loss)
+
+
+def truth(train: Any, queries: Any) -> Any:
+    subsets = ptif.evaluation.Subsets.halves(len(train[0]), count=3)
+    return ptif.evaluation.retrain(recipe(), subsets, seeds=1, train=train, queries=queries, workers=1)
+
+
+def table(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+    problem = ptif.Problem(model, nn.CrossEntropyLoss(), train)
+    rows = ptif.evaluate(ptif.dual(), truth(train, queries), problem=problem, queries=queries, resamples=10).rows
+    return torch.tensor([row.estimate.value for row in rows], dtype=torch.float64)
+
+
+def removed(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+    problem = ptif.Problem(model, nn.CrossEntropyLoss(), train)
+    curves = ptif.evaluation.removal_curves(
+        recipe(), {"dual": ptif.dual()}, (2,), 1, train=train, queries=queries, problem=problem, workers=1
+    )
+    return torch.stack([curves.measured[name] for name in sorted(curves.measured)])
+
+
+def retrained_from(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+    """A training function of the user's own that begins with a copy of the model at hand."""
+
+    def training(data: Any, seed: int) -> nn.Module:
+        return settled(model)
+
+    subsets = ptif.evaluation.Subsets.halves(len(train[0]), count=2)
+    loss = nn.CrossEntropyLoss()
+    return ptif.evaluation.retrain(training, subsets, seeds=1, train=train, queries=queries, measure=loss).measured
+
+
+RETRAINING: dict[str, Entry] = {
+    "retraining": lambda model, train, queries, folder: truth(train, queries).measured,
+    "retraining by a function": retrained_from,
+    "table": table,
+    "removal curves": removed,
+    "verification": lambda model, train, queries, folder: torch.tensor(
+        [
+            removal.actual
+            for removal in ptif.attribute(model, train, queries, loss=nn.CrossEntropyLoss(), method="dual")
+            .verify(recipe(), n=6, size=4, seeds=1)
+            .removals
+        ]
+    ),
+    "attribute and verify": lambda model, train, queries, folder: (
+        ptif.attribute(model, train, queries, loss=nn.CrossEntropyLoss(), method="dual", verify=recipe()).values
+    ),
+}
+
+# --------------------------------------------------------------------------- actions
+
+
+def about(ask: Callable[[Any, Any], Any]) -> Entry:
+    def run(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+        return ask(ptif.Problem(model, nn.CrossEntropyLoss(), train, weight_decay=0.01), queries)
+
+    return run
+
+
+def last_bias(model: nn.Module) -> Tensor:
+    return list(model.parameters())[-1][0]
+
+
+DAMPED = ptif.exact(damping=1.0)
+ACTIONS: dict[str, Entry] = {
+    "what if": about(lambda problem, queries: ptif.what_if(problem, remove=[0, 3], method=DAMPED).change(queries)),
+    "label issues": about(
+        lambda problem, queries: torch.tensor(ptif.find_label_issues(problem, queries, method="ekfac").ids(5))
+    ),
+    "smallest removal": about(
+        lambda problem, queries: (
+            ptif.actions.smallest_removal(problem, last_bias, threshold=5.0, most=3, method=DAMPED).predicted
+        )
+    ),
+    "flip prediction": about(
+        lambda problem, queries: (
+            ptif.actions.flip_prediction(problem, (queries[0][:1], queries[1][:1]), most=3, method=DAMPED).predicted
+        )
+    ),
+    "input influence": about(
+        lambda problem, queries: ptif.actions.input_influence(problem, queries, ids=[0, 5], method=DAMPED)
+    ),
+}
+
+# --------------------------------------------------------------------------- page and command line
+
+HANDED: dict[str, Any] = {}
+"""What the task file below gives to the command line: the very model, and the data."""
+TASK = """
+from tests.laws.test_training_mode import HANDED
+
+problem, queries = HANDED["problem"], HANDED["queries"]
+"""
+
+
+def by_command(command: str, read: Callable[[Any, Path], Any], *flags: str) -> Entry:
+    def run(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+        from tests.interface.cli_cases import Ran
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "task.py").write_text(TASK)
+        HANDED.update(problem=ptif.Problem(model, nn.CrossEntropyLoss(), train), queries=queries)
+        path, out = list(sys.path), folder / "out"
+        try:
+            ran = Ran(command, folder / "task.py", "--out", out, *flags, "--json")
+            assert ran.code == 0, ran.stderr or ran.stdout
+            return read(ran.found, out)
+        finally:
+            sys.path[:] = path  # the command is a process of its own elsewhere
+
+    return run
+
+
+def page_of_a_run(found: Any, out: Path) -> Any:
+    from tests.interface.cli_cases import Ran
+
+    ran = Ran("report", out, "--task", out.parent / "task.py", "--json")
+    assert ran.code == 0, ran.stderr or ran.stdout
+    return ptif.Scores.load(out / "scores.safetensors").values
+
+
+def reported(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = ptif.attribute(model, train, queries, loss=nn.CrossEntropyLoss(), method="dual")
+    scores.report(folder / "page.html")
+    scores.plot(0, path=folder / "figure.png")
+    return scores.values
+
+
+OUTSIDE: dict[str, Entry] = {
+    "report and figure": reported,
+    "ptif attribute": by_command(
+        "attribute", lambda found, out: ptif.Scores.load(out / "scores.safetensors").values, "--method", "ekfac"
+    ),
+    "ptif attribute, dry run": by_command("attribute", lambda found, out: found["passes"], "--dry-run"),
+    "ptif report": by_command("attribute", page_of_a_run, "--method", "dual"),
+    "ptif self-influence": by_command(
+        "self-influence",
+        lambda found, out: torch.tensor([row["self_influence"] for row in found["worst"]]),
+        "--method",
+        "exact",
+    ),
+    "ptif self-influence, dry run": by_command("self-influence", lambda found, out: found["passes"], "--dry-run"),
+}
+ENTRIES |= CLASSIC | RETRAINING | ACTIONS | OUTSIDE
+
+# --------------------------------------------------------------------------- the law
 
 
 @contextmanager
@@ -161,26 +420,32 @@ def training_passes(model: nn.Module) -> Iterator[list[str]]:
         handle.remove()
 
 
-# These only multiply with the curvature, in the same way for any net: one net is enough.
-ITERATIVE = ("arnoldi", "astra", "gauss_newton", "koh_liang", "lissa", "nystrom", "source")
+@functools.cache
+def expected(entry: str, net: str) -> Any:
+    """What the plain model gives: not wrapped, in eval mode."""
+    model, train, queries = case(net)
+    with tempfile.TemporaryDirectory() as folder:
+        return ENTRIES[entry](settled(model), train, queries, Path(folder))
+
+
+# These multiply with the curvature, in the same way for any net, or train linear models beside it: one net is enough.
+ITERATIVE = ("arnoldi", "astra", "gauss_newton", "koh_liang", "lissa", "nystrom", "source", "classic, auto_tune")
+ONE_NET = (*ITERATIVE, *CLASSIC, *RETRAINING, *OUTSIDE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "net"),
-    [(entry, net) for entry in ENTRIES for net in NETS if net == "perceptron" or entry not in ITERATIVE],
+    [(entry, net) for entry in ENTRIES for net in NETS if net == "perceptron" or entry not in ONE_NET],
 )
 def test_a_model_in_training_mode_is_neither_moved_nor_judged_so(entry: str, net: str, tmp_path: Path) -> None:
     model, train, queries = case(net)
-    settled = copy.deepcopy(model).eval()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    modes = [m.training for m in model.modules()]
+    before = picture(model, train, queries)
     with training_passes(model) as noted:
-        values = ENTRIES[entry](model, train, queries, tmp_path / "training")
+        values = ENTRIES[entry](model, train, queries, tmp_path)
     assert not noted
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert [m.training for m in model.modules()] == modes
-    torch.testing.assert_close(values, ENTRIES[entry](settled, train, queries, tmp_path / "eval"))
+    assert differences(before, picture(model, train, queries)) == []
+    torch.testing.assert_close(values, expected(entry, net))
 
 
 def test_the_first_batch_is_looked_at_in_eval_mode_and_the_mode_comes_back() -> None:

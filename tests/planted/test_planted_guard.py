@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 
 from pytorch_influence_functions.problem import model_state
 from pytorch_influence_functions.problem.problem import first_batch
+from tests.laws import test_nothing_is_changed as interruptions
 from tests.laws import test_training_mode as laws
 from tests.planted.planting import Bug, Patch, must_be_noticed, swap, swap_everywhere
 
@@ -43,6 +45,19 @@ def test_a_guard_that_ends_early_breaks_its_law(
     entry: str, net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     must_be_noticed(Bug("guard ends early", ENDS_EARLY, partial(law, entry, net, tmp_path)), monkeypatch)
+
+
+@contextmanager
+def not_ended(original: Any) -> Iterator[None]:
+    """A guard that waits for its generator to be dropped, which an exception that is kept prevents."""
+    yield
+
+
+def test_a_guard_that_outlives_a_failed_call_breaks_its_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = swap(model_state, "_ended_on_failure", not_ended)
+    law = partial(interruptions.test_an_interruption_in_the_middle_changes_nothing, "classic, auto_tune", tmp_path)
+    must_be_noticed(Bug("guard outlives a failed call", plant, law), monkeypatch)
+    gc.collect()  # now the generators that were left end
 
 
 @pytest.mark.parametrize("entry", ["exact", "TrainingLoss"])

@@ -104,9 +104,9 @@ def test_two_readings_are_refused_and_each_can_be_written(name: str) -> None:
 
 def test_yes_and_no_as_floats_names_the_loss_of_the_outputs() -> None:
     y = Y.float()
-    with pytest.raises(InvalidInput, match=r"MSELoss\(\) or BCELoss\(\) \(the outputs lie in \[0, 1\]\)"):
+    with pytest.raises(InvalidInput, match=r"write loss=torch.nn.BCELoss\(\) for a yes or no per output, or"):
         infer(sigmoid(), X, y)
-    with pytest.raises(InvalidInput, match=r"MSELoss\(\) or BCEWithLogitsLoss\(\)"):
+    with pytest.raises(InvalidInput, match=r"write loss=torch.nn.BCEWithLogitsLoss\(\) for a yes or no per output"):
         infer(nn.Linear(3, 1), 9 * X, y)
 
 

@@ -20,7 +20,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import IncompleteSolveWarning, SolveFailed
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.problem.problem import sweep
-from tests.laws.test_training_mode import ENTRIES, Entry, case, loader
+from tests.laws.test_training_mode import ENTRIES, ITERATIVE, OUTSIDE, RETRAINING, case, expected
 from tests.oracles import autograd as oracle
 from tests.tolerance import gap
 
@@ -60,78 +60,40 @@ def settings() -> tuple[Any, ...]:
     )
 
 
-def _recipe() -> Any:
-    loss = nn.CrossEntropyLoss()
-    return ptif.evaluation.Recipe(lambda: nn.Linear(4, 3).double(), epochs=2, batch_size=8, loss=loss)
+# What takes a second and is switched in one place goes through the hardest switch only.
+LONG = (*RETRAINING, *OUTSIDE, *ITERATIVE)
+HARDEST = "no_grad and autocast"
 
 
-def retrained(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
-    subsets = ptif.evaluation.Subsets.halves(len(train[0]), count=3)
-    return ptif.evaluation.retrain(_recipe(), subsets, seeds=1, train=train, queries=queries, workers=1)
-
-
-MORE: dict[str, Entry] = {
-    "classic, all test items": lambda model, train, queries, folder: _classic(model, train, queries),
-    "retraining": lambda *given: retrained(*given).measured,
-    "table": lambda *given: torch.tensor([row.estimate.value for row in _table(*given).rows], dtype=torch.float64),
-    "verification": lambda *given: torch.tensor([r.actual for r in _verdict(*given).removals]),
-    "many dampings": lambda model, train, queries, folder: torch.stack(
-        [s.values for s in _fitted(model, train).scores_over_damping(queries, [0.1, 1.0]).values()]
-    ),
-}
-ALL = ENTRIES | MORE
-
-
-def _fitted(model: nn.Module, train: Any) -> Any:
-    return ptif.dual().fit(ptif.Problem(model, nn.CrossEntropyLoss(), train))
-
-
-def _classic(model: nn.Module, train: Any, queries: Any) -> Tensor:
-    config = ptif.classic.get_default_config()
-    config.update(recursion_depth=5, r_averaging=1, scale=5.0, damp=0.5, test_sample_num=False, gpu=-1)
-    results = ptif.classic.calc_img_wise(config, model, loader(train), loader(queries), progress=False)
-    return torch.tensor([results[str(i)]["influence"] for i in range(len(queries[0]))])
-
-
-def _table(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
-    truth = retrained(model, train, queries, folder)
-    problem = ptif.Problem(model, nn.CrossEntropyLoss(), train)
-    return ptif.evaluation.evaluate(ptif.dual(), truth, problem=problem, queries=queries, resamples=10)
-
-
-def _verdict(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
-    scores = ptif.attribute(model, train, queries, loss=nn.CrossEntropyLoss(), method="dual")
-    return scores.verify(_recipe(), n=6, size=4, seeds=1)
-
-
-@pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("entry", ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "switch"), [(e, s) for e in ENTRIES for s in SWITCHES if e not in LONG or s == HARDEST]
+)
 def test_the_scores_are_those_without_the_switch_which_stays(entry: str, switch: str, tmp_path: Path) -> None:
     model, train, queries = case("perceptron")
-    expected = ALL[entry](model, train, queries, tmp_path / "plain")
     with SWITCHES[switch]():
         before = settings()
-        values = ALL[entry](model, train, queries, tmp_path / "switched")
+        values = ENTRIES[entry](model, train, queries, tmp_path / "switched")
         assert settings() == before
     assert settings() == (True, False, False, torch.get_autocast_dtype("cpu"), True)
-    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(values, expected(entry, "perceptron"))
 
 
 def test_results_and_models_made_in_inference_mode_can_be_used_outside_it_and_inside() -> None:
     model, train, queries = case("perceptron")
-    expected = ptif.attribute(model, train, queries, method="dual").values
+    plain = ptif.attribute(model, train, queries, method="dual").values
     with torch.inference_mode():
         inner, inner_train, inner_queries = case("perceptron")
         assert all(t.is_inference() for t in [*inner.state_dict().values(), *inner_train])
-        fitted = _fitted(inner, inner_train)
-        scores, own = fitted.score(inner_queries), fitted.self_influence()
+        attribution = ptif.dual().fit(ptif.Problem(inner, nn.CrossEntropyLoss(), inner_train))
+        scores, own = attribution.score(inner_queries), attribution.self_influence()
         spread = ptif.attribute(inner, inner_train, inner_queries, method="ekfac", checkpoints=[inner.state_dict()])
     assert not (scores.values.is_inference() or own.is_inference() or spread.values.is_inference())
     before = {k: v.clone() for k, v in inner.state_dict().items()}
     kept = dict(inner.named_parameters())
     outside = ptif.attribute(inner, inner_train, inner_queries, method="dual").values
-    torch.testing.assert_close(scores.values, expected)
-    torch.testing.assert_close(outside, expected)
+    torch.testing.assert_close(scores.values, plain)
+    torch.testing.assert_close(outside, plain)
     torch.testing.assert_close(spread.values, ptif.attribute(model, train, queries, method="ekfac").values)
     assert all(torch.equal(v, before[k]) for k, v in inner.state_dict().items())
     assert all(p is kept[k] and p.is_inference() for k, p in inner.named_parameters())
@@ -197,16 +159,18 @@ def test_gradients_of_a_model_that_opens_autocast_are_its_own_autograd_s(returns
     assert gap(dual, oracle.influence(fisher, 1.0, q, g)) < 8 * BF16
 
 
+# The linear models that are trained beside the model take no pictures; with the true Hessian no net here is convex.
+NOT_PICTURES = (*RETRAINING, "classic, auto_tune")
+
+
 @pytest.mark.parametrize("returns", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("entry", ALL)
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry not in NOT_PICTURES])
 def test_every_entry_takes_a_model_that_opens_autocast(entry: str, returns: torch.dtype, tmp_path: Path) -> None:
-    if entry in ("classic, all test items", "verification", "retraining", "table"):
-        pytest.skip("these make models of another shape")
     model, train, queries = autocast_case(returns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IncompleteSolveWarning)  # products in bfloat16 end where rounding does
         try:
-            values = ALL[entry](model, train, queries, tmp_path)
+            values = ENTRIES[entry](model, train, queries, tmp_path)
         except SolveFailed:
             assert entry in ("arnoldi", "koh_liang")  # the Hessian of an untrained net is indefinite
             values = torch.zeros(())

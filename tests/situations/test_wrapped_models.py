@@ -64,6 +64,30 @@ def test_parameters_are_named_as_the_wrapper_or_as_the_model_names_them(names: A
     assert set(problem.space.names) <= {"2.weight", "2.bias"}
 
 
+def test_weight_decay_is_read_from_the_optimiser_of_a_wrapper_or_named_as_the_wrapper_names_it() -> None:
+    model = net()
+    wrapper = nn.DataParallel(model)
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1, weight_decay=0.3)
+    read = ptif.WeightDecay.from_optimizer(optimizer, wrapper)
+    assert read.strength == {name: 0.3 for name, _ in model.named_parameters()}
+    expected = ptif.attribute(model, TRAIN, QUERIES, method="exact", weight_decay=0.3).values
+    of_wrapper: Any = {name: 0.3 for name, _ in wrapper.named_parameters()}
+    for given in (read, optimizer, of_wrapper, ptif.WeightDecay(of_wrapper)):
+        values = ptif.attribute(wrapper, TRAIN, QUERIES, method="exact", weight_decay=given).values
+        torch.testing.assert_close(values, expected)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["the optimiser", "its state dict"])
+def test_moments_of_adam_are_read_for_the_model_inside(saved: bool) -> None:
+    model = net()
+    wrapper = nn.DataParallel(model)
+    optimizer = torch.optim.Adam(list(wrapper.named_parameters()), lr=0.1)
+    nn.functional.cross_entropy(wrapper(X), Y).backward()
+    optimizer.step()
+    state = ptif.trajectory.AdamState.of(optimizer.state_dict() if saved else optimizer, wrapper)
+    assert list(state.second_moments) == [name for name, _ in model.named_parameters()]
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net.", "model.", "module._orig_mod.", "model.net."])
 @pytest.mark.parametrize("saved", [False, True], ids=["in memory", "from a file"])
 def test_checkpoints_of_a_wrapper_fit_the_model_inside(prefix: str, saved: bool, tmp_path: Path) -> None:

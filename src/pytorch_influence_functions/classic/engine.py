@@ -34,7 +34,7 @@ from ..linalg.shift import Shift
 from ..objectives.base import inputs_and_targets
 from ..objectives.likelihoods import CrossEntropy
 from ..problem.data import Source
-from ..problem.model_state import double_backward_safe, preserved
+from ..problem.model_state import double_backward_safe, plain_autograd, preserved
 from ..problem.problem import Problem, model_device, sweep
 from ..scores.scores import Scores
 from ..solvers.base import Result, Solution
@@ -141,6 +141,7 @@ def calculation(model: Any, settings: ClassicSettings) -> Iterator[None]:
         raise InvalidInput(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
     with ExitStack() as stack:
         stack.enter_context(show_progress(settings.progress))
+        stack.enter_context(plain_autograd())
         stack.enter_context(on_device(model, settings.gpu))
         stack.enter_context(preserved(model))
         stack.enter_context(double_backward_safe(model))
@@ -359,7 +360,7 @@ def measure_curvature(model: nn.Module, train: Any, settings: ClassicSettings, d
         operator = Hessian().of(derivatives, Form.IMPLICIT, Budget())
         solver = Neumann(seed=settings.seed)
         state = solver.init(operator, Shift(damping, derivatives.space.decay))
-        like = next(iter(derivatives.space.values(model).values()))
+        like = next(iter(derivatives.space.values(engine.problem.model).values()))
         tuning = solver.tuning(state, like.dtype, like.device)
     if tuning.smallest + damping <= 0:
         raise InvalidInput(

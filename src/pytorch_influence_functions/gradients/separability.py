@@ -35,9 +35,10 @@ def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, ou
     Raises:
         InvalidInput: it does not hold; the message says which of the two.
     """
+    outputs = outputs.detach()  # forward may have enabled gradients again
     n, room = len(outputs), allowed * (float(outputs.abs().max()) + 1e-6)
     with torch.no_grad():
-        first, second = objective.outputs(model, batch), objective.outputs(model, batch)
+        first, second = (objective.outputs(model, batch).detach() for _ in range(2))
     if (gap := float((first - second).abs().max())) > room:
         raise InvalidInput(
             f"The model gave different outputs for the same batch twice, by {gap:.2g}, although it is in eval mode: "
@@ -47,7 +48,7 @@ def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, ou
     for e in range(n):
         try:
             with torch.no_grad():
-                alone = objective.outputs(model, batch_slice(batch, n, slice(e, e + 1)))
+                alone = objective.outputs(model, batch_slice(batch, n, slice(e, e + 1))).detach()
         except (RuntimeError, ValueError, IndexError, TypeError) as failure:
             raise InvalidInput(
                 f"The model runs on a batch of {n} examples but not on one alone "
@@ -91,7 +92,7 @@ def refuse_shared_losses(objective: AbstractObjective, batch: Any, outputs: Tens
         with torch.no_grad():
             together = objective.losses(outputs, batch)
             alone = [objective.losses(outputs[e : e + 1], batch_slice(batch, n, slice(e, e + 1))) for e in range(n)]
-    except (InvalidInput, RuntimeError):
+    except (InvalidInput, RuntimeError, IndexError):
         return  # refused in its own words, with the examples named, where the losses are used
     if together.shape != (n,) or any(loss.shape != (1,) for loss in alone):
         return

@@ -68,7 +68,7 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
     if len(batch) < 2:
         raise InvalidInput(
             f"A batch of {len(batch)} member{'' if len(batch) == 1 else 's'} has no target; expected "
-            "(inputs, target), so let the dataset return both."
+            "(inputs, target), so let the dataset return both, (x, x) for an autoencoder."
         )
     first, *rest = batch[:-1]
     if isinstance(first, Mapping):

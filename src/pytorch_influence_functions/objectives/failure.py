@@ -57,6 +57,11 @@ def _way_out(cause: Exception, layer: nn.Module | None) -> str:
             "a batch (a, ..., y) is used as model(a, ...) and a mapping as model(**batch) without its labels, so let "
             "the dataset give what forward takes"
         )
+    if "does not require grad" in str(cause):
+        return (
+            "forward differentiates by itself (forces, gradient penalties), so let it do so under `with "
+            "torch.enable_grad():`, or by torch.func.grad"
+        )
     return "give examples as the model was trained on, or try model(x) on one batch of them by hand"
 
 

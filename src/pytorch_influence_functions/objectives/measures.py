@@ -448,7 +448,8 @@ def _evaluate(apply: Callable[[Any, Any], Any], function: Any, outputs: Any, tar
         shape = f"shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else f"type {type(targets).__name__}"
         raise InvalidInput(
             f"The loss {_name(function)} failed on outputs of {describe_outputs(outputs)} and targets of "
-            f"{shape} ({first_line(cause)}); it must take (outputs, targets) of any number of examples."
+            f"{shape} ({first_line(cause)}); write it as a function of (outputs, targets) that takes any number of "
+            "examples."
         ) from cause
     return _require_tensor(value)
 

@@ -63,13 +63,38 @@ def infer_objective(model: nn.Module, source: Source, device: torch.device | str
             return _infer_tokens(outputs, targets, batch)
         if outputs.numel() == len(outputs) == targets.numel():
             return _infer_decisions(outputs, targets)
+        if outputs.dim() > 3 and _one_class_each(outputs, targets) and not _in_unit_interval(outputs):
+            return CrossEntropy()
     elif outputs.numel() == targets.numel() and not bool(((targets == 0) | (targets == 1)).all()):
         return _infer_numbers(outputs, targets)
-    yes_or_no = "BCELoss() (the outputs lie in [0, 1])" if _in_unit_interval(outputs) else "BCEWithLogitsLoss()"
-    raise InvalidInput(
-        f"The loss cannot be told from {shapes}; pass loss=, e.g. torch.nn.CrossEntropyLoss(), MSELoss() or "
-        f"{yes_or_no}."
-    )
+    raise InvalidInput(f"The loss cannot be told from {shapes}; {_offer_losses(outputs, targets)}")
+
+
+def _offer_losses(outputs: Tensor, targets: Tensor) -> str:
+    """The losses that take outputs and targets of these shapes, as they would be written."""
+    yes_or_no = "torch.nn.BCELoss()" if _in_unit_interval(outputs) else "torch.nn.BCEWithLogitsLoss()"
+    whole = not targets.is_floating_point()
+    fits = targets.numel() == outputs.numel()
+    if fits and bool(((targets == 0) | (targets == 1)).all()):
+        if outputs.dim() == 2 and outputs.shape == targets.shape and bool((targets.sum(-1) == 1).all()):
+            converted = " with targets.float()" if whole else ""
+            return (
+                f"write loss=torch.nn.CrossEntropyLoss(){converted} if the targets are one-hot, each example having "
+                f"one class, or loss={yes_or_no} if it may have several."
+            )
+        return f"write loss={yes_or_no} for a yes or no per output, or loss=torch.nn.MSELoss() for a regression."
+    if whole and targets.shape[-1:] == (1,) and _one_class_each(outputs, targets[..., 0]):
+        return "write loss=torch.nn.CrossEntropyLoss() with targets.squeeze(-1), class numbers without an axis of 1."
+    if whole and _one_class_each(outputs, targets):
+        return "write loss=torch.nn.CrossEntropyLoss() if that loss was given these outputs as they are."
+    if fits:
+        return "write loss=torch.nn.MSELoss() for a regression, or pass the loss that training minimised."
+    return "pass loss=, the loss that training minimised: a torch.nn loss, or a function of (outputs, targets)."
+
+
+def _one_class_each(outputs: Tensor, targets: Tensor) -> bool:
+    """Whether there is one target per example and position, and the second axis of the outputs runs over classes."""
+    return outputs.dim() > 1 and targets.shape == (outputs.shape[0], *outputs.shape[2:])
 
 
 def _infer_classes(outputs: Tensor) -> AbstractObjective:

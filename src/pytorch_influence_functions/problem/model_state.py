@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -50,10 +51,65 @@ def same_rng() -> Iterator[None]:
         _set_rng_state(state)
 
 
-# --------------------------------------------------------------------------- switches
+# --------------------------------------------------------------------------- guards
 
 
 _lock = threading.RLock()
+_threads = threading.local()
+
+
+@dataclass(eq=False)
+class _Guard:
+    """What is put back once: at the end of its block, or when the public call in which it began fails."""
+
+    put_back: Callable[[], None]
+    ended: bool = False
+
+    def end(self) -> None:
+        with _lock:
+            if self.ended:
+                return
+            self.ended = True
+            self.put_back()
+
+
+def _open_guards() -> list[_Guard]:
+    """Those of this thread."""
+    guards: list[_Guard] | None = getattr(_threads, "guards", None)
+    if guards is None:
+        guards = _threads.guards = []
+    return guards
+
+
+@contextmanager
+def _guarded(put_back: Callable[[], None]) -> Iterator[None]:
+    guard, guards = _Guard(put_back), _open_guards()
+    guards.append(guard)
+    try:
+        yield
+    finally:
+        guard.end()
+        guards[:] = [g for g in guards if not g.ended]
+
+
+@contextmanager
+def _ended_on_failure() -> Iterator[None]:
+    """End what began inside, should the block fail.
+
+    An exception keeps the frames it passed through, and a generator that stands still in one of them keeps its guard:
+    a notebook, which holds on to the last exception, would go on with the model in eval mode.
+    """
+    before = {id(guard) for guard in _open_guards()}
+    try:
+        yield
+    except BaseException:
+        for guard in reversed(list(_open_guards())):
+            if id(guard) not in before:
+                guard.end()
+        raise
+
+
+# --------------------------------------------------------------------------- switches
 
 
 @dataclass(eq=False)
@@ -70,13 +126,13 @@ class _Switch:
             if self.depth == 0:
                 self.turn_on(self.stack)
             self.depth += 1
-        try:
+        with _guarded(self._leave):
             yield
-        finally:
-            with _lock:
-                self.depth -= 1
-                if self.depth == 0:
-                    self.stack.close()
+
+    def _leave(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.stack.close()
 
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -100,9 +156,20 @@ def _eager(stack: ExitStack) -> None:
     stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
-# Gradient mode, inference mode and autocast belong to a thread, so each thread counts its own contexts.
-_threads = threading.local()
 _compiled = _Switch(_eager)
+
+
+@contextmanager
+def _switches_off() -> Iterator[None]:
+    # Gradient mode, inference mode and autocast belong to a thread, so each thread counts its own contexts.
+    switch = getattr(_threads, "switch", None)
+    if switch is None:
+        switch = _threads.switch = _Switch(_no_switch_left_on)
+    with ExitStack() as stack:
+        stack.enter_context(switch.on())
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it takes seconds
+            stack.enter_context(_compiled.on())
+        yield
 
 
 @contextmanager
@@ -111,7 +178,7 @@ def plain_autograd() -> Iterator[None]:
 
     Code that was compiled by `torch.compile` runs eagerly: it would be compiled anew for every set of hooks. The
     switches are as before afterwards; contexts may end in any order, as generators do. Every public entry that computes
-    is decorated with it.
+    is decorated with it: if it fails, also by Ctrl-C, the model is as before at once, whoever keeps the exception.
 
     Example:
         >>> with torch.no_grad():
@@ -120,13 +187,7 @@ def plain_autograd() -> Iterator[None]:
         ...     inside, torch.is_grad_enabled()
         (True, False)
     """
-    switch = getattr(_threads, "switch", None)
-    if switch is None:
-        switch = _threads.switch = _Switch(_no_switch_left_on)
-    with ExitStack() as stack:
-        stack.enter_context(switch.on())
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it takes seconds
-            stack.enter_context(_compiled.on())
+    with _switches_off(), _ended_on_failure():
         yield
 
 
@@ -249,12 +310,12 @@ def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Itera
         (True, True)
     """
     mark, names = object(), None if trainable is None else tuple(trainable)
-    with plain_autograd():
+    with _switches_off():
         with _lock:
             snapshot = _active.get(model)
             if snapshot is None:
                 snapshot = _Snapshot.of(model)
-        try:
+        with _guarded(partial(_leave, model, snapshot, mark)):
             with _lock:
                 if not snapshot.frames:
                     _active[model] = snapshot
@@ -262,14 +323,15 @@ def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Itera
                 snapshot.frames.append((mark, None if names is None else _parameter_ids(model, names)))
                 snapshot.apply_latest()
             yield
-        finally:
-            with _lock:
-                snapshot.frames = [frame for frame in snapshot.frames if frame[0] is not mark]
-                if snapshot.frames:
-                    snapshot.apply_latest()
-                else:
-                    _active.pop(model, None)
-                    snapshot.restore()
+
+
+def _leave(model: nn.Module, snapshot: _Snapshot, mark: object) -> None:
+    snapshot.frames = [frame for frame in snapshot.frames if frame[0] is not mark]
+    if snapshot.frames:
+        snapshot.apply_latest()
+    else:
+        _active.pop(model, None)
+        snapshot.restore()
 
 
 def _parameter_ids(model: nn.Module, names: Iterable[str]) -> frozenset[int]:

@@ -26,6 +26,7 @@ from .labels import Labels
 from .model_and_loss import ModelAndLoss, join_loss
 from .model_state import derivative_safe, preserved
 from .weight_decay import WeightDecay, as_weight_decay
+from .wrappers import unwrap
 
 # --------------------------------------------------------------------------- problem
 
@@ -91,7 +92,7 @@ class Problem:
             "objective": objective,
             "data": source,
             "parameters": chosen,
-            "weight_decay": as_weight_decay(weight_decay, model),
+            "weight_decay": as_weight_decay(weight_decay, model, prefix),
             "checkpoints": as_checkpoints(checkpoints),
             "batch_size": source.batch_size,
             "deterministic": deterministic,
@@ -174,25 +175,6 @@ def check_model(model: Any) -> None:
             "The model is a TorchScript module, whose layers cannot be looked into; pass the Python module it was "
             "made from, with the weights of scripted.state_dict()."
         )
-
-
-def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
-    """The model inside what `torch.compile`, `DataParallel` or `DistributedDataParallel` made, and its prefix.
-
-    A wrapped model computes the same numbers; unwrapped it takes hooks without being compiled anew for each of them.
-
-    Example:
-        >>> inner, prefix = unwrap(nn.DataParallel(nn.Linear(2, 1)))
-        >>> inner, prefix
-        (Linear(in_features=2, out_features=1, bias=True), 'module.')
-    """
-    prefix = ""
-    while True:
-        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        name = "module" if parallel else "_orig_mod" if "_orig_mod" in model._modules else None
-        if name is None:
-            return model, prefix
-        model, prefix = model.get_submodule(name), f"{prefix}{name}."
 
 
 def _without_prefix(selection: Selection, prefix: str) -> Selection:

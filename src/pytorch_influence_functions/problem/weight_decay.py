@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number
+from .wrappers import unwrap
 
 # Optimisers whose weight_decay is added to the gradient, which makes it an L2 term of the loss.
 _COUPLED = (
@@ -70,7 +71,7 @@ class WeightDecay:
             InvalidInput: the decay is decoupled (AdamW) or of a kind that is not known to be an L2 term, or
                 the optimiser trains no parameter of this model.
         """
-        name_of = {id(p): name for name, p in model.named_parameters()}
+        name_of = {id(p): name for name, p in unwrap(model)[0].named_parameters()}
         strengths: dict[str, float] = {}
         known = False
         for group in optimizer.param_groups:
@@ -104,10 +105,20 @@ def _check_coupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], d
         )
 
 
-def as_weight_decay(given: Any, model: nn.Module) -> WeightDecay:
-    """A `WeightDecay` from a number, a mapping by parameter name, an optimiser, or a `WeightDecay`."""
+def as_weight_decay(given: Any, model: nn.Module, prefix: str = "") -> WeightDecay:
+    """A `WeightDecay` from a number, a mapping by parameter name, an optimiser, or a `WeightDecay`.
+
+    Args:
+        given: one of these.
+        model: the model inside a wrapper.
+        prefix: what the wrapper puts before the names of parameters; it may stand in a mapping.
+    """
+    if isinstance(given, WeightDecay) and prefix and isinstance(given.strength, Mapping):
+        return replace(given, strength=_without_prefix(given.strength, prefix))
     if isinstance(given, WeightDecay):
         return given
+    if isinstance(given, Mapping) and prefix:
+        return WeightDecay(_without_prefix(given, prefix))
     if isinstance(given, torch.optim.Optimizer):
         return WeightDecay.from_optimizer(given, model)
     if given is None:
@@ -115,3 +126,7 @@ def as_weight_decay(given: Any, model: nn.Module) -> WeightDecay:
     if isinstance(given, (int, float, Mapping)):
         return WeightDecay(given)
     raise InvalidInput(f"weight_decay must be a number, an optimiser or WeightDecay(...), got {type(given).__name__}.")
+
+
+def _without_prefix(strengths: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in strengths.items()}

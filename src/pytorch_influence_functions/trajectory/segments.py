@@ -13,6 +13,7 @@ from ..core.errors import InvalidInput, nearest
 from ..core.validate import finite_number, whole_number
 from ..linalg.space import Space
 from ..problem.checkpoints import Checkpoint, as_checkpoints, load_checkpoint
+from ..problem.wrappers import unwrap
 
 # --------------------------------------------------------------------------- Adam
 
@@ -146,7 +147,8 @@ _Entries = dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 def _adam_entries(optimizer: Any, model: nn.Module) -> _Entries:
-    """(state, group) by parameter name."""
+    """(state, group) by parameter name, without the prefix of a wrapper."""
+    model, prefix = unwrap(model)
     if isinstance(optimizer, torch.optim.Optimizer):
         name_of = {id(p): name for name, p in model.named_parameters()}
         entries: _Entries = {
@@ -156,7 +158,7 @@ def _adam_entries(optimizer: Any, model: nn.Module) -> _Entries:
             if id(p) in name_of
         }
     elif isinstance(optimizer, Mapping) and {"state", "param_groups"} <= set(optimizer):
-        entries = _from_state_dict(optimizer, model)
+        entries = _from_state_dict(optimizer, model, prefix)
     else:
         raise InvalidInput(
             f"AdamState.of takes an optimiser or its state_dict(), got {type(optimizer).__name__}; "
@@ -167,7 +169,7 @@ def _adam_entries(optimizer: Any, model: nn.Module) -> _Entries:
     return entries
 
 
-def _from_state_dict(state: Mapping[str, Any], model: nn.Module) -> _Entries:
+def _from_state_dict(state: Mapping[str, Any], model: nn.Module, prefix: str) -> _Entries:
     groups = state["param_groups"]
     count = sum(len(g["params"]) for g in groups)
     orders = [[k for k, _ in model.named_parameters()], [k for k, p in model.named_parameters() if p.requires_grad]]
@@ -183,7 +185,7 @@ def _from_state_dict(state: Mapping[str, Any], model: nn.Module) -> _Entries:
             )
         for position, number in enumerate(group["params"]):
             name = named[position] if order is None else order[number]
-            entries[name] = (state["state"].get(number, {}), group)
+            entries[name.removeprefix(prefix)] = (state["state"].get(number, {}), group)
     return entries
 
 

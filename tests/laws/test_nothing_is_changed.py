@@ -1,0 +1,247 @@
+"""Law: whatever is called, and however it ends, nothing of the user's is changed, and wrapping changes no score.
+
+Every public entry goes through models that are partly frozen, share weights, or are wrapped, all of them in training
+mode with gradients and hooks on them; and each is interrupted. `pictures.py` lists what is looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import InfluenceError
+from tests.laws.pictures import differences, picture
+from tests.laws.test_training_mode import ENTRIES, ITERATIVE, OUTSIDE, RETRAINING, case, expected, in_use, settled
+
+# --------------------------------------------------------------------------- situations
+
+
+def batch_normalised() -> nn.Sequential:
+    model = case("perceptron")[0]
+    assert isinstance(model, nn.Sequential)
+    return model
+
+
+def frozen_backbone() -> nn.Module:
+    model = batch_normalised()
+    for layer in model[:2]:
+        layer.requires_grad_(False).zero_grad()
+    return model
+
+
+def tied_weights() -> nn.Module:
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    return in_use(nn.Sequential(first, nn.BatchNorm1d(4), nn.Tanh(), second, nn.Linear(4, 3)).double())
+
+
+def distributed() -> nn.Module:
+    return nn.parallel.DistributedDataParallel(batch_normalised())
+
+
+SITUATIONS: dict[str, Callable[[], nn.Module]] = {
+    "frozen backbone": frozen_backbone,
+    "tied weights": tied_weights,
+    "compiled": lambda: torch.compile(batch_normalised(), backend="eager"),  # type: ignore[dict-item, return-value]
+    "DistributedDataParallel": distributed,
+    "DataParallel": lambda: nn.DataParallel(batch_normalised()),
+}
+WRAPPERS = ("compiled", "DistributedDataParallel", "DataParallel")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one, as `torchrun --nproc-per-node 1` makes it."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def rows() -> list[Any]:
+    """Every entry with every situation, but not what takes seconds and goes the same way again."""
+    again = (*ITERATIVE, *RETRAINING, *OUTSIDE)
+    return [
+        pytest.param(entry, situation, id=f"{entry}-{situation}")
+        for entry in ENTRIES
+        for situation in SITUATIONS
+        if situation == "compiled" or entry not in again
+    ]
+
+
+@functools.cache
+def of_the_plain_model(entry: str, situation: str) -> Any:
+    if situation in WRAPPERS:
+        return expected(entry, "perceptron")
+    _, train, queries = case("perceptron")
+    with tempfile.TemporaryDirectory() as folder:
+        return ENTRIES[entry](settled(SITUATIONS[situation]()), train, queries, Path(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("entry", "situation"), rows())
+@pytest.mark.usefixtures("one_process")
+def test_scores_are_those_of_the_plain_model_and_nothing_is_changed(entry: str, situation: str, tmp_path: Path) -> None:
+    _, train, queries = case("perceptron")
+    model = SITUATIONS[situation]()
+    before = picture(model, train, queries)
+    values = ENTRIES[entry](model, train, queries, tmp_path)
+    assert differences(before, picture(model, train, queries)) == []
+    torch.testing.assert_close(values, of_the_plain_model(entry, situation))
+
+
+# --------------------------------------------------------------------------- interruptions
+
+
+class Alarm:
+    """A hook of the user's that goes off at one of the model's forward passes."""
+
+    def __init__(self, at: int | None = None, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.at, self.error, self.passes = at, error, 0
+
+    def __call__(self, *anything: Any) -> None:
+        self.passes += 1
+        if self.passes == self.at:
+            raise self.error
+
+
+@functools.cache
+def passes_of(entry: str) -> int:
+    """How often the entry runs the model."""
+    model, train, queries = case("perceptron")
+    alarm = Alarm()
+    model.register_forward_pre_hook(alarm)
+    with tempfile.TemporaryDirectory() as folder:
+        ENTRIES[entry](model, train, queries, Path(folder))
+    return alarm.passes
+
+
+# Those of the command line end in an exit code, which their own tests look at.
+INTERRUPTED = [entry for entry in ENTRIES if entry not in OUTSIDE]
+NO_PASS = ("Random", "responses", "retraining", "retraining by a function")  # run a copy of the model, or none
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", INTERRUPTED)
+def test_an_interruption_in_the_middle_changes_nothing(entry: str, tmp_path: Path) -> None:
+    count = passes_of(entry)
+    assert count or entry in NO_PASS
+    places = {1: KeyboardInterrupt, count: ZeroDivisionError, count // 2: KeyboardInterrupt} if count > 1 else {}
+    for at, error in places.items():
+        model, train, queries = case("perceptron")
+        model.register_forward_pre_hook(Alarm(at, error))
+        before, kept = picture(model, train, queries), None
+        try:
+            ENTRIES[entry](model, train, queries, tmp_path / str(at))
+        except (KeyboardInterrupt, ZeroDivisionError, InfluenceError) as caught:
+            kept = caught
+        # While the exception is kept, as a notebook does, with every frame that it passed through.
+        assert differences(before, picture(model, train, queries)) == []
+        # What was only tried may fail, but a user who wants to stop is heard.
+        assert error is ZeroDivisionError or isinstance(kept, KeyboardInterrupt)
+
+
+class Torn(Dataset[Any]):
+    """Examples of which one ends the call when it is read for the so-manieth time."""
+
+    def __init__(self, data: Any, index: int, reading: int) -> None:
+        self.data, self.index, self.left = data, index, reading
+
+    def __len__(self) -> int:
+        return len(self.data[0])
+
+    def __getitem__(self, i: int) -> Any:
+        if i == self.index:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+        return self.data[0][i], self.data[1][i]
+
+
+@pytest.mark.parametrize("reading", [1, 2])
+@pytest.mark.parametrize("entry", ["attribute", "ekfac", "dual", "gauss_newton", "self-influence", "forecast"])
+def test_an_interruption_in_the_data_set_changes_nothing(entry: str, reading: int, tmp_path: Path) -> None:
+    model, train, queries = case("perceptron")
+    before = picture(model, train, queries)
+    with suppress(KeyboardInterrupt):
+        ENTRIES[entry](model, Torn(train, 13, reading), queries, tmp_path)
+        assert entry == "forecast" or reading == 2  # one batch is enough, or one pass
+    assert differences(before, picture(model, train, queries)) == []
+
+
+@pytest.mark.parametrize("method", ["exact", "dual", "koh_liang", "ekfac"])
+@pytest.mark.parametrize("at", [1, 3, 9])
+def test_an_interruption_in_the_loss_changes_nothing(method: str, at: int) -> None:
+    model, train, queries = case("perceptron")
+    alarm = Alarm(at)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        alarm()
+        return (outputs[:, 0] - targets).square()
+
+    before = picture(model, train, queries)
+    with pytest.raises(KeyboardInterrupt):
+        ptif.attribute(model, train, queries, loss=loss, method=method)
+    assert differences(before, picture(model, train, queries)) == []
+
+
+# --------------------------------------------------------------------------- is the list complete?
+
+# Public calls that are handed a model and compute nothing with it.
+READ_ONLY = {
+    "AdamState.of": "reads names of parameters",
+    "WeightDecay.from_optimizer": "reads names of parameters",
+    "SOURCE.fit": "the entry 'source'",
+    "train_model": "makes a model of its own",
+    "Edit.of": "describes an edit of the data",
+    "get_dataset_sample_ids": "reads labels only",
+    "get_dataset_sample_ids_per_class": "reads labels only",
+    "quanda_explainer": "fits and scores as Influence does; tests/interface/test_interop.py",
+}
+TAKES_A_MODEL = {"model", "problem", "train_loader", "test_loader", "recipe"}
+
+
+def takes_a_model(function: Any) -> bool:
+    return inspect.isfunction(function) and bool(TAKES_A_MODEL & set(inspect.signature(function).parameters))
+
+
+def public_calls() -> Iterator[str]:
+    """Functions and methods of the public face that are handed a model."""
+    modules = [getattr(ptif, name) for name in ptif.__all__ if inspect.ismodule(getattr(ptif, name))]
+    for module in [ptif, *modules]:
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if inspect.isclass(value):
+                for key, member in vars(value).items():
+                    function = getattr(member, "__func__", member)
+                    if not key.startswith("_") and takes_a_model(function):
+                        yield f"{name}.{key}"
+            elif takes_a_model(value):
+                yield name
+
+
+def test_every_public_call_that_takes_a_model_is_an_entry() -> None:
+    source = Path(inspect.getfile(case)).read_text()
+    objectives = {"outputs", "look", "values", "own_values", "fit", "forecast", "AbstractCurvature"}
+    missing = {
+        call
+        for call in public_calls()
+        if call not in READ_ONLY
+        and call.split(".")[-1] not in objectives
+        and not re.search(rf"\b{call.split('.')[-1]}\b", source)
+    }
+    assert missing == set()
