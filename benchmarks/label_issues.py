@@ -3,9 +3,9 @@
     python benchmarks/label_issues.py            # all settings, about half an hour on two cores
     python benchmarks/label_issues.py --small    # breast cancer alone
 
-Average precision for labels that were made wrong on purpose. "margin, 5 folds" is confident learning's normalised margin on out-of-sample
-probabilities of the same model, trained five times more (Northcutt et al. 2021); the others use the one model. The rule
-was fixed on digits and breast cancer; Fashion-MNIST judges it.
+Average precision for labels that were made wrong on purpose. "margin, 5 folds" is confident learning's normalised
+margin on out-of-sample probabilities of the same model, trained five times more (Northcutt et al. 2021); the others use
+the one model. The rule was fixed on digits and breast cancer; Fashion-MNIST judges it.
 """
 
 from __future__ import annotations
