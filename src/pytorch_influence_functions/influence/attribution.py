@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.distributed import current
+from ..core.distributed import World, current
 from ..core.errors import InvalidInput
 from ..core.notebook import html_table
 from ..core.records import Record
@@ -25,7 +25,7 @@ from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
 from ..gradients.projections import AbstractProjection
 from ..linalg.rows import Route
-from ..problem.checkpoints import Checkpoint, at_checkpoint
+from ..problem.checkpoints import at_checkpoint
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..problem.working_precision import copied_bytes, in_working_precision
@@ -36,9 +36,12 @@ from ..solvers.auto import Auto, choose_composition
 from ..solvers.base import AbstractSolver
 from ..solvers.forecast import Composition, Forecast, estimate_cost, time_product
 from ..solvers.truncation import Truncation
+from .agreement import Units
 from .assumptions import StationarityCheck
-from .checks import as_weights, check_options_used, check_parts, check_problem, check_weights_fit
+from .averaging import CheckpointAverage, split_queries
+from .checks import as_weights, check_options_used, check_parts, check_problem, check_units, check_weights_fit
 from .fitted_member import FittedMember
+from .members import Members
 from .method import AbstractMethod
 from .question import Question
 from .run_log import RunLog
@@ -66,6 +69,9 @@ class Influence(Record, AbstractMethod):
             products with a curvature that a solver repeats in float32, eigendecompositions in float64; `None`: float32,
             or the model's precision where that is more. Weights in half precision are computed in float32, on a copy.
         weights: one number per checkpoint that multiplies its scores before they are added up; `None`: their mean.
+        units: in which units the scores of several checkpoints are averaged: `"raw"`, as they are; `"spread"`, each in
+            units of the standard deviation of its query's row, the result in those of their geometric mean; `"final"`,
+            the result in those of the last checkpoint. See `ptif.methods.along`.
 
     The record's `repr` is the provenance carried by every result. Making one computes nothing.
 
@@ -86,6 +92,7 @@ class Influence(Record, AbstractMethod):
     weights: tuple[float, ...] | None = None
     projection: AbstractProjection | None = None
     precision: str | None = None
+    units: Units | str = Units.RAW
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", Budget.of(self.memory))
@@ -93,6 +100,8 @@ class Influence(Record, AbstractMethod):
         object.__setattr__(self, "damping", None if self.damping is None else as_damping(self.damping))
         object.__setattr__(self, "route", Route.of(self.route))
         object.__setattr__(self, "weights", as_weights(self.weights))
+        object.__setattr__(self, "units", Units.of(self.units))
+        check_units(self)
 
     @plain_autograd()
     def fit(self, problem: Problem, n_queries: int = 1) -> Attribution:
@@ -106,26 +115,24 @@ class Influence(Record, AbstractMethod):
         check_problem(problem)
         check_weights_fit(self.weights, len(problem.checkpoints))
         problem = in_working_precision(problem, self.precision)
-        members = tuple(self._fit_at(problem, c, n_queries) for c in (problem.checkpoints or (None,)))
-        return Attribution(self, problem, members, time.perf_counter() - start)
-
-    def _fit_at(self, problem: Problem, checkpoint: Checkpoint | None, n_queries: int) -> FittedMember:
-        with at_checkpoint(problem.model, checkpoint):
+        checkpoints, budget = problem.checkpoints or (None,), Budget.of(self.memory)
+        # Of several checkpoints the last is the trained model. How gradients are taken, and with which composition, is
+        # the same for all.
+        with at_checkpoint(problem.model, checkpoints[-1]):
             derivatives = Derivatives.of(problem, self._gradient_route)
             stationarity = StationarityCheck.of(derivatives)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
             composition = self._compose(derivatives, n_queries)
             self._check_projectable(problem, composition)
-            return FittedMember.fit(
-                checkpoint,
-                derivatives,
-                stationarity,
-                composition,
-                self._damping_of(composition),
-                Budget.of(self.memory),
-                insists=self.preconditioner is not None,
-            )
+        rule, insists = self._damping_of(composition), self.preconditioner is not None
+
+        def fit_one(k: int) -> FittedMember:
+            with at_checkpoint(problem.model, checkpoints[k]):
+                return FittedMember.fit(checkpoints[k], derivatives, composition, rule, budget, insists)
+
+        members = Members.fit(fit_one, len(checkpoints), budget)
+        return Attribution(self, problem, members, stationarity, time.perf_counter() - start)
 
     @plain_autograd()
     def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
@@ -203,6 +210,7 @@ class Influence(Record, AbstractMethod):
             "scaling": None if self.scaling == Raw() else self.scaling,
             "projection": self.projection,
             "weights": self.weights,
+            "units": None if self.units is Units.RAW else Units.of(self.units).value,
             "truncation": self.truncation,
             "precision": self.precision,
         }
@@ -219,14 +227,18 @@ class Attribution(OldNames):
     Attributes:
         spec: the method.
         problem: model, loss and training data.
-        members: the fitted curvature and solver, one per checkpoint.
+        members: the fitted curvature and solver, one per checkpoint; see `Members`.
+        stationarity: how the last checkpoint's weights stand: is it a minimum?
         fit_seconds: how long the fit took.
+        run_notes: what is told of the training run that the checkpoints come from; empty where they come from none.
     """
 
     spec: Influence
     problem: Problem
-    members: tuple[FittedMember, ...]
+    members: Members
+    stationarity: StationarityCheck
     fit_seconds: float = 0.0
+    run_notes: tuple[str, ...] = ()
 
     @property
     def why(self) -> str:
@@ -260,42 +272,50 @@ class Attribution(OldNames):
             batch_size: queries read at once; `None`: the problem's.
 
         Returns:
-            `Scores` of shape (queries, N), averaged over the problem's checkpoints or summed with `weights`.
+            `Scores` of shape (queries, N), averaged over the checkpoints in `units`, or summed with `weights`.
 
         Raises:
             SolveFailed: a solve did not converge; the message says why and what to change.
             NonFinite: a gradient or score is NaN or infinite; the indices are named.
         """
-        alone = len(self.members) == 1 and current().size == 1
-        scoring = ScoringPass(self.problem, self._question(queries, measure, top, batch_size), streamed=alone)
-        for weight, member in self._weighted():
-            with at_checkpoint(self.problem.model, member.checkpoint):
-                for query_ids, solved in self._solved(member, scoring):
-                    for ids, values in self._stream(member, solved, scoring.log).blocks():
-                        scoring.add(query_ids, ids, values if weight == 1.0 else values * weight)
-            scoring.log.end_checkpoint(weight)
-        scoring.sum_over_workers()
+        scoring = ScoringPass(self.problem, self._question(queries, measure, top, batch_size))
+        budget = Budget.of(self.spec.memory)
+        if len(self.members) == 1 and current().size == 1:
+            weight = self._weights[0]
+            for _, member, query_ids, solved in self._solved_everywhere(scoring):
+                for ids, values in self._stream(member, solved, scoring.log).blocks():
+                    scoring.add(query_ids, ids, values if weight == 1.0 else values * weight)
+        else:
+            for part in split_queries(scoring.question, len(self.problem), budget):
+                average = self._average(scoring, part)
+                scoring.add(part, torch.arange(len(self.problem)), average.result())
+                scoring.log.agreement += average.agreement()
+        scoring.log.end_checkpoints(self._weights)
         return scoring.scores(self._diagnostics, self.fit_seconds)
 
     @plain_autograd()
     def self_influence(self) -> Float[Tensor, " n"]:
         """Self-influence of every training example, (1/N) g_i^T (C + lambda)^-1 g_i, shape [N]; large = suspicious.
 
-        Always >= 0 for a positive semidefinite curvature. Averaged over checkpoints. Where a loader's sampler chose a
-        part of the dataset, N is the whole dataset, and the examples that were left out hold 0.
+        Always >= 0 for a positive semidefinite curvature. Averaged over checkpoints as one row of scores, in `units`.
+        Where a loader's sampler chose a part of the dataset, N is the whole dataset, and the examples that were left
+        out hold 0.
         """
-        total = torch.zeros(len(self.problem), dtype=torch.float64)
-        for weight, member in self._weighted():
+        everyone, row = torch.arange(len(self.problem)), torch.zeros(1, dtype=torch.long)
+        average = CheckpointAverage(Units.of(self.spec.units), self._weights, 1, len(self.problem), World())
+        for member in self.members:
             with at_checkpoint(self.problem.model, member.checkpoint):
-                total += member.self_influence(Budget.of(self.spec.memory)) * weight
-        return self.problem.data.spread(total)
+                average.add(row, everyone, member.self_influence(Budget.of(self.spec.memory))[None])
+            average.end_checkpoint()
+        return self.problem.data.spread(average.result()[0])
 
     @plain_autograd()
     def token_scores(self, queries: Any, ids: Any, measure: Any = None) -> dict[int, Float[Tensor, "q l"]]:
         """Every token's share of the scores of a few training texts.
 
         A text's loss is a sum over the tokens it teaches, so its score is too: position t holds the part that teaching
-        token t has. One forward-mode pass per query and text, exact.
+        token t has. One forward-mode pass per query and text, exact; where checkpoints are averaged in units of their
+        spread, also one scoring pass per checkpoint, which measures it.
 
         Args:
             queries: as for `score`.
@@ -315,11 +335,10 @@ class Attribution(OldNames):
         question = self._question(queries, measure)
         check_tokens(self.members[0].derivatives, self.spec.scaling)
         tokens = TokenScores(self.problem, ids, len(question))
-        scoring = ScoringPass(self.problem, question, streamed=False)
-        for weight, member in self._weighted():
-            with at_checkpoint(self.problem.model, member.checkpoint):
-                for query_ids, solved in self._solved(member, scoring):
-                    tokens.add(member.derivatives, query_ids, solved, weight)
+        scoring = ScoringPass(self.problem, question)
+        factors = self._factors(scoring)
+        for k, member, query_ids, solved in self._solved_everywhere(scoring):
+            tokens.add(member.derivatives, query_ids, solved, factors[k])
         return tokens.values
 
     @plain_autograd()
@@ -329,11 +348,13 @@ class Attribution(OldNames):
         Args:
             damping: as for `Influence`.
         """
-        rule, members = as_damping(damping), []
-        for member in self.members:
+        rule = as_damping(damping)
+
+        def change(member: FittedMember) -> FittedMember:
             with at_checkpoint(self.problem.model, member.checkpoint):
-                members.append(member.with_damping(rule))
-        return replace(self, spec=replace(self.spec, damping=rule), members=tuple(members))
+                return member.with_damping(rule)
+
+        return replace(self, spec=replace(self.spec, damping=rule), members=self.members.changed(change))
 
     def scores_over_damping(self, queries: Any, lambdas: Any, measure: Any = None) -> dict[float, Scores]:
         """Scores for every damping value in `lambdas` (absolute), without refitting.
@@ -395,19 +416,51 @@ class Attribution(OldNames):
 
     # ---------------------------------------------------------------- inner workings
 
-    def _weighted(self) -> Iterator[tuple[float, FittedMember]]:
-        """Every checkpoint with what its scores are multiplied by before they are added up."""
-        weights = self.spec.weights or (1.0 / len(self.members),) * len(self.members)
-        return zip(weights, self.members, strict=True)
+    @property
+    def _weights(self) -> tuple[float, ...]:
+        """What each checkpoint's scores are multiplied by before they are added up, as they are."""
+        return self.spec.weights or (1.0 / len(self.members),) * len(self.members)
+
+    def _average(self, scoring: ScoringPass, part: Tensor) -> CheckpointAverage:
+        """All scores of a part of the queries, averaged over the checkpoints."""
+        first, n = int(part[0]), len(self.problem)
+        average = CheckpointAverage(Units.of(self.spec.units), self._weights, len(part), n)
+        done = 0
+        for k, member, query_ids, solved in self._solved_everywhere(scoring, part):
+            if k > done:
+                average.end_checkpoint()
+                done = k
+            for ids, values in self._stream(member, solved, scoring.log).blocks():
+                average.add(query_ids - first, ids, values)
+        average.end_checkpoint()
+        return average
+
+    def _factors(self, scoring: ScoringPass) -> list[Tensor]:
+        """For every checkpoint, what each query's scores are multiplied by before they are added up."""
+        if self.spec.units is Units.RAW:
+            return [torch.full((len(scoring.question),), w, dtype=torch.float64) for w in self._weights]
+        return list(self._average(scoring, torch.arange(len(scoring.question))).factors())
+
+    def _solved_everywhere(
+        self, scoring: ScoringPass, part: Tensor | None = None
+    ) -> Iterator[tuple[int, FittedMember, Tensor, Solved]]:
+        """(checkpoint, its member, query indices, solved queries), with the model at the checkpoint's weights."""
+        for k, member in enumerate(self.members):
+            scoring.log.checkpoint = k
+            with at_checkpoint(self.problem.model, member.checkpoint):
+                for query_ids, solved in self._solved(member, scoring, part):
+                    yield k, member, query_ids, solved
 
     def _question(
         self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None
     ) -> Question:
         return Question.of(self.problem, self.members[0].derivatives.objective, queries, measure, top, batch_size)
 
-    def _solved(self, member: FittedMember, scoring: ScoringPass) -> Iterator[tuple[Tensor, Solved]]:
+    def _solved(
+        self, member: FittedMember, scoring: ScoringPass, part: Tensor | None
+    ) -> Iterator[tuple[Tensor, Solved]]:
         """(query indices, solved queries), in groups as large as memory allows."""
-        for query_ids, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(self.spec.memory))):
+        for query_ids, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(self.spec.memory)), part):
             solution = member.solve(rows)
             scoring.log.add_solution(solution, rows, member.shift)
             factors = self.spec.scaling.query_factors(rows)
@@ -432,7 +485,7 @@ class Attribution(OldNames):
     def _damped_shares(self, member: FittedMember, question: Question) -> Tensor:
         """<g, D (C + D)^-1 g> / |g|^2 for every query."""
         shares = torch.zeros(len(question), dtype=torch.float64)
-        scoring = ScoringPass(self.problem, question, streamed=False)
+        scoring = ScoringPass(self.problem, question)
         for query_ids, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(self.spec.memory))):
             sizes = rows.squared_norms().double()
             damped = member.solve(rows).unwrap().rowwise(member.shift.apply(rows)).double()
@@ -444,18 +497,25 @@ class Attribution(OldNames):
         return self.members[whole_number("checkpoint", checkpoint, 0, last, hint="checkpoints are counted from 0")]
 
     def _diagnostics(self, log: RunLog) -> Diagnostics:
-        first, members, scaling = self.members[0], self.members, self.spec.scaling
-        notes = dict.fromkeys(note for m in members for note in getattr(m.operator, "notes", ()))
+        first, scaling, facts = self.members[0], self.spec.scaling, self.members.facts
+        notes = dict.fromkeys(note for f in facts for note in f.notes)
         return log.diagnostics(
             self.problem,
-            first.stationarity,
+            self.stationarity,
             first.derivatives.routes,
             method=self.method,
             why=self.why,
-            damping=sum(m.shift.damping for m in members) / len(members),
+            damping=sum(f.damping for f in facts) / len(facts),
             weight_decay=min(first.shift.decay.values(), default=0.0),
             weight_decay_most=max(first.shift.decay.values(), default=0.0),
-            members=len(members),
-            effective_dimension=sum(m.effective_dimension for m in members) / len(members),
-            notes=(*notes, *log.notes(), *((scaling.note,) if scaling.note else ())),
+            members=len(facts),
+            effective_dimension=sum(f.effective_dimension for f in facts) / len(facts),
+            needs_minimum=not self.run_notes,
+            notes=(
+                *self.run_notes,
+                *notes,
+                *log.notes(),
+                *log.agreement.notes(Units.of(self.spec.units)),
+                *((scaling.note,) if scaling.note else ()),
+            ),
         )

@@ -111,6 +111,26 @@ def check_weights_fit(weights: tuple[float, ...] | None, checkpoints: int) -> No
         )
 
 
+def check_units(spec: Any) -> None:
+    """Refuse settings that units other than the raw ones would undo.
+
+    Raises:
+        InvalidInput: there is one.
+    """
+    if spec.units.value == "raw":
+        return
+    if spec.weights is not None:
+        raise InvalidInput(
+            f"weights={spec.weights!r} would be undone by units={spec.units.value!r}, in which every checkpoint counts "
+            "alike; leave one of the two out."
+        )
+    if spec.truncation is not None:
+        raise InvalidInput(
+            f"truncation={spec.truncation!r} certifies scores as they are, not their average in "
+            f"units={spec.units.value!r}; leave one of the two out."
+        )
+
+
 def check_problem(problem: Any) -> None:
     """Refuse what is no problem, or has too few examples for a removal to mean anything."""
     if not isinstance(problem, Problem):

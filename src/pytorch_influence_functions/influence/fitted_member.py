@@ -1,4 +1,4 @@
-"""One fitted model of an ensemble: curvature, solver and damping made ready at one set of weights."""
+"""One fitted model, of one or several: curvature, solver and damping made ready at one set of weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from ..solvers.base import Solution
 from ..solvers.forecast import Composition, queries_at_once
 from ..solvers.preconditioner import Preconditioner
 from ..solvers.preconditioner_trial import PreconditionerTrial
-from .assumptions import StationarityCheck
 from .scoring import self_influence_rows
 
 
@@ -41,7 +40,6 @@ class FittedMember:
     composition: Composition
     operator: AbstractSymmetric
     preconditioner: Preconditioner | None
-    stationarity: StationarityCheck
     damping: AbstractDamping
     insists: bool
     """Whether the preconditioner was asked for; one that was not has to prove itself."""
@@ -56,7 +54,6 @@ class FittedMember:
     def fit(
         checkpoint: Checkpoint | None,
         derivatives: Derivatives,
-        stationarity: StationarityCheck,
         composition: Composition,
         damping: AbstractDamping,
         budget: Budget,
@@ -68,9 +65,7 @@ class FittedMember:
         preconditioner = None
         if composition.preconditioner is not None:
             preconditioner = Preconditioner.of(composition.preconditioner, derivatives, budget)
-        member = FittedMember(
-            checkpoint, derivatives, composition, operator, preconditioner, stationarity, damping, insists
-        )
+        member = FittedMember(checkpoint, derivatives, composition, operator, preconditioner, damping, insists)
         return member.with_damping(damping)
 
     def with_damping(self, damping: AbstractDamping) -> FittedMember:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..problem.problem import Problem
 from ..scores.diagnostics import Diagnostics
 from ..solvers.base import Result, Solution
 from ..solvers.truncation import Truncated
+from .agreement import CheckpointAgreement
 from .assumptions import StationarityCheck
 
 
@@ -33,9 +34,13 @@ class RunLog:
     approximation: str = ""
     residual_history: tuple[float, ...] = ()
     score_error: float = 0.0
-    """The largest certified error of a score by truncation, over the checkpoints that are done."""
-    checkpoint_error: float = 0.0
-    """The same for the checkpoint at hand, before its weight."""
+    """The largest certified error of a score by truncation, over all checkpoints."""
+    checkpoint: int = 0
+    """The checkpoint at hand, counted from 0."""
+    checkpoint_errors: dict[int, float] = field(default_factory=dict)
+    """The largest certified error of a score by checkpoint, before its weight."""
+    agreement: CheckpointAgreement = field(default_factory=CheckpointAgreement)
+    """How alike the checkpoints were."""
     ranks: dict[str, int] = field(default_factory=dict)
     """Ranks that truncation kept, by block."""
 
@@ -65,12 +70,12 @@ class RunLog:
     def add_truncation(self, truncated: Truncated, error: Tensor) -> None:
         """Keep the ranks, and the largest bound on the error of a score at these weights."""
         self.ranks |= {k: max(r, self.ranks.get(k, 0)) for k, r in truncated.ranks.items()}
-        self.checkpoint_error = max(self.checkpoint_error, float(error.max()) if error.numel() else 0.0)
+        known = self.checkpoint_errors.get(self.checkpoint, 0.0)
+        self.checkpoint_errors[self.checkpoint] = max(known, float(error.max()) if error.numel() else 0.0)
 
-    def end_checkpoint(self, weight: float) -> None:
+    def end_checkpoints(self, weights: Sequence[float]) -> None:
         """Errors add up as scores do: every checkpoint's times its weight."""
-        self.score_error += abs(weight) * self.checkpoint_error
-        self.checkpoint_error = 0.0
+        self.score_error = sum(abs(weights[k]) * error for k, error in self.checkpoint_errors.items())
 
     def notes(self) -> tuple[str, ...]:
         """What should be read with the scores, in sentences."""

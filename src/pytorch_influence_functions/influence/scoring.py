@@ -45,33 +45,33 @@ class ScoringPass:
 
     Args:
         problem: whose training examples are scored.
-        question: the queries and what is measured on them.
-        streamed: whether every block that is added is final, so that the extremes of `question.top` can be kept without
-            holding all scores. False where several blocks of the same scores are added up.
+        question: the queries and what is measured on them. Where it asks for the extremes only, no more is held.
     """
 
     problem: Problem
     question: Question
-    streamed: bool
     log: RunLog = field(default_factory=RunLog)
     _started: float = field(default_factory=time.perf_counter, init=False)
     _extremes: TopK | None = field(default=None, init=False)
     _total: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.streamed and self.question.top is not None:
+        if self.question.top is not None:
             self._extremes = TopK(len(self.question), self.question.top)
 
-    def query_groups(self, derivatives: Derivatives, room: int) -> Iterator[tuple[Int[Tensor, " q"], Rows]]:
+    def query_groups(
+        self, derivatives: Derivatives, room: int, ids: Int[Tensor, " q"] | None = None
+    ) -> Iterator[tuple[Int[Tensor, " q"], Rows]]:
         """(query indices, gradients of the measure) in groups of `room`, whatever the batches are.
 
-        Each group costs a pass over the training data, so groups are filled up to the last row.
+        Each group costs a pass over the training data, so groups are filled up to the last row. `ids`: which queries;
+        `None`: all.
         """
-        yield from grouped(((g.ids, g.rows) for g in self._query_gradients(derivatives)), room)
+        yield from grouped(((g.ids, g.rows) for g in self._query_gradients(derivatives, ids)), room)
 
-    def _query_gradients(self, derivatives: Derivatives) -> Iterator[GradientBatch]:
+    def _query_gradients(self, derivatives: Derivatives, ids: Tensor | None) -> Iterator[GradientBatch]:
         question = self.question
-        batches = derivatives.stream(question.source, question.measure, label="query gradients", world=World())
+        batches = derivatives.stream(question.source, question.measure, ids, "query gradients", World())
         while True:
             # Only what the stream itself raises speaks of the queries.
             with in_queries():
@@ -82,7 +82,7 @@ class ScoringPass:
             yield gradients
 
     def add(self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
-        """Add a block of scores: queries `at` on training examples `ids`.
+        """Add a block of scores, which no later block changes: queries `query_ids` on training examples `ids`.
 
         Raises:
             NonFinite: a score is NaN or infinite: nothing is ranked around it.
@@ -99,11 +99,6 @@ class ScoringPass:
             self._total = torch.zeros(len(self.question), len(self.problem), dtype=torch.float64)
         return self._total
 
-    def sum_over_workers(self) -> None:
-        """Add up what every worker scored of its own share of the training data; once, when all is added."""
-        if self._extremes is None:
-            self._total = current().all_sum(self._whole())
-
     def scores(self, diagnostics: Callable[[RunLog], Diagnostics], fit_seconds: float = 0.0) -> Scores:
         """The result, with labels, sources and the diagnostics that `diagnostics` makes of the log.
 
@@ -118,7 +113,7 @@ class ScoringPass:
         dtype = next(iter(problem.space.values(problem.model).values())).dtype
         seconds = fit_seconds + time.perf_counter() - self._started
         record = replace(diagnostics(self.log), n_queries=len(question), seconds=seconds)
-        scores = Scores(
+        return Scores(
             values.to(torch.float64 if dtype == torch.float64 else torch.float32),
             lower_is_better=question.measure.lower_is_better,
             n_train=len(data.whole),
@@ -131,7 +126,6 @@ class ScoringPass:
             train_source=data.whole,
             query_source=queries.whole,
         )
-        return scores if question.top is None or self._extremes is not None else scores.top(question.top)
 
 
 def _spread_labels(labels: list[Any] | None, data: Source) -> list[Any] | None:

@@ -26,8 +26,8 @@ class TokenScores:
         self.problem, self.ids, self.n_queries = problem, _checked(ids, len(problem.data.whole)), n_queries
         self.values: dict[int, Tensor] = {}
 
-    def add(self, d: Derivatives, query_ids: Tensor, solved: Rows | DualSolution, weight: float) -> None:
-        """One more group of solved queries, at the model's present weights."""
+    def add(self, d: Derivatives, query_ids: Tensor, solved: Rows | DualSolution, weights: Tensor) -> None:
+        """One more group of solved queries, at the model's present weights; `weights` multiply every query's parts."""
         directions = solved.rows()
         products: Products | None = None
         # One by one: texts differ in length, and few are asked for.
@@ -38,7 +38,7 @@ class TokenScores:
                 total = self.values.setdefault(
                     i, torch.zeros(self.n_queries, token_scores.shape[1], dtype=torch.float64)
                 )
-                total[query_ids] += token_scores * (weight / len(self.problem))
+                total[query_ids] += token_scores * (weights[query_ids] / len(self.problem))[:, None]
 
 
 def check_tokens(d: Derivatives, scaling: AbstractScaling) -> None:

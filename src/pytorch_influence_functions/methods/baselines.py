@@ -17,7 +17,9 @@ from ..core.errors import InvalidInput
 from ..core.renames import OldNames
 from ..curvature.exact import Identity
 from ..damping.rules import Absolute
+from ..influence.agreement import Units
 from ..influence.attribution import Attribution, Influence
+from ..influence.averaging import CheckpointAverage
 from ..influence.checks import check_problem
 from ..influence.method import AbstractMethod
 from ..influence.question import Question, resolve_measure
@@ -247,13 +249,16 @@ class FittedBaseline(OldNames):
         problem = self.problem
         question = Question.of(problem, problem.objective, queries, measure, top)
         checkpoints = problem.checkpoints or (None,)
-        scoring = ScoringPass(problem, question, streamed=len(checkpoints) == 1)
+        scoring = ScoringPass(problem, question)
         sign = 1.0 if question.measure.lower_is_better else -1.0
         everyone, query_ids = torch.arange(len(problem)), torch.arange(len(question))
+        weights = (sign / len(checkpoints),) * len(checkpoints)
+        average = CheckpointAverage(Units.RAW, weights, len(question), len(problem), World())
         for checkpoint in checkpoints:
             with at_checkpoint(problem.model, checkpoint):
-                values = self.spec.values(problem, question.source)
-                scoring.add(query_ids, everyone, values.double() * (sign / len(checkpoints)))
+                average.add(query_ids, everyone, self.spec.values(problem, question.source))
+            average.end_checkpoint()
+        scoring.add(query_ids, everyone, average.result())
         facts = Diagnostics(
             method=self.method,
             why=self.spec.why,

@@ -265,7 +265,7 @@ class SourceAttribution(OldNames):
         model, everyone = self.problem.model, torch.arange(len(self.problem))
         with at_checkpoint(model, self.spec.final):
             question = Question.of(self.problem, self.derivatives.objective, queries, measure, top, batch_size)
-            scoring = ScoringPass(self.problem, question, streamed=True)
+            scoring = ScoringPass(self.problem, question)
             for query_ids, rows in scoring.query_groups(self.derivatives, self._room()):
                 scoring.add(query_ids, everyone, current().all_sum(self._block(query_ids, rows, scoring.log)))
             return scoring.scores(self._diagnostics, self.fit_seconds)

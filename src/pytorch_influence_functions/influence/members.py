@@ -1,0 +1,118 @@
+"""The fitted checkpoints of an attribution: kept while there is room, else fitted again when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature.base import Budget
+from ..problem.problem import Problem
+from .fitted_member import FittedMember
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class MemberFacts:
+    """What is told of a fitted checkpoint after it is gone."""
+
+    damping: float
+    effective_dimension: float
+    notes: tuple[str, ...]
+
+    @staticmethod
+    def of(member: FittedMember) -> MemberFacts:
+        """The facts of one fitted checkpoint."""
+        notes = tuple(getattr(member.operator, "notes", ()))
+        return MemberFacts(member.shift.damping, member.effective_dimension, notes)
+
+
+@dataclass(eq=False)
+class Members(Sequence[FittedMember]):
+    """One fitted member per checkpoint.
+
+    All of them are fitted once by `fit`. The first is kept, and so are the next ones while all together fit the memory
+    budget; any other is fitted again whenever it is asked for. So memory does not grow with the number of checkpoints.
+
+    Args:
+        fit_one: fits the member of one checkpoint, counted from 0.
+        size: how many checkpoints there are.
+        budget: what the kept members may take together.
+    """
+
+    fit_one: Callable[[int], FittedMember]
+    size: int
+    budget: Budget
+    facts: list[MemberFacts] = field(default_factory=list)
+    _kept: dict[int, FittedMember] = field(default_factory=dict)
+
+    @staticmethod
+    def fit(fit_one: Callable[[int], FittedMember], count: int, budget: Budget) -> Members:
+        """Fit every member once."""
+        members, used = Members(fit_one, count, budget), 0
+        for k in range(count):
+            member = fit_one(k)
+            members.facts.append(MemberFacts.of(member))
+            used += bytes_of(member)
+            if k == 0 or used <= budget.bytes:
+                members._kept[k] = member
+        return members
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, k: int) -> FittedMember: ...
+    @overload
+    def __getitem__(self, k: slice) -> Sequence[FittedMember]: ...
+    def __getitem__(self, k: int | slice) -> FittedMember | Sequence[FittedMember]:
+        if isinstance(k, slice):
+            return [self[i] for i in range(self.size)[k]]
+        k = range(self.size)[k]
+        return self._kept[k] if k in self._kept else self.fit_one(k)
+
+    def __iter__(self) -> Iterator[FittedMember]:
+        return (self[k] for k in range(self.size))
+
+    @property
+    def kept(self) -> int:
+        """How many are kept in memory."""
+        return len(self._kept)
+
+    def changed(self, change: Callable[[FittedMember], FittedMember]) -> Members:
+        """The same checkpoints with every member changed, such as by another damping."""
+        return Members.fit(lambda k: change(self[k]), self.size, self.budget)
+
+
+def bytes_of(member: FittedMember) -> int:
+    """Bytes of the tensors that a fitted member holds beside the model and the data."""
+    storages: dict[int, int] = {}
+    _collect((member.operator, member.preconditioner, member.state), storages, set())
+    return sum(storages.values())
+
+
+def _collect(value: Any, storages: dict[int, int], visited: set[int]) -> None:
+    if isinstance(value, Tensor):
+        if not isinstance(value, nn.Parameter) and value.layout is torch.strided:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return
+    if id(value) in visited or isinstance(value, (nn.Module, Problem, type)):
+        return
+    visited.add(id(value))
+    # Other mappings read from disk.
+    if isinstance(value, dict):
+        parts: Any = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    elif type(value).__module__.partition(".")[0] == _PACKAGE and not isinstance(value, Mapping):
+        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+    else:
+        return
+    for part in parts:
+        _collect(part, storages, visited)
