@@ -60,6 +60,8 @@ from .problem.problem import Problem
 from .problem.weight_decay import WeightDecay
 from .scores.diagnostics import Diagnostics
 from .scores.scores import Scores
+from .trajectory.recorder import Recorder
+from .trajectory.recording import Recording
 from .trajectory.source import source
 
 __all__ = [
@@ -73,6 +75,8 @@ __all__ = [
     "Logit",
     "Margin",
     "Problem",
+    "Recorder",
+    "Recording",
     "Scores",
     "SquaredError",
     "TokenCrossEntropy",

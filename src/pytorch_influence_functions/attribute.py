@@ -17,6 +17,7 @@ from .influence.method import AbstractMethod
 from .linalg.rows import Route
 from .linalg.space import Selection
 from .methods.names import MethodLike, as_method
+from .methods.papers import ekfac
 from .problem.checkpoints import Checkpoint
 from .problem.data import Source
 from .problem.infer_loss import infer_objective
@@ -25,6 +26,8 @@ from .problem.problem import Problem, check_model
 from .problem.weight_decay import WeightDecay
 from .scores.scores import Scores
 from .solvers.forecast import Forecast
+from .trajectory.along import Along
+from .trajectory.recording import RunLike
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -51,6 +54,7 @@ def attribute(
     *,
     loss: Any = None,
     method: MethodLike | None = None,
+    run: RunLike | None = None,
     damping: AbstractDamping | float | None = None,
     route: Route | str | None = None,
     precision: str | None = None,
@@ -73,7 +77,9 @@ def attribute(
         loss: the training loss: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. `None`: inferred
             from outputs and targets where that is unambiguous.
         method: a method such as `ptif.ekfac()`, its name such as `"ekfac"`, or a curvature such as
-            `ptif.curvature.GGN()`; `None`: chosen by size.
+            `ptif.curvature.GGN()`; `None`: chosen by size, and `ptif.ekfac()` with `run`.
+        run: how the model was trained, for more accurate scores: the folder that a `ptif.Recorder` wrote, or what else
+            `ptif.methods.along` takes. The method is asked at every checkpoint and the answers averaged.
         damping: `Relative(share)`, `Absolute(value)`, `FromTraining(lr, steps)` or a number; `None`: the method's own.
         route: force one route for gradients and inner products, see `Route`; `None`: the method's own.
         precision: `"bf16"` computes passes and the products of scoring in bfloat16, and sums in float32; `None`: the
@@ -109,7 +115,7 @@ def attribute(
     """
     check_top(top)
     changes = {"damping": damping, "route": route, "precision": precision}
-    spec, whole, source = _prepare("attribute", model, train, queries, loss, method, changes, problem)
+    spec, whole, source = _prepare("attribute", model, train, queries, loss, (method, run), changes, problem)
     fitted = spec.fit(whole, n_queries=len(source))
     scores = fitted.score(source, measure, top=top if verify is None else None)
     scores = replace(scores, diagnostics=replace(scores.diagnostics, inferred=loss is None))
@@ -129,6 +135,7 @@ def forecast(
     *,
     loss: Any = None,
     method: MethodLike | None = None,
+    run: RunLike | None = None,
     damping: AbstractDamping | float | None = None,
     route: Route | str | None = None,
     precision: str | None = None,
@@ -139,7 +146,7 @@ def forecast(
     Runs and times one small batch; nothing else is computed. Memory is what is needed beside the model.
 
     Args:
-        model, train, queries, loss, method, damping, route, precision: as for `attribute`.
+        model, train, queries, loss, method, run, damping, route, precision: as for `attribute`.
         parameters, weight_decay, checkpoints, batch_size, deterministic, device: as for `attribute`.
 
     Raises:
@@ -151,7 +158,7 @@ def forecast(
         '8 parameters are few enough for the dense Gauss-Newton matrix, exactly'
     """
     changes = {"damping": damping, "route": route, "precision": precision}
-    spec, whole, source = _prepare("forecast", model, train, queries, loss, method, changes, problem)
+    spec, whole, source = _prepare("forecast", model, train, queries, loss, (method, run), changes, problem)
     return spec.forecast(whole, len(source))
 
 
@@ -161,14 +168,19 @@ def _prepare(
     train: Any,
     queries: Any,
     loss: Any,
-    method: Any,
+    method: tuple[Any, Any],
     changes: Mapping[str, Any],
     options: ProblemOptions,
 ) -> tuple[AbstractMethod, Problem, Source]:
     """The method, the problem and the queries that were asked for."""
     check_model(model)
     _check_options(name, options)
-    spec = as_method(method).with_options(**changes)
+    asked, run = method
+    if run is not None and asked is None:
+        asked = ekfac()
+    spec = as_method(asked).with_options(**changes)
+    if run is not None:
+        spec = Along(run, spec)
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
     with in_queries():
@@ -179,7 +191,7 @@ def _prepare(
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuse keyword arguments that do not exist, as Python would, but say which one was meant."""
-    known = [*ProblemOptions.__annotations__, "loss", "method", "damping", "route", "precision"]
+    known = [*ProblemOptions.__annotations__, "loss", "method", "run", "damping", "route", "precision"]
     rest = ["measure", "top", "verify"]
     for option in options:
         if option in ProblemOptions.__annotations__:

@@ -24,6 +24,7 @@ def attribute_command(
         int | None, typer.Option("--top", help="Keep only the K most helpful and K most harmful of each query.")
     ] = None,
     report: Annotated[bool | None, typer.Option("--report/--no-report", help="Write report.html too.")] = None,
+    run: options.Run = None,
     damping: options.Damping = None,
     weight_decay: options.WeightDecay = None,
     batch_size: options.BatchSize = None,
@@ -49,6 +50,7 @@ def attribute_command(
         "out": out,
         "top": top,
         "report": report,
+        "run": run,
         "damping": damping,
         "weight_decay": weight_decay,
         "batch_size": batch_size,
@@ -61,13 +63,13 @@ def attribute_command(
             _print_forecast(output, settings)
             return
         with report_progress(output) as report_queries:
-            run = AttributionRun.of(settings)
-            finished = run.score(overwrite, interruption, report_queries)
-            result = describe_run(run, finished)
+            started = AttributionRun.of(settings)
+            finished = started.score(overwrite, interruption, report_queries)
+            result = describe_run(started, finished)
             if settings.report:
-                page = write_page(finished.scores, settings.out, run.task)
+                page = write_page(finished.scores, settings.out, started.task)
                 result["files"]["report"] = str(page)
-        _print_result(output, run, finished, result)
+        _print_result(output, started, finished, result)
         output.print_json(result)
 
 

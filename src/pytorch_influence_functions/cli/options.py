@@ -25,6 +25,10 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results.
 Method = Annotated[
     str | None, typer.Option("--method", help="auto, ekfac, dual, … (default: the task's own, else auto)")
 ]
+Run = Annotated[
+    Path | None,
+    typer.Option("--run", help="The folder of a recorded training run: the method is asked at all its checkpoints."),
+]
 Damping = Annotated[
     str | None, typer.Option("--damping", help="0.01, relative:0.1 or training:RATE:STEPS. (default: the method's)")
 ]
@@ -50,6 +54,7 @@ class RunSettings:
     task: Path | None = None
     out: Path = Path("results")
     method: str | None = None
+    run: Path | None = None
     damping: str | None = None
     queries: str = "all"
     top: int | None = None
@@ -96,6 +101,7 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "task": _PATH,
     "out": _PATH,
     "method": _TEXT,
+    "run": _PATH,
     "damping": (lambda v: _is_text(v) or _is_number(v), "a number, 'relative:SHARE' or 'training:RATE:STEPS'", str),
     "queries": (lambda v: _is_text(v) or (is_whole(v) and v >= 0), "such as '0:20'", str),
     "top": _COUNT,

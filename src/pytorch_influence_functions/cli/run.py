@@ -12,9 +12,11 @@ from .._version import __version__
 from ..core.progress import Callback
 from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod, Fitted
+from ..methods.papers import ekfac
 from ..problem.data import Source
 from ..scores.scores import Scores
 from ..solvers.forecast import Forecast
+from ..trajectory.along import Along
 from . import blocks
 from .exit import Interruption
 from .fingerprints import describe_settings, fingerprint_run
@@ -145,8 +147,11 @@ class AttributionRun:
 
 
 def choose_method(named: AbstractMethod | None, task: Task, settings: RunSettings) -> AbstractMethod:
-    """The method that the flags name, else the task's own, else the one that `Auto` chooses."""
-    return override_damping(named or task.method or Influence(), settings.damping)
+    """The method that the flags name, else the task's own, else the one that `Auto` chooses; along the `--run`."""
+    if settings.run is None:
+        return override_damping(named or task.method or Influence(), settings.damping)
+    method: Any = override_damping(named or task.method or ekfac(), settings.damping)
+    return Along(settings.run, method)
 
 
 def versions() -> dict[str, str]:

@@ -28,6 +28,7 @@ def self_influence_command(
     top: Annotated[
         int | None, typer.Option("--top", help="Examples to show; the files hold all. (default: 20)")
     ] = None,
+    run: options.Run = None,
     damping: options.Damping = None,
     weight_decay: options.WeightDecay = None,
     batch_size: options.BatchSize = None,
@@ -48,6 +49,7 @@ def self_influence_command(
         "method": method,
         "out": out,
         "top": top,
+        "run": run,
         "damping": damping,
         "weight_decay": weight_decay,
         "batch_size": batch_size,

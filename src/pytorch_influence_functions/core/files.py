@@ -312,6 +312,14 @@ def read_tensors(
     return tensors, header["record"]
 
 
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Which kind of file `write_tensors` wrote there; None for any other safetensors file."""
+    with safe_open(os.fspath(path), framework="pt") as file:
+        text = (file.metadata() or {}).get(_KEY)
+    header = None if text is None else json.loads(text)
+    return str(header.get("kind")) if isinstance(header, dict) else None
+
+
 def _check_header(header: Any, name: str, kind: str) -> None:
     if not isinstance(header, dict) or header.get("kind") != kind or not isinstance(header.get("record"), dict):
         other = header.get("kind") if isinstance(header, dict) else type(header).__name__

@@ -3,6 +3,7 @@
 from ..trajectory.source import source
 from .baselines import EmbeddingSimilarity, Random, RepresenterPoints, TrainingLoss
 from .papers import (
+    along,
     arnoldi,
     astra,
     blockwise,
@@ -30,6 +31,7 @@ __all__ = [
     "Random",
     "RepresenterPoints",
     "TrainingLoss",
+    "along",
     "arnoldi",
     "astra",
     "blockwise",

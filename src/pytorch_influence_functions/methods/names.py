@@ -43,6 +43,7 @@ METHODS: Final[Mapping[str, Callable[[], Influence]]] = {
 """Every method that needs no argument."""
 
 _WITH_ARGUMENTS: Final[Mapping[str, Callable[..., AbstractMethod]]] = {
+    "along": papers.along,
     "one_step_newton": papers.one_step_newton,
     "source": source,
     "tracin": papers.tracin,

@@ -23,6 +23,7 @@ from ..curvature.kronecker.records import EKFAC, KFAC, Shampoo
 from ..curvature.low_rank import Arnoldi, Nystrom
 from ..damping.rules import Absolute, AbstractDamping, Relative
 from ..gradients.projections import Gaussian
+from ..influence.agreement import Units
 from ..influence.attribution import Influence
 from ..objectives.measures import Margin
 from ..scaling.leverage import Leverage
@@ -34,6 +35,8 @@ from ..solvers.datainf import DataInf
 from ..solvers.direct import Spectral
 from ..solvers.dual import Woodbury
 from ..solvers.neumann import Neumann
+from ..trajectory.along import Along
+from ..trajectory.recording import RunLike
 
 
 def grad_dot() -> Influence:
@@ -216,6 +219,30 @@ def ekfac(
     E[(Q^T grad Q)^2].
     """
     return Influence(EKFAC(fisher, examples=examples, folder=folder), Spectral(), damping)
+
+
+def along(run: RunLike, method: Influence | None = None, units: Units | str = Units.SPREAD) -> Along:
+    r"""A method asked at every checkpoint of a recorded training run, the answers averaged in units of their spread.
+
+    score = G * mean_c(s_c / sigma_c), where s_c are the scores of a query at checkpoint c, sigma_c their standard
+    deviation over the training examples, and G the geometric mean of all sigma_c. Early checkpoints say what a model
+    learnt first and no longer shows; the spread keeps the checkpoint with the largest scores from speaking alone.
+
+    Args:
+        run: the folder that a `ptif.Recorder` wrote, a `Recording`, the output folder of a Hugging Face `Trainer`, a
+            Lightning `.ckpt` file or folder, or a list of state dicts or paths in the order of training; a list of
+            runs or folders for several trainings, whose checkpoints count alike.
+        method: what is asked at every checkpoint, such as `ekfac()`, `shampoo()`, `dual()` or `gauss_newton()`; `None`:
+            `ekfac()`.
+        units: `"spread"` as above; `"final"`: G is the last checkpoint's sigma; `"raw"`: the plain mean of the s_c.
+
+    Self-influence is averaged as one row, in units of its own spread. Sizes are those of a removal only as far as the
+    geometric mean is: the diagnostics say how much the spreads differ.
+
+    Cost: the method's, once per checkpoint. Memory does not grow with their number.
+    Identity: equals the formula on the scores of every checkpoint in float64.
+    """
+    return Along(run, ekfac() if method is None else method, units)
 
 
 def kfac(

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
+from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, first_line, nearest
+from ..core.files import kind_of, read_tensors
 from .model_and_loss import ModelAndLoss
 
 Checkpoint: TypeAlias = Mapping[str, Tensor] | str | PathLike[str]
 
+WEIGHTS_FILE: Final = "checkpoint weights"
+"""The kind of file that a `Recorder` writes: one with a checksum, which is verified."""
+
 # Keys under which training scripts keep the state dict in a larger dictionary.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
 _LOSS_KEYS = ("loss", "criterion", "loss_state_dict", "criterion_state_dict")
+# Models in several files.
+_SHARDED = ("model.safetensors", "pytorch_model.bin")
 # What wrappers put before every name: DataParallel, torch.compile, and training classes that keep the model.
 _PREFIXES = ("module.", "_orig_mod.", "net.", "model.")
 
@@ -46,8 +54,9 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> d
     """The tensors of a checkpoint by name, on the CPU if read from a file (never by unpickling code).
 
     Args:
-        checkpoint: a state dict, or the path of a `.safetensors` or torch file; a dictionary that keeps the
-            state dict under "state_dict", "model_state_dict" or "model" is opened.
+        checkpoint: a state dict, or the path of a `.safetensors` or torch file, or of a folder that holds a model in
+            several of them with an index; a dictionary that keeps the state dict under "state_dict",
+            "model_state_dict" or "model" is opened.
         model: if given, the names and shapes must be the model's.
 
     Raises:
@@ -59,10 +68,9 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> d
         path = fspath(checkpoint)
         what = f"The checkpoint {path!r}"
         try:
-            if path.endswith(".safetensors"):
-                state = load_file(path)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _read_folder(Path(path)) if Path(path).is_dir() else _read_file(path)
+        except InvalidInput:
+            raise
         except UnpicklingError as cause:
             # torch's message holds terminal codes, and advises to unpickle whatever the file holds.
             raise InvalidInput(
@@ -97,6 +105,27 @@ def _open(state: Any, model: nn.Module | None) -> Any:
         **_without_wrappers(state, named_tensors(model)),
         **{f"{model.prefix}{name}": t for name, t in loss.items()},
     }
+
+
+def _read_file(path: str) -> Any:
+    if not path.endswith(".safetensors"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    if kind_of(path) is None:
+        return load_file(path)
+    return read_tensors(path, WEIGHTS_FILE, cure="record the run anew")[0]
+
+
+def _read_folder(path: Path) -> dict[str, Tensor]:
+    """The tensors of a model that lies in several files, by its index."""
+    index = next((path / f"{name}.index.json" for name in _SHARDED if (path / f"{name}.index.json").exists()), None)
+    if index is None:
+        raise InvalidInput(
+            f"The checkpoint {fspath(path)!r} is a folder without an index of weights; give the path of a file."
+        )
+    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    # Names, not paths: an index from elsewhere must not point out of its folder.
+    shards = [_read_file(fspath(path / Path(file).name)) for file in files]
+    return {name: value for shard in shards for name, value in shard.items()}
 
 
 def _without_wrappers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

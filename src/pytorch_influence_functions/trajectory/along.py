@@ -1,0 +1,117 @@
+"""Attribution along the training run: one method at several checkpoints, averaged in units of each one's spread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from torch import nn
+
+from ..core.errors import InvalidInput
+from ..influence.agreement import Units
+from ..influence.attribution import Attribution, Influence
+from ..influence.method import AbstractMethod
+from ..problem.checkpoints import Checkpoint
+from ..problem.problem import Problem
+from ..solvers.forecast import Forecast
+from .recording import Recording, open_runs
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Along(AbstractMethod):
+    r"""A method asked at every checkpoint of a training run, the answers averaged.
+
+    With s_c the scores of a query at checkpoint c, and sigma_c their standard deviation over the training examples,
+
+        score = G * mean_c(s_c / sigma_c),    G = geometric mean of sigma_c
+
+    See `ptif.methods.along`.
+
+    Args:
+        run: a recording, a folder, a list of checkpoints, or a list of several runs.
+        method: the method that is asked at each of them.
+        units: `"spread"` as above; `"final"` with the last checkpoint's sigma as G; `"raw"`: the plain mean.
+
+    Raises:
+        InvalidInput: no run, a method that cannot be averaged, or unknown units.
+    """
+
+    run: Any
+    method: Influence
+    units: Units | str = Units.SPREAD
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", open_runs(self.run))
+        object.__setattr__(self, "units", Units.of(self.units))
+        given: Any = self.method
+        if not isinstance(given, Influence):
+            raise InvalidInput(
+                f"along() asks an Influence such as ptif.ekfac() at every checkpoint, got {type(given).__name__}; a "
+                "method that follows the run itself takes its parts: trajectory.SOURCE(recording.segments())."
+            )
+        replace(given, units=self.units)  # refuses settings that the units would undo
+
+    @property
+    def runs(self) -> tuple[Recording, ...]:
+        """The runs, each a training of its own."""
+        runs: tuple[Recording, ...] = self.run
+        return runs
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints of all runs; the last one of the first run comes last, because it is the model's."""
+        first, *others = self.runs
+        return (*(c for run in others for c in run.checkpoints), *first.checkpoints)
+
+    def __repr__(self) -> str:
+        runs = " + ".join(str(len(run)) for run in self.runs)
+        units = "" if self.units is Units.SPREAD else f", units={Units.of(self.units).value!r}"
+        return f"along({runs} checkpoints, {self.method!r}{units})"
+
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        """What results depend on: the weights rather than the folder they are read from."""
+        return ([run.recorded for run in self.runs], self.method, Units.of(self.units).value)
+
+    def fit(self, problem: Problem, n_queries: int = 1) -> Attribution:
+        """Fit the method at every checkpoint.
+
+        Args:
+            problem: model, loss and training data.
+            n_queries: how many queries are expected.
+
+        Raises:
+            InvalidInput: the problem has checkpoints of its own, or a recorded one does not fit the model.
+        """
+        fitted = self._averaged().fit(self._along(problem), n_queries)
+        return replace(fitted, run_notes=tuple(self._notes(problem.model)))
+
+    def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
+        """What `fit` and `score` would cost.
+
+        Args:
+            problem: model, loss and training data.
+            n_queries: how many queries there will be.
+        """
+        return self._averaged().forecast(self._along(problem), n_queries)
+
+    def _averaged(self) -> Influence:
+        return replace(self.method, units=self.units)
+
+    def _along(self, problem: Problem) -> Problem:
+        if problem.checkpoints:
+            raise InvalidInput(
+                f"along() takes its checkpoints from the run and the problem has {len(problem.checkpoints)} of its "
+                "own; leave checkpoints= out."
+            )
+        return problem.with_(checkpoints=self.checkpoints)
+
+    def _notes(self, model: nn.Module) -> list[str]:
+        """What is told of the runs."""
+        described = " and ".join(run.describe() for run in self.runs)
+        notes = [f"asked along the training run: {described}"]
+        if not self.runs[0].ends_at(model):
+            notes.append(
+                "the model's own weights are not those of the run's last checkpoint: the scores speak of the run"
+            )
+        return notes

@@ -1,0 +1,112 @@
+"""One checkpoint of a training run, with what the optimiser did there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..core.digest import digest
+from ..problem.checkpoints import Checkpoint, load_checkpoint
+
+
+@final
+@dataclass(frozen=True)
+class GroupState:
+    """What a parameter group of the optimiser was set to at one step. None: the optimiser has no such setting.
+
+    Args:
+        lr: the learning rate of the step.
+        lr_sum: the sum of the learning rates of all steps up to it; None: not known.
+        weight_decay: its strength.
+        decoupled: whether the decay is AdamW's, apart from the loss.
+        momentum: SGD's.
+        beta2: how slowly Adam's second moments forget.
+        eps: what Adam adds to their root.
+    """
+
+    lr: float
+    lr_sum: float | None = None
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    momentum: float = 0.0
+    beta2: float | None = None
+    eps: float | None = None
+
+    @staticmethod
+    def of(group: Mapping[str, Any], lr_sum: float | None, decoupled: bool) -> GroupState:
+        """The settings of one of an optimiser's `param_groups`."""
+        betas = group.get("betas")
+        return GroupState(
+            lr=float(group["lr"]),
+            lr_sum=lr_sum,
+            weight_decay=float(group.get("weight_decay") or 0.0),
+            decoupled=bool(group.get("decoupled_weight_decay", decoupled)),
+            momentum=float(group.get("momentum") or 0.0),
+            beta2=None if betas is None else float(betas[-1]),
+            eps=None if group.get("eps") is None else float(group["eps"]),
+        )
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> GroupState:
+        """What `to_dict` gave; keys of other versions are left out."""
+        known = {f.name for f in fields(GroupState)}
+        return GroupState(**{k: v for k, v in stored.items() if k in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class RecordedStep:
+    """The weights after one step of a training run.
+
+    Args:
+        step: how many optimiser steps had been taken.
+        weights: a state dict or the path of one.
+        groups: the optimiser's settings; empty where they are not known.
+        identity: a digest of the weights; None where it was not computed.
+        second_moments: the file of Adam's second moments; None where there is none.
+        batch_size: examples per step; None where it is not known.
+    """
+
+    step: int
+    weights: Checkpoint
+    groups: tuple[GroupState, ...] = ()
+    identity: str | None = None
+    second_moments: Path | None = None
+    batch_size: int | None = None
+
+    def __repr__(self) -> str:
+        return f"RecordedStep({self.step})"
+
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        """What results depend on: the weights, wherever they lie."""
+        return (self.step, self.identity or digest(load_checkpoint(self.weights)))
+
+
+def named_state(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors by name as they are stored: each shared one once, floating-point numbers in `dtype` where they fit it."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    stored = {}
+    for name, value in tensors:
+        place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
+        if value.numel() and place in seen:
+            continue
+        seen.add(place)
+        stored[name] = store_as(value.detach(), dtype)
+    return stored
+
+
+def store_as(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in a narrower type; as it is where a number would overflow there, or where it is no such tensor."""
+    if dtype is None or not value.is_floating_point() or value.element_size() <= dtype.itemsize:
+        return value
+    narrow = value.to(dtype)
+    return narrow if bool(torch.isfinite(narrow).all()) or not bool(torch.isfinite(value).all()) else value

@@ -1,0 +1,355 @@
+"""Recording a training run: a context manager around any training loop."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..core.digest import digest
+from ..core.distributed import current
+from ..core.errors import InvalidInput, TrainingDataWarning
+from ..core.files import locked, make_folder, remove_leftovers, write_tensors
+from ..core.validate import whole_number
+from ..curvature.base import Budget
+from ..problem.checkpoints import WEIGHTS_FILE
+from ..problem.problem import check_model, unwrap
+from .manifest import MANIFEST, Manifest
+from .recorded_step import GroupState, RecordedStep, named_state
+from .recording import MOMENTS_FILE, Recording
+from .schedule import Schedule, make_schedule
+
+_DECOUPLED = ("AdamW", "NAdamW")
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@final
+@dataclass(eq=False)
+class Recorder:
+    """Keeps the weights of a training run at well-chosen steps: a context manager around any training loop.
+
+        with ptif.Recorder(model, optimizer, "runs/a", steps=len(loader) * epochs):
+            ...  # the training loop as it was
+        scores = ptif.attribute(model, train, queries, run="runs/a")
+
+    It counts `optimizer.step()`, so gradient accumulation, schedulers and several parameter groups need nothing. A
+    step that a `GradScaler` leaves out is not counted. Each checkpoint is written aside and renamed, then listed in
+    `recording.json` with the learning rate, weight decay and momentum of every parameter group, and with Adam's second
+    moments in a file beside it: whenever the training is killed, what is listed is whole.
+
+    Where the length of the run is given, checkpoints stand at shares of it. Otherwise they stand at doubling distances:
+    the powers of two, and the latest one within a fifth of the last step.
+
+    A training that goes on from one of its checkpoints goes on in the same folder: the step is found by the weights, or
+    by Adam's own count, or given as `start`. In a group of processes the first one records.
+
+    Args:
+        model: the model that is trained.
+        optimizer: the optimiser that trains it.
+        folder: where the recording lies; a folder of its own.
+        at: shares of the run at which it is recorded, with `steps`; `None`: 2, 5, 10, 20, 40, 70 and 100 %.
+        steps: optimiser steps of the whole run; `None`: not known.
+        most: the most checkpoints that stay where the length is not known.
+        most_bytes: the most that all checkpoints may take on the disk, bytes or words such as `"20GB"`, beside the one
+            that is being written; `None`: no bound.
+        dtype: `"float16"` or `"bfloat16"` store the weights in it; `None`: as they are. Adam's moments are then stored
+            in bfloat16, whose range they need.
+        second_moments: whether Adam's second moments are kept; `SOURCE` needs them after Adam.
+        batch_size: examples per step, noted with each checkpoint.
+        start: how many steps had been taken before; `None`: found as said above.
+        overwrite: remove another run that is recorded in the folder.
+
+    Raises (when it starts) `InvalidInput`: a setting cannot be used, the folder holds another run or another process
+    records there, or the checkpoints would take more than `most_bytes`.
+
+    >>> model = nn.Linear(3, 2)
+    >>> Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), "runs/a", steps=100)
+    Recorder(Linear, SGD, 'runs/a', steps=100)
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    folder: str | os.PathLike[str]
+    at: Sequence[float] | None = None
+    steps: int | None = None
+    most: int = 8
+    most_bytes: int | str | None = None
+    dtype: str | torch.dtype | None = None
+    second_moments: bool = True
+    batch_size: int | None = None
+    start: int | None = None
+    overwrite: bool = False
+    step: int = field(default=0, init=False)
+    """How many steps have been counted."""
+    _manifest: Manifest | None = field(default=None, init=False)
+    _schedule: Schedule | None = field(default=None, init=False)
+    _rate_sums: list[float] = field(default_factory=list, init=False)
+    _inside_step: bool = field(default=False, init=False)
+    _open: ExitStack = field(default_factory=ExitStack, init=False)
+
+    def __repr__(self) -> str:
+        length = "" if self.steps is None else f", steps={self.steps}"
+        kinds = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
+        return f"Recorder({kinds}, {os.fspath(self.folder)!r}{length})"
+
+    # ---------------------------------------------------------------- from outside
+
+    def __enter__(self) -> Recorder:
+        self.begin()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.end(finished=kind is None)
+
+    @property
+    def recording(self) -> Recording:
+        """What has been recorded so far.
+
+        Raises:
+            InvalidInput: nothing has.
+        """
+        return Recording.open(self.folder)
+
+    def begin(self) -> None:
+        """Start to record; `with` does it."""
+        if self._manifest is not None:
+            raise InvalidInput("This Recorder records already; make one for each training.")
+        self._check()
+        self._schedule = make_schedule(self.at, self.steps, self._count_within_budget())
+        if current().rank != 0:
+            return
+        folder = make_folder(self.folder)
+        with ExitStack() as stack:
+            stack.enter_context(locked(folder))
+            remove_leftovers(folder)
+            manifest = self._resume(folder)
+            manifest.write()
+            self._drop_unlisted(manifest)
+            self._manifest = manifest
+            for handle in self._hooks():
+                stack.callback(handle.remove)
+            self._open = stack.pop_all()
+        if self.step == 0 and self._schedule.wants(0) and not manifest.recorded:
+            self._save()
+
+    def end(self, finished: bool = True) -> None:
+        """Keep the last step and stop; `with` does it.
+
+        Args:
+            finished: whether the training has come to its end.
+        """
+        if self._manifest is None:
+            return
+        # An exception in the middle of a step leaves weights of which only some have moved.
+        if self.step > 0 and not self._inside_step:
+            self._save()
+        with suppress(InvalidInput):
+            if self._manifest is not None and finished:
+                self._manifest = replace(self._manifest, finished=True)
+                self._manifest.write()
+        self._stop()
+
+    # ---------------------------------------------------------------- while the training runs
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        yield self.optimizer.register_step_pre_hook(self._before_step)
+        yield self.optimizer.register_step_post_hook(self._after_step)
+
+    def _before_step(self, *_: Any) -> None:
+        self._inside_step = True
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._inside_step = False
+        # Fused optimisers are called even where the GradScaler has found infinite gradients, and leave the step out.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return
+        self.step += 1
+        for k, group in enumerate(optimizer.param_groups):
+            if k == len(self._rate_sums):
+                self._rate_sums.append(0.0)
+            self._rate_sums[k] += float(group["lr"])
+        if self._schedule is not None and self._schedule.wants(self.step):
+            self._save()
+
+    def _save(self) -> None:
+        """Write the checkpoint of the present step, list it, and remove those that need not stay."""
+        manifest, schedule = self._manifest, self._schedule
+        if manifest is None or schedule is None or any(r.step == self.step for r in manifest.recorded):
+            return
+        try:
+            recorded = {r.step: r for r in (*manifest.recorded, self._write(Path(manifest.folder)))}
+            kept = schedule.keep(sorted(recorded))
+            listed = replace(manifest.with_recorded([recorded[s] for s in kept]), finished=False)
+            listed.write()
+        except InvalidInput as cause:
+            # A full disk must not end a training of days.
+            self._stop()
+            warnings.warn(f"Recording stopped at step {self.step:,}: {cause}", TrainingDataWarning, stacklevel=2)
+            return
+        self._manifest = listed
+        self._drop_unlisted(listed)
+
+    def _write(self, folder: Path) -> RecordedStep:
+        """The files of the present step."""
+        weights, name = self._weights(), f"step-{self.step:012d}"
+        identity = digest(weights)
+        path, moments_path = folder / f"{name}.safetensors", None
+        write_tensors(path, WEIGHTS_FILE, weights, {"step": self.step})
+        moments = self._moments()
+        if moments:
+            moments_path = folder / f"{name}.second_moments.safetensors"
+            write_tensors(moments_path, MOMENTS_FILE, moments, {"step": self.step})
+        return RecordedStep(self.step, path, self._groups(), identity, moments_path, self.batch_size)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return named_state(self._module.state_dict().items(), self._dtype)
+
+    def _moments(self) -> dict[str, Tensor]:
+        """Adam's second moments by parameter name, corrected for their start at 0."""
+        moments: dict[str, Tensor] = {}
+        if not self.second_moments:
+            return moments
+        names = self._names
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                entry = self.optimizer.state.get(parameter, {})
+                second = entry.get("max_exp_avg_sq", entry.get("exp_avg_sq"))
+                if second is None or id(parameter) not in names or len(group.get("betas", ())) != 2:
+                    continue
+                corrected = second.detach().float() / (1.0 - group["betas"][1] ** float(entry["step"]))
+                moments[names[id(parameter)]] = corrected
+        return named_state(moments.items(), None if self._dtype is None else torch.bfloat16)
+
+    def _groups(self) -> tuple[GroupState, ...]:
+        decoupled = type(self.optimizer).__name__ in _DECOUPLED
+        sums = [*self._rate_sums, *[0.0] * (len(self.optimizer.param_groups) - len(self._rate_sums))]
+        groups = zip(self.optimizer.param_groups, sums, strict=True)
+        return tuple(GroupState.of(group, total, decoupled) for group, total in groups)
+
+    def _drop_unlisted(self, manifest: Manifest) -> None:
+        """Remove the files of steps that are not listed: thinned out, left by a killed process, or taken back."""
+        listed = {Path(str(r.weights)).name for r in manifest.recorded}
+        listed |= {r.second_moments.name for r in manifest.recorded if r.second_moments is not None}
+        for path in Path(manifest.folder).glob("step-*.safetensors"):
+            if path.name not in listed:
+                with suppress(OSError):
+                    path.unlink()
+
+    def _stop(self) -> None:
+        self._manifest = None
+        self._open.close()
+
+    # ---------------------------------------------------------------- before it starts
+
+    @property
+    def _module(self) -> nn.Module:
+        return unwrap(self.model)[0]
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.dtype) if isinstance(self.dtype, str) else self.dtype
+
+    @property
+    def _names(self) -> Mapping[int, str]:
+        return {id(p): name for name, p in self._module.named_parameters()}
+
+    def _check(self) -> None:
+        check_model(self.model)
+        inner: Any = self.optimizer
+        while not isinstance(inner, torch.optim.Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
+            if not hasattr(inner, "optimizer"):
+                raise InvalidInput(
+                    "Recorder takes the torch.optim.Optimizer that trains the model, got "
+                    f"{type(self.optimizer).__name__}."
+                )
+            inner = inner.optimizer
+        self.optimizer = inner
+        if self.dtype is not None and (not isinstance(self.dtype, (str, torch.dtype)) or self._dtype not in _HALVES):
+            raise InvalidInput(f"Recorder(dtype={self.dtype!r}) must be 'float16', 'bfloat16' or None.")
+        if self.start is not None:
+            whole_number("start", self.start, 0, owner="Recorder")
+        known = {id(p) for p in self._module.parameters()}
+        if not any(id(p) in known for group in inner.param_groups for p in group["params"]):
+            raise InvalidInput("The optimiser holds no parameter of the model; pass the optimiser that trains it.")
+        sharded = next((n for n, p in self._module.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+        if sharded is not None:
+            raise InvalidInput(
+                f"Parameter {sharded!r} is spread over several processes, which Recorder cannot gather; keep full "
+                "state dicts in the training loop and give them as a list."
+            )
+
+    def _count_within_budget(self) -> int:
+        """How many checkpoints stay where the length of the run is not known; refuses what the bound cannot hold."""
+        if self.most_bytes is None:
+            return self.most
+        each, bound = self._bytes_each(), Budget.of(self.most_bytes).bytes
+        room = int(bound // each)
+        needed = 2 if self.steps is None else make_schedule(self.at, self.steps, self.most).most
+        if room < needed:
+            raise InvalidInput(
+                f"One checkpoint takes {each / 2**20:,.1f} MiB and most_bytes={self.most_bytes!r} has room for {room}, "
+                f"not for {needed}; give more room, fewer shares at=, dtype='bfloat16', or second_moments=False."
+            )
+        return min(self.most, room)
+
+    def _bytes_each(self) -> int:
+        total = sum(v.numel() * v.element_size() for v in self._weights().values())
+        adaptive = any(len(group.get("betas", ())) == 2 for group in self.optimizer.param_groups)
+        if self.second_moments and adaptive:
+            numbers = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+            total += numbers * (4 if self._dtype is None else 2)
+        return max(1, total)
+
+    def _resume(self, folder: Path) -> Manifest:
+        """The manifest to go on with: a new one, or that of the folder up to the step at which the training stands."""
+        names = self._names
+        parameters = tuple(
+            tuple(names.get(id(p), "") for p in group["params"]) for group in self.optimizer.param_groups
+        )
+        fresh = Manifest(folder, type(self.optimizer).__name__, parameters, self.steps, finished=False)
+        known = Manifest.read(folder) if (folder / MANIFEST).exists() and not self.overwrite else fresh
+        if known.recorded:
+            self.step = self._find_step(known)
+        else:
+            self.step = self._counted() if self.start is None else self.start
+        earlier = [r for r in known.recorded if r.step <= self.step]
+        self._rate_sums = self._continue_sums(earlier[-1] if earlier else None)
+        return fresh.with_recorded(earlier)
+
+    def _find_step(self, known: Manifest) -> int:
+        """The step of a recorded run at which the training goes on."""
+        if self.start is not None:
+            return self.start
+        identity, counted = digest(self._weights()), self._counted()
+        at_weights = next((r.step for r in known.recorded if r.identity == identity), None)
+        if at_weights is not None:
+            return at_weights
+        if counted:
+            return counted
+        raise InvalidInput(
+            f"{os.fspath(self.folder)!r} holds a recorded run up to step {known.recorded[-1].step:,}, and the model's "
+            "weights are none of its checkpoints; give start= the number of steps already taken to go on with it, "
+            "another folder, or overwrite=True."
+        )
+
+    def _counted(self) -> int:
+        """The steps that the optimiser itself has counted; 0 for one that does not count."""
+        counts = [float(entry["step"]) for entry in self.optimizer.state.values() if "step" in entry]
+        return int(max(counts, default=0))
+
+    def _continue_sums(self, last: RecordedStep | None) -> list[float]:
+        """The sums of learning rates so far; between the last checkpoint and the present step the rate is as now."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        known = [] if last is None else [g.lr_sum or 0.0 for g in last.groups]
+        before = [*known, *[0.0] * len(rates)][: len(rates)]
+        steps = self.step - (0 if last is None else last.step)
+        return [total + rate * steps for total, rate in zip(before, rates, strict=True)]
