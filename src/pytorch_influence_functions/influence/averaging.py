@@ -143,4 +143,4 @@ def reciprocal(spreads: Float[Tensor, " q"]) -> Float[Tensor, " q"]:
 def split_queries(question: Question, n_train: int, budget: Budget) -> Iterator[Int[Tensor, " q"]]:
     """The queries in parts whose scores fit the memory budget, where only the extremes are asked for."""
     room = max(1, int(budget.bytes * QUERY_SHARE / (_MATRICES * 8 * n_train)))
-    yield from torch.arange(len(question)).split(len(question) if question.top is None else room)
+    yield from torch.split(torch.arange(len(question)), len(question) if question.top is None else room)

@@ -38,7 +38,7 @@ class Along(AbstractMethod):
     """
 
     run: Any
-    method: Influence
+    method: AbstractMethod
     units: Units | str = Units.SPREAD
 
     def __post_init__(self) -> None:
@@ -50,7 +50,8 @@ class Along(AbstractMethod):
                 f"along() asks an Influence such as ptif.ekfac() at every checkpoint, got {type(given).__name__}; a "
                 "method that follows the run itself takes its parts: trajectory.SOURCE(recording.segments())."
             )
-        replace(given, units=self.units)  # refuses settings that the units would undo
+        # Settings that the units would undo are refused here.
+        object.__setattr__(self, "method", replace(given, units=self.units))
 
     @property
     def runs(self) -> tuple[Recording, ...]:
@@ -66,8 +67,7 @@ class Along(AbstractMethod):
 
     def __repr__(self) -> str:
         runs = " + ".join(str(len(run)) for run in self.runs)
-        units = "" if self.units is Units.SPREAD else f", units={Units.of(self.units).value!r}"
-        return f"along({runs} checkpoints, {self.method!r}{units})"
+        return f"along({runs} checkpoints, {self.method!r})"
 
     def __fingerprint__(self) -> tuple[Any, ...]:
         """What results depend on: the weights rather than the folder they are read from."""
@@ -83,7 +83,7 @@ class Along(AbstractMethod):
         Raises:
             InvalidInput: the problem has checkpoints of its own, or a recorded one does not fit the model.
         """
-        fitted = self._averaged().fit(self._along(problem), n_queries)
+        fitted = self._asked.fit(self._along(problem), n_queries)
         return replace(fitted, run_notes=tuple(self._notes(problem.model)))
 
     def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
@@ -93,10 +93,14 @@ class Along(AbstractMethod):
             problem: model, loss and training data.
             n_queries: how many queries there will be.
         """
-        return self._averaged().forecast(self._along(problem), n_queries)
+        return self._asked.forecast(self._along(problem), n_queries)
 
-    def _averaged(self) -> Influence:
-        return replace(self.method, units=self.units)
+    @property
+    def _asked(self) -> Influence:
+        """The method, in these units."""
+        method: Any = self.method
+        asked: Influence = method
+        return asked
 
     def _along(self, problem: Problem) -> Problem:
         if problem.checkpoints:

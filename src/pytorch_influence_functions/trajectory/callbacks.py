@@ -25,7 +25,7 @@ def trainer_callback(folder: str | PathLike[str], **options: Any) -> Any:
     """
     base = _import("transformers", "trainer_callback").TrainerCallback
 
-    class RecordRun(base):  # type: ignore[misc]
+    class RecordRun(base):  # type: ignore[misc, valid-type]
         """Records the run of a Trainer."""
 
         recorder: Recorder | None = None
@@ -35,7 +35,7 @@ def trainer_callback(folder: str | PathLike[str], **options: Any) -> Any:
                 return
             workers = max(1, getattr(args, "world_size", 1))
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * workers
-            known = {"steps": state.max_steps, "batch_size": batch, "start": state.global_step or None}
+            known: dict[str, Any] = {"steps": state.max_steps, "batch_size": batch, "start": state.global_step or None}
             self.recorder = Recorder(parts["model"], parts["optimizer"], folder, **(known | options))
             self.recorder.begin()
 
@@ -64,7 +64,7 @@ def lightning_callback(folder: str | PathLike[str], **options: Any) -> Any:
     except ImportError:
         base = _import("pytorch_lightning", "lightning_callback").Callback
 
-    class RecordRun(base):  # type: ignore[misc]
+    class RecordRun(base):  # type: ignore[misc, valid-type]
         """Records the run of a Trainer."""
 
         recorder: Recorder | None = None
@@ -74,7 +74,7 @@ def lightning_callback(folder: str | PathLike[str], **options: Any) -> Any:
                 return
             length = trainer.estimated_stepping_batches
             steps = int(length) if length not in (None, float("inf")) and length > 0 else None
-            known = {"steps": steps, "start": trainer.global_step or None}
+            known: dict[str, Any] = {"steps": steps, "start": trainer.global_step or None}
             self.recorder = Recorder(module, trainer.optimizers[0], folder, **(known | options))
             self.recorder.begin()
 

@@ -151,10 +151,10 @@ class Recorder:
         # An exception in the middle of a step leaves weights of which only some have moved.
         if self.step > 0 and not self._inside_step:
             self._save()
-        with suppress(InvalidInput):
-            if self._manifest is not None and finished:
-                self._manifest = replace(self._manifest, finished=True)
-                self._manifest.write()
+        manifest: Manifest | None = self._manifest  # None where writing the last step failed
+        if manifest is not None and finished:
+            with suppress(InvalidInput):
+                replace(manifest, finished=True).write()
         self._stop()
 
     # ---------------------------------------------------------------- while the training runs
@@ -256,7 +256,7 @@ class Recorder:
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        return getattr(torch, self.dtype) if isinstance(self.dtype, str) else self.dtype
+        return getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
 
     @property
     def _names(self) -> Mapping[int, str]:
@@ -265,7 +265,8 @@ class Recorder:
     def _check(self) -> None:
         check_model(self.model)
         inner: Any = self.optimizer
-        while not isinstance(inner, torch.optim.Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
+        # Accelerate and Lightning wrap it: only the inner one has hooks.
+        while not hasattr(inner, "_optimizer_step_post_hooks"):
             if not hasattr(inner, "optimizer"):
                 raise InvalidInput(
                     "Recorder takes the torch.optim.Optimizer that trains the model, got "
@@ -273,7 +274,8 @@ class Recorder:
                 )
             inner = inner.optimizer
         self.optimizer = inner
-        if self.dtype is not None and (not isinstance(self.dtype, (str, torch.dtype)) or self._dtype not in _HALVES):
+        given: Any = self.dtype
+        if given is not None and (not isinstance(given, (str, torch.dtype)) or self._dtype not in _HALVES):
             raise InvalidInput(f"Recorder(dtype={self.dtype!r}) must be 'float16', 'bfloat16' or None.")
         if self.start is not None:
             whole_number("start", self.start, 0, owner="Recorder")
