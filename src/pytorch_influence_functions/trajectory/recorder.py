@@ -91,6 +91,7 @@ class Recorder:
     """How many steps have been counted."""
     _manifest: Manifest | None = field(default=None, init=False)
     _schedule: Schedule | None = field(default=None, init=False)
+    _rates: list[float] = field(default_factory=list, init=False)
     _rate_sums: list[float] = field(default_factory=list, init=False)
     _inside_step: bool = field(default=False, init=False)
     _open: ExitStack = field(default_factory=ExitStack, init=False)
@@ -173,10 +174,11 @@ class Recorder:
         if found_inf is not None and float(found_inf) > 0:
             return
         self.step += 1
-        for k, group in enumerate(optimizer.param_groups):
-            if k == len(self._rate_sums):
-                self._rate_sums.append(0.0)
-            self._rate_sums[k] += float(group["lr"])
+        # Kept: a scheduler sets the next step's rate before the end of the training is recorded.
+        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._rate_sums += [0.0] * (len(self._rates) - len(self._rate_sums))
+        for k, rate in enumerate(self._rates):
+            self._rate_sums[k] += rate
         if self._schedule is not None and self._schedule.wants(self.step):
             self._save()
 
@@ -225,15 +227,14 @@ class Recorder:
                 second = entry.get("max_exp_avg_sq", entry.get("exp_avg_sq"))
                 if second is None or id(parameter) not in names or len(group.get("betas", ())) != 2:
                     continue
-                corrected = second.detach().float() / (1.0 - group["betas"][1] ** float(entry["step"]))
+                corrected = second.detach() / (1.0 - group["betas"][1] ** float(entry["step"]))
                 moments[names[id(parameter)]] = corrected
         return named_state(moments.items(), None if self._dtype is None else torch.bfloat16)
 
     def _groups(self) -> tuple[GroupState, ...]:
         decoupled = type(self.optimizer).__name__ in _DECOUPLED
-        sums = [*self._rate_sums, *[0.0] * (len(self.optimizer.param_groups) - len(self._rate_sums))]
-        groups = zip(self.optimizer.param_groups, sums, strict=True)
-        return tuple(GroupState.of(group, total, decoupled) for group, total in groups)
+        groups = zip(self.optimizer.param_groups, self._rates, self._rate_sums, strict=False)
+        return tuple(GroupState.of({**group, "lr": rate}, total, decoupled) for group, rate, total in groups)
 
     def _drop_unlisted(self, manifest: Manifest) -> None:
         """Remove the files of steps that are not listed: thinned out, left by a killed process, or taken back."""
@@ -350,7 +351,7 @@ class Recorder:
 
     def _continue_sums(self, last: RecordedStep | None) -> list[float]:
         """The sums of learning rates so far; between the last checkpoint and the present step the rate is as now."""
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        rates = self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         known = [] if last is None else [g.lr_sum or 0.0 for g in last.groups]
         before = [*known, *[0.0] * len(rates)][: len(rates)]
         steps = self.step - (0 if last is None else last.step)

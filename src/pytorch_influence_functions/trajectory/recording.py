@@ -280,4 +280,5 @@ def _adam_state(recorded: RecordedStep) -> AdamState:
             "build the segments by hand."
         )
     decay = decays.pop() if decays else 0.0
-    return AdamState({k: v.float() for k, v in moments.items()}, epsilons.pop() or 0.0, decay)
+    whole = {k: v.float() if v.element_size() < 4 else v for k, v in moments.items()}
+    return AdamState(whole, epsilons.pop() or 0.0, decay)
