@@ -32,6 +32,7 @@ def listed(names: str) -> list[str]:
 
 DAILY = listed(
     "attribute forecast Problem WeightDecay Influence Attribution Scores Diagnostics evaluate progress InfluenceError "
+    "Recorder Recording "
     "CrossEntropy TokenCrossEntropy SquaredError Bernoulli Margin Logit FromFunction "
     "exact dual ekfac gauss_newton source tracin trak what_if find_label_issues __version__"
 )

@@ -118,6 +118,7 @@ def loader(data: Any) -> Any:
 
 
 SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "along": lambda model, problem: methods.along(states(model)),
     "tracin": lambda model, problem: ptif.tracin([0.1]),
     "trak": lambda model, problem: ptif.trak(16),
     "source": lambda model, problem: ptif.source(states(model), 0.1, 20, segments=2),

@@ -39,7 +39,13 @@ class GroupState:
 
     @staticmethod
     def of(group: Mapping[str, Any], lr_sum: float | None, decoupled: bool) -> GroupState:
-        """The settings of one of an optimiser's `param_groups`."""
+        """The settings of one parameter group.
+
+        Args:
+            group: one of an optimiser's `param_groups`.
+            lr_sum: the sum of its learning rates so far; None: not known.
+            decoupled: whether its weight decay is AdamW's, where the group does not say so itself.
+        """
         betas = group.get("betas")
         return GroupState(
             lr=float(group["lr"]),
@@ -53,7 +59,7 @@ class GroupState:
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> GroupState:
-        """What `to_dict` gave; keys of other versions are left out."""
+        """The settings that were `stored` by `to_dict`; keys of other versions are left out."""
         known = {f.name for f in fields(GroupState)}
         return GroupState(**{k: v for k, v in stored.items() if k in known})
 

@@ -139,7 +139,8 @@ class Recording:
     @property
     def shares(self) -> tuple[float, ...]:
         """The steps as shares of the last one."""
-        return tuple(step / max(1, self.steps[-1]) for step in self.steps)
+        steps = self.steps
+        return tuple(step / max(1, steps[-1]) for step in steps)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -204,7 +205,7 @@ class Recording:
         return f"{len(self)} checkpoint{several} at {shares} of {self.steps[-1]:,} steps{end}"
 
     def ends_at(self, model: nn.Module) -> bool:
-        """Whether the last checkpoint holds the model's present weights, in the type in which it was stored."""
+        """Whether the last checkpoint holds the present weights of `model`, in the type in which it was stored."""
         own, last = named_tensors(model), load_checkpoint(self.recorded[-1].weights, model)
         return all(bool((own[k].detach().cpu().to(v.dtype) == v.detach().cpu()).all()) for k, v in last.items())
 
