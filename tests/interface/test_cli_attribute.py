@@ -189,3 +189,37 @@ def test_settings_come_from_a_file_seen_from_where_it_lies_and_flags_win(tmp_pat
     scores = ptif.Scores.load(tmp_path / "below/made/scores.safetensors")
     assert scores.query_ids.tolist() == [5, 6] and scores.shape == (2, 4)
     assert "weight_decay" not in scores.provenance and "GGN" in scores.provenance
+
+
+def test_along_a_recorded_run(task: Path, tmp_path: Path) -> None:
+    """`--run` is `ptif.methods.along` of the folder; the folder's name does not matter, its weights do."""
+    found = load_task(task)
+    states = [{k: v * size for k, v in found.problem.model.state_dict().items()} for size in (0.1, 0.5, 1.0)]
+    optimizer = torch.optim.SGD(found.problem.model.parameters(), lr=0.0)
+    for name, factor in (("run", 1.0), ("other", 2.0)):
+        with ptif.Recorder(found.problem.model, optimizer, tmp_path / name, steps=3, at=(0.3, 0.6, 1.0)):
+            for state in states:
+                found.problem.model.load_state_dict({k: v * factor for k, v in state.items()})
+                optimizer.step()
+    expected = {name: by_library(task, method=method, run=tmp_path / "run") for name, method in METHODS_ALONG.items()}
+    for name, flags in (("ekfac", ()), ("dual", ("--method", "dual"))):
+        out = tmp_path / name
+        ran = Ran("attribute", task, "--run", tmp_path / "run", *flags, "--block", 5, "--out", out, "--json")
+        assert (ran.code, ran.stderr) == (0, "")
+        scores = ptif.Scores.load(out / "scores.safetensors")
+        torch.testing.assert_close(scores.values, expected[name].values, rtol=1e-4, atol=1e-7)
+        assert scores.diagnostics.members == 3
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = ["attribute", task, "--block", 5, "--out", tmp_path / "ekfac", "--json", "--run"]
+    assert Ran(*again, tmp_path / "moved").found["resumed_queries"] == QUERIES
+    assert "it differs in method" in Ran(*again, tmp_path / "other").sentence
+    forecast = Ran("attribute", task, "--run", tmp_path / "moved", "--dry-run", "--json").found
+    assert forecast["status"] == "forecast" and forecast["passes"] > 3
+    own = Ran("self-influence", task, "--run", tmp_path / "moved", "--out", tmp_path / "self", "--json")
+    assert own.code == 0 and "along" in str(own.found) + (tmp_path / "self/run.json").read_text()
+    assert (
+        "There is no run at" in Ran("attribute", task, "--run", tmp_path / "nowhere", "--out", tmp_path / "x").sentence
+    )
+
+
+METHODS_ALONG = {"ekfac": ptif.ekfac(), "dual": ptif.dual()}

@@ -69,9 +69,8 @@ class Influence(Record, AbstractMethod):
             products with a curvature that a solver repeats in float32, eigendecompositions in float64; `None`: float32,
             or the model's precision where that is more. Weights in half precision are computed in float32, on a copy.
         weights: one number per checkpoint that multiplies its scores before they are added up; `None`: their mean.
-        units: in which units the scores of several checkpoints are averaged: `"raw"`, as they are; `"spread"`, each in
-            units of the standard deviation of its query's row, the result in those of their geometric mean; `"final"`,
-            the result in those of the last checkpoint. See `ptif.methods.along`.
+        units: in which units the scores of several checkpoints are averaged: `"raw"`, as they are, or `"spread"` or
+            `"final"`, each in units of the standard deviation of its query's row; see `ptif.methods.along`.
 
     The record's `repr` is the provenance carried by every result. Making one computes nothing.
 
@@ -499,6 +498,7 @@ class Attribution(OldNames):
     def _diagnostics(self, log: RunLog) -> Diagnostics:
         first, scaling, facts = self.members[0], self.spec.scaling, self.members.facts
         notes = dict.fromkeys(note for f in facts for note in f.notes)
+        agreement = log.agreement.notes(Units.of(self.spec.units))
         return log.diagnostics(
             self.problem,
             self.stationarity,
@@ -511,11 +511,5 @@ class Attribution(OldNames):
             members=len(facts),
             effective_dimension=sum(f.effective_dimension for f in facts) / len(facts),
             needs_minimum=not self.run_notes,
-            notes=(
-                *self.run_notes,
-                *notes,
-                *log.notes(),
-                *log.agreement.notes(Units.of(self.spec.units)),
-                *((scaling.note,) if scaling.note else ()),
-            ),
+            notes=(*self.run_notes, *notes, *log.notes(), *agreement, *((scaling.note,) if scaling.note else ())),
         )
