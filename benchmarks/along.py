@@ -200,7 +200,7 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     for number, this in settings(asked.quick).items():
-        if number in (asked.setting or (1, 2, 3, 4, 5)):
+        if number in (asked.setting or numbers):
             run_setting(this, asked)
     return 0
 

@@ -305,3 +305,31 @@ def test_a_stored_result_depends_on_the_weights_of_the_run() -> None:
     assert digest(along(states)) == digest(along(same)) != digest(along(other))
     assert len({digest(along(states, units=u)) for u in ("raw", "spread", "final")}) == 3
     assert digest(along(states)) != digest(along(states, ptif.Influence(EmpiricalFisher(), Spectral())))
+
+
+def test_what_does_not_depend_on_the_weights_is_decomposed_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer's inputs are the data. Other matrices of the same name are never taken for each other."""
+    from pytorch_influence_functions.linalg import eigh
+
+    counts: dict[str, int] = {}
+
+    def counted(matrix: Tensor, what: str = "the matrix") -> Any:
+        counts[what] = counts.get(what, 0) + 1
+        return original(matrix, what)
+
+    original = eigh.eigh
+    monkeypatch.setattr(eigh, "eigh", counted)
+    problem, _, states = setting()
+    along(states).fit(problem)
+    assert counts == {
+        "the inputs of '0'": 2,
+        "the outputs of '0'": 4,
+        "the inputs of '2'": 4,
+        "the outputs of '2'": 4,
+    }
+    shared, a, b = eigh.Decompositions(), torch.eye(2), torch.tensor([[2.0, 1], [1, 3]])
+    with shared.in_use():
+        for matrix in (a, b, b, b, a, b):
+            values, vectors = eigh.eigh_shared(matrix, "x")
+            torch.testing.assert_close(vectors @ values.diag() @ vectors.T, matrix.double())
+    assert counts["x"] == 5 and eigh.eigh_shared(a, "x") and counts["x"] == 6

@@ -24,6 +24,7 @@ from ..damping.curve import DampingCurve, FromCurve
 from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
 from ..gradients.projections import AbstractProjection
+from ..linalg.eigh import Decompositions
 from ..linalg.rows import Route
 from ..problem.checkpoints import at_checkpoint
 from ..problem.model_state import plain_autograd
@@ -124,10 +125,10 @@ class Influence(Record, AbstractMethod):
                 derivatives = derivatives.with_projection(self.projection)
             composition = self._compose(derivatives, n_queries)
             self._check_projectable(problem, composition)
-        rule, insists = self._damping_of(composition), self.preconditioner is not None
+        rule, insists, decompositions = self._damping_of(composition), self.preconditioner is not None, Decompositions()
 
         def fit_one(k: int) -> FittedMember:
-            with at_checkpoint(problem.model, checkpoints[k]):
+            with at_checkpoint(problem.model, checkpoints[k]), decompositions.in_use():
                 return FittedMember.fit(checkpoints[k], derivatives, composition, rule, budget, insists)
 
         members = Members.fit(fit_one, len(checkpoints), budget)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.digest import digest
 from ..core.errors import NonFinite, SolveFailed
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -50,6 +54,47 @@ def eigh(matrix: Float[Tensor, "d d"], what: str = "the matrix") -> tuple[Float[
         f"The eigendecomposition of {what} ({len(exact)} x {len(exact)}) failed by every algorithm; "
         "scale the inputs of this layer, or leave it out with parameters=."
     )
+
+
+@dataclass(eq=False)
+class Decompositions:
+    """Decompositions that are the same in several fits: of a layer's inputs, where those do not depend on the weights.
+
+    While `in_use` is open, `eigh_shared` computes the decomposition of a matrix that came before under the same name
+    once. Only matrices that came twice in a row are kept with their decomposition.
+    """
+
+    _digests: dict[str, str] = field(default_factory=dict)
+    _kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Share within this block."""
+        token = _shared.set(self)
+        try:
+            yield
+        finally:
+            _shared.reset(token)
+
+    def find(self, matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of a matrix, computed or kept."""
+        identity = digest(matrix)
+        again, self._digests[what] = self._digests.get(what) == identity, identity
+        if not again:
+            self._kept.pop(what, None)
+            return eigh(matrix, what)
+        if what not in self._kept:
+            self._kept[what] = eigh(matrix, what)
+        return self._kept[what]
+
+
+_shared: ContextVar[Decompositions | None] = ContextVar("shared decompositions", default=None)
+
+
+def eigh_shared(matrix: Float[Tensor, "d d"], what: str) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    """`eigh`, where a block of `Decompositions` is open with what is known there."""
+    known = _shared.get()
+    return eigh(matrix, what) if known is None else known.find(matrix, what)
 
 
 def is_decomposition(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:

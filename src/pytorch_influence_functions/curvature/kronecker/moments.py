@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
 from ...linalg.chunks import chunks
-from ...linalg.eigh import eigh
+from ...linalg.eigh import eigh_shared
 from ...linalg.kronecker import KroneckerBlock
 
 # Moments at least this long are added up in so many panels, to leave out most of the lower triangle.
@@ -67,7 +67,7 @@ class Axis:
         if not self.full:
             return None, self.moment.double()
         upper = self.moment.triu()
-        values, vectors = eigh(upper + upper.triu(1).T, what)
+        values, vectors = eigh_shared(upper + upper.triu(1).T, what)
         return vectors.to(self.moment.dtype), values.clamp_min(0.0)
 
 
