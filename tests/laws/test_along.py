@@ -289,6 +289,9 @@ def test_attribute_takes_a_run() -> None:
     assert gap(scores.values, want) < 1e-12 and scores.diagnostics.members == 4
     dual = ptif.attribute(problem.model, (x, y), queries, method="dual", damping=0.3, **options)
     assert gap(dual.values, along(states, ptif.dual(damping=0.3)).fit(problem).score(queries).values) < 1e-10
+    method = along(states, ptif.dual())
+    again = ptif.attribute(problem.model, (x, y), queries, loss=ptif.CrossEntropy(), method=method, damping=0.3)
+    assert gap(again.values, dual.values) < 1e-12
     costs, once = (ptif.forecast(problem.model, (x, y), queries, loss=ptif.CrossEntropy(), method="ekfac", run=r)
                    for r in (states, None))  # fmt: skip
     assert costs.passes == pytest.approx(4 * once.passes)

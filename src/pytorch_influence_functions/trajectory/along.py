@@ -95,6 +95,17 @@ class Along(AbstractMethod):
         """
         return self._asked.forecast(self._along(problem), n_queries)
 
+    def with_options(self, **options: Any) -> Along:
+        """A copy whose method has these fields changed, such as another damping.
+
+        Args:
+            options: fields of the method by name; None leaves one as it is.
+
+        Raises:
+            InvalidInput: the method has no such field.
+        """
+        return replace(self, method=self.method.with_options(**options))
+
     @property
     def _asked(self) -> Influence:
         """The method, in these units."""
