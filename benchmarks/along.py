@@ -106,23 +106,9 @@ def logistic() -> nn.Module:
 
 def record(this: Setting, seed: int, folder: Path) -> tuple[nn.Module, Recording]:
     """One training, recorded at every share that a schedule asks for."""
-    models: list[nn.Module] = []
-    recorders: list[ptif.Recorder] = []
-    steps, shares = this.recipe.steps(len(this.train[0])), sorted({s for v in SCHEDULES.values() for s in v})
-
-    def make() -> nn.Module:
-        models.append(this.recipe.model())
-        return models[-1]
-
-    def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        chosen = this.recipe.optimizer(parameters)
-        recorders.append(ptif.Recorder(models[-1], chosen, folder, at=shares, steps=steps))
-        recorders[-1].begin()
-        return chosen
-
-    model = train_model(replace(this.recipe, model=make, optimizer=optimizer), this.train, seed)
-    recorders[-1].end()
-    return model, recorders[-1].recording
+    shares = sorted({s for v in SCHEDULES.values() for s in v})
+    model = train_model(this.recipe, this.train, seed, record=folder, at=shares)
+    return model, Recording.open(folder)
 
 
 def truth_of(this: Setting, workers: int) -> Truth:

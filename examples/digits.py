@@ -49,10 +49,11 @@ def main() -> None:
     truth = retrain(recipe, halves, seeds=seeds, train=train, queries=queries, folder=options.out / "trainings")
     print(truth)
 
-    model = train_model(recipe, train, seed=0)
+    model = train_model(recipe, train, seed=0, record=options.out / "run")
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), train, weight_decay=decay)
     methods = {
         "EK-FAC": ptif.ekfac(),
+        "EK-FAC along the run": ptif.methods.along(options.out / "run"),
         "K-FAC": ptif.methods.kfac(),
         "dual of the Gauss-Newton matrix": ptif.dual(ptif.curvature.GGN()),
         "dual of the empirical Fisher": ptif.dual(),
@@ -61,6 +62,7 @@ def main() -> None:
     }
     table = ptif.evaluate(methods, truth, problem=problem, queries=queries)
     print(table)
+    print(f"Along the run EK-FAC gains {table.compare('EK-FAC along the run', 'EK-FAC')}")
     print(f"EK-FAC beats the gradient dot product by {table.compare('EK-FAC', 'gradient dot product')}")
     table.plot().savefig(options.out / "methods.png")
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = {
     "fashion_mnist": ["mistake.png", "self_influence.png", "classes.png", "report.html"],
-    "digits": ["methods.png", "verified.png", "trainings"],
+    "digits": ["methods.png", "verified.png", "trainings", "run"],
     "breast_cancer": ["left_out.png", "report.html"],
     "diabetes": ["patient.png", "left_out.png"],
     "shakespeare": ["letters.png", "report.html"],

@@ -573,3 +573,18 @@ def test_a_manifest_does_not_point_out_of_its_folder(tmp_path: Path) -> None:
     recorded(tmp_path / "run")
     edit(tmp_path / "run", lambda m: m["checkpoints"][0].update(file="../elsewhere.safetensors"))
     assert Path(str(ptif.Recording.open(tmp_path / "run").checkpoints[0])).parent == tmp_path / "run"
+
+
+def test_the_built_in_recipe_is_recorded_too(tmp_path: Path) -> None:
+    from pytorch_influence_functions.evaluation import LinearDecay, Recipe, train_model
+
+    x, y = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
+    recipe = Recipe(net, lambda p: torch.optim.SGD(p, lr=0.1), 5, 5, LinearDecay(0.0), nn.CrossEntropyLoss())
+    plain = train_model(recipe, (x, y), seed=3)
+    for _ in range(2):  # another training there is replaced
+        model = train_model(recipe, (x, y), seed=3, record=tmp_path, at=(0.5, 1.0))
+        run = ptif.Recording.open(tmp_path)
+        assert run.steps == (10, 20) and run.finished and run.recorded[0].batch_size == 5
+        assert run.learning_rates == pytest.approx([0.1 * (1 - 4.5 / 20), 0.1 * (1 - 14.5 / 20)])
+        for kept in (load_checkpoint(run.checkpoints[-1]), copy(plain)):
+            assert all(torch.equal(v, copy(model)[k]) for k, v in kept.items())

@@ -29,6 +29,7 @@ from ..problem.infer_loss import infer_objective
 from ..problem.ingredients import describe_model, digest_data
 from ..problem.model_state import plain_autograd, same_rng
 from ..problem.problem import Problem
+from ..trajectory.recorder import Recorder
 from . import training, user_training
 from .cache import RetrainingCache, job_key
 from .recipe import Recipe, TrainFunction, name_callable
@@ -118,13 +119,22 @@ def retrain(
     )
 
 
-def train_model(recipe: Recipe, data: Any, seed: int = 0) -> nn.Module:
+def train_model(
+    recipe: Recipe,
+    data: Any,
+    seed: int = 0,
+    record: str | os.PathLike[str] | None = None,
+    at: Sequence[float] | None = None,
+) -> nn.Module:
     """Train a model on everything by the recipe, as `retrain` does with the same seed; it is returned in eval mode.
 
     Args:
         recipe: how the model is trained.
         data: the training data, as `ptif.attribute` takes it.
         seed: of weights and order.
+        record: a folder in which the run is recorded, for `ptif.methods.along`; an earlier one there is replaced.
+            `None`: it is not recorded.
+        at: the shares of the run at which it is recorded; `None`: those of `Recorder`.
 
     >>> x = torch.arange(12.0).reshape(6, 2).sin()
     >>> train_model(Recipe(lambda: nn.Linear(2, 1), loss=nn.MSELoss()), (x, x[:, :1])).training
@@ -134,8 +144,14 @@ def train_model(recipe: Recipe, data: Any, seed: int = 0) -> nn.Module:
     examples = Examples.of(source)
     _, objective = _training_loss(recipe, source, seed)
     job = Job(torch.ones(len(source), dtype=torch.bool), {}, seed)
+
+    def recording(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Recorder:
+        assert record is not None, "asked for below"
+        return Recorder(model, optimizer, record, at, steps, batch_size=recipe.batch_size, overwrite=True)
+
+    hook = None if record is None else recording
     with _seeded(seed), Meter(recipe.steps(len(source)), "training", "step") as meter:
-        return training.train_alone(recipe, objective, examples, job, meter.advance)
+        return training.train_alone(recipe, objective, examples, job, meter.advance, hook)
 
 
 def _training_loss(recipe: Recipe, source: Source, seed: int) -> tuple[Problem, AbstractObjective]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -37,6 +38,8 @@ _ELEMENTWISE = (
 )
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.RReLU, nn.modules.rnn.RNNBase)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+RecordingHook: TypeAlias = Callable[[nn.Module, torch.optim.Optimizer, int], AbstractContextManager[Any]]
+"""What a training of so many steps runs within."""
 StepHook: TypeAlias = Callable[[], None]
 """Called before every step; an exception from it ends the training."""
 
@@ -116,28 +119,34 @@ def draw_batches(recipe: Recipe, job: Job) -> Iterator[tuple[Int[Tensor, " b"], 
 
 
 def train_alone(
-    recipe: Recipe, objective: AbstractObjective, data: Examples, job: Job, before_step: StepHook = lambda: None
+    recipe: Recipe,
+    objective: AbstractObjective,
+    data: Examples,
+    job: Job,
+    before_step: StepHook = lambda: None,
+    recording: RecordingHook | None = None,
 ) -> nn.Module:
-    """Train one model step by step; it is returned in eval mode."""
+    """Train one model step by step, within what `recording` makes; it is returned in eval mode."""
     model = recipe.fresh(job.seed)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = recipe.optimizer(trainable)
     targets = data.targets(job.change)
     steps = list(draw_batches(recipe, job))
     scheduled = _ScheduledOptimizer(recipe, optimizer, len(steps))
-    for ids, weights in steps:
-        before_step()
-        batch = data.rows(ids, targets)
+    with nullcontext() if recording is None else recording(model, optimizer, len(steps)):
+        for ids, weights in steps:
+            before_step()
+            batch = data.rows(ids, targets)
 
-        def closure(batch: Any = batch, weights: Tensor | None = weights) -> Any:
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                losses = objective.losses(objective.outputs(model, batch), batch)
-                loss = _weighted_mean(losses, weights)
-                loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
+            def closure(batch: Any = batch, weights: Tensor | None = weights) -> Any:
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    losses = objective.losses(objective.outputs(model, batch), batch)
+                    loss = _weighted_mean(losses, weights)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                return loss.detach()
 
-        scheduled.step(closure)
+            scheduled.step(closure)
     return model.eval()
 
 
