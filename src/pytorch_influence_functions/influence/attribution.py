@@ -354,7 +354,7 @@ class Attribution(OldNames):
             with at_checkpoint(self.problem.model, member.checkpoint):
                 return member.with_damping(rule)
 
-        return replace(self, spec=replace(self.spec, damping=rule), members=self.members.changed(change))
+        return replace(self, spec=replace(self.spec, damping=rule), members=self.members.transform(change))
 
     def scores_over_damping(self, queries: Any, lambdas: Any, measure: Any = None) -> dict[float, Scores]:
         """Scores for every damping value in `lambdas` (absolute), without refitting.

@@ -83,7 +83,7 @@ class Members(Sequence[FittedMember]):
         """How many are kept in memory."""
         return len(self._kept)
 
-    def changed(self, change: Callable[[FittedMember], FittedMember]) -> Members:
+    def transform(self, change: Callable[[FittedMember], FittedMember]) -> Members:
         """The same checkpoints with every member changed, such as by another damping."""
         return Members.fit(lambda k: change(self[k]), self.size, self.budget)
 

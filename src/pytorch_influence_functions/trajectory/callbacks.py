@@ -25,7 +25,7 @@ def trainer_callback(folder: str | PathLike[str], **options: Any) -> Any:
     """
     base = _import("transformers", "trainer_callback").TrainerCallback
 
-    class RecordRun(base):  # type: ignore[misc, valid-type]
+    class RecordedTrainerRun(base):  # type: ignore[misc, valid-type]
         """Records the run of a Trainer."""
 
         recorder: Recorder | None = None
@@ -43,7 +43,7 @@ def trainer_callback(folder: str | PathLike[str], **options: Any) -> Any:
             if self.recorder is not None:
                 self.recorder.end(finished=state.global_step >= state.max_steps)
 
-    return RecordRun()
+    return RecordedTrainerRun()
 
 
 def lightning_callback(folder: str | PathLike[str], **options: Any) -> Any:
@@ -64,7 +64,7 @@ def lightning_callback(folder: str | PathLike[str], **options: Any) -> Any:
     except ImportError:
         base = _import("pytorch_lightning", "lightning_callback").Callback
 
-    class RecordRun(base):  # type: ignore[misc, valid-type]
+    class RecordedLightningRun(base):  # type: ignore[misc, valid-type]
         """Records the run of a Trainer."""
 
         recorder: Recorder | None = None
@@ -86,7 +86,7 @@ def lightning_callback(folder: str | PathLike[str], **options: Any) -> Any:
             if self.recorder is not None:
                 self.recorder.end(finished=False)
 
-    return RecordRun()
+    return RecordedLightningRun()
 
 
 def _import(module: str, function: str) -> Any:

@@ -99,13 +99,13 @@ class RecordedStep:
 
 def named_state(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Tensors by name as they are stored: each shared one once, floating-point numbers in `dtype` where they fit it."""
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    places: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
     stored = {}
     for name, value in tensors:
         place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
-        if value.numel() and place in seen:
+        if value.numel() and place in places:
             continue
-        seen.add(place)
+        places.add(place)
         # Narrowed where it lies: less is copied from an accelerator.
         stored[name] = store_as(value.detach(), dtype).cpu()
     return stored
