@@ -144,7 +144,7 @@ BUGS = [
     ),
     Bug(
         "a certificate without the checkpoints' weights",
-        swap(RunLog, "end_checkpoint", lambda f, self, weight: f(self, 1.0)),
+        swap(RunLog, "end_checkpoints", lambda f, self, weights: f(self, [1.0] * len(weights))),
         partial(test_truncation.test_the_certificate_of_weighted_checkpoints_is_the_weighted_sum, (10.0, 5.0)),
     ),
     Bug(
