@@ -336,3 +336,12 @@ def test_what_does_not_depend_on_the_weights_is_decomposed_twice_at_most(monkeyp
             values, vectors = eigh.eigh_shared(matrix, "x")
             torch.testing.assert_close(vectors @ values.diag() @ vectors.T, matrix.double())
     assert counts["x"] == 5 and eigh.eigh_shared(a, "x") and counts["x"] == 6
+
+
+def test_actions_refuse_an_average_in_units() -> None:
+    problem, _, states = setting()
+    fitted = along(states, ptif.exact()).fit(problem)
+    with pytest.raises(InvalidInput, match=r"^what_if\(\) moves the parameters, whose changes at several"):
+        ptif.actions.what_if(fitted, remove=[1])
+    raw = along(states, ptif.exact(), units="raw").fit(problem)
+    assert ptif.actions.what_if(raw, remove=[1]).parameter_change

@@ -588,3 +588,29 @@ def test_the_built_in_recipe_is_recorded_too(tmp_path: Path) -> None:
         assert run.learning_rates == pytest.approx([0.1 * (1 - 4.5 / 20), 0.1 * (1 - 14.5 / 20)])
         for kept in (load_checkpoint(run.checkpoints[-1]), copy(plain)):
             assert all(torch.equal(v, copy(model)[k]) for k, v in kept.items())
+
+
+def test_a_loss_with_weights_of_its_own_is_kept_with_the_model(tmp_path: Path) -> None:
+    class Centres(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.centres = nn.Parameter(torch.randn(2, 2, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(outputs @ self.centres.T, targets)
+
+    model, loss = net(), Centres()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    with ptif.Recorder(model, optimizer, tmp_path, steps=9, loss=loss) as recording:
+        for step in range(9):
+            x, y = data(step)
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+    kept = load_checkpoint(recording.recording.checkpoints[-1])
+    assert torch.equal(kept.pop("loss.centres"), loss.centres) and kept.keys() == model.state_dict().keys()
+    method = ptif.methods.along(tmp_path, ptif.methods.grad_dot())
+    scores = method.fit(ptif.Problem(model, loss, data(1))).score(data(2))
+    assert scores.diagnostics.members == 5 and not any("own weights" in n for n in scores.diagnostics.notes)
+    with pytest.raises(InvalidInput, match=r"^Recorder\(loss=\.\.\.\) takes a torch.nn.Module with weights of its"):
+        ptif.Recorder(model, optimizer, tmp_path / "b", loss=nn.functional.cross_entropy).begin()  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.errors import InvalidInput
+from ..influence.agreement import Units
 from ..influence.attribution import Attribution, Influence
 from ..methods.names import as_method
 from ..problem.problem import Problem
@@ -39,5 +40,10 @@ def fit_system(problem: Problem | Attribution, method: Any, asking: str) -> Attr
         raise InvalidInput(
             f"projection={fitted.spec.projection!r} keeps no direction in the parameters, so nothing can be said of "
             "them; leave the projection out."
+        )
+    if fitted.spec.units is not Units.RAW:
+        raise InvalidInput(
+            f"{asking}() moves the parameters, whose changes at several checkpoints have no common spread; give the "
+            "method at the final weights, or with units='raw'."
         )
     return fitted

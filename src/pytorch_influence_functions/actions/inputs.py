@@ -65,7 +65,7 @@ def input_influence(
     total: Tensor | None = None
     for member in fitted.members:
         with at_checkpoint(fitted.problem.model, member.checkpoint):
-            scoring = ScoringPass(fitted.problem, question, streamed=False)
+            scoring = ScoringPass(fitted.problem, question)
             parts = []
             for _, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(fitted.spec.memory))):
                 solved = member.solve(rows).unwrap().rows()

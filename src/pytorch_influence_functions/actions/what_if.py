@@ -88,7 +88,7 @@ class WhatIf:
         fitted = self.attribution
         question = Question.of(fitted.problem, fitted.members[0].derivatives.objective, queries, measure)
         total = torch.zeros(len(question), dtype=torch.float64)
-        scoring = ScoringPass(fitted.problem, question, streamed=False)
+        scoring = ScoringPass(fitted.problem, question)
         for member, move in zip(fitted.members, moves, strict=True):
             with at_checkpoint(fitted.problem.model, member.checkpoint):
                 room = member.room(Budget.of(fitted.spec.memory))

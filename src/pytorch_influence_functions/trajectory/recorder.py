@@ -21,6 +21,7 @@ from ..core.files import locked, make_folder, remove_leftovers, write_tensors
 from ..core.validate import whole_number
 from ..curvature.base import Budget
 from ..problem.checkpoints import WEIGHTS_FILE
+from ..problem.model_and_loss import ModelAndLoss
 from ..problem.problem import check_model, unwrap
 from .manifest import MANIFEST, Manifest
 from .recorded_step import GroupState, RecordedStep, named_state
@@ -64,6 +65,7 @@ class Recorder:
             in bfloat16, whose range they need.
         second_moments: whether Adam's second moments are kept; `SOURCE` needs them after Adam.
         batch_size: examples per step, noted with each checkpoint.
+        loss: the loss, where it has weights of its own that are trained too: they are kept with the model's.
         start: how many steps had been taken before; `None`: found as said above.
         overwrite: remove another run that is recorded in the folder.
 
@@ -85,6 +87,7 @@ class Recorder:
     dtype: str | torch.dtype | None = None
     second_moments: bool = True
     batch_size: int | None = None
+    loss: nn.Module | None = None
     start: int | None = None
     overwrite: bool = False
     step: int = field(default=0, init=False)
@@ -213,7 +216,7 @@ class Recorder:
         return RecordedStep(self.step, path, self._groups(), identity, moments_path, self.batch_size)
 
     def _weights(self) -> dict[str, Tensor]:
-        return named_state(self._module.state_dict().items(), self._dtype)
+        return named_state(self._trained.state_dict().items(), self._dtype)
 
     def _moments(self) -> dict[str, Tensor]:
         """Adam's second moments by parameter name, corrected for their start at 0."""
@@ -256,15 +259,25 @@ class Recorder:
         return unwrap(self.model)[0]
 
     @property
+    def _trained(self) -> nn.Module:
+        """The model, or the model and the loss by the names that a `Problem` gives them."""
+        return self._module if self.loss is None else ModelAndLoss(self._module, self.loss)
+
+    @property
     def _dtype(self) -> torch.dtype | None:
         return getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
 
     @property
     def _names(self) -> Mapping[int, str]:
-        return {id(p): name for name, p in self._module.named_parameters()}
+        return {id(p): name for name, p in self._trained.named_parameters()}
 
     def _check(self) -> None:
         check_model(self.model)
+        if self.loss is not None and not isinstance(self.loss, nn.Module):
+            raise InvalidInput(
+                f"Recorder(loss=...) takes a torch.nn.Module with weights of its own, got {type(self.loss).__name__}; "
+                "leave it out for any other loss."
+            )
         inner: Any = self.optimizer
         # Accelerate and Lightning wrap it: only the inner one has hooks.
         while not hasattr(inner, "_optimizer_step_post_hooks"):
