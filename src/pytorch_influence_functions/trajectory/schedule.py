@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, final
 
 from ..core.errors import InvalidInput
@@ -41,7 +42,7 @@ class SharesOfRun:
     shares: tuple[float, ...]
     steps: int
 
-    @property
+    @cached_property
     def targets(self) -> tuple[int, ...]:
         """The steps after which a checkpoint is written; 0 stands for the weights before the first one."""
         return tuple(sorted({min(self.steps, max(int(s > 0), round(s * self.steps))) for s in self.shares}))
