@@ -40,7 +40,15 @@ from ..solvers.truncation import Truncation
 from .agreement import Units
 from .assumptions import StationarityCheck
 from .averaging import CheckpointAverage, split_queries
-from .checks import as_weights, check_options_used, check_parts, check_problem, check_units, check_weights_fit
+from .checks import (
+    as_weights,
+    check_options_used,
+    check_parts,
+    check_problem,
+    check_projectable,
+    check_units,
+    check_weights_fit,
+)
 from .fitted_member import FittedMember
 from .members import Members
 from .method import AbstractMethod
@@ -124,7 +132,7 @@ class Influence(Record, AbstractMethod):
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
             composition = self._compose(derivatives, n_queries)
-            self._check_projectable(problem, composition)
+            check_projectable(self, problem, composition)
         rule, insists, decompositions = self._damping_of(composition), self.preconditioner is not None, Decompositions()
 
         def fit_one(k: int) -> FittedMember:
@@ -176,24 +184,6 @@ class Influence(Record, AbstractMethod):
             )
         return Composition(self.curvature, self.solver, "asked for", self.preconditioner)
 
-    def _check_projectable(self, problem: Problem, composition: Composition) -> None:
-        """Refuse what needs the parameters themselves where only projections of rows are at hand."""
-        if self.projection is None:
-            return
-        curvature, solver = composition.curvature, composition.solver
-        if not curvature.projectable(solver.form(curvature)) or composition.preconditioner is not None:
-            raise InvalidInput(
-                f"{curvature!r} with {solver!r} works on the parameters and cannot take a projection; use "
-                "EmpiricalFisher(), GGN() or Fisher() with Spectral(), Cholesky() or Woodbury(), or leave it out."
-            )
-        if self.route is Route.FORWARD:
-            raise InvalidInput("route='forward' makes no rows that could be projected; leave the route to 'auto'.")
-        if problem.weight_decay.per_example:
-            raise InvalidInput(
-                "Weight decay that every example carries cannot be projected; use WeightDecay(strength, "
-                "per_example=False)."
-            )
-
     def _damping_of(self, composition: Composition) -> AbstractDamping:
         """The damping rule: the record's, or the solver's default."""
         return composition.default_damping if self.damping is None else as_damping(self.damping)
@@ -230,7 +220,7 @@ class Attribution(OldNames):
         members: the fitted curvature and solver, one per checkpoint; see `Members`.
         stationarity: how the last checkpoint's weights stand: is it a minimum?
         fit_seconds: how long the fit took.
-        run_notes: what is told of the training run that the checkpoints come from; empty where they come from none.
+        run_notes: what is told of the training run that the checkpoints come from, if they do.
     """
 
     spec: Influence
@@ -282,7 +272,7 @@ class Attribution(OldNames):
         budget = Budget.of(self.spec.memory)
         if len(self.members) == 1 and current().size == 1:
             weight = self._weights[0]
-            for _, member, query_ids, solved in self._solved_everywhere(scoring):
+            for _, member, query_ids, solved in self._solved(scoring):
                 for ids, values in self._stream(member, solved, scoring.log).blocks():
                     scoring.add(query_ids, ids, values if weight == 1.0 else values * weight)
         else:
@@ -337,7 +327,7 @@ class Attribution(OldNames):
         tokens = TokenScores(self.problem, ids, len(question))
         scoring = ScoringPass(self.problem, question)
         factors = self._factors(scoring)
-        for k, member, query_ids, solved in self._solved_everywhere(scoring):
+        for k, member, query_ids, solved in self._solved(scoring):
             tokens.add(member.derivatives, query_ids, solved, factors[k])
         return tokens.values
 
@@ -426,7 +416,7 @@ class Attribution(OldNames):
         first, n = int(part[0]), len(self.problem)
         average = CheckpointAverage(Units.of(self.spec.units), self._weights, len(part), n)
         done = 0
-        for k, member, query_ids, solved in self._solved_everywhere(scoring, part):
+        for k, member, query_ids, solved in self._solved(scoring, part):
             if k > done:
                 average.end_checkpoint()
                 done = k
@@ -441,33 +431,30 @@ class Attribution(OldNames):
             return [torch.full((len(scoring.question),), w, dtype=torch.float64) for w in self._weights]
         return list(self._average(scoring, torch.arange(len(scoring.question))).factors())
 
-    def _solved_everywhere(
-        self, scoring: ScoringPass, part: Tensor | None = None
-    ) -> Iterator[tuple[int, FittedMember, Tensor, Solved]]:
-        """(checkpoint, its member, query indices, solved queries), with the model at the checkpoint's weights."""
-        for k, member in enumerate(self.members):
-            scoring.log.checkpoint = k
-            with at_checkpoint(self.problem.model, member.checkpoint):
-                for query_ids, solved in self._solved(member, scoring, part):
-                    yield k, member, query_ids, solved
-
     def _question(
         self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None
     ) -> Question:
         return Question.of(self.problem, self.members[0].derivatives.objective, queries, measure, top, batch_size)
 
     def _solved(
-        self, member: FittedMember, scoring: ScoringPass, part: Tensor | None
-    ) -> Iterator[tuple[Tensor, Solved]]:
-        """(query indices, solved queries), in groups as large as memory allows."""
-        for query_ids, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(self.spec.memory)), part):
-            solution = member.solve(rows)
-            scoring.log.add_solution(solution, rows, member.shift)
-            factors = self.spec.scaling.query_factors(rows)
-            solved = solution.unwrap()
-            solved = solved if factors is None else solved.scaled(factors)
-            del rows, solution  # while the data stream past, nobody holds the unsolved rows
-            yield query_ids, solved
+        self, scoring: ScoringPass, part: Tensor | None = None
+    ) -> Iterator[tuple[int, FittedMember, Tensor, Solved]]:
+        """(checkpoint, its member, query indices, solved queries) in groups as large as memory allows.
+
+        The model has the checkpoint's weights meanwhile.
+        """
+        for k, member in enumerate(self.members):
+            scoring.log.checkpoint = k
+            with at_checkpoint(self.problem.model, member.checkpoint):
+                room = member.room(Budget.of(self.spec.memory))
+                for query_ids, rows in scoring.query_groups(member.derivatives, room, part):
+                    solution = member.solve(rows)
+                    scoring.log.add_solution(solution, rows, member.shift)
+                    factors = self.spec.scaling.query_factors(rows)
+                    solved = solution.unwrap()
+                    solved = solved if factors is None else solved.scaled(factors)
+                    del rows, solution  # while the data stream past, nobody holds the unsolved rows
+                    yield k, member, query_ids, solved
 
     def _stream(self, member: FittedMember, solved: Solved, log: RunLog) -> TrainingStream:
         scaling = self.spec.scaling

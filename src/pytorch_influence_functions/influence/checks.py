@@ -17,6 +17,7 @@ from ..problem.working_precision import check_precision
 from ..scaling.base import AbstractScaling
 from ..solvers.auto import Auto
 from ..solvers.base import AbstractSolver, no_preconditioner
+from ..solvers.forecast import Composition
 from ..solvers.truncation import Truncation
 from .method import AbstractMethod
 
@@ -128,6 +129,24 @@ def check_units(spec: Any) -> None:
         raise InvalidInput(
             f"truncation={spec.truncation!r} certifies scores as they are, not their average in "
             f"units={spec.units.value!r}; leave one of the two out."
+        )
+
+
+def check_projectable(spec: Any, problem: Problem, composition: Composition) -> None:
+    """Refuse what needs the parameters themselves where only projections of rows are at hand."""
+    if spec.projection is None:
+        return
+    curvature, solver = composition.curvature, composition.solver
+    if not curvature.projectable(solver.form(curvature)) or composition.preconditioner is not None:
+        raise InvalidInput(
+            f"{curvature!r} with {solver!r} works on the parameters and cannot take a projection; use "
+            "EmpiricalFisher(), GGN() or Fisher() with Spectral(), Cholesky() or Woodbury(), or leave it out."
+        )
+    if spec.route is Route.FORWARD:
+        raise InvalidInput("route='forward' makes no rows that could be projected; leave the route to 'auto'.")
+    if problem.weight_decay.per_example:
+        raise InvalidInput(
+            "Weight decay that every example carries cannot be projected; use WeightDecay(strength, per_example=False)."
         )
 
 
