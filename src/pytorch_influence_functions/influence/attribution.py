@@ -269,14 +269,13 @@ class Attribution(OldNames):
             NonFinite: a gradient or score is NaN or infinite; the indices are named.
         """
         scoring = ScoringPass(self.problem, self._question(queries, measure, top, batch_size))
-        budget = Budget.of(self.spec.memory)
         if len(self.members) == 1 and current().size == 1:
             weight = self._weights[0]
             for _, member, query_ids, solved in self._solved(scoring):
                 for ids, values in self._stream(member, solved, scoring.log).blocks():
                     scoring.add(query_ids, ids, values if weight == 1.0 else values * weight)
         else:
-            for part in split_queries(scoring.question, len(self.problem), budget):
+            for part in split_queries(scoring.question, len(self.problem), Budget.of(self.spec.memory)):
                 average = self._average(scoring, part)
                 scoring.add(part, torch.arange(len(self.problem)), average.result())
                 scoring.log.agreement += average.agreement()
@@ -439,10 +438,7 @@ class Attribution(OldNames):
     def _solved(
         self, scoring: ScoringPass, part: Tensor | None = None
     ) -> Iterator[tuple[int, FittedMember, Tensor, Solved]]:
-        """(checkpoint, its member, query indices, solved queries) in groups as large as memory allows.
-
-        The model has the checkpoint's weights meanwhile.
-        """
+        """(checkpoint, its member, query indices, solved queries) in groups that fit, at the checkpoint's weights."""
         for k, member in enumerate(self.members):
             scoring.log.checkpoint = k
             with at_checkpoint(self.problem.model, member.checkpoint):
