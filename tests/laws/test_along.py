@@ -62,9 +62,6 @@ METHODS: dict[str, tuple[Callable[[], ptif.Influence], float]] = {
 
 THREE = ("ekfac", "exact", "dual")
 PAIRS = [*((name, "spread") for name in METHODS), *((name, units) for name in THREE for units in ("final", "raw"))]
-    *((name, "spread") for name in METHODS),
-    *((n, u) for n in ("ekfac", "exact", "dual") for u in ("final", "raw")),
-]
 
 
 @pytest.mark.parametrize(("name", "units"), PAIRS)
