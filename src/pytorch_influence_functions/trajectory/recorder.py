@@ -22,7 +22,8 @@ from ..core.validate import whole_number
 from ..curvature.base import Budget
 from ..problem.checkpoints import WEIGHTS_FILE
 from ..problem.model_and_loss import ModelAndLoss
-from ..problem.problem import check_model, unwrap
+from ..problem.problem import check_model
+from ..problem.wrappers import unwrap
 from .manifest import MANIFEST, Manifest
 from .recorded_step import GroupState, RecordedStep, named_state
 from .recording import MOMENTS_FILE, Recording
