@@ -140,7 +140,7 @@ class ProblemSize:
     def of(derivatives: Derivatives, n_queries: int) -> ProblemSize:
         """Count on one batch, and time a second one: the first pays for whatever is paid once."""
         problem = derivatives.problem
-        some = torch.arange(min(len(problem), problem.batch_size))
+        some = torch.arange(derivatives.batched(problem.data).batch_size)
         rows = next(derivatives.stream(ids=some, label="counting", world=World())).rows
         # The pass goes through the parameters even where rows are projected.
         whole = derivatives if derivatives.projector is None else replace(derivatives, projector=None)

@@ -38,7 +38,7 @@ from ..problem.problem import first_batch, sweep
 from .base import AbstractCurvature, Budget, Form, not_a_likelihood
 from .cost import Amount, Cost, ProblemSize, root_size
 from .fisher import AbstractFisher
-from .from_rows import AbstractRowCurvature, check_dense, wide_source
+from .from_rows import AbstractRowCurvature, check_dense
 
 # A dataset smaller than this, in bytes, is kept collated for mini-batch products.
 _RESIDENT_BYTES = 256 << 20
@@ -154,8 +154,8 @@ class GGN(AbstractFisher):
 
     def source(self, derivatives: Derivatives) -> Source:
         columns = self._root_size(derivatives)
-        each = (derivatives.numbers or derivatives.space.size) * min(columns, _HELD)
-        return wide_source(derivatives, each, most=max(1, _ROOT_NUMBERS // columns**2))
+        most = max(1, _ROOT_NUMBERS // columns**2)
+        return derivatives.batched(derivatives.problem.data, times=min(columns, _HELD), most=most)
 
     def dense(self, derivatives: Derivatives, budget: Budget) -> Matrix:
         # Projected rows have no products with the parameters, and are made whatever that takes.
@@ -387,11 +387,9 @@ class _Passes:
 
     @cached_property
     def wide(self) -> Source:
-        """The data in batches as wide as `_ACTIVATIONS` allows: a product over 64 examples of a small network is all
-        overhead (measured on a 784-128-64-10 perceptron, 50 directions: 3.3 s in batches of 64, 0.9 s in 500)."""
-        ids, batch = self.first
-        rows = self.derivatives.loss_rows(ids, batch).rows
-        return wide_source(self.derivatives, rows.numbers / len(ids) * DIRECTIONS)
+        """The data in wide batches: a product over 64 examples of a small network is all overhead (measured on a
+        784-128-64-10 perceptron, 50 directions: 3.3 s in batches of 64, 0.9 s in 500)."""
+        return self.derivatives.batched(self.derivatives.problem.data, times=DIRECTIONS)
 
     @cached_property
     def resident(self) -> Any | None:

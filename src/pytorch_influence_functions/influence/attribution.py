@@ -104,7 +104,7 @@ class Influence(Record, AbstractMethod):
 
     def _fit_at(self, problem: Problem, checkpoint: Checkpoint | None, n_queries: int) -> FittedMember:
         with at_checkpoint(problem.model, checkpoint):
-            derivatives = Derivatives.of(problem, self._gradient_route)
+            derivatives = self._derivatives(problem)
             stationarity = StationarityCheck.of(derivatives)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
@@ -130,7 +130,7 @@ class Influence(Record, AbstractMethod):
         """
         check_problem(problem)
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
-            derivatives = Derivatives.of(problem, self._gradient_route)
+            derivatives = self._derivatives(problem)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
             size = ProblemSize.of(derivatives, n_queries)
@@ -141,10 +141,10 @@ class Influence(Record, AbstractMethod):
         one = estimate_cost(composition, size, self.describe(composition), Budget.of(self.memory), rule, solves)
         return replace(one, passes=one.passes * times, seconds=one.seconds * times)
 
-    @property
-    def _gradient_route(self) -> Route:
-        """How per-example gradients are taken, where the record forces that."""
-        return Route.of(self.route) if self.route in (Route.VMAP, Route.LOOP) else Route.AUTO
+    def _derivatives(self, problem: Problem) -> Derivatives:
+        """How per-example gradients are taken, as far as the record forces that, and within its memory."""
+        route = Route.of(self.route) if self.route in (Route.VMAP, Route.LOOP) else Route.AUTO
+        return replace(Derivatives.of(problem, route), memory=Budget.of(self.memory).bytes)
 
     def _compose(self, derivatives: Derivatives, n_queries: int, size: ProblemSize | None = None) -> Composition:
         """Curvature, solver and preconditioner: what was asked for, or what `Auto` chooses."""
