@@ -389,7 +389,6 @@ def conv_net() -> tuple[nn.Module, Tensor, Tensor]:
 def test_independent_of_batch_size_and_of_what_fits_in_memory(fisher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = conv_net()
     one = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=14))
-    monkeypatch.setattr(fitting_module, "wide_source", lambda d, _: d.problem.data)
     three = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=3))
     monkeypatch.setattr(fitting_module, "_KEPT_SHARE", 0.0)
     again = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=5))

@@ -24,9 +24,10 @@ from ..objectives.base import AbstractLikelihood
 from ..problem.problem import first_batch
 
 # Operations are counted as those of a float32 matrix product. Measured on one core, for a matrix of side d: an
-# eigendecomposition in float64 takes as long as 25 d^3 of them, a Cholesky factor 1.5 d^3, and a product in float64 2.3
-# times as long as one in float32.
+# eigendecomposition in float64 takes as long as 25 d^3 of them, in float32 11 d^3, a Cholesky factor 1.5 d^3, and a
+# product in float64 2.3 times as long as one in float32.
 EIGENDECOMPOSITION = 25.0
+SINGLE_EIGENDECOMPOSITION = 11.0
 FACTORISATION = 1.5
 DOUBLE = 2.3
 # A pass through a network takes so many times as long as its operations in one large product: where every weight is

@@ -130,7 +130,9 @@ class Influence(Record, AbstractMethod):
         """
         check_problem(problem)
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
+            start = time.perf_counter()
             derivatives = self._derivatives(problem)
+            preparing = time.perf_counter() - start
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
             size = ProblemSize.of(derivatives, n_queries)
@@ -139,7 +141,7 @@ class Influence(Record, AbstractMethod):
         times = max(1, len(problem.checkpoints))
         rule, solves = self._damping_of(composition), self.scaling.solves_per_example(size.columns)
         one = estimate_cost(composition, size, self.describe(composition), Budget.of(self.memory), rule, solves)
-        return replace(one, passes=one.passes * times, seconds=one.seconds * times)
+        return replace(one, passes=one.passes * times, seconds=(one.seconds + preparing) * times)
 
     def _derivatives(self, problem: Problem) -> Derivatives:
         """How per-example gradients are taken, as far as the record forces that, and within its memory."""

@@ -22,8 +22,8 @@ from .preconditioner import Preconditioner
 QUERY_SHARE = 1 / 4
 # Examples whose gradients tell how the trained weights stand, whatever the method.
 _LOOKED_AT = 160
-# A product is timed on so many examples, as long as that many numbers hold what it pushes through the model.
-_FEWEST_TIMED, _MOST_TIMED, _TIMED_NUMBERS = 8, 512, 1 << 24
+# The most numbers that the vectors of a timed product take.
+_TIMED_NUMBERS = 1 << 24
 # The first product pays for what is paid once.
 _REPEATS = 2
 # Scores are added up in float64.
@@ -128,12 +128,12 @@ def estimate_cost(
 
 
 def time_product(choice: Composition, derivatives: Derivatives, size: ProblemSize, budget: Budget) -> ProblemSize:
-    """The size with a measured product, where the choice takes products: on a few examples, along a few directions."""
+    """The size with a measured product, where the choice takes products: on one of its batches, along a few directions."""
     curvature = choice.curvature.multiplied
     if curvature is None or not choice.cost(size).products:
         return size
     like = next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
-    count = min(size.examples, max(_FEWEST_TIMED, int(_TIMED_NUMBERS / (size.row_numbers * DIRECTIONS))), _MOST_TIMED)
+    count = derivatives.batched(derivatives.problem.data, times=DIRECTIONS).batch_size
     vectors = max(1, min(size.n_queries, DIRECTIONS, _TIMED_NUMBERS // size.parameters))
     source = derivatives.problem.data.subset(range(count))
     few = replace(derivatives, problem=derivatives.problem.with_(data=source))
