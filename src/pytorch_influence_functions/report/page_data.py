@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..core.text import printable
 from ..scores import indexing
 from ..scores.scores import Scores
 from .predictions import Prediction
@@ -205,4 +206,4 @@ def _card_label(label: Any) -> Any:
 
 def clean(text: str) -> str:
     """Text without lone surrogates, which no file can hold, at most 400 letters."""
-    return text[:400].encode("utf-8", "replace").decode("utf-8")
+    return printable(text[:400])

@@ -128,7 +128,7 @@ def estimate_cost(
 
 
 def time_product(choice: Composition, derivatives: Derivatives, size: ProblemSize, budget: Budget) -> ProblemSize:
-    """The size with a measured product, where the choice takes products: on one of its batches, along a few directions."""
+    """The size with a measured product, where the choice takes products: on one batch of its own, in few directions."""
     curvature = choice.curvature.multiplied
     if curvature is None or not choice.cost(size).products:
         return size
