@@ -34,7 +34,7 @@ from ..solvers.auto import Auto, choose_composition
 from ..solvers.base import AbstractSolver
 from ..solvers.forecast import Composition, Forecast, estimate_cost, time_product
 from ..solvers.truncation import Truncation
-from .assumptions import StationarityCheck
+from .assumptions import StationarityCheck, sample_size
 from .checks import as_weights, check_options_used, check_parts, check_problem, check_weights_fit
 from .fitted_member import FittedMember
 from .method import AbstractMethod
@@ -140,7 +140,9 @@ class Influence(Record, AbstractMethod):
             size = time_product(composition, derivatives, size, Budget.of(self.memory))
         times = max(1, len(problem.checkpoints))
         rule, solves = self._damping_of(composition), self.scaling.solves_per_example(size.columns)
-        one = estimate_cost(composition, size, self.describe(composition), Budget.of(self.memory), rule, solves)
+        looked_at = sample_size(len(problem), derivatives.numbers or problem.space.size)
+        described, memory = self.describe(composition), Budget.of(self.memory)
+        one = estimate_cost(composition, size, described, memory, rule, solves, looked_at)
         return replace(one, passes=one.passes * times, seconds=(one.seconds + preparing) * times)
 
     def _derivatives(self, problem: Problem) -> Derivatives:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
-    Dataset,
     IterableDataset,
     Subset,
     TensorDataset,
@@ -23,15 +22,15 @@ from torch.utils.data import (
 )
 
 from ..core.batches import tensors_of
-from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, first_line, name_ids
+from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
 from .model_state import same_rng
+from .reading import Collate, NamingDataset, Reader
 from .samplers import SampledSubset, examples_of
 from .tables import LabelledTensors, NamedTensors, as_dataset
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
-Collate: TypeAlias = Callable[[list[Any]], Any]
 
 BATCH_SIZE = 64
 # The fewest examples of a batch, however large one is; the most, however small; and the most numbers that the examples
@@ -70,65 +69,6 @@ def check_policy(policy: str) -> None:
 
 
 # --------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True, eq=False)
-class _NamingDataset(Dataset[Any]):
-    """The user's dataset, with errors that say which item could not be read."""
-
-    dataset: Any
-
-    def _name(self, index: int) -> int:
-        return int(self.dataset.indices[index]) if type(self.dataset) is SampledSubset else index
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except Exception as cause:
-            reason = f"{type(cause).__name__}: {first_line(cause)}"
-            raise InvalidInput(f"Reading item {self._name(index)} of the dataset failed with {reason}.") from cause
-
-    def __getitems__(self, ids: list[int]) -> list[Any]:
-        if callable(getattr(self.dataset, "__getitems__", None)):
-            try:
-                return list(self.dataset.__getitems__(ids))
-            except Exception:
-                # Read one by one, to find out and say which item it was.
-                pass
-        return [self[i] for i in ids]
-
-
-@dataclass(frozen=True, eq=False)
-class _NamingCollate:
-    collate: Collate
-
-    def __call__(self, items: list[Any]) -> Any:
-        if self.collate is default_collate and (place := _list_in(items[0])):
-            raise InvalidInput(
-                f"The examples hold a Python list ({place}), which the default collate function would turn around; "
-                "give tensors (a dataset of Hugging Face: dataset.with_format('torch')), or a DataLoader whose "
-                "collate_fn makes tensors and pads them."
-            )
-        try:
-            return self.collate(items)
-        except Exception as cause:
-            raise InvalidInput(
-                f"The collate function failed on {len(items)} examples with {type(cause).__name__}: "
-                f"{first_line(cause)}; give examples of one shape, tensors or arrays (x, y), or a DataLoader whose "
-                "collate_fn pads them."
-            ) from cause
-
-
-def _list_in(item: Any) -> str:
-    """Where an example holds a list of numbers, in words; empty where it does not."""
-    members = item.items() if isinstance(item, Mapping) else enumerate(item) if isinstance(item, tuple) else ()
-    for place, value in members:
-        if type(value) is list and value and isinstance(value[0], (int, float)):
-            return f"under {place!r}" if isinstance(place, str) else f"as member {place}"
-    return ""
 
 
 def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
@@ -281,7 +221,7 @@ class Source:
     def item(self, index: int) -> Any:
         """One example as the dataset gives it, not collated."""
         self.plan([index])
-        item = _NamingDataset(self.dataset)[int(index)]
+        item = NamingDataset(self.dataset)[int(index)]
         _refuse_meta(item, f"Item {int(index)} of the dataset")
         return item
 
@@ -331,22 +271,9 @@ class Source:
                 named = isinstance(columns, Mapping)
                 yield ids, {k: t[rows] for k, t in columns.items()} if named else [t[rows] for t in columns]
             return
-        loader = DataLoader(
-            _NamingDataset(self.dataset),
-            batch_sampler=[ids.tolist() for ids in plan],
-            collate_fn=_NamingCollate(self.collate),
-            num_workers=self.num_workers,
-            generator=torch.Generator().manual_seed(0),
-            **self.worker_options,
-        )
-        try:
-            yield from zip(plan, loader, strict=True)
-        except InvalidInput as error:
-            # From a worker process the sentence comes inside a traceback, as its last line.
-            message = str(error)
-            if not message.startswith("Caught InvalidInput in DataLoader worker"):
-                raise
-            raise InvalidInput(message.strip().splitlines()[-1].split(f"{InvalidInput.__name__}: ", 1)[-1]) from None
+        # One draw of a random transform must not stand for all passes.
+        hold = self.determinism == "yes"
+        yield from Reader(self.dataset, self.collate, self.num_workers, self.worker_options).read(plan, hold)
 
     def batches(self, ids: IdsLike = None) -> Iterator[tuple[Int[Tensor, "_"], Any]]:
         """Yield `(ids, batch)` in dataset order, or in the order of `ids`; batches stay on the CPU.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.errors import UnknownName, nearest
+from .session import session
 
 # --------------------------------------------------------------------------- random state
 
@@ -125,6 +126,7 @@ def plain_autograd() -> Iterator[None]:
         switch = _threads.switch = _Switch(_no_switch_left_on)
     with ExitStack() as stack:
         stack.enter_context(switch.on())
+        stack.enter_context(session())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it takes seconds
             stack.enter_context(_compiled.on())
         yield

@@ -20,8 +20,6 @@ from .preconditioner import Preconditioner
 
 # Share of the memory budget that solved queries, with what the solver holds beside each, may take.
 QUERY_SHARE = 1 / 4
-# Examples whose gradients tell how the trained weights stand, whatever the method.
-_LOOKED_AT = 160
 # The most numbers that the vectors of a timed product take.
 _TIMED_NUMBERS = 1 << 24
 # The first product pays for what is paid once.
@@ -94,6 +92,7 @@ def estimate_cost(
     budget: Budget,
     damping: AbstractDamping | None = None,
     solves_per_example: Amount = 0,
+    looked_at: int = 0,
 ) -> Forecast:
     """Passes, memory and seconds of a choice: counted, with one batch and one product measured for the seconds.
 
@@ -104,6 +103,7 @@ def estimate_cost(
         budget: what curvature and solved queries may take.
         damping: the damping in use; None: the choice's own.
         solves_per_example: right-hand sides that scaling asks for, for every training example.
+        looked_at: examples whose gradients tell how the trained weights stand, whatever the method.
     """
     n, p, q = size.examples, size.parameters, size.n_queries
     share = (damping or choice.default_damping).expected_share
@@ -116,7 +116,7 @@ def estimate_cost(
     again = 0 if kept and choice.solver.solves_in_dual and not solves_per_example else groups
     pairs = size.pair_flops if choice.solver.solves_in_dual else 2.0 * p
     scoring = Cost(
-        (min(_LOOKED_AT, n) + q) / n + again,
+        (looked_at + q) / n + again,
         (q * n * pairs) if again else 0.0,
         _held_bytes(choice.solver, size, min(q, at_once)) + _SCORE_BYTES * q * n,
     )
