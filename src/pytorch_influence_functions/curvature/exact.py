@@ -60,6 +60,7 @@ class Identity(AbstractCurvature):
     """C = I: scores become gradient dot products (Grad-Dot). No curvature at all; a baseline."""
 
     forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL, Form.IMPLICIT)
+    keeps_factors: ClassVar[bool] = True
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)

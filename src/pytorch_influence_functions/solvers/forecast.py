@@ -26,6 +26,9 @@ _TIMED_NUMBERS = 1 << 24
 _REPEATS = 2
 # Scores are added up in float64.
 _SCORE_BYTES = 8
+# Checking a score, adding it up and handing it over takes as long as so many operations of a matrix product, and so
+# does writing a number of a gradient out and reading it back for its products with several queries.
+_PER_SCORE, _PER_NUMBER = 1500.0, 100.0
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,11 @@ def estimate_cost(
     # Training gradients that the curvature keeps are not taken again.
     kept = choice.curvature.holds_gradients and choice.solver.form(choice.curvature) is Form.GRAM
     again = 0 if kept and choice.solver.solves_in_dual and not solves_per_example else groups
-    pairs = size.pair_flops if choice.solver.solves_in_dual else 2.0 * p
+    factored = choice.solver.solves_in_dual or choice.curvature.keeps_factors
+    pairs, written = (size.pair_flops, 0.0) if factored else (2.0 * p, _PER_NUMBER * p)
     scoring = Cost(
         (looked_at + q) / n + again,
-        (q * n * pairs) if again else 0.0,
+        q * n * (_PER_SCORE + (pairs if again else 0.0)) + (again * n * written if q > 1 else 0.0),
         _held_bytes(choice.solver, size, min(q, at_once)) + _SCORE_BYTES * q * n,
     )
     total = fitting + scoring
