@@ -21,6 +21,7 @@ from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum
 from ..linalg.space import Space
 from ..objectives.base import AbstractLikelihood
+from ..problem.data import Source
 from ..problem.problem import first_batch
 
 # Operations are counted as those of a float32 matrix product. Measured on one core, for a matrix of side d: an
@@ -35,6 +36,8 @@ DOUBLE = 2.3
 _PASS, _SHARED_PASS = 4, 20
 # Measured on perceptrons of 3,610 to 50,890 parameters, by the steps that conjugate gradients took.
 _TRACE_OVER_TOP = 20
+# The most examples that are read for a forecast, where they are not in memory.
+_MOST_READ = 256
 # Repetitions of a short batch, of which the fastest is taken.
 _REPEATS, _SHORT = 3, 0.05
 
@@ -141,7 +144,7 @@ class ProblemSize:
     def of(derivatives: Derivatives, n_queries: int) -> ProblemSize:
         """Count on one batch, and time a second one: the first pays for whatever is paid once."""
         problem = derivatives.problem
-        some = torch.arange(derivatives.batched(problem.data).batch_size)
+        some = torch.arange(timed_examples(derivatives.batched(problem.data)))
         rows = next(derivatives.stream(ids=some, label="counting", world=World())).rows
         # The pass goes through the parameters even where rows are projected.
         whole = derivatives if derivatives.projector is None else replace(derivatives, projector=None)
@@ -218,6 +221,11 @@ def root_size(derivatives: Derivatives, objective: AbstractLikelihood) -> int:
     """Columns of H^(1/2) per example, from the outputs of the first one."""
     with first_batch(derivatives.problem, ids=torch.arange(1)) as (_, batch), torch.no_grad():
         return int(objective.root_size(objective.outputs(derivatives.problem.model, batch)))
+
+
+def timed_examples(source: Source) -> int:
+    """How many examples of `source` are timed: one of its batches, or a part of it where each has to be read."""
+    return source.batch_size if source.in_memory else min(source.batch_size, _MOST_READ)
 
 
 def _seconds_each(derivatives: Derivatives, some: torch.Tensor) -> float:

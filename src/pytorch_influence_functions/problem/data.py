@@ -218,6 +218,11 @@ class Source:
     def _fast(self) -> tuple[Any, Tensor | None] | None:
         return _fast_columns(self.dataset) if self.collate is default_collate else None
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether a batch is picked out of tensors, so that reading it costs next to nothing."""
+        return self._fast is not None
+
     def item(self, index: int) -> Any:
         """One example as the dataset gives it, not collated."""
         self.plan([index])

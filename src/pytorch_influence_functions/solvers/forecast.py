@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..curvature.base import AbstractCurvature, Budget, Form
-from ..curvature.cost import Amount, Cost, ProblemSize
+from ..curvature.cost import Amount, Cost, ProblemSize, timed_examples
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS
@@ -139,7 +139,7 @@ def time_product(choice: Composition, derivatives: Derivatives, size: ProblemSiz
     if curvature is None or not choice.cost(size).products:
         return size
     like = next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
-    count = derivatives.batched(derivatives.problem.data, times=DIRECTIONS).batch_size
+    count = timed_examples(derivatives.batched(derivatives.problem.data, times=DIRECTIONS))
     vectors = max(1, min(size.n_queries, DIRECTIONS, _TIMED_NUMBERS // size.parameters))
     source = derivatives.problem.data.subset(range(count))
     few = replace(derivatives, problem=derivatives.problem.with_(data=source))
