@@ -165,7 +165,7 @@ class Source:
             numbers_each: how many numbers are held for one example.
             most: the most examples of a batch.
             workers: over how many processes the batches are shared out.
-            memory: the most numbers that a batch may hold.
+            memory: the most numbers that a batch may hold; less than a few examples would only cost time.
 
         >>> x, y = torch.zeros(10_000, 3), torch.zeros(10_000)
         >>> [Source.of((x, y)).suited_to(n).batch_size for n in (10, 10_000, 10_000_000)]
@@ -180,7 +180,9 @@ class Source:
         bounded = self.fixed or self.collate is not default_collate
         bound = self.batch_size if bounded else _WIDEST
         share = -(-len(self) // workers)
-        return replace(self, batch_size=max(1, min(size, bound, most, share, int(min(memory / each, _WIDEST)))))
+        return replace(
+            self, batch_size=max(1, min(size, bound, most, share, max(_FEWEST, int(min(memory / each, _WIDEST)))))
+        )
 
     @property
     def positions(self) -> Int[Tensor, " n"] | None:
