@@ -12,11 +12,11 @@ STAMP := .venv/.installed
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install demo test test-fast test-portable crosscheck integrations test-browser lint format types layers docs bench peers quanda league paper check clean
+.PHONY: help install demo test test-fast test-portable test-oldest crosscheck integrations test-browser lint format types layers docs bench peers quanda league paper check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | test-fast | test-portable | crosscheck | integrations | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
+	@echo "make demo | test | test-fast | test-portable | test-oldest | crosscheck | integrations | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
 
 install: $(STAMP)
 
@@ -48,6 +48,14 @@ test-portable: $(STAMP)
 		echo "== $$setting"; \
 		env $$setting $(PYTEST) $(PARALLEL) tests/laws tests/planted tests/file_formats $(ARGS) || failed="$$failed $$setting"; \
 	done; test -z "$$failed" || { echo "Tests failed with$$failed."; exit 1; }
+
+# With the oldest version that pyproject.toml allows of every library but torch, in an environment of its own.
+OLDEST := .venv-oldest
+test-oldest:
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[all,test]'
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) tests/interface tests/file_formats $(ARGS)
 
 crosscheck: $(STAMP)
 	$(INSTALL) --no-deps --requirement tests/crosscheck/requirements.txt
@@ -102,4 +110,4 @@ league: $(STAMP)
 check: test crosscheck lint types layers docs
 
 clean:
-	rm -rf .venv demo outdir dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest demo outdir dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

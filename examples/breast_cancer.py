@@ -118,6 +118,7 @@ def main() -> None:
     report = scores.report(
         options.out / "report.html",
         predictions=model(test[0]).softmax(1).detach(),
+        train_predictions=model(train[0]).softmax(1).detach(),
         self_influence=attribution.self_influence(),
         columns=[str(name) for name in found.feature_names],
     )

@@ -34,6 +34,7 @@ from . import (
     utils,
 )
 from ._version import __version__
+from .actions.label_issues import find_label_issues
 from .actions.what_if import what_if
 from .attribute import attribute, forecast
 from .classic import (
@@ -94,6 +95,7 @@ __all__ = [
     "evaluate",
     "evaluation",
     "exact",
+    "find_label_issues",
     "forecast",
     "gauss_newton",
     "get_default_config",

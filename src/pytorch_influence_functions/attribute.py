@@ -53,6 +53,7 @@ def attribute(
     method: MethodLike | None = None,
     damping: AbstractDamping | float | None = None,
     route: Route | str | None = None,
+    precision: str | None = None,
     measure: Any = None,
     top: int | None = None,
     verify: Any = None,
@@ -75,6 +76,8 @@ def attribute(
             `ptif.curvature.GGN()`; `None`: chosen by size.
         damping: `Relative(share)`, `Absolute(value)`, `FromTraining(lr, steps)` or a number; `None`: the method's own.
         route: force one route for gradients and inner products, see `Route`; `None`: the method's own.
+        precision: `"bf16"` computes passes and the products of scoring in bfloat16, and sums in float32; `None`: the
+            model's precision, float32 at least.
         measure: what is measured on a query, e.g. `ptif.Margin()`; `None`: the training loss.
         top: keep only the k most helpful and k most harmful examples per query; `None`: all scores.
         verify: how the model was trained, an `evaluation.Recipe` or `(dataset, seed) -> trained model`: a handful of
@@ -105,7 +108,8 @@ def attribute(
         >>> index, score = scores.helpful(0, k=1)[0]
     """
     check_top(top)
-    spec, whole, source = _prepare("attribute", model, train, queries, loss, method, (damping, route), problem)
+    changes = {"damping": damping, "route": route, "precision": precision}
+    spec, whole, source = _prepare("attribute", model, train, queries, loss, method, changes, problem)
     fitted = spec.fit(whole, n_queries=len(source))
     scores = fitted.score(source, measure, top=top if verify is None else None)
     scores = replace(scores, diagnostics=replace(scores.diagnostics, inferred=loss is None))
@@ -127,6 +131,7 @@ def forecast(
     method: MethodLike | None = None,
     damping: AbstractDamping | float | None = None,
     route: Route | str | None = None,
+    precision: str | None = None,
     **problem: Unpack[ProblemOptions],
 ) -> Forecast:
     """What `attribute` would choose, and what it would cost: passes over the data, memory and seconds.
@@ -134,7 +139,7 @@ def forecast(
     Runs and times one small batch; nothing else is computed. Memory is what is needed beside the model.
 
     Args:
-        model, train, queries, loss, method, damping, route: as for `attribute`.
+        model, train, queries, loss, method, damping, route, precision: as for `attribute`.
         parameters, weight_decay, checkpoints, batch_size, deterministic, device: as for `attribute`.
 
     Raises:
@@ -145,7 +150,8 @@ def forecast(
         >>> forecast(nn.Linear(3, 2), (x, y), (x[:2], y[:2])).why
         '8 parameters are few enough for the dense Gauss-Newton matrix, exactly'
     """
-    spec, whole, source = _prepare("forecast", model, train, queries, loss, method, (damping, route), problem)
+    changes = {"damping": damping, "route": route, "precision": precision}
+    spec, whole, source = _prepare("forecast", model, train, queries, loss, method, changes, problem)
     return spec.forecast(whole, len(source))
 
 
@@ -156,14 +162,13 @@ def _prepare(
     queries: Any,
     loss: Any,
     method: Any,
-    changes: tuple[Any, Any],
+    changes: Mapping[str, Any],
     options: ProblemOptions,
 ) -> tuple[AbstractMethod, Problem, Source]:
     """The method, the problem and the queries that were asked for."""
     check_model(model)
     _check_options(name, options)
-    damping, route = changes
-    spec = as_method(method).with_options(damping=damping, route=route)
+    spec = as_method(method).with_options(**changes)
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
     with in_queries():
@@ -174,7 +179,7 @@ def _prepare(
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuse keyword arguments that do not exist, as Python would, but say which one was meant."""
-    known = [*ProblemOptions.__annotations__, "loss", "method", "damping", "route"]
+    known = [*ProblemOptions.__annotations__, "loss", "method", "damping", "route", "precision"]
     rest = ["measure", "top", "verify"]
     for option in options:
         if option in ProblemOptions.__annotations__:

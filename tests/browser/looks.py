@@ -79,7 +79,8 @@ def made() -> dict[str, Callable[[Path], Path]]:
 
     def usual(scores: Any, **options: Any) -> Callable[[Path], Path]:
         def write(path: Path) -> Path:
-            given = {"predictions": probabilities(), "self_influence": own} | options
+            given = {"predictions": probabilities(), "train_predictions": probabilities(40), "self_influence": own}
+            given |= options
             return Path(scores.report(path, **given).path)
 
         return write
@@ -101,6 +102,7 @@ def made() -> dict[str, Callable[[Path], Path]]:
             title=ATTACK,
             about=ATTACK,
         ),
+        "numbers": _numbers,
         "folder": _folder,
         "bare": lambda path: Path(
             pictures(train_source=None, query_source=None, train_labels=None, query_labels=None, class_names=None)
@@ -116,6 +118,27 @@ def made() -> dict[str, Callable[[Path], Path]]:
             )
         ),
     }
+
+
+def _numbers(path: Path) -> Path:
+    """A regression with more columns than a card holds."""
+    g = torch.Generator().manual_seed(4)
+    x, y = torch.randn(40, 30, generator=g), torch.randn(40, generator=g)
+    scores = pictures(
+        train_source=(x, y), query_source=(x[:6], y[:6]), train_labels=y, query_labels=y[:6], class_names=None
+    )
+    return Path(
+        scores.report(
+            path,
+            predictions=x[:6, :1],
+            train_predictions=x[:, :1],
+            self_influence=torch.linspace(1, 0, 40),
+            columns=[f"column {i} [m]" for i in range(30)],
+            denormalize=(100.0, 7.0),
+            target="price [$]",
+            denormalize_target=(200_000.0, 50_000.0),
+        ).path
+    )
 
 
 def _folder(path: Path) -> Path:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from pytorch_influence_functions.report import read_decisions
 from tests.browser.looks import Looks
 
 
@@ -36,19 +38,70 @@ def test_what_is_ticked_is_downloaded_in_the_documented_format(look: Callable[..
     assert page.page.locator("#decided").inner_text() == "2"
     page.go("decisions")
     rows = list(csv.DictReader(io.StringIO(downloaded(page, "CSV"))))
-    assert list(rows[0]) == ["index", "decision", "label", "name", "suggested_label", "self_influence"]
+    assert list(rows[0]) == ["index", "decision", "label", "name", "suggested_label", "self_influence", "relabel_as"]
     assert [(r["index"], r["decision"], r["label"]) for r in rows] == [
         ("0", "keep", "cat"),
         ("3", "wrong_label", "cat"),
     ]
     assert float(rows[0]["self_influence"]) == 1.0
     whole = json.loads(downloaded(page, "JSON"))
-    assert (whole["format"], whole["version"]) == ("pytorch-influence-functions/decisions", 1)
+    assert (whole["format"], whole["version"]) == ("pytorch-influence-functions/decisions", 2)
     assert whole["training_examples"] == 40 and len(whole["report"]) == 16
     assert [(d["index"], d["decision"], d["name"]) for d in whole["decisions"]] == [
         (0, "keep", None),
         (3, "wrong_label", None),
     ]
+
+
+def boxes(page: Looks, index: int) -> list[Any]:
+    """Where the buttons of one example are on the page."""
+    buttons = page.page.locator(f'section:visible .ticks[data-of="{index}"]').first.locator("button")
+    return [buttons.nth(k).bounding_box() for k in range(buttons.count())]
+
+
+@pytest.mark.parametrize("view", ["training/labels", "q/1"])
+@pytest.mark.parametrize("width", [1600, 380])
+def test_ticking_moves_no_button(look: Callable[..., Looks], view: str, width: int) -> None:
+    page = look("pictures", view, width=width)
+    index = int(page.page.locator("section:visible .ticks").first.get_attribute("data-of"))
+    tick(page, index, "Duplicate")  # the page is scrolled to it first
+    before = boxes(page, index)
+    for word in ("Wrong label", "Duplicate", "Keep", "Keep"):
+        tick(page, index, word)
+        assert boxes(page, index) == before
+
+
+def test_what_was_relabelled_is_read_back(look: Callable[..., Looks], tmp_path: Path) -> None:
+    page = look("pictures", "training/labels")
+    tick(page, 0, "Duplicate")
+    page.page.get_by_label("Relabel training example 3 as").select_option("dog")
+    pressed = page.page.locator('.ticks[data-of="3"] button[aria-pressed="true"]')
+    assert pressed.inner_text() == "Wrong label"
+    tick(page, 4, "Wrong label")
+    page.page.reload()
+    page.settle()
+    assert page.page.get_by_label("Relabel training example 3 as").input_value() == "dog"
+    page.go("decisions")
+    for kind in ("JSON", "CSV"):
+        path = tmp_path / f"decisions.{kind.lower()}"
+        path.write_text(downloaded(page, kind), encoding="utf-8", newline="")
+        decisions = read_decisions(path, 40)
+        assert (decisions.wrong_labels, decisions.duplicates, decisions.relabels) == ([3, 4], [0], {3: "dog"})
+    page.go("training/labels")
+    tick(page, 3, "Keep")  # what is kept has no other label
+    assert page.page.get_by_label("Relabel training example 3 as").input_value() == ""
+
+
+def test_a_right_value_is_a_number(look: Callable[..., Looks], tmp_path: Path) -> None:
+    page = look("numbers", "training/labels")
+    index = int(page.page.locator(".ticks").first.get_attribute("data-of"))
+    field = page.page.get_by_label(f"Right value for training example {index}").first
+    field.fill("123.5")
+    field.press("Enter")
+    page.go("decisions")
+    path = tmp_path / "decisions.json"
+    path.write_text(downloaded(page, "JSON"), encoding="utf-8")
+    assert read_decisions(path, 40).relabels == {index: 123.5}
 
 
 def test_the_browser_keeps_them_for_this_report_and_forgets_when_told(look: Callable[..., Looks]) -> None:

@@ -14,8 +14,8 @@ def tiles(page: Looks) -> int:
     return int(page.page.locator("#grid > li:visible").count())
 
 
-def choose(page: Looks, name: str, value: str) -> None:
-    page.page.locator(f"#filters label:text-matches('^{name}')").locator("select").select_option(value)
+def choose(page: Looks, name: str, value: str, form: str = "#filters") -> None:
+    page.page.locator(f"{form} label:text-matches('^{name}')").locator("select").select_option(value)
 
 
 def test_filters_and_search_narrow_the_grid(look: Callable[..., Looks]) -> None:
@@ -49,7 +49,10 @@ def test_texts_are_searched(look: Callable[..., Looks]) -> None:
 
 
 def test_arrow_keys_move_between_queries_and_stop_at_the_ends(look: Callable[..., Looks]) -> None:
-    page = look("pictures", "q/0")
+    page = look("pictures", "queries")
+    choose(page, "Order", "order")
+    page.page.locator("#grid a").first.click()
+    page.settle()
     heading = page.page.locator("#view-query h1")
     assert heading.inner_text().endswith("0")
     for key, at in (
@@ -70,6 +73,7 @@ def test_arrow_keys_move_between_queries_and_stop_at_the_ends(look: Callable[...
 def test_arrow_keys_walk_through_what_the_filter_left(look: Callable[..., Looks]) -> None:
     page = look("pictures", "queries")
     choose(page, "Label", CLASSES[2])
+    choose(page, "Order", "order")
     page.page.locator("#grid a").first.click()
     page.settle()
     seen = [page.page.locator("#view-query h1").inner_text()]
@@ -80,10 +84,82 @@ def test_arrow_keys_walk_through_what_the_filter_left(look: Callable[..., Looks]
 
 
 def test_arrow_keys_move_the_focus_in_the_grid(look: Callable[..., Looks]) -> None:
-    page = look("pictures", "queries").page
+    looks = look("pictures", "queries")
+    choose(looks, "Order", "order")
+    page = looks.page
     page.locator("#grid a").first.focus()
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.getAttribute('href')") == "#q/1"
+
+
+def test_mistakes_come_first(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "queries")
+    said, labels = probabilities().argmax(1).tolist(), [i % 3 for i in range(6)]
+    wrong = sum(a != b for a, b in zip(said, labels, strict=True))
+    marks = ["✗" in text for text in page.page.locator("#grid .lines").all_inner_texts()]
+    assert 0 < wrong < 6 and marks == [True] * wrong + [False] * (6 - wrong)
+
+
+def suspects(page: Looks) -> list[int]:
+    return [int(text.split()[0][1:]) for text in page.page.locator(".suspect h3").all_inner_texts()]
+
+
+def test_doubtful_labels_are_searched_filtered_and_sorted(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "training/labels")
+    assert suspects(page) == list(range(20))  # by self-influence
+    panel = page.page.locator("#panel")
+    choose(page, "Order", "index", "#panel .filters")
+    choose(page, "Label", CLASSES[1], "#panel .filters")
+    assert suspects(page) == [i for i in range(20) if i % 3 == 1]
+    choose(page, "Label", "", "#panel .filters")
+    said = probabilities(40).argmax(1).tolist()
+    choose(page, "Show", "other", "#panel .filters")
+    assert suspects(page) == [i for i in range(20) if said[i] != i % 3]
+    choose(page, "Order", "model", "#panel .filters")
+    sure = probabilities(40).max(1).values
+    assert suspects(page) == sorted((i for i in range(20) if said[i] != i % 3), key=lambda i: -float(sure[i]))
+    choose(page, "Show", "", "#panel .filters")
+    panel.get_by_label("Search").fill("#17")
+    assert suspects(page) == [17] and "1 of 20 training examples" in page.text()
+    page.page.locator('.ticks[data-of="17"]').get_by_role("button", name="Keep").click()
+    panel.get_by_label("Search").fill("")
+    choose(page, "Show", "done", "#panel .filters")
+    assert suspects(page) == [17]
+
+
+def test_a_training_example_shows_what_the_model_says_and_whom_it_moves(look: Callable[..., Looks]) -> None:
+    page = look("pictures", "training/labels")
+    examples = Page(page.path).examples
+    index = next(i for i in range(20) if examples[i]["help"] and examples[i]["harm"])
+    page.page.get_by_role("button", name=f"Look at training example {index}", exact=True).first.click()
+    page.settle()
+    dialog = page.page.locator("#example")
+    text = dialog.inner_text()
+    assert "What the model says" in text and "Queries it helps most" in text and "Queries it harms most" in text
+    shown = examples[index]
+    assert dialog.locator(".moved a").count() == len(shown["help"]) + len(shown["harm"]) > 0
+    dialog.locator(".moved a").first.click()
+    page.settle()
+    assert page.page.locator("#view-query h1").inner_text().endswith(str(shown["help"][0][0]))
+
+
+def test_a_regression_has_no_words_of_classes(look: Callable[..., Looks]) -> None:
+    page = look("numbers", "queries")
+    errors = Page(page.path).index["queries"]["err"]
+    first = page.page.locator("#grid .lines").first.inner_text()
+    assert f"query {max(range(6), key=lambda q: abs(errors[q]))}" in first.lower() and "$" in first and "error" in first
+    for view in ("training/labels", "q/1"):
+        page.go(view)
+        text = page.text().lower()
+        assert "class" not in text and "label" not in text and "wrong value" in text
+    assert page.page.get_by_role("tab", name="Classes").count() == 0
+    table = page.page.locator(".beside table")
+    assert table.locator("tbody tr").count() == 31 and "column 29 [m]" in table.inner_text()
+    # No number is cut: each has all the room it needs.
+    cut = (
+        "() => [...document.querySelectorAll('.row.numbers td')].filter((td) => td.scrollWidth > td.clientWidth).length"
+    )
+    assert page.page.evaluate(cut) == 0
 
 
 def test_a_query_shows_its_answer_cards_and_histogram_with_the_shown_marked(look: Callable[..., Looks]) -> None:

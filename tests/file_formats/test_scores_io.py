@@ -45,7 +45,7 @@ def assert_same(a: Scores, b: Scores) -> None:
             assert one == two
     for name in ("lower_is_better", "n_train", "train_names", "query_names", "class_names", "provenance"):
         assert getattr(a, name) == getattr(b, name)
-    assert repr(a.diagnostics) == repr(b.diagnostics)
+    assert a.diagnostics.to_dict() == b.diagnostics.to_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])

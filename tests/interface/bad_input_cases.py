@@ -245,6 +245,34 @@ def state(model: nn.Module, **changes: Tensor | None) -> dict[str, Tensor]:
     return {k: v for k, v in found.items() if v is not None}
 
 
+_SCALE = nn.Parameter(torch.ones(C))
+
+
+def weighed(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f * _SCALE, y)
+
+
+class Weighing(nn.Module):
+    """A loss with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(f * self.weight, y)
+
+
+def masking(items: list[Any]) -> tuple[Tensor, Tensor]:
+    x = torch.stack([x for x, _ in items])
+    return x * (torch.rand_like(x) > 0.5), torch.stack([y for _, y in items])
+
+
+def less_their_mean(items: list[Any]) -> tuple[Tensor, Tensor]:
+    x = torch.stack([x for x, _ in items])
+    return x - x.mean(0), torch.stack([y for _, y in items])
+
+
 class Row(NamedTuple):
     name: str
     call: Callable[[Any], Any]

@@ -12,6 +12,7 @@ import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import classic
@@ -33,11 +34,13 @@ from tests.interface.bad_input_cases import (
     TYPES_AND_SHAPES,
     C,
     Counter,
+    Items,
     N,
     NoForward,
     R,
     Row,
     Through,
+    Weighing,
     X,
     Y,
     absolute,
@@ -52,6 +55,8 @@ from tests.interface.bad_input_cases import (
     infinite,
     infinite_for_class_2,
     lazy,
+    less_their_mean,
+    masking,
     mixing,
     net,
     of_argmax,
@@ -63,6 +68,7 @@ from tests.interface.bad_input_cases import (
     single,
     state,
     through,
+    weighed,
     with_idle,
 )
 from tests.interface.curvature_cases import CURVATURES
@@ -134,7 +140,65 @@ MODELS = [
         put_in(loss=None),
         INPUT,
         r"The model returned dict, expected a ten",
-        through(lambda f: {"f": f}),
+        through(lambda f: {"f": f.argmax(1)}),
+    ),
+    Row(
+        "two heads",
+        put_in(),
+        INPUT,
+        r"returned a dict of a \(3, 3\) and b \(3, 3\).*alone or of each of several heads; .*loss_fn\(out\['a'\], y\)",
+        through(lambda f: {"a": f, "b": 2 * f}),
+    ),
+    Row(
+        "a tuple, no loss",
+        put_in(loss=None),
+        INPUT,
+        r"returned a tuple of \(12, 3\) and \(12, 3\).*loss_fn\(out\[0\], y\) for the first alone",
+        through(lambda f: (f, f)),
+    ),
+    Row(
+        "one number of a batch among outputs",
+        put_in(loss=lambda out, y: CE(out["f"], y) + out["balance"]),
+        INPUT,
+        r"changes by .*an output that is one number for the whole batch.*return one number per example",
+        through(lambda f: {"f": f, "balance": f.mean()}),
+    ),
+    Row(
+        "shapes with as many numbers",
+        put_in(loss=lambda out, y: out["a"].sum(), train=Items(lambda i: (X[i], Y[i])), batch_size=5),
+        INPUT,
+        r"6 numbers per example in different shapes .*; pad the batches to one shape",
+        through(lambda f: {"a": f.repeat(1, 2).reshape(len(f), *((2, 3) if len(f) % 2 else (3, 2)))}),
+    ),
+    Row(
+        "weights hidden in a loss",
+        put_in(loss=weighed),
+        INPUT,
+        r"loss weighed depends on trainable weights .*\(of shape \(3,\)\).*make the loss a torch.nn.Module.*requires_g",
+    ),
+    Row(
+        "weights hidden in a measure",
+        put_in(measure=weighed),
+        INPUT,
+        r"measure weighed depends on trainable weights .*weight_decay=",
+    ),
+    Row(
+        "a checkpoint without the loss",
+        lambda model: ask(model, loss=Weighing(), checkpoints=state(model)),
+        INPUT,
+        r"^The checkpoint lacks 'loss.weight': the loss Weighing has weights of its own.*loss.state_dict",
+    ),
+    Row(
+        "a collate function that draws",
+        put_in(train=DataLoader(TensorDataset(X, Y), collate_fn=masking), deterministic="error"),
+        INPUT,
+        r"^The collate function gave two different batches .*; store one draw per example in the dataset",
+    ),
+    Row(
+        "a collate function that mixes",
+        put_in(train=DataLoader(TensorDataset(X, Y), collate_fn=less_their_mean)),
+        INPUT,
+        r"changes by .*the collate function or the model lets examples see each other, as a mean over the batch does",
     ),
     Row(
         "detached", put_in(), INPUT, r"no derivative in the parameters 'net.0.weight'.*detaches", through(Tensor.detach)
@@ -260,13 +324,13 @@ METHODS = [
         "GGN of a function",
         put_in(loss=absolute, method=ptif.exact()),
         NotLikelihood,
-        r"^GGN\(\) needs the Hessian .* FromFunction gives none; use",
+        r"^absolute has no curvature .* is 0 at all .*; use the empirical Fisher",
     ),
     Row(
         "Fisher of a function",
         put_in(loss=absolute, method=ptif.exact(Fisher(samples=2))),
         NotLikelihood,
-        r"^Fisher\(\) needs",
+        r"^absolute has no curvature",
     ),
     Row(
         "indefinite",

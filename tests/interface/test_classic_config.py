@@ -136,6 +136,14 @@ def test_values_that_cannot_be_used(key: str, value: Any, words: str) -> None:
         Config({key: value})
 
 
+@pytest.mark.parametrize(("old", "new"), [("r_averaging", "r"), ("test_start_index", "test_sample_start_per_class")])
+def test_messages_name_the_key_that_the_caller_used(old: str, new: str) -> None:
+    for key in (old, new):
+        with pytest.raises(InvalidInput, match=f"^{key}=-1 is not possible"):
+            Config({key: -1})
+        assert Config.of({key: 2}).spelled(new) == Config(Config({key: 2})).copy().spelled(new) == key
+
+
 def test_whatever_is_in_the_config_can_be_written_down(tmp_path: Path) -> None:
     t = toy()
     config = quick(tmp_path / "a" / "b", train_loader=t.train, test_loader=t.test, progress=lambda *_: None)

@@ -301,18 +301,23 @@ def test_display_progress_ends_its_line_once(capsys: pytest.CaptureFixture[str])
 
 
 def test_init_logging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = list(logging.getLogger().handlers)
+    root = logging.getLogger()
+    level, before = root.level, list(root.handlers)
     log = init_logging(tmp_path / "a" / "b.log")
     try:
         init_logging(tmp_path / "a" / "b.log")
         log.info("hello")
-        assert capsys.readouterr().out.count("hello") == 1
-        assert (tmp_path / "a" / "b.log").read_text().count("hello") == 1
-        assert logging.getLogger().handlers == root
+        logging.getLogger("mine").info("from the caller")
+        printed, written = capsys.readouterr().out, (tmp_path / "a" / "b.log").read_text()
+        for line in ("hello", "from the caller"):
+            assert printed.count(line) == written.count(line) == 1
+        assert [h for h in root.handlers if h in before] == before and len(root.handlers) == len(before) + 2
+        assert log.handlers == []
     finally:
-        for handler in list(log.handlers):
-            log.removeHandler(handler)
+        for handler in [h for h in root.handlers if h not in before]:
+            root.removeHandler(handler)
             handler.close()
+        root.setLevel(level)
         log.setLevel(logging.NOTSET)
 
 
@@ -355,6 +360,18 @@ def test_dropping_the_harmful_lowers_the_test_loss(fitted: tuple[Toy, InfluenceR
     assert loss_after(influential_loader(result, data, 10, which="harmful", drop=True)) < before
     assert loss_after(influential_loader(result, data, 10, which="helpful", drop=True)) > before
     assert len(set(result.harmful[:10]) & set(range(12))) >= 6  # those with the wrong label
+
+
+def test_influential_loader_of_scores() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3), torch.arange(40) % 2
+    scores = ptif.attribute(nn.Linear(3, 2), (x, y), (x[:4], y[:4]), loss=nn.CrossEntropyLoss())
+    data = torch.utils.data.TensorDataset(x, y)
+    for which, order in (("helpful", scores.helpful_order()), ("harmful", scores.harmful_order())):
+        loader = ptif.influential_loader(scores, data, 5, which=which, shuffle=False)
+        assert torch.equal(torch.cat([batch[0] for batch in loader]), x[order[:5]])
+    rest = ptif.influential_loader(scores, data, fraction=0.25, which="harmful", drop=True)
+    assert len(rest.dataset) == 30  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -254,18 +254,19 @@ def test_partial_results(t: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names == ["influence_results_tmp_0_1_last-i_0.json", "influence_results_tmp_0_1_last-i_1.json"]
     assert list(json.loads((tmp_path / "kept" / names[0]).read_text())) == list(kept.keys())[:1]
 
-    from pytorch_influence_functions.classic import calc
+    from pytorch_influence_functions.classic import calc, engine
 
     seen: list[list[str]] = []
-    real = calc._calculate_item
+    real = calc._calculate_items
 
-    def watched(run: Any, i: int) -> Any:
+    def watched(run: Any, ids: list[int]) -> Any:
         seen.append(sorted(p.name for p in (tmp_path / "w").glob("*tmp*")))
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return real(run, i)
+        return real(run, ids)
 
-    monkeypatch.setattr(calc, "_calculate_item", watched)
+    monkeypatch.setattr(calc, "_calculate_items", watched)
+    monkeypatch.setattr(engine, "_MOST_ITEMS", 1)
     monkeypatch.setattr(calc._WriteTimer, "due", True)
     with pytest.raises(KeyboardInterrupt):
         calc_img_wise(short(tmp_path / "w"), t.model, t.train, t.test)
@@ -290,7 +291,12 @@ def test_save_json_flags(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.json"
     assert save_json({"a": 1}, path) == path
     assert save_json({"a": 2}, path, append_if_exists=True) == path
-    assert [json.loads(x) for x in path.read_text().splitlines()] == [{"a": 1}, {"a": 2}]
+    assert json.loads(path.read_text()) == [{"a": 1}, {"a": 2}]
+    save_json([3], path, append_if_exists=True)
+    assert json.loads(path.read_text()) == [{"a": 1}, {"a": 2}, [3]]
+    (tmp_path / "two.json").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(InvalidInput, match=r"two\.json is not one JSON document"):
+        save_json({}, tmp_path / "two.json", append_if_exists=True)
     other = save_json({"a": 3}, path)
     assert other != path and other.name.startswith("a_2") and json.loads(other.read_text()) == {"a": 3}
     save_json({"a": 4}, path, overwrite_if_exists=True)

@@ -142,6 +142,20 @@ def test_an_out_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert "cannot be written to" in refused("self-influence", task, "--out", task)
 
 
+@pytest.mark.parametrize("inside", ["", "/x/y"])
+def test_the_demo_looks_at_its_out_before_any_work(
+    tmp_path: Path, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pytorch_influence_functions.demo import run
+
+    monkeypatch.setattr(run, "run_demo", lambda *_: pytest.fail("the demo began"))
+    (tmp_path / "notes.txt").write_text("mine")
+    ran = Ran("demo", "--out", f"{tmp_path}/notes.txt{inside}")
+    assert ran.code == 2 and ran.stdout == ""
+    assert ran.sentence.endswith("notes.txt' is a file, and --out names a folder to write to; give another name.")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_an_out_that_holds_something_else(tmp_path: Path) -> None:
     task, out = task_file(tmp_path), tmp_path / "r"
     out.mkdir()

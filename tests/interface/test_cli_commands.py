@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.cli import doctor, self_influence_table
-from pytorch_influence_functions.cli.report import predict_queries
+from pytorch_influence_functions.cli.report import predict
 from pytorch_influence_functions.cli.task import load_task
 from tests.interface.cli_cases import N, Ran, task_file
 
@@ -68,7 +68,7 @@ def test_a_regression_has_numbers_for_labels_and_a_number_for_an_answer(tmp_path
     )
     found = load_task(task_file(tmp_path, extra))
     assert self_influence_table.label_names(found.problem) == ["0.3", "1.1", "1.9", "2.7", "3.5"]
-    answers = predict_queries(found, [1, 4])
+    answers = predict(found, found.query_source, [1, 4])
     x = torch.stack([found.query_source.dataset[i][0] for i in (1, 4)])
     assert answers is not None and torch.allclose(answers.float(), found.problem.model(x))
 
@@ -125,7 +125,7 @@ def test_an_unfinished_run_has_no_page_yet(tmp_path: Path) -> None:
 
 def test_answers_are_the_models_probabilities(tmp_path: Path) -> None:
     found = load_task(task_file(tmp_path))
-    answers = predict_queries(found, [3, 0])
+    answers = predict(found, found.query_source, [3, 0])
     x = torch.stack([found.query_source.dataset[i][0] for i in (3, 0)])
     assert answers is not None and torch.allclose(answers.float(), found.problem.model(x).softmax(1))
 

@@ -229,3 +229,18 @@ def test_the_record_holds_the_fingerprint_and_a_rounded_probe_is_the_same_run(
 
     monkeypatch.setattr(run_module, "fingerprint_run", rounded)
     assert len(values) > 10 and Ran(*command, "--json").found["resumed_queries"] == QUERIES
+
+
+def test_settings_of_two_runs_are_told_apart_without_cut_ones() -> None:
+    """What differs is shown, however long the settings are."""
+    from pytorch_influence_functions.cli.folder import _told_apart
+
+    assert _told_apart({"damping": "0.1"}, {"damping": "0.01"}, "damping") == ("0.1", "0.01")
+    method = "Influence(GGN(), CG(rtol=1e-05, max_steps=500), damping=Relative(share={}), preconditioner=EKFAC())"
+    whole = (method.format("0.1"), method.format("0.25"))
+    assert _told_apart({"method": whole[0]}, {"method": whole[1]}, "method") == whole
+    long = "Influence(GGN(), CG(" + ", ".join(f"option_{i}={i}" for i in range(20)) + "), damping=Relative(share={}))"
+    there, here = _told_apart({"method": long.format("0.1")}, {"method": long.format("0.25")}, "method")
+    assert (there, here) == ("… share=0.1))", "… share=0.25))")
+    early = _told_apart({"m": "A(x=1, " + "y" * 300 + ")"}, {"m": "A(x=2, " + "y" * 300 + ")"}, "m")
+    assert early[0].startswith("A(x=1") and early[1].startswith("A(x=2") and all(t.endswith(" …") for t in early)

@@ -284,6 +284,25 @@ def test_agreement_states_r_and_slope() -> None:
     assert "n = 2, r undefined: one side is constant" in texts(plot_agreement([0, 0], [1, 2]))
 
 
+@pytest.mark.parametrize("crowd", ["three beside each other", "one place", "on the diagonal"])
+def test_names_of_points_hide_neither_each_other_nor_points(crowd: str) -> None:
+    x, y = {
+        "three beside each other": ([0.1608, -0.0812, 0.1863, -0.26, 0.1661], [0.109, -0.0424, 0.0889, -0.25, 0.0831]),
+        "one place": ([0.5, 0.5, 0.501, 0.1], [0.2, 0.2, 0.2, 0.6]),
+        "on the diagonal": ([0.1, 0.11, 0.9], [0.1, 0.11, 0.9]),
+    }[crowd]  # fmt: skip
+    figure = plot_agreement(x, y, names=[f"#{1000 + i}" for i in range(len(x))])
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    boxes = [t.get_window_extent() for t in axes.texts]
+    assert len(boxes) == len(x)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    dots = axes.transData.transform(np.column_stack([x, y]))
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)
+    frame = axes.get_window_extent().padded(1)
+    assert all(frame.contains(b.x0, b.y0) and frame.contains(b.x1, b.y1) for b in boxes)
+
+
 def test_damping_path_shows_shares_and_rank_agreement(tmp_path: Path) -> None:
     a, b = torch.randn(2, 1, 30).double()
     path = {lam: Scores(a / (1 + lam) + b * lam / (1 + lam)) for lam in (0.01, 1.0, 100.0)}

@@ -33,7 +33,7 @@ def listed(names: str) -> list[str]:
 DAILY = listed(
     "attribute forecast Problem WeightDecay Influence Attribution Scores Diagnostics evaluate progress InfluenceError "
     "CrossEntropy TokenCrossEntropy SquaredError Bernoulli Margin Logit FromFunction "
-    "exact dual ekfac gauss_newton source tracin trak what_if __version__"
+    "exact dual ekfac gauss_newton source tracin trak what_if find_label_issues __version__"
 )
 FIRST = listed(
     "calc_all_grad_then_test calc_img_wise calc_influences calc_s_test_single display_progress get_default_config "
@@ -53,7 +53,7 @@ def public(module: ModuleType) -> dict[str, Any]:
 
 
 def test_the_top_level_holds_what_is_typed_daily_the_first_names_and_the_modules() -> None:
-    assert len(DAILY) == 27
+    assert len(DAILY) == 28
     assert sorted(ptif.__all__) == sorted([*DAILY, *FIRST, *MODULES])
     assert dir(ptif) == sorted(ptif.__all__)
     assert {name for name in ptif.__all__ if inspect.ismodule(getattr(ptif, name))} == {*MODULES, *FIRST[-3:]}

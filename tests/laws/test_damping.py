@@ -57,7 +57,7 @@ def test_a_number_is_absolute_damping() -> None:
         (lambda: FromTraining(0.0, 10), r"^FromTraining\(lr=0.0\) must be a finite number above 0"),
         (lambda: FromTraining(0.1, 0), r"steps=0\) must be a finite number of at least 1"),
         (lambda: FromTraining(0.1, 10, 1.0), r"momentum=1.0\) must be a number of at least 0 and below 1"),
-        (lambda: Relative(0.1).of(_Mean(-2.0)), "which is -2 here; use GGN"),
+        (lambda: Relative(0.1).of(_Mean(-2.0)), "which is -2 here; use Absolute"),
         (lambda: Relative(0.1).of(_Mean(0.0)), "which is 0 here"),
         (lambda: Shift(-1.0), "^The damping is -1.0; it must be a finite number of at least 0"),
         (lambda: Shift(math.nan), "^The damping is nan; it must be a finite number of at least 0"),

@@ -29,7 +29,8 @@ from pytorch_influence_functions.core.batches import (
     with_example_tensors,
 )
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, TrainingDataWarning
-from pytorch_influence_functions.problem.data import Source, same
+from pytorch_influence_functions.problem.cutting import same
+from pytorch_influence_functions.problem.data import Source
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10) % 3
 

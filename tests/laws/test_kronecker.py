@@ -615,7 +615,7 @@ def test_a_loss_that_is_no_likelihood_is_refused_and_told_the_way_out() -> None:
     derivatives = derivatives_of(
         model, x, y, lambda outputs, targets: F.multi_margin_loss(outputs, targets, reduction="none")
     )
-    with pytest.raises(NotLikelihood, match="fisher=EmpiricalFisher"):
+    with pytest.raises(NotLikelihood, match=r"fisher=ptif.curvature.EmpiricalFisher\(\)"):
         fitted(EKFAC(), derivatives)
     assert fitted(EKFAC(EmpiricalFisher()), derivatives).mean_eigenvalue() > 0
 

@@ -168,6 +168,68 @@ def test_the_seed_alone_decides_the_batches() -> None:
     assert sorted(epoch.tolist()) == list(range(40))  # without replacement until used up
 
 
+def bent(operator: Implicit, direction: Tensor, depth: float) -> Implicit:
+    """The same sampled curvature, less `depth` along one direction: negative there."""
+
+    def product(rows: Rows, ids: Tensor | None) -> Rows:
+        along = (rows.flat() @ direction)[:, None] * direction
+        return operator.space.rows(operator.product(rows, ids).flat() - depth * along)
+
+    return Implicit(operator.space, product, operator.mean_eigenvalue, operator.examples)
+
+
+@pytest.mark.parametrize("curve", ["semidefinite", "negative"])
+def test_with_random_batches_it_stops_once_its_start_is_forgotten(curve: str) -> None:
+    """The oracle: the same batches from the exact answer. What is left between the two is what the start still does."""
+    inner, seen = recorded(60)
+    space, d, step, tolerance = inner.space, 0.25, 1 / 25, 1e-4
+    _, dense = implicit_examples(space, 60)
+    eigenvalues, vectors = torch.linalg.eigh(dense.matrix)
+    weakest = vectors[:, 0]
+    depth = 0.0 if curve == "semidefinite" else float(eigenvalues[0]) + 0.15
+    operator = bent(inner, weakest, depth)
+    matrix = dense.matrix - depth * torch.outer(weakest, weakest)
+    b = some_rows(space, 1)
+    solver = Neumann(step=step, steps=5000, batch_size=4, tolerance=tolerance)
+    solution = solver.solve(solver.init(operator, Shift(d)), b)
+    batches = [ids for ids in seen if ids is not None]
+    taken = len(batches)
+    slowest = d if curve == "semidefinite" else d - 0.15
+    due = -math.log(tolerance) / (step * slowest)
+    assert solution.notes["stopped_early"] and 0.7 * due < taken < 1.3 * due < 5000
+    near, far = torch.linalg.solve(matrix + d * torch.eye(space.size, dtype=F64), b.flat().T).T, step * b.flat()
+    for ids in batches:
+        near, far = (x + step * (b.flat() - d * x - operator.product(space.rows(x), ids).flat()) for x in (near, far))
+    assert gap(solution.value.flat(), far) < rounding(far, condition=1e3)
+    assert tolerance / 1e2 < float((far - near).norm() / far.norm()) < tolerance
+
+
+def test_a_row_stops_where_it_would_alone() -> None:
+    operator, _ = implicit_examples(a_space(), 60)
+    b = operator.space.rows(
+        some_rows(operator.space, 4).flat() * torch.tensor([[1.0], [1e-3], [1.0], [1e3]], dtype=F64)
+    )
+    solver = Neumann(step=0.04, steps=5000, batch_size=4, tolerance=1e-3)
+    state = solver.init(operator, Shift(0.25))
+    together = solver.solve(state, b).value.flat()
+    for q in range(4):
+        alone = solver.solve(state, b.take(torch.tensor([q]))).value.flat()
+        assert gap(alone[0], together[q]) < rounding(alone, condition=1e3)
+
+
+def test_no_room_is_taken_where_the_depth_is_too_short_to_stop_early() -> None:
+    operator, widths = implicit_examples(a_space(), 60)[0], []
+
+    def product(rows: Rows, ids: Tensor | None) -> Rows:
+        widths.append(len(rows))
+        return operator.product(rows, ids)
+
+    watched = Implicit(operator.space, product, operator.mean_eigenvalue, 60)
+    solver = Neumann(step=0.04, steps=1000, batch_size=4, tolerance=1e-4)  # due after 921 steps
+    solution = solver.solve(solver.init(watched, Shift(0.25)), some_rows(operator.space, 2))
+    assert set(widths) == {2} and not solution.notes["stopped_early"]
+
+
 @pytest.mark.slow
 def test_repeats_are_averaged() -> None:
     operator, dense = implicit_examples(a_space(), 100)

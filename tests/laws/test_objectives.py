@@ -360,7 +360,9 @@ def test_batches_are_taken_apart() -> None:
     assert inputs_and_targets({"a": x, "label": y}) == ((), {"a": x}, y)
 
 
-@pytest.mark.parametrize("objective", [CrossEntropy(), SquaredError(), Bernoulli(), Margin(), FromFunction(abs)])
+@pytest.mark.parametrize(
+    "objective", [CrossEntropy(), SquaredError(), Bernoulli(), Margin(), FromFunction(abs, takes_one=True)]
+)
 def test_outputs_are_found_in_what_models_return(objective: AbstractObjective) -> None:
     f = torch.ones(2, 3)
     batch = {"x": f, "labels": torch.zeros(2)}

@@ -229,7 +229,7 @@ def test_an_absent_pandas_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_repr_says_shape_method_damping_and_extremes() -> None:
     words = repr(scores(diagnostics=Diagnostics(method="dual()", damping=0.25)).top(1))
-    assert "1 query x 2 of 5 training examples, dual(), lambda = 0.25, helpful = positive" in words
+    assert "1 query x 2 of 5 training examples, lambda = 0.25, helpful = positive)\n  dual()\n" in words
     assert "query 0, most helpful: 2 (+0.2), 1 (-0.3)" in words
 
 

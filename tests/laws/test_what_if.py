@@ -244,3 +244,18 @@ def test_removing_more_curvature_than_there_is_fails_in_words() -> None:
     problem = ptif.Problem(nn.Linear(P, 1).double(), nn.MSELoss(), (x[:8], y[:8]))
     with pytest.raises(SolveFailed, match="raise the damping"):
         what_if(problem, remove=range(7), method=ptif.exact(damping=0.0))
+
+
+def test_a_loss_written_by_hand_is_refitted_exactly_too() -> None:
+    x, y = ridge_data()
+    by_hand = problem_of(x, y).with_(objective=lambda f, t: ((f - t) ** 2).mean())
+    want = what_if(problem_of(x, y), remove=[1, 2, 3], method=ptif.exact(damping=0.0))
+    outcome = what_if(by_hand, remove=[1, 2, 3], method=ptif.exact(damping=0.0))
+    torch.testing.assert_close(outcome.corrected[0].flat(), want.corrected[0].flat(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_without_a_gauss_newton_matrix_is_first_order_and_says_so() -> None:
+    x, y = ridge_data()
+    problem = problem_of(x, y).with_(objective=nn.L1Loss())
+    fitted = ptif.Influence(ptif.curvature.Identity(), ptif.solvers.Spectral(), 0.5).fit(problem)
+    assert "first order, because the loss has no Gauss-Newton matrix" in what_if(fitted, remove=[1]).how

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,3 +72,20 @@ def influence(curvature: Tensor, damping: float, queries: Tensor, train: Tensor)
     """score[q, i] = (1/N) g_q^T (C + damping)^-1 g_i."""
     damped = curvature + damping * torch.eye(len(curvature), dtype=curvature.dtype)
     return queries @ torch.linalg.solve(damped, train.T) / len(train)
+
+
+def gradients_of(parameters: Sequence[Tensor], losses: Iterable[Tensor]) -> Tensor:
+    """The gradient of every loss over the parameters, [n, P]; zeros where a loss does not depend on one."""
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, list(parameters), allow_unused=True, retain_graph=True)
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+        rows.append(torch.cat([g.flatten() for g in filled]))
+    return torch.stack(rows)
+
+
+def hessian_of(parameters: Sequence[Tensor], value: Tensor) -> Tensor:
+    """The second derivative of one number over the parameters, [P, P], by differentiating twice backwards."""
+    first = torch.autograd.grad(value, list(parameters), create_graph=True, materialize_grads=True)
+    flat = torch.cat([g.flatten() for g in first])
+    return gradients_of(parameters, flat.unbind()) if flat.requires_grad else torch.zeros(len(flat), len(flat))

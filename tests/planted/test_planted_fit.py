@@ -12,13 +12,17 @@ from torch import Tensor
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import from_rows
+from pytorch_influence_functions.curvature.exact import EmpiricalFisher
 from pytorch_influence_functions.influence.assumptions import Moments, StationarityCheck
 from pytorch_influence_functions.influence.run_log import RunLog
+from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.shift import Shift
+from pytorch_influence_functions.objectives import differentiated
 from pytorch_influence_functions.solvers import base, blockwise
 from pytorch_influence_functions.solvers.truncation import Truncated
 from tests.laws import test_assumptions, test_blockwise, test_large_data, test_residual, test_truncation
 from tests.planted.planting import Bug, must_be_noticed, swap, swap_everywhere
+from tests.situations import test_half_precision, test_losses_of_practice
 
 
 def by_all_examples(original: Any, derivatives: Any, rows: Any, count: int) -> Any:
@@ -71,9 +75,39 @@ def mean_of_blocks(original: Any, shift: Shift, part: Any) -> Shift:
     return replace(found, damping=sum(found.blocks.values()) / len(found.blocks))
 
 
+def as_one_number_per_output(original: Any, outputs: Tensor) -> Any:
+    """As if no output depended on another."""
+    return [0]
+
+
+def never_agrees_to_less(original: Any, self: Any, blocks: Any) -> bool:
+    return True
+
+
+def not_refined(original: Any, self: Gram) -> None:
+    """The note is made, and nothing else."""
+    self._known["precision"] = torch.float32
+
+
 TRACE = swap(from_rows, "mean_eigenvalues", by_all_examples)
 LAMBDA = test_large_data.test_relative_damping_is_a_share_of_the_mean_eigenvalue_whatever_the_size
 BUGS = [
+    Bug(
+        "outputs taken for independent",
+        lambda patch: (
+            swap(differentiated, "_axes", as_one_number_per_output)(patch),
+            swap(differentiated._Slope, "agrees", never_agrees_to_less)(patch),
+        )[0],
+        partial(
+            test_losses_of_practice.test_the_gauss_newton_matrix_of_any_convex_loss_is_that_of_its_second_derivative,
+            "label smoothing by hand",
+        ),
+    ),
+    Bug(
+        "a dual below rounding in float32",
+        swap(Gram, "refine", not_refined),
+        partial(test_half_precision.test_a_damping_below_rounding_is_solved_in_float64, EmpiricalFisher(), 1e-9),
+    ),
     Bug("trace of some divided by all", TRACE, partial(LAMBDA, "GGN")),
     Bug(
         "trace of some rows divided by all",

@@ -168,6 +168,58 @@ def test_both_pieces_of_advice_for_noise_work() -> None:
     assert ptif.attribute(Noisy(True), (X, Y), (X[:2], Y[:2]), loss=nn.CrossEntropyLoss()).values.any()
 
 
+class Diffusion(nn.Module):
+    """Predicts the noise that it adds itself, unless time and noise are given; returns both."""
+
+    def __init__(self, seeded: bool = False) -> None:
+        super().__init__()
+        self.net, self.seeded = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)), seeded
+
+    def forward(self, x: Tensor, time: Tensor | None = None, noise: Tensor | None = None) -> Any:
+        generator = torch.Generator().manual_seed(0) if self.seeded else None
+        time = torch.rand(len(x), generator=generator) if time is None else time
+        noise = torch.randn(x.shape, generator=generator) if noise is None else noise
+        mixed = (1 - time[:, None]).sqrt() * x + time[:, None].sqrt() * noise
+        return {"predicted": self.net(torch.cat([mixed, time[:, None]], 1)), "noise": noise}
+
+
+def denoise(out: Any, _: Any) -> Tensor:
+    return F.mse_loss(out["predicted"], out["noise"])
+
+
+@pytest.mark.parametrize(
+    ("seeded", "message"),
+    [
+        (False, r"different outputs for the same batch twice.*draw the noise once per example in the dataset"),
+        (
+            True,
+            r"examples beside it .* generator that forward seeds anew; .* draw noise once per example in the dataset",
+        ),
+    ],
+)
+def test_a_diffusion_model_that_draws_in_forward_is_told_to_draw_in_the_dataset(seeded: bool, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        ptif.attribute(Diffusion(seeded), (X, Y), (X[:2], Y[:2]), loss=denoise, method="grad_dot")
+
+
+@pytest.mark.parametrize("method", ["grad_dot", "dual"])
+def test_a_diffusion_model_with_one_draw_per_example_in_the_dataset_is_right(method: str) -> None:
+    torch.manual_seed(0)
+    model, generator = Diffusion(), torch.Generator().manual_seed(1)
+    draws = (torch.rand(N, generator=generator), torch.randn(X.shape, generator=generator))
+    queries = (X[:3], *(d[:3] for d in draws), Y[:3])
+    scores = ptif.attribute(model, (X, *draws, Y), queries, loss=denoise, method=method, damping=0.1)
+    rows = []
+    for i in range(N):
+        model.zero_grad()
+        denoise(model(X[i : i + 1], *(d[i : i + 1] for d in draws)), None).backward()
+        rows.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double())
+    g = torch.stack(rows)
+    fisher = g.T @ g / N * (method == "dual")
+    damped = fisher + (0.1 if method == "dual" else 1.1) * torch.eye(len(fisher), dtype=torch.float64)
+    assert gap(scores.values, g[:3] @ torch.linalg.solve(damped, g.T) / N) < rounding(torch.float32, 100)
+
+
 def test_batch_statistics_are_still_named() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
     with pytest.raises(InvalidInput, match=r"examples beside it in the batch.*batch normalisation|not on one alone"):

@@ -2,13 +2,17 @@
 
 from .edits import Edit
 from .inputs import input_influence
+from .label_issues import LabelIssueFinder, LabelIssues, find_label_issues
 from .smallest_removal import SmallestRemoval, flip_prediction, smallest_removal
 from .what_if import WhatIf, what_if
 
 __all__ = [
     "Edit",
+    "LabelIssueFinder",
+    "LabelIssues",
     "SmallestRemoval",
     "WhatIf",
+    "find_label_issues",
     "flip_prediction",
     "input_influence",
     "smallest_removal",

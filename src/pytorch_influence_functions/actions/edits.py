@@ -36,6 +36,10 @@ class Edit:
     """A change of the training data, as the examples whose weights it changes.
 
     A new label or new inputs take the old example out and put the new one in.
+
+    Args:
+        terms: the examples and by how much their weights change.
+        description: what is changed, in words.
     """
 
     terms: tuple[Term, ...]

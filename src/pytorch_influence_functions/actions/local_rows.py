@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.distributed import World
 from ..gradients.per_example import Derivatives, slopes
 from ..linalg.rows import Rows
-from ..objectives.base import AbstractLikelihood
+from ..objectives.differentiated import output_curvature
 from ..problem.problem import sweep
 from .edits import Edit, Term
 
@@ -67,7 +67,7 @@ def _per_example(derivatives: Derivatives, term: Term) -> list[LocalRows]:
 def _per_output(derivatives: Derivatives, term: Term) -> list[LocalRows]:
     parts: list[LocalRows] = []
     objective = derivatives.objective
-    assert isinstance(objective, AbstractLikelihood), "the caller asks for outputs of likelihoods only"
+    curvature = output_curvature(objective)
     done = 0
     for ids, batch in _batches(derivatives, term):
         n = len(ids)
@@ -84,7 +84,7 @@ def _per_output(derivatives: Derivatives, term: Term) -> list[LocalRows]:
         weights = term.weights[done : done + n].to(outputs.device)
         done += n
         # Rows lie column after column: row k n + e is output k of example e.
-        hessian = (objective.output_hessian(outputs, batch).double() * weights[:, None, None]).permute(1, 2, 0)
+        hessian = (curvature.output_hessian(outputs, batch).double() * weights[:, None, None]).permute(1, 2, 0)
         blocks = torch.diag_embed(hessian).permute(0, 2, 1, 3).reshape(width * n, width * n)
         weighted = slope.reshape(n, width).double() * weights[:, None]
         parts.append(LocalRows(Rows.cat(columns), weighted.T.reshape(-1), blocks))

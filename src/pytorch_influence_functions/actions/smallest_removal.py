@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
+from ..curvature.own_losses import find_obstacle
 from ..evaluation.recipe import Recipe
 from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution, Influence
 from ..linalg.rows import Rows
 from ..methods.names import as_method
-from ..objectives.base import AbstractLikelihood
 from ..problem.data import Source
 from ..problem.model_state import plain_autograd, preserved
 from ..problem.problem import Problem, first_batch
@@ -273,7 +273,7 @@ def removal_moves(fitted: Attribution, statistic: Statistic) -> Tensor:
     member, n = fitted.members[0], len(fitted.problem)
     solved = member.solve(_gradient(fitted, statistic)).unwrap()
     direct = member.composition.solver.vectors_held == 0
-    corrected = direct and isinstance(member.derivatives.objective, AbstractLikelihood)
+    corrected = direct and find_obstacle(member.derivatives) is None
     scaling = Leverage() if corrected else Raw()
     moves = torch.zeros(n, dtype=torch.float64)
     for gradients in member.training_rows(scaling):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, SolveFailed
 from ..curvature.base import Budget
+from ..curvature.own_losses import find_obstacle
 from ..influence.attribution import Attribution
 from ..influence.fitted_member import FittedMember
 from ..influence.question import Question
@@ -20,7 +21,6 @@ from ..influence.scoring import ScoringPass
 from ..linalg.implicit import Implicit
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
-from ..objectives.base import AbstractLikelihood
 from ..problem.checkpoints import at_checkpoint
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
@@ -188,8 +188,8 @@ def _step(member: FittedMember, edit: Edit) -> tuple[Rows, Rows, str]:
     """(one Newton step, the first-order step, how it was solved), each step as one row."""
     derivatives, n = member.derivatives, len(member.derivatives.problem)
     by_gradient = member.composition.curvature.holds_gradients
-    likelihood = isinstance(derivatives.objective, AbstractLikelihood)
-    local = LocalRows.of(derivatives, edit, per_output=likelihood and not by_gradient)
+    curved = not by_gradient and find_obstacle(derivatives) is None
+    local = LocalRows.of(derivatives, edit, per_output=curved)
     pull = (local.slopes / n)[None].to(local.rows.dtype)
     right = local.rows.combine(pull).flat().double()
     shift, decay = _edited_shift(member, edit)
@@ -198,8 +198,8 @@ def _step(member: FittedMember, edit: Edit) -> tuple[Rows, Rows, str]:
     space = derivatives.space
     right_rows = space.rows(-right.to(local.rows.dtype))
     plain = space.rows(member.solve(right_rows).unwrap().flat())
-    if not (likelihood or by_gradient):
-        return plain, plain, "first order, because the loss's Hessian in the outputs is not known"
+    if not (curved or by_gradient):
+        return plain, plain, "first order, because the loss has no Gauss-Newton matrix"
     if len(local) > _DENSE_ROWS:
         return _by_cg(member, local, right_rows, shift), plain, "one Newton step by conjugate gradients"
     return _by_block(member, local, right_rows, shift), plain, "one Newton step through the examples' own block"

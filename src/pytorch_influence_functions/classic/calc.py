@@ -88,7 +88,13 @@ def _open_run(
         stack.enter_context(logged_to(c["log_filename"]))
         stack.enter_context(calculation(model, settings))
         queries = make_source(test, settings.deterministic)
-        ids = choose_test_ids(queries, c["test_sample_num"], c["test_sample_start_per_class"], c["num_classes"])
+        ids = choose_test_ids(
+            queries,
+            c["test_sample_num"],
+            c["test_sample_start_per_class"],
+            c["num_classes"],
+            c.spelled("test_sample_start_per_class"),
+        )
         start, num = int(c["test_sample_start_per_class"] or 0), int(c["test_sample_num"] or 0)
         files = ResultFiles(Path(c["outdir"]), start, num, c["results_name"], c["keep_tmp"])
         files.meta({**c.items_for_json(), "test_sample_index_list": ids})
@@ -106,7 +112,7 @@ def calc_img_wise(
     generator: torch.Generator | None = None,
     progress: Any = None,
 ) -> InfluenceResult:
-    r"""Influence of every training example on test examples, one test example after the other.
+    r"""Influence of every training example on test examples, some test examples at a time.
 
     `influence[i] = (1/N) s_test . grad L(z_i)`, with `s_test = (H + damp * scale)^-1 grad L(z_test)`: the predicted
     *increase of the test loss* if training example i were removed and the model retrained. Positive = helpful.
@@ -155,28 +161,31 @@ def _calculate_one_by_one(run: _ClassicRun) -> InfluenceResult:
 _ItemResult = tuple[Tensor, Any, float]
 
 
-def _calculate_item(run: _ClassicRun, i: int) -> _ItemResult:
-    """Influences [1, N], label and seconds of one test item."""
+def _calculate_items(run: _ClassicRun, ids: list[int]) -> list[_ItemResult]:
+    """Influences [1, N], label and seconds of each of some test items, which share their mini-batches."""
     start = time.perf_counter()
-    query = run.engine.gradients(run.test, [i])
+    query = run.engine.gradients(run.test, ids)
     solved = run.engine.s_test(query.rows)
     if run.config["save_pth"] is not None:
-        save_vectors(run.engine.to_lists(solved)[0], run.s_test_path(i))
-    return run.engine.influence(solved), query.labels[0], time.perf_counter() - start
+        for i, vectors in zip(ids, run.engine.to_lists(solved), strict=True):
+            save_vectors(vectors, run.s_test_path(i))
+    values = run.engine.influence(solved)
+    seconds = (time.perf_counter() - start) / len(ids)
+    return [(values[k : k + 1], label, seconds) for k, label in enumerate(query.labels)]
 
 
 def _run_here(run: _ClassicRun) -> Iterator[_ItemResult]:
-    return (_calculate_item(run, i) for i in run.ids)
+    return (result for ids in run.engine.blocks(run.ids) for result in _calculate_items(run, ids))
 
 
 # The run that workers calculate. A forked process inherits it, so nothing needs to be picklable.
 _worker_run: _ClassicRun | None = None
 
 
-def _run_in_worker(i: int) -> tuple[Any, Any, float]:
+def _run_in_worker(ids: list[int]) -> list[tuple[Any, Any, float]]:
     assert _worker_run is not None
-    values, label, seconds = _calculate_item(_worker_run, i)
-    return values.numpy(), label, seconds  # a tensor would be sent through a shared file
+    # A tensor would be sent through a shared file.
+    return [(values.numpy(), label, seconds) for values, label, seconds in _calculate_items(_worker_run, ids)]
 
 
 def _run_in_workers(run: _ClassicRun) -> Iterator[_ItemResult]:
@@ -191,8 +200,9 @@ def _run_in_workers(run: _ClassicRun) -> Iterator[_ItemResult]:
     _worker_run = run
     try:
         with multiprocessing.get_context("fork").Pool(run.config["num_workers"], torch.set_num_threads, (1,)) as pool:
-            for values, label, seconds in pool.imap(_run_in_worker, run.ids):
-                yield torch.from_numpy(values), label, seconds
+            for results in pool.imap(_run_in_worker, run.engine.blocks(run.ids, run.config["num_workers"])):
+                for values, label, seconds in results:
+                    yield torch.from_numpy(values), label, seconds
     finally:
         _worker_run = None
 
@@ -257,12 +267,14 @@ def calc_all_grad_then_test(
         pattern = run.config["grad_z_pattern"]
         store_gradients(run.engine, run.folder / "grad_z", pattern, range(len(run.engine)))
         labels, seconds = [], []
-        for i in track(run.ids, len(run.ids), "s_test"):
+        for ids in track(run.engine.blocks(run.ids), len(run.ids), "s_test", len):
             start = time.perf_counter()
-            query = run.engine.gradients(run.test, [i])
-            save_vectors(run.engine.to_lists(run.engine.s_test(query.rows))[0], run.s_test_path(i))
-            labels.append(query.labels[0])
-            seconds.append(time.perf_counter() - start)
+            query = run.engine.gradients(run.test, ids)
+            solved = run.engine.to_lists(run.engine.s_test(query.rows))
+            for i, vectors in zip(ids, solved, strict=True):
+                save_vectors(vectors, run.s_test_path(i))
+            labels += query.labels
+            seconds += [(time.perf_counter() - start) / len(ids)] * len(ids)
         start = time.perf_counter()
         gradients = load_grad_z(run.folder / "grad_z", len(run.engine), pattern=pattern)
         values = inner_products(gradients, StoredVectors(tuple(run.s_test_path(i) for i in run.ids)))

@@ -96,7 +96,10 @@ class Config(dict[str, Any]):
 
     def __init__(self, given: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         super().__init__(DEFAULTS)
+        self._spelling: dict[str, str] = {}
         self.update(given or {}, **more)
+        if isinstance(given, Config):
+            self._spelling = given._spelling | {ALIASES.get(key, key): key for key in more}
 
     @classmethod
     def of(cls, given: Any) -> Config:
@@ -121,12 +124,22 @@ class Config(dict[str, Any]):
         name = self._canonical(key)
         if value is None and name in ("damp", "scale"):
             value = DEFAULTS[name]
-        valid = _check_value(name, value)
+        valid = _check_value(key, value)
         super().__setitem__(name, float(valid) if name in _FLOATS else valid)
+        self._spelling[name] = key
 
     def __delitem__(self, key: str) -> None:
         name = self._canonical(key)
         super().__setitem__(name, DEFAULTS[name])
+        self._spelling.pop(name, None)
+
+    def spelled(self, name: str) -> str:
+        """The name under which the caller set a key, old or new: messages use it.
+
+        Args:
+            name: the new name.
+        """
+        return self._spelling.get(name, name)
 
     def __contains__(self, key: object) -> bool:
         return key in DEFAULTS or key in ALIASES
@@ -311,11 +324,13 @@ _CHECKS: Mapping[str, _Check] = {
 _FLOATS = ("damp", "scale", "tolerance")
 
 
-def _check_value(name: str, value: Any) -> Any:
+def _check_value(key: str, value: Any) -> Any:
+    """The value, as Python's own number where it is NumPy's; `key` is the name the caller used, old or new."""
+    name = ALIASES.get(key, key)
     if hasattr(value, "item") and not hasattr(value, "__len__"):
         value = value.item()  # a NumPy number
     if name in _CHECKS and not _CHECKS[name][0](value):
-        raise InvalidInput(f"config[{name!r}] is {value!r}; it must be {_CHECKS[name][1]}.")
+        raise InvalidInput(f"{key}={value!r} is not possible; it must be {_CHECKS[name][1]}.")
     return value
 
 

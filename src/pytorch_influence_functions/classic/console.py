@@ -22,27 +22,37 @@ def _marked(handler: logging.Handler) -> logging.Handler:
     return handler
 
 
-def _close(handler: logging.Handler) -> None:
-    log.removeHandler(handler)
+def _close(logger: logging.Logger, handler: logging.Handler) -> None:
+    logger.removeHandler(handler)
     handler.close()
 
 
 def init_logging(filename: str | os.PathLike[str] | None = None) -> logging.Logger:
-    """Show this library's log on stdout and, if `filename` is given, write it there too.
+    """Show log lines from INFO up on stdout and, if `filename` is given, write them there too.
 
-    Only the library's own logger is touched, never the root. Calling it again replaces what it set up before.
+    As in 0.1, that holds for every logger of the program: the caller's own `logging.info(...)` appears as well. Calling
+    it again replaces what it set up before; handlers that the program added itself stay.
+
+    Args:
+        filename: a file to write the lines to as well; its folder is made.
+
+    Returns:
+        The library's own logger.
 
     >>> init_logging().name
     'pytorch_influence_functions'
     """
-    for handler in list(log.handlers):
+    root = logging.getLogger()
+    for handler in list(root.handlers):
         if getattr(handler, _MARK, False):
-            _close(handler)
+            _close(root, handler)
+    if root.level > logging.INFO:
+        root.setLevel(logging.INFO)
     log.setLevel(logging.INFO)
-    log.addHandler(_marked(logging.StreamHandler(sys.stdout)))
+    root.addHandler(_marked(logging.StreamHandler(sys.stdout)))
     if filename is not None:
         Path(filename).parent.mkdir(parents=True, exist_ok=True)
-        log.addHandler(_marked(logging.FileHandler(filename, encoding="utf-8")))
+        root.addHandler(_marked(logging.FileHandler(filename, encoding="utf-8")))
     return log
 
 
@@ -59,7 +69,7 @@ def logged_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
     try:
         yield
     finally:
-        _close(handler)
+        _close(log, handler)
         log.setLevel(level)
 
 

@@ -7,6 +7,7 @@ whose fixed point is `(H + damp * scale)^-1 v`.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -41,6 +42,9 @@ from ..solvers.neumann import Neumann, Tuning
 from .console import log
 from .selection import index_tensor, split_labels
 
+# Test items whose recursions run side by side on the same mini-batches: at most so many, and so many numbers in all.
+# A step on one small item is nearly all overhead.
+_MOST_ITEMS, _MOST_NUMBERS = 32, 1 << 21
 # A loader's batch size is meant for LiSSA's mini-batches; passes over all data take at least so many at a time.
 _MIN_BATCH = 64
 
@@ -247,6 +251,16 @@ class Engine:
     def __len__(self) -> int:
         return len(self.problem)
 
+    def blocks(self, ids: Sequence[int], workers: int = 1) -> list[list[int]]:
+        """Test items in blocks that are solved together; an item's result does not depend on its block.
+
+        Args:
+            ids: the test items.
+            workers: the least number of blocks, where there are enough items.
+        """
+        size = max(1, min(_MOST_ITEMS, _MOST_NUMBERS // self.derivatives.space.size, math.ceil(len(ids) / workers)))
+        return [list(ids[start : start + size]) for start in range(0, len(ids), size)]
+
     def gradients(self, source: Source, ids: Sequence[int]) -> QueryGradients:
         """The gradients of some items of `source`, one row each."""
         indices = index_tensor(ids)
@@ -279,13 +293,13 @@ class Engine:
             raise SolveFailed(
                 f"The s_test recursion diverged with scale={s.scale:g}: scale must be above the largest eigenvalue "
                 "plus damping plus the noise of mini-batches. Set "
-                f"config['scale'] to at least {1.0 / step:.4g} (and damp to "
+                f"scale to at least {1.0 / step:.4g} (and damp to "
                 f"{s.damp * s.scale * step:.3g} for the same damping), or call config.auto_tune(model, train_loader)."
             )
         if solution.result is Result.negative_curvature:
             raise SolveFailed(
                 f"{solution.detail} The effective damping is damp * scale = {s.damp * s.scale:g}: raise "
-                "config['damp'], train the model to a minimum, or use config['solver'] = 'auto'."
+                "damp, train the model to a minimum, or use config['solver'] = 'auto'."
             )
         solution.unwrap()
 

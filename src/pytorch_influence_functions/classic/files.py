@@ -38,19 +38,20 @@ def save_json(
 ) -> Path:
     """Write `json_obj` to `json_path`, whole or not at all, and return where it went.
 
-    If the file exists, the first of these decides: `overwrite_if_exists` replaces it; `append_if_exists` adds the
-    object on a line of its own; `unique_fn_if_exists` writes to `name_YEAR-MONTH-DAY-HOUR-MINUTE-SECOND.json` instead;
-    otherwise it is refused.
+    If the file exists, the first of these decides: `overwrite_if_exists` replaces it; `append_if_exists` makes it one
+    JSON list of what it holds and the object (a list in the file gets the object at its end); `unique_fn_if_exists`
+    writes to `name_YEAR-MONTH-DAY-HOUR-MINUTE-SECOND.json` instead; otherwise it is refused.
 
     Args:
         json_obj: what is written.
         json_path: the file.
-        append_if_exists: add the object on a line of its own.
+        append_if_exists: make the file one list, the object its last element.
         overwrite_if_exists: replace the file.
         unique_fn_if_exists: write to a name with the time in it.
 
     Raises:
-        InvalidInput: the object holds something that JSON cannot hold, NaN included; nothing is written.
+        InvalidInput: the object holds something that JSON cannot hold, NaN included, or the file to append to is not
+            JSON; nothing is written.
         FileExistsError: the file exists and no flag says what to do.
     """
     path = Path(json_path)
@@ -60,14 +61,28 @@ def save_json(
         raise InvalidInput(f"{path.name} cannot be written as JSON: {cause}.") from cause
     if path.exists() and not overwrite_if_exists:
         if append_if_exists:
-            before = path.read_text(encoding="utf-8")
-            text = before + ("" if before.endswith("\n") or not before else "\n") + text + "\n"
+            text = json.dumps([*_read_documents(path), json_obj])
         elif unique_fn_if_exists:
             path = _unused_path(path)
         else:
             raise FileExistsError(f"{path} exists; pass overwrite_if_exists=True, or another name.")
     write_bytes(path, text.encode("utf-8"))
     return path
+
+
+def _read_documents(path: Path) -> list[Any]:
+    """What a file holds that objects are appended to: the elements of its list, else its one document.
+
+    Raises:
+        InvalidInput: the file is not JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8").strip() or "[]")
+    except ValueError as cause:
+        raise InvalidInput(
+            f"{path} is not one JSON document ({cause}), so nothing can be appended; give another name."
+        ) from cause
+    return content if isinstance(content, list) else [content]
 
 
 def _unused_path(path: Path) -> Path:

@@ -13,6 +13,7 @@ from ..core.errors import InvalidInput
 from ..core.validate import choice, finite_number
 from ..plots import query
 from ..problem.data import Source
+from ..scores.scores import Scores
 from .results import InfluenceResult
 
 _WHICH = ("helpful", "harmful")
@@ -68,7 +69,7 @@ def plot_loo_scatter(
 
 
 def influential_loader(
-    result: InfluenceResult,
+    result: InfluenceResult | Scores,
     train_ds: Any,
     k: int | None = None,
     *,
@@ -80,11 +81,11 @@ def influential_loader(
     """A loader of the `k` most helpful (or most harmful) training examples, or of all others with `drop=True`.
 
     Args:
-        result: the run.
+        result: the run, or `Scores`.
         train_ds: the training dataset, or a loader, whose batch size and collate function are taken over.
         k: how many examples; or
         fraction: which share of the training data.
-        which: "helpful" or "harmful", by the mean over the run's test examples.
+        which: "helpful" or "harmful", by the mean over the run's test examples or the scores' queries.
         drop: leave these examples out instead.
         options: for the `DataLoader`; `shuffle=True` unless said otherwise.
 
@@ -92,7 +93,8 @@ def influential_loader(
         InvalidInput: not exactly one of `k` and `fraction`, or one out of range, or data of another length.
     """
     choice("which", which, _WHICH)
-    source, n = Source.of(train_ds).whole, len(result.helpful)
+    ranked = _ranked(result, which)
+    source, n = Source.of(train_ds).whole, len(ranked)
     if len(source) != n:
         raise InvalidInput(f"The training data have {len(source)} examples and the result is of {n}; pass its data.")
     if (k is None) == (fraction is None):
@@ -102,7 +104,6 @@ def influential_loader(
     count = round(fraction * n) if fraction is not None else int(k or 0)
     if not 1 <= count <= n or (drop and count == n):
         raise InvalidInput(f"{count} of {n} training examples cannot be picked{' and dropped' if drop else ''}.")
-    ranked = result.helpful if which == "helpful" else result.harmful
     picked = ranked[:count]
     if drop:
         dropped = set(picked)
@@ -113,3 +114,10 @@ def influential_loader(
         "shuffle": True,
     } | options
     return DataLoader(Subset(source.dataset, picked), **settings)
+
+
+def _ranked(result: InfluenceResult | Scores, which: str) -> list[int]:
+    """All training examples, from one end of the mean ranking to the other."""
+    order = getattr(result, f"{which}_order", None)
+    ranked = getattr(result, which) if order is None else order()
+    return [int(i) for i in ranked]

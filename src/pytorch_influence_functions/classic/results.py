@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import json
 import os
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, final
 
 import torch
@@ -16,12 +18,15 @@ from ..scores.scores import Scores
 
 
 @final
-@dataclass(frozen=True, eq=False, repr=False)
-class InfluenceResult:
-    """`influences, harmful, helpful = result`; also `result["0"]`, `result.items()`, and `result.scores`.
+class InfluenceResult(dict[str, dict[str, Any]]):
+    """`influences, harmful, helpful = result`; and a dictionary of the influences by test index; also `result.scores`.
 
-    `influences[str(test index)]` holds `label`, `num_in_dataset`, `time_calc_influence_s`, `influence` (one number per
+    `result[str(test index)]` holds `label`, `num_in_dataset`, `time_calc_influence_s`, `influence` (one number per
     training example, in training order), and the example's own `harmful` and `helpful` lists, cut at `top_k`.
+
+    The 0.1 releases promised three values in their README, and their last commit returned the dictionary. Both uses
+    work: assigned to several names it gives the three values; everywhere else (`for i in result`, `json.dumps(result)`,
+    `list(result)`) it is the dictionary.
 
     **Sign.** A value is the predicted *increase of the test loss* if that training example were removed and the model
     retrained: positive = helpful. `helpful` is in descending, `harmful` in ascending order, equal values by index.
@@ -36,12 +41,28 @@ class InfluenceResult:
         path: the file the entries were written to.
     """
 
-    influences: dict[str, dict[str, Any]]
-    harmful: list[int]
-    helpful: list[int]
-    scores: Scores
-    path: Path | None = None
-    """The file with the influences."""
+    def __init__(
+        self,
+        influences: Mapping[str, dict[str, Any]],
+        harmful: list[int],
+        helpful: list[int],
+        scores: Scores,
+        path: Path | None = None,
+    ) -> None:
+        super().__init__(influences)
+        self.harmful = harmful
+        self.helpful = helpful
+        self.scores = scores
+        self.path = path
+        """The file with the influences."""
+
+    @property
+    def influences(self) -> dict[str, dict[str, Any]]:
+        """The entries by test index, as a plain dictionary."""
+        return dict(self.items())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InfluenceResult, (self.influences, self.harmful, self.helpful, self.scores, self.path)
 
     @staticmethod
     def of(influences: dict[str, dict[str, Any]], scores: Scores, path: Path | None = None) -> InfluenceResult:
@@ -78,37 +99,15 @@ class InfluenceResult:
         return InfluenceResult.of(influences, Scores(values, query_ids=ids, query_labels=labels), Path(path))
 
     def __iter__(self) -> Iterator[Any]:
-        """Influences, harmful, helpful, in this order."""
-        return iter((self.influences, self.harmful, self.helpful))
-
-    def __len__(self) -> int:
-        return 3
+        """Influences, harmful, helpful where it is assigned to several names, else the test indices."""
+        if _is_unpacking(sys._getframe(1)):
+            return iter((self.influences, self.harmful, self.helpful))
+        return super().__iter__()
 
     def __getitem__(self, key: str | int) -> Any:
         if isinstance(key, int):
             return (self.influences, self.harmful, self.helpful)[key]
-        return self.influences[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.influences
-
-    def keys(self) -> KeysView[str]:
-        return self.influences.keys()
-
-    def values(self) -> ValuesView[dict[str, Any]]:
-        return self.influences.values()
-
-    def items(self) -> ItemsView[str, dict[str, Any]]:
-        return self.influences.items()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The entry of a test index, or `default`.
-
-        Args:
-            key: a test index, as a string.
-            default: the value for an index that was not part of the run.
-        """
-        return self.influences.get(key, default)
+        return super().__getitem__(key)
 
     def position(self, test_index: int | str) -> int:
         """Which row of `scores` belongs to a test index.
@@ -119,7 +118,7 @@ class InfluenceResult:
         Raises:
             InvalidInput: it was not part of the run.
         """
-        keys = list(self.influences)
+        keys = list(self.keys())
         if str(test_index) not in keys:
             raise InvalidInput(
                 f"Test example {test_index} is not in this result, which has {', '.join(keys[:8])}"
@@ -131,6 +130,11 @@ class InfluenceResult:
         rows, n = self.scores.shape
         file = "" if self.path is None else f", {str(self.path)!r}"
         return f"InfluenceResult({rows} test examples x {n:,} training examples{file})"
+
+
+def _is_unpacking(caller: FrameType) -> bool:
+    """Whether the caller stands at `a, b, c = ...`, which Python iterates just as it does `for i in ...`."""
+    return dis.opname[caller.f_code.co_code[caller.f_lasti]] in ("UNPACK_SEQUENCE", "UNPACK_EX")
 
 
 def result_entry(scores: Scores, q: int, label: Any, seconds: float, top_k: int | None) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from ..core.errors import InvalidInput
 from ..core.progress import track
 from ..objectives.base import inputs_and_targets
-from ..problem.data import Source, same
+from ..problem.cutting import same
+from ..problem.data import Source
 from ..problem.model_state import same_rng
 from .console import log
 
@@ -165,8 +166,17 @@ def get_dataset_sample_ids(
     return by_class, [i for ids in by_class.values() for i in ids]
 
 
-def choose_test_ids(test: Any, num: Any, start: Any, num_classes: int | None) -> list[int]:
+def choose_test_ids(
+    test: Any, num: Any, start: Any, num_classes: int | None, start_name: str = "test_sample_start_per_class"
+) -> list[int]:
     """Choose the test items of a run: all from `start` on, or `num` per class from `start` of each.
+
+    Args:
+        test: the test data.
+        num: how many per class; False or None for all.
+        start: the first.
+        num_classes: classes 0 to `num_classes - 1`; `None`: those that occur.
+        start_name: what the caller calls `start`, for the message.
 
     Raises:
         InvalidInput: none is left.
@@ -175,7 +185,7 @@ def choose_test_ids(test: Any, num: Any, start: Any, num_classes: int | None) ->
     ids = get_dataset_sample_ids(num, test, num_classes, first)[1] if num else list(range(first, size))
     if not ids:
         where = "any class" if num else f"the test data, which have {size} items"
-        raise InvalidInput(f"test_sample_start_per_class={first} lies behind the end of {where}; start lower.")
+        raise InvalidInput(f"{start_name}={first} lies behind the end of {where}; start lower.")
     return ids
 
 

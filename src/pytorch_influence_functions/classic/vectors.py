@@ -145,12 +145,15 @@ def calc_s_test(
     settings = _make_settings(gpu, damp, scale, recursion_depth, r, extras)
     with calculation(model, settings):
         engine, test = Engine.of(model, train_loader, settings), Source.of(test_loader).whole
-        ids, solutions = _ids_from(start, len(test)), []
+        ids = _ids_from(start, len(test))
+        solutions: list[Vectors] = []
         _ = engine.attribution
-        for i in track(ids, len(ids), "s_test"):
-            solutions.append(engine.to_lists(engine.s_test(engine.gradients(test, [i]).rows))[0])
-            if save:
-                save_vectors(solutions[-1], Path(save) / vector_file_name(pattern, i, recursion_depth, r))
+        for block in track(engine.blocks(ids), len(ids), "s_test", len):
+            solved = engine.to_lists(engine.s_test(engine.gradients(test, block).rows))
+            for i, vectors in zip(block, solved, strict=True):
+                if save:
+                    save_vectors(vectors, Path(save) / vector_file_name(pattern, i, recursion_depth, r))
+            solutions += solved
     return solutions, save
 
 

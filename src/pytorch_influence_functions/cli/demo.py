@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .exit import Output, exit_with_code
+from .folder import check_folder
 
 
 def demo_command(
@@ -18,5 +19,6 @@ def demo_command(
     from ..demo.screen import Screen
 
     with exit_with_code(Output()) as interruption:
+        check_folder(out)
         interruption.kept = "the demo keeps nothing before its end"
         run_demo(Screen(quiet), out, seed)

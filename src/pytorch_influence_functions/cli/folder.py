@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ RUN: Final = "run.json"
 SCORES: Final = "scores.safetensors"
 BLOCKS: Final = "blocks"
 FORMAT: Final = 2
+_WHOLE: Final = 120
+"""Settings of up to so many letters are shown whole."""
 
 
 @final
@@ -138,6 +141,21 @@ class RunFolder:
         shutil.rmtree(self.path / BLOCKS, ignore_errors=True)
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a place where no folder can be made, before any work is done for it.
+
+    Raises:
+        InvalidInput: it, or a folder it would be in, is a file, or cannot be written to.
+    """
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InvalidInput(f"{str(existing)!r} is a file, and --out names a folder to write to; give another name.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InvalidInput(f"The folder {str(existing)!r} cannot be written to; give another --out.")
+
+
 def fingerprint_of(record: Mapping[str, Any]) -> Fingerprint:
     """What a run was made from, by its record."""
     fingerprint = Fingerprint.from_dict(record["fingerprint"])
@@ -172,7 +190,7 @@ def _refuse_other(path: Path, fingerprint: Fingerprint, before: Mapping[str, Any
     # A setting is shown where its own digest differs, or that of all settings which have none of their own.
     asked = [k for k in settings if k in names or ("settings" in names and k not in fingerprint.digests)]
     changed = [k for k in asked if isinstance(old, dict) and old.get(k) != settings[k]]
-    parts = [f"{k} ({_short(old.get(k))} there, {_short(settings[k])} here)" for k in changed if isinstance(old, dict)]
+    parts = [f"{k} ({there} there, {here} here)" for k in changed for there, here in [_told_apart(old, settings, k)]]
     parts += [name for name in names if name not in changed and (name != "settings" or not changed)]
     raise InvalidInput(
         f"{str(path)!r} holds another run: it differs in {', '.join(parts)}; give another --out, or --overwrite to "
@@ -180,6 +198,25 @@ def _refuse_other(path: Path, fingerprint: Fingerprint, before: Mapping[str, Any
     )
 
 
-def _short(value: Any, most: int = 60) -> str:
-    text = f"{len(value)}: {value[0]} … {value[-1]}" if isinstance(value, list) and value else str(value)
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _told_apart(there: Any, here: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """A setting of both runs: whole where both are short, else the parts in which they differ."""
+    texts = [_as_text(side.get(name)) for side in (there, here)]
+    if max(map(len, texts)) <= _WHOLE:
+        return texts[0], texts[1]
+    shortest = min(map(len, texts))
+    same = next((k for k in range(shortest) if texts[0][k] != texts[1][k]), shortest)
+    # From the beginning of the argument in which they differ to the end of that argument, or a little further.
+    start = max(texts[0].rfind(mark, 0, same) + len(mark) for mark in (", ", "("))
+    start = start if start > len(", ") else 0
+    return _stretch(texts[0], start), _stretch(texts[1], start)
+
+
+def _as_text(value: Any) -> str:
+    return f"{len(value)}: {value[0]} … {value[-1]}" if isinstance(value, list) and value else str(value)
+
+
+def _stretch(text: str, start: int) -> str:
+    part = text[start : start + _WHOLE]
+    if start + _WHOLE < len(text):
+        part = part[: max(part.rfind(", "), _WHOLE // 2)] + " …"
+    return ("… " if start else "") + part

@@ -79,15 +79,19 @@ def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
 def write_page(scores: Scores, out: Path, task: Task | None) -> Path:
     """Write `report.html` into `out`, with self-influence if it is there, and with predictions if there is a task."""
     self_influence = find_self_influence(out)
-    predictions = None if task is None else predict_queries(task, scores.query_ids.tolist())
-    scores.report(out / PAGE, self_influence=self_influence, predictions=predictions)
+    predictions = train_predictions = None
+    if task is not None:
+        predictions = predict(task, task.query_source, scores.query_ids.tolist())
+        train_predictions = predict(task, task.problem.data.whole, list(range(scores.n_train)))
+    scores.report(
+        out / PAGE, self_influence=self_influence, predictions=predictions, train_predictions=train_predictions
+    )
     return out / PAGE
 
 
-def predict_queries(task: Task, ids: list[int]) -> Tensor | None:
-    """The model's predictions for the queries: probabilities [Q, C], or a number each [Q]; None if neither fits."""
+def predict(task: Task, source: Source, ids: list[int]) -> Tensor | None:
+    """The model's predictions for examples: probabilities [n, C], or a number each [n]; None if neither fits."""
     problem, batches = task.problem, []
-    source: Source = task.query_source
     for _, batch in sweep(problem, source, ids, label="the model's answers", world=World()):
         with torch.no_grad():
             outputs = problem.objective.outputs(problem.model, batch).double().cpu()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..core.errors import InvalidInput, NotLikelihood, TooLarge
+from ..core.errors import InvalidInput, TooLarge
 from ..core.records import Record
 from ..gradients.per_example import Derivatives
 from ..linalg.dense import Matrix
@@ -230,12 +230,3 @@ class AbstractCurvature(Record, ABC):
                 f"{type(self).__name__}() cannot be given as {form.value}, only as {have}; "
                 "choose another solver, or Auto()."
             )
-
-
-def not_a_likelihood(curvature: str, objective: object) -> NotLikelihood:
-    """The error for a curvature that needs more than the objective knows."""
-    return NotLikelihood(
-        f"{curvature} needs the Hessian of the loss in the model's outputs, and {type(objective).__name__} gives none; "
-        "use CrossEntropy(), SquaredError() or Bernoulli(), or ask for Hessian() or EmpiricalFisher(), which need only "
-        "losses."
-    )

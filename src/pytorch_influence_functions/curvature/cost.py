@@ -16,13 +16,15 @@ from typing import TypeAlias
 import torch
 
 from ..core.distributed import World
+from ..core.errors import NotLikelihood
 from ..gradients.per_example import Derivatives
 from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum
 from ..linalg.space import Space
-from ..objectives.base import AbstractLikelihood
+from ..objectives.differentiated import output_curvature
 from ..problem.data import Source
 from ..problem.problem import first_batch
+from .own_losses import find_obstacle
 
 # Operations are counted as those of a float32 matrix product. Measured on one core, for a matrix of side d: an
 # eigendecomposition in float64 takes as long as 25 d^3 of them, in float32 11 d^3, a Cholesky factor 1.5 d^3, and a
@@ -127,16 +129,20 @@ class ProblemSize:
     """Where gradient rows live: the parameters, or their projection."""
     examples: int
     outputs: int | None
-    """Columns of H^(1/2) per example; None when the objective is no likelihood."""
+    """Columns of H^(1/2) per example; None where the loss has no Gauss-Newton matrix."""
     n_queries: int
     blocks: Mapping[str, BlockSize]
     operations: Amount
     """Floating-point operations of one example's forward pass."""
     number_bytes: int = 4
+    pass_numbers: Amount = 0.0
+    """Numbers that one example's forward pass keeps for the backward pass, as far as layers are recorded."""
     seconds: float = 0.0
     """Measured seconds for one example's gradient row, reading included."""
     product_seconds: float | None = None
     """Measured seconds for one example's part of a product, per pass that it counts for; None: as for a row."""
+    obstacle: NotLikelihood | None = None
+    """Why the loss has no Gauss-Newton matrix."""
     damping_share: Amount = 1.0
     """Damping in mean eigenvalues of the curvature, as far as it is known beforehand."""
 
@@ -144,6 +150,7 @@ class ProblemSize:
     def of(derivatives: Derivatives, n_queries: int) -> ProblemSize:
         """Count on one batch, and time a second one: the first pays for whatever is paid once."""
         problem = derivatives.problem
+        obstacle = find_obstacle(derivatives)
         some = torch.arange(timed_examples(derivatives.batched(problem.data)))
         rows = next(derivatives.stream(ids=some, label="counting", world=World())).rows
         # The pass goes through the parameters even where rows are projected.
@@ -152,11 +159,13 @@ class ProblemSize:
         return ProblemSize(
             space=derivatives.space,
             examples=len(problem),
-            outputs=_columns(derivatives),
+            outputs=root_size(derivatives) if obstacle is None else None,
+            obstacle=obstacle,
             n_queries=n_queries,
             blocks={name: BlockSize.of(block) for name, block in rows.blocks.items()},
             operations=sum(2.0 * terms_of(b) * torch.Size(b.shape).numel() for b in one.blocks.values()),
             number_bytes=next(iter(rows.blocks.values())).reference.element_size(),
+            pass_numbers=one.numbers / len(one),
             seconds=_seconds_each(derivatives, some),
         )
 
@@ -210,17 +219,11 @@ class ProblemSize:
         return replace(self, space=subspace(self.space, wanted), blocks={k: self.blocks[k] for k in wanted})
 
 
-def _columns(derivatives: Derivatives) -> int | None:
-    objective = derivatives.objective
-    if not isinstance(objective, AbstractLikelihood):
-        return None
-    return root_size(derivatives, objective)
-
-
-def root_size(derivatives: Derivatives, objective: AbstractLikelihood) -> int:
+def root_size(derivatives: Derivatives) -> int:
     """Columns of H^(1/2) per example, from the outputs of the first one."""
+    objective = derivatives.objective
     with first_batch(derivatives.problem, ids=torch.arange(1)) as (_, batch), torch.no_grad():
-        return int(objective.root_size(objective.outputs(derivatives.problem.model, batch)))
+        return output_curvature(objective).root_size(objective.outputs(derivatives.problem.model, batch))
 
 
 def timed_examples(source: Source) -> int:

@@ -31,14 +31,17 @@ from ..linalg.operator import AbstractSymmetric
 from ..linalg.rows import Rows
 from ..linalg.scaled_identity import ScaledIdentity
 from ..linalg.trace import hutchinson_block_traces
-from ..objectives.base import AbstractLikelihood, AbstractObjective
+from ..objectives.base import AbstractObjective
+from ..objectives.differentiated import output_curvature
 from ..objectives.draws import Keyed
 from ..problem.data import Source
 from ..problem.problem import first_batch, sweep
-from .base import AbstractCurvature, Budget, Form, not_a_likelihood
+from ..problem.working_precision import full_precision, offers_full_precision
+from .base import AbstractCurvature, Budget, Form
 from .cost import Amount, Cost, ProblemSize, root_size
 from .fisher import AbstractFisher
 from .from_rows import AbstractRowCurvature, check_dense
+from .own_losses import find_obstacle, require_output_curvature
 
 # A dataset smaller than this, in bytes, is kept collated for mini-batch products.
 _RESIDENT_BYTES = 256 << 20
@@ -48,6 +51,8 @@ ENUMERATED_OUTPUTS = 16
 _TRACE_PRODUCTS = 8
 # Columns of H^(1/2) whose rows are held at once, roughly.
 _HELD = 8
+# Roundings that a product takes on its way through a model and back.
+_HALF_ROUNDINGS = 4
 # Columns of the identity pushed through products together.
 _COLUMNS = 64
 # Numbers that H^(1/2) of one example may have: above, a dense matrix is taken from products, which need no root.
@@ -91,7 +96,7 @@ class Hessian(AbstractCurvature):
 
         def mean() -> dict[str, float]:
             space = derivatives.space
-            if isinstance(derivatives.objective, AbstractLikelihood):
+            if find_obstacle(derivatives) is None:
                 return GGN().block_means(derivatives)  # of its positive part, the Gauss-Newton matrix
             like = next(iter(space.values(derivatives.problem.model).values()))
             traces = hutchinson_block_traces(
@@ -136,7 +141,7 @@ class GGN(AbstractFisher):
         return 1
 
     def check_objective(self, derivatives: Derivatives) -> None:
-        _likelihood(derivatives, "GGN()")
+        require_output_curvature(derivatives)
 
     def rows_of(self, derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
         return roots_of(derivatives, ids, batch)
@@ -147,7 +152,7 @@ class GGN(AbstractFisher):
     def cotangents(
         self, derivatives: Derivatives, outputs: Tensor, batch: Any, ids: Tensor, draw: int = 0
     ) -> list[Tensor]:
-        return list(_likelihood(derivatives, "GGN()").root(outputs.detach(), batch))
+        return list(output_curvature(derivatives.objective).root(outputs.detach(), batch))
 
     @property
     def splits_by_example(self) -> bool:
@@ -172,12 +177,16 @@ class GGN(AbstractFisher):
         return AbstractRowCurvature.stored(self, derivatives, budget)
 
     def implicit(self, derivatives: Derivatives) -> Implicit:
+        if offers_full_precision(derivatives.problem.model):
+            derivatives = replace(derivatives, precision=torch.float32)
         data = _Passes.of(derivatives)
 
         def product(rows: Rows, ids: Tensor | None = None) -> Rows:
-            return data.average(lambda i, b: data.products.ggn_product(i, b, rows), rows, ids)
+            with full_precision():
+                return data.average(lambda i, b: data.products.ggn_product(i, b, rows), rows, ids)
 
-        return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), len(derivatives.problem))
+        count, rounding = len(derivatives.problem), _product_rounding(derivatives)
+        return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), count, rounding)
 
     def block_means(self, derivatives: Derivatives) -> dict[str, float]:
         """Mean eigenvalue per block, exact for few outputs and examples, else from one sampled cotangent each.
@@ -201,7 +210,7 @@ class GGN(AbstractFisher):
         return AbstractRowCurvature.trace_cost(self if few else Fisher(samples=1), size)
 
     def _root_size(self, derivatives: Derivatives) -> int:
-        return root_size(derivatives, _likelihood(derivatives, "GGN()"))
+        return root_size(derivatives)
 
 
 @final
@@ -235,7 +244,7 @@ class Fisher(AbstractFisher):
         return self.samples or 1
 
     def check_objective(self, derivatives: Derivatives) -> None:
-        _likelihood(derivatives, "Fisher()")
+        require_output_curvature(derivatives)
 
     def rows_of(self, derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
         if self.samples is None:
@@ -251,12 +260,12 @@ class Fisher(AbstractFisher):
         return not self.draws_labels
 
     def column_count(self, derivatives: Derivatives) -> int:
-        return self.samples or root_size(derivatives, _likelihood(derivatives, "Fisher()"))
+        return self.samples or root_size(derivatives)
 
     def cotangents(
         self, derivatives: Derivatives, outputs: Tensor, batch: Any, ids: Tensor, draw: int = 0
     ) -> list[Tensor]:
-        objective, outputs = _likelihood(derivatives, "Fisher()"), outputs.detach()
+        objective, outputs = output_curvature(derivatives.objective), outputs.detach()
         if self.samples is None:
             return list(objective.root(outputs, batch))
         first = draw * self.samples
@@ -335,25 +344,25 @@ def _takes_rows(columns: int, parameters: int) -> bool:
 
 def roots_of(derivatives: Derivatives, ids: Tensor, batch: Any) -> Iterator[Rows]:
     """The columns of H^(1/2) J for one batch, n rows each."""
-    objective = _likelihood(derivatives, "GGN()")
+    objective = derivatives.objective
     tape = derivatives.tape(batch, len(ids))
     outputs = tape.outputs.detach()
     objective.check(outputs, batch, ids)
     finite_outputs(outputs, ids)
-    root = objective.root(outputs, batch)
+    root = output_curvature(objective).root(outputs, batch)
     for k, column in enumerate(root):
         yield tape.rows(column, keep_graph=k + 1 < len(root))
 
 
 def draws_of(derivatives: Derivatives, ids: Tensor, batch: Any, samples: int, seed: int) -> Iterator[Rows]:
     """Rows J^T c with E[c c^T] = H, draw by draw; the same for the same examples, however often they are asked for."""
-    objective = _likelihood(derivatives, "Fisher()")
+    objective = derivatives.objective
     tape = derivatives.tape(batch, len(ids))
     outputs = tape.outputs.detach()
     objective.check(outputs, batch, ids)
     finite_outputs(outputs, ids)
     for k in range(samples):
-        cotangent = objective.sample_cotangent(outputs, batch, Keyed(ids, draw_seed(seed, k)))
+        cotangent = output_curvature(objective).sample_cotangent(outputs, batch, Keyed(ids, draw_seed(seed, k)))
         yield tape.rows(cotangent, keep_graph=k + 1 < samples)
 
 
@@ -432,10 +441,10 @@ def _densify(operator: Implicit, derivatives: Derivatives, budget: Budget) -> Ma
     return Matrix(space, (matrix + matrix.T) / 2)
 
 
-def _likelihood(derivatives: Derivatives, curvature: str) -> AbstractLikelihood:
-    if not isinstance(derivatives.objective, AbstractLikelihood):
-        raise not_a_likelihood(curvature, derivatives.objective)
-    return derivatives.objective
+def _product_rounding(derivatives: Derivatives) -> float:
+    """The relative error of J^T H J v where the model computes in half precision, as under autocast."""
+    eps = float(torch.finfo(derivatives.precision).eps)
+    return _HALF_ROUNDINGS * eps if eps > torch.finfo(torch.float32).eps else 0.0
 
 
 def finite_outputs(outputs: Tensor, ids: Tensor) -> None:

@@ -19,7 +19,7 @@ class AbstractFisher(AbstractRowCurvature):
     """
 
     given_labels: ClassVar[bool] = False
-    """Whether the columns are slopes at the given labels, which any objective has; the others need a likelihood."""
+    """Whether the columns are slopes at the given labels, which any objective has; the others need a curved loss."""
 
     @property
     def draws_labels(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.notebook import Printable
 from ..core.validate import whole_number
 from ..linalg.density import Density
 from ..linalg.lanczos import estimate_density
@@ -19,8 +20,8 @@ from ..linalg.shift import Shift
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Spectrum:
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum(Printable):
     r"""The spectrum of C beside D = damping + weight decay; `print` it, or plot `density()`.
 
     Args:

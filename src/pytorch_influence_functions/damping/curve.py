@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput, NonFinite
+from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature
 from ..gradients.per_example import Derivatives, slopes
 from ..linalg.operator import AbstractSymmetric
 from ..linalg.resolvent import Resolvent
 from ..linalg.rows import Rows
-from ..objectives.base import AbstractLikelihood
+from ..objectives.base import AbstractObjective
+from ..objectives.differentiated import output_curvature
 from ..problem.data import Source
 from ..problem.problem import sweep
 from .rules import Absolute, AbstractDamping, HasMeanEigenvalue
@@ -55,8 +57,8 @@ class FittedCurvature(Protocol):
 
 
 @final
-@dataclass(frozen=True)
-class DampingCurve:
+@dataclass(frozen=True, repr=False)
+class DampingCurve(Printable):
     """The curve along which a damping was chosen; `print` it, or plot `losses` over `lambdas` (logarithmic axes).
 
     Args:
@@ -362,7 +364,7 @@ def _outputs(
 ) -> Iterator[_LocalModel]:
     """One row per example and output."""
     objective = derivatives.objective
-    assert isinstance(objective, AbstractLikelihood), "GGN() says so in a sentence first"
+    curvature = output_curvature(objective)
     width: int | None = None
     for ids, batch in sweep(derivatives.problem, label="leave one out", world=World()):
         n = len(ids)
@@ -382,14 +384,14 @@ def _outputs(
             torch.stack([resolvent.project(r) for r in rows], 1),
             own,
             slope.reshape(n, width).double(),
-            objective.output_hessian(outputs, batch).double(),
+            curvature.output_hessian(outputs, batch).double(),
             torch.cat([_multiply(r, goal) for r in rows], 1),
             torch.cat([_multiply(r, theta) for r in rows], 1),
             _exact_loss(objective, outputs, batch),
         )
 
 
-def _exact_loss(objective: AbstractLikelihood, outputs: Tensor, batch: Any) -> Callable[[Tensor], Tensor]:
+def _exact_loss(objective: AbstractObjective, outputs: Tensor, batch: Any) -> Callable[[Tensor], Tensor]:
     def loss(moves: Tensor) -> Tensor:
         with torch.no_grad():
             losses: Tensor = objective.losses(outputs + moves.to(outputs).reshape(outputs.shape), batch)

@@ -98,7 +98,7 @@ class Relative(AbstractDamping):
         if mean <= 0:
             raise InvalidInput(
                 f"Relative() scales the mean eigenvalue of the curvature, which is {mean:.3g} here; "
-                "use GGN() instead of Hessian(), or Absolute(value)."
+                "use Absolute(value), or GGN() instead of Hessian() (EmpiricalFisher() for a loss that has no GGN())."
             )
         return self.share * mean
 

@@ -79,13 +79,12 @@ def _train(screen: Screen, sets: DemoDatasets, recipe: Recipe, seed: int) -> Tra
     with one_thread(), screen.bars() as report, progress(report):
         model = train_model(recipe, sets.train, seed)
     train_losses, train_probabilities = _predict(model, *sets.train.tensors)
-    train_classes = train_probabilities.argmax(1)
     test_losses, test_probabilities = _predict(model, *sets.test.tensors)
     return TrainedModel(
         model=model,
         train_losses=train_losses,
-        train_classes=train_classes,
-        train_accuracy=_share(train_classes == sets.train.tensors[1]),
+        train_probabilities=train_probabilities,
+        train_accuracy=_share(train_probabilities.argmax(1) == sets.train.tensors[1]),
         test_losses=test_losses,
         test_probabilities=test_probabilities,
         test_accuracy=_share(test_probabilities.argmax(1) == sets.test.tensors[1]),

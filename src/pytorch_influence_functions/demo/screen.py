@@ -40,14 +40,17 @@ class Screen:
             self.console.print(padding.Padding(text, (0, 0, 0, 3), expand=False) if text else "")
 
     def table(self, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
-        """Print rows under `columns` of (title, "left" or "right"); without a heading if all titles are empty."""
+        """Print rows under `columns` of (title, "left" or "right"); without a heading if all titles are empty.
+
+        A column without a title, but the first, wraps its texts, so that those beside it keep their room.
+        """
         if self.quiet:
             return
         tables, padding = require("rich.table", "cli"), require("rich.padding", "cli")
         table = tables.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         table.show_header = any(title for title, _ in columns)
-        for title, justify in columns:
-            table.add_column(title, justify=justify, no_wrap=True)
+        for place, (title, justify) in enumerate(columns):
+            table.add_column(title, justify=justify, no_wrap=bool(title) or place == 0)
         for row in rows:
             table.add_row(*row)
         self.console.print(padding.Padding(table, (0, 0, 0, 3), expand=False))

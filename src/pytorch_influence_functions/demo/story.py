@@ -41,12 +41,16 @@ class TrainedModel:
 
     model: nn.Module
     train_losses: Float[Tensor, " n"]
-    train_classes: Int[Tensor, " n"]
-    """The class that the model gives each training image."""
+    train_probabilities: Float[Tensor, "n classes"]
     train_accuracy: float
     test_losses: Float[Tensor, " m"]
     test_probabilities: Float[Tensor, "m classes"]
     test_accuracy: float
+
+    @property
+    def train_classes(self) -> Int[Tensor, " n"]:
+        """The class that the model gives each training image."""
+        return self.train_probabilities.argmax(1)
 
 
 @final

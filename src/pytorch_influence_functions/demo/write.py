@@ -27,6 +27,7 @@ def write_files(story: Story, out: Path) -> list[tuple[str, str]]:
     story.scores.report(
         out / "report.html",
         predictions=story.trained.test_probabilities,
+        train_predictions=story.trained.train_probabilities,
         self_influence=story.suspects.self_influence,
         title="Fashion-MNIST, a tenth of the labels wrong",
         about=f"A small convolutional network, trained on {story.scores.n_train:,} images; "

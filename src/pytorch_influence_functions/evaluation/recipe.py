@@ -17,6 +17,8 @@ from ..core.errors import InvalidInput
 from ..core.validate import whole_number
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
+from ..objectives.loss_weights import loss_module
+from ..objectives.measures import FromFunction
 
 # All threads share one random generator, so models are made one after the other.
 _seeding = threading.Lock()
@@ -127,7 +129,13 @@ class Recipe:
 
     def objective(self) -> AbstractObjective | None:
         """The loss as an objective, `None` where it is to be inferred."""
-        return None if self.loss is None else as_objective(self.loss)
+        objective = None if self.loss is None else as_objective(self.loss)
+        if isinstance(objective, FromFunction) and loss_module(objective.function) is not None:
+            raise InvalidInput(
+                f"The loss {type(self.loss).__name__} has weights of its own, and the built-in recipe trains those of "
+                "the model alone; give a training function instead, and what to measure with measure=."
+            )
+        return objective
 
     def fresh(self, seed: int) -> nn.Module:
         """The model before its first step. The global random state is left alone.

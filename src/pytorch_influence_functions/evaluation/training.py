@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..core.batches import map_tensors, tensors_of
+from ..core.batches import Collated, map_tensors, tensors_of
 from ..core.errors import InvalidInput, NonFinite
 from ..gradients.vjp import as_function, grads, silence_slow_batching
 from ..objectives.base import AbstractObjective, tensor_targets, with_targets
@@ -60,7 +60,7 @@ class Examples:
         _, batch = next(iter(source.load([ids])))
         source.check_finite(ids, batch)
         tensors = [t for _, t in tensors_of(batch)]
-        if not tensors or any(t.dim() == 0 or len(t) != len(ids) for t in tensors):
+        if isinstance(batch, Collated) or not tensors or any(t.dim() == 0 or len(t) != len(ids) for t in tensors):
             raise InvalidInput(
                 "The built-in recipe needs examples that batch into tensors with one row each; give retrain() your own "
                 "training function instead."

@@ -24,7 +24,7 @@ from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
-from ..objectives.base import AbstractObjective, check_outputs, inputs_and_targets
+from ..objectives.base import AbstractObjective, check_outputs
 from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
@@ -60,15 +60,16 @@ class Tape:
     _capture: Capture
     _derivatives: Derivatives
     _batch: Any
+    _objective: AbstractObjective
 
     def rows(self, cotangent: Tensor, keep_graph: bool = False) -> Rows:
         """Rows J_n^T c_n. `cotangent` has the shape of `outputs`; `keep_graph` allows another call."""
         d = self._derivatives
         blocks = self._capture.rows(self.outputs, cotangent, keep_graph)
         if d.vmapped:
-            blocks |= d._by_vmap(self._batch, cotangent)
+            blocks |= d._by_vmap(self._batch, cotangent, self._objective)
         if d.looped:
-            blocks |= d._by_loop(self._batch, cotangent)
+            blocks |= d._by_loop(self._batch, cotangent, self._objective)
         n = self._capture.n
         rows = Rows({k: blocks[k] if k in blocks else self._zeros(n, k) for k in d.whole.blocks})
         return rows if d.projector is None else d.projector.apply(rows)
@@ -143,18 +144,20 @@ class Derivatives:
 
     def tape(self, batch: Any, n: int, objective: AbstractObjective | None = None) -> Tape:
         """Run the model forward on `n` examples and record what rows need."""
+        # A measure may be of other outputs than the loss is, so rows need the objective that took these.
+        objective = objective or self.objective
         with (
             preserved(self.problem.model, self.whole.names),
             torch.enable_grad(),
             record_calls(self.layers, n) as capture,
         ):
-            outputs = (objective or self.objective).outputs(self.problem.model, batch)
+            outputs = objective.outputs(self.problem.model, batch)
         if outputs.dim() == 0 or outputs.shape[0] != n:
             raise InvalidInput(
                 f"The model gave outputs of shape {tuple(outputs.shape)} for a batch of {n} examples; the first axis "
                 "must run over the examples, so return one output per example."
             )
-        return Tape(outputs, capture, self, batch)
+        return Tape(outputs, capture, self, batch, objective)
 
     def pullback(self, batch: Any, n: int, cotangent: Tensor) -> Rows:
         """Row n is J_n^T c_n, with c = `cotangent` in the shape of the model's outputs."""
@@ -201,17 +204,17 @@ class Derivatives:
         number_bytes = next(iter(self.whole.values(self.problem.model).values())).element_size()
         return source.suited_to(each, most, current().size, self.memory * _BATCH_SHARE / number_bytes)
 
-    def _by_vmap(self, batch: Any, cotangent: Tensor) -> dict[str, AbstractBlock]:
+    def _by_vmap(self, batch: Any, cotangent: Tensor, objective: AbstractObjective) -> dict[str, AbstractBlock]:
         names = [p for b in self.vmapped for p in self.whole.blocks[b].parameters]
         parameters = detach_parameters(self.problem.model, names)
         chunk = max(1, _VMAP_NUMBERS // max(1, sum(p.numel() for p in parameters.values())))
         with double_backward_safe(self.problem.model):
-            rows = per_example_vjp(self.problem.model, self.objective, parameters, batch, cotangent, chunk)
+            rows = per_example_vjp(self.problem.model, objective, parameters, batch, cotangent, chunk)
         return {b: self.whole.block(b, rows) for b in self.vmapped}
 
-    def _by_loop(self, batch: Any, cotangent: Tensor) -> dict[str, AbstractBlock]:
+    def _by_loop(self, batch: Any, cotangent: Tensor, objective: AbstractObjective) -> dict[str, AbstractBlock]:
         names = [p for b in self.looped for p in self.whole.blocks[b].parameters]
-        rows = rows_one_by_one(self.problem.model, self.objective, names, batch, cotangent)
+        rows = rows_one_by_one(self.problem.model, objective, names, batch, cotangent)
         return {b: self.whole.block(b, rows) for b in self.looped}
 
 
@@ -301,13 +304,15 @@ class _Probe:
         with first_batch(problem, together, torch.arange(count)) as (_, several), torch.no_grad():
             batch = batch_slice(several, count, ids)
             with NarrowestType() as narrowest:
-                outputs = problem.objective.outputs(model, batch)
+                outputs = _look(problem.objective, model, batch)
         check_outputs(outputs, ids)
         objective = problem.objective
         precision = max(narrowest.dtype, outputs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         refuse_mixing(model, objective, batch, outputs, tolerance(precision))
         if isinstance(objective, FromFunction):
-            objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
+            objective = objective.resolved_on(outputs, batch)
+            with torch.no_grad():
+                outputs = objective.outputs(model, batch)
             refuse_batch_loss(problem, objective)
         refuse_shared_losses(objective, batch, outputs)
         generator = torch.Generator().manual_seed(0)
@@ -333,6 +338,10 @@ class _Probe:
             if bool((gap > tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)).any()):
                 differing.append(name)
         return differing
+
+
+def _look(objective: AbstractObjective, model: nn.Module, batch: Any) -> Tensor:
+    return objective.look(model, batch, 3) if isinstance(objective, FromFunction) else objective.outputs(model, batch)
 
 
 def tolerance(dtype: torch.dtype) -> float:

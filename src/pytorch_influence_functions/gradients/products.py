@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,8 @@ from torch.func import grad, jvp, vjp, vmap
 
 from ..core.errors import InvalidInput, first_line
 from ..linalg.rows import Rows
-from ..objectives.base import AbstractLikelihood, AbstractObjective
+from ..objectives.base import AbstractObjective, AbstractOutputCurvature
+from ..objectives.differentiated import output_curvature
 from ..objectives.likelihoods import TokenCrossEntropy
 from ..problem.model_state import double_backward_safe, preserved
 from .per_example import Derivatives, tolerance
@@ -51,6 +52,8 @@ class Products:
 
     derivatives: Derivatives
     mode: PushforwardMode
+    unusable: set[str] = field(default_factory=set, repr=False)
+    """Products that forward mode was found not to give."""
 
     @staticmethod
     def of(derivatives: Derivatives, batch: Any, n: int) -> Products:
@@ -79,6 +82,8 @@ class Products:
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
                 log.info("No %s for this model: %s", mode.value, first_line(reason))
                 continue
+            if not products._can_push_losses(batch, v):
+                continue
             gap = ((pushed * c).reshape(n, -1).sum(1) - expected).norm()
             if bool(gap <= tolerance(derivatives.precision) * (expected.norm() + 1e-6 * pushed.norm() * c.norm())):
                 return products
@@ -92,10 +97,27 @@ class Products:
         objective = objective or self.derivatives.objective
         if self.mode is PushforwardMode.ROWS:
             return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
-        slopes = self._push(
+        if objective is self.derivatives.objective:
+            return self._push_losses(batch, directions, objective).T
+        try:
+            return self._push_losses(batch, directions, objective).T
+        except (RuntimeError, NotImplementedError, InvalidInput) as reason:  # only the training loss was tried before
+            log.info("No %s for this measure: %s", self.mode.value, first_line(reason))
+            return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
+
+    def _push_losses(self, batch: Any, directions: Rows, objective: AbstractObjective) -> Tensor:
+        return self._push(
             lambda p: objective.losses(objective.outputs(as_function(self._model, p), batch), batch), directions
         )
-        return slopes.T
+
+    def _can_push_losses(self, batch: Any, directions: Rows) -> bool:
+        """Whether a loss of the user's own has the derivative that this mode needs, as the model has."""
+        try:
+            self._push_losses(batch, directions, self.derivatives.objective)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
+            log.info("No %s for this loss: %s", self.mode.value, first_line(reason))
+            return False
+        return True
 
     def token_losses_along(self, batch: Any, directions: Rows) -> Float[Tensor, "q n l"]:
         """<gradient of each token's part of the loss, direction q>; the objective is a `TokenCrossEntropy`.
@@ -128,9 +150,9 @@ class Products:
     def ggn_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
         """sum over the batch of J^T (d^2 loss / d outputs^2) J v, for every direction."""
         objective = self.derivatives.objective
-        assert isinstance(objective, AbstractLikelihood), "GGN() says so in a sentence first"
+        curvature = output_curvature(objective)
         if self.mode is PushforwardMode.ROWS:
-            return self._ggn_by_rows(ids, batch, directions, objective)
+            return self._ggn_by_rows(ids, batch, directions, curvature)
         tree = self.derivatives.space.to_parameters(directions)
         with preserved(self._model, self._names), double_backward_safe(self._model), silence_slow_batching():
             current = self._current
@@ -140,16 +162,18 @@ class Products:
 
             if self.mode is PushforwardMode.FORWARD:
                 f, pull = vjp(outputs, current)  # type: ignore[misc]
+                curve = curvature.hessian_map(f, batch)
 
                 def product(v: Tree) -> Tree:
                     pushed = jvp(outputs, (current,), (v,))[1]
-                    return cast(Tree, pull(objective.hessian_product(f, batch, pushed))[0])
+                    return cast(Tree, pull(curve(pushed))[0])
 
                 return self._rows(vmap(product, chunk_size=DIRECTIONS, randomness="different")(tree))
-            products = []
+            products, by_reverse = [], None
             for v in _unstack(tree):
                 f, pushed = _push_by_reverse(outputs, current, v)
-                products.append(_pull(outputs, current, objective.hessian_product(f, batch, pushed)))
+                by_reverse = by_reverse or curvature.hessian_map(f, batch)
+                products.append(_pull(outputs, current, by_reverse(pushed)))
             return self._rows(_stack(products))
 
     def hessian_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
@@ -162,11 +186,16 @@ class Products:
             def total(p: Tree) -> Tensor:
                 return objective.losses(objective.outputs(as_function(self._model, p), batch), batch).sum()
 
-            if self.mode is PushforwardMode.FORWARD and len(directions) > 1:
+            if self.mode is PushforwardMode.FORWARD and len(directions) > 1 and "hessian" not in self.unusable:
                 product = vmap(
                     lambda v: jvp(grad(total), (current,), (v,))[1], chunk_size=DIRECTIONS, randomness="different"
                 )
-                return self._rows(product(tree))
+                try:
+                    return self._rows(product(tree))
+                except (RuntimeError, NotImplementedError, InvalidInput) as reason:
+                    # A backward pass may have no forward derivative, and yet be differentiable backwards.
+                    log.info("No forward mode for the Hessian of this model: %s", first_line(reason))
+                    self.unusable.add("hessian")
             return self._rows(_stack([_hessian_by_reverse(total, current, v) for v in _unstack(tree)]))
 
     def check_hessian(self, ids: Tensor, batch: Any) -> None:
@@ -184,7 +213,7 @@ class Products:
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as reason:
             raise InvalidInput(
                 f"Hessian() needs second derivatives, and an operation of this model has none ({first_line(reason)}); "
-                "use GGN() or EmpiricalFisher()."
+                "use EmpiricalFisher(), or GGN() where the loss has one."
             ) from reason
         # In units of the largest entry: a loss that is nearly linear here has entries whose squares are zero.
         unit = products.abs().max().clamp_min(torch.finfo(like.dtype).tiny)
@@ -213,10 +242,10 @@ class Products:
                 return cast(Tensor, pushed({k: x[None] for k, x in v.items()}))[0]
             return _push_by_reverse(outputs, self._current, v)[1]
 
-    def _ggn_by_rows(self, ids: Tensor, batch: Any, directions: Rows, objective: AbstractLikelihood) -> Rows:
+    def _ggn_by_rows(self, ids: Tensor, batch: Any, directions: Rows, curvature: AbstractOutputCurvature) -> Rows:
         tape = self.derivatives.tape(batch, len(ids))
         total = torch.zeros_like(directions.flat())
-        root = objective.root(tape.outputs.detach(), batch)
+        root = curvature.root(tape.outputs.detach(), batch)
         for k, column in enumerate(root):
             rows = tape.rows(column, keep_graph=k + 1 < len(root))
             total += rows.combine(rows.inner(directions).T).flat()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import batch_slice
+from ..core.batches import Collated, batch_slice
 from ..core.distributed import World
 from ..core.errors import InvalidInput, first_line, name_ids
 from ..core.indexing import spread_sample
-from ..objectives.base import AbstractObjective, inputs_and_targets
+from ..objectives.base import AbstractObjective
 from ..objectives.measures import FromFunction
 from ..problem.problem import Problem, first_batch, sweep
 
@@ -64,9 +63,21 @@ def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, ou
         if gap > room:
             raise InvalidInput(
                 f"The model's output for one example changes by {gap:.2g} with the examples beside it in the "
-                "batch, so it has no gradient of its own; the usual cause is batch normalisation without running "
-                "statistics. Use running statistics or GroupNorm."
+                f"batch, so it has no gradient of its own; {_causes(batch)}."
             )
+
+
+def _causes(batch: Any) -> str:
+    if isinstance(batch, Collated):
+        return (
+            "the collate function or the model lets examples see each other, as a mean over the batch does; take such "
+            "numbers once over the training data, or use running statistics or GroupNorm"
+        )
+    return (
+        "the usual causes are batch normalisation without running statistics, an output that is one number for the "
+        "whole batch, and noise from a generator that forward seeds anew; use running statistics or GroupNorm, return "
+        "one number per example, and draw noise once per example in the dataset"
+    )
 
 
 def refuse_shared_losses(objective: AbstractObjective, batch: Any, outputs: Tensor) -> None:
@@ -105,10 +116,10 @@ def refuse_batch_loss(problem: Problem, objective: FromFunction) -> None:
     several = replace(problem.data, batch_size=min(len(ids), max(problem.batch_size, 4)))
     with first_batch(problem, several, ids) as (ids, batch), torch.no_grad():
         outputs = objective.outputs(problem.model, batch)
-        targets, n = inputs_and_targets(batch)[2], len(ids)
-        alone = torch.stack([_call(objective, outputs, targets, [e]).reshape(()) for e in range(n)])
+        n = len(ids)
+        alone = torch.stack([objective.evaluate(outputs, batch, [e]).reshape(()) for e in range(n)])
         for group in _groups(n):
-            value = _call(objective, outputs, targets, group)
+            value = objective.evaluate(outputs, batch, group)
             _refuse_group(objective, value, alone[group], ids[group].tolist())
     if not _any_slope(problem, objective):
         looked_at = min(len(problem), _ZEROS)
@@ -125,12 +136,6 @@ def _groups(n: int) -> list[list[int]]:
         return []
     pairs = [[i, i + 1] for i in range(0, n - 1, 2)] + [[i, n - 1 - i] for i in range(n // 2)]
     return [list(range(n)), *pairs[: _PAIRS // 2], *pairs[-(_PAIRS // 2) :]]
-
-
-def _call(objective: FromFunction, outputs: Tensor, targets: Any, group: Sequence[int]) -> Tensor:
-    index = torch.tensor(group, device=outputs.device)
-    value: Tensor = objective.function(outputs[index], batch_slice(targets, len(outputs), index))
-    return value.detach()
 
 
 def _refuse_group(objective: FromFunction, value: Tensor, alone: Tensor, ids: list[int]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.distributed import current
 from ..core.errors import InvalidInput
+from ..core.notebook import html_table
 from ..core.records import Record
 from ..core.renames import OldNames
 from ..core.validate import whole_number
@@ -27,6 +28,7 @@ from ..linalg.rows import Route
 from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
+from ..problem.working_precision import copied_bytes, in_working_precision
 from ..scaling.base import AbstractScaling, Raw
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
@@ -60,6 +62,9 @@ class Influence(Record, AbstractMethod):
         route: force one route for inner products; see `Route`.
         truncation: keep solved queries in low rank, with a certified bound on every score's error.
         projection: `Gaussian(k)` projects every gradient to k numbers first; `None`: none does.
+        precision: `"bf16"`: forward and backward passes and the products of scoring are computed in bfloat16; sums and
+            products with a curvature that a solver repeats in float32, eigendecompositions in float64; `None`: float32,
+            or the model's precision where that is more. Weights in half precision are computed in float32, on a copy.
         weights: one number per checkpoint that multiplies its scores before they are added up; `None`: their mean.
 
     The record's `repr` is the provenance carried by every result. Making one computes nothing.
@@ -80,6 +85,7 @@ class Influence(Record, AbstractMethod):
     truncation: Truncation | None = None
     weights: tuple[float, ...] | None = None
     projection: AbstractProjection | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", Budget.of(self.memory))
@@ -99,6 +105,7 @@ class Influence(Record, AbstractMethod):
         start = time.perf_counter()
         check_problem(problem)
         check_weights_fit(self.weights, len(problem.checkpoints))
+        problem = in_working_precision(problem, self.precision)
         members = tuple(self._fit_at(problem, c, n_queries) for c in (problem.checkpoints or (None,)))
         return Attribution(self, problem, members, time.perf_counter() - start)
 
@@ -129,6 +136,7 @@ class Influence(Record, AbstractMethod):
             n_queries: how many queries there will be.
         """
         check_problem(problem)
+        given, problem = problem, in_working_precision(problem, self.precision)
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
             start = time.perf_counter()
             derivatives = self._derivatives(problem)
@@ -143,7 +151,8 @@ class Influence(Record, AbstractMethod):
         looked_at = sample_size(len(problem), derivatives.numbers or problem.space.size)
         described, memory = self.describe(composition), Budget.of(self.memory)
         one = estimate_cost(composition, size, described, memory, rule, solves, looked_at)
-        return replace(one, passes=one.passes * times, seconds=(one.seconds + preparing) * times)
+        held = one.memory_bytes + copied_bytes(given, problem)
+        return replace(one, passes=one.passes * times, seconds=(one.seconds + preparing) * times, memory_bytes=held)
 
     def _derivatives(self, problem: Problem) -> Derivatives:
         """How per-example gradients are taken, as far as the record forces that, and within its memory."""
@@ -199,6 +208,7 @@ class Influence(Record, AbstractMethod):
             "projection": self.projection,
             "weights": self.weights,
             "truncation": self.truncation,
+            "precision": self.precision,
         }
         parts += [f"{name}={value!r}" for name, value in optional.items() if value is not None]
         return f"Influence({', '.join(parts)})"
@@ -234,7 +244,14 @@ class Attribution(OldNames):
 
     def __repr__(self) -> str:
         several = f", {len(self.members)} checkpoints" if len(self.members) > 1 else ""
-        return f"Attribution({self.method}, {self.problem!r}{several})"
+        return f"Attribution({self.method}, {len(self.problem):,} examples{several})"
+
+    def _repr_html_(self) -> str:
+        dampings = ", ".join(f"{m.shift.damping:.3g}" for m in self.members[:8])
+        rows = [("method", self.method), ("why", self.why), ("problem", repr(self.problem)), ("lambda", dampings)]
+        rows += [("checkpoints", str(len(self.members)))] if len(self.members) > 1 else []
+        rows += [("fit", f"{self.fit_seconds:.3g} s"), ("next", "score(queries), self_influence()")]
+        return html_table(rows, title="Attribution")
 
     @plain_autograd()
     def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
@@ -413,6 +430,7 @@ class Attribution(OldNames):
             member.stored,
             self.spec.truncation,
             log,
+            None if self.spec.precision is None else torch.bfloat16,
         )
 
     def _damped_shares(self, member: FittedMember, question: Question) -> Tensor:
@@ -439,6 +457,8 @@ class Attribution(OldNames):
             method=self.method,
             why=self.why,
             damping=sum(m.shift.damping for m in members) / len(members),
+            weight_decay=min(first.shift.decay.values(), default=0.0),
+            weight_decay_most=max(first.shift.decay.values(), default=0.0),
             members=len(members),
             effective_dimension=sum(m.effective_dimension for m in members) / len(members),
             notes=(*notes, *log.notes(), *((scaling.note,) if scaling.note else ())),

@@ -13,6 +13,7 @@ from ..curvature.base import AbstractCurvature
 from ..gradients.projections import AbstractProjection
 from ..linalg.rows import Route
 from ..problem.problem import Problem
+from ..problem.working_precision import check_precision
 from ..scaling.base import AbstractScaling
 from ..solvers.auto import Auto
 from ..solvers.base import AbstractSolver, no_preconditioner
@@ -41,6 +42,12 @@ def check_parts(spec: Any) -> None:
                 f"{name}= got {given!r}, which is a whole method; pass it as method=, or call its fit(problem)."
             )
         raise InvalidInput(f"{name}= must be {examples}, got {given!r} of type {type(given).__name__}.")
+    check_precision(spec.precision)
+    if spec.precision is not None and spec.curvature is not None and not spec.curvature.semidefinite:
+        raise InvalidInput(
+            f"precision={spec.precision!r} leaves two digits, and {spec.curvature!r} takes second derivatives of the "
+            "model, which need more; leave it out, or use GGN() or EKFAC()."
+        )
     if isinstance(spec.solver, AbstractSolver):
         check_options_used(spec, spec.solver)
     if spec.truncation is not None and Route.of(spec.route) is Route.FORWARD:

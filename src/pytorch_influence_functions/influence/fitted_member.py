@@ -48,6 +48,10 @@ class FittedMember:
     shift: Shift = Shift(0.0)
     state: Any = None
 
+    def __repr__(self) -> str:
+        parts = f"{self.composition.curvature!r}, {self.composition.solver!r}"
+        return f"FittedMember({parts}, lambda = {self.shift.damping:.3g})"
+
     @staticmethod
     def fit(
         checkpoint: Checkpoint | None,

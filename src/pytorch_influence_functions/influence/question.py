@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ..core.errors import InvalidInput
-from ..objectives.base import AbstractObjective, inputs_and_targets
+from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.labels import Labels
+from ..problem.model_and_loss import ModelAndLoss
 from ..problem.problem import Problem, first_batch
 from .checks import check_top, in_queries, of_measure
 
@@ -56,6 +57,8 @@ def resolve_measure(problem: Problem, trained: AbstractObjective, measure: Any, 
         return trained
     with of_measure():
         objective = as_objective(measure)
+    if isinstance(problem.model, ModelAndLoss) and measure is problem.model.trained.module:
+        return trained
     if getattr(objective, "reads_logits", False) and getattr(trained, "from_probabilities", False):
         raise InvalidInput(
             f"{objective!r} reads logits and the model gives probabilities (from_probabilities=True); write the "
@@ -65,7 +68,7 @@ def resolve_measure(problem: Problem, trained: AbstractObjective, measure: Any, 
     if isinstance(objective, FromFunction):
         ids = torch.arange(min(2, len(source)))
         with in_queries(), first_batch(problem, source, ids) as (_, batch), torch.no_grad():
-            outputs = objective.outputs(problem.model, batch)
+            outputs = objective.look(problem.model, batch, len(ids))
         with of_measure():
-            objective = objective.resolved(outputs, inputs_and_targets(batch)[2])
+            objective = objective.resolved_on(outputs, batch)
     return objective

@@ -109,7 +109,7 @@ class RunLog:
             gradient_examples=stationarity.looked_at,
             mode=describe_mode(problem),
             deterministic=problem.data.determinism,
-            objective=repr(problem.objective),
+            objective=problem.describe_objective(),
             reading=problem.data.reading,
             routes=routes,
             **(logged | facts),

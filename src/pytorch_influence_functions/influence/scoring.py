@@ -196,6 +196,7 @@ class TrainingStream:
         stored: all training gradients, where a fit has kept them: then nothing is read.
         truncation: keep the solved queries in low rank while they are used.
         log: takes the certificate of the truncation.
+        precision: of the inner products; None: that of the rows.
     """
 
     derivatives: Derivatives
@@ -205,6 +206,7 @@ class TrainingStream:
     stored: Rows | None = None
     truncation: Truncation | None = None
     log: RunLog = field(default_factory=RunLog)
+    precision: torch.dtype | None = None
 
     def blocks(self) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "q n"]]]:
         """(training ids, scores of the group on them), in dataset order."""
@@ -230,7 +232,7 @@ class TrainingStream:
         for gradients in rows:
             if truncated is not None:
                 self.log.add_truncation(truncated, truncated.bound(gradients.rows) / n)
-            yield gradients.ids, solved.against(gradients.rows, self.route)
+            yield gradients.ids, solved.against(gradients.rows, self.route, self.precision)
 
     def _takes_forward_mode(self) -> bool:
         d = self.derivatives

@@ -51,6 +51,10 @@ class AbstractBlock(ABC):
     def scale(self, factor: Tensor | float) -> AbstractBlock:
         """Rows times a number, or times one number per row."""
 
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> AbstractBlock:
+        """The same rows in another precision."""
+
     def squared_norms(self) -> Float[Tensor, " n"]:
         """Squared norm of every row; by default through the written-out rows."""
         return self.dense().flatten(1).square().sum(1)
@@ -112,6 +116,9 @@ class Dense(AbstractBlock):
     def scale(self, factor: Tensor | float) -> Dense:
         return Dense(self.values * _rowwise(factor, self.values))
 
+    def to(self, dtype: torch.dtype) -> Dense:
+        return Dense(self.values.to(dtype))
+
     def sums(self) -> Float[Tensor, " n"]:
         return self.values.flatten(1).sum(1)
 
@@ -152,6 +159,9 @@ class Outer(AbstractBlock):
 
     def scale(self, factor: Tensor | float) -> Outer:
         return Outer(self.left * _rowwise(factor, self.left), self.right)
+
+    def to(self, dtype: torch.dtype) -> Outer:
+        return Outer(self.left.to(dtype), self.right.to(dtype))
 
     def squared_norms(self) -> Float[Tensor, " n"]:
         t, (o, i) = self.terms, self.shape
@@ -204,6 +214,9 @@ class Indexed(AbstractBlock):
 
     def scale(self, factor: Tensor | float) -> Indexed:
         return Indexed(self.index, self.values * _rowwise(factor, self.values), self.size)
+
+    def to(self, dtype: torch.dtype) -> Indexed:
+        return Indexed(self.index, self.values.to(dtype), self.size)
 
     def squared_norms(self) -> Float[Tensor, " n"]:
         same = self.index[:, :, None] == self.index[:, None, :]
@@ -285,6 +298,9 @@ class Conv(AbstractBlock):
     def scale(self, factor: Tensor | float) -> Conv:
         return Conv(self.left * _rowwise(factor, self.left), self.x, self.window)
 
+    def to(self, dtype: torch.dtype) -> Conv:
+        return Conv(self.left.to(dtype), self.x.to(dtype), self.window)
+
     def squared_norms(self) -> Float[Tensor, " n"]:
         return self.outer().squared_norms()
 
@@ -340,6 +356,9 @@ class Sum(AbstractBlock):
 
     def scale(self, factor: Tensor | float) -> Sum:
         return Sum(tuple(p.scale(factor) for p in self.parts))
+
+    def to(self, dtype: torch.dtype) -> Sum:
+        return Sum(tuple(p.to(dtype) for p in self.parts))
 
     def sums(self) -> Float[Tensor, " n"]:
         return torch.stack([p.sums() for p in self.parts]).sum(0)

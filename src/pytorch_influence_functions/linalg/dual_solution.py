@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -18,9 +18,9 @@ from .shift import Shift
 class DualSolution:
     """x_n = D^-1 (b_n - sum_m w[n, m] g_m), never written out unless asked.
 
-    `base` b [n], `basis` G [m], `coefficients` w [n, m] and `overlaps` b D^-1 G^T [n, m] in float64; `count`
-    is N. Behaves as `Rows` where scoring needs it: `len`, `inner`, `flat`, `take`, `scaled`,
-    `squared_norms`, dtype, device.
+    `base` b [n], `basis` G [m], `coefficients` w [n, m] and `overlaps` b D^-1 G^T [n, m] in float64; `count` is N;
+    `precision` that of inner products, None for the rows' own. Behaves as `Rows` where scoring needs it: `len`,
+    `inner`, `flat`, `take`, `scaled`, `squared_norms`, dtype, device.
     """
 
     written_out: ClassVar[bool] = False
@@ -31,6 +31,7 @@ class DualSolution:
     overlaps: Float[Tensor, "n m"]
     shift: Shift
     count: int
+    precision: torch.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.base)
@@ -52,13 +53,15 @@ class DualSolution:
             return (self.count * self.coefficients).to(self.dtype)
         uniform = self.shift.uniform
         scaled = rows if uniform is not None else self.shift.inverse(rows)
-        direct = self.base.inner(scaled, route).double()
+        direct = self.base.inner(scaled, route, self.precision).double()
         # The big side first: its factored form is the one whose route matters.
-        removed = self.coefficients @ self.basis.inner(scaled, route).double()
+        removed = self.coefficients @ self.basis.inner(scaled, route, self.precision).double()
         return (direct.sub_(removed) / (uniform if uniform is not None else 1.0)).to(self.dtype)
 
-    def against(self, training: Rows, route: Route | None = None) -> Float[Tensor, "n m"]:
-        """The same as `inner`, under the name that `Rows` has for it."""
+    def against(
+        self, training: Rows, route: Route | None = None, dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "n m"]:
+        """The same as `inner`, in this solution's own precision: what two large products leave must not be rounding."""
         return self.inner(training, route)
 
     def quadratic(self) -> Float[Tensor, " n"]:
@@ -67,7 +70,9 @@ class DualSolution:
         return products.clamp_min(0.0)
 
     def _base_norms(self) -> Tensor:
-        parts = [b.squared_norms() / d for b, d in zip(self.base.blocks.values(), self._diagonal(), strict=True)]
+        blocks = self.base.blocks.values()
+        wide = blocks if self.precision is None else [b.to(self.precision) for b in blocks]
+        parts = [b.squared_norms() / d for b, d in zip(wide, self._diagonal(), strict=True)]
         return torch.stack(parts).sum(0)
 
     def _diagonal(self) -> list[float]:
@@ -103,10 +108,10 @@ class DualSolution:
     def take(self, index: Tensor | slice) -> DualSolution:
         """The solutions `index`, in that order."""
         base = self.base.take(index)
-        return DualSolution(base, self.basis, self.coefficients[index], self.overlaps[index], self.shift, self.count)
+        return replace(self, base=base, coefficients=self.coefficients[index], overlaps=self.overlaps[index])
 
     def scaled(self, factor: Tensor | float) -> DualSolution:
         """Times a number, or one number per row."""
         column = factor.double()[:, None] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
         coefficients, overlaps = self.coefficients * column, self.overlaps * column
-        return DualSolution(self.base.scaled(factor), self.basis, coefficients, overlaps, self.shift, self.count)
+        return replace(self, base=self.base.scaled(factor), coefficients=coefficients, overlaps=overlaps)

@@ -66,7 +66,7 @@ class Gram(AbstractSampled):
         return dict(self._known["means"])
 
     def gram(self) -> Float[Tensor, "m m"]:
-        """K = G G^T in float64 (accumulated in the rows' own dtype), computed once."""
+        """K = G G^T in float64 (its products taken in `precision`), computed once."""
         return self.gram_by(dict.fromkeys(self.rows.blocks, 0))[0]
 
     def gram_by(self, groups: Mapping[str, Any]) -> dict[Any, Float[Tensor, "m m"]]:
@@ -78,10 +78,37 @@ class Gram(AbstractSampled):
         for members, key in names.items():
             if members not in self._known:
                 part = Rows({k: b for k, b in self.rows.blocks.items() if k in members})
-                k = part.inner(part).double()
+                k = part.inner(part, dtype=self.wider).double()
                 self._known[members] = (k + k.T).div_(2)
             out[key] = self._known[members]
         return out
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of the inner products: float32 at least, and float64 after `refine`."""
+        return self.wider or torch.promote_types(self.rows.dtype, torch.float32)
+
+    @property
+    def wider(self) -> torch.dtype | None:
+        """The precision of inner products, where it is not the rows' own."""
+        narrow = torch.finfo(self.rows.dtype).bits < 32
+        wider: torch.dtype | None = self._known.get("precision", torch.float32 if narrow else None)
+        return wider
+
+    def refine(self) -> None:
+        """Take inner products in float64 from here on, for a damping that float32 does not resolve."""
+        first = self._known.get("first damping")
+        self._known.clear()
+        self._known["precision"] = torch.float64
+        if first is not None:
+            self._known["first damping"] = first
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should be read with scores."""
+        if "precision" not in self._known:
+            return ()
+        return ("inner products of gradients were taken in float64: the damping is below the rounding of float32",)
 
     def eigen(self) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]:
         """Eigenvalues (clamped at 0: rounding can leave tiny negative ones) and eigenvectors of `gram()`, once."""

@@ -19,14 +19,19 @@ class Implicit(AbstractSampled):
 
     `product(rows, ids)` applies C to every row, over all data when `ids` is None, else the mean over those
     examples; `mean()` gives trace(C_bb) / P_b per block, or one number for all of them, and is called at most once;
-    `count` is N.
+    `count` is N; `rounding` is the relative error of a product that is computed in less than the rows' precision.
     """
 
     space: Space
     product: Callable[[Rows, Tensor | None], Rows]
     mean: Callable[[], float | Mapping[str, float]]
     count: int
+    rounding: float = 0.0
     _known: Cache = cache_field()
+
+    @property
+    def product_rounding(self) -> float:
+        return self.rounding
 
     @property
     def examples(self) -> int:

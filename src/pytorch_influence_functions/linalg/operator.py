@@ -53,6 +53,11 @@ class AbstractOperator(ABC):
         return None
 
     @property
+    def product_rounding(self) -> float:
+        """The relative error of a product, where it is computed in less than the rows' precision; 0 elsewhere."""
+        return 0.0
+
+    @property
     def decomposition_bytes(self) -> int:
         """What a solver needs that decomposes it."""
         return 0

@@ -23,6 +23,8 @@ from .chunks import chunks
 
 # Operations the machine does in the time it moves one byte. The numbers are fixed: results never depend on timing.
 _OPERATIONS_PER_BYTE = {"cpu": 12.0, "cuda": 100.0}
+# Numbers of a block that are held at once in another precision.
+_CONVERTED = 1 << 24
 # Numbers that stay in a core's cache.
 _CACHED = 1 << 18
 
@@ -233,6 +235,22 @@ def _rowwise(a: AbstractBlock, b: AbstractBlock) -> Float[Tensor, " n"]:
     return pushed.mul_(a.right).sum((1, 2))
 
 
+def inner_in(a: AbstractBlock, b: AbstractBlock, dtype: torch.dtype, route: Route = Route.AUTO) -> Float[Tensor, "n m"]:
+    """<a_n, b_m> computed in another precision than the rows are kept in, a part of each at a time."""
+    out = a.reference.new_empty(len(a), len(b), dtype=dtype)
+    parts = [(part, b.take(part).to(dtype)) for part in _parts(b)] if b.numbers <= _CONVERTED else None
+    for rows in _parts(a):
+        some = a.take(rows).to(dtype)
+        for columns, others in parts or ((part, b.take(part).to(dtype)) for part in _parts(b)):
+            out[rows, columns] = inner(some, others, route)
+    return out
+
+
+def _parts(block: AbstractBlock) -> list[slice]:
+    step = max(1, _CONVERTED * len(block) // max(1, block.numbers))
+    return [slice(start, start + step) for start in range(0, len(block), step)]
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """`n` vectors in parameter space, block by block.
@@ -261,18 +279,31 @@ class Rows:
         """How many numbers these rows take in their present form."""
         return sum(b.numbers for b in self.blocks.values())
 
-    def inner(self, other: Rows, route: Route | None = None) -> Float[Tensor, "n m"]:
-        """All inner products <self_n, other_m>, each block by its own route."""
+    def inner(self, other: Rows, route: Route | None = None, dtype: torch.dtype | None = None) -> Float[Tensor, "n m"]:
+        """All inner products <self_n, other_m>, each block by its own route.
+
+        Args:
+            other: the other rows, of the same space.
+            route: one for all blocks; None: the cheapest of each.
+            dtype: the precision of the products; None: that of the rows. Blocks are added up in float32 or more.
+        """
         total: Tensor | None = None
         for name, block in self.blocks.items():
-            products = inner(block, other.blocks[name], route or Route.AUTO)
+            another = other.blocks[name]
+            if dtype is None:
+                products = inner(block, another, route or Route.AUTO)
+            else:
+                products = inner_in(block, another, dtype, route or Route.AUTO)
+            products = products.to(torch.promote_types(products.dtype, torch.float32))
             total = products if total is None else total.add_(products)
         assert total is not None
         return total
 
-    def against(self, training: Rows, route: Route | None = None) -> Float[Tensor, "n m"]:
+    def against(
+        self, training: Rows, route: Route | None = None, dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "n m"]:
         """<self_n, training_m> for solved queries, routed by the form of the training rows."""
-        return training.inner(self, route).T
+        return training.inner(self, route, dtype).T
 
     def rowwise(self, other: Rows) -> Float[Tensor, " n"]:
         """<self_n, other_n> for matching rows."""
@@ -307,6 +338,10 @@ class Rows:
     def sums(self) -> Float[Tensor, " n"]:
         """NaN or infinite where any number stored for a row is; much cheaper than norms."""
         return torch.stack([b.sums() for b in self.blocks.values()]).sum(0)
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The same rows in another precision."""
+        return self.map(lambda _, b: b.to(dtype))
 
     def take(self, index: Tensor | slice) -> Rows:
         return self.map(lambda _, b: b.take(index))

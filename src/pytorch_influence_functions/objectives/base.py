@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.batches import Collated, whole_batch
 from ..core.errors import InvalidInput, name_ids
 from ..core.records import describe_record, settings_of
 from .draws import Randomness
 from .failure import model_failed
+from .outputs import main_output, without_weights
 
 #: Where a batch that is a mapping keeps its target.
 LABELS = ("labels", "label")
@@ -31,7 +34,8 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
     Args:
         batch: what the collate function gives. A tuple or list is `(inputs..., target)`; a mapping as its
             first member holds keyword arguments. A mapping (tokenizer output) holds the target under "labels"
-            or "label", everything else are keyword arguments.
+            or "label", everything else are keyword arguments. An object of its own (graphs put together as one) is
+            the model's only argument, and holds the target as its attribute `y`.
 
     Returns:
         `(args, kwargs, targets)`, so that the outputs are `model(*args, **kwargs)`.
@@ -45,6 +49,7 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
         >>> inputs_and_targets((1, 2, 3))
         ((1, 2), {}, 3)
     """
+    batch = whole_batch(batch)
     if isinstance(batch, Mapping):
         key = label_key(batch)
         if key is None:
@@ -54,6 +59,8 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
             )
         return (), {k: v for k, v in batch.items() if k != key}, batch[key]
     if not isinstance(batch, (tuple, list)):
+        if not isinstance(batch, Tensor) and isinstance(getattr(batch, "y", None), Tensor):
+            return (batch,), {}, batch.y
         raise InvalidInput(
             f"A batch of type {type(batch).__name__} has no target; expected (inputs, target) "
             "or a mapping with 'labels', so let the dataset return both."
@@ -76,6 +83,8 @@ def label_key(batch: Mapping[str, Any]) -> str | None:
 
 def with_targets(batch: Batch, targets: Tensor) -> Batch:
     """The batch with its target replaced (or added, where a mapping has none)."""
+    if isinstance(batch, Collated):
+        return replace(batch, whole=with_targets(batch.whole, targets))
     if isinstance(batch, Mapping):
         return {**batch, label_key(batch) or LABELS[0]: targets}
     members = [*batch[:-1], targets]
@@ -104,33 +113,32 @@ def as_tensor_targets(targets: Any) -> Tensor:
 
 
 def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The model's outputs as one tensor: `.logits` of an output object, the first member of a tuple.
+    """The model's outputs as one tensor: the only one that it returns, or `logits` or `out` of several.
 
     Raises:
-        InvalidInput: the model failed, or there is no tensor to be found.
+        InvalidInput: the model failed, or returned no tensor, or several of which any may be meant.
+    """
+    return widen(main_output(without_weights(run_model(model, args, kwargs))))
+
+
+def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Whatever the model returns.
+
+    Raises:
+        InvalidInput: the model failed.
     """
     try:
-        returned = model(*args, **kwargs)
+        return model(*args, **kwargs)
     except Exception as cause:
         error = model_failed(cause, args, kwargs)
         if error is cause:
             raise
         raise error from cause
-    result = returned
-    if not isinstance(result, Tensor):
-        if isinstance(result, Mapping) and "logits" in result:
-            result = result["logits"]
-        elif isinstance(getattr(result, "logits", None), Tensor):
-            result = result.logits
-        elif isinstance(result, (tuple, list)) and result:
-            result = result[0]
-    if not isinstance(result, Tensor):
-        raise InvalidInput(
-            f"The model returned {type(returned).__name__}, expected a tensor, an object with .logits, or a "
-            "tuple starting with a tensor; wrap the model so that it returns its outputs."
-        )
-    # A loss is a sum of many terms: autocast, too, computes it in float32.
-    return result.float() if result.dtype in (torch.bfloat16, torch.float16) else result
+
+
+def widen(outputs: Tensor) -> Tensor:
+    """Outputs in float32 at least: a loss is a sum of many terms, and autocast, too, computes it so."""
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
 # ----------------------------------------------------------------- checks of values, never under transforms
@@ -264,10 +272,10 @@ def _key(objective: AbstractObjective) -> tuple[Any, ...]:
     )
 
 
-class AbstractLikelihood(AbstractObjective):
-    """An objective that is -log p(y | f), up to scale: unlocks GGN, Fisher and K-FAC.
+class AbstractOutputCurvature(ABC):
+    """The Hessian H_n of every example's loss in the example's outputs; it is positive semi-definite.
 
-    H_n below is the Hessian of example n's loss in its outputs; it is positive semi-definite.
+    Unlocks GGN, Fisher and K-FAC.
     """
 
     @abstractmethod
@@ -300,6 +308,32 @@ class AbstractLikelihood(AbstractObjective):
         """
 
     @abstractmethod
+    def hessian_map(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Callable[[Tensor], Tensor]:
+        """The map v_n -> H_n v_n at these outputs, which may be called under `torch.func.vmap`.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+        """
+
+    @final
+    def output_hessian(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "n c c"]:
+        """H_n written out, over the outputs of an example flattened.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+        """
+        size, product = outputs[0].numel(), self.hessian_map(outputs, batch)
+        units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+        columns = [product(unit.expand(len(outputs), size).reshape(outputs.shape)) for unit in units]
+        return torch.stack(columns, -1).reshape(len(outputs), size, size)
+
+
+class AbstractLikelihood(AbstractObjective, AbstractOutputCurvature):
+    """An objective that is -log p(y | f), up to scale, and knows its Hessian in the outputs in closed form."""
+
+    @abstractmethod
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
     ) -> Float[Tensor, "n *out"]:
@@ -312,17 +346,5 @@ class AbstractLikelihood(AbstractObjective):
         """
 
     @final
-    def output_hessian(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "n c c"]:
-        """H_n written out, over the outputs of an example flattened.
-
-        Args:
-            outputs: the model's outputs, one per example along the first axis.
-            batch: the batch that the outputs came from.
-        """
-        size = outputs[0].numel()
-        units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-        columns = [
-            self.hessian_product(outputs, batch, unit.expand(len(outputs), size).reshape(outputs.shape))
-            for unit in units
-        ]
-        return torch.stack(columns, -1).reshape(len(outputs), size, size)
+    def hessian_map(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Callable[[Tensor], Tensor]:
+        return lambda v: self.hessian_product(outputs, batch, v)

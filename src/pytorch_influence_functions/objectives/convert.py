@@ -46,13 +46,15 @@ def as_objective(loss: Any) -> AbstractObjective:
     if isinstance(loss, nn.Module):
         # Subclasses may compute something else, so the type must be the very one.
         convert = _MODULES.get(type(loss))
-        return convert(loss) if convert is not None else FromFunction(_with_mean_reduction(loss))
+        takes_one = True if type(loss).__module__ == nn.modules.loss.__name__ else None
+        return convert(loss) if convert is not None else FromFunction(_with_mean_reduction(loss), takes_one=takes_one)
     if not callable(loss):
         raise InvalidInput(
             f"The loss is {loss!r} of type {type(loss).__name__}; expected an objective such as "
             "CrossEntropy(), a torch.nn loss, or a function of (outputs, targets)."
         )
-    return _FUNCTIONS.get(loss) or FromFunction(loss)
+    takes_one = True if getattr(loss, "__module__", "") == F.__name__ else None
+    return _FUNCTIONS.get(loss) or FromFunction(loss, takes_one=takes_one)
 
 
 def _with_mean_reduction(loss: nn.Module) -> nn.Module:

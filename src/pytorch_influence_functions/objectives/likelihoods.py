@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from ..core.batches import whole_batch
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number
 from .base import (
@@ -362,6 +363,7 @@ class TokenCrossEntropy(AbstractLikelihood):
         return _softmax_product(outputs, self._labels(outputs, batch)[1], v)
 
     def _split(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        batch = whole_batch(batch)
         bare = isinstance(batch, Mapping) and label_key(batch) is None
         if self.shift and bare and "input_ids" in batch:
             targets, mask = batch["input_ids"], batch.get("attention_mask")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 from torch.func import vmap
 
-from ..core.batches import batch_slice, example_tensors, with_example_tensors
+from ..core.batches import Collated, batch_slice, count_examples, example_tensors, with_example_tensors
 from ..core.errors import InfluenceError, InvalidInput, NonFinite, first_line
 from ..core.validate import choice
 from .base import (
@@ -25,7 +25,19 @@ from .base import (
     inputs_and_targets,
     is_integer,
     offenders,
+    run_model,
     tensor_targets,
+    widen,
+)
+from .loss_weights import TrainedLoss, refuse_hidden_weights
+from .outputs import (
+    OutputLayouts,
+    describe_outputs,
+    has_main,
+    has_rows,
+    map_outputs,
+    with_main,
+    without_weights,
 )
 
 Reduction = Literal["none", "mean", "sum"]
@@ -148,13 +160,18 @@ class FromFunction(AbstractObjective):
 
     On a batch the function may return one number per example ("none"), their "mean" or their "sum": on a
     single example all three agree, so each example is given alone (by `torch.func.vmap`; in a loop, if the
-    function cannot be vectorised). Nothing is known of its Hessian in the outputs: GGN, Fisher and K-FAC need
-    a likelihood.
+    function cannot be vectorised). It is given what the model returned: a tensor, a dictionary, a tuple or an object
+    of several outputs. Where outputs have no row per example (a list with an entry for each), every example is run by
+    itself, and its loss stands for its outputs. Nothing is known of its Hessian in the outputs: GGN, Fisher and K-FAC
+    need a likelihood.
 
     Args:
         function: from outputs and targets of a batch to a tensor.
         lower_is_better: False for a score such as accuracy-like margins.
         reduction: what the function does to a batch; `None`: not determined yet, see `resolved`.
+        takes_one: of a model that returns several outputs, the function takes the one called `logits` or `out`;
+            False: all that the model returns. `None`: found out, all where the function does not fail on it.
+        layouts: how several outputs were put side by side as one tensor; filled by `outputs`.
 
     Raises:
         InvalidInput: not a function, an unknown reduction, or (when used) a result that is no number per
@@ -170,6 +187,8 @@ class FromFunction(AbstractObjective):
     function: Any
     lower_is_better: bool = True
     reduction: str | None = None
+    takes_one: bool | None = field(default=None, repr=False)
+    layouts: OutputLayouts = field(default_factory=OutputLayouts, repr=False, metadata={"fingerprint": False})
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -179,44 +198,171 @@ class FromFunction(AbstractObjective):
         choice("reduction", self.reduction, (*_REDUCTIONS, None), owner=self, hint="None finds it out")
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
-        args, kwargs, _ = inputs_and_targets(batch)
-        return call_model(model, args, kwargs)
+        args, kwargs, targets = inputs_and_targets(batch)
+        if self.layouts.one_by_one:
+            return self._losses_alone(model, batch, count_examples(batch, targets))
+        returned = self._read(run_model(model, args, kwargs))
+        n = count_examples(batch, targets)
+        is_tensor = isinstance(without_weights(returned), Tensor)
+        if has_rows(returned, n) or (is_tensor and not isinstance(batch, Collated)):
+            return widen(self.layouts.flatten(returned, n))
+        losses = self._losses_alone(model, batch, n)
+        cut_off = map_outputs(returned, Tensor.detach)
+        refuse_hidden_weights(self._value(cut_off, targets), _name(self.function))
+        if n > 1:
+            self._reduction_of(self._value(cut_off, targets), losses.detach())
+        self.layouts.one_by_one = True
+        return losses
+
+    def look(self, model: Model, batch: Batch, n: int) -> Tensor:
+        """The outputs of a batch of `n` examples, after a look at one less.
+
+        A tensor that examples share may have as many rows as the batch has examples; with one less it has not.
+
+        Args:
+            model: the model, or any callable with its arguments.
+            batch: the batch.
+            n: how many examples it holds.
+        """
+        if n > 1 and not self.takes_one:
+            self.outputs(model, batch)
+            self.outputs(model, batch_slice(batch, n, slice(0, n - 1)))
+        return self.outputs(model, batch)
+
+    def _read(self, returned: Any) -> Any:
+        """What the function is given of what the model returned."""
+        returned = returned if isinstance(self.function, TrainedLoss) else without_weights(returned)
+        return with_main(returned) if self.takes_one else returned
+
+    def _losses_alone(self, model: Model, batch: Batch, n: int) -> Tensor:
+        """Each example's loss from a forward pass of its own, [n]."""
+        losses = []
+        for e in range(n):
+            args, kwargs, targets = inputs_and_targets(batch_slice(batch, n, slice(e, e + 1)))
+            value = self._value(self._read(run_model(model, args, kwargs)), targets)
+            if value.numel() != 1:
+                raise InvalidInput(_describe_not_scalar(self.function, value))
+            losses.append(value.reshape(()))
+        return torch.stack(losses)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Num[Tensor, " n"]:
+        if self.layouts.one_by_one:
+            return outputs
         targets = inputs_and_targets(batch)[2]
-        if self.reduction == "none":
-            return _require_one_per_example(_require_tensor(self.function(outputs, targets)), len(outputs))
-        return _evaluate_one_by_one(self.function, outputs, targets)
+        if self.reduction == "none" and not self.layouts.has_shared(outputs):
+            return _require_one_per_example(_require_tensor(self.apply(outputs, targets)), len(outputs))
+        if _has_rows(targets, batch, len(outputs)):
+            return _evaluate_one_by_one(self.apply, self.function, outputs, targets)
+        return torch.stack([self.evaluate(outputs, batch, [e]).reshape(()) for e in range(len(outputs))])
+
+    def apply(self, outputs: Tensor, targets: Any) -> Any:
+        """The function of outputs and targets, the outputs being what the model returned.
+
+        Args:
+            outputs: from `outputs`, or some rows of it.
+            targets: as many targets.
+        """
+        returned = self.layouts.restore(outputs)
+        if self.takes_one:
+            return self.function(with_main(returned), targets)
+        if self.takes_one is None and has_main(returned):
+            try:
+                return self.function(returned, targets)
+            except Exception:  # it was written for the logits of an output object: a fault of its own shows again
+                return self.function(with_main(returned), targets)
+        return self.function(returned, targets)
+
+    def evaluate(self, outputs: Tensor, batch: Batch, examples: Sequence[int]) -> Tensor:
+        """The function of some examples of a batch together.
+
+        Args:
+            outputs: the outputs of the batch.
+            batch: the batch that they came from.
+            examples: places in the batch.
+        """
+        index = torch.tensor(examples, device=outputs.device)
+        if self.layouts.one_by_one:
+            return outputs[index]
+        return _evaluate(self.apply, self.function, outputs[index], _targets_of(batch, len(outputs), index))
+
+    def _value(self, returned: Any, targets: Any) -> Tensor:
+        return _evaluate(self.function, self.function, returned, targets)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         targets = inputs_and_targets(batch)[2]
-        if isinstance(targets, Tensor):
+        if isinstance(targets, Tensor) and _has_rows(targets, batch, len(ids)):
             check_batch(outputs, targets, ids)
         else:
             check_outputs(outputs, ids)
 
     def resolved(self, outputs: Tensor, targets: Any) -> FromFunction:
-        """The same with its reduction determined on the first two examples, after a check that it has a derivative.
+        """As `resolved_on`, for targets along the first axis.
 
         Args:
             outputs: the outputs of at least two examples.
             targets: their targets.
+        """
+        return self.resolved_on(outputs, (None, targets))
+
+    def resolved_on(self, outputs: Tensor, batch: Batch) -> FromFunction:
+        """The same with its reduction determined on the first two examples, after a check that it has a derivative.
+
+        Args:
+            outputs: the outputs of at least two examples.
+            batch: the batch that they came from.
 
         Raises:
             InvalidInput: see `detect_reduction`; or the result does not depend differentiably on the outputs.
         """
+        if self.layouts.one_by_one:
+            return self if self.reduction else replace(self, reduction="none")
         with torch.enable_grad():
-            leaf = outputs.detach()[:2].requires_grad_()
-            first = batch_slice(targets, len(outputs), slice(0, 2))
-            reduction = self.reduction or detect_reduction(self.function, leaf, first)
-            resolved = replace(self, reduction=reduction)
-            losses = resolved.losses(leaf, (None, first))
+            leaf = outputs.detach()[:2].clone().requires_grad_()
+            first = batch_slice(batch, len(outputs), slice(0, 2))
+            reads = replace(self, takes_one=self._reading(leaf, first))
+            reduction = self.reduction or reads._detect(leaf, first)
+            resolved = replace(reads, reduction=reduction)
+            losses = resolved.losses(leaf, first)
+        refuse_hidden_weights(losses, _name(self.function), leaf)
         if not losses.requires_grad:
             raise InvalidInput(
                 f"The loss {_name(self.function)} has no derivative in the model's outputs; it was probably "
                 "detached or computed through argmax, .item() or numpy, so use a differentiable loss."
             )
         return resolved
+
+    def _reading(self, outputs: Tensor, batch: Batch) -> bool | None:
+        """Whether the function is one of the logits of an output object, because it fails on the whole object."""
+        if self.takes_one is not None or not has_main(self.layouts.restore(outputs)):
+            return self.takes_one
+        try:
+            replace(self, takes_one=False).evaluate(outputs, batch, range(len(outputs)))
+        except Exception:
+            return True
+        return False
+
+    def _detect(self, outputs: Tensor, batch: Batch) -> Reduction:
+        n = min(2, len(outputs))
+        together = self.evaluate(outputs, batch, range(n))
+        return self._reduction_of(together, [self.evaluate(outputs, batch, [e]).detach() for e in range(n)])
+
+    def _reduction_of(self, together: Tensor, alone: Any) -> Reduction:
+        return _compare(self.function, together, list(alone))
+
+
+def _has_rows(targets: Any, batch: Batch, n: int) -> bool:
+    """Whether targets lie along the first axis, one for each of `n` examples."""
+    if not isinstance(batch, Collated):
+        return True
+    return isinstance(targets, Tensor) and targets.dim() > 0 and targets.shape[0] == n
+
+
+def _targets_of(batch: Batch, n: int, index: slice | Tensor) -> Any:
+    """The targets of some examples of a batch."""
+    targets = inputs_and_targets(batch)[2]
+    if _has_rows(targets, batch, n):
+        return batch_slice(targets, n, index)
+    return inputs_and_targets(batch_slice(batch, n, index))[2]
 
 
 def detect_reduction(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Reduction:
@@ -242,13 +388,15 @@ def detect_reduction(function: Callable[[Any, Any], Any], outputs: Tensor, targe
         >>> detect_reduction(torch.nn.functional.l1_loss, torch.ones(2), torch.zeros(2))
         'mean'
     """
-    n = min(2, len(outputs))
-    parts = [slice(0, n), slice(0, 1), slice(1, 2)][: n + 1]
-    values = [_evaluate(function, outputs[p], batch_slice(targets, len(outputs), p)) for p in parts]
-    together, alone = values[0], [v.detach() for v in values[1:]]
+    return FromFunction(function)._detect(outputs, (None, targets))
+
+
+def _compare(function: Callable[..., Any], together: Tensor, alone: list[Tensor]) -> Reduction:
+    """What a loss did to the examples of a batch, from its value on all and on each."""
+    n = len(alone)
     if any(v.numel() != 1 for v in alone):
         raise InvalidInput(_describe_not_scalar(function, alone[0]))
-    precise = together.dtype if together.dtype.is_floating_point else outputs.dtype
+    precise = together.dtype if together.dtype.is_floating_point else torch.float32
     whole, each = together.detach().cpu().double(), torch.stack([v.reshape(()) for v in alone]).cpu().double()
     if not bool(torch.isfinite(whole).all() and torch.isfinite(each).all()):
         raise NonFinite(
@@ -267,7 +415,7 @@ def detect_reduction(function: Callable[[Any, Any], Any], outputs: Tensor, targe
     else:
         raise InvalidInput(_describe_not_scalar(function, together))
     raise InvalidInput(
-        f"The loss {_name(function)} of two examples is neither the mean nor the sum of their own "
+        f"The loss {_name(function)} of {'two' if n == 2 else n} examples is neither the mean nor the sum of their own "
         f"({_format_losses(whole, each)}), so no loss per example can be read from it; for a mean over tokens of "
         "sequences of unequal length use TokenCrossEntropy(), for class weights CrossEntropy(weight=...), "
         "for a loss that compares the examples of a batch (contrastive) make one item of the dataset a whole group, "
@@ -291,16 +439,16 @@ def _describe_not_scalar(function: Callable[..., Any], value: Tensor) -> str:
     )
 
 
-def _evaluate(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
+def _evaluate(apply: Callable[[Any, Any], Any], function: Any, outputs: Any, targets: Any) -> Tensor:
     try:
-        value = function(outputs, targets)
+        value = apply(outputs, targets)
     except InfluenceError:
         raise
     except Exception as cause:
-        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        shape = f"shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else f"type {type(targets).__name__}"
         raise InvalidInput(
-            f"The loss {_name(function)} failed on outputs of shape {tuple(outputs.shape)} and targets of "
-            f"shape {shape} ({first_line(cause)}); it must take (outputs, targets) of any number of examples."
+            f"The loss {_name(function)} failed on outputs of {describe_outputs(outputs)} and targets of "
+            f"{shape} ({first_line(cause)}); it must take (outputs, targets) of any number of examples."
         ) from cause
     return _require_tensor(value)
 
@@ -323,13 +471,13 @@ def _require_one_per_example(value: Tensor, n: int) -> Tensor:
     return value.reshape(n)
 
 
-def _evaluate_one_by_one(function: Callable[[Any, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
+def _evaluate_one_by_one(apply: Callable[[Any, Any], Any], function: Any, outputs: Tensor, targets: Any) -> Tensor:
     """The function's value on each example alone, [n]."""
     n = len(outputs)
 
     def evaluate_one(f: Tensor, *parts: Tensor) -> Tensor:
         own = with_example_tensors(targets, n, [x[None] for x in parts])
-        value = _require_tensor(function(f[None], own))
+        value = _require_tensor(apply(f[None], own))
         if value.numel() != 1:
             raise InvalidInput(_describe_not_scalar(function, value))
         return value.reshape(())

@@ -132,7 +132,14 @@ def table_row(item: Any, denormalize: Denormalize = None) -> NDArray[Any] | None
     """The numbers of an example that is one row of a table or a series, `[columns]` in float64; else None."""
     inputs = _inputs(item)
     numbers = _array(denormalize(inputs) if callable(denormalize) else inputs)
-    return numbers.astype(np.float64) if numbers is not None and numbers.ndim == 1 else None
+    if numbers is None or numbers.ndim != 1:
+        return None
+    row: NDArray[Any] = numbers.astype(np.float64)
+    if isinstance(denormalize, tuple):
+        mean, std = (np.asarray(s, dtype=np.float64).reshape(-1) for s in denormalize)
+        if {mean.size, std.size} <= {1, row.size}:
+            return row * std + mean
+    return row
 
 
 def _first(item: Any) -> Any:
@@ -218,6 +225,15 @@ def _undo_normalisation(pixels: NDArray[Any], statistics: tuple[Any, Any]) -> ND
 
 def _own_text(inputs: Any) -> str:
     return inputs.replace("\r\n", "\n").strip() if isinstance(inputs, str) else ""
+
+
+def format_value(value: float) -> str:
+    """A number with five digits, and whole numbers whole: as it stands in the data, as far as a reader needs it.
+
+    >>> format_value(22.350000381), format_value(208500.0), format_value(-0.0191), format_value(3e-9)
+    ('22.35', '208500', '-0.0191', '3e-09')
+    """
+    return f"{value:.0f}" if 99_999.5 <= abs(value) < 1e12 else f"{value:.5g}"
 
 
 def _format_number(value: float) -> str:

@@ -19,6 +19,7 @@ from ..problem.data import Source
 from ..scores.scores import Scores
 from . import style
 from .examples import Denormalize, ExampleView, example_target, share_scale, view_example, wrap_text
+from .point_names import name_points
 from .tokens import Pieces, plot_tokens
 
 if TYPE_CHECKING:
@@ -291,8 +292,6 @@ def plot_agreement(
         alpha = 0.85 if len(x) < 200 else 0.4
         dots: dict[str, Any] = {"edgecolor": style.PAPER, "linewidth": 0.5, "alpha": alpha, "zorder": 2}
         axes.scatter(x, y, s=26, color=style.HELPFUL, **dots)
-        if names is not None and len(x) <= 20:
-            _name_points(axes, x, y, names)
         axes.set(xlim=limits, ylim=limits, aspect="equal")
         axes.set_xlabel(xlabel + style.format_power(exponent), parse_math=False)
         axes.set_ylabel(ylabel + style.format_power(exponent), parse_math=False)
@@ -300,26 +299,13 @@ def plot_agreement(
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(require("matplotlib.ticker", "plot").MaxNLocator(5))
         axes.legend(loc="lower right", frameon=False, fontsize=8, handlelength=1.8)
+        if names is not None and len(x) <= 20:
+            axes.apply_aspect()
+            name_points(axes, x, y, names)
         figure.text(0.16, 0.95, printable(title), fontsize=11, fontweight="bold", parse_math=False)
         figure.text(0.16, 0.905, fit, fontsize=9, color=style.FAINT)
         style.save_figure(figure, path)
     return figure
-
-
-def _name_points(axes: Axes, x: NDArray[Any], y: NDArray[Any], names: list[str]) -> None:
-    middle = (x.min() + x.max()) / 2
-    for point, height, name in zip(x, y, names, strict=True):
-        # Names point away from the diagonal and stay inside the right edge.
-        right = point < middle
-        axes.annotate(
-            style.shorten(name, 20),
-            (point, height),
-            (5, -3) if right else (-5, -2),
-            textcoords="offset points",
-            ha="left" if right else "right",
-            fontsize=7,
-            parse_math=False,
-        )
 
 
 def _fit_text(x: NDArray[Any], y: NDArray[Any]) -> str:

@@ -61,12 +61,13 @@ def plot_style() -> Iterator[None]:
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure in inches with a canvas of its own: no window, no global list of figures."""
-    figures = require("matplotlib.figure", "plot")
     canvas = require("matplotlib.backends.backend_agg", "plot")
-    figure = figures.Figure(figsize=(width, height), dpi=150)
+    # Imported here: matplotlib is optional, and that file needs it.
+    from .notebook_figure import NotebookFigure
+
+    figure = NotebookFigure(figsize=(width, height), dpi=150)
     canvas.FigureCanvasAgg(figure)
-    new: Figure = figure
-    return new
+    return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:

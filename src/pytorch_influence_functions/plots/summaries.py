@@ -54,8 +54,9 @@ def plot_self_influence(
     exponent = style.power_of_ten(float(np.abs(numbers).max()))
     heights = numbers[order] / 10.0**exponent
     with style.plot_style():
-        figure = style.new_figure(6.4, 3.6)
-        axes = figure.add_axes((0.11, 0.15, 0.85, 0.68))
+        # The list of the largest stands beside the curve, which may be high up to its right end.
+        figure = style.new_figure(7.8, 3.6)
+        axes = figure.add_axes((0.09, 0.15, 0.67, 0.68))
         ranks = np.arange(1, len(numbers) + 1)
         axes.fill_between(ranks, heights, step="mid", color=style.HELPFUL, alpha=0.18, linewidth=0)
         axes.step(ranks, heights, where="mid", color=style.HELPFUL, linewidth=1.4)
@@ -70,14 +71,14 @@ def plot_self_influence(
             f"{_example_name(int(i), labels, class_names)}  {style.format_signed(float(numbers[i])).lstrip('+')}"
             for i in order[:_NAMED_EXAMPLES]
         ]
-        axes.text(0.995, 0.99, "\n".join(["largest", *lines]), transform=axes.transAxes, ha="right", va="top",
+        axes.text(1.02, 0.99, "\n".join(["largest", *lines]), transform=axes.transAxes, ha="left", va="top",
                   fontsize=7, linespacing=1.5, color=style.INK, parse_math=False)  # fmt: skip
         axes.set_xlim(0.9 if len(numbers) > 50 else 0.5, len(numbers) * 1.05 + 0.5)
         axes.set_xlabel("rank" + (" (logarithmic)" if len(numbers) > 50 else ""))
         axes.set_ylabel("self-influence" + style.format_power(exponent), parse_math=False)
         axes.tick_params(labelsize=8)
-        figure.text(0.11, 0.93, "Self-influence of the training examples", fontsize=11, fontweight="bold")
-        figure.text(0.11, 0.875, f"N = {len(numbers):,}; large: the model leans on this label alone", fontsize=8.5,
+        figure.text(0.09, 0.93, "Self-influence of the training examples", fontsize=11, fontweight="bold")
+        figure.text(0.09, 0.875, f"N = {len(numbers):,}; large: the model leans on this label alone", fontsize=8.5,
                     color=style.FAINT)  # fmt: skip
         style.save_figure(figure, path)
     return figure

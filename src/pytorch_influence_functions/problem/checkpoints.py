@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, first_line, nearest
+from .model_and_loss import ModelAndLoss
 
 Checkpoint: TypeAlias = Mapping[str, Tensor] | str | PathLike[str]
 
 # Keys under which training scripts keep the state dict in a larger dictionary.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
+_LOSS_KEYS = ("loss", "criterion", "loss_state_dict", "criterion_state_dict")
 # What wrappers put before every name: DataParallel, torch.compile, and training classes that keep the model.
 _PREFIXES = ("module.", "_orig_mod.", "net.", "model.")
 
@@ -72,15 +74,29 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> d
                 f"{what} cannot be read ({first_line(cause)}); expected a .safetensors file or a state dict "
                 "saved with torch.save(model.state_dict(), path)."
             ) from cause
-    for key in _STATE_KEYS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
+    state = _open(state, model)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InvalidInput(f"{what} is no state dict (tensors by name) but {type(state).__name__}.")
     if model is not None:
         state = _without_wrappers(state, named_tensors(model))
         _check_fits(what, state, model)
     return dict(state)
+
+
+def _open(state: Any, model: nn.Module | None) -> Any:
+    """The state dict in a larger dictionary; with that of the loss, where the loss has weights and one was kept."""
+    if not isinstance(state, Mapping):
+        return state
+    loss: Mapping[str, Tensor] = next((state[key] for key in _LOSS_KEYS if isinstance(state.get(key), Mapping)), {})
+    for key in _STATE_KEYS:
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(model, ModelAndLoss) or not loss:
+        return state
+    return {
+        **_without_wrappers(state, named_tensors(model)),
+        **{f"{model.prefix}{name}": t for name, t in loss.items()},
+    }
 
 
 def _without_wrappers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -103,6 +119,11 @@ def _check_fits(what: str, state: Mapping[str, Tensor], model: nn.Module) -> Non
     # A file may keep a shared tensor under one of its names only.
     covered = {id(own[name]) for name in state}
     missing = [name for name, tensor in own.items() if id(tensor) not in covered]
+    if missing and isinstance(model, ModelAndLoss) and all(name.startswith(model.prefix) for name in missing):
+        raise InvalidInput(
+            f"{what} lacks {missing[0]!r}: the loss {model.trained.__name__} has weights of its own, which belong to a "
+            'checkpoint as the model\'s do; give {"model": model.state_dict(), "loss": loss.state_dict()}.'
+        )
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InvalidInput(f"{what} lacks {missing[0]!r}{more}, which the model has.{nearest(missing[0], state)}")

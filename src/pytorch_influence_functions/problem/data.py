@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -21,12 +20,13 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ..core.batches import tensors_of
+from ..core.batches import Collated, tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
+from .cutting import is_cut_by_rows, same
 from .model_state import same_rng
-from .reading import Collate, NamingDataset, Reader
+from .reading import Collate, NamingCollate, NamingDataset, Reader
 from .samplers import SampledSubset, examples_of
 from .tables import LabelledTensors, NamedTensors, as_dataset
 
@@ -57,6 +57,13 @@ def _check_dataset(dataset: Any) -> None:
         raise InvalidInput(f"{kind} has no length; give it a __len__, its number of examples.") from cause
     if length == 0:
         raise InvalidInput(f"The dataset ({kind}) is empty; at least one example is needed.")
+
+
+def suited_size(numbers_each: float) -> int:
+    """How many examples a batch has, where one takes so many numbers and nothing else bounds it."""
+    room = int(_NUMBERS / max(1.0, numbers_each))
+    # Large examples lose less above the number than they would in batches of a few.
+    return min(_WIDEST, max(_FEWEST, room, min(BATCH_SIZE, 4 * room)))
 
 
 def check_policy(policy: str) -> None:
@@ -174,15 +181,11 @@ class Source:
         32
         """
         each = max(1.0, numbers_each)
-        room = int(_NUMBERS / each)
-        # Large examples lose less above the number than they would in batches of a few.
-        size = max(_FEWEST, room, min(BATCH_SIZE, 4 * room))
         bounded = self.fixed or self.collate is not default_collate
         bound = self.batch_size if bounded else _WIDEST
         share = -(-len(self) // workers)
-        return replace(
-            self, batch_size=max(1, min(size, bound, most, share, max(_FEWEST, int(min(memory / each, _WIDEST)))))
-        )
+        allowed = max(_FEWEST, int(min(memory / each, _WIDEST)))
+        return replace(self, batch_size=max(1, min(suited_size(each), bound, most, share, allowed)))
 
     @property
     def positions(self) -> Int[Tensor, " n"] | None:
@@ -280,7 +283,8 @@ class Source:
             return
         # One draw of a random transform must not stand for all passes.
         hold = self.determinism == "yes"
-        yield from Reader(self.dataset, self.collate, self.num_workers, self.worker_options).read(plan, hold)
+        reader = Reader(self.dataset, self.collate, self.num_workers, self.worker_options, not self.is_cut_by_rows)
+        yield from reader.read(plan, hold)
 
     def batches(self, ids: IdsLike = None) -> Iterator[tuple[Int[Tensor, "_"], Any]]:
         """Yield `(ids, batch)` in dataset order, or in the order of `ids`; batches stay on the CPU.
@@ -294,6 +298,27 @@ class Source:
     def class_names(self) -> list[str] | None:
         """The names of the classes, where the dataset knows them."""
         return _class_names(self.dataset)
+
+    @property
+    def is_cut_by_rows(self) -> bool:
+        """Whether every example of a batch is a row of its tensors; else its examples are collated again one by one."""
+        return self.collate is default_collate or self._try_collate()["rows"]
+
+    @property
+    def _collate_draws(self) -> bool:
+        """Whether the collate function draws random numbers, as one that masks tokens does."""
+        return self.collate is not default_collate and self._try_collate()["draws"]
+
+    def _try_collate(self) -> dict[str, Any]:
+        """What a collate function of the user's does to three examples; found out once."""
+        if "rows" not in self._determinism:
+            count, collate = len(self), NamingCollate(self.collate)
+            with same_rng():
+                items = [self.item(i) for i in (0, count // 2, count - 1)]
+                draws = not same(collate(items), collate(items))
+                # What it draws would be drawn anew when an example is collated again.
+                self._determinism.update(draws=draws, rows=draws or is_cut_by_rows(collate, items))
+        return self._determinism
 
     @property
     def determinism(self) -> str:
@@ -318,14 +343,20 @@ class Source:
             with same_rng():
                 odd = next((i for i in probes if not same(self.item(i), self.item(i))), None)
             self._determinism["differs"] = odd
-        differs = self._determinism["differs"]
-        if differs is None or (policy == "warn" and self._determinism.get("warned")):
+        differs, drawn = self._determinism["differs"], self._collate_draws
+        if (differs is None and not drawn) or (policy == "warn" and self._determinism.get("warned")):
             return
-        message = (
-            f"Item {differs} of the dataset was read twice and came out different (random augmentation?): "
-            "every pass sees another draw, so scores belong to one random draw per pass and not to the "
-            "examples as trained on; give the dataset without its random transform"
-        )
+        message = "every pass sees another draw, so scores belong to one random draw per pass and not to the examples "
+        if differs is None:
+            message = (
+                "The collate function gave two different batches of the same examples (random masks?): "
+                f"{message}as trained on; store one draw per example in the dataset"
+            )
+        else:
+            message = (
+                f"Item {differs} of the dataset was read twice and came out different (random augmentation?): "
+                f"{message}as trained on; give the dataset without its random transform"
+            )
         if policy == "error":
             raise InvalidInput(message + ", or deterministic='warn'.")
         self._determinism["warned"] = True
@@ -338,6 +369,9 @@ class Source:
             NonFinite: names the dataset indices.
         """
         _refuse_meta(batch, "The batch")
+        if isinstance(batch, Collated):
+            self._check_items(ids, batch)
+            return
         for where, tensor in tensors_of(batch):
             if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.shape[:1] != ids.shape:
                 continue
@@ -346,16 +380,25 @@ class Source:
                 continue
             finite = torch.isfinite(tensor)
             if not bool(finite.all()):
-                places = ids if self.positions is None else self.positions[ids]
-                bad = places[(~finite).reshape(len(ids), -1).any(1).cpu()]
-                part = f" (in batch{where})" if where else ""
-                raise NonFinite(
-                    f"The data hold NaN or infinity at dataset index {name_ids(bad.tolist())}{part}; "
-                    "repair or remove these examples."
-                )
+                self._refuse_nonfinite(ids[(~finite).reshape(len(ids), -1).any(1).cpu()], f"batch{where}")
+
+    def _check_items(self, ids: Int[Tensor, "_"], batch: Collated) -> None:
+        """As `check_finite`, where an example is no row: its tensors are looked at before they were collated."""
+        for place, item in zip(ids, batch.items, strict=True):
+            for where, tensor in tensors_of(item):
+                if not bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
+                    self._refuse_nonfinite(place[None], f"item{where}")
+
+    def _refuse_nonfinite(self, ids: Int[Tensor, "_"], where: str) -> None:
+        places = ids if self.positions is None else self.positions[ids]
+        part = "" if where == "batch" else f" (in {where})"
+        raise NonFinite(
+            f"The data hold NaN or infinity at dataset index {name_ids(places.tolist())}{part}; "
+            "repair or remove these examples."
+        )
 
 
-# --------------------------------------------------------------------------- comparing examples
+# --------------------------------------------------------------------------- what a dataset says of itself
 
 
 def _refuse_meta(data: Any, what: str) -> None:
@@ -365,38 +408,6 @@ def _refuse_meta(data: Any, what: str) -> None:
                 f"{what} lies on the meta device{f' (in {where})' if where else ''}, which holds no values; load the "
                 "data on the CPU or on the model's device."
             )
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two readings of an example agree; NaN agrees with NaN."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        both_nan = torch.isnan(a) & torch.isnan(b) if a.is_floating_point() or a.is_complex() else None
-        return bool(((a == b) if both_nan is None else (a == b) | both_nan).all())
-    if isinstance(a, np.ndarray):
-        return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, float) and math.isnan(a):
-        return math.isnan(b)
-    return _same_objects(a, b)
-
-
-def _same_objects(a: Any, b: Any) -> bool:
-    if "__eq__" in {name for kind in type(a).__mro__[:-1] for name in vars(kind)}:
-        try:
-            return bool(a == b)
-        except Exception:
-            pass
-    # Objects without a comparison are compared by their attributes; without attributes they count as the same.
-    return same(vars(a), vars(b)) if hasattr(a, "__dict__") else True
 
 
 def _class_names(dataset: Any) -> list[str] | None:

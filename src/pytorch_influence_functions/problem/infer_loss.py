@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import to_device
+from ..core.batches import to_device, whole_batch
 from ..core.errors import InvalidInput
 from ..core.indexing import spread_sample
 from ..objectives.base import AbstractObjective, check_outputs, inputs_and_targets
@@ -185,6 +185,7 @@ def _looked_at(outputs: Tensor) -> str:
 
 def _is_causal(batch: Any, targets: Tensor) -> bool:
     """Whether the labels repeat the inputs, so that position t predicts token t + 1."""
+    batch = whole_batch(batch)
     inputs = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(inputs, Tensor) or inputs.shape != targets.shape:
         return False

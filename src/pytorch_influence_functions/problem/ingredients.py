@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.batches import Collated
 from ..core.digest import digest, tensor_bytes
 from ..core.distributed import World
 from ..core.fingerprint import Probe
@@ -140,8 +141,13 @@ def digest_data(source: Source, ids: IdsLike = None, label: str = "reading the d
     with seeded():
         for numbers, batch in track(source.batches(ids), total, label, lambda pair: len(pair[0]), "ex"):
             columns.absorb(numbers, len(numbers), "ids")
-            columns.absorb(batch, len(numbers))
-            columns.rows += len(numbers)
+            if isinstance(batch, Collated):
+                for e in range(len(numbers)):
+                    columns.absorb(batch.part(slice(e, e + 1)).whole, 1)
+                    columns.rows += 1
+            else:
+                columns.absorb(batch, len(numbers))
+                columns.rows += len(numbers)
     return columns.digest
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..core.batches import whole_batch
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput
 from ..objectives.base import inputs_and_targets, label_key
@@ -69,6 +70,7 @@ class Labels:
 
 def labels_of(batch: Any, n: int) -> Tensor | None:
     """One label per example, [n] on the CPU, where the batch's targets are one number each; else None."""
+    batch = whole_batch(batch)
     if isinstance(batch, Mapping) and label_key(batch) is None:
         return None  # a text that is its own target
     try:

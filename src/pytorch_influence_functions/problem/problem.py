@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from ..core.batches import map_tensors, tensors_of, to_device
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, nearest
+from ..core.notebook import html_table
 from ..core.progress import track
 from ..linalg.space import Selection, Space
 from ..objectives.base import AbstractObjective
@@ -22,6 +23,7 @@ from ..objectives.convert import as_objective
 from .checkpoints import Checkpoint, as_checkpoints
 from .data import IdsLike, Source, check_policy
 from .labels import Labels
+from .model_and_loss import ModelAndLoss, join_loss
 from .model_state import derivative_safe, preserved
 from .weight_decay import WeightDecay, as_weight_decay
 
@@ -34,7 +36,8 @@ class Problem:
 
     Args:
         model: the trained model; it is never changed.
-        objective: an objective, a `torch.nn` loss, or `callable(outputs, targets)`.
+        objective: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. The trainable weights of a loss
+            module take part as parameters under `loss.`.
         data: what `Source.of` takes: dataset, loader, tensors or arrays.
         parameters: which parameters take part, see `Space.of`; `None`: all that are trainable.
         weight_decay: a number, the optimiser that trained the model, or `WeightDecay(...)`.
@@ -80,11 +83,12 @@ class Problem:
         model, prefix = unwrap(model)
         check_policy(deterministic)
         source = Source.of(data, batch_size)
+        model, objective = join_loss(model, as_objective(objective))
         # An iterator of parameters would be used up by the first look at it.
         chosen = _without_prefix(tuple(parameters) if isinstance(parameters, Iterator) else parameters, prefix)
         values = {
             "model": model,
-            "objective": as_objective(objective),
+            "objective": objective,
             "data": source,
             "parameters": chosen,
             "weight_decay": as_weight_decay(weight_decay, model),
@@ -103,6 +107,14 @@ class Problem:
         decay = "" if self.weight_decay.is_zero else f", weight_decay={self.weight_decay.strength}"
         return f"Problem({type(self.model).__name__}, {self.objective!r}, {len(self)} examples{decay})"
 
+    def _repr_html_(self) -> str:
+        rows = [("model", type(self.model).__name__), ("loss", repr(self.objective))]
+        rows += [("training examples", f"{len(self):,}"), ("batch size", str(self.batch_size))]
+        rows += [] if self.parameters is None else [("parameters", "a selection")]
+        rows += [] if self.weight_decay.is_zero else [("weight decay", repr(self.weight_decay.strength))]
+        rows += [("checkpoints", str(len(self.checkpoints)))] if self.checkpoints else []
+        return html_table([*rows, ("device", str(self.device))], title="Problem")
+
     @cached_property
     def space(self) -> Space:
         """The layout of the chosen parameters; worked out at first use."""
@@ -112,6 +124,18 @@ class Problem:
     def labels(self) -> Labels:
         """The labels of the training examples that passes over them have seen so far."""
         return Labels(len(self))
+
+    def describe_objective(self) -> str:
+        """The training loss, and whether weights of its own take part."""
+        if not isinstance(self.model, ModelAndLoss):
+            return repr(self.objective)
+        parts = []
+        for taken, verb in ((True, "take part"), (False, "are left out")):
+            names = [n for n in self.model.weights if (f"{self.model.prefix}{n}" in self.space.names) == taken]
+            if names:
+                shown = [f"'{self.model.prefix}{name}'" for name in names[:3]] + ["..."] * (len(names) > 3)
+                parts.append(f"its weights {', '.join(shown)} {verb}")
+        return f"{self.objective!r}, {' and '.join(parts)}"
 
     def with_(self, **changes: Any) -> Problem:
         """A copy with some arguments replaced.

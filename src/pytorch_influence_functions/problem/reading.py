@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..core.batches import map_tensors, tensors_of
+from ..core.batches import Collated, map_tensors, tensors_of
 from ..core.errors import InvalidInput, first_line
 from .samplers import SampledSubset
 from .session import open_session
@@ -53,11 +53,19 @@ class NamingDataset(Dataset[Any]):
 
 @dataclass(frozen=True, eq=False)
 class NamingCollate:
-    """The collate function, with errors that say what the examples should be like."""
+    """The user's collate function, with errors that say what was given to it; `keep_items`: returned beside the batch.
+
+    They come as a pair, because what a worker process returns must be made of data alone.
+    """
 
     collate: Collate
+    keep_items: bool = False
 
     def __call__(self, items: list[Any]) -> Any:
+        batch = self._collate(items)
+        return (batch, items) if self.keep_items else batch
+
+    def _collate(self, items: list[Any]) -> Any:
         if self.collate is default_collate and (place := _list_in(items[0])):
             raise InvalidInput(
                 f"The examples hold a Python list ({place}), which the default collate function would turn around; "
@@ -125,6 +133,8 @@ class Reader:
     collate: Collate
     num_workers: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    keep_items: bool = False
+    """Whether items come with their batch, which cannot be cut by its rows."""
 
     def read(self, plan: Sequence[Int[Tensor, "_"]], hold: bool = True) -> Iterator[tuple[Int[Tensor, "_"], Any]]:
         """Yield `(ids, batch)` for each list of indices.
@@ -137,6 +147,7 @@ class Reader:
             InvalidInput: an item cannot be read, or a batch not collated; the item is named.
         """
         session = open_session()
+        hold = hold and not self.keep_items
         held = session.setdefault("held", _Held()) if session is not None and hold else None
         known = {} if held is None else {i: b for i, ids in enumerate(plan) if (b := self._held(held, ids)) is not None}
         loaded = self._load([ids for i, ids in enumerate(plan) if i not in known])
@@ -173,7 +184,12 @@ class Reader:
         workers = self._workers()
         workers.busy, workers.plan.batches = True, [ids.tolist() for ids in plan]
         try:
-            yield from workers.loader
+            for batch in workers.loader:
+                if self.keep_items:
+                    whole, items = batch
+                    yield Collated(whole, tuple(items), NamingCollate(self.collate))
+                else:
+                    yield batch
         except InvalidInput as error:
             # From a worker process the sentence comes inside a traceback, as its last line.
             message = str(error)
@@ -199,7 +215,7 @@ class Reader:
         loader = DataLoader(
             NamingDataset(self.dataset),
             batch_sampler=plan,
-            collate_fn=NamingCollate(self.collate),
+            collate_fn=NamingCollate(self.collate, self.keep_items),
             num_workers=self.num_workers,
             persistent_workers=persistent,
             generator=torch.Generator().manual_seed(0),

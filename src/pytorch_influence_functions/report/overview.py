@@ -9,7 +9,9 @@ from typing import Any, final
 
 from .._version import __version__
 from ..scores.scores import Scores
-from .predictions import Prediction
+from .predictions import Given, Prediction
+from .ranking import four_digits
+from .target import Target
 from .thumbnails import ExampleReader
 
 _STATUS_TEXT = {"ok": "holds", "warn": "take care", "bad": "broken"}
@@ -48,14 +50,14 @@ class Overview:
         cls,
         scores: Scores,
         k: int,
-        predictions: list[Prediction] | None,
+        given: Given,
         readers: tuple[ExampleReader, ExampleReader],
         scale_note: str,
     ) -> Overview:
         """Make the text from the diagnostics of the scores and from the failures while reading the data."""
         d = scores.diagnostics
         checks = [(c.status, _STATUS_TEXT[c.status], _CHECK_NAMES.get(c.name, c.name), c.text) for c in d.checks()]
-        facts, notes = _facts(scores, predictions), _notes(scores, k, readers, scale_note)
+        facts, notes = _facts(scores, given.target, given.predictions), _notes(scores, k, readers, scale_note)
         return cls(_question(scores), _verdict(scores), facts, checks, notes)
 
 
@@ -87,17 +89,18 @@ def _share_of_checks(count: int, size: int) -> str:
     return f"{count} of {size} assumptions {'is' if count == 1 else 'are'}"
 
 
-def _facts(scores: Scores, predictions: list[Prediction] | None) -> list[tuple[str, str]]:
+def _facts(scores: Scores, target: Target, predictions: list[Prediction] | None) -> list[tuple[str, str]]:
     d = scores.diagnostics
     data = f"{scores.n_train:,} training examples, {len(scores):,} quer{'y' if len(scores) == 1 else 'ies'}"
     names = scores.class_names
     facts = [
         ("Data", data + (f", {len(names):,} classes" if names is not None else "")),
+        ("Predicted number", target.name if target.numeric else ""),
         ("Method", scores.provenance or "not recorded"),
         ("Why this method", d.why),
         ("Model", f"{d.parameters_used:,} of {d.parameters_total:,} parameters" if d.parameters_total else ""),
         ("Checkpoints", f"mean over {d.members}" if d.members > 1 else ""),
-        ("Damping λ", _damping(d.damping)),
+        ("λ", d.lambda_text),
         ("Relative residual", _residual_text(d)),
         ("Run time", _seconds(d.seconds)),
     ]
@@ -105,18 +108,19 @@ def _facts(scores: Scores, predictions: list[Prediction] | None) -> list[tuple[s
     if known:
         wrong = sum(bool(p.wrong) for p in known)
         facts.append(("Queries answered wrongly", f"{wrong:,} of {len(known):,} ({wrong / len(known):.1%})"))
+    errors = [abs(p.error) for p in predictions or [] if not math.isnan(p.error)]
+    if errors:
+        mean = target.number_text(four_digits(sum(errors) / len(errors)))
+        facts.append(("Error of the model", f"mean absolute {mean} over {len(errors):,} queries"))
     return [(term, value) for term, value in (*facts, ("Written by", f"version {__version__}")) if value]
-
-
-def _damping(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3g}"
 
 
 def _residual_text(d: Any) -> str:
     if math.isnan(d.residual_max):
         return "not measured"
     mean = "" if math.isnan(d.residual_mean) else f", mean {d.residual_mean:.2g}"
-    return f"largest {d.residual_max:.2g}{mean}" + (f", after {d.steps:,} steps" if d.steps else "")
+    steps = f", after {d.steps:,} step{'' if d.steps == 1 else 's'}" if d.steps else ""
+    return f"largest {d.residual_max:.2g}{mean}{steps}"
 
 
 def _seconds(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import os
 import re
@@ -12,16 +13,20 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, final
+from urllib.parse import quote
 
 from ..core.errors import InvalidInput, require
 from ..core.files import write_bytes
+from ..core.notebook import Printable
 from ..core.validate import whole_number
 from ..plots.examples import Denormalize
 from ..scores.scores import Scores
 from .overview import Overview
 from .page_data import EXAMPLES_PER_CHUNK, QUERIES_PER_CHUNK, Contents, Writer, clean, collect_contents
-from .predictions import as_predictions, as_self_influence
-from .thumbnails import LEVELS, Detail, ExampleReader, common_scale, make_reader
+from .predictions import collect_given
+from .ranking import Classes
+from .target import Target, UndoScaling
+from .thumbnails import LEVELS, Detail, ExampleReader, make_reader, set_common_scale
 
 LIMIT = 30_000_000
 """Bytes of one file; above it the examples go to a folder beside the page."""
@@ -30,8 +35,8 @@ _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028",
 
 
 @final
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Printable):
     """The place and the size of a report that was written, or would be.
 
     Attributes:
@@ -59,6 +64,19 @@ class Report:
         examples = f"{self.examples:,} training examples, pictures up to {self.side} px"
         return f"{self.path}{folder}: {size}, {examples}{missing}"
 
+    def _repr_html_(self) -> str:
+        """In a notebook: a link, and the page itself where the notebook's server can reach it."""
+        words = f"<p>{html.escape(str(self))}</p>"
+        if not self.written:
+            return words
+        absolute = self.path.resolve()
+        here = Path.cwd()
+        if not absolute.is_relative_to(here):  # a notebook's server hands out files below its own folder only
+            return f"{words}<p><a href='{html.escape(absolute.as_uri())}' target='_blank'>open the page</a></p>"
+        address = html.escape(quote(absolute.relative_to(here).as_posix()))
+        frame = f"<iframe src='{address}' style='width:100%;height:640px;border:1px solid #ccc'></iframe>"
+        return f"{words}<p><a href='{address}' target='_blank'>open the page in a tab of its own</a></p>{frame}"
+
 
 def files_folder(path: Path) -> Path:
     """The folder that belongs to a page: `report.html` has `report_files`."""
@@ -70,11 +88,14 @@ def write_report(
     path: str | os.PathLike[str],
     *,
     predictions: Any = None,
+    train_predictions: Any = None,
     self_influence: Any = None,
     train: Any = None,
     queries: Any = None,
     denormalize: Denormalize = None,
     columns: Sequence[str] | None = None,
+    target: str = "",
+    denormalize_target: UndoScaling = None,
     k: int = 10,
     title: str = "Influence report",
     about: str = "",
@@ -85,11 +106,14 @@ def write_report(
     Args:
         scores: at most about 1,000 queries x 100,000 examples stay below 60 s and 30 MB.
         path: the file to write, `.html`.
-        predictions: the model's predictions for the queries: probabilities [Q, C], or a number each [Q].
+        predictions: the model's predictions for the queries: probabilities [Q, C], or a number each [Q] or [Q, 1].
+        train_predictions: the same for the training examples: what the model says of each, and where it disagrees.
         self_influence: [N], larger is more suspicious; orders the queue of doubtful labels.
         train, queries: the data, if the scores do not hold them (after `Scores.load`).
-        denormalize: a function applied to an input before it is shown, or `(mean, std)` per channel.
-        columns: names for the numbers of a table row.
+        denormalize: a function applied to an input before it is shown, or `(mean, std)` per channel or table column.
+        columns: names for the numbers of a table row, with units if you like: `"age [years]"`.
+        target: what a predicted number is called, with its unit in brackets: `"price [$]"`.
+        denormalize_target: gives back raw values of labels and predicted numbers: a function, or `(mean, std)`.
         k: helpful and harmful examples kept per query.
         title, about: shown at the top; `about` says in your words which model and data these are.
         dry_run: only forecast the size, write nothing.
@@ -100,30 +124,29 @@ def write_report(
         MissingExtra: jinja2 or pillow is not installed.
     """
     require("jinja2", "report"), require("PIL", "report")
-    target = _check_path(path)
+    page_path = _check_path(path)
     whole_number("k", k, hint="so many examples are shown at each end of a ranking")
-    predicted = None if predictions is None else as_predictions(scores, predictions)
-    own = None if self_influence is None else as_self_influence(self_influence, scores.n_train)
+    classes = Classes.of(scores)
+    labels = Target.of(scores, classes, target, denormalize_target)
+    given = collect_given(scores, labels, predictions, train_predictions, self_influence)
     train = scores.train_source if train is None else train
     queries = scores.query_source if queries is None else queries
     train_reader = make_reader(train, scores.n_train, "train", denormalize, columns)
     query_reader = make_reader(queries, None, "queries", denormalize, columns)
     query_ids = [i for i in scores.query_ids.tolist() if i >= 0]
-    scale = common_scale([(train_reader, range(scores.n_train)), (query_reader, query_ids)])
-    train_reader.scale = query_reader.scale = scale
-    contents = collect_contents(scores, train_reader, int(k), predicted, own)
+    scale = set_common_scale([(train_reader, range(scores.n_train)), (query_reader, query_ids)])
+    contents = collect_contents(scores, classes, train_reader, int(k), given)
     detail, forecast = _choose_detail(contents, train_reader, query_reader)
     if dry_run:
-        return Report(target, forecast, 0, len(contents.examples), detail.side, forecast > LIMIT, 0)
+        return Report(page_path, forecast, 0, len(contents.examples), detail.side, forecast > LIMIT, 0)
     writer = Writer(contents, train_reader, query_reader, detail)
     pieces = [(name, embedded_json(records)) for name, records in writer.chunks()]
     if writer.texts:
         contents.index["queries"]["text"] = [clean(writer.texts.get(q, "")) for q in range(len(scores))]
-    overview = Overview.of(scores, int(k), predicted, (train_reader, query_reader), scale.note)
-    page = _ReportPage(title, about, overview, contents, pieces)
-    written, folder = page.write(target)
+    overview = Overview.of(scores, int(k), given, (train_reader, query_reader), scale.note)
+    written, folder = _ReportPage(title, about, overview, contents, pieces).write(page_path)
     unreadable = len(train_reader.failed) + len(query_reader.failed)
-    return Report(target, forecast, written, len(contents.examples), detail.side, folder, unreadable)
+    return Report(page_path, forecast, written, len(contents.examples), detail.side, folder, unreadable)
 
 
 def _check_path(path: str | os.PathLike[str]) -> Path:

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from ..core.text import printable
 from ..scores import indexing
 from ..scores.scores import Scores
-from .predictions import Prediction
+from .effects import Moved, moved_queries
+from .predictions import Given, Prediction
 from .ranking import Classes, Sums, extremes, four_digits, histogram, score_row
 from .suspects import close_pairs, label_queue
+from .target import Target
 from .thumbnails import QUERY_LETTERS, QUERY_SCALE, Detail, ExampleReader
 
 QUEUE, PAIRS, TOP = 200, 40, 50
@@ -37,34 +38,34 @@ class Contents:
         index: read first by the page: names, labels and filters of queries, lists of the training set.
         lists: per query `{"help", "harm": [[index, score], …], "hist": {…}, "likely": [[class, share], …]}`.
         examples: the training indices that appear anywhere, ascending.
-        self_influence: [N], or None.
+        given: what was handed in beside the scores.
+        moved: for each of `examples` the queries that it helps and harms most.
     """
 
     scores: Scores
     index: dict[str, Any]
     lists: list[dict[str, Any]]
     examples: list[int]
-    self_influence: Tensor | None
+    given: Given
+    moved: dict[int, tuple[Moved, Moved]]
 
 
-def collect_contents(
-    scores: Scores,
-    train: ExampleReader,
-    k: int,
-    predictions: list[Prediction] | None,
-    self_influence: Tensor | None,
-) -> Contents:
+def collect_contents(scores: Scores, classes: Classes | None, train: ExampleReader, k: int, given: Given) -> Contents:
     """Compute every number of the page. The data are read only to compare inputs (`close_pairs`)."""
-    classes = Classes.of(scores)
+    predictions = given.predictions
     sums = Sums.of(scores, classes)
     lists = [_query_lists(scores, q, k, predictions) for q in range(len(scores))]
     queue_length = min(QUEUE, max(SHORTEST_QUEUE, scores.n_train // QUEUE_SHARE))
-    queue = label_queue(scores, classes, sums, self_influence, queue_length)
+    errors = given.training_errors
+    queue = label_queue(scores, classes, sums, given.self_influence, queue_length, errors)
     labels = (
-        [scores.label_name(x) for x in indexing.plain_values(scores.train_labels)]
+        [given.target.text(scores, x) for x in indexing.plain_values(scores.train_labels)]
         if scores.train_labels is not None
         else []
     )
+    for entry in queue:
+        entry |= _train_words(scores, labels, entry["i"])
+        entry |= {} if given.train_predictions is None else _said(given.train_predictions[entry["i"]])
     compared = min(COMPARED, scores.n_train)
     pairs: dict[str, list[dict[str, Any]]] = {"same": [], "other": []}
     if train.source is not None:
@@ -76,9 +77,12 @@ def collect_contents(
     index = {
         "n": scores.n_train,
         "loss": scores.lower_is_better,
-        "queries": _query_columns(scores, predictions),
+        "numeric": given.target.numeric,
+        "target": clean(given.target.name),
+        "unit": clean(given.target.unit),
+        "queries": _query_columns(scores, given.target, predictions),
         "queue": queue,
-        "queueBy": "self" if self_influence is not None else "mean",
+        "queueBy": "turns" if errors is not None else "mean" if given.self_influence is None else "self",
         "pairs": pairs,
         "compared": compared if train.source is not None else 0,
         "top": {"help": _rounded(helpful), "harm": _rounded(harmful)},
@@ -88,7 +92,22 @@ def collect_contents(
     shown = {i for entry in lists for side in ("help", "harm") for i, _ in entry[side]}
     shown |= {entry["i"] for entry in queue} | {i for i, _ in helpful + harmful}
     shown |= {pair[side] for kind in pairs.values() for pair in kind for side in ("a", "b")}
-    return Contents(scores, index, lists, sorted(shown), self_influence)
+    examples = sorted(shown)
+    return Contents(scores, index, lists, examples, given, moved_queries(scores, examples))
+
+
+def _train_words(scores: Scores, labels: list[str], index: int) -> dict[str, Any]:
+    """`l` label and `n` name of a training example, where they are known."""
+    words = {"l": clean(labels[index])} if labels else {}
+    return words | ({} if scores.train_names is None else {"n": clean(str(scores.train_names[index]))[:200]})
+
+
+def _said(prediction: Prediction) -> dict[str, Any]:
+    """What the model says of a training example: `said`, and `sure` and `wrong`, or the error `err`."""
+    words: dict[str, Any] = {"said": clean(prediction.text)}
+    words |= {} if math.isnan(prediction.confidence) else {"sure": prediction.confidence}
+    words |= {} if prediction.wrong is None else {"wrong": int(prediction.wrong)}
+    return words | ({} if math.isnan(prediction.error) else {"err": prediction.error})
 
 
 def _rounded(ranked: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -104,34 +123,37 @@ def _query_lists(scores: Scores, q: int, k: int, predictions: list[Prediction] |
     return lists
 
 
-def _query_columns(scores: Scores, predictions: list[Prediction] | None) -> dict[str, Any]:
-    """Columns, one entry per query: position in the dataset, name, label, prediction, confidence, wrong (0, 1)."""
+def _query_columns(scores: Scores, target: Target, predictions: list[Prediction] | None) -> dict[str, Any]:
+    """Columns, one entry per query: position in the dataset, name, label, prediction, confidence, wrong, error."""
     labels = [None] * len(scores) if scores.query_labels is None else indexing.plain_values(scores.query_labels)
     columns: dict[str, Any] = {
         "id": scores.query_ids.tolist(),
         "name": [clean(scores.describe_query(q)) for q in range(len(scores))],
-        "label": [clean(scores.label_name(label)) for label in labels],
+        "label": [clean(target.text(scores, label)) for label in labels],
     }
     if predictions is not None:
         columns["said"] = [clean(p.text) for p in predictions]
         columns["sure"] = [None if math.isnan(p.confidence) else p.confidence for p in predictions]
         columns["wrong"] = [None if p.wrong is None else int(p.wrong) for p in predictions]
+        columns["err"] = [None if math.isnan(p.error) else p.error for p in predictions]
     return columns
 
 
 def _class_table(
     scores: Scores, classes: Classes, sums: Sums, queue: list[dict[str, Any]], predictions: list[Prediction] | None
 ) -> dict[str, Any]:
-    """Per class: sizes, doubtful labels, mistakes; and the mean score of one class (row) on another (column)."""
+    """Per class: sizes, doubtful labels, mistakes; and the mean score on queries of a class (row) of one training
+    example of a class (column): as `plot_class_matrix` and the scores themselves, queries first.
+    """
     count, size = len(classes.names), scores.n_train
     train_sizes = torch.bincount(classes.train, minlength=count)
     query_sizes = torch.bincount(classes.query, minlength=count)
     matrix = torch.zeros(count, count, dtype=torch.float64)
     if sums.harm is not None:
         sign = -1.0 if scores.lower_is_better else 1.0
-        for column in range(count):
-            total = torch.zeros(count, dtype=torch.float64).index_add_(0, classes.train, sign * sums.harm[column])
-            matrix[:, column] = total / train_sizes.clamp(min=1)
+        for asked in range(count):
+            total = torch.zeros(count, dtype=torch.float64).index_add_(0, classes.train, sign * sums.harm[asked])
+            matrix[asked] = total / train_sizes.clamp(min=1)
     doubtful = torch.bincount(classes.train[[e["i"] for e in queue]], minlength=count)
     table: dict[str, Any] = {
         "names": [clean(name) for name in classes.names],
@@ -139,8 +161,8 @@ def _class_table(
         "asked": query_sizes.tolist(),
         "doubtful": doubtful.tolist(),
         "matrix": [
-            [four_digits(v) if train_sizes[a] and query_sizes[b] else None for b, v in enumerate(line)]
-            for a, line in enumerate(matrix.tolist())
+            [four_digits(v) if train_sizes[trained] and query_sizes[asked] else None for trained, v in enumerate(line)]
+            for asked, line in enumerate(matrix.tolist())
         ],
         "share": [four_digits(float(n) / size) for n in train_sizes],
     }
@@ -165,15 +187,22 @@ class Writer:
     texts: dict[int, str] = field(default_factory=dict)  # the beginning of each query's text, for search
 
     def example(self, index: int) -> dict[str, Any]:
-        """One training example: the record of its input, and `i` index, `l` label, `n` name, `o` self-influence."""
-        scores = self.contents.scores
+        """One training example: the record of its input, and `i` index, `l` label, `n` name, `o` self-influence, what
+        the model says of it, and `help`, `harm`: the queries that it helps and harms most.
+        """
+        scores, given = self.contents.scores, self.contents.given
         record, own_label = self.train.record(index, self.detail)
         label = own_label if scores.train_labels is None else scores.train_labels[index]
-        record |= {"i": index, "l": clean(scores.label_name(_card_label(label)))}
+        record |= {"i": index, "l": clean(given.target.text(scores, _card_label(label)))}
         if scores.train_names is not None:
             record["n"] = clean(str(scores.train_names[index]))[:200]
-        if self.contents.self_influence is not None:
-            record["o"] = four_digits(float(self.contents.self_influence[index]))
+        if given.self_influence is not None:
+            record["o"] = four_digits(float(given.self_influence[index]))
+        if given.train_predictions is not None:
+            prediction = given.train_predictions[index]
+            record |= _said(prediction)
+            record |= {"likely": prediction.likeliest} if prediction.likeliest else {}
+        record["help"], record["harm"] = self.contents.moved[index]
         return record
 
     def query(self, q: int) -> dict[str, Any]:

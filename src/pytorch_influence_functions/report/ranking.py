@@ -37,6 +37,8 @@ class Classes:
         if scores.train_labels is None or scores.query_labels is None:
             return None
         train, query = indexing.plain_values(scores.train_labels), indexing.plain_values(scores.query_labels)
+        if all(isinstance(label, float) and label in (0.0, 1.0) for label in (*train, *query)):
+            train, query = list(map(int, train)), list(map(int, query))  # yes or no, as losses of one logit want it
         if not all(isinstance(label, (int, str)) for label in (*train, *query)):
             return None
         kinds = sorted({*train, *query}, key=lambda label: (isinstance(label, str), label))
@@ -118,6 +120,19 @@ def _extreme_columns(values: Tensor, k: int, largest: bool) -> Int[Tensor, " k"]
     bound = torch.topk(values, k, largest=largest).values[-1]
     columns = (values >= bound if largest else values <= bound).nonzero()[:, 0]
     return columns[torch.argsort(values[columns], descending=largest, stable=True)][:k]
+
+
+def score_columns(scores: Scores, ids: Int[Tensor, " n"]) -> Float[Tensor, "Q n"]:
+    """The scores of some training examples on every query; 0 where they are not stored."""
+    if scores.indices is None:
+        return scores.values[:, ids].double()
+    place = torch.full((scores.n_train,), -1)
+    place[ids] = torch.arange(len(ids))
+    columns = torch.zeros(len(scores), len(ids), dtype=torch.float64)
+    for q in range(len(scores)):
+        column = place[scores.indices[q]]
+        columns[q, column[column >= 0]] = scores.values[q][column >= 0].double()
+    return columns
 
 
 def histogram(values: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..scores.scores import Scores
-from .ranking import Classes, Sums, four_digits, harm_sign
+from .ranking import Classes, Sums, four_digits, harm_sign, score_columns
 from .thumbnails import ExampleReader, comparison_vector
 
 _OPPONENTS = 3
@@ -20,18 +20,27 @@ _BLOCK = 1024
 
 
 def label_queue(
-    scores: Scores, classes: Classes | None, sums: Sums, self_influence: Tensor | None, size: int
+    scores: Scores,
+    classes: Classes | None,
+    sums: Sums,
+    self_influence: Tensor | None,
+    size: int,
+    errors: Float[Tensor, " N"] | None = None,
 ) -> list[dict[str, Any]]:
     """The `size` training examples whose labels look most doubtful, worst first, each with its evidence.
 
-    The order is by self-influence if it is given, else by the mean harm to all queries.
+    The order is by self-influence if it is given, else by the mean harm to all queries. With `errors`, how far the
+    model is from the number of every example, the two orders give an example by turns.
 
     Keys: `i` index, `o` self-influence, `p` share of examples with a smaller one, `h` mean harm to all queries,
     `g` suggested class, `gh` harm that a tenth of its queries suffer at least, `q` opponents: (query row, score) of
     the queries of other classes that the example harms most.
     """
     harm = harm_sign(scores) * sums.mean
-    order = torch.argsort(harm if self_influence is None else self_influence, descending=True, stable=True)[:size]
+    order = torch.argsort(harm if self_influence is None else self_influence, descending=True, stable=True)
+    if errors is not None:
+        order = _take_turns(order, torch.argsort(errors.abs(), descending=True, stable=True))
+    order = order[:size]
     columns = score_columns(scores, order)
     opponents = _opponents(scores, columns, classes, order)
     suggested = _suggestions(scores, columns, classes, order)
@@ -44,6 +53,12 @@ def label_queue(
             entry |= {"o": four_digits(float(self_influence[i])), "p": four_digits(below / len(self_influence))}
         queue.append(entry | suggested[place])
     return queue
+
+
+def _take_turns(first: Int[Tensor, " n"], second: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Both orders merged, one of each by turns, each example where it comes first."""
+    both = torch.stack([first, second], 1).reshape(-1).tolist()
+    return torch.tensor(list(dict.fromkeys(both)))
 
 
 def _suggestions(
@@ -83,19 +98,6 @@ def _opponents(
         ]
         for j in range(len(ids))
     ]
-
-
-def score_columns(scores: Scores, ids: Int[Tensor, " n"]) -> Float[Tensor, "Q n"]:
-    """The scores of some training examples on every query; 0 where they are not stored."""
-    if scores.indices is None:
-        return scores.values[:, ids].double()
-    place = torch.full((scores.n_train,), -1)
-    place[ids] = torch.arange(len(ids))
-    columns = torch.zeros(len(scores), len(ids), dtype=torch.float64)
-    for q in range(len(scores)):
-        column = place[scores.indices[q]]
-        columns[q, column[column >= 0]] = scores.values[q][column >= 0].double()
-    return columns
 
 
 # --------------------------------------------------------------------------- pairs

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InvalidInput, NonFinite, require
-from ..plots.examples import Denormalize, ExampleView, Scale, example_target, table_row, view_example
+from ..plots.examples import Denormalize, ExampleView, Scale, example_target, format_value, table_row, view_example
 from ..problem.data import Source
 
 _LOSSLESS_SIDE = 40  # pictures up to this side are kept pixel by pixel
 _SAMPLE = 200  # examples that decide the scale of all
-_MAX_ROWS = 400  # rows of one table example that are kept
+_LEAST_ROWS, _MAX_ROWS = 100, 400  # rows of one table example that are kept
+_UNUSUAL = 4  # values of a table example that stand on a small card
 
 
 @final
@@ -38,6 +39,33 @@ QUERY_SCALE, QUERY_LETTERS = 2, 20_000
 
 
 @final
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """Mean and standard deviation of the columns of a table, from a sample."""
+
+    mean: NDArray[Any]
+    std: NDArray[Any]
+
+    @classmethod
+    def of(cls, rows: Sequence[NDArray[Any]]) -> Spread | None:
+        """The spread of these rows; None where they are too few, or not of one length."""
+        if len(rows) < 2 or len({len(row) for row in rows}) > 1:
+            return None
+        table = np.stack(rows)
+        return cls(table.mean(0), table.std(0)) if np.isfinite(table).all() else None
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def most_unusual(self, values: NDArray[Any]) -> list[int]:
+        """The positions of the values that lie furthest from their column's mean, in units of its spread."""
+        mean, std = self.mean[: len(values)], self.std[: len(values)]
+        distance = np.where(std > 0, np.abs(values - mean) / np.where(std > 0, std, 1.0), 0.0)
+        order: list[int] = np.argsort(-distance, kind="stable")[:_UNUSUAL].tolist()
+        return order
+
+
+@final
 @dataclass(eq=False)
 class ExampleReader:
     """Reads one dataset and turns its examples into plain records for the page.
@@ -50,6 +78,7 @@ class ExampleReader:
         denormalize: as for `Scores.plot`.
         columns: names for the numbers of a table row.
         scale: the values shown as black and as white, the same for all pictures of the page.
+        spread: of the columns of a table, by which unusual values are found.
     """
 
     source: Source | None
@@ -57,6 +86,7 @@ class ExampleReader:
     denormalize: Denormalize = None
     columns: Sequence[str] | None = None
     scale: Scale = field(default_factory=Scale)
+    spread: Spread | None = None
     failed: dict[int, str] = field(default_factory=dict)
 
     def view(self, index: int) -> tuple[ExampleView | None, Any]:
@@ -94,12 +124,26 @@ class ExampleReader:
             address, width = encode_picture(self.scale.apply(view.pixels), detail.side)
             return {"k": "image", "s": address, "w": width}, label
         if "\n" in view.card:
-            rows = [self._named_value(line, row) for row, line in enumerate(view.card.split("\n"))]
-            # A table's row is kept with its names; of a long series only the beginning is.
-            keep = min(_MAX_ROWS, max(12, detail.letters // 12))
-            return {"k": "table", "t": rows[:keep], "m": max(0, len(rows) - keep)}, label
+            return self._table(index, view.card, detail), label
         text = view.text or view.card
         return {"k": "text", "t": text[: detail.letters], "m": max(0, len(text) - detail.letters)}, label
+
+    def _table(self, index: int, card: str, detail: Detail) -> dict[str, Any]:
+        """A row of a table with the names of its columns, and `u`, the rows that are most unusual for these data."""
+        lines = card.split("\n")
+        values = None if self.source is None else table_row(self.source.item(index), self.denormalize)
+        if values is not None and len(values) == len(lines):
+            lines = [
+                f"{line.partition(' = ')[0]} = {format_value(x)}"
+                for line, x in zip(lines, values.tolist(), strict=True)
+            ]
+        # A table's row is kept with its names; of a long series only the beginning is.
+        keep = min(_MAX_ROWS, max(_LEAST_ROWS, detail.letters // 12))
+        rows = [self._named_value(line, row) for row, line in enumerate(lines[:keep])]
+        record: dict[str, Any] = {"k": "table", "t": rows, "m": max(0, len(lines) - keep)}
+        if self.spread is not None and values is not None and len(self.spread) == len(values):
+            record["u"] = self.spread.most_unusual(values[:keep])
+        return record
 
     def _named_value(self, line: str, row: int) -> list[str]:
         name, _, value = line.partition(" = ")
@@ -126,15 +170,27 @@ def make_reader(
     return ExampleReader(source, what, denormalize, columns)
 
 
-def common_scale(readers: Iterable[tuple[ExampleReader, Sequence[int]]]) -> Scale:
-    """One scale for all pictures, from an even sample of each dataset; failures here are not yet counted."""
+def set_common_scale(readers: Iterable[tuple[ExampleReader, Sequence[int]]]) -> Scale:
+    """Give all readers one scale for their pictures and one spread of their columns, from an even sample of each.
+
+    Failures here are not yet counted.
+    """
     pictures: list[NDArray[Any]] = []
+    rows: list[NDArray[Any]] = []
+    readers = list(readers)
     for reader, ids in readers:
-        step = max(1, len(ids) // _SAMPLE)
-        views = [reader.view(i)[0] for i in ids[::step]]
+        for i in ids[:: max(1, len(ids) // _SAMPLE)]:
+            view, _ = reader.view(i)
+            if view is not None and view.pixels is not None:
+                pictures.append(view.pixels)
+            elif view is not None and reader.source is not None:
+                row = table_row(reader.source.item(i), reader.denormalize)
+                rows += [] if row is None else [row]
         reader.failed.clear()
-        pictures += [view.pixels for view in views if view is not None and view.pixels is not None]
-    return Scale.of(pictures)
+    scale, spread = Scale.of(pictures), Spread.of(rows)
+    for reader, _ in readers:
+        reader.scale, reader.spread = scale, spread
+    return scale
 
 
 def encode_picture(pixels: NDArray[Any], side: int) -> tuple[str, int]:

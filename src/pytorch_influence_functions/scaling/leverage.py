@@ -8,10 +8,9 @@ from typing import ClassVar, final
 
 import torch
 
-from ..core.errors import NotLikelihood
 from ..gradients.per_example import Derivatives, GradientBatch, slopes
 from ..linalg.rows import Rows
-from ..objectives.base import AbstractLikelihood
+from ..objectives.differentiated import output_curvature
 from ..problem.problem import sweep
 from ..solvers.base import Solution
 from .base import AbstractScaling, Solving
@@ -43,11 +42,7 @@ def leverage_corrected(
 ) -> Iterator[GradientBatch]:
     """Training rows in which each example's slope is corrected for its own leverage."""
     objective = derivatives.objective
-    if not isinstance(objective, AbstractLikelihood):
-        raise NotLikelihood(
-            f"Leverage() needs the Hessian of the loss in the model's outputs, and {type(objective).__name__} gives "
-            "none; use CrossEntropy(), SquaredError() or Bernoulli(), or scaling=Raw()."
-        )
+    curvature = output_curvature(objective)
     for ids, batch in sweep(derivatives.problem, label="leverages"):
         n = len(ids)
         tape = derivatives.tape(batch, n)
@@ -59,7 +54,7 @@ def leverage_corrected(
         rows = [tape.rows(units[k].expand(n, -1).reshape(outputs.shape), keep_graph=True) for k in range(columns)]
         solutions = [solve(r).unwrap() for r in rows]
         a = torch.stack([torch.stack([x.rowwise(r) for x in solutions], 1) for r in rows], 1)
-        hessian = objective.output_hessian(outputs, batch).to(a)
+        hessian = curvature.output_hessian(outputs, batch).to(a)
         system = units.to(a) - hessian @ a / count
         corrected = torch.linalg.solve(system, slope.reshape(n, columns).to(a)[..., None])[..., 0]
         yield GradientBatch(ids, tape.rows(corrected.to(slope).reshape(slope.shape)), losses, batch)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, final
 
 from ..core.errors import InvalidInput
+from ..core.notebook import html_table
 
 Status: TypeAlias = Literal["ok", "warn", "bad"]
 
@@ -52,14 +53,16 @@ def _no_routes() -> dict[str, str]:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnostics:
     """Facts of one run; `print` it for the checklist in words. NaN, None and empty words mean "not measured".
 
     Args:
         method: the composition, as it would be written.
         why: why it was chosen.
-        damping: lambda as a number, in units of the curvature of the *mean* objective.
+        damping: what is added to the curvature of the *mean* objective beside weight decay, as a number.
+        weight_decay: the least weight decay of the parameters that took part; lambda is damping plus weight decay.
+        weight_decay_most: the largest of them, where they differ.
         residual_max: largest relative residual |(C + D) x - b| / |b| over the queries.
         residual_mean: its mean over the queries.
         steps: products with the curvature.
@@ -128,6 +131,8 @@ class Diagnostics:
     objective: str = ""
     inferred: bool = False
     reading: str = ""
+    weight_decay: float = 0.0
+    weight_decay_most: float = 0.0
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
@@ -135,6 +140,17 @@ class Diagnostics:
         object.__setattr__(self, "routes", dict(self.routes))
         object.__setattr__(self, "notes", tuple(self.notes))
         object.__setattr__(self, "residual_history", tuple(self.residual_history))
+
+    @property
+    def lambda_text(self) -> str:
+        """Lambda, and what it is the sum of; empty where the damping is not known."""
+        if math.isnan(self.damping):
+            return ""
+        decays = dict.fromkeys((self.weight_decay, max(self.weight_decay, self.weight_decay_most)))
+        total = " to ".join(f"{self.damping + decay:.3g}" for decay in decays)
+        if not any(decays):
+            return total
+        return f"{total} (damping {self.damping:.3g} + weight decay {' to '.join(f'{decay:.3g}' for decay in decays)})"
 
     def checks(self) -> list[Check]:
         """The assumptions of influence functions, each with its verdict, in a fixed order."""
@@ -154,15 +170,32 @@ class Diagnostics:
         verdicts = {check.status for check in self.checks()}
         return "bad" if "bad" in verdicts else "warn" if "warn" in verdicts else "ok"
 
+    def _facts(self) -> list[tuple[str, str]]:
+        """What is told about the run above the checks: name and words."""
+        facts = [("method", self.method or "not recorded")]
+        facts += [("why", self.why)] if self.why else []
+        facts += [("size", _describe_size(self))] if self.n_train else []
+        facts += [("time", f"{self.seconds:.3g} s")] if not math.isnan(self.seconds) else []
+        facts += [("routes", _describe_routes(self.routes))] if set(self.routes.values()) - {"rule"} else []
+        facts += [("blocks", _describe_largest(self.gradient_shares))] if self.gradient_shares else []
+        return facts
+
     def __str__(self) -> str:
-        lines = [f"method  {self.method or 'not recorded'}"]
-        lines += [f"why     {self.why}"] if self.why else []
-        lines += [f"size    {_describe_size(self)}"] if self.n_train else []
-        lines += [f"time    {self.seconds:.3g} s"] if not math.isnan(self.seconds) else []
-        lines += [f"routes  {_describe_routes(self.routes)}"] if set(self.routes.values()) - {"rule"} else []
-        lines += [f"blocks  {_describe_largest(self.gradient_shares)}"] if self.gradient_shares else []
+        lines = [f"{name:<8}{text}" for name, text in self._facts()]
         lines += [str(check) for check in self.checks()]
         return "\n".join(lines + [f"note    {note}" for note in self.notes])
+
+    def __repr__(self) -> str:
+        checks = self.checks()
+        counts = [f"{status} {n}" for status in ("ok", "warn", "bad") if (n := sum(c.status == status for c in checks))]
+        doubtful = [c.name for c in checks if c.status != "ok"]
+        which = f" ({', '.join(doubtful)})" if doubtful else ""
+        return f"Diagnostics({', '.join(counts)}{which}; print() shows the checklist)"
+
+    def _repr_html_(self) -> str:
+        rows = [("", *fact) for fact in self._facts()]
+        rows += [(check.status, check.name, check.text) for check in self.checks()]
+        return html_table(rows + [("", "note", note) for note in self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries; NaN and infinity as the strings `"nan"`, `"inf"`."""
@@ -259,7 +292,8 @@ def _curvature(d: Diagnostics) -> Check:
     name, low = "damping", d.smallest_curvature
     if math.isnan(d.damping):
         return Check(name, "warn", "lambda was not recorded")
-    facts = f"lambda = {d.damping:.3g}"
+    facts = f"lambda = {d.lambda_text}"
+    least = d.damping + d.weight_decay
     if not math.isnan(d.effective_dimension):
         facts += f", effective dimension {d.effective_dimension:,.4g}"
     if not math.isnan(d.lost_to_damping):
@@ -268,9 +302,9 @@ def _curvature(d: Diagnostics) -> Check:
         return Check(name, "ok", f"{facts}; the smallest curvature was not measured")
     facts += f", smallest curvature seen {low:.3g}"
     # Rounding leaves tiny negative eigenvalues in a semidefinite matrix; lambda is the scale to judge by.
-    if low >= -1e-3 * d.damping:
+    if low >= -1e-3 * least:
         return Check(name, "ok", facts)
-    if d.damping <= -low:
+    if least <= -low:
         text = f"{facts}: lambda does not outweigh it, so there is no minimum; use GGN() or more damping"
         return Check(name, "bad", text)
     return Check(name, "warn", f"{facts}: negative curvature that only lambda outweighs; compare with GGN()")

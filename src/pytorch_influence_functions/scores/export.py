@@ -63,6 +63,7 @@ def as_html(scores: Scores, rows: int, k: int) -> str:
         cells = (f"{name}<br>{label}", cell(scores.helpful(row, k)), cell(scores.harmful(row, k)))
         lines.append("<tr>" + "".join(f"<td style='text-align:left'>{c}</td>" for c in cells) + "</tr>")
     more = f"<p>and {len(scores) - rows:,} more queries</p>" if len(scores) > rows else ""
-    head = html.escape(repr(scores).splitlines()[0])
+    first, *more_facts = repr(scores).splitlines()
+    head = html.escape("\n".join([first, *more_facts[: 1 if scores.provenance else 0]]))
     titles = "<tr><th>query</th><th>most helpful</th><th>most harmful</th></tr>"
-    return f"<p><code>{head}</code></p><table>{titles}{''.join(lines)}</table>{more}"
+    return f"<pre>{head}</pre><table>{titles}{''.join(lines)}</table>{more}"

@@ -307,10 +307,10 @@ class Scores:
         of = "" if columns == self.n_train else f" of {self.n_train:,}"
         d = self.diagnostics
         facts = [f"{queries:,} quer{'y' if queries == 1 else 'ies'} x {columns:,}{of} training examples"]
-        facts += [self.provenance] if self.provenance else []
-        facts += [] if math.isnan(d.damping) else [f"lambda = {d.damping:.3g}"]
+        facts += [f"lambda = {d.lambda_text}"] if d.lambda_text else []
         facts += ["helpful = positive" if self.lower_is_better else "helpful = negative"]
-        ends = [
+        ends = [f"\n  {self.provenance}"] if self.provenance else []
+        ends += [
             f"\n  {self.describe_query(0)}, most {name}: " + ", ".join(f"{i} ({s:+.3g})" for i, s in find(0, 3))
             for name, find in (("helpful", self.helpful), ("harmful", self.harmful))
         ]
@@ -453,7 +453,7 @@ class Scores:
         Args:
             path: the file to write, `.html`.
             options: those of `pytorch_influence_functions.report.write_report`. `predictions=` (class probabilities of
-                the queries) and `self_influence=` add the most; `dry_run=True` forecasts the size.
+                the queries), `train_predictions=` and `self_influence=` add the most; `dry_run=True` only forecasts.
 
         Needs jinja2 and pillow (`pip install 'pytorch-influence-functions[report]'`).
         """

@@ -8,7 +8,7 @@ from typing import Any, final
 from ..core.records import Record
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize
-from ..curvature.exact import GGN, EmpiricalFisher, Fisher, Hessian
+from ..curvature.exact import GGN, EmpiricalFisher, Fisher
 from ..curvature.kronecker.records import EKFAC
 from ..damping.rules import Relative
 from .base import AbstractSolver
@@ -21,6 +21,8 @@ from .neumann.series import Neumann
 # An exact solution may take so many operations, some seconds on one core, or as many passes over the data as a
 # Kronecker-factored one is worth.
 _AFFORDABLE, _AFFORDABLE_PASSES = 5e11, 20
+# However small the network, so many passes are slow: one for every pixel of an image, at 32 x 32 pixels half a minute.
+_MOST_PASSES = 500
 # Conjugate gradients may take more where an exact solution was asked for, or is worth it: for how many queries that is
 # judged must not depend on how many are asked.
 _CG_OPERATIONS, _JUDGED_QUERIES = 3e12, 100
@@ -41,12 +43,15 @@ class Auto(Record):
 
     | situation | choice |
     |---|---|
-    | the dense GGN (or Hessian), eigendecomposed in float64, within seconds | exact: every damping is free |
+    | the dense GGN, eigendecomposed in float64, within seconds | exact: every damping is free |
     | its dual form within seconds, or within twenty passes over the data | exact over all parameters |
     | a single layer, whose loss is convex, and products affordable | exact, by conjugate gradients |
-    | more, a likelihood | EK-FAC: about one pass over the data for any number of queries |
-    | more, and the dual of the empirical Fisher fits | nearly free, a little less faithful |
+    | more | EK-FAC: about one pass over the data for any number of queries |
+    | its factors are too large, and the dual of the empirical Fisher fits | nearly free, a little less faithful |
     | else | LiSSA with self-tuned step, batch and depth: cost does not grow with N |
+
+    A loss that is not convex in the model's outputs, or piecewise linear in them, has no Gauss-Newton matrix: the
+    empirical Fisher takes its place, and the reason is given.
 
     What is estimated (curvature and damping) depends on the problem alone, so that a query's scores do not depend on
     how many others are asked. The number of queries only decides how a curvature that was asked for is solved with:
@@ -58,20 +63,32 @@ def choose_composition(curvature: AbstractCurvature | None, size: ProblemSize, b
     """By counts alone, so that the same problem always gets the same method."""
     if curvature is not None and Form.SPECTRAL in curvature.forms:
         return Composition(curvature, Spectral(), f"{type(curvature).__name__} comes with its eigenvalues")
-    likelihood = size.outputs is not None
     size = replace(size, damping_share=_damping(size).share)
-    chosen = curvature or (GGN() if likelihood else Hessian())
+    chosen = curvature or (GGN() if size.obstacle is None else EmpiricalFisher())
     exact = _exact_composition(chosen, size, budget) or _convex_composition(chosen, size, budget)
     if exact is not None:
-        return exact
+        return exact if curvature is not None else _explain(exact, size)
     if curvature is not None:
         return _iterative_composition(curvature, size, budget)
+    return _explain(_large_composition(chosen, size, budget), size)
+
+
+def _explain(choice: Composition, size: ProblemSize) -> Composition:
+    """The choice, with why its curvature is not the Gauss-Newton matrix."""
+    if size.obstacle is None:
+        return choice
+    return replace(choice, why=f"{choice.why}; no Gauss-Newton matrix: {str(size.obstacle).split('; ')[0]}")
+
+
+def _large_composition(chosen: AbstractCurvature, size: ProblemSize, budget: Budget) -> Composition:
+    """What stands for a curvature that is too large for an exact solution."""
     large = f"the {chosen.title} over {size.parameters:,} parameters and {size.examples:,} examples"
     large += f" x {size.columns:,} outputs" if size.columns > 1 else ""
     large += " is too large for an exact solution"
-    if likelihood and EKFAC().cost(size, Form.SPECTRAL).bytes <= _FACTOR_BYTES:
+    factored = EKFAC() if size.obstacle is None else EKFAC(EmpiricalFisher())
+    if factored.cost(size, Form.SPECTRAL).bytes <= _FACTOR_BYTES:
         why = f"{large}: EK-FAC takes one pass over the data for any number of queries"
-        return Composition(EKFAC(), Spectral(), why)
+        return Composition(factored, Spectral(), why)
     why = f"{large}, and {size.examples:,} examples are few enough for the dual of the empirical Fisher"
     empirical = Composition(EmpiricalFisher(), Woodbury(), why, damping=_damping(size))
     if _fits(empirical, size.for_queries(1), budget, most=6 * _AFFORDABLE):
@@ -121,7 +138,7 @@ def _fits(choice: Composition, size: ProblemSize, budget: Budget, most: Amount) 
     """Whether a choice is affordable, in operations and in memory."""
     cost = choice.cost(size)
     affordable = max(most, size.flops(Cost(_AFFORDABLE_PASSES)))
-    return size.flops(cost) <= affordable and cost.bytes <= budget.bytes
+    return size.flops(cost) <= affordable and cost.passes <= _MOST_PASSES and cost.bytes <= budget.bytes
 
 
 def _why_exact(curvature: AbstractCurvature, form: Form, size: ProblemSize) -> str:

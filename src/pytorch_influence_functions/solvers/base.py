@@ -35,7 +35,8 @@ class Result(enum.Enum):
         "The allowed steps came before rtol. Raise max_steps (or steps), raise the damping, or give a preconditioner."
     )
     stagnated = (
-        "Rounding stopped all progress before rtol was reached. Use a float64 model, a larger rtol, or more damping."
+        "Rounding stopped all progress before rtol was reached. Use a float64 model without autocast in its forward, a "
+        "larger rtol, or more damping."
     )
     diverged = (
         "The series grew instead of shrinking: the step is larger than 2 / (largest eigenvalue + damping), "
@@ -47,7 +48,7 @@ class Result(enum.Enum):
     )
     negative_curvature = (
         "A direction with negative curvature was met, so the weights are not at a minimum of the damped "
-        "loss. Use GGN() instead of Hessian(), or raise the damping."
+        "loss. Raise the damping, or use GGN() instead of Hessian() (EmpiricalFisher() for a loss that has no GGN())."
     )
     bad_preconditioner = (
         "The preconditioner is not positive definite. Use a damped GGN, Fisher or EKFAC for it, or none."
@@ -397,6 +398,7 @@ def describe_indefinite(smallest: float, largest: float, shift: Shift) -> str:
         )
     return (
         f"The smallest eigenvalue of C plus weight decay is {smallest:.3g} and the damping is "
-        f"{shift.damping:.3g}, so C + D is not positive definite; use GGN() instead of Hessian(), or a "
-        f"damping of at least Absolute({damping_that_works(min(smallest, 0.0), largest):.3g})."
+        f"{shift.damping:.3g}, so C + D is not positive definite; use a damping of at least "
+        f"Absolute({damping_that_works(min(smallest, 0.0), largest):.3g}), or GGN() instead of Hessian() "
+        "(EmpiricalFisher() for a loss that has no GGN())."
     )

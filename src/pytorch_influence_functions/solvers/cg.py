@@ -49,7 +49,7 @@ class CG(AbstractSolver[CGState]):
 
     Args:
         rtol: the relative residual that is asked for; `None`: 1e-6 in float64 and 1e-3 in float32, about what rounding
-            allows there.
+            allows there. Products in bfloat16 or float16 (autocast) allow less, which is then enough.
         max_steps: at most so many products with the curvature.
         patience: after so many steps without progress the recursive residual is compared with the true one.
         incomplete: what becomes of rows that `max_steps` or rounding stop before `rtol`: `"warn"` hands back what was
@@ -90,7 +90,9 @@ class CG(AbstractSolver[CGState]):
         b = rows.flat()
         if bad := nonfinite_rows(b):
             return refuse_input(rows, bad, state.system.shift)
-        run = _Run(state, b, self._tolerance(b.dtype), self.patience, self.incomplete)
+        # More than the product itself is accurate to cannot be reached.
+        rtol = max(self._tolerance(b.dtype), state.system.operator.product_rounding)
+        run = _Run(state, b, rtol, self.patience, self.incomplete)
         x = torch.zeros_like(b) if start is None else start.flat().to(b).clone()
         return run.finish(run.until(x, self.max_steps, started=start is not None))
 

@@ -23,7 +23,7 @@ from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite
 # Symmetrising, scaling and judging the Gram matrix moves each of its numbers through memory some twenty times, and
 # adding a block up four times: as long as so many operations.
 _MOVED, _MOVED_PER_BLOCK = 3000.0, 800.0
-# Above this share of D, the Gram matrix's rounding is no longer small beside it.
+# Above this share of D, the Gram matrix's rounding is no longer small beside it: float64 takes the place of float32.
 _ROUNDING = 0.1
 
 
@@ -71,7 +71,8 @@ class Woodbury(AbstractSolver[DualState]):
 
     The value is a `DualSolution`: scoring against it builds no vector of length P. The first damping costs one
     Cholesky factor of the Gram matrix; the second one eigendecomposition, after which every damping is m^2 work. D must
-    be positive. The residual is exact Gram algebra plus an estimate of what rounding in the rows' own precision adds.
+    be positive. Inner products are taken in float64 where D is below the rounding of float32. The residual is exact
+    Gram algebra plus an estimate of what rounding in the products adds.
     `init` raises `InvalidInput` for an operator without rows or D <= 0, `NonFinite` naming rows that hold NaN.
 
     >>> state = Woodbury().init(gram, Shift(1e-3))  # doctest: +SKIP
@@ -105,6 +106,8 @@ class Woodbury(AbstractSolver[DualState]):
         no_preconditioner(self, preconditioner)
         self._check(operator, shift)
         assert isinstance(operator, Gram)
+        if _rounding(operator, shift) > _ROUNDING and operator.precision != torch.float64:
+            operator.refine()
         k = operator.gram() if shift.uniform is not None else None
         scaled = None if k is not None else _scaled_gram(operator, shift)
         if bad := nonfinite_rows((k if scaled is None else scaled).diagonal()):  # type: ignore[union-attr]
@@ -145,9 +148,9 @@ class Woodbury(AbstractSolver[DualState]):
             return refuse_input(rows, bad, shift)
         overlaps = self._overlaps(state, rows)
         w = state.solve(overlaps)
-        value = DualSolution(rows, basis, w, overlaps, shift, count)
+        value = DualSolution(rows, basis, w, overlaps, shift, count, state.operator.wider)
         residual = relative(_residual(state, w, overlaps), size.sqrt())
-        rounding = _rounding(state)
+        rounding = _rounding(state.operator, shift)
         notes = {"damping": shift.damping, "rows": len(basis), "smallest_curvature": 0.0, "rounding": rounding}
         if len(basis) >= state.operator.size:
             del notes["smallest_curvature"]  # with fewer rows than parameters C is singular; otherwise unknown
@@ -164,8 +167,8 @@ class Woodbury(AbstractSolver[DualState]):
         if rows is operator.rows:
             return state.scaled if state.scaled is not None else operator.gram() / shift.smallest
         if shift.uniform is not None:
-            return rows.inner(operator.rows).double() / shift.uniform
-        return shift.inverse(rows).inner(operator.rows).double()
+            return rows.inner(operator.rows, dtype=operator.wider).double() / shift.uniform
+        return shift.inverse(rows).inner(operator.rows, dtype=operator.wider).double()
 
     def leverages(self, state: DualState) -> Float[Tensor, " m"]:
         """h_i = (1/N) g_i^T (C + D)^-1 g_i for every row of the curvature, in [0, 1): exact, from the `state` alone.
@@ -196,12 +199,11 @@ def _residual(state: DualState, w: Tensor, overlaps: Tensor) -> Tensor:
     return ((e @ operator.gram()) * e).sum(1).clamp_min(0.0).sqrt()
 
 
-def _rounding(state: DualState) -> float:
-    """Error of the Gram matrix in the rows' precision over what is added to its diagonal, eps |K_D| / N.
+def _rounding(operator: Gram, shift: Shift) -> float:
+    """Error of the Gram matrix in the precision of its products over what is added to its diagonal, eps |K_D| / N.
 
     Far below 1 the weakest directions are still decided by D and not by rounding.
     """
-    gram = state.operator.gram()
+    gram = operator.gram()
     largest = power_iteration(lambda v: gram @ v, gram.diagonal().sqrt(), steps=6)
-    eps = torch.finfo(state.operator.rows.dtype).eps
-    return largest * eps / (state.operator.count * state.shift.smallest)
+    return largest * torch.finfo(operator.precision).eps / (operator.count * shift.smallest)

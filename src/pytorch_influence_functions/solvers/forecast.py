@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize, timed_examples
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS
+from ..problem.data import suited_size
 from .base import AbstractSolver
 from .preconditioner import Preconditioner
 
@@ -24,6 +26,8 @@ QUERY_SHARE = 1 / 4
 _TIMED_NUMBERS = 1 << 24
 # The first product pays for what is paid once.
 _REPEATS = 2
+# What a pass records is held by the graph, unfolded and multiplied as well: measured on U-Nets of 64² to 256² pixels.
+_PASS_COPIES = 6
 # Scores are added up in float64.
 _SCORE_BYTES = 8
 # Checking a score, adding it up and handing it over takes as long as so many operations of a matrix product, and so
@@ -57,8 +61,8 @@ class Composition:
         return self.solver.cost(size, self.curvature, True) + Preconditioner.cost(self.preconditioner, size, steps)
 
 
-@dataclass(frozen=True)
-class Forecast:
+@dataclass(frozen=True, repr=False)
+class Forecast(Printable):
     """What a run will cost, before it is paid for.
 
     Args:
@@ -67,6 +71,8 @@ class Forecast:
         passes: forward and backward passes over the training data.
         memory_bytes: what is held beside the model: rows, factors, solved queries, scores.
         seconds: from one measured batch, and counted operations.
+        batch_bytes: what the forward and backward pass of one wide batch holds besides, roughly: layer inputs and
+            gradients, more than all else where the model's outputs are images.
     """
 
     method: str
@@ -74,12 +80,14 @@ class Forecast:
     passes: Amount
     memory_bytes: Amount
     seconds: float
+    batch_bytes: Amount = 0.0
 
     def __str__(self) -> str:
         return (
             f"method   {self.method}\nwhy      {self.why}\n"
             f"passes   {self.passes:,.0f} forward+backward passes over the training data\n"
-            f"memory   {self.memory_bytes / 2**20:,.0f} MiB beside the model\n"
+            f"memory   {self.memory_bytes / 2**20:,.0f} MiB beside the model, "
+            f"and {self.batch_bytes / 2**20:,.0f} MiB for the passes of a batch\n"
             f"time     about {self.seconds:,.1f} s on this machine (measured on one batch)"
         )
 
@@ -130,7 +138,9 @@ def estimate_cost(
     each = size.seconds if size.product_seconds is None else size.product_seconds
     reading = (total.passes - total.products) * n * size.seconds + total.products * n * each
     seconds = reading + total.flops / operations_per_second()
-    return Forecast(method, choice.why, total.passes, total.bytes, seconds)
+    together = min(n, suited_size(size.pass_numbers))
+    batch = _PASS_COPIES * together * size.pass_numbers * size.number_bytes
+    return Forecast(method, choice.why, total.passes, total.bytes, seconds, batch)
 
 
 def time_product(choice: Composition, derivatives: Derivatives, size: ProblemSize, budget: Budget) -> ProblemSize:

@@ -46,6 +46,7 @@ from ..linalg.rows import Route, Rows
 from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
+from ..problem.working_precision import in_working_precision
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
 from .segments import Segment, copy_if_live, refuse_shared, split_evenly
@@ -140,6 +141,7 @@ class SOURCE(AbstractMethod):
         """
         start = time.perf_counter()
         check_problem(problem)
+        problem = in_working_precision(problem)
         if problem.checkpoints:
             raise InvalidInput(
                 f"SOURCE takes its checkpoints by segment and the problem has {len(problem.checkpoints)} of its own; "

@@ -17,14 +17,14 @@ from ...gradients.per_example import Derivatives, Tape
 from ...linalg.blocks import AbstractBlock, Conv, Outer, matrix_shape
 from ...linalg.kronecker import Kronecker, KroneckerBlock
 from ...linalg.rows import Rows
-from ...objectives.base import AbstractLikelihood
 from ...problem.checkpoints import Checkpoint, at_checkpoint
 from ...problem.data import Source
 from ...problem.problem import first_batch, sweep
-from ..base import Budget, not_a_likelihood
+from ..base import Budget
 from ..cost import BlockSize, terms_of
 from ..exact import ENUMERATED_OUTPUTS, GGN, Fisher, finite_outputs
 from ..fisher import AbstractFisher
+from ..own_losses import require_output_curvature
 from .cache import FactorCache, fingerprint_factors
 from .moments import BlockFactors, Moments, Sharing, unified
 
@@ -134,10 +134,8 @@ class Fit:
         """Whose gradients are measured, and how many columns that is: exact by default where they are few and cheap."""
         derivatives = self.members[0][1]
         fisher = self.plan.fisher or GGN()
-        if not (fisher.given_labels or isinstance(derivatives.objective, AbstractLikelihood)):
-            raise not_a_likelihood(
-                "Kronecker-factored curvature without fisher=EmpiricalFisher()", derivatives.objective
-            )
+        if not fisher.given_labels:
+            require_output_curvature(derivatives)
         columns = fisher.column_count(derivatives)
         sizes = [BlockSize.of(b) for b in look.blocks.values()]
         if self.plan.fisher is None and columns_by_default(columns, sizes) is None:

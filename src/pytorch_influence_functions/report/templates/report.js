@@ -6,6 +6,10 @@
   const meta = read("meta"), index = read("index"), Q = index.queries, size = Q.name.length;
   const measure = index.loss ? "loss" : "measure";
   const FEW = 48;
+  /** What a label is called: of classes a label, of predicted numbers a value, with the name it was given. */
+  const numeric = index.numeric, LABEL = numeric ? "value" : "label";
+  const target = (numeric && index.target.replace(/\s*\[.+\]\s*$/, "")) || LABEL, LABELLED = numeric ? target : "labelled";
+  const capital = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 
   /** An element; `on…` are listeners, `dataset` and ARIA names are attributes, children are nodes or text. */
   function el(tag, attributes = {}, ...children) {
@@ -30,6 +34,12 @@
     const size = Math.abs(value);
     const digits = size >= 1e-4 && size < 1e5 ? String(Number(size.toPrecision(3))) : size.toExponential(1);
     return (value < 0 ? "−" : "") + digits;
+  }
+  /** A number from the data with three digits, for a small card; whole numbers and other texts as they are. */
+  function short(text) {
+    const value = Number(text);
+    if (text.trim() === "" || !Number.isFinite(value) || Number.isInteger(value)) return text;
+    return Math.abs(value) >= 999.5 && Math.abs(value) < 1e7 ? String(Math.round(value)) : String(Number(value.toPrecision(3)));
   }
   const signed = (value) => (value > 0 ? "+" : "") + plain(value);
   /** Never rounded up to all or nothing. */
@@ -92,14 +102,26 @@
       return el("div", { class: kind + "words", ...scrolls }, el("p", { class: "text", dir: "auto" }, text || "(empty)"), more);
     }
     if (record.k === "table") {
-      const rows = large ? record.t : record.t.slice(0, record.t.length + record.m > 5 ? 4 : 5), left = record.t.length - rows.length + record.m;
-      const body = el("tbody", {}, ...rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row", title: name }, name), el("td", { title: value }, value))));
-      if (left) body.append(el("tr", {}, el("th", { scope: "row", colSpan: 2 }, "… " + whole(left) + " more")));
-      return el("div", { class: kind + "words", ...scrolls }, el("table", { class: "row" + (rows.every(([, value]) => value.length < 8) ? " numbers" : "") }, body));
+      // A small card has room for a few columns: those in which the example is unusual, where that is known.
+      const many = record.t.length + record.m > 5;
+      const rows = large ? record.t : many && record.u ? record.u.map((at) => record.t[at]) : record.t.slice(0, many ? 4 : 5);
+      const left = record.t.length - rows.length + record.m;
+      const body = el("tbody", {}, ...rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row", title: name }, name), el("td", { title: value }, large ? value : short(value)))));
+      const more = !large && record.u ? "… of " + whole(record.t.length + record.m) + " columns" : "… " + whole(left) + " more";
+      if (left) body.append(el("tr", {}, el("th", { scope: "row", colSpan: 2, title: large ? "" : "Shown are the columns in which it is most unusual" }, more)));
+      return el("div", { class: kind + "words", ...scrolls }, el("table", { class: "row" + (rows.every(([, value]) => value.length < 13) ? " numbers" : "") }, body));
     }
     return el("div", { class: kind + "none" }, record.t || "No picture or text at hand");
   }
-  const named = (record) => "Training example " + record.i + (record.l ? ", labelled " + record.l : "");
+  const named = (record) => "Training example " + record.i + (record.l ? ", " + LABELLED + " " + record.l : "");
+  /** What the model says of an example, beside its label: a query's columns or a training example's record. */
+  function verdict(said, sure, wrong, error) {
+    if (said === undefined || said === null) return null;
+    const known = wrong !== undefined && wrong !== null, off = error !== undefined && error !== null;
+    const state = !known ? "" : wrong ? "wrong-word" : "right-word";
+    return el("span", { class: state }, (!known ? "" : wrong ? "✗ " : "✓ ") + "model: ", isolated(brief(said)),
+      sure === undefined || sure === null ? "" : " " + percent(sure), off ? el("span", { class: "error" }, " (error " + signed(error) + ")") : "");
+  }
 
   /** A card that fills itself when its piece is there. */
   function card(i, score, side, extra) {
@@ -111,6 +133,7 @@
       picture.replaceChildren(see(record, named(record), false));
       picture.setAttribute("aria-label", "Look at " + named(record) + (record.k === "text" ? ": " + brief(record.t) : ""));
       if (record.l) lines.append(isolated(record.l, "label"));
+      if (record.wrong || record.err !== undefined) lines.append(verdict(record.said, record.sure, record.wrong, record.err));
       lines.append(el("span", { class: "faint" }, "#" + i, record.n ? " " : "", record.n ? isolated(record.n) : ""));
     });
     return made;
@@ -121,41 +144,87 @@
     const entry = index.queue.find((one) => one.i === i);
     const facts = el("dl", { class: "facts" });
     const fact = (term, value) => facts.append(el("div", {}, el("dt", {}, term), el("dd", { dir: "auto" }, value)));
-    if (record.l) fact("Label", record.l);
+    if (record.l) fact(capital(target), record.l);
+    const says = verdict(record.said, record.sure, record.wrong, record.err);
+    if (says && !record.likely) fact("The model says", says.textContent.replace(/^model: /, ""));
     if (record.n) fact("Name", record.n);
     if (record.o !== undefined) fact("Self-influence", plain(record.o));
     if (entry && entry.g) fact("Suggested label", entry.g);
     box.replaceChildren(
       el("button", { type: "button", class: "close", onclick: () => box.close() }, "Close"),
       el("h2", {}, "Training example " + i), see(record, named(record), true), facts,
-      entry ? el("div", {}, el("h3", {}, "Evidence that its label is doubtful"), ...evidence(entry)) : null || "", ticks(i));
+      record.likely && record.likely.length ? el("div", { class: "part" }, likely(record.likely)) : "",
+      entry ? el("div", { class: "part" }, el("h3", {}, "Evidence that its " + LABEL + " is doubtful"), ...evidence(entry, record)) : "",
+      moved(record), ticks(i, true));
     box.showModal();
+  }
+  /** The queries that one training example helps and harms most. */
+  function moved(record) {
+    const list = (entries, side, title) => entries && entries.length ? el("div", {}, el("h3", { class: "head-" + side }, title),
+      el("ul", {}, ...entries.map(([q, score]) => el("li", {}, askedLink(q), " ", el("span", { class: "num " + tone(score) }, signed(score)))))) : "";
+    const helps = list(record.help, "help", "Queries it helps most"), harms = list(record.harm, "harm", "Queries it harms most");
+    return helps || harms ? el("div", { class: "moved part" }, helps, harms) : "";
+  }
+  function askedLink(q) {
+    return el("span", {}, el("a", { href: "#q/" + q, onclick: () => $("example").close() }, isolated(brief(Q.name[q]))),
+      Q.label[q] ? " (" : "", Q.label[q] ? isolated(brief(Q.label[q])) : "", Q.label[q] ? ")" : "");
   }
   $("example").addEventListener("click", (event) => { if (event.target === $("example")) $("example").close(); });
 
   // ------------------------------------------------------------------ decisions
-  const WORDS = { wrong_label: "Wrong label", duplicate: "Duplicate", keep: "Keep" };
+  const WORDS = { wrong_label: "Wrong " + LABEL, duplicate: "Duplicate", keep: "Keep" };
   const key = "ptif-report-" + meta.id;
+  /** Index -> { word, as }: what was ticked, and the label the example should have, or null. */
   let decisions = new Map(), stored = true;
+  const usable = (as) => as === null || (numeric ? Number.isFinite(as) : typeof as === "string" && as !== "");
   try {
     const held = JSON.parse(localStorage.getItem(key) || "[]");
-    decisions = new Map(held.filter(([i, word]) => Number.isInteger(i) && i >= 0 && i < index.n && Object.hasOwn(WORDS, word)));
+    for (const [i, word, as = null] of held)
+      if (Number.isInteger(i) && i >= 0 && i < index.n && Object.hasOwn(WORDS, word) && usable(as)) decisions.set(i, { word, as });
   } catch { stored = false; }
-  function ticks(i) {
-    const box = el("div", { class: "ticks", role: "group", "aria-label": "Decision for training example " + i });
+  const wordOf = (i) => (decisions.has(i) ? decisions.get(i).word : "");
+  /** The buttons of one example; `full` adds what its label should be. Ticking changes colours only: nothing moves. */
+  function ticks(i, full) {
+    const box = el("div", { class: "ticks" + (full ? " full" : ""), role: "group", "aria-label": "Decision for training example " + i });
     box.dataset.of = i;
     for (const [word, text] of Object.entries(WORDS)) {
-      const button = el("button", { type: "button", onclick: () => decide(i, word), "aria-pressed": String(decisions.get(i) === word) }, text);
+      const button = el("button", { type: "button", onclick: () => decide(i, word), "aria-pressed": String(wordOf(i) === word) }, text);
       button.dataset.word = word;
       box.append(button);
     }
+    if (full) box.append(el("label", { class: "relabel" }, el("span", {}, numeric ? "Right value" : "Relabel as"), relabelling(i)));
     return box;
   }
-  function decide(i, word) {
-    if (decisions.get(i) === word || word === null) decisions.delete(i); else decisions.set(i, word);
-    try { localStorage.setItem(key, JSON.stringify([...decisions])); } catch { stored = false; }
-    for (const box of document.querySelectorAll('.ticks[data-of="' + i + '"]'))
-      for (const button of box.children) button.setAttribute("aria-pressed", String(decisions.get(i) === button.dataset.word));
+  function relabelling(i) {
+    const given = decisions.has(i) && decisions.get(i).as !== null ? String(decisions.get(i).as) : "";
+    const change = (event) => {
+      const text = event.target.value.trim(), as = text === "" ? null : numeric ? Number(text) : text;
+      if (!usable(as)) return;
+      if (as !== null || wordOf(i) === "wrong_label") decide(i, "wrong_label", as);
+    };
+    if (numeric) return el("input", { type: "number", step: "any", value: given, onchange: change, "aria-label": "Right value for training example " + i });
+    const label = "Relabel training example " + i + " as";
+    if (!index.classes) return el("input", { type: "text", value: given, onchange: change, "aria-label": label });
+    const box = el("select", { onchange: change, "aria-label": label }, el("option", { value: "" }, "–"));
+    const entry = index.queue.find((one) => one.i === i) || {};
+    for (const name of index.classes.names) {
+      const who = [entry.g === name ? "suggested" : "", entry.said === name ? "the model says so" : ""].filter((text) => text).join(", ");
+      box.append(el("option", { value: name }, brief(name, 40) + (who ? " (" + who + ")" : "")));
+    }
+    box.value = given;
+    return box;
+  }
+  /** Without `as` a second click on the same word takes it back. */
+  function decide(i, word, as) {
+    if (word === null || (as === undefined && wordOf(i) === word)) decisions.delete(i);
+    else decisions.set(i, { word, as: as === undefined ? null : as });
+    try { localStorage.setItem(key, JSON.stringify([...decisions].map(([at, one]) => [at, one.word, one.as]))); } catch { stored = false; }
+    const now = decisions.get(i);
+    for (const box of document.querySelectorAll('.ticks[data-of="' + i + '"]')) {
+      for (const button of box.querySelectorAll("button")) button.setAttribute("aria-pressed", String(wordOf(i) === button.dataset.word));
+      const field = box.querySelector(".relabel select, .relabel input");
+      if (field) field.value = now && now.as !== null ? String(now.as) : "";
+    }
     counted();
   }
   function counted() { $("decided").textContent = whole(decisions.size); }
@@ -165,13 +234,13 @@
     for (const i of [...decisions.keys()].sort((a, b) => a - b)) {
       const record = await example(i).catch(() => ({}));
       const entry = index.queue.find((one) => one.i === i) || {};
-      found.push({ index: i, decision: decisions.get(i), label: record.l || null, name: record.n || null,
-        suggested_label: entry.g || null, self_influence: record.o === undefined ? null : record.o });
+      found.push({ index: i, decision: wordOf(i), label: record.l || null, name: record.n || null,
+        suggested_label: entry.g || null, self_influence: record.o === undefined ? null : record.o, relabel_as: decisions.get(i).as });
     }
     return found;
   }
   function csv(rows) {
-    const names = ["index", "decision", "label", "name", "suggested_label", "self_influence"];
+    const names = ["index", "decision", "label", "name", "suggested_label", "self_influence", "relabel_as"];
     const cell = (value) => {
       if (value === null) return "";
       if (typeof value === "number") return String(value);
@@ -183,7 +252,7 @@
   }
   async function download(kind) {
     const rows = await decided();
-    const whole = { format: "pytorch-influence-functions/decisions", version: 1, report: meta.id, title: meta.title,
+    const whole = { format: "pytorch-influence-functions/decisions", version: 2, report: meta.id, title: meta.title,
       training_examples: index.n, decisions: rows };
     const text = kind === "csv" ? csv(rows) : JSON.stringify(whole, null, 2) + "\n";
     const address = URL.createObjectURL(new Blob([text], { type: kind === "csv" ? "text/csv" : "application/json" }));
@@ -193,35 +262,47 @@
   }
   async function showDecisions() {
     const rows = await decided(), box = $("decisions");
-    const columns = ["Example", "Label", "Decision", el("span", { class: "away" }, "Take back")];
+    const columns = ["Example", capital(target), "Decision", numeric ? "Right value" : "Relabel as", el("span", { class: "away" }, "Take back")];
     const body = rows.map((row) => el("tr", {},
       el("td", {}, el("button", { type: "button", onclick: () => look(row.index) }, "#" + row.index)),
-      el("td", { dir: "auto" }, brief(row.label || "")), el("td", {}, WORDS[row.decision]),
+      el("td", { dir: "auto" }, brief(row.label || "")), el("td", {}, WORDS[row.decision]), el("td", { dir: "auto" }, row.relabel_as === null ? "" : brief(String(row.relabel_as))),
       el("td", {}, el("button", { type: "button", "aria-label": "Forget the decision for example " + row.index,
         onclick: () => { decide(row.index, null); showDecisions(); } }, "Forget"))));
     const keeps = stored ? "They are kept in this browser for this report." : "This browser keeps nothing for files: download them before you close the page.";
     box.replaceChildren(
       el("p", {}, rows.length ? whole(rows.length) + " training example" + (rows.length === 1 ? " is" : "s are") + " ticked. " + keeps
-        : "Nothing is ticked yet. Cards of training examples have the buttons Wrong label, Duplicate and Keep. " + keeps),
+        : "Nothing is ticked yet. Cards of training examples have the buttons " + WORDS.wrong_label + ", Duplicate and Keep. " + keeps),
       el("div", { class: "actions" },
         el("button", { type: "button", class: "main", disabled: !rows.length, onclick: () => download("csv") }, "Download CSV"),
         el("button", { type: "button", class: "main", disabled: !rows.length, onclick: () => download("json") }, "Download JSON")),
       rows.length ? el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Decisions" }, el("table", { class: "data words" },
         el("thead", {}, el("tr", {}, ...columns.map((word) => el("th", { scope: "col" }, word)))), el("tbody", {}, ...body))) : "",
       el("h2", {}, "The format"),
-      el("p", {}, "CSV: one line per ticked example with the columns ", el("code", {}, "index,decision,label,name,suggested_label,self_influence"),
+      el("p", {}, "CSV: one line per ticked example with the columns ", el("code", {}, "index,decision,label,name,suggested_label,self_influence,relabel_as"),
         ". ", el("code", {}, "index"), " is the position in the training dataset, from 0; ", el("code", {}, "decision"), " is ",
         el("code", {}, "wrong_label"), ", ", el("code", {}, "duplicate"), " or ", el("code", {}, "keep"),
         "; what is not known is empty. A text that a spreadsheet would take for a formula has an apostrophe in front."),
-      el("p", {}, "JSON: ", el("code", {}, '{"format": "pytorch-influence-functions/decisions", "version": 1, "report", "title", "training_examples", "decisions": [{"index", "decision", …}]}'),
-        " with the same names; what is not known is ", el("code", {}, "null"), "."));
+      el("p", {}, "JSON: ", el("code", {}, '{"format": "pytorch-influence-functions/decisions", "version": 2, "report", "title", "training_examples", "decisions": [{"index", "decision", …}]}'),
+        " with the same names; what is not known is ", el("code", {}, "null"), "."),
+      el("p", {}, "Read back in Python: ", el("code", {}, 'ptif.report.read_decisions("decisions.json")'), "."));
   }
 
   // ------------------------------------------------------------------ queries: the grid
   const filters = { search: "", label: "", wrong: "", sure: "", sort: "order" };
   let visible = [...Array(size).keys()], drawn = 0;
   const BANDS = { "": [-1, 2], "below 50%": [-1, 0.5], "50 to 80%": [0.5, 0.8], "80 to 95%": [0.8, 0.95], "above 95%": [0.95, 2] };
-  const SORTS = { order: "as in the data", unsure: "least confident first", sure: "most confident first" };
+  const has = (column) => Q[column] && Q[column].some((value) => value !== null);
+  const SORTS = {};
+  if (has("wrong") && has("sure")) SORTS.worst = "mistakes first";
+  if (has("err")) Object.assign(SORTS, { worst: "largest error first", best: "smallest error first" });
+  if (has("sure")) Object.assign(SORTS, { unsure: "least confident first", sure: "most confident first" });
+  SORTS.order = "in dataset order";
+  filters.sort = Object.keys(SORTS)[0];
+  /** What a query is sorted by, the largest first. */
+  const RANKS = {
+    worst: (q) => has("err") ? Math.abs(Q.err[q] ?? -1) : Q.wrong[q] === null ? -2 : Q.wrong[q] ? 1 + (Q.sure[q] ?? 0) : -(Q.sure[q] ?? 1),
+    best: (q) => -Math.abs(Q.err[q] ?? Infinity), unsure: (q) => -(Q.sure[q] ?? 2), sure: (q) => Q.sure[q] ?? -1, order: (q) => -q,
+  };
   function selected(name, options, shown) {
     const box = el("select", { onchange: (event) => { filters[name] = event.target.value; filtered(); } });
     for (const [value, text] of options) box.append(el("option", { value }, text));
@@ -232,14 +313,13 @@
     form.addEventListener("submit", (event) => event.preventDefault());
     form.append(el("label", { class: "wide" }, "Search names, labels, texts",
       el("input", { type: "search", oninput: (event) => { filters.search = event.target.value; filtered(); } })));
-    if (labels.length > 1 && labels.length <= 200) form.append(selected("label", [["", "all"], ...labels.map((label) => [label, label])], "Label"));
+    if (labels.length > 1 && labels.length <= 200 && !numeric) form.append(selected("label", [["", "all"], ...labels.map((label) => [label, label])], "Label"));
     if (Q.wrong && Q.wrong.some((wrong) => wrong !== null)) form.append(selected("wrong", [["", "all"], ["1", "wrong only"], ["0", "right only"]], "Answered"));
-    if (Q.sure && Q.sure.some((sure) => sure !== null)) {
-      form.append(selected("sure", Object.keys(BANDS).map((band) => [band, band || "any"]), "Confidence"));
-      form.append(selected("sort", Object.entries(SORTS), "Order"));
-    }
+    if (has("sure")) form.append(selected("sure", Object.keys(BANDS).map((band) => [band, band || "any"]), "Confidence"));
+    if (Object.keys(SORTS).length > 1) form.append(selected("sort", Object.entries(SORTS), "Order"));
   }
-  function filtered() {
+  /** Which queries are asked for, in the order asked for. */
+  function arrange() {
     const words = filters.search.trim().toLowerCase(), [low, high] = BANDS[filters.sure];
     visible = [...Array(size).keys()].filter((q) => {
       if (filters.label && Q.label[q] !== filters.label) return false;
@@ -247,7 +327,11 @@
       if (filters.sure && (Q.sure[q] === null || Q.sure[q] < low || Q.sure[q] >= high)) return false;
       return !words || [Q.name[q], Q.label[q], Q.said ? Q.said[q] : "", Q.text ? Q.text[q] : ""].join("\n").toLowerCase().includes(words);
     });
-    if (filters.sort !== "order") visible.sort((a, b) => ((Q.sure[a] ?? 2) - (Q.sure[b] ?? 2)) * (filters.sort === "sure" ? -1 : 1));
+    const rank = RANKS[filters.sort];
+    visible.sort((a, b) => rank(b) - rank(a) || a - b);
+  }
+  function filtered() {
+    arrange();
     $("count").textContent = visible.length === size ? whole(size) + (size === 1 ? " query" : " queries")
       : whole(visible.length) + " of " + whole(size) + " queries";
     $("grid").replaceChildren();
@@ -260,12 +344,7 @@
     drawn = Math.min(visible.length, drawn + FEW);
     $("more").hidden = drawn >= visible.length;
   }
-  function answer(q) {
-    if (!Q.said) return null;
-    const state = Q.wrong[q] === null ? "" : Q.wrong[q] ? "wrong-word" : "right-word";
-    const word = Q.wrong[q] === null ? "model: " : Q.wrong[q] ? "✗ model: " : "✓ model: ";
-    return el("span", { class: state }, word, isolated(brief(Q.said[q])), Q.sure[q] === null ? "" : " " + percent(Q.sure[q]));
-  }
+  const answer = (q) => (Q.said ? verdict(Q.said[q], Q.sure[q], Q.wrong[q], Q.err[q]) : null);
   function tile(q) {
     const picture = el("div", { class: "see" });
     const link = el("a", { href: "#q/" + q }, picture, el("div", { class: "lines" },
@@ -290,7 +369,7 @@
     const record = await query(q).catch(() => ({ ...lost, help: [], harm: [], hist: { lo: 0, hi: 0, n: [0] } }));
     if (location.hash !== "#q/" + q) return;
     current = q;
-    if (!visible.includes(q)) { visible = [...Array(size).keys()]; }
+    if (!visible.includes(q)) visible = [...Array(size).keys()];
     const at = visible.indexOf(q), box = $("view-query");
     const step = (by, text) => el("button", { type: "button", disabled: at + by < 0 || at + by >= visible.length, onclick: () => go(by) }, text);
     const cards = (list, side) => el("ol", { class: "cards" }, ...list.map(([i, score]) => card(i, score, side)));
@@ -300,15 +379,31 @@
         el("span", { class: "where" }, whole(at + 1) + " of " + whole(visible.length), el("span", { class: "keys" }, " · arrow keys move"))),
       el("h1", { dir: "auto" }, brief(Q.name[q], 160)),
       el("div", { class: "query" },
-        el("div", { class: "side" }, see(record, Q.name[q] + (Q.label[q] ? ", labelled " + Q.label[q] : ""), true),
-          el("div", {}, Q.label[q] ? el("p", {}, "Label: ", isolated(brief(Q.label[q], 160), "label")) : "", answer(q) || ""),
+        el("div", { class: "side" }, see(record, Q.name[q] + (Q.label[q] ? ", " + LABELLED + " " + Q.label[q] : ""), true),
+          el("div", {}, Q.label[q] ? el("p", {}, capital(target) + ": ", isolated(brief(Q.label[q], 160), "label")) : "", answer(q) || ""),
           record.likely && record.likely.length ? likely(record.likely) : "", histogram(record)),
         el("div", {},
           el("h2", { class: "head-help" }, "Most helpful", el("small", {}, "Removing one would " + up + " the " + measure + " on this query, by the number shown.")),
           cards(record.help, "help"),
           el("h2", { class: "head-harm" }, "Most harmful", el("small", {}, "Removing one would " + down + " the " + measure + " on this query, by the number shown. Where all help, these help least.")),
-          cards(record.harm, "harm"))));
+          cards(record.harm, "harm"))),
+      record.k === "table" && record.t.length + record.m > 5 ? sideBySide(q, record) : "");
     $("live").textContent = Q.name[q] + ", " + (at + 1) + " of " + visible.length;
+  }
+  /** All columns of a table row beside those of its first helpful and harmful examples. */
+  function sideBySide(q, record) {
+    const picked = [...record.help.slice(0, 4).map(([i]) => [i, "help"]), ...record.harm.slice(0, 4).map(([i]) => [i, "harm"])];
+    const box = el("div", { class: "scroll beside", tabindex: "0", role: "region", "aria-label": "All columns side by side" });
+    Promise.all(picked.map(([i]) => example(i).catch(() => ({ ...lost, i })))).then((records) => {
+      const heads = picked.map(([i, side]) => el("th", { scope: "col", class: side + "-word" }, el("button", { type: "button", onclick: () => look(i) }, "#" + i)));
+      const line = (name, values) => el("tr", {}, el("th", { scope: "row", title: name }, name), ...values.map((value) => el("td", {}, value)));
+      const value = (one, at) => (one.k === "table" && one.t[at] ? one.t[at][1] : "–");
+      const rows = record.t.map(([name, own], at) => line(name, [own, ...records.map((one) => value(one, at))]));
+      if (Q.label[q]) rows.unshift(line(capital(target), [Q.label[q], ...records.map((one) => one.l || "–")]));
+      if (record.m) rows.push(line("… " + whole(record.m) + " more", []));
+      box.append(el("table", { class: "data" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Column"), el("th", { scope: "col" }, "This query"), ...heads)), el("tbody", {}, ...rows)));
+    });
+    return el("div", {}, el("h2", {}, "All columns side by side", el("small", {}, "The query, its most helpful (blue) and its most harmful (orange) training examples.")), box);
   }
   function likely(list) {
     const rows = list.map(([name, share]) => {
@@ -348,15 +443,16 @@
   }
 
   // ------------------------------------------------------------------ the training set
-  function evidence(entry) {
+  const mostOwn = Math.max(...index.queue.map((entry) => entry.o ?? -Infinity));
+  function evidence(entry, record) {
     const lines = [];
     const change = (harm) => (harm >= 0) === index.loss ? "lower" : "raise";
-    if (entry.o !== undefined) lines.push(el("p", {}, "Self-influence ", el("b", { class: "num" }, plain(entry.o)), entry === index.queue[0] ? ", the largest of all." : ", above " + percent(entry.p) + " of all."));
+    if (entry.said !== undefined && !(record && (record.likely || numeric))) lines.push(el("p", {}, verdict(entry.said, entry.sure, entry.wrong, entry.err)));
+    if (entry.o !== undefined) lines.push(el("p", {}, "Self-influence ", el("b", { class: "num" }, plain(entry.o)), entry.o === mostOwn ? ", the largest of all." : ", above " + percent(entry.p) + " of all."));
     if (entry.g) lines.push(el("p", {}, "Suggested label: ", isolated(brief(entry.g), "label"), ". Without this example the " + measure + " of one in ten such queries would be " + (index.loss ? "lower" : "higher") + " by " + plain(entry.gh) + " or more."));
     lines.push(el("p", {}, "Over all queries, removing it would " + change(entry.h) + " the mean " + measure + " by " + plain(Math.abs(entry.h)) + "."));
-    if (entry.q.length) lines.push(el("p", {}, Q.label.some((label) => label) ? "Opponents (queries of other classes it harms most):" : "Queries it harms most:"),
-      el("ul", {}, ...entry.q.map(([q, score]) => el("li", {}, el("a", { href: "#q/" + q, onclick: () => $("example").close() }, isolated(brief(Q.name[q]))),
-        Q.label[q] ? " (" : "", Q.label[q] ? isolated(brief(Q.label[q])) : "", Q.label[q] ? ") " : " ", el("span", { class: "num" }, signed(score))))));
+    if (entry.q.length && !record) lines.push(el("p", {}, index.classes ? "Opponents (queries of other classes it harms most):" : "Queries it harms most:"),
+      el("ul", {}, ...entry.q.map(([q, score]) => el("li", {}, askedLink(q), " ", el("span", { class: "num" }, signed(score))))));
     return lines;
   }
   function growing(box, entries, make, first = 24) {
@@ -374,26 +470,64 @@
   function suspect(entry) {
     const picture = el("button", { type: "button", class: "open", "aria-label": "Look at training example " + entry.i, onclick: () => look(entry.i) }, el("div", { class: "see" }));
     const head = el("h3", {}, "#" + entry.i);
+    if (entry.n) head.append(" ", isolated(brief(entry.n), "faint"));
+    if (entry.l) head.append(" " + LABELLED + " ", isolated(brief(entry.l), "label"));
     example(entry.i).catch(() => ({ ...lost, i: entry.i })).then((record) => {
       picture.replaceChildren(see(record, named(record), false));
-      if (record.l) head.append(" labelled ", isolated(brief(record.l), "label"));
+      if (record.l && !entry.l) head.append(" " + LABELLED + " ", isolated(brief(record.l), "label"));
     });
-    return el("li", { class: "suspect" }, picture, el("div", {}, head, ...evidence(entry)), ticks(entry.i));
+    return el("li", { class: "suspect" }, picture, el("div", {}, head, ...evidence(entry)), ticks(entry.i, true));
   }
   const BY = {
-    self: "Ordered by self-influence: the model leans on these labels alone, which a wrong label needs.",
-    mean: "Ordered by mean harm over all queries; self-influence, where a report is given it, finds wrong labels better.",
+    self: "Ordered by self-influence: the model leans on these " + LABEL + "s alone, which a wrong one needs.",
+    mean: "Ordered by mean harm over all queries; self-influence, where a report is given it, finds wrong " + LABEL + "s better.",
+    turns: "Taken by turns from two orders: the largest " + (index.queue.some((entry) => entry.o !== undefined) ? "self-influence (the model leans on this " + LABEL + " alone)" : "mean harm over all queries") + ", and the largest error of the model, which typing errors have.",
   };
+  const wanted = { search: "", label: "", state: "", sort: "" };
+  /** Which entries of the queue are asked for, in the order asked for. */
+  function wantedSuspects() {
+    const words = wanted.search.trim().toLowerCase();
+    const entries = index.queue.filter((entry) => (!wanted.label || entry.l === wanted.label)
+      && (wanted.state === "" || (wanted.state === "open" ? !decisions.has(entry.i) : wanted.state === "done" ? decisions.has(entry.i) : entry.wrong === 1))
+      && (!words || ["#" + entry.i, entry.l, entry.n, entry.said, entry.g].join("\n").toLowerCase().includes(words)));
+    const rank = { own: (e) => e.o, harm: (e) => e.h, error: (e) => Math.abs(e.err ?? -1), model: (e) => (e.wrong ? 1 + (e.sure ?? 0) : -(e.sure ?? 1)), index: (e) => -e.i }[wanted.sort];
+    return rank ? entries.sort((a, b) => rank(b) - rank(a) || a.i - b.i) : entries;
+  }
+  function suspects(box) {
+    const list = el("div"), count = el("p", { class: "faint", role: "status" }), form = el("form", { class: "filters", role: "search" });
+    const draw = () => {
+      const entries = wantedSuspects(), all = index.queue.length;
+      count.textContent = entries.length === all ? whole(all) + " training examples" : whole(entries.length) + " of " + whole(all) + " training examples";
+      list.replaceChildren();
+      growing(list, entries, suspect);
+    };
+    const choice = (name, options, shown) => {
+      const picked = el("select", { onchange: (event) => { wanted[name] = event.target.value; draw(); } }, ...options.map(([value, text]) => el("option", { value }, text)));
+      picked.value = wanted[name];
+      form.append(el("label", {}, shown, picked));
+    };
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.append(el("label", { class: "wide" }, "Search " + LABEL + "s, names, #index",
+      el("input", { type: "search", value: wanted.search, oninput: (event) => { wanted.search = event.target.value; draw(); } })));
+    const labels = [...new Set(index.queue.map((entry) => entry.l))].filter((label) => label).sort();
+    if (labels.length > 1 && labels.length <= 200 && !numeric) choice("label", [["", "all"], ...labels.map((label) => [label, brief(label, 40)])], "Label");
+    const states = [["", "all"], ["open", "undecided"], ["done", "decided"]];
+    choice("state", index.queue.some((entry) => entry.wrong === 1) ? [...states, ["other", "the model disagrees"]] : states, "Show");
+    const sorts = [["", "most doubtful first"]];
+    if (index.queue.some((entry) => entry.err !== undefined)) sorts.push(["error", "largest error first"]);
+    if (index.queue.some((entry) => entry.wrong !== undefined)) sorts.push(["model", "model surest of another label"]);
+    if (index.queue.some((entry) => entry.o !== undefined)) sorts.push(["own", "largest self-influence"]);
+    choice("sort", [...sorts, ["harm", "most harm over all queries"], ["index", "in dataset order"]], "Order");
+    box.append(el("p", {}, "The " + whole(index.queue.length) + " training examples whose " + LABEL + "s are most worth a look, worst first. " + BY[index.queueBy]), form, count, list);
+    draw();
+  }
   const panels = {
-    labels: ["Doubtful labels", (box) => {
-      box.append(el("p", {}, "The " + whole(index.queue.length) + " training examples whose labels are most worth a look, worst first. " + BY[index.queueBy]));
-      growing(box, index.queue, suspect);
-    }],
+    labels: ["Doubtful " + LABEL + "s", suspects],
     pairs: ["Pairs", (box) => {
       if (!index.compared) { box.append(el("p", {}, "Inputs were not compared: the training data were not at hand.")); return; }
       const among = index.compared === index.n ? "all " + whole(index.n) + " training examples" : "the " + whole(index.compared) + " most influential training examples";
       box.append(el("p", {}, "Inputs were compared among " + among + "; a pair is listed when it differs by at most a quarter of what two random examples differ by."));
-      for (const [kind, title, none] of [["other", "Conflicting: nearly the same input, another label", "No conflicting pair was found."], ["same", "Near duplicates: nearly the same input and label", "No near duplicates were found."]]) {
+      for (const [kind, title, none] of [["other", "Conflicting: nearly the same input, another " + LABEL, "No conflicting pair was found."], ["same", "Near duplicates: nearly the same input and " + LABEL, "No near duplicates were found."]]) {
         box.append(el("h2", {}, title + " (" + index.pairs[kind].length + ")"));
         if (index.pairs[kind].length) growing(box, index.pairs[kind], pair, 12); else box.append(el("p", { class: "faint" }, none));
       }
@@ -406,6 +540,7 @@
         el("h2", { class: "head-harm" }, "Most harmful overall"), list(index.top.harm, "harm"));
     }],
   };
+  if (!index.classes) delete panels.classes;
   function pair(entry) {
     const apart = entry.d === 0 ? "The inputs are equal." : "They differ by " + percent(entry.d) + " of what two random examples differ by.";
     const act = entry.c > 0.5 ? "They push the queries the same way" : entry.c < -0.5 ? "They push the queries in opposite directions" : "Their effects on the queries differ";
@@ -415,16 +550,15 @@
   }
   function classes(box) {
     const C = index.classes;
-    if (!C) { box.append(el("p", {}, "There are no classes here: labels are missing, are numbers, or are of very many kinds.")); return; }
     const count = C.names.length, diagonal = C.names.map((_, c) => C.matrix[c][c]);
     const columns = [["Class", C.names], ["Training examples", C.train], ["Queries", C.asked]];
     if (C.mistakes) columns.push(["Answered wrongly", C.mistakes]);
     columns.push(["Doubtful labels", C.doubtful], ["Effect on own class", diagonal]);
     box.append(el("h2", {}, "Per class"), sortable(columns),
       el("h2", {}, "Which class helps which"),
-      el("p", {}, "Mean score of one training example of the class in the row on the queries of the class in the column. Blue helps, orange harms; the number says it too. Framed: a class on itself."));
+      el("p", {}, "Mean score on the queries of the class in the row of one training example of the class in the column. Blue helps, orange harms; the number says it too. Framed: a class on itself."));
     const largest = Math.max(...C.matrix.flat().map((v) => Math.abs(v ?? 0))) || 1;
-    const head = el("tr", {}, el("th", { scope: "col" }, "training ↓ query →"), ...C.names.map((name) => el("th", { scope: "col", dir: "auto", title: name }, name)));
+    const head = el("tr", {}, el("th", { scope: "col" }, "query ↓ training →"), ...C.names.map((name) => el("th", { scope: "col", dir: "auto", title: name }, name)));
     const rows = C.names.map((name, a) => el("tr", {}, el("th", { scope: "row", dir: "auto" }, name), ...C.matrix[a].map((value, b) => {
       const cell = el("td", { class: a === b ? "same" : "" }, value === null ? "–" : signed(value));
       if (value) cell.style.background = "rgb(var(--heat-" + (good(value) ? "help" : "harm") + ") / " + (0.45 * Math.sqrt(Math.abs(value) / largest)).toFixed(3) + ")";
@@ -488,7 +622,7 @@
     const box = (href, number, words) => el("a", { href }, el("b", { class: "num" }, number), words);
     $("start").append(
       box("#queries", whole(size), size === 1 ? "query and what it rests on" : "queries and what each rests on" + (wrong ? "; " + whole(wrong) + " answered wrongly" : "")),
-      box("#training/labels", whole(index.queue.length), "training examples with the most doubtful labels"),
+      box("#training/labels", whole(index.queue.length), "training examples with the most doubtful " + LABEL + "s"),
       box("#training/pairs", whole(pairs), "near-duplicate or conflicting pairs"));
   }
   let first = true;
@@ -522,6 +656,7 @@
   new IntersectionObserver((seen) => { if (seen.some((one) => one.isIntersecting) && !$("more").hidden) more(); }, { rootMargin: "600px" }).observe($("more"));
   window.addEventListener("hashchange", route);
   fillFilters();
+  arrange();
   fillTabs();
   start();
   counted();

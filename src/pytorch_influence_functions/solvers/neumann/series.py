@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -73,7 +73,9 @@ class Neumann(AbstractSolver[NeumannState]):
     **Stops early** when, over a window of k steps (a quarter of the weakest direction's time constant), the
     estimate moved by no more than `tolerance * (exp(step * D * k) - 1)` of its norm: with full products the
     remaining error is then at most `tolerance`. The estimate is the last iterate; with random batches and a
-    measured step, the mean over the last windows. `repeats` runs with different batches are averaged.
+    measured step, the mean over the last windows. With random batches and a step of the user's own the iterate goes on
+    moving, and it stops when what is left of its start is at most `tolerance`: later iterates are other draws of the
+    same noise. `repeats` runs with different batches are averaged.
 
     A row fails when it is no closer to the answer than zero is, in the norm of C + D: depth is a choice here. The true
     residual is judged only where `rtol` is given: random batches keep it large in strong directions even where the
@@ -285,36 +287,57 @@ class _Series:
         return first.clone() if Start(self.options.start) is Start.SOLVED else first * self.plan.step
 
     def once(self, seed: int) -> Tensor:
-        """One run of the series; sets `grew` when it diverges."""
-        plan, operator, rows = self.plan, self.state.system.operator, self.state.system.operator.space.rows
-        draw, x, watch = self._batches(seed), self._begin(), _Watch(self)
-        shift = self.state.system.diagonal(self.b)
-        plain = self.state.preconditioner is None and not self.options.momentum and not self.options.halve_every
-        keep = 1.0 - shift * plan.step if plain else None
+        """One run of the series; sets `grew` when it diverges. A row that has settled stays as it is."""
+        plan, draw, x = self.plan, self._batches(seed), self._begin()
+        watch, bound, answer = _Watch.of(self, x), self._bound(x), x.clone()
         moved = torch.zeros_like(x) if self.options.momentum else None
-        bound = self._bound(x)
-        watch.begin(x)
+        rows, b = torch.arange(len(x), device=x.device), self.b
         for t in range(1, plan.steps + 1):
-            ids = draw()
-            product = (operator.apply(rows(x)) if ids is None else apply_sampled(operator, rows(x), ids)).flat()
-            if keep is not None:
-                x.mul_(keep).add_(self.b, alpha=plan.step).sub_(product, alpha=plan.step)
-            else:
-                z = self.state.precondition(self.b - product - x * shift)
-                step = plan.step * 0.5 ** ((t - 1) // (self.options.halve_every or plan.steps))
-                if moved is None:
-                    x.add_(z, alpha=step)
-                else:
-                    x.add_(moved.mul_(self.options.momentum).add_(z, alpha=step))
+            self._advance(x, b, watch.forgetting, moved, draw(), t)
             self.taken += 1
             if t % _LOOK == 0 or t == plan.steps:
-                self.grew = not bool((x.norm(dim=1) <= bound).all())
+                self.grew = not bool((x.norm(dim=1) <= bound[rows]).all())
                 if self.grew:
-                    return x
-            if watch.settled(x, t):
+                    answer[rows] = x
+                    return answer
+            settled = watch.settled(x, t)
+            if settled is None or not bool(settled.any()):
+                continue
+            answer[rows[settled]] = watch.estimate(x)[settled]
+            going = ~settled
+            rows, x, b, moved = rows[going], x[going], b[going], None if moved is None else moved[going]
+            watch.keep(going)
+            if not len(rows):
                 self.early = t < plan.steps
-                break
-        return watch.estimate(x)
+                return answer
+        answer[rows] = watch.estimate(x)
+        return answer
+
+    def _advance(
+        self, x: Tensor, b: Tensor, forgetting: Tensor | None, moved: Tensor | None, ids: Tensor | None, t: int
+    ) -> None:
+        """One step of the series, in place, and of the difference that is to be forgotten: without b."""
+        plan, operator, n = self.plan, self.state.system.operator, len(x)
+        stacked = operator.space.rows(x if forgetting is None else torch.cat([x, forgetting]))
+        product = (operator.apply(stacked) if ids is None else apply_sampled(operator, stacked, ids)).flat()
+        shift = self.state.system.diagonal(self.b)
+        if self.plain:
+            keep = 1.0 - shift * plan.step
+            x.mul_(keep).add_(b, alpha=plan.step).sub_(product[:n], alpha=plan.step)
+            if forgetting is not None:
+                forgetting.mul_(keep).sub_(product[n:], alpha=plan.step)
+            return
+        z = self.state.precondition(b - product - x * shift)
+        step = plan.step * 0.5 ** ((t - 1) // (self.options.halve_every or plan.steps))
+        if moved is None:
+            x.add_(z, alpha=step)
+        else:
+            x.add_(moved.mul_(self.options.momentum).add_(z, alpha=step))
+
+    @property
+    def plain(self) -> bool:
+        """Whether every step is the paper's: no preconditioner, no momentum, no halving."""
+        return self.state.preconditioner is None and not self.options.momentum and not self.options.halve_every
 
     def _bound(self, x: Tensor) -> Tensor:
         """No stable run leaves this ball: the answer is at most |b| / D long, and errors only shrink.
@@ -330,34 +353,54 @@ class _Series:
         return radius
 
 
+@dataclass
 class _Watch:
     """Decides when the running estimate has settled, and what it is: the iterate, or its mean over a tail.
 
     With random batches and a measured step the estimate is the mean over windows of a quarter time constant
     each, of which the last three make the answer: their noise averages out, at the price of 7 % instead of 5
     % left in the very weakest direction. With a step of the user's own, or full products, it is the iterate
-    itself.
+    itself, row by row.
+
+    With random batches and a step of the user's own the iterate never comes to rest. It has settled when it has
+    forgotten where it started. Of two runs on the same batches from two starts the difference obeys the recursion
+    without b, whatever the noise; it is carried along (`forgetting`), from the first step `step * b`, where the room it
+    takes is likely to pay: where the tolerance is due in half the steps or fewer.
     """
 
-    def __init__(self, series: _Series) -> None:
+    tolerance: float
+    reach: float
+    """The share of its error that the weakest direction loses in a step."""
+    window: int
+    averaged: bool
+    before: Tensor
+    """What the next window is compared with: the estimate, or the norms of the difference."""
+    sum: Tensor
+    forgetting: Tensor | None = None
+    means: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def of(series: _Series, x: Tensor) -> _Watch:
+        """The watch over one run that starts at `x`."""
         options, plan = series.options, series.plan
-        noisy = 0 < plan.batch < series.state.examples
         reach = plan.step * plan.rate / (1.0 - options.momentum)
-        self.window = max(_LOOK, math.ceil(0.25 / reach)) if reach > 0 else plan.steps + 1
-        self.allowed = options.tolerance * math.expm1(min(reach * self.window, 50.0))
-        self.averaged = noisy and options.step is None
-        self.means: list[Tensor] = []
+        window = max(_LOOK, math.ceil(0.25 / reach)) if reach > 0 else plan.steps + 1
+        noisy = 0 < plan.batch < series.state.examples
+        if noisy and options.step is None:
+            return _Watch(options.tolerance, reach, window, True, x.clone(), torch.zeros_like(x))
+        due = -math.log(options.tolerance) / reach if reach > 0 and 0 < options.tolerance < 1 else math.inf
+        if noisy and series.plain and 2 * due < plan.steps:
+            return _Watch(options.tolerance, reach, window, False, x.norm(dim=1), x, x.clone())
+        return _Watch(options.tolerance, reach, window, False, x.clone(), x)
 
-    def begin(self, x: Tensor) -> None:
-        self.before = x.clone()
-        self.sum = torch.zeros_like(x) if self.averaged else x
-
-    def settled(self, x: Tensor, t: int) -> bool:
-        """Whether, over the last window, the estimate moved by no more than the tolerance allows."""
+    def settled(self, x: Tensor, t: int) -> Tensor | None:
+        """Which rows moved, over the last window, by no more than the tolerance allows; None inside a window."""
         if self.averaged:
             self.sum.add_(x)
         if t % self.window:
-            return False
+            return None
+        if self.forgetting is not None:
+            return self._forgotten(self.forgetting, x)
         now = x
         if self.averaged:
             now = self.sum / self.window
@@ -365,7 +408,27 @@ class _Watch:
             self.sum.zero_()
         moved = (now - self.before).norm(dim=1)
         self.before = now if self.averaged else now.clone()
-        return bool((moved <= self.allowed * now.norm(dim=1)).all())
+        settled: Tensor = moved <= self.tolerance * math.expm1(min(self.reach * self.window, 50.0)) * now.norm(dim=1)
+        return settled.all().expand_as(settled) if self.averaged else settled
+
+    def _forgotten(self, difference: Tensor, x: Tensor) -> Tensor:
+        """Where the difference that is left, and all that it would still add to the series, is within the tolerance.
+
+        It shrinks at least as fast as `exp(-reach)` a step where the curvature is semidefinite; where it was seen to
+        shrink more slowly, that rate counts.
+        """
+        size = difference.norm(dim=1)
+        seen = (self.before / size).log() / self.window
+        self.before = size
+        left = size / torch.expm1(seen.clamp(0.0, self.reach))
+        forgotten: Tensor = (size == 0) | (left <= self.tolerance * x.norm(dim=1))
+        return forgotten
+
+    def keep(self, going: Tensor) -> None:
+        """Forget the rows that have settled."""
+        self.before = self.before[going]
+        if self.forgetting is not None:
+            self.forgetting = self.forgetting[going]
 
     def estimate(self, x: Tensor) -> Tensor:
         return torch.stack(self.means).mean(0) if self.means else x

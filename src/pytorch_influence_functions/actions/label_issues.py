@@ -1,0 +1,282 @@
+"""Which training labels are wrong? One queue, the most doubtful first, with the evidence for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..core.distributed import World
+from ..core.errors import InvalidInput, require
+from ..evaluation.recipe import Recipe
+from ..evaluation.retraining import train_model
+from ..influence.attribution import Attribution
+from ..methods.papers import ekfac
+from ..objectives.base import tensor_targets
+from ..problem.data import Source
+from ..problem.infer_loss import infer_objective
+from ..problem.model_state import plain_autograd
+from ..problem.problem import Problem, sweep
+from .fitted_system import fit_system
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LabelIssues:
+    """Every training example with how doubtful its label is. `find_label_issues(...)` makes it.
+
+    Attributes:
+        doubt: larger is more doubtful, [N]: the loss in units of its spread, plus the harm in units of its own.
+        loss: the model's loss on the given label, [N].
+        harm: how much better the mean loss on the validation data would be without the example, [N]; None without any.
+        self_influence: the example's score on itself, [N].
+        given: the given class, [N].
+        predicted: the class the model predicts, [N].
+        probability: the model's probability of the given class, [N].
+        suggested: the most probable class other than the given one, [N].
+        class_names: where the data have them.
+    """
+
+    doubt: Float[Tensor, " n"]
+    loss: Float[Tensor, " n"]
+    harm: Float[Tensor, " n"] | None
+    self_influence: Float[Tensor, " n"]
+    given: Int[Tensor, " n"]
+    predicted: Int[Tensor, " n"]
+    probability: Float[Tensor, " n"]
+    suggested: Int[Tensor, " n"]
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.doubt)
+
+    @property
+    def order(self) -> Int[Tensor, " n"]:
+        """All training examples, the most doubtful first."""
+        return self.doubt.argsort(descending=True, stable=True)
+
+    def ids(self, k: int) -> list[int]:
+        """The k most doubtful training examples.
+
+        Args:
+            k: how many.
+        """
+        return [int(i) for i in self.order[:k]]
+
+    @property
+    def is_issue(self) -> Tensor:
+        """Whether the model disagrees with the label, and the example does harm where that was measured; bool [N]."""
+        disagrees = self.predicted != self.given
+        return disagrees if self.harm is None else disagrees & (self.harm > 0)
+
+    def name(self, label: int) -> str | int:
+        """A class by its name, where the data have names.
+
+        Args:
+            label: its number.
+        """
+        return self.class_names[label] if self.class_names and 0 <= label < len(self.class_names) else label
+
+    def relabelling(self, k: int) -> dict[int, int]:
+        """The suggested classes of the k most doubtful examples, as `what_if(relabel=)` takes them.
+
+        Args:
+            k: how many.
+        """
+        return {i: int(self.suggested[i]) for i in self.ids(k)}
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A table by index in the training data, the most doubtful first (extra `frame`).
+
+        `is_label_issue`, `label_score` (the share of examples that are more doubtful: low is bad), `given_label` and
+        `predicted_label` are the columns that cleanlab's tools read.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        require("pandas", "frame")
+        import pandas
+
+        order, n = self.order, len(self)
+        score = torch.empty(n, dtype=torch.float64)
+        score[order] = torch.arange(n, dtype=torch.float64) / n
+        columns: dict[str, Any] = {
+            "rank": torch.arange(n).numpy(),
+            "is_label_issue": self.is_issue[order].numpy(),
+            "label_score": score[order].numpy(),
+            "given_label": [self.name(int(c)) for c in self.given[order]],
+            "predicted_label": [self.name(int(c)) for c in self.predicted[order]],
+            "suggested_label": [self.name(int(c)) for c in self.suggested[order]],
+            "probability_of_given": self.probability[order].numpy(),
+            "loss": self.loss[order].numpy(),
+            "self_influence": self.self_influence[order].numpy(),
+        }
+        if self.harm is not None:
+            columns["harm"] = self.harm[order].numpy()
+        return pandas.DataFrame(columns, index=pandas.Index(order.numpy(), name="index"))
+
+    def __repr__(self) -> str:
+        first = ", ".join(
+            f"{i} ({self.name(int(self.given[i]))} -> {self.name(int(self.suggested[i]))})" for i in self.ids(3)
+        )
+        return f"LabelIssues({int(self.is_issue.sum())} of {len(self)} labels in doubt, first {first})"
+
+
+@plain_autograd()
+def find_label_issues(problem: Problem | Attribution, validation: Any = None, method: Any = None) -> LabelIssues:
+    """Order the training examples by how doubtful their labels are.
+
+    doubt = loss / its standard deviation + harm / its standard deviation, where the harm is how much the mean loss on
+    the validation data would fall without the example. A wrong label has a high loss, and harms those it should have
+    helped; an example that is merely hard has the loss alone. Without validation data the order is that of the loss,
+    which is a strong rival of every influence score (see the page What if? for figures).
+
+    Args:
+        problem: model, loss and training data; or what a method's `fit(problem)` gave.
+        validation: labelled data that the model did not train on and that will not judge the result: not the test set,
+            whose labels would leak into the choice.
+        method: an `Influence` by name or made; `None`: `ekfac()`.
+
+    Raises:
+        InvalidInput: the labels are no class numbers, or the model gives no score for each class.
+
+    Example:
+        >>> x, y = torch.randn(40, 3), torch.arange(40) % 2
+        >>> problem = Problem(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), (x, y))
+        >>> len(find_label_issues(problem, (x[:9], y[:9])).ids(5))
+        5
+    """
+    given_method = ekfac() if method is None and isinstance(problem, Problem) else method
+    fitted = fit_system(problem, given_method, "find_label_issues")
+    given, probabilities, loss = _look(fitted.problem)
+    rows = torch.arange(len(given))
+    others = probabilities.clone()
+    others[rows, given] = -1.0
+    harm = None if validation is None else _mean_harm(fitted, validation)
+    doubt = loss / _spread(loss) + (0.0 if harm is None else harm / _spread(harm))
+    spread = fitted.problem.data.spread
+    return LabelIssues(
+        _outside(spread(doubt), fitted.problem, -torch.inf),
+        spread(loss),
+        None if harm is None else spread(harm),
+        fitted.self_influence(),
+        spread(given),
+        spread(probabilities.argmax(1)),
+        spread(probabilities[rows, given]),
+        spread(others.argmax(1)),
+        fitted.problem.data.class_names,
+    )
+
+
+def _look(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Given classes [n], the model's probabilities [n, C], and losses [n], in float64 on the CPU."""
+    labels, probabilities, losses = [], [], []
+    objective = problem.objective
+    for ids, batch in sweep(problem, label="losses", world=World()):
+        with torch.no_grad():
+            outputs = objective.outputs(problem.model, batch)
+            objective.check(outputs, batch, ids)
+            losses.append(objective.losses(outputs, batch).double().cpu())
+        targets = tensor_targets(batch).reshape(len(ids), -1)
+        if targets.shape[1] != 1 or (targets.is_floating_point() and bool((targets != targets.round()).any())):
+            raise InvalidInput(
+                f"The labels have shape {tuple(tensor_targets(batch).shape)} and type {targets.dtype}, which are no "
+                "class numbers; find_label_issues() is about classes, for numbers look at the residuals."
+            )
+        labels.append(targets[:, 0].long().cpu())
+        probabilities.append(_probabilities(outputs.double().cpu(), getattr(objective, "from_probabilities", False)))
+    return torch.cat(labels), torch.cat(probabilities), torch.cat(losses)
+
+
+def _probabilities(outputs: Tensor, already: bool) -> Tensor:
+    if outputs[0].numel() == 1:
+        one = outputs.reshape(-1) if already else outputs.reshape(-1).sigmoid()
+        return torch.stack([1 - one, one], 1)
+    if outputs.dim() != 2:
+        raise InvalidInput(
+            f"The model's outputs have shape {tuple(outputs.shape)}, which are no score for each class; "
+            "find_label_issues() is about one class for each example."
+        )
+    return outputs if already else outputs.softmax(1)
+
+
+def _mean_harm(fitted: Attribution, validation: Any) -> Tensor:
+    """By how much the mean loss on the validation data falls without each training example, [n] in float64."""
+    return -fitted.score(validation).values.double().mean(0)
+
+
+def _spread(values: Tensor) -> Tensor:
+    """The standard deviation, or 1 where all values are the same."""
+    deviation = values.std()
+    return deviation if float(deviation) > 0 else torch.ones_like(deviation)
+
+
+def _outside(values: Tensor, problem: Problem, filler: float) -> Tensor:
+    """The values, with a filler for examples that a loader's sampler left out."""
+    positions = problem.data.positions
+    if positions is None:
+        return values
+    filled = torch.full_like(values, filler)
+    filled[positions] = values[positions]
+    return filled
+
+
+@final
+@dataclass(eq=False)
+class LabelIssueFinder:
+    """`find_label_issues` in the manner of scikit-learn: `fit(x, y)` trains by a recipe and looks.
+
+    Args:
+        recipe: how the model is trained.
+        validation: as for `find_label_issues`.
+        method: as for `find_label_issues`.
+        seed: of the training.
+
+    Attributes:
+        model_: the trained model, after `fit`.
+        issues_: the `LabelIssues`.
+        ranked_label_issues_: indices of the training examples, the most doubtful first, as an array.
+
+    Example:
+        >>> x, y = torch.randn(40, 3), torch.arange(40) % 2
+        >>> finder = LabelIssueFinder(Recipe(lambda: torch.nn.Linear(3, 2), epochs=2))
+        >>> finder.fit(x, y).ranked_label_issues_.shape
+        (40,)
+    """
+
+    recipe: Recipe
+    validation: Any = None
+    method: Any = None
+    seed: int = 0
+    model_: Any = field(default=None, init=False, repr=False)
+    issues_: LabelIssues | None = field(default=None, init=False, repr=False)
+
+    def fit(self, x: Any, y: Any) -> LabelIssueFinder:
+        """Train on the data and order their labels.
+
+        Args:
+            x: inputs, as `ptif.attribute` takes them.
+            y: given labels.
+        """
+        self.model_ = train_model(self.recipe, (x, y), self.seed)
+        source = Source.of((x, y))
+        loss = infer_objective(self.model_, source) if self.recipe.loss is None else self.recipe.loss
+        self.issues_ = find_label_issues(Problem(self.model_, loss, source), self.validation, self.method)
+        return self
+
+    @property
+    def ranked_label_issues_(self) -> Any:
+        """Indices of the training examples, the most doubtful first.
+
+        Raises:
+            InvalidInput: `fit` has not been called.
+        """
+        if self.issues_ is None:
+            raise InvalidInput("This LabelIssueFinder has not been fitted; call fit(x, y) first.")
+        return self.issues_.order.numpy()
