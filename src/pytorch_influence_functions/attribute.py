@@ -91,7 +91,7 @@ def attribute(
         parameters: names, globs, modules or a predicate; by default everything that is trainable.
         weight_decay: the L2 strength of training, or the optimiser it is read from; by default 0.
         checkpoints: state dicts or files; scores are averaged over them. By default the model's weights alone.
-        batch_size: examples per batch; by default the loader's, else 64.
+        batch_size: the most examples per batch; by default what suits an example's size. Scores do not depend on it.
         deterministic: `"warn"` (the default), `"error"` or `"ignore"` when reading an example twice gives different
             values.
         device: where to compute; by default where the model is.

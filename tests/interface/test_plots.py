@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, NonFinite
+from pytorch_influence_functions.plots.bars import plot_bars
 from pytorch_influence_functions.plots.examples import ExampleView, example_target, share_scale, view_example, wrap_text
 from pytorch_influence_functions.plots.query import plot_agreement, plot_damping_curve, plot_influences
 from pytorch_influence_functions.plots.style import format_power, format_signed, power_of_ten, shorten
+from pytorch_influence_functions.plots.summaries import plot_class_matrix, plot_self_influence
 from pytorch_influence_functions.scores.scores import Scores
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -314,3 +317,13 @@ def test_damping_path_shows_shares_and_rank_agreement(tmp_path: Path) -> None:
     want = [spearmanr(path[lam].values[0], path[1.0].values[0]).statistic for lam in path]
     assert right.lines[0].get_ydata() == pytest.approx(want)
     assert (tmp_path / "p.png").exists()
+
+
+def test_labels_that_no_font_can_hold_are_drawn_with_a_question_mark(tmp_path: Path) -> None:
+    half = chr(0xD800)
+    assert shorten(f"a{half}b", 9) == "a?b" and wrap_text(f"a{half}b", 9, 2) == "a?b"
+    scores = replace(example(), class_names=[f"a{half}b", "c", "d"])
+    plot_influences(scores, 0).savefig(tmp_path / "query.png")
+    plot_class_matrix(scores).savefig(tmp_path / "classes.png")
+    plot_self_influence(torch.rand(12), scores.train_labels, scores.class_names).savefig(tmp_path / "self.png")
+    plot_bars({f"a{half}b": (0.5, 0.4, 0.6)}, "metric", title=half).savefig(tmp_path / "bars.png")

@@ -389,7 +389,6 @@ def conv_net() -> tuple[nn.Module, Tensor, Tensor]:
 def test_independent_of_batch_size_and_of_what_fits_in_memory(fisher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = conv_net()
     one = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=14))
-    monkeypatch.setattr(fitting_module, "wide_source", lambda d, _: d.problem.data)
     three = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=3))
     monkeypatch.setattr(fitting_module, "_KEPT_SHARE", 0.0)
     again = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=5))
@@ -650,3 +649,32 @@ def test_files_hold_what_the_format_says(tmp_path: Any) -> None:
     kinds = [load_file(p) for p in tmp_path.rglob("*.safetensors")]
     assert all(set(k) <= {"left", "right", "values"} and k["values"].dtype == torch.float64 for k in kinds)
     save_file(kinds[0], tmp_path / "copy.safetensors")
+
+
+def test_a_long_side_summed_in_float32_is_decomposed_as_well_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the decomposition in float64. A wrong one is noticed and done again."""
+    generator = torch.Generator().manual_seed(0)
+    d = eigen.SINGLE_FROM
+    x = torch.randn(2 * d, d, generator=generator) * torch.logspace(0, -3, d)
+    matrix = x.T @ x / d
+    want = torch.linalg.eigvalsh(matrix.double())
+    calls: list[torch.dtype] = []
+    decompose = torch.linalg.eigh
+
+    def watched(a: Tensor) -> Any:
+        calls.append(a.dtype)
+        return decompose(a)
+
+    monkeypatch.setattr(torch.linalg, "eigh", watched)
+    values, vectors = eigen.eigh(matrix, single=True)
+    assert calls == [torch.float32] and values.dtype == vectors.dtype == torch.float64
+    torch.testing.assert_close(values, want, rtol=0, atol=1e-5 * float(want.max()))
+    rebuilt = vectors @ torch.diag(values) @ vectors.T
+    torch.testing.assert_close(rebuilt, matrix.double(), rtol=0, atol=1e-5 * float(want.max()))
+    for finer in (matrix.double(), matrix[: d - 1, : d - 1]):
+        calls.clear()
+        eigen.eigh(finer, single=True)
+        assert torch.float32 not in calls
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: (decompose(a)[0] + 0.01, decompose(a)[1]))
+    again = eigen.eigh(matrix, single=True)[0]
+    torch.testing.assert_close(again, want, rtol=0, atol=1e-9 * float(want.max()))

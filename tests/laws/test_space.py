@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pytorch_influence_functions.core.errors import InvalidInput, UnknownName
+from pytorch_influence_functions.linalg.blocks import Dense, Outer
+from pytorch_influence_functions.linalg.rows import Rows
 from pytorch_influence_functions.linalg.space import ROOT, Space, is_conv1d
 
 
@@ -248,3 +250,20 @@ def test_a_module_without_parameters_cannot_be_selected() -> None:
     model = net()
     with pytest.raises(InvalidInput, match="ReLU holds no parameter"):
         Space.of(model, model[1])
+
+
+@pytest.mark.parametrize("other", ["outer", "dense"])
+@pytest.mark.parametrize("terms", [1, 3, 40])
+def test_matching_rows_are_multiplied_as_if_written_out(terms: int, other: str) -> None:
+    generator = torch.Generator().manual_seed(terms)
+
+    def outer(t: int) -> Outer:
+        left = torch.randn(5, t, 4, generator=generator, dtype=torch.float64)
+        return Outer(left, torch.randn(5, t, 6, generator=generator, dtype=torch.float64))
+
+    one, two = outer(terms), outer(2)
+    second = two if other == "outer" else Dense(two.dense())
+    want = (one.dense() * two.dense()).flatten(1).sum(1)
+    for pair in ((one, second), (second, one)):
+        rows = [Rows({"w": block}) for block in pair]
+        torch.testing.assert_close(rows[0].rowwise(rows[1]), want, rtol=1e-12, atol=1e-12)

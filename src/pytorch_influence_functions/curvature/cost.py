@@ -22,13 +22,15 @@ from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum
 from ..linalg.space import Space
 from ..objectives.differentiated import output_curvature
+from ..problem.data import Source
 from ..problem.problem import first_batch
 from .own_losses import find_obstacle
 
 # Operations are counted as those of a float32 matrix product. Measured on one core, for a matrix of side d: an
-# eigendecomposition in float64 takes as long as 25 d^3 of them, a Cholesky factor 1.5 d^3, and a product in float64 2.3
-# times as long as one in float32.
+# eigendecomposition in float64 takes as long as 25 d^3 of them, in float32 11 d^3, a Cholesky factor 1.5 d^3, and a
+# product in float64 2.3 times as long as one in float32.
 EIGENDECOMPOSITION = 25.0
+SINGLE_EIGENDECOMPOSITION = 11.0
 FACTORISATION = 1.5
 DOUBLE = 2.3
 # A pass through a network takes so many times as long as its operations in one large product: where every weight is
@@ -36,6 +38,8 @@ DOUBLE = 2.3
 _PASS, _SHARED_PASS = 4, 20
 # Measured on perceptrons of 3,610 to 50,890 parameters, by the steps that conjugate gradients took.
 _TRACE_OVER_TOP = 20
+# The most examples that are read for a forecast, where they are not in memory.
+_MOST_READ = 256
 # Repetitions of a short batch, of which the fastest is taken.
 _REPEATS, _SHORT = 3, 0.05
 
@@ -147,7 +151,7 @@ class ProblemSize:
         """Count on one batch, and time a second one: the first pays for whatever is paid once."""
         problem = derivatives.problem
         obstacle = find_obstacle(derivatives)
-        some = torch.arange(min(len(problem), problem.batch_size))
+        some = torch.arange(timed_examples(derivatives.batched(problem.data)))
         rows = next(derivatives.stream(ids=some, label="counting", world=World())).rows
         # The pass goes through the parameters even where rows are projected.
         whole = derivatives if derivatives.projector is None else replace(derivatives, projector=None)
@@ -220,6 +224,11 @@ def root_size(derivatives: Derivatives) -> int:
     objective = derivatives.objective
     with first_batch(derivatives.problem, ids=torch.arange(1)) as (_, batch), torch.no_grad():
         return output_curvature(objective).root_size(objective.outputs(derivatives.problem.model, batch))
+
+
+def timed_examples(source: Source) -> int:
+    """How many examples of `source` are timed: one of its batches, or a part of it where each has to be read."""
+    return source.batch_size if source.in_memory else min(source.batch_size, _MOST_READ)
 
 
 def _seconds_each(derivatives: Derivatives, some: torch.Tensor) -> float:

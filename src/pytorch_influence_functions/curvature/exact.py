@@ -40,7 +40,7 @@ from ..problem.working_precision import full_precision, offers_full_precision
 from .base import AbstractCurvature, Budget, Form
 from .cost import Amount, Cost, ProblemSize, root_size
 from .fisher import AbstractFisher
-from .from_rows import AbstractRowCurvature, check_dense, wide_source
+from .from_rows import AbstractRowCurvature, check_dense
 from .own_losses import find_obstacle, require_output_curvature
 
 # A dataset smaller than this, in bytes, is kept collated for mini-batch products.
@@ -65,6 +65,7 @@ class Identity(AbstractCurvature):
     """C = I: scores become gradient dot products (Grad-Dot). No curvature at all; a baseline."""
 
     forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL, Form.IMPLICIT)
+    keeps_factors: ClassVar[bool] = True
 
     def of(self, derivatives: Derivatives, form: Form, budget: Budget) -> AbstractSymmetric:
         self.require(form)
@@ -159,8 +160,8 @@ class GGN(AbstractFisher):
 
     def source(self, derivatives: Derivatives) -> Source:
         columns = self._root_size(derivatives)
-        each = (derivatives.numbers or derivatives.space.size) * min(columns, _HELD)
-        return wide_source(derivatives, each, most=max(1, _ROOT_NUMBERS // columns**2))
+        most = max(1, _ROOT_NUMBERS // columns**2)
+        return derivatives.batched(derivatives.problem.data, times=min(columns, _HELD), most=most)
 
     def dense(self, derivatives: Derivatives, budget: Budget) -> Matrix:
         # Projected rows have no products with the parameters, and are made whatever that takes.
@@ -396,11 +397,9 @@ class _Passes:
 
     @cached_property
     def wide(self) -> Source:
-        """The data in batches as wide as `_ACTIVATIONS` allows: a product over 64 examples of a small network is all
-        overhead (measured on a 784-128-64-10 perceptron, 50 directions: 3.3 s in batches of 64, 0.9 s in 500)."""
-        ids, batch = self.first
-        rows = self.derivatives.loss_rows(ids, batch).rows
-        return wide_source(self.derivatives, rows.numbers / len(ids) * DIRECTIONS)
+        """The data in wide batches: a product over 64 examples of a small network is all overhead (measured on a
+        784-128-64-10 perceptron, 50 directions: 3.3 s in batches of 64, 0.9 s in 500)."""
+        return self.derivatives.batched(self.derivatives.problem.data, times=DIRECTIONS)
 
     @cached_property
     def resident(self) -> Any | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -22,10 +21,6 @@ from ..problem.problem import sweep
 from .base import TRACE_EXAMPLES, AbstractCurvature, Budget, Form
 from .cost import DOUBLE, Amount, Cost, ProblemSize, passes_for_rows
 from .second_moment import SecondMoment
-
-# Numbers that one batch's activations may take, pushed in all directions at once; and the examples of a batch.
-_ACTIVATIONS = 1 << 25
-_NARROWEST, _WIDEST = 8, 1024
 
 
 class AbstractRowCurvature(AbstractCurvature):
@@ -69,7 +64,7 @@ class AbstractRowCurvature(AbstractCurvature):
 
     def source(self, derivatives: Derivatives) -> Source:
         """The training data of `derivatives` in batches that suit the size of a row: small ones are mostly overhead."""
-        return wide_source(derivatives, derivatives.numbers or derivatives.space.size)
+        return derivatives.batched(derivatives.problem.data)
 
     def stream(self, derivatives: Derivatives) -> Iterator[Rows]:
         """All rows, one batch and column after the other."""
@@ -177,16 +172,6 @@ def check_dense(size: int, budget: Budget) -> None:
         TooLarge: it is.
     """
     budget.check(dense_bytes(size), f"A dense matrix over {size:,} parameters", "use CG() or Woodbury()")
-
-
-def wide_source(derivatives: Derivatives, numbers_each: float, most: int = _WIDEST) -> Source:
-    """The training data in batches as wide as `_ACTIVATIONS` allows when an example takes `numbers_each` numbers."""
-    return replace(derivatives.problem.data, batch_size=min(most, examples_at_once(numbers_each)))
-
-
-def examples_at_once(numbers_each: float) -> int:
-    """How many examples a wide batch has when each takes `numbers_each` numbers."""
-    return max(_NARROWEST, min(int(_ACTIVATIONS / max(1.0, numbers_each)), _WIDEST))
 
 
 def mean_eigenvalues(derivatives: Derivatives, rows: Iterator[Rows], count: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ route is decided once, on two and three real examples, by comparing every block 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..core.batches import batch_slice
-from ..core.distributed import World
+from ..core.batches import batch_slice, tensors_of
+from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.rows import Route, Rows
@@ -36,8 +37,8 @@ from .vjp import detach_parameters, per_example_vjp, weighted_gradient
 
 log = logging.getLogger("pytorch_influence_functions")
 
-# The most numbers in one batch's rows, above which batches are made smaller, and the fewest examples in a batch.
-_BATCH_NUMBERS, _FEWEST = 1 << 24, 8
+# Share of the memory that a batch may take; what the backward pass and the inner products hold comes beside it.
+_BATCH_SHARE = 1 / 16
 # Largest temporary of a vmapped fallback, in numbers.
 _VMAP_NUMBERS = 1 << 26
 
@@ -91,6 +92,10 @@ class Derivatives:
     looped: tuple[str, ...] = ()
     numbers: float = 0.0
     """How many numbers one example's row takes; 0 where that was not measured."""
+    held: float = 0.0
+    """How many numbers one example takes while its row is made: inputs and activations, or the row if that is more."""
+    memory: float = math.inf
+    """Bytes that the whole method may take."""
     projector: Projector | None = None
     precision: torch.dtype = torch.float64
     """The narrowest type in which the model computes: below its weights' where it opens autocast itself."""
@@ -106,11 +111,11 @@ class Derivatives:
         with preserved(problem.model, space.names):
             probe = _Probe.take(problem)
             every = tuple(space.blocks)
-            start = Derivatives(problem, probe.objective, space, {}, precision=probe.precision)
+            start = Derivatives(problem, probe.objective, space, {}, held=probe.held, precision=probe.precision)
             if route is Route.LOOP:
-                return replace(start, looped=every)
+                return replace(start, looped=every, held=max(probe.held, space.size))
             if route is Route.VMAP:
-                return _add_fallbacks(start, probe, every, {})
+                return _add_fallbacks(replace(start, held=max(probe.held, space.size)), probe, every, {})
             layers = _find_layers(problem.model, space, probe)
             covered = {b for s in layers.values() for b in s.parts}
             plan = replace(start, layers=layers)
@@ -119,7 +124,8 @@ class Derivatives:
             plan = replace(plan, layers=layers)
             plan = _add_fallbacks(plan, probe, tuple(b for b in every if b in unusable), space.blocks)
             rows = plan.pullback(probe.batch, probe.n, probe.cotangent)
-            return replace(plan, numbers=rows.numbers / probe.n)
+            numbers = rows.numbers / probe.n
+            return replace(plan, numbers=numbers, held=max(numbers, plan.held))
 
     @property
     def space(self) -> Space:
@@ -177,16 +183,26 @@ class Derivatives:
     ) -> Iterator[GradientBatch]:
         """Loss rows of the training data (or `source`), batch by batch, in dataset order.
 
-        Batches are the problem's, or smaller where their rows would take more than `_BATCH_NUMBERS`: memory that the
-        allocator cannot reuse also costs time (a transformer's rows take a fifth longer in batches of 64 than of 30).
+        Batches suit the size of an example (`batched`): memory that the allocator cannot reuse also costs time (a
+        transformer's rows take a fifth longer in batches of 64 than of 30).
         """
-        source = source or self.problem.data
-        most = max(_FEWEST, int(_BATCH_NUMBERS / max(1.0, self.numbers)))
-        source = replace(source, batch_size=min(source.batch_size, most))
+        source = self.batched(source or self.problem.data)
         for batch_ids, batch in sweep(self.problem, source, ids, label, world):
             gradients = self.loss_rows(batch_ids, batch, objective)
             _refuse_nonfinite(gradients.rows.sums(), batch_ids, "gradient")
             yield gradients
+
+    def batched(self, source: Source, times: int = 1, most: int = 1 << 12) -> Source:
+        """The examples of `source` in batches that suit what is held for one of them; see `Source.suited_to`.
+
+        Args:
+            source: training data or queries.
+            times: how often an example's numbers are held at once, as for several directions.
+            most: the most examples of a batch.
+        """
+        each = (self.held or self.space.size) * times
+        number_bytes = next(iter(self.whole.values(self.problem.model).values())).element_size()
+        return source.suited_to(each, most, current().size, self.memory * _BATCH_SHARE / number_bytes)
 
     def _by_vmap(self, batch: Any, cotangent: Tensor, objective: AbstractObjective) -> dict[str, AbstractBlock]:
         names = [p for b in self.vmapped for p in self.whole.blocks[b].parameters]
@@ -276,6 +292,8 @@ class _Probe:
     cotangent: Tensor
     reference: Rows
     precision: torch.dtype
+    held: float
+    """Numbers that one example's inputs and activations take."""
 
     @staticmethod
     def take(problem: Problem) -> _Probe:
@@ -300,7 +318,8 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         rows = rows_one_by_one(model, objective, list(space.names), batch, cotangent)
-        return _Probe(problem, objective, batch, 3, outputs, cotangent, space.from_parameters(rows), precision)
+        held = (narrowest.numbers + sum(tensor.numel() for _, tensor in tensors_of(batch))) / 3
+        return _Probe(problem, objective, batch, 3, outputs, cotangent, space.from_parameters(rows), precision, held)
 
     def disagreeing(self, plan: Derivatives, blocks: Any) -> list[str]:
         """The blocks on which `plan` differs from the definition."""

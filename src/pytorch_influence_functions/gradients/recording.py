@@ -88,7 +88,7 @@ def _widen(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class NarrowestType(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes, while open, the narrowest floating point type that any operation gave.
+    """Notes, while open, the narrowest floating point type that any operation gave, and how many numbers all gave.
 
     A model may run in bfloat16 inside autocast of its own and return float32: two correct computations of its outputs
     then agree to bfloat16 only.
@@ -97,6 +97,7 @@ class NarrowestType(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = torch.float64
+        self.numbers = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -107,6 +108,7 @@ class NarrowestType(TorchDispatchMode):  # type: ignore[no-untyped-call]
         returned = func(*args, **(kwargs or {}))
         if isinstance(returned, Tensor) and returned.is_floating_point():
             self.dtype = max(self.dtype, returned.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            self.numbers += 0 if func.is_view else returned.numel()
         return returned
 
 

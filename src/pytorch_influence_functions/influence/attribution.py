@@ -38,7 +38,7 @@ from ..solvers.base import AbstractSolver
 from ..solvers.forecast import Composition, Forecast, estimate_cost, time_product
 from ..solvers.truncation import Truncation
 from .agreement import Units
-from .assumptions import StationarityCheck
+from .assumptions import StationarityCheck, sample_size
 from .averaging import CheckpointAverage, split_queries
 from .checks import (
     as_weights,
@@ -127,7 +127,7 @@ class Influence(Record, AbstractMethod):
         # Of several checkpoints the last is the trained model. How gradients are taken, and with which composition, is
         # the same for all.
         with at_checkpoint(problem.model, checkpoints[-1]):
-            derivatives = Derivatives.of(problem, self._gradient_route)
+            derivatives = self._derivatives(problem)
             stationarity = StationarityCheck.of(derivatives)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
@@ -153,7 +153,9 @@ class Influence(Record, AbstractMethod):
         check_problem(problem)
         given, problem = problem, in_working_precision(problem, self.precision)
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
-            derivatives = Derivatives.of(problem, self._gradient_route)
+            start = time.perf_counter()
+            derivatives = self._derivatives(problem)
+            preparing = time.perf_counter() - start
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
             size = ProblemSize.of(derivatives, n_queries)
@@ -161,14 +163,16 @@ class Influence(Record, AbstractMethod):
             size = time_product(composition, derivatives, size, Budget.of(self.memory))
         times = max(1, len(problem.checkpoints))
         rule, solves = self._damping_of(composition), self.scaling.solves_per_example(size.columns)
-        one = estimate_cost(composition, size, self.describe(composition), Budget.of(self.memory), rule, solves)
-        memory = one.memory_bytes + copied_bytes(given, problem)
-        return replace(one, passes=one.passes * times, seconds=one.seconds * times, memory_bytes=memory)
+        looked_at = sample_size(len(problem), derivatives.numbers or problem.space.size)
+        described, memory = self.describe(composition), Budget.of(self.memory)
+        one = estimate_cost(composition, size, described, memory, rule, solves, looked_at)
+        held = one.memory_bytes + copied_bytes(given, problem)
+        return replace(one, passes=one.passes * times, seconds=(one.seconds + preparing) * times, memory_bytes=held)
 
-    @property
-    def _gradient_route(self) -> Route:
-        """How per-example gradients are taken, where the record forces that."""
-        return Route.of(self.route) if self.route in (Route.VMAP, Route.LOOP) else Route.AUTO
+    def _derivatives(self, problem: Problem) -> Derivatives:
+        """How per-example gradients are taken, as far as the record forces that, and within its memory."""
+        route = Route.of(self.route) if self.route in (Route.VMAP, Route.LOOP) else Route.AUTO
+        return replace(Derivatives.of(problem, route), memory=Budget.of(self.memory).bytes)
 
     def _compose(self, derivatives: Derivatives, n_queries: int, size: ProblemSize | None = None) -> Composition:
         """Curvature, solver and preconditioner: what was asked for, or what `Auto` chooses."""

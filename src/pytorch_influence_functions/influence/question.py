@@ -43,8 +43,8 @@ class Question:
         """
         check_top(top)
         with in_queries():
-            size = problem.batch_size if batch_size is None else batch_size
-            source = Source.of(queries, size, problem.data.class_names or ())
+            asked = problem.batch_size if problem.data.fixed else None
+            source = Source.of(queries, asked if batch_size is None else batch_size, problem.data.class_names or ())
         return Question(source, resolve_measure(problem, objective, measure, source), top, Labels(len(source)))
 
     def __len__(self) -> int:

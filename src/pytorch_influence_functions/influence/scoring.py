@@ -91,7 +91,12 @@ class ScoringPass:
         if self._extremes is not None:
             self._extremes.add(query_ids, ids, values)
         else:
-            self._whole()[query_ids[:, None], ids[None]] += values.double().cpu()
+            # Neighbours are added in place, several times as fast as by their indices.
+            rows, columns = _as_slice(query_ids), _as_slice(ids)
+            if isinstance(rows, slice) and isinstance(columns, slice):
+                self._whole()[rows, columns].add_(values.cpu())
+            else:
+                self._whole()[query_ids[:, None], ids[None]] += values.double().cpu()
 
     def _whole(self) -> Tensor:
         """All scores [Q, N], made when the first block comes: who asks for the queries alone holds none."""
@@ -126,6 +131,13 @@ class ScoringPass:
             train_source=data.whole,
             query_source=queries.whole,
         )
+
+
+def _as_slice(index: Int[Tensor, " n"]) -> slice | Tensor:
+    """The indices as a slice, where each is the one before plus one."""
+    first = int(index[0]) if len(index) else 0
+    consecutive = torch.equal(index, torch.arange(first, first + len(index)))
+    return slice(first, first + len(index)) if consecutive else index
 
 
 def _spread_labels(labels: list[Any] | None, data: Source) -> list[Any] | None:
@@ -254,6 +266,9 @@ def self_influence_rows(derivatives: Derivatives, room: int) -> Iterator[tuple[I
 
 def refuse_nonfinite(values: Tensor, query_ids: Tensor, ids: Tensor) -> None:
     """Nothing is ranked around a NaN: scores `[q, n]` of queries `at` on training examples `ids` must be finite."""
+    # The sum is one cheap pass; a sum that is not finite may also be an overflow, hence the second check.
+    if bool(torch.isfinite(values.sum())):
+        return
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
         queries, examples = (sorted(set(i.tolist())) for i in (query_ids[bad[:, 0].cpu()], ids[bad[:, 1].cpu()]))

@@ -222,6 +222,19 @@ def inner(a: AbstractBlock, b: AbstractBlock, route: Route = Route.AUTO) -> Floa
     return _materialise(a, b.dense()) if chosen is Route.MATERIALISE else _apply(a, b.dense())
 
 
+def _rowwise(a: AbstractBlock, b: AbstractBlock) -> Float[Tensor, " n"]:
+    """<a_n, b_n>: an outer product is not written out for it."""
+    if isinstance(b, Outer) and not isinstance(a, Outer):
+        a, b = b, a
+    if not isinstance(a, Outer):
+        return torch.einsum("np,np->n", a.dense().flatten(1), b.dense().flatten(1))
+    o, i = a.shape
+    if isinstance(b, Outer) and a.terms * b.terms * (o + i) <= a.terms * o * i:
+        return (torch.bmm(a.left, b.left.mT) * torch.bmm(a.right, b.right.mT)).sum((1, 2))
+    pushed = torch.bmm(a.left, b.dense().reshape(len(b), o, i))
+    return pushed.mul_(a.right).sum((1, 2))
+
+
 def inner_in(a: AbstractBlock, b: AbstractBlock, dtype: torch.dtype, route: Route = Route.AUTO) -> Float[Tensor, "n m"]:
     """<a_n, b_m> computed in another precision than the rows are kept in, a part of each at a time."""
     out = a.reference.new_empty(len(a), len(b), dtype=dtype)
@@ -296,8 +309,7 @@ class Rows:
         """<self_n, other_n> for matching rows."""
         total = torch.zeros(len(self), dtype=self.dtype, device=self.device)
         for name, block in self.blocks.items():
-            mine, theirs = block.dense().flatten(1), other.blocks[name].dense().flatten(1)
-            total += torch.einsum("np,np->n", mine, theirs)
+            total += _rowwise(block, other.blocks[name])
         return total
 
     def routes(self, other: Rows) -> dict[str, Route]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .density import Density
@@ -18,6 +20,8 @@ from .space import Space
 class ScaledIdentity(AbstractSpectral):
     """C = scale * I, or one scale per block. With scale 1 the influence is the gradient dot product."""
 
+    layerwise: ClassVar[bool] = True
+
     space: Space
     scale: float | Mapping[str, float] = 1.0
 
@@ -28,6 +32,12 @@ class ScaledIdentity(AbstractSpectral):
 
     def apply(self, rows: Rows) -> Rows:
         return rows if self.scale == 1.0 else rows.scaled(self._per_block())
+
+    def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
+        """b^T C b for every row: no gradient is written out for its norm."""
+        scales = self._per_block()
+        norms = [block.squared_norms().double() * scales[name] for name, block in rows.blocks.items()]
+        return torch.stack(norms).sum(0)
 
     def block_means(self) -> dict[str, float]:
         return self._per_block()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..core.text import printable
 from . import style
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def plot_bars(
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    names = list(values)
-    estimates = [values[n][0] for n in names]
+    names = [printable(name) for name in values]
+    estimates = [v[0] for v in values.values()]
     errors = [[max(0.0, v[0] - v[1]) for v in values.values()], [max(0.0, v[2] - v[0]) for v in values.values()]]
     with style.plot_style():
         figure = style.new_figure(7.0, 1.3 + 0.32 * len(names))
@@ -52,6 +53,6 @@ def plot_bars(
                           textcoords="offset points", ha="right", va="bottom", color=style.FAINT,
                           fontsize=8)  # fmt: skip
         axes.set_xlabel(f"{metric} (95 % interval)")
-        axes.set_title(title, fontsize=8.5, pad=14 if ceiling is not None else 6, parse_math=False)
+        axes.set_title(printable(title), fontsize=8.5, pad=14 if ceiling is not None else 6, parse_math=False)
         style.save_figure(figure, path)
     return figure

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite
+from ..core.text import printable
 from .style import shorten
 
 Denormalize: TypeAlias = Callable[[Any], Any] | tuple[Any, Any] | None
@@ -272,7 +273,7 @@ def wrap_text(text: str, columns: int, rows: int) -> str:
     """
     lines = [
         part
-        for line in text.splitlines()
+        for line in printable(text).splitlines()
         # A row of a table stays on one line: its end matters less than the rows below.
         for part in ([shorten(line, columns)] if "\n" in text else textwrap.wrap(line, columns))
     ]

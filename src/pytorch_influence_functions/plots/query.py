@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput, require
+from ..core.text import printable
 from ..problem.data import Source
 from ..scores.scores import Scores
 from . import style
@@ -182,7 +183,7 @@ class _FigurePage:
         """Write text at a place, cut with an ellipsis to `room` inches."""
         # parse_math=False: a dollar sign in the data is a dollar sign.
         options: dict[str, Any] = {"va": "baseline", "parse_math": False} | kw
-        artist = self.figure.text(x / self.width, 1 - y / self.height, text, **options)
+        artist = self.figure.text(x / self.width, 1 - y / self.height, printable(text), **options)
         if math.isinf(room):
             return
         text = style.shorten(text, 80)
@@ -301,7 +302,7 @@ def plot_agreement(
         if names is not None and len(x) <= 20:
             axes.apply_aspect()
             name_points(axes, x, y, names)
-        figure.text(0.16, 0.95, title, fontsize=11, fontweight="bold", parse_math=False)
+        figure.text(0.16, 0.95, printable(title), fontsize=11, fontweight="bold", parse_math=False)
         figure.text(0.16, 0.905, fit, fontsize=9, color=style.FAINT)
         style.save_figure(figure, path)
     return figure
@@ -364,7 +365,7 @@ def plot_damping_curve(
             axes.axvline(middle, color=style.FAINT, linewidth=0.8, linestyle="dotted", zorder=0)
             axes.tick_params(labelsize=8)
             axes.set_title(title, fontsize=10, fontweight="bold")
-        name = by_lambda[middle].describe_query(q)
+        name = printable(by_lambda[middle].describe_query(q))
         figure.text(0.085, 0.94, name[:1].upper() + name[1:], fontsize=9, color=style.FAINT, parse_math=False)
         style.save_figure(figure, path)
     return figure

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, name_ids, require
 from ..core.files import write_bytes
+from ..core.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,5 +129,5 @@ def shorten(text: str, limit: int) -> str:
     >>> shorten("a rather long label", 9)
     'a rather…'
     """
-    text = " ".join(str(text).split())
+    text = " ".join(printable(str(text)).split())
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"

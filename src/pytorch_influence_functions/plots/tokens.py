@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput, require
+from ..core.text import printable
 from ..problem.data import Source
 from ..scores.scores import Scores
 from . import style
@@ -203,7 +204,7 @@ def _height(text: _TokenText) -> float:
 
 def _write(axes: Axes, x: float, y: float, text: str, **options: Any) -> None:
     # parse_math=False: a dollar sign in the data is a dollar sign.
-    axes.text(x, y, text, **{"va": "baseline", "parse_math": False, **options})
+    axes.text(x, y, printable(text), **{"va": "baseline", "parse_math": False, **options})
 
 
 def _draw_card(axes: Axes, text: _TokenText, y: float, card_width: float, strongest: float, colour: str) -> None:

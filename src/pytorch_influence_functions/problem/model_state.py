@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.errors import UnknownName, nearest
+from .session import session
 
 # --------------------------------------------------------------------------- random state
 
@@ -187,7 +188,7 @@ def plain_autograd() -> Iterator[None]:
         ...     inside, torch.is_grad_enabled()
         (True, False)
     """
-    with _switches_off(), _ended_on_failure():
+    with _switches_off(), session(), _ended_on_failure():
         yield
 
 

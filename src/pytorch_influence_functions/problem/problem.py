@@ -43,7 +43,7 @@ class Problem:
         parameters: which parameters take part, see `Space.of`; `None`: all that are trainable.
         weight_decay: a number, the optimiser that trained the model, or `WeightDecay(...)`.
         checkpoints: state dicts, or paths of `.safetensors` or torch files, loaded when they are used.
-        batch_size: examples per batch; `None`: the loader's, else 64.
+        batch_size: the most examples per batch; `None`: what suits an example's size, see `Source.suited_to`.
         deterministic: what to do when reading an example twice gives different values:
             `"warn"`, `"error"` or `"ignore"`.
         device: where to compute; `None`: where the model is.
@@ -152,6 +152,8 @@ class Problem:
             if name not in known:
                 raise InvalidInput(f"Problem has no argument {name!r}.{nearest(name, known)}")
         arguments = {name: getattr(self, name) for name in known}
+        if not self.data.fixed:
+            arguments["batch_size"] = None  # nobody asked for one: it follows the data
         if "model" in changes:
             arguments["device"] = None
         return Problem(**(arguments | changes))

@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 
+from ..core.text import printable
 from ..scores import indexing
 from ..scores.scores import Scores
 from .effects import Moved, moved_queries
@@ -235,7 +236,7 @@ def _card_label(label: Any) -> Any:
 
 def clean(text: str) -> str:
     """Text without lone surrogates, which no file can hold, at most 400 letters."""
-    return text[:400].encode("utf-8", "replace").decode("utf-8")
+    return printable(text[:400])
 
 
 def _queue_order(given: Given) -> str:

@@ -20,6 +20,9 @@ from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite_rows, refuse_input, relative
 
+# Symmetrising, scaling and judging the Gram matrix moves each of its numbers through memory some twenty times, and
+# adding a block up four times: as long as so many operations.
+_MOVED, _MOVED_PER_BLOCK = 3000.0, 800.0
 # Above this share of D, the Gram matrix's rounding is no longer small beside it: float64 takes the place of float32.
 _ROUNDING = 0.1
 
@@ -93,7 +96,7 @@ class Woodbury(AbstractSolver[DualState]):
     def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
         rows, q = curvature.rows(size) or size.examples, size.n_queries
         # The Gram matrix, its factor, and for every query its products with all rows and two solves.
-        algebra = rows**2 * size.pair_flops + FACTORISATION * rows**3
+        algebra = rows**2 * (size.pair_flops + _MOVED + _MOVED_PER_BLOCK * len(size.blocks)) + FACTORISATION * rows**3
         queries = q * rows * size.pair_flops + 6 * DOUBLE * q * rows**2
         return curvature.cost(size, Form.GRAM) + Cost(flops=algebra + queries, bytes=3 * 8 * rows**2)
 

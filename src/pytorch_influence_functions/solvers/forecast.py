@@ -12,26 +12,29 @@ import torch
 
 from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature, Budget, Form
-from ..curvature.cost import Amount, Cost, ProblemSize
-from ..curvature.from_rows import examples_at_once
+from ..curvature.cost import Amount, Cost, ProblemSize, timed_examples
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS
+from ..problem.data import suited_size
 from .base import AbstractSolver
 from .preconditioner import Preconditioner
 
 # Share of the memory budget that solved queries, with what the solver holds beside each, may take.
 QUERY_SHARE = 1 / 4
-# Examples whose gradients tell how the trained weights stand, whatever the method.
-_LOOKED_AT = 160
-# A product is timed on so many examples, as long as that many numbers hold what it pushes through the model.
-_FEWEST_TIMED, _MOST_TIMED, _TIMED_NUMBERS = 8, 512, 1 << 24
+# The most numbers that the vectors of a timed product take.
+_TIMED_NUMBERS = 1 << 24
 # The first product pays for what is paid once.
 _REPEATS = 2
 # What a pass records is held by the graph, unfolded and multiplied as well: measured on U-Nets of 64² to 256² pixels.
 _PASS_COPIES = 6
 # Scores are added up in float64.
 _SCORE_BYTES = 8
+# Checking a score, adding it up and handing it over takes as long as so many operations of a matrix product, and so
+# does writing a number of a gradient out and reading it back for its products with several queries.
+_PER_SCORE, _PER_NUMBER = 1500.0, 100.0
+# Products of gradients with queries come in pieces, which reach two thirds of the speed of one large product.
+_PIECES = 1.5
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def estimate_cost(
     budget: Budget,
     damping: AbstractDamping | None = None,
     solves_per_example: Amount = 0,
+    looked_at: int = 0,
 ) -> Forecast:
     """Passes, memory and seconds of a choice: counted, with one batch and one product measured for the seconds.
 
@@ -112,6 +116,7 @@ def estimate_cost(
         budget: what curvature and solved queries may take.
         damping: the damping in use; None: the choice's own.
         solves_per_example: right-hand sides that scaling asks for, for every training example.
+        looked_at: examples whose gradients tell how the trained weights stand, whatever the method.
     """
     n, p, q = size.examples, size.parameters, size.n_queries
     share = (damping or choice.default_damping).expected_share
@@ -122,28 +127,29 @@ def estimate_cost(
     # Training gradients that the curvature keeps are not taken again.
     kept = choice.curvature.holds_gradients and choice.solver.form(choice.curvature) is Form.GRAM
     again = 0 if kept and choice.solver.solves_in_dual and not solves_per_example else groups
-    pairs = size.pair_flops if choice.solver.solves_in_dual else 2.0 * p
+    factored = choice.solver.solves_in_dual or choice.curvature.keeps_factors
+    pairs, written = (size.pair_flops, 0.0) if factored else (_PIECES * 2.0 * p, _PER_NUMBER * p)
     scoring = Cost(
-        (min(_LOOKED_AT, n) + q) / n + again,
-        (q * n * pairs) if again else 0.0,
+        (looked_at + q) / n + again,
+        q * n * (_PER_SCORE + (pairs if again else 0.0)) + (again * n * written if q > 1 else 0.0),
         _held_bytes(choice.solver, size, min(q, at_once)) + _SCORE_BYTES * q * n,
     )
     total = fitting + scoring
     each = size.seconds if size.product_seconds is None else size.product_seconds
     reading = (total.passes - total.products) * n * size.seconds + total.products * n * each
     seconds = reading + total.flops / operations_per_second()
-    together = min(n, examples_at_once(size.pass_numbers))
+    together = min(n, suited_size(size.pass_numbers))
     batch = _PASS_COPIES * together * size.pass_numbers * size.number_bytes
     return Forecast(method, choice.why, total.passes, total.bytes, seconds, batch)
 
 
 def time_product(choice: Composition, derivatives: Derivatives, size: ProblemSize, budget: Budget) -> ProblemSize:
-    """The size with a measured product, where the choice takes products: on a few examples, along a few directions."""
+    """The size with a measured product, where the choice takes products: on one batch of its own, in few directions."""
     curvature = choice.curvature.multiplied
     if curvature is None or not choice.cost(size).products:
         return size
     like = next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
-    count = min(size.examples, max(_FEWEST_TIMED, int(_TIMED_NUMBERS / (size.row_numbers * DIRECTIONS))), _MOST_TIMED)
+    count = timed_examples(derivatives.batched(derivatives.problem.data, times=DIRECTIONS))
     vectors = max(1, min(size.n_queries, DIRECTIONS, _TIMED_NUMBERS // size.parameters))
     source = derivatives.problem.data.subset(range(count))
     few = replace(derivatives, problem=derivatives.problem.with_(data=source))

@@ -24,7 +24,6 @@ from ..base import Budget
 from ..cost import BlockSize, terms_of
 from ..exact import ENUMERATED_OUTPUTS, GGN, Fisher, finite_outputs
 from ..fisher import AbstractFisher
-from ..from_rows import wide_source
 from ..own_losses import require_output_curvature
 from .cache import FactorCache, fingerprint_factors
 from .moments import BlockFactors, Moments, Sharing, unified
@@ -87,7 +86,7 @@ class Fit:
         self.plan = replace(self.plan, fisher=fisher)
         self.columns = columns
         self.ids, self.more = self._ids(look)
-        self.wide = wide_source(first, look.numbers / len(look))
+        self.wide = first.batched(first.problem.data)
         size = sum(numbers_of(b.shape, self.plan.largest) for b in look.blocks.values()) * look.dtype.itemsize
         cache = self._cache()
         # Read and verified; kept in memory where all blocks have room there.

@@ -67,7 +67,7 @@ class Axis:
         if not self.full:
             return None, self.moment.double()
         upper = self.moment.triu()
-        values, vectors = eigh_shared(upper + upper.triu(1).T, what)
+        values, vectors = eigh_shared(upper + upper.triu(1).T, what, single=True)
         return vectors.to(self.moment.dtype), values.clamp_min(0.0)
 
 

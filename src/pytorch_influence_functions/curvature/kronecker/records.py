@@ -23,10 +23,11 @@ from ...core.errors import InvalidInput
 from ...core.validate import whole_number
 from ...gradients.per_example import Derivatives
 from ...linalg.blocks import matrix_shape
+from ...linalg.eigh import SINGLE_FROM
 from ...linalg.operator import AbstractSymmetric
 from ...problem.checkpoints import Checkpoint
 from ..base import AbstractCurvature, Budget, Form
-from ..cost import EIGENDECOMPOSITION, Amount, Cost, ProblemSize, passes_for_rows
+from ..cost import EIGENDECOMPOSITION, SINGLE_EIGENDECOMPOSITION, Amount, Cost, ProblemSize, passes_for_rows
 from ..fisher import AbstractFisher
 from .fit import Fit, Plan, columns_by_default, needed_examples, numbers_of
 from .moments import Moments, Sharing
@@ -60,7 +61,8 @@ class AbstractKronecker(AbstractCurvature):
         # Where basis and eigenvalues are measured on the same examples, their rows are kept for the second look.
         looks = basis + (values if plan.corrected and basis != values else 0.0)
         sides = [d for block in blocks for d in matrix_shape(block.shape) if 1 < d <= plan.largest]
-        algebra = EIGENDECOMPOSITION * sum(float(d) ** 3 for d in sides)
+        each = SINGLE_EIGENDECOMPOSITION if size.number_bytes < 8 else EIGENDECOMPOSITION
+        algebra = sum((each if d >= SINGLE_FROM else EIGENDECOMPOSITION) * float(d) ** 3 for d in sides)
         # Second moments of both sides, and for the eigenvalues every row turned into the basis.
         per_example = columns * sum(2.0 * block.terms * d**2 for block in blocks for d in matrix_shape(block.shape))
         return Cost(
