@@ -316,6 +316,9 @@ def test_a_table_with_its_baselines() -> None:
         table["influense"]
     figure = table.plot()
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == names
+    several = evaluate(["grad_dot", ptif.gauss_newton(damping=0.1)], truth, problem=problem, queries=queries)
+    assert several["grad_dot"].value == pytest.approx(table["gradient dot product"].value)
+    assert several[repr(ptif.gauss_newton(damping=0.1))].value == pytest.approx(table["influence"].value)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from ..damping.rules import Absolute
 from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod
 from ..methods.baselines import EmbeddingSimilarity, Random, TrainingLoss
+from ..methods.names import as_method
 from ..problem.data import Source
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
@@ -149,7 +150,8 @@ def evaluate(
     similarity, gradient dot product. Without them it includes random numbers only.
 
     Args:
-        methods: scores (`Scores` or [Q, N]) or methods such as `ptif.ekfac()`: one, or a mapping from names.
+        methods: scores (`Scores` or [Q, N]), or methods such as `ptif.ekfac()` or `"ekfac"`: one, a list, or a mapping
+            from names.
         truth: from `retrain` or `Truth.load`.
         problem: the trained model with its data; with checkpoints, every method is an ensemble.
         queries: those of the truth, in its order.
@@ -189,7 +191,7 @@ def contenders(
     methods: Any, shape: tuple[int, int], problem: Problem | None, queries: Any, measure: Any
 ) -> tuple[list[Contender], dict[str, str]]:
     """Everything that is compared, run if needed, baselines included; and the baselines left out, with the reason."""
-    named = methods if isinstance(methods, Mapping) else {_default_name(methods): methods}
+    named = _named(methods)
     if not named:
         raise InvalidInput("No methods were given; give scores, or methods with problem= and queries=.")
     scored, left_out = [], {}
@@ -203,7 +205,20 @@ def contenders(
     return scored, left_out
 
 
+def _named(methods: Any) -> dict[str, Any]:
+    """What was given, by the name it has in the table."""
+    if isinstance(methods, Mapping):
+        given = dict(methods)
+    elif isinstance(methods, (list, tuple)):
+        given = {_default_name(method): method for method in methods}
+    else:
+        given = {_default_name(methods): methods}
+    return {name: as_method(method) if isinstance(method, str) else method for name, method in given.items()}
+
+
 def _default_name(method: Any) -> str:
+    if isinstance(method, str):
+        return method
     if isinstance(method, AbstractMethod):
         return repr(method)
     return (method.provenance if isinstance(method, Scores) else "") or "scores"
