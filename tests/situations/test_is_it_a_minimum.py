@@ -140,3 +140,22 @@ def test_a_trained_network_is_at_a_minimum_and_one_stopped_early_is_not(case: Ca
     assert status == "ok", text
     status, text = verdict(trained(case, case.early))
     assert status != "ok", text
+
+
+def test_a_forgotten_weight_decay_is_named_and_giving_it_is_enough() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 4)
+    y = (x[:, 0] + x[:, 1] + 0.5 * torch.randn(200) > 0).long()
+    model = nn.Linear(4, 2)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.05)
+    for _ in range(1000):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimiser.step()
+    forgotten, given = (
+        ptif.attribute(model, (x, y), (x[:2], y[:2]), weight_decay=decay).diagnostics for decay in (0.0, optimiser)
+    )
+    assert forgotten is not None and given is not None
+    advice = {check.name: check for check in forgotten.checks()}["minimum"]
+    assert advice.status != "ok" and "pass the weight_decay= that it was trained with" in advice.text
+    assert {check.name: check.status for check in given.checks()}["minimum"] == "ok"

@@ -253,11 +253,13 @@ def _minimum(d: Diagnostics) -> Check:
     if not d.needs_minimum:
         return Check(name, "ok", f"{fact}; this method follows training and needs no minimum")
     least = value - _ERRORS * error
+    # Without the weight decay it was trained with, a model at its minimum looks as if it were not.
+    decay = ", pass the weight_decay= that it was trained with," if d.weight_decay_most == 0 else ""
     if least > _MOVING:
-        return Check(name, "bad", f"{fact}: the model is far from a minimum; train longer, or read with care")
+        return Check(name, "bad", f"{fact}: the model is far from a minimum; train longer{decay} or read with care")
     if least > _STATIONARY:
-        text = f"{fact}: not quite at a minimum; train longer, or let the learning rate fall to 0 at the end"
-        return Check(name, "warn", text)
+        advice = f"train longer{decay} or let the learning rate fall to 0 at the end"
+        return Check(name, "warn", f"{fact}: not quite at a minimum; {advice}")
     return Check(name, "ok", fact)
 
 
