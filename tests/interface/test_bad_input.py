@@ -559,7 +559,12 @@ def old(model: Any, data: tuple[Tensor, Tensor] = (X, Y), **config: Any) -> Any:
 
 CLASSIC = [
     Row("key", lambda m: old(m, recursion_dept=3), NAMED, r"no key 'recursion_dept'. Did you mean 'recursion_depth'"),
-    Row("solver", lambda m: old(m, solver="lisa"), INPUT, r"'solver'\] is 'lisa'; it must be one of 'lissa', 'auto'"),
+    Row(
+        "solver",
+        lambda m: old(m, solver="lisa"),
+        INPUT,
+        r"^solver='lisa' is not possible; it must be one of 'lissa', 'auto'",
+    ),
     Row("model", lambda m: old("net"), INPUT, r"must be a torch.nn.Module, got str"),
     Row("frozen", old, INPUT, r"no trainable parameter", frozen),
     Row("dtype", lambda m: old(m, (X.double(), Y)), INPUT, r"^The data are torch.float64 .*model\.double\(\)"),

@@ -68,7 +68,7 @@ def test_one_version() -> None:
     assert re.search(r"^version: (.+)$", read("CITATION.cff"), re.M)[1] == __version__  # type: ignore[index]
     first_release = re.search(r"^## \[(\d[^\]]*)\]", read("CHANGELOG.md"), re.M)
     assert first_release is not None and first_release[1] == __version__
-    assert 'dynamic = ["version"]' in read("pyproject.toml")
+    assert 'dynamic = ["version", "readme"]' in read("pyproject.toml")
 
 
 def test_installed_version_is_this_one() -> None:

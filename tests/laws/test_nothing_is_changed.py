@@ -207,6 +207,7 @@ READ_ONLY = {
     "WeightDecay.from_optimizer": "reads names of parameters",
     "SOURCE.fit": "the entry 'source'",
     "train_model": "makes a model of its own",
+    "Recording.ends_at": "compares weights",
     "Edit.of": "describes an edit of the data",
     "get_dataset_sample_ids": "reads labels only",
     "get_dataset_sample_ids_per_class": "reads labels only",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import GGN
-from pytorch_influence_functions.curvature.kronecker import fit as fitting
+from pytorch_influence_functions.curvature import exact as exact_curvatures
 from pytorch_influence_functions.curvature.kronecker import moments as factors
 from pytorch_influence_functions.linalg import kronecker
 from pytorch_influence_functions.solvers import Spectral
@@ -126,7 +126,7 @@ BUGS = [
     ),
     Bug(
         "the same draw for basis and eigenvalues",
-        swap(fitting, "draw_seed", lambda f, seed, k: f(seed, 0)),
+        swap(exact_curvatures, "draw_seed", lambda f, seed, k: f(seed, 0)),
         laws.test_eigenvalues_come_from_labels_drawn_anew,
     ),
     Bug(

@@ -404,7 +404,12 @@ class Attribution(OldNames):
         member = self._member(checkpoint)
         with at_checkpoint(self.problem.model, member.checkpoint):
             like = next(iter(member.derivatives.whole.values(self.problem.model).values()))
-            shares = None if queries is None else self._damped_shares(member, self._question(queries, measure))
+            shares = None
+            if queries is not None:
+                question = self._question(queries, measure)
+                room = member.room(Budget.of(self.spec.memory))
+                groups = ScoringPass(self.problem, question).query_groups(member.derivatives, room)
+                shares = member.damped_shares(groups, len(question))
             return spectrum_of(member.operator, member.shift, like, shares, steps, probes, seed)
 
     # ---------------------------------------------------------------- inner workings
@@ -468,16 +473,6 @@ class Attribution(OldNames):
             log,
             None if self.spec.precision is None else torch.bfloat16,
         )
-
-    def _damped_shares(self, member: FittedMember, question: Question) -> Tensor:
-        """<g, D (C + D)^-1 g> / |g|^2 for every query."""
-        shares = torch.zeros(len(question), dtype=torch.float64)
-        scoring = ScoringPass(self.problem, question)
-        for query_ids, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(self.spec.memory))):
-            sizes = rows.squared_norms().double()
-            damped = member.solve(rows).unwrap().rowwise(member.shift.apply(rows)).double()
-            shares[query_ids] = torch.where(sizes > 0, damped / sizes, torch.zeros_like(sizes)).cpu()
-        return shares
 
     def _member(self, checkpoint: Any) -> FittedMember:
         last = len(self.members) - 1

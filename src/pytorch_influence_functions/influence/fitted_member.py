@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,6 +104,20 @@ class FittedMember:
     def solve(self, rows: Rows) -> Solution:
         """(C + D)^-1 of every row."""
         return self.composition.solver.solve(self.state, rows)
+
+    def damped_shares(self, groups: Iterable[tuple[Tensor, Rows]], count: int) -> Float[Tensor, " q"]:
+        """<g, D (C + D)^-1 g> / |g|^2 of every query: what damping takes of its squared gradient; 0 for no gradient.
+
+        Args:
+            groups: (query indices, gradients), each query once.
+            count: how many queries there are.
+        """
+        shares = torch.zeros(count, dtype=torch.float64)
+        for query_ids, rows in groups:
+            sizes = rows.squared_norms().double()
+            damped = self.solve(rows).unwrap().rowwise(self.shift.apply(rows)).double()
+            shares[query_ids] = torch.where(sizes > 0, damped / sizes, torch.zeros_like(sizes)).cpu()
+        return shares
 
     def training_rows(self, scaling: AbstractScaling) -> Iterator[GradientBatch]:
         """The rows that stand for the training examples under a scaling."""

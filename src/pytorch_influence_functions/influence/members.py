@@ -31,7 +31,7 @@ class MemberFacts:
         return MemberFacts(member.shift.damping, member.effective_dimension, notes)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Members(Sequence[FittedMember]):
     """One fitted member per checkpoint.
 
@@ -64,6 +64,9 @@ class Members(Sequence[FittedMember]):
 
     def __len__(self) -> int:
         return self.size
+
+    def __repr__(self) -> str:
+        return f"Members({self.size} fitted, {len(self._kept)} kept)"
 
     @overload
     def __getitem__(self, k: int) -> FittedMember: ...
