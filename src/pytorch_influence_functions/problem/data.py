@@ -172,7 +172,8 @@ class Source:
             numbers_each: how many numbers are held for one example.
             most: the most examples of a batch.
             workers: over how many processes the batches are shared out.
-            memory: the most numbers that a batch may hold; less than a few examples would only cost time.
+            memory: the most numbers that a batch may hold; fewer than a few large or 64 small examples would only cost
+                time.
 
         >>> x, y = torch.zeros(10_000, 3), torch.zeros(10_000)
         >>> [Source.of((x, y)).suited_to(n).batch_size for n in (10, 10_000, 10_000_000)]
@@ -184,7 +185,9 @@ class Source:
         bounded = self.fixed or self.collate is not default_collate
         bound = self.batch_size if bounded else _WIDEST
         share = -(-len(self) // workers)
-        allowed = max(_FEWEST, int(min(memory / each, _WIDEST)))
+        # Below 16 MiB nothing is saved by batches of fewer examples, and much time is lost.
+        small = min(BATCH_SIZE, int(_NUMBERS / each))
+        allowed = max(_FEWEST, small, int(min(memory / each, _WIDEST)))
         return replace(self, batch_size=max(1, min(suited_size(each), bound, most, share, allowed)))
 
     @property
