@@ -359,12 +359,6 @@ TYPES_AND_SHAPES = [
         r"^The data are torch.float32 .* is torch.float64; .* data with \.double\(\) .*model\.float\(\)\.$",
         lambda: net().double(),
     ),
-    Row(
-        "numpy's float64",
-        put_in(train=(X.double().numpy(), Y.numpy())),
-        INPUT,
-        r"data are torch.float64 .*torch.float32",
-    ),
     Row("float64 query", put_in(queries=(X[:2].double(), Y[:2])), INPUT, r"In the queries, the data are torch.float64"),
     Row("float64, no loss", put_in(train=(X.double(), Y), loss=None), INPUT, r"^The data are torch.float64"),
     Row("half", put_in(train=(X.half(), Y)), INPUT, r"data are torch.float16 .*model\.half\(\)"),

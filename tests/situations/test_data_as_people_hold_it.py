@@ -135,12 +135,25 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(name: str) -> None:
         list(Source.of(data).batches())
 
 
-def test_arrays_of_double_precision_are_refused_with_what_works() -> None:
+@pytest.mark.parametrize("loss", [None, torch.nn.CrossEntropyLoss()])
+def test_arrays_of_double_precision_are_taken_in_the_models(loss: Any) -> None:
     model, x, y = Net(), X.double().numpy(), Y.numpy()
-    with pytest.raises(InvalidInput, match=r"torch\.float64.*an array with \.astype\('float32'\)"):
-        ptif.attribute(model, (x, y), (x[:2], y[:2]))
-    x = x.astype("float32")
-    assert ptif.attribute(model, (x, y), (x[:2], y[:2]), method="grad_dot").values.any()
+    want = ptif.attribute(model, (X.float(), Y), (X[:2].float(), Y[:2]), loss=loss, method="exact")
+    scores = ptif.attribute(model, (x, y), (x[:2], y[:2]), loss=loss, method="exact")
+    torch.testing.assert_close(scores.values, want.values, rtol=1e-4, atol=1e-6)
+    # A model in double precision keeps them as they are.
+    assert ptif.attribute(Net().double(), (x, y), (x[:2], y[:2]), method="exact").values.dtype == torch.float64
+    mixed = ptif.attribute(
+        model, {"input": x, "labels": y}, {"input": x[:2], "labels": y[:2]}, loss=loss, method="exact"
+    )
+    torch.testing.assert_close(mixed.values, want.values, rtol=1e-4, atol=1e-6)
+
+
+def test_tensors_of_double_precision_are_refused_with_what_works() -> None:
+    model, x = Net(), X.double()
+    with pytest.raises(InvalidInput, match=r"torch\.float64.*the data with \.float\(\)"):
+        ptif.attribute(model, (x, Y), (x[:2], Y[:2]))
+    assert ptif.attribute(model, (x.float(), Y), (x[:2].float(), Y[:2]), method="grad_dot").values.any()
 
 
 def test_the_pair_that_the_message_names_works() -> None:

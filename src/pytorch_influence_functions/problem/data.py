@@ -20,7 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ..core.batches import Collated, tensors_of
+from ..core.batches import Collated, map_tensors, tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
@@ -28,7 +28,7 @@ from .cutting import is_cut_by_rows, same
 from .model_state import same_rng
 from .reading import Collate, NamingCollate, NamingDataset, Reader
 from .samplers import SampledSubset, examples_of
-from .tables import LabelledTensors, NamedTensors, as_dataset
+from .tables import LabelledTensors, NamedTensors, as_dataset, holds_double_arrays
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
 
@@ -112,6 +112,8 @@ class Source:
     worker_options: Mapping[str, Any] = field(default_factory=dict)
     fixed: bool = False
     """Whether the batch size was asked for: batches are never larger then."""
+    any_precision: bool = False
+    """Whether float64 says nothing about the data, as in NumPy's arrays, whose default it is: the model's is taken."""
     reading: str = ""
     """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
     _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
@@ -124,7 +126,7 @@ class Source:
             data: a map-style dataset (`__len__`, `__getitem__`; a list of examples too), a `DataLoader`, a
                 tuple, list or mapping of equally long tensors, arrays, frames or series (what has `to_numpy()`), a
                 tuple of equally long lists, a sparse matrix with labels, or a `Source`. Real numbers of frames and
-                lists are taken in torch's default precision. Labels may be words.
+                lists are taken in torch's default precision, NumPy's float64 in the model's. Labels may be words.
             batch_size: examples per batch, never more; `None`: what suits an example's size, see `suited_to`.
             classes: what labels in words are numbered by; `None`: a categorical series' own order, else alphabetical.
 
@@ -139,7 +141,8 @@ class Source:
         if not isinstance(data, DataLoader):
             dataset = as_dataset(data, classes)
             _check_dataset(dataset)
-            return cls(dataset, batch_size=batch_size or BATCH_SIZE, fixed=batch_size is not None)
+            fixed, loose = batch_size is not None, holds_double_arrays(data)
+            return cls(dataset, batch_size=batch_size or BATCH_SIZE, fixed=fixed, any_precision=loose)
         _check_dataset(data.dataset)
         if data.batch_sampler is None:
             raise InvalidInput(
@@ -155,7 +158,7 @@ class Source:
             }
         dataset, reading = examples_of(data)
         fixed = batch_size is not None
-        return cls(dataset, data.collate_fn, int(size), data.num_workers, options, fixed, reading)
+        return cls(dataset, data.collate_fn, int(size), data.num_workers, options, fixed, reading=reading)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -189,6 +192,18 @@ class Source:
         small = min(BATCH_SIZE, int(_NUMBERS / each))
         allowed = max(_FEWEST, small, int(min(memory / each, _WIDEST)))
         return replace(self, batch_size=max(1, min(suited_size(each), bound, most, share, allowed)))
+
+    def in_precision_of(self, batch: Any, model: nn.Module) -> Any:
+        """A batch in the model's precision, where that of the data says nothing.
+
+        Args:
+            batch: on any device.
+            model: whose first real parameter says which precision.
+        """
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
+        if not self.any_precision or dtype == torch.float64:
+            return batch
+        return map_tensors(batch, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float64 else tensor)
 
     @property
     def positions(self) -> Int[Tensor, " n"] | None:

@@ -42,7 +42,7 @@ def infer_objective(model: nn.Module, source: Source, device: torch.device | str
     device, looks = model_device(model, device), list[tuple[Any, Tensor]]()
     for ids, batch in source.batches(spread_sample(len(source), _LOOK)):
         source.check_finite(ids, batch)
-        batch = to_device(batch, device)
+        batch = source.in_precision_of(to_device(batch, device), model)
         with preserved(model), torch.no_grad():
             looks.append((batch, CrossEntropy().outputs(model, batch)))
         check_outputs(looks[-1][1], ids)

@@ -293,7 +293,8 @@ def sweep(
             source.check_finite(batch_ids, batch)
             if source_is_training:
                 problem.labels.add(batch_ids, batch)
-            yield batch_ids, _differentiable(to_device(batch, problem.device))
+            batch = source.in_precision_of(to_device(batch, problem.device), problem.model)
+            yield batch_ids, _differentiable(batch)
 
 
 def _differentiable(batch: Any) -> Any:

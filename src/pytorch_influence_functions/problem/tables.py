@@ -88,6 +88,16 @@ def as_dataset(data: Any, classes: Sequence[str] | None = None) -> Any:
     return data
 
 
+def holds_double_arrays(data: Any) -> bool:
+    """Whether some of the columns that were given are NumPy's arrays of float64.
+
+    Args:
+        data: what was given.
+    """
+    columns = data if isinstance(data, (tuple, list)) else data.values() if isinstance(data, Mapping) else [data]
+    return any(isinstance(column, np.ndarray) and column.dtype == np.float64 for column in columns)
+
+
 def as_tensor(value: Any, name: str) -> Tensor:
     """One column as a tensor; a frame's or list's real numbers in torch's default precision.
 
