@@ -149,6 +149,15 @@ def test_arrays_of_double_precision_are_taken_in_the_models(loss: Any) -> None:
     torch.testing.assert_close(mixed.values, want.values, rtol=1e-4, atol=1e-6)
 
 
+def test_arrays_of_double_precision_can_be_verified() -> None:
+    x, y = X.double().numpy(), Y.numpy()
+    x, y = np.tile(x, (4, 1)), np.tile(y, 4)
+    recipe = ptif.evaluation.Recipe(Net, epochs=2, loss=torch.nn.CrossEntropyLoss())
+    model = ptif.evaluation.train_model(recipe, (x, y))
+    scores = ptif.attribute(model, (x, y), (x[:2], y[:2]), method="exact")
+    assert len(scores.verify(recipe, n=6).removals) == 6
+
+
 def test_tensors_of_double_precision_are_refused_with_what_works() -> None:
     model, x = Net(), X.double()
     with pytest.raises(InvalidInput, match=r"torch\.float64.*the data with \.float\(\)"):

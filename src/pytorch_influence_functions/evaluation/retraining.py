@@ -141,8 +141,8 @@ def train_model(
     False
     """
     source = Source.of(data)
-    examples = Examples.of(source)
-    _, objective = _training_loss(recipe, source, seed)
+    problem, objective = _training_loss(recipe, source, seed)
+    examples = Examples.of(source, problem.model)
     job = Job(torch.ones(len(source), dtype=torch.bool), {}, seed)
 
     def recording(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Recorder:
@@ -185,7 +185,7 @@ class _Retraining:
         if not isinstance(recipe, Recipe):
             return _Retraining._of_function(recipe, source, queries, measure, seed, workers or 1)
         problem, objective = _training_loss(recipe, source, seed)
-        examples = Examples.of(source)
+        examples = Examples.of(source, problem.model)
         mode = TrainingMode.of(recipe, objective, examples, seed)
         threads = 1 if mode.draws else workers or torch.get_num_threads()
         measured = resolve_measure(problem, objective, measure, queries)

@@ -53,8 +53,8 @@ class Examples:
     n: int
 
     @staticmethod
-    def of(source: Source) -> Examples:
-        """Read everything.
+    def of(source: Source, model: nn.Module | None = None) -> Examples:
+        """Read everything, in the precision of a model where the data leave it open.
 
         Raises:
             InvalidInput: examples that do not fit into one batch of tensors.
@@ -62,6 +62,7 @@ class Examples:
         ids = torch.arange(len(source))
         _, batch = next(iter(source.load([ids])))
         source.check_finite(ids, batch)
+        batch = batch if model is None else source.in_precision_of(batch, model)
         tensors = [t for _, t in tensors_of(batch)]
         if isinstance(batch, Collated) or not tensors or any(t.dim() == 0 or len(t) != len(ids) for t in tensors):
             raise InvalidInput(
@@ -315,6 +316,7 @@ def measure_queries(
     blocks: list[Tensor] = []
     for ids, batch in queries.batches():
         queries.check_finite(ids, batch)
+        batch = queries.in_precision_of(batch, model.skeleton if isinstance(model, Stack) else model)
         if isinstance(model, Stack):
             blocks.append(model.losses(objective, batch, shared=True))
         else:
