@@ -63,9 +63,9 @@ def new_figure(width: float, height: float) -> Figure:
     """A figure in inches with a canvas of its own: no window, no global list of figures."""
     canvas = require("matplotlib.backends.backend_agg", "plot")
     # Imported here: matplotlib is optional, and that file needs it.
-    from .notebook_figure import NotebookFigure
+    from .notebook_figure import notebook_figure
 
-    figure = NotebookFigure(figsize=(width, height), dpi=150)
+    figure = notebook_figure(figsize=(width, height), dpi=150)
     canvas.FigureCanvasAgg(figure)
     return figure
 
