@@ -36,7 +36,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) $(PARALLEL) $(ARGS)
 
-# For the inner loop: the properties, without those that take a second or more or go through every entry point.
+# For the inner loop: the properties, without those that take a second or more with all their cases, or go through every
+# entry point.
 test-fast: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow" tests/laws $(ARGS)
 

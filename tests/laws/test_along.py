@@ -64,6 +64,7 @@ THREE = ("ekfac", "exact", "dual")
 PAIRS = [*((name, "spread") for name in METHODS), *((name, units) for name in THREE for units in ("final", "raw"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "units"), PAIRS)
 def test_the_average_is_the_formula(name: str, units: str) -> None:
     make, tolerance = METHODS[name]
@@ -76,6 +77,7 @@ def test_the_average_is_the_formula(name: str, units: str) -> None:
     assert gap(values, other) > 0.05  # a plain mean, or other units, is far away
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", ["spread", "final", "raw"])
 def test_float32_has_the_rounding_of_float32(units: str) -> None:
     problem, queries, states = setting(dtype=torch.float32)
@@ -85,6 +87,7 @@ def test_float32_has_the_rounding_of_float32(units: str) -> None:
     assert gap(values, formula(singles, units)) < rounding(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [None, 1, 2])
 @pytest.mark.parametrize("units", ["spread", "raw"])
 def test_the_extremes_are_those_of_all_scores(units: str, room: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +196,7 @@ def test_tracin_is_made_of_the_recordings_numbers() -> None:
 # --------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, queries, states = setting()
     roomy = along(states).fit(problem)

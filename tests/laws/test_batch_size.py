@@ -50,6 +50,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_scores_are_the_same_in_batches_of_any_size(name: str, sizes: list[int]) -> None:
     queries = (data()[0][:4] + 0.1, data()[1][:4])

@@ -53,6 +53,7 @@ def attributed(data: Any, method: ptif.Influence, **changes: Any) -> ptif.Scores
     return ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["spectral", "cholesky", "woodbury", "cg"])
 @pytest.mark.parametrize("name", ["ggn", "empirical", "hessian"])
 def test_every_layer_is_the_dense_solve_of_its_block(name: str, solver: str) -> None:
@@ -168,6 +169,7 @@ def test_stochastic_and_random_curvature_see_the_same_draws() -> None:
         assert isinstance(found, Matrix) and torch.allclose(found.matrix, whole.matrix[part, part], atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("tied", "called twice", "lstm", "group norm", "mlp")])
 def test_blocks_of_every_kind_of_model_are_those_of_the_whole_matrix(case: Any) -> None:
     model, x, y = build(case)

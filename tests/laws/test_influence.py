@@ -271,6 +271,7 @@ def test_scores_do_not_depend_on_the_route(route: Route, method: ptif.Influence)
     assert gap(by_name.values, got.values) < rounding(got.values, condition=1e3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["conv2d stride", "batch norm 2d", "tied", "lstm", "attention", "encoder layer", "called twice"]
 )
@@ -299,6 +300,7 @@ def test_matrix_free_products_equal_dense_curvature(name: str, curvature: str) -
     assert relative_gap(torch.cat([want[k].flatten(1) for k in names], 1), flat @ dense) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 7])
 @pytest.mark.parametrize(
     "method",

@@ -65,6 +65,7 @@ def block_gap(operator: Kronecker, exact: Tensor) -> float:
     return float((gap / sum(float(exact[s, s].square().sum()) for s in parts)) ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
 def test_every_parameter_of_every_layer_takes_part(case: Any) -> None:
     model, x, y = build(case)
@@ -98,6 +99,7 @@ def test_eigenvalues_are_second_moments_in_the_basis(case: Any) -> None:
         torch.testing.assert_close(block.values, want, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
 def test_measured_eigenvalues_are_closer_to_the_gauss_newton_matrix(case: Any) -> None:
     model, x, y = build(case)

@@ -41,6 +41,7 @@ CURVATURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CURVATURES)
 def test_relative_damping_is_a_share_of_the_mean_eigenvalue_whatever_the_size(name: str) -> None:
     curvature, classes, empirical, tolerance = CURVATURES[name]

@@ -136,6 +136,7 @@ SPECTRA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("rank", [1, 9, 20, 39])
 @pytest.mark.parametrize("name", SPECTRA)
@@ -162,6 +163,7 @@ def test_lanczos_finds_copies_of_a_repeated_eigenvalue_without_spanning_everythi
         assert torch.allclose(found.values.sort().values[2:], torch.ones(4, dtype=F64), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_too_few_steps_are_said_and_their_residuals_true() -> None:
     space = wide_space(200)
     matrix = with_spectrum(space, torch.linspace(0.9, 1.0, 200, dtype=F64))
@@ -196,6 +198,7 @@ def spec_oracle(curvature: str, data: Any, damping: float, rank: int, rest: str 
     return gq @ inverse @ g.T / len(g)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", ["zero", "smallest", "dropped"])
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 @pytest.mark.parametrize("rank", [5, 57])

@@ -118,6 +118,7 @@ def test_an_operator_that_cannot_be_sampled_uses_full_products() -> None:
     assert Neumann().solve(Neumann().init(gram, Shift(1.0)), b).notes["batch_size"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [Start.B, "b", "solved"])
 def test_a_preconditioner_changes_the_work_and_not_the_fixed_point(start: Start | str) -> None:
     operator, dense = implicit_examples(a_space(), 100)
@@ -178,6 +179,7 @@ def bent(operator: Implicit, direction: Tensor, depth: float) -> Implicit:
     return Implicit(operator.space, product, operator.mean_eigenvalue, operator.examples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curve", ["semidefinite", "negative"])
 def test_with_random_batches_it_stops_once_its_start_is_forgotten(curve: str) -> None:
     """The oracle: the same batches from the exact answer. What is left between the two is what the start still does."""

@@ -85,6 +85,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [None, 60])
 @pytest.mark.parametrize(("name", "accumulate"), [*((name, 1) for name in OPTIMIZERS), ("groups", 3)])
 def test_every_checkpoint_holds_the_weights_of_its_step(

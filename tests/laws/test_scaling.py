@@ -131,6 +131,7 @@ def test_gradient_cosines_equal_their_definition() -> None:
     assert any("cosine" in note for note in scores.diagnostics.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [Spectral(), Woodbury(), CG(rtol=1e-11)], ids=repr)
 @pytest.mark.parametrize("parameters", [False, True])
 def test_relatif_equals_the_dense_formula(solver: Any, parameters: bool) -> None:

@@ -94,6 +94,7 @@ def test_all_examples_are_the_curvature_itself(curvature: Any) -> None:
     assert not torch.allclose(other, want, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_guided_and_random_batches_stay_inside_the_part() -> None:
     """A preconditioner on all data and a system on a part; the same system by random batches."""
     problem, queries = setting()

@@ -106,6 +106,7 @@ def test_ridge_regression_is_refitted_exactly(name: str, per_example: bool) -> N
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["exact", "dual ggn", "cg", "guided cg"])
 def test_solvers_and_batches_agree(method: str) -> None:
     x, y = ridge_data()
