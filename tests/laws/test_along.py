@@ -151,6 +151,7 @@ def test_a_checkpoint_that_ranks_nothing_is_left_out_of_that_querys_average() ->
     assert gap(mean.result()[1], formula(list(rows[:, 1:]), "spread")[0]) < rounding(torch.float64)
 
 
+@pytest.mark.slow
 def test_self_influence_is_averaged_as_one_row() -> None:
     problem, _, states = setting()
     singles = [ptif.ekfac().fit(at(problem, state)).self_influence()[None] for state in states]
@@ -287,6 +288,7 @@ def test_what_cannot_be_averaged_is_refused(make: Any, words: str) -> None:
         make(setting()[2])
 
 
+@pytest.mark.slow
 def test_attribute_takes_a_run() -> None:
     problem, queries, states = setting()
     x, y = problem.data.dataset.tensors  # type: ignore[union-attr]

@@ -358,6 +358,7 @@ def test_attribute_verifies_at_the_door() -> None:
     assert scores.shape == (12, 10)
 
 
+@pytest.mark.slow
 def test_trajectory_specific_removal_is_less_noisy() -> None:
     """Held batches change one weight only: seeds agree better on what a removal does, until their runs part anyway."""
     recipe, _, train, queries = classes()

@@ -220,6 +220,7 @@ def test_logistic_regression_against_real_refits() -> None:
     assert int(raw[0].argmax()) == int(truth[0].argmax()), "positive is helpful: its removal raises the loss most"
 
 
+@pytest.mark.slow
 def test_weight_decay_is_curvature_and_per_example_decay_is_a_constant_per_query() -> None:
     data = mlp()
     model, x, y, xq, yq = data
@@ -350,6 +351,7 @@ def test_the_reduction_of_the_loss_does_not_matter(loss: Any) -> None:
     assert relative_gap(got.values, oracle("empirical", data, SMALL)) < 1e-8
 
 
+@pytest.mark.slow
 def test_self_influence_is_the_diagonal() -> None:
     data = mlp()
     model, x, y, *_ = data
@@ -450,6 +452,7 @@ def test_negative_curvature_is_named() -> None:
         ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=ptif.methods.koh_liang(1e-6))
 
 
+@pytest.mark.slow
 def test_a_small_memory_bound_changes_nothing_but_the_number_of_passes() -> None:
     data = mlp()
     model, x, y, xq, yq = data

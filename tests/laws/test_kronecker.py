@@ -82,6 +82,7 @@ def test_every_parameter_of_every_layer_takes_part(case: Any) -> None:
                     torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis), dtype=basis.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
 def test_eigenvalues_are_second_moments_in_the_basis(case: Any) -> None:
     model, x, y = build(case)

@@ -61,6 +61,7 @@ def test_is_the_papers_recursion_exactly(batch: int) -> None:
     assert worst(x, h / scale) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [Shift(1e-2), uneven(a_space(), 1e-3)], ids=["uniform", "uneven"])
 def test_the_fixed_point_is_the_dense_solve(shift: Shift) -> None:
     operator, dense = implicit_examples(a_space(), 100)
@@ -206,6 +207,7 @@ def test_with_random_batches_it_stops_once_its_start_is_forgotten(curve: str) ->
     assert tolerance / 1e2 < float((far - near).norm() / far.norm()) < tolerance
 
 
+@pytest.mark.slow
 def test_a_row_stops_where_it_would_alone() -> None:
     operator, _ = implicit_examples(a_space(), 60)
     b = operator.space.rows(

@@ -381,6 +381,7 @@ def fitted(data: Any, **changes: Any) -> tuple[SOURCE, Any]:
     return method, method.fit(problem_of(data, **changes))
 
 
+@pytest.mark.slow
 def test_batches_memory_top_and_dtype_change_nothing() -> None:
     data = mlp(n=20)
     model, x, y, xq, yq = data

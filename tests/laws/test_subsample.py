@@ -81,6 +81,7 @@ def test_the_empirical_fishers_rows_are_not_taken_for_everybodys() -> None:
     torch.testing.assert_close(attribution.self_influence(), own, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", [GGN(), EKFAC(), Fisher(1), Hessian()])
 def test_all_examples_are_the_curvature_itself(curvature: Any) -> None:
     problem, queries = setting()
