@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.distributed import World
-from ..gradients.per_example import Derivatives, slopes
+from ..gradients.output_rows import OutputRows
+from ..gradients.per_example import Derivatives
 from ..linalg.rows import Rows
-from ..objectives.differentiated import output_curvature
 from ..problem.problem import sweep
 from .edits import Edit, Term
 
@@ -66,28 +66,17 @@ def _per_example(derivatives: Derivatives, term: Term) -> list[LocalRows]:
 
 def _per_output(derivatives: Derivatives, term: Term) -> list[LocalRows]:
     parts: list[LocalRows] = []
-    objective = derivatives.objective
-    curvature = output_curvature(objective)
     done = 0
     for ids, batch in _batches(derivatives, term):
-        n = len(ids)
-        tape = derivatives.tape(batch, n)
-        outputs = tape.outputs.detach()
-        objective.check(outputs, batch, ids)
-        _, slope = slopes(objective, outputs, batch, ids)
-        width = outputs[0].numel()
-        units = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
-        columns = [
-            tape.rows(units[k].expand(n, -1).reshape(outputs.shape), keep_graph=k + 1 < width).compact()
-            for k in range(width)
-        ]
-        weights = term.weights[done : done + n].to(outputs.device)
+        examples, n = OutputRows.of(derivatives, ids, batch), len(ids)
+        width = len(examples.rows)
+        weights = term.weights[done : done + n].to(examples.outputs.device)
         done += n
         # Rows lie column after column: row k n + e is output k of example e.
-        hessian = (curvature.output_hessian(outputs, batch).double() * weights[:, None, None]).permute(1, 2, 0)
+        hessian = (examples.hessian.double() * weights[:, None, None]).permute(1, 2, 0)
         blocks = torch.diag_embed(hessian).permute(0, 2, 1, 3).reshape(width * n, width * n)
-        weighted = slope.reshape(n, width).double() * weights[:, None]
-        parts.append(LocalRows(Rows.cat(columns), weighted.T.reshape(-1), blocks))
+        weighted = examples.slopes.double() * weights[:, None]
+        parts.append(LocalRows(Rows.cat([rows.compact() for rows in examples.rows]), weighted.T.reshape(-1), blocks))
     return parts
 
 

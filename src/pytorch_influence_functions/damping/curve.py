@@ -20,12 +20,12 @@ from ..core.distributed import World
 from ..core.errors import InvalidInput, NonFinite
 from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature
-from ..gradients.per_example import Derivatives, slopes
+from ..gradients.output_rows import OutputRows
+from ..gradients.per_example import Derivatives
 from ..linalg.operator import AbstractSymmetric
 from ..linalg.resolvent import Resolvent
 from ..linalg.rows import Rows
 from ..objectives.base import AbstractObjective
-from ..objectives.differentiated import output_curvature
 from ..problem.data import Source
 from ..problem.problem import sweep
 from .rules import Absolute, AbstractDamping, HasMeanEigenvalue
@@ -363,19 +363,10 @@ def _outputs(
     resolvent: Resolvent, derivatives: Derivatives, theta: Rows | None, goal: Rows | None
 ) -> Iterator[_LocalModel]:
     """One row per example and output."""
-    objective = derivatives.objective
-    curvature = output_curvature(objective)
-    width: int | None = None
     for ids, batch in sweep(derivatives.problem, label="leave one out", world=World()):
-        n = len(ids)
-        tape = derivatives.tape(batch, n)
-        outputs = tape.outputs.detach()
-        width = outputs[0].numel()
-        objective.check(outputs, batch, ids)
-        _, slope = slopes(objective, outputs, batch, ids)
-        units = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
-        rows = [tape.rows(units[k].expand(n, -1).reshape(outputs.shape), keep_graph=True) for k in range(width)]
-        own = torch.zeros(n, width, width, dtype=torch.float64, device=outputs.device)
+        examples = OutputRows.of(derivatives, ids, batch)
+        rows, width = examples.rows, len(examples.rows)
+        own = examples.hessian.new_zeros(len(ids), width, width, dtype=torch.float64)
         if resolvent.dual:
             for k in range(width):
                 for j in range(k + 1):
@@ -383,11 +374,11 @@ def _outputs(
         yield _LocalModel(
             torch.stack([resolvent.project(r) for r in rows], 1),
             own,
-            slope.reshape(n, width).double(),
-            curvature.output_hessian(outputs, batch).double(),
+            examples.slopes.double(),
+            examples.hessian.double(),
             torch.cat([_multiply(r, goal) for r in rows], 1),
             torch.cat([_multiply(r, theta) for r in rows], 1),
-            _exact_loss(objective, outputs, batch),
+            _exact_loss(derivatives.objective, examples.outputs, batch),
         )
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar, final
 
 import torch
 
-from ..gradients.per_example import Derivatives, GradientBatch, slopes
+from ..gradients.output_rows import OutputRows
+from ..gradients.per_example import Derivatives, GradientBatch
 from ..linalg.rows import Rows
-from ..objectives.differentiated import output_curvature
 from ..problem.problem import sweep
 from ..solvers.base import Solution
 from .base import AbstractScaling, Solving
@@ -41,20 +41,11 @@ def leverage_corrected(
     derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int
 ) -> Iterator[GradientBatch]:
     """Training rows in which each example's slope is corrected for its own leverage."""
-    objective = derivatives.objective
-    curvature = output_curvature(objective)
     for ids, batch in sweep(derivatives.problem, label="leverages"):
-        n = len(ids)
-        tape = derivatives.tape(batch, n)
-        outputs = tape.outputs.detach()
-        objective.check(outputs, batch, ids)
-        losses, slope = slopes(objective, outputs, batch, ids)
-        columns = outputs[0].numel()
-        units = torch.eye(columns, dtype=outputs.dtype, device=outputs.device)
-        rows = [tape.rows(units[k].expand(n, -1).reshape(outputs.shape), keep_graph=True) for k in range(columns)]
-        solutions = [solve(r).unwrap() for r in rows]
-        a = torch.stack([torch.stack([x.rowwise(r) for x in solutions], 1) for r in rows], 1)
-        hessian = curvature.output_hessian(outputs, batch).to(a)
-        system = units.to(a) - hessian @ a / count
-        corrected = torch.linalg.solve(system, slope.reshape(n, columns).to(a)[..., None])[..., 0]
-        yield GradientBatch(ids, tape.rows(corrected.to(slope).reshape(slope.shape)), losses, batch)
+        examples = OutputRows.of(derivatives, ids, batch)
+        solutions = [solve(r).unwrap() for r in examples.rows]
+        a = torch.stack([torch.stack([x.rowwise(r) for x in solutions], 1) for r in examples.rows], 1)
+        system = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) - examples.hessian.to(a) @ a / count
+        corrected = torch.linalg.solve(system, examples.slopes.to(a)[..., None])[..., 0]
+        cotangent = corrected.to(examples.slopes).reshape(examples.outputs.shape)
+        yield GradientBatch(ids, examples.tape.rows(cotangent), examples.losses, batch)
