@@ -128,14 +128,14 @@ def smallest_removal(
         raise InvalidInput(f"The statistic is {before:.4g}, the threshold itself; give another threshold.")
     search = _Search(spec, statistic, before, threshold)
     state, path = _State(problem, torch.arange(len(problem)), before), []
-    fitted = first = spec.fit(problem)
-    while not search.passes(state.value):
+    first = spec.fit(problem)
+    while not search.passes(state.value) and len(state.order) < limit:
+        fitted = spec.fit(state.problem) if state.order else first
         chosen = search.choose(fitted, state, limit - len(state.order))
         if not len(chosen):
             break
         state = search.without(fitted, state, chosen)
         path.append((len(state.order), state.value))
-        fitted = spec.fit(state.problem)
     if search.passes(state.value):
         state = search.prune(first, state)
     order = torch.tensor(state.order, dtype=torch.long)
@@ -222,8 +222,6 @@ class _Search:
 
     def choose(self, fitted: Attribution, state: _State, most: int) -> Tensor:
         """Which to take out next, as positions in this round's data: half of those that seem needed."""
-        if most <= 0:
-            return torch.zeros(0, dtype=torch.long)
         moves = removal_moves(fitted, self.statistic)
         wanted = self.threshold - state.value
         sizes, order = (moves * (1.0 if wanted > 0 else -1.0)).sort(descending=True)

@@ -18,9 +18,11 @@ from ..influence.attribution import Attribution
 from ..influence.fitted_member import FittedMember
 from ..influence.question import Question
 from ..influence.scoring import ScoringPass
+from ..linalg.dual_solution import DualSolution
 from ..linalg.implicit import Implicit
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
+from ..linalg.space import Space
 from ..problem.checkpoints import at_checkpoint
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
@@ -44,14 +46,19 @@ class WhatIf:
         edit: what is changed.
         corrected: the change of the parameters after one Newton step of the edited objective, a row per checkpoint.
         first_order: the same to first order: the sum of single influences, which underestimates duplicates.
-        how: how the step was solved, and how far it is from first order.
+        solved_by: how the step was solved, in words.
     """
 
     attribution: Attribution
     edit: Edit
     corrected: tuple[Rows, ...]
     first_order: tuple[Rows, ...]
-    how: str
+    solved_by: str
+
+    @property
+    def how(self) -> str:
+        """How the step was solved, and how far it is from first order."""
+        return f"{self.solved_by}, {100 * self.correction:.3g} % from first order"
 
     @property
     def correction(self) -> float:
@@ -179,9 +186,7 @@ def what_if(
     for member in fitted.members:
         with at_checkpoint(fitted.problem.model, member.checkpoint):
             steps.append(_step(member, edit))
-    outcome = WhatIf(fitted, edit, tuple(s for s, _, _ in steps), tuple(f for _, f, _ in steps), "")
-    how = f"{steps[0][2]}, {100 * outcome.correction:.3g} % from first order"
-    return WhatIf(fitted, edit, outcome.corrected, outcome.first_order, how)
+    return WhatIf(fitted, edit, tuple(s for s, _, _ in steps), tuple(f for _, f, _ in steps), steps[0][2])
 
 
 def _step(member: FittedMember, edit: Edit) -> tuple[Rows, Rows, str]:
@@ -202,7 +207,12 @@ def _step(member: FittedMember, edit: Edit) -> tuple[Rows, Rows, str]:
         return plain, plain, "first order, because the loss has no Gauss-Newton matrix"
     if len(local) > _DENSE_ROWS:
         return _by_cg(member, local, right_rows, shift), plain, "one Newton step by conjugate gradients"
-    return _by_block(member, local, right_rows, shift), plain, "one Newton step through the examples' own block"
+    solver, state, start = member.composition.solver, member.state, plain
+    if shift != member.shift:
+        state = solver.init(member.operator, shift)
+        start = space.rows(solver.solve(state, right_rows).unwrap().flat())
+    solved = solver.solve(state, local.rows).unwrap()
+    return _by_block(space, local, start, solved, n), plain, "one Newton step through the examples' own block"
 
 
 def _edited_shift(member: FittedMember, edit: Edit) -> tuple[Shift, Tensor | None]:
@@ -217,13 +227,11 @@ def _edited_shift(member: FittedMember, edit: Edit) -> tuple[Shift, Tensor | Non
     return replace(shift, decay={k: d * (1.0 + share) for k, d in shift.decay.items()}), pull
 
 
-def _by_block(member: FittedMember, local: LocalRows, right: Rows, shift: Shift) -> Rows:
-    """(C' + J^T B J)^-1 b = u - X (I + B A)^-1 B J u, with X = C'^-1 J^T, A = J X and u = C'^-1 b."""
-    solver, n = member.composition.solver, len(member.derivatives.problem)
-    same = shift == member.shift
-    state = member.state if same else solver.init(member.operator, shift)
-    start = solver.solve(state, right).unwrap()
-    solved = solver.solve(state, local.rows).unwrap()
+def _by_block(space: Space, local: LocalRows, start: Rows, solved: Rows | DualSolution, n: int) -> Rows:
+    """(C' + J^T B J)^-1 b = u - X (I + B A)^-1 B J u, with X = C'^-1 J^T, A = J X and u = C'^-1 b.
+
+    `start` is u, one row, and `solved` the rows of X^T.
+    """
     overlap = solved.inner(local.rows).double()
     overlap = (overlap + overlap.T) / 2
     weighted = local.hessian.to(overlap) / n
@@ -233,9 +241,9 @@ def _by_block(member: FittedMember, local: LocalRows, right: Rows, shift: Shift)
             "After the edit the curvature is no longer positive: the examples taken out hold more of it than the "
             "damping leaves; raise the damping, or change fewer examples."
         )
-    coefficients = torch.linalg.solve(system, weighted @ local.rows.inner(start.rows()).double())
+    coefficients = torch.linalg.solve(system, weighted @ local.rows.inner(start).double())
     moved = start.flat().double() - coefficients.T @ solved.flat().double()
-    return member.derivatives.space.rows(moved.to(right.flat().dtype))
+    return space.rows(moved.to(start.dtype))
 
 
 def _by_cg(member: FittedMember, local: LocalRows, right: Rows, shift: Shift) -> Rows:
