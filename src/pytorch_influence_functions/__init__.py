@@ -47,6 +47,7 @@ from .classic import (
     influential_loader,
     init_logging,
 )
+from .core.distributed import distributed
 from .core.errors import InfluenceError
 from .core.progress import progress
 from .core.renames import moved_names as _moved_names
@@ -93,6 +94,7 @@ __all__ = [
     "curvature",
     "damping",
     "display_progress",
+    "distributed",
     "dual",
     "ekfac",
     "errors",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
+from .core.distributed import distributed as shared_out
 from .core.errors import InvalidInput, UnknownName, nearest
 from .damping.rules import AbstractDamping
 from .influence.checks import check_top, in_queries
@@ -18,6 +20,7 @@ from .linalg.rows import Route
 from .linalg.space import Selection
 from .methods.names import MethodLike, as_method
 from .methods.papers import ekfac
+from .problem.agreement import entry
 from .problem.checkpoints import Checkpoint
 from .problem.data import Source
 from .problem.infer_loss import infer_objective
@@ -46,7 +49,6 @@ class ProblemOptions(TypedDict, total=False):
     device: torch.device | str | None
 
 
-@plain_autograd()
 def attribute(
     model: nn.Module,
     train: Any,
@@ -61,6 +63,7 @@ def attribute(
     measure: Any = None,
     top: int | None = None,
     verify: Any = None,
+    distributed: bool = False,
     **problem: Unpack[ProblemOptions],
 ) -> Scores:
     r"""Predict, for every query and every training example, what removing that example would change.
@@ -88,6 +91,8 @@ def attribute(
         top: keep only the k most helpful and k most harmful examples per query; `None`: all scores.
         verify: how the model was trained, an `evaluation.Recipe` or `(dataset, seed) -> trained model`: a handful of
             removals is retrained, and the verdict stands in `scores.diagnostics.notes`. See `Scores.verify`.
+        distributed: share the work out over the processes of `torch.distributed`, all of which make the same call; see
+            `ptif.distributed`. By default every process computes alone.
         parameters: names, globs, modules or a predicate; by default everything that is trainable.
         weight_decay: the L2 strength of training, or the optimiser it is read from; by default 0.
         checkpoints: state dicts or files; scores are averaged over them. By default the model's weights alone.
@@ -104,6 +109,7 @@ def attribute(
         NonFinite: a weight, an example, a gradient or a score is NaN or infinite; the indices are named.
         SolveFailed: a solve did not converge; the message says why.
         TooLarge: the method would take more memory than its bound.
+        ProcessFailed: with `distributed`, another process failed or ended.
 
     Example:
         >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
@@ -115,7 +121,14 @@ def attribute(
     """
     check_top(top)
     changes = {"damping": damping, "route": route, "precision": precision}
-    spec, whole, source = _prepare("attribute", model, train, queries, loss, (method, run), changes, problem)
+    with shared_out() if distributed else nullcontext():
+        return _attribute((model, train, queries, loss, (method, run), changes, problem), measure, top, verify)
+
+
+@entry
+def _attribute(asked: tuple[Any, ...], measure: Any, top: int | None, verify: Any) -> Scores:
+    spec, whole, source = _prepare("attribute", *asked)
+    loss = asked[3]
     fitted = spec.fit(whole, n_queries=len(source))
     scores = fitted.score(source, measure, top=top if verify is None else None)
     scores = replace(scores, diagnostics=replace(scores.diagnostics, inferred=loss is None))
@@ -192,7 +205,7 @@ def _prepare(
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuse keyword arguments that do not exist, as Python would, but say which one was meant."""
     known = [*ProblemOptions.__annotations__, "loss", "method", "run", "damping", "route", "precision"]
-    rest = ["measure", "top", "verify"]
+    rest = ["measure", "top", "verify", "distributed"]
     for option in options:
         if option in ProblemOptions.__annotations__:
             continue

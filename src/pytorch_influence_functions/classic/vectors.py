@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.distributed import World
 from ..core.errors import InvalidInput
 from ..core.progress import track
 from ..problem.data import Source
@@ -53,7 +54,7 @@ def inner_products(gradients: Sequence[Sequence[Tensor]], solved: Sequence[Seque
 def store_gradients(engine: Engine, folder: Path, pattern: str, ids: Sequence[int]) -> StoredVectors:
     """Write the gradients of training items, one file each."""
     paths = []
-    for slab in engine.derivatives.stream(ids=torch.tensor(list(ids)), label="training gradients"):
+    for slab in engine.derivatives.stream(ids=torch.tensor(list(ids)), label="training gradients", world=World()):
         for i, vectors in zip(slab.ids.tolist(), engine.to_lists(slab.rows), strict=True):
             paths.append(folder / vector_file_name(pattern, i))
             save_vectors(vectors, paths[-1])
@@ -91,7 +92,7 @@ def calc_grad_z(
         if save_pth:
             return store_gradients(engine, Path(save_pth), pattern, ids), save_pth
         gradients: list[Vectors] = []
-        for slab in engine.derivatives.stream(ids=torch.tensor(ids), label="training gradients"):
+        for slab in engine.derivatives.stream(ids=torch.tensor(ids), label="training gradients", world=World()):
             gradients += engine.to_lists(slab.rows)
         return gradients, save_pth
 

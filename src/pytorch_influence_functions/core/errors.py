@@ -36,6 +36,10 @@ class TooLarge(InfluenceError, MemoryError):
     """The forecast memory is above the bound; the message prints both and the way out."""
 
 
+class ProcessFailed(InfluenceError, RuntimeError):
+    """Another process that shares the work failed or ended; the message says which and why."""
+
+
 class MissingExtra(InfluenceError, ImportError):
     """An optional library is not installed; the message is the line that installs it."""
 

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias, TypeVar, final
 
 from tqdm import tqdm
 
+from .distributed import current
+
 T = TypeVar("T")
 Callback: TypeAlias = Callable[[str, int, int], None]
 
@@ -56,11 +58,17 @@ class progress:
 
 
 def _bars_wanted() -> bool:
-    return _setting is True and os.environ.get("PTIF_PROGRESS", "1").lower() not in (
-        "0",
-        "false",
-        "no",
-        "off",
+    # Processes that share work all show the same: one bar tells it.
+    return (
+        _setting is True
+        and current().rank == 0
+        and os.environ.get("PTIF_PROGRESS", "1").lower()
+        not in (
+            "0",
+            "false",
+            "no",
+            "off",
+        )
     )
 
 

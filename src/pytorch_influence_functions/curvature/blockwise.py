@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from ..core.distributed import alone, current
 from ..gradients.per_example import Derivatives
 from ..linalg.block_diagonal import restrict_rows, subspace
 from ..linalg.dense import Matrix
 from ..linalg.gram import Gram
 from ..linalg.operator import AbstractSymmetric, dense_bytes
 from ..linalg.rows import Rows
+from ..linalg.rows_together import everyones_rows
 from ..linalg.space import Space
 from .base import AbstractCurvature, Budget, Form
 from .from_rows import AbstractRowCurvature
@@ -80,6 +82,9 @@ def _from_one_pass(
     matrices = _empty(parts, spaces, derivatives, budget)
     kept: dict[str, list[Rows]] = {name: [] for name in parts if name not in matrices}
     kept_bytes, looked_at, n = 0.0, 0, len(derivatives.problem)
+    if n < current().size:
+        with alone():
+            return _from_one_pass(curvature, parts, derivatives, budget)
     for batch in curvature.batches(chosen):
         so_far = looked_at
         for columns in column_groups(batch):
@@ -92,11 +97,11 @@ def _from_one_pass(
             # What the first batch takes tells what the rest will.
             expected = kept_bytes / looked_at * n
             budget.check(expected, "Keeping the groups' gradient rows", "use CG(), or name fewer parameters")
-    count = curvature.count(n)
+    count, world = curvature.count(n), current()
     operators: dict[str, AbstractSymmetric] = {
-        name: Matrix(spaces[name], total.matrix() / count) for name, total in matrices.items()
+        name: Matrix(spaces[name], world.sum_into(total.matrix()) / count) for name, total in matrices.items()
     }
-    return operators | {k: Gram(spaces[k], Rows.cat(several), count) for k, several in kept.items()}
+    return operators | {k: Gram(spaces[k], everyones_rows(Rows.cat(several)), count) for k, several in kept.items()}
 
 
 def _empty(

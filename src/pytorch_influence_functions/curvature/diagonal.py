@@ -8,6 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from ..core.distributed import current
 from ..core.errors import InvalidInput, NonFinite
 from ..gradients.per_example import Derivatives
 from ..linalg.blocks import AbstractBlock, Indexed, Outer
@@ -56,6 +57,7 @@ class Diagonal(AbstractCurvature):
         for some in self.curvature.stream(derivatives):
             for name, block in some.blocks.items():
                 total[where[name]] += sum_of_squares(block).flatten().double()
+        current().sum_into(total)
         if not bool(torch.isfinite(total).all()):
             raise NonFinite("The diagonal of the curvature holds NaN or infinity; look for them in weights or data.")
         return DiagonalOperator(space, total / self.curvature.count(len(derivatives.problem)))

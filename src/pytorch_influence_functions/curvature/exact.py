@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, final
 
@@ -330,7 +330,7 @@ class EmpiricalFisher(AbstractFisher):
         yield derivatives.loss_rows(ids, batch, self.measure).rows
 
     def batches(self, derivatives: Derivatives) -> Iterator[Iterator[Rows]]:
-        for batch in derivatives.stream(None, self.measure, label="gradient rows", world=World()):
+        for batch in derivatives.stream(None, self.measure, label="gradient rows"):
             yield iter((batch.rows,))
 
 
@@ -376,7 +376,6 @@ class _Passes:
     """Averages of a product over all examples or some, with small datasets kept collated for mini-batches."""
 
     derivatives: Derivatives
-    world: World = field(default_factory=current)
 
     @staticmethod
     def of(derivatives: Derivatives) -> _Passes:
@@ -424,10 +423,10 @@ class _Passes:
             part = batch_slice(self.resident, len(problem), ids.to(problem.device))
             return product(ids, part).scaled(1 / len(ids))
         total = rows.flat().new_zeros(len(rows), space.size)
-        world = self.world if ids is None else World()
+        world = current() if ids is None else World()
         for batch_ids, batch in sweep(problem, self.wide, ids, "curvature products", world):
             total += product(batch_ids, batch).flat()
-        return space.rows(world.all_sum(total) / (len(problem) if ids is None else len(ids)))
+        return space.rows(world.sum_into(total) / (len(problem) if ids is None else len(ids)))
 
 
 def _densify(operator: Implicit, derivatives: Derivatives, budget: Budget) -> Matrix:

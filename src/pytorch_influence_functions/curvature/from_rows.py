@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..core.distributed import World, current
+from ..core.distributed import World, alone, current
 from ..core.indexing import spread_sample
 from ..gradients.per_example import Derivatives
 from ..linalg.dense import Matrix
@@ -16,6 +16,7 @@ from ..linalg.gram import Gram
 from ..linalg.implicit import Implicit
 from ..linalg.operator import AbstractSymmetric, dense_bytes
 from ..linalg.rows import Rows
+from ..linalg.rows_together import everyones_rows
 from ..problem.data import Source
 from ..problem.problem import sweep
 from .base import TRACE_EXAMPLES, AbstractCurvature, Budget, Form
@@ -57,9 +58,9 @@ class AbstractRowCurvature(AbstractCurvature):
         return examples * self.averaged
 
     def batches(self, derivatives: Derivatives) -> Iterator[Iterator[Rows]]:
-        """The rows of every batch in dataset order, gradients taken as `derivatives` say."""
+        """The rows of every batch of this process's share, in dataset order, gradients taken as `derivatives` say."""
         source = self.source(derivatives)
-        for ids, batch in sweep(derivatives.problem, source, label=self.label, world=World()):
+        for ids, batch in sweep(derivatives.problem, source, label=self.label):
             yield self.rows_of(derivatives, ids, batch)
 
     def source(self, derivatives: Derivatives) -> Source:
@@ -94,7 +95,8 @@ class AbstractRowCurvature(AbstractCurvature):
         total = SecondMoment(space, derivatives.problem.device)
         for batch in self.batches(derivatives):
             total.add(batch)
-        return Matrix(space, total.matrix() / self.count(len(derivatives.problem)))
+        matrix = current().sum_into(total.matrix())
+        return Matrix(space, matrix / self.count(len(derivatives.problem)))
 
     def stored(self, derivatives: Derivatives, budget: Budget) -> Gram:
         """All rows, kept.
@@ -105,6 +107,9 @@ class AbstractRowCurvature(AbstractCurvature):
         """
         kept: list[Rows] = []
         kept_bytes, looked_at, n = 0.0, 0, len(derivatives.problem)
+        if n < current().size:
+            with alone():
+                return self.stored(derivatives, budget)
         for batch in self.batches(derivatives):
             so_far = looked_at
             for column in batch:
@@ -114,20 +119,20 @@ class AbstractRowCurvature(AbstractCurvature):
                 # What the first batch takes tells what the rest will.
                 expected = kept_bytes / looked_at * n
                 budget.check(expected, "Keeping the gradient rows", "use CG() or EKFAC(), or name fewer parameters")
-        return Gram(derivatives.space, Rows.cat(kept), self.count(n))
+        return Gram(derivatives.space, everyones_rows(Rows.cat(kept)), self.count(n))
 
     def implicit(self, derivatives: Derivatives) -> Implicit:
         """C x = mean of g <g, x> over rows that `derivatives` make anew at every product."""
-        problem, shared = derivatives.problem, current()
+        problem = derivatives.problem
 
         def product(x: Rows, ids: Tensor | None = None) -> Rows:
             total = x.flat().new_zeros(len(x), derivatives.space.size)
-            world = shared if ids is None else World()
+            world = current() if ids is None else World()
             for batch_ids, batch in sweep(problem, ids=ids, label="curvature products", world=world):
                 for g in self.rows_of(derivatives, batch_ids, batch):
                     total += g.combine(g.inner(x).T).flat()
             count = self.count(len(problem) if ids is None else len(ids))
-            return derivatives.space.rows(world.all_sum(total) / count)
+            return derivatives.space.rows(world.sum_into(total) / count)
 
         return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), len(problem))
 

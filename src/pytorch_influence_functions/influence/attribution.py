@@ -26,8 +26,8 @@ from ..gradients.per_example import Derivatives
 from ..gradients.projections import AbstractProjection
 from ..linalg.eigh import Decompositions
 from ..linalg.rows import Route
+from ..problem.agreement import agree_on_problem, entry, in_common
 from ..problem.checkpoints import at_checkpoint
-from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..problem.working_precision import copied_bytes, in_working_precision
 from ..scaling.base import AbstractScaling, Raw
@@ -111,7 +111,7 @@ class Influence(Record, AbstractMethod):
         object.__setattr__(self, "units", Units.of(self.units))
         check_units(self)
 
-    @plain_autograd()
+    @entry
     def fit(self, problem: Problem, n_queries: int = 1) -> Attribution:
         """Do the work that does not depend on the queries, once per checkpoint.
 
@@ -122,6 +122,7 @@ class Influence(Record, AbstractMethod):
         start = time.perf_counter()
         check_problem(problem)
         check_weights_fit(self.weights, len(problem.checkpoints))
+        agree_on_problem(problem, self)
         problem = in_working_precision(problem, self.precision)
         checkpoints, budget = problem.checkpoints or (None,), Budget.of(self.memory)
         # Of several checkpoints the last is the trained model. How gradients are taken, and with which composition, is
@@ -133,6 +134,7 @@ class Influence(Record, AbstractMethod):
                 derivatives = derivatives.with_projection(self.projection)
             composition = self._compose(derivatives, n_queries)
             check_projectable(self, problem, composition)
+            current().agree(lambda: {"the choice for this problem": in_common(self.describe(composition))})
         rule, insists, decompositions = self._damping_of(composition), self.preconditioner is not None, Decompositions()
 
         def fit_one(k: int) -> FittedMember:
@@ -142,7 +144,7 @@ class Influence(Record, AbstractMethod):
         members = Members.fit(fit_one, len(checkpoints), budget)
         return Attribution(self, problem, members, stationarity, time.perf_counter() - start)
 
-    @plain_autograd()
+    @entry
     def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
         """What `fit` and `score` would cost; runs one batch.
 
@@ -255,7 +257,7 @@ class Attribution(OldNames):
         rows += [("fit", f"{self.fit_seconds:.3g} s"), ("next", "score(queries), self_influence()")]
         return html_table(rows, title="Attribution")
 
-    @plain_autograd()
+    @entry
     def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
         """Predicted change of the measure on every query when each training example is removed.
 
@@ -273,7 +275,7 @@ class Attribution(OldNames):
             NonFinite: a gradient or score is NaN or infinite; the indices are named.
         """
         scoring = ScoringPass(self.problem, self._question(queries, measure, top, batch_size))
-        if len(self.members) == 1 and current().size == 1:
+        if len(self.members) == 1:
             weight = self._weights[0]
             for _, member, query_ids, solved in self._solved(scoring):
                 for ids, values in self._stream(member, solved, scoring.log).blocks():
@@ -281,12 +283,12 @@ class Attribution(OldNames):
         else:
             for part in split_queries(scoring.question, len(self.problem), Budget.of(self.spec.memory)):
                 average = self._average(scoring, part)
-                scoring.add(part, torch.arange(len(self.problem)), average.result())
+                scoring.add(part, torch.tensor(average.columns), average.result())
                 scoring.log.agreement += average.agreement()
         scoring.log.end_checkpoints(self._weights)
         return scoring.scores(self._diagnostics, self.fit_seconds)
 
-    @plain_autograd()
+    @entry
     def self_influence(self) -> Float[Tensor, " n"]:
         """Self-influence of every training example, (1/N) g_i^T (C + lambda)^-1 g_i, shape [N]; large = suspicious.
 
@@ -302,7 +304,7 @@ class Attribution(OldNames):
             average.end_checkpoint()
         return self.problem.data.spread(average.result()[0])
 
-    @plain_autograd()
+    @entry
     def token_scores(self, queries: Any, ids: Any, measure: Any = None) -> dict[int, Float[Tensor, "q l"]]:
         """Every token's share of the scores of a few training texts.
 
@@ -332,9 +334,9 @@ class Attribution(OldNames):
         factors = self._factors(scoring)
         for k, member, query_ids, solved in self._solved(scoring):
             tokens.add(member.derivatives, query_ids, solved, factors[k])
-        return tokens.values
+        return tokens.everyones()
 
-    @plain_autograd()
+    @entry
     def with_damping(self, damping: AbstractDamping | float) -> Attribution:
         """The same fit under another damping: nothing but the solver's own preparation is repeated.
 
@@ -365,7 +367,7 @@ class Attribution(OldNames):
             ) from cause
         return {x: self.with_damping(x).score(queries, measure) for x in values}
 
-    @plain_autograd()
+    @entry
     def damping_curve(self, held_out: Any = None, lambdas: Any = None, checkpoint: int = 0) -> DampingCurve:
         """The curve on which `FromCurve(held_out, lambdas)` would choose lambda, for one of the checkpoints.
 
@@ -378,7 +380,7 @@ class Attribution(OldNames):
         with at_checkpoint(self.problem.model, member.checkpoint):
             return FromCurve(held_out, lambdas).path(member)
 
-    @plain_autograd()
+    @entry
     def spectrum(
         self,
         queries: Any = None,

@@ -28,15 +28,15 @@ class CheckpointAverage:
     `Units.RAW` it is sum_c weight_c s_c. A checkpoint at which all scores of a query are equal ranks nothing and is
     left out of that query's average.
 
-    Two matrices are held, however many checkpoints there are. Every worker adds what it scored of its own share of the
-    training data.
+    Two matrices are held, however many checkpoints there are. Under `distributed()` every process holds the columns of
+    its own share of the training examples, and adds what it scored of them.
 
     Args:
         units: in which units the rows are added up.
         weights: one number per checkpoint, for `Units.RAW`.
         n_queries: Q.
         n_train: N.
-        world: who adds to it; `None`: the running process group.
+        world: over whom the columns are shared out; `None`: as `distributed()` says.
     """
 
     units: Units
@@ -52,11 +52,11 @@ class CheckpointAverage:
     _eps: float = torch.finfo(torch.float64).eps
 
     def __post_init__(self) -> None:
-        self._total = torch.zeros(self.n_queries, self.n_train, dtype=torch.float64)
+        self._total = torch.zeros(self.n_queries, len(self.columns), dtype=torch.float64)
         self._scores = self._total if self.units is Units.RAW else torch.zeros_like(self._total)
 
     def add(self, rows: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
-        """Add a block of the present checkpoint's scores: rows of the matrix, on training examples `ids`.
+        """Add a block of the present checkpoint's scores: rows of the matrix, on training examples `ids` of `columns`.
 
         Raises:
             NonFinite: a score is NaN or infinite.
@@ -65,26 +65,34 @@ class CheckpointAverage:
         self._eps = max(self._eps, float(torch.finfo(values.dtype).eps))
         weight = self.weights[self._done] if self.units is Units.RAW else 1.0
         scores = values.double().cpu()
-        self._scores[rows[:, None], ids[None]] += scores if weight == 1.0 else scores * weight
+        self._scores[rows[:, None], ids[None] - self._first] += scores if weight == 1.0 else scores * weight
 
     def end_checkpoint(self) -> None:
         """All blocks of the present checkpoint are there: the next one begins."""
         self._done += 1
         if self.units is Units.RAW:
             return
-        scores = self._world.all_sum(self._scores)
-        self.spreads.append(spread_of(scores, self._eps))
-        self._total += scores * reciprocal(self.spreads[-1])[:, None]
+        self.spreads.append(spread_of(self._scores, self._eps, self._world))
+        self._total += self._scores * reciprocal(self.spreads[-1])[:, None]
         self._scores.zero_()
 
     @property
     def _world(self) -> World:
         return current() if self.world is None else self.world
 
+    @property
+    def columns(self) -> range:
+        """The training examples whose scores this process holds: all of them, or its share."""
+        return range(self.n_train)[self._world.share(self.n_train)]
+
+    @property
+    def _first(self) -> int:
+        return self.columns.start
+
     def result(self) -> Float[Tensor, "q n"]:
-        """The average over the checkpoints that are done, on every worker."""
+        """The average over the checkpoints that are done, for the examples in `columns`."""
         if self.units is Units.RAW:
-            return self._world.all_sum(self._total)
+            return self._total
         return self._total * self._factor()[:, None]
 
     def factors(self) -> Iterator[Float[Tensor, " q"]]:
@@ -118,21 +126,31 @@ class CheckpointAverage:
         if not len(total):
             return CheckpointAgreement()
         # Each s_c / sigma_c has variance 1, so that the variance of their mean tells their mean correlation.
-        variance = total.var(1, correction=0) / self._done**2
+        variance = _moments(total, self._world)[1] / self._done**2
         correlation = (self._done * variance - 1) / (self._done - 1)
         ranges = spreads.max(0).values / spreads.min(0).values
         return CheckpointAgreement(correlation.tolist(), ranges.tolist(), variance.sqrt().tolist())
 
 
-def spread_of(scores: Float[Tensor, "q n"], eps: float) -> Float[Tensor, " q"]:
+def spread_of(scores: Float[Tensor, "q n"], eps: float, world: World | None = None) -> Float[Tensor, " q"]:
     """The standard deviation of every row; 0 where the row is constant up to rounding.
 
     Args:
-        scores: one row per query.
+        scores: one row per query; under `world` the columns that this process holds.
         eps: the rounding of one score, relative.
+        world: over whom the columns are shared out.
     """
-    spread = scores.std(1, correction=0)
-    return torch.where(spread > 4 * eps * scores.abs().amax(1), spread, torch.zeros_like(spread))
+    world = World() if world is None else world
+    spread = _moments(scores, world)[1].sqrt()
+    largest = scores.abs().amax(1) if scores.shape[1] else torch.zeros_like(spread)
+    return torch.where(spread > 4 * eps * world.all_max(largest), spread, torch.zeros_like(spread))
+
+
+def _moments(scores: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every row, whose columns lie on several processes."""
+    count = int(world.all_sum(torch.tensor([scores.shape[1]])))
+    mean = world.all_sum(scores.sum(1)) / count
+    return mean, world.all_sum((scores - mean[:, None]).square().sum(1)) / count
 
 
 def reciprocal(spreads: Float[Tensor, " q"]) -> Float[Tensor, " q"]:
@@ -141,6 +159,13 @@ def reciprocal(spreads: Float[Tensor, " q"]) -> Float[Tensor, " q"]:
 
 
 def split_queries(question: Question, n_train: int, budget: Budget) -> Iterator[Int[Tensor, " q"]]:
-    """The queries in parts whose scores fit the memory budget, where only the extremes are asked for."""
-    room = max(1, int(budget.bytes * QUERY_SHARE / (_MATRICES * 8 * n_train)))
+    """The queries in parts whose scores fit the memory budget, where only the extremes are asked for.
+
+    Args:
+        question: the queries.
+        n_train: how many training examples are scored, by all processes together.
+        budget: of which a share is taken.
+    """
+    each = -(-n_train // current().size)
+    room = max(1, int(budget.bytes * QUERY_SHARE / (_MATRICES * 8 * each)))
     yield from torch.split(torch.arange(len(question)), len(question) if question.top is None else room)

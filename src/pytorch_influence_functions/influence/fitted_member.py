@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.distributed import World
+from ..core.distributed import World, alone, current
 from ..curvature.base import Budget
 from ..curvature.spectrum import effective
 from ..damping.rules import AbstractDamping
@@ -121,8 +121,7 @@ class FittedMember:
 
     def training_rows(self, scaling: AbstractScaling) -> Iterator[GradientBatch]:
         """The rows that stand for the training examples under a scaling."""
-        solver, state = self.composition.solver, self.state
-        solving = Solving(self.solve, lambda rows: solver.quadratic(state, rows), len(self.derivatives.problem))
+        solving = Solving(self._solve_alone, self._quadratic_alone, len(self.derivatives.problem))
         return scaling.rows(self.derivatives, solving)
 
     def room(self, budget: Budget) -> int:
@@ -133,14 +132,24 @@ class FittedMember:
 
     def self_influence(self, budget: Budget) -> Float[Tensor, " n"]:
         """(1/N) g_i^T (C + D)^-1 g_i of every training example, in float64 on the CPU."""
-        solver, n = self.composition.solver, len(self.derivatives.problem)
-        leverages = None if self.stored is None else solver.leverages(self.state)
+        n = len(self.derivatives.problem)
+        leverages = None if self.stored is None else self.composition.solver.leverages(self.state)
         if leverages is not None:
             return leverages.double().cpu()
         own = torch.zeros(n, dtype=torch.float64)
         for ids, rows in self_influence_rows(self.derivatives, self.room(budget)):
-            own[ids] = solver.quadratic(self.state, rows).double().cpu() / n
-        return own
+            own[ids] = self._quadratic_alone(rows).double().cpu() / n
+        return current().sum_into(own)
+
+    def _solve_alone(self, rows: Rows) -> Solution:
+        """Every process solves for examples of its own, so a product with the curvature is not shared out here."""
+        with alone():
+            return self.solve(rows)
+
+    def _quadratic_alone(self, rows: Rows) -> Tensor:
+        """b^T (C + D)^-1 b of every row, as `_solve_alone`."""
+        with alone():
+            return self.composition.solver.quadratic(self.state, rows)
 
     @property
     def effective_dimension(self) -> float:

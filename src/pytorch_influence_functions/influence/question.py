@@ -11,6 +11,7 @@ from ..core.errors import InvalidInput
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
+from ..problem.agreement import agree_on_question
 from ..problem.data import Source
 from ..problem.labels import Labels
 from ..problem.model_and_loss import ModelAndLoss
@@ -45,6 +46,7 @@ class Question:
         with in_queries():
             asked = problem.batch_size if problem.data.fixed else None
             source = Source.of(queries, asked if batch_size is None else batch_size, problem.data.class_names or ())
+            agree_on_question(source, measure, top)
         return Question(source, resolve_measure(problem, objective, measure, source), top, Labels(len(source)))
 
     def __len__(self) -> int:

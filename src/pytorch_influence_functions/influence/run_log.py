@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
+from ..problem.agreement import note_on_processes
 from ..problem.problem import Problem
 from ..scores.diagnostics import Diagnostics
 from ..solvers.base import Result, Solution
@@ -117,7 +118,7 @@ class RunLog:
             objective=problem.describe_objective(),
             reading=problem.data.reading,
             routes=routes,
-            **(logged | facts),
+            **(logged | facts | {"notes": (*facts.get("notes", ()), *note_on_processes())}),
         )
 
 

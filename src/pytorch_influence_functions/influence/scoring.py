@@ -46,11 +46,14 @@ class ScoringPass:
     Args:
         problem: whose training examples are scored.
         question: the queries and what is measured on them. Where it asks for the extremes only, no more is held.
+        log: what is written down while scores are made.
+        world: the processes that each add the blocks of their own share of the training examples.
     """
 
     problem: Problem
     question: Question
     log: RunLog = field(default_factory=RunLog)
+    world: World = field(default_factory=current)
     _started: float = field(default_factory=time.perf_counter, init=False)
     _extremes: TopK | None = field(default=None, init=False)
     _total: Tensor | None = field(default=None, init=False)
@@ -111,7 +114,7 @@ class ScoringPass:
         """
         problem, question = self.problem, self.question
         data, queries = problem.data, question.source
-        values, indices = (self._whole(), None) if self._extremes is None else self._extremes.result()
+        values, indices = self._together()
         if data.positions is not None:
             # A loader's sampler chose a part of the dataset: examples are named by their places in the whole.
             indices = data.positions.expand(len(values), -1) if indices is None else data.positions[indices]
@@ -123,7 +126,7 @@ class ScoringPass:
             lower_is_better=question.measure.lower_is_better,
             n_train=len(data.whole),
             indices=indices,
-            train_labels=_spread_labels(problem.labels.as_list(), data),
+            train_labels=_spread_labels(problem.labels.as_list(self.world), data),
             query_labels=question.labels.as_list(World()),
             query_ids=torch.arange(len(queries)) if queries.positions is None else queries.positions,
             class_names=data.class_names or queries.class_names,
@@ -131,6 +134,15 @@ class ScoringPass:
             train_source=data.whole,
             query_source=queries.whole,
         )
+
+    def _together(self) -> tuple[Tensor, Tensor | None]:
+        """Scores and their training indices (None: all, in order) from what every process added.
+
+        Of the extremes 3 k per query and process are exchanged; all scores are exchanged once, in place.
+        """
+        if self._extremes is None:
+            return self.world.sum_into(self._whole()), None
+        return self._extremes.everyones(self.world).result()
 
 
 def _as_slice(index: Int[Tensor, " n"]) -> slice | Tensor:
@@ -210,13 +222,20 @@ class TrainingStream:
 
     def _products(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.stored is not None and self.training_rows is None:
-            # Every worker holds all stored rows; one of them speaks.
-            if current().rank == 0:
-                yield torch.arange(len(self.stored)), self.solved.against(self.stored)
+            yield self._by_stored_rows(self.stored)
         elif self._takes_forward_mode():
             yield from self._by_forward_mode()
         else:
             yield from self._by_rows()
+
+    def _by_stored_rows(self, stored: Rows) -> tuple[Tensor, Tensor]:
+        """Every process holds all stored rows, and answers for its share of them."""
+        share = current().share(len(stored))
+        ids = torch.arange(len(stored))[share]
+        if self.solved.written_out and len(ids) < len(stored):
+            return ids, self.solved.against(stored.take(share))
+        # Of a dual solution the products with its own rows are at hand.
+        return ids, self.solved.against(stored)[:, share]
 
     def _by_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.derivatives.problem)
@@ -258,8 +277,8 @@ def decay_term(derivatives: Derivatives, solved: Solved) -> Float[Tensor, " q"] 
 
 
 def self_influence_rows(derivatives: Derivatives, room: int) -> Iterator[tuple[Int[Tensor, " n"], Rows]]:
-    """(training ids, loss gradients) in pieces of at most `room` rows: every example is its own query."""
-    for gradients in derivatives.stream(label="self-influence", world=World()):
+    """(training ids, loss gradients) in pieces of at most `room` rows: every example of our share is its own query."""
+    for gradients in derivatives.stream(label="self-influence"):
         for part in torch.split(torch.arange(len(gradients.ids)), room):
             yield gradients.ids[part], gradients.rows.take(part)
 

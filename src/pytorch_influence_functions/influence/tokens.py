@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.distributed import World
+from ..core.distributed import World, current
 from ..core.errors import InvalidInput, name_ids
 from ..gradients.per_example import Derivatives
 from ..gradients.products import Products
@@ -31,7 +31,7 @@ class TokenScores:
         directions = solved.rows()
         products: Products | None = None
         # One by one: texts differ in length, and few are asked for.
-        for i in self.ids:
+        for i in self.ids[current().share(len(self.ids))]:
             for ids, batch in sweep(self.problem, ids=[self.problem.data.index_of(i)], label="tokens", world=World()):
                 products = products or Products.of(d, batch, len(ids))
                 token_scores = products.token_losses_along(batch, directions)[:, 0].double().cpu()
@@ -39,6 +39,22 @@ class TokenScores:
                     i, torch.zeros(self.n_queries, token_scores.shape[1], dtype=torch.float64)
                 )
                 total[query_ids] += token_scores * (weights[query_ids] / len(self.problem))[:, None]
+
+    def everyones(self) -> dict[int, Tensor]:
+        """The values of all texts, on every process: each of them added those of its share of the texts."""
+        world = current()
+        if world.size == 1:
+            return self.values
+        own = self.ids[world.share(len(self.ids))]
+        lengths = torch.tensor([self.values[i].shape[1] for i in own], dtype=torch.long)
+        parts = [self.values[i] for i in own]
+        flat = torch.cat(parts, 1) if parts else torch.zeros(self.n_queries, 0, dtype=torch.float64)
+        texts = [
+            part
+            for columns, counts in zip(world.gather(flat), world.gather(lengths), strict=True)
+            for part in columns.split(counts.tolist(), 1)
+        ]
+        return {i: part.contiguous() for i, part in zip(self.ids, texts, strict=True)}
 
 
 def check_tokens(d: Derivatives, scaling: AbstractScaling) -> None:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.distributed import World
+
 # Columns gathered before they are merged: one selection over many columns is cheaper than many over few.
 _COLUMNS = 1024
 
@@ -56,6 +58,17 @@ class TopK:
         order = _descending(values, ids)
         return values.gather(1, order), ids.gather(1, order)
 
+    def everyones(self, world: World) -> TopK:
+        """The extremes of all processes' streams together, on every process; 3 k scores per query travel."""
+        self._merge()
+        if world.size == 1:
+            return self
+        merged = TopK(self.n_queries, self.k)
+        for extremes, own in ((merged._largest, self._largest), (merged._smallest, self._smallest)):
+            for values, ids in zip(world.gather(own.values), world.gather(own.ids), strict=True):
+                extremes.merge(torch.arange(self.n_queries), ids, values)
+        return merged
+
     def _merge(self) -> None:
         if self._queries is None:
             return
@@ -81,8 +94,9 @@ class _Extremes:
         return _Extremes(values, torch.full((n_queries, k), -1), sign)
 
     def merge(self, query_ids: Tensor, ids: Tensor, values: Tensor) -> None:
+        """Take scores [q, n] of these queries in; `ids` are those of the examples, [n], or [q, n] for each query's."""
         known = self.ids[query_ids]
-        ids = torch.cat([known, ids.expand(len(query_ids), -1)], 1)
+        ids = torch.cat([known, ids if ids.dim() == 2 else ids.expand(len(query_ids), -1)], 1)
         signed = self.sign * torch.cat([self.values[query_ids], values], 1)
         best = _best(signed, ids, known.shape[1])
         self.values[query_ids] = self.sign * signed.gather(1, best)

@@ -16,6 +16,7 @@ from .density import Density
 from .operator import AbstractSampled, Cache, cache_field
 from .resolvent import Resolvent
 from .rows import Rows
+from .rows_together import products_of
 from .space import Space
 
 
@@ -78,7 +79,7 @@ class Gram(AbstractSampled):
         for members, key in names.items():
             if members not in self._known:
                 part = Rows({k: b for k, b in self.rows.blocks.items() if k in members})
-                k = part.inner(part, dtype=self.wider).double()
+                k = products_of(part, self.wider).double()
                 self._known[members] = (k + k.T).div_(2)
             out[key] = self._known[members]
         return out

@@ -25,9 +25,9 @@ from ..influence.method import AbstractMethod
 from ..influence.question import Question, resolve_measure
 from ..influence.scoring import ScoringPass
 from ..linalg.space import ROOT, Space
+from ..problem.agreement import entry
 from ..problem.checkpoints import at_checkpoint
 from ..problem.data import Source
-from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, first_batch, sweep
 from ..problem.weight_decay import WeightDecay
 from ..scores.diagnostics import Diagnostics
@@ -243,13 +243,13 @@ class FittedBaseline(OldNames):
         """The method, as it would be written."""
         return repr(self.spec)
 
-    @plain_autograd()
+    @entry
     def score(self, queries: Any, measure: Any = None, top: int | None = None) -> Scores:
         """A number for every query and training example, high (of a loss) where the example is taken to help."""
         problem = self.problem
         question = Question.of(problem, problem.objective, queries, measure, top)
         checkpoints = problem.checkpoints or (None,)
-        scoring = ScoringPass(problem, question)
+        scoring = ScoringPass(problem, question, world=World())  # every process computes all of it
         sign = 1.0 if question.measure.lower_is_better else -1.0
         everyone, query_ids = torch.arange(len(problem)), torch.arange(len(question))
         weights = (sign / len(checkpoints),) * len(checkpoints)
@@ -271,7 +271,7 @@ class FittedBaseline(OldNames):
         )
         return scoring.scores(lambda log: facts)
 
-    @plain_autograd()
+    @entry
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's number on itself: its loss, for `TrainingLoss`."""
         return self.problem.data.spread(self.spec.own_values(self.problem))

@@ -151,6 +151,8 @@ class Source:
             )
         size = batch_size or data.batch_size or getattr(data.batch_sampler, "batch_size", None) or BATCH_SIZE
         options = {"timeout": data.timeout, "worker_init_fn": data.worker_init_fn}
+        if data.pin_memory and torch.cuda.is_available():
+            options["pin_memory"] = True
         if data.num_workers:
             options |= {
                 "prefetch_factor": data.prefetch_factor,
@@ -255,12 +257,17 @@ class Source:
 
     def subset(self, ids: IdsLike) -> Source:
         """The examples `ids` as a source of their own, renumbered from 0 in the order given."""
-        chosen = self._ids(ids)
+        chosen = self.indices(ids)
         if not len(chosen):
             raise InvalidInput("The subset is empty; at least one example is needed.")
         return replace(self, dataset=Subset(self.dataset, chosen.tolist()))
 
-    def _ids(self, ids: IdsLike) -> Int[Tensor, "_"]:
+    def indices(self, ids: IdsLike = None) -> Int[Tensor, "_"]:
+        """The dataset indices that `ids` mean, in the order given; `None`: all.
+
+        Raises:
+            InvalidInput: an index outside the dataset.
+        """
         every = torch.arange(len(self))
         if ids is None:
             return every
@@ -283,7 +290,7 @@ class Source:
         Raises:
             InvalidInput: an index outside the dataset.
         """
-        chosen, size = self._ids(ids), self.batch_size
+        chosen, size = self.indices(ids), self.batch_size
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
     def load(self, plan: Sequence[Int[Tensor, "_"]]) -> Iterator[tuple[Int[Tensor, "_"], Any]]:

@@ -26,7 +26,7 @@ from .labels import Labels
 from .model_and_loss import ModelAndLoss, join_loss
 from .model_state import derivative_safe, preserved
 from .weight_decay import WeightDecay, as_weight_decay
-from .wrappers import unwrap
+from .wrappers import refuse_sharded, unwrap
 
 # --------------------------------------------------------------------------- problem
 
@@ -172,6 +172,7 @@ def check_model(model: Any) -> None:
         itself = "pass the trained module itself, the model before the data"
         advice = "the module that it trained is its .module_" if inside else itself
         raise InvalidInput(f"The model must be a torch.nn.Module, got {what}; {advice}.")
+    refuse_sharded(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidInput(
             "The model is a TorchScript module, whose layers cannot be looked into; pass the Python module it was "
@@ -269,7 +270,7 @@ def sweep(
         source: other data, e.g. queries.
         ids: dataset indices to visit, in this order; `None`: all of them.
         label: what the progress bar says.
-        world: whose share to visit; `None`: the running process group's, else everything.
+        world: whose share to visit; `None`: this process's under `distributed()`, else everything.
 
     Yields:
         `(ids, batch)`: a LongTensor of dataset indices on the CPU, and the collated batch on the device.
@@ -282,7 +283,9 @@ def sweep(
     # The same data in batches of another size are the training data still.
     source_is_training = source.dataset is problem.data.dataset
     world = current() if world is None else world
-    plan = world.shard(source.plan(ids))
+    # By index and not by batch: batches may be as wide as the data, and every process has its part of them.
+    chosen = source.indices(ids)
+    plan = source.plan(chosen[world.share(len(chosen))])
     check_weights(problem.model)
     with ExitStack() as stack:
         stack.enter_context(preserved(problem.model, problem.space.names))

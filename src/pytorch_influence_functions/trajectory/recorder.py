@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.digest import digest
-from ..core.distributed import current
+from ..core.distributed import process_rank
 from ..core.errors import InvalidInput, TrainingDataWarning
 from ..core.files import locked, make_folder, remove_leftovers, write_tensors
 from ..core.validate import whole_number
@@ -129,7 +129,7 @@ class Recorder:
             raise InvalidInput("This Recorder records already; make one for each training.")
         self._check()
         self._schedule = make_schedule(self.at, self.steps, self._count_within_budget())
-        if current().rank != 0:
+        if process_rank() != 0:
             return
         folder = make_folder(self.folder)
         with ExitStack() as stack:

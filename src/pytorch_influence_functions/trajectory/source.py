@@ -43,8 +43,8 @@ from ..influence.scoring import (
 from ..linalg.dense import Matrix
 from ..linalg.operator import AbstractSpectral
 from ..linalg.rows import Route, Rows
+from ..problem.agreement import agree_on_problem, entry
 from ..problem.checkpoints import Checkpoint, at_checkpoint
-from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..problem.working_precision import in_working_precision
 from ..scores.diagnostics import Diagnostics
@@ -126,7 +126,7 @@ class SOURCE(AbstractMethod):
         parts += ["final=..."] if self.final is not None else []
         return f"SOURCE({', '.join(parts)})"
 
-    @plain_autograd()
+    @entry
     def fit(self, problem: Problem, n_queries: int = 1) -> SourceAttribution:
         """The curvature of every segment, once.
 
@@ -141,6 +141,7 @@ class SOURCE(AbstractMethod):
         """
         start = time.perf_counter()
         check_problem(problem)
+        agree_on_problem(problem, self)
         problem = in_working_precision(problem)
         if problem.checkpoints:
             raise InvalidInput(
@@ -246,7 +247,7 @@ class SourceAttribution(OldNames):
         """The composition in use, as it would be written."""
         return repr(self.spec)
 
-    @plain_autograd()
+    @entry
     def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
         """Predicted change of the measure on every query had each training example been absent.
 
@@ -262,15 +263,15 @@ class SourceAttribution(OldNames):
         Raises:
             NonFinite: a gradient or score is NaN or infinite; the indices are named.
         """
-        model, everyone = self.problem.model, torch.arange(len(self.problem))
+        model = self.problem.model
         with at_checkpoint(model, self.spec.final):
             question = Question.of(self.problem, self.derivatives.objective, queries, measure, top, batch_size)
             scoring = ScoringPass(self.problem, question)
             for query_ids, rows in scoring.query_groups(self.derivatives, self._room()):
-                scoring.add(query_ids, everyone, current().all_sum(self._block(query_ids, rows, scoring.log)))
+                scoring.add(query_ids, self._columns, self._block(query_ids, rows, scoring.log))
             return scoring.scores(self._diagnostics, self.fit_seconds)
 
-    @plain_autograd()
+    @entry
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's score on its own loss, shape [N]: how much the model leant on it to fit it.
 
@@ -285,9 +286,14 @@ class SourceAttribution(OldNames):
                     for checkpoint, derivatives in segment.members:
                         with at_checkpoint(model, checkpoint):
                             own[ids] += self._own(derivatives, ids, solved) / (n * len(segment.members))
-        return self.problem.data.spread(own)
+        return self.problem.data.spread(current().sum_into(own))
 
     # ---------------------------------------------------------------- inner workings
+
+    @property
+    def _columns(self) -> Tensor:
+        """The training examples that this process scores."""
+        return torch.arange(len(self.problem))[current().share(len(self.problem))]
 
     def _own(self, derivatives: Derivatives, ids: Tensor, solved: Rows) -> Tensor:
         """<x_n, g_n> at these weights for matching rows, in float64."""
@@ -317,15 +323,15 @@ class SourceAttribution(OldNames):
         return solved[::-1]
 
     def _block(self, query_ids: Tensor, rows: Rows, log: RunLog) -> Tensor:
-        """Scores [q, N] of a group of queries: the training data pass once per checkpoint."""
-        route = Route.of(self.spec.route)
-        total = torch.zeros(len(query_ids), len(self.problem), dtype=torch.float64)
+        """Scores of a group of queries on the examples in `_columns`: the training data pass once per checkpoint."""
+        route, columns = Route.of(self.spec.route), self._columns
+        total = torch.zeros(len(query_ids), len(columns), dtype=torch.float64)
         for segment, solved in zip(self.segments, self._propagated(rows, log), strict=True):
             for checkpoint, derivatives in segment.members:
                 with at_checkpoint(self.problem.model, checkpoint):
                     for ids, values in TrainingStream(derivatives, solved, route).blocks():
                         refuse_nonfinite(values, query_ids, ids)
-                        total[:, ids] += values.double().cpu() / len(segment.members)
+                        total[:, ids - columns[0]] += values.double().cpu() / len(segment.members)
         return total
 
     def _diagnostics(self, log: RunLog) -> Diagnostics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core.cache_folder import CacheFolder
+from ...core.distributed import World
 from ...core.errors import InvalidInput
 from ...core.files import read_tensors, write_tensors
 from ...core.fingerprint import Fingerprint
@@ -76,10 +78,44 @@ class FactorCache:
 
     def write(self, name: str, block: KroneckerBlock) -> None:
         """Keep one finished block, whole or not at all."""
-        parts = {"left": block.left, "right": block.right, "values": block.values}
-        parts |= dict(zip(_SIDES, block.sides or (None, None), strict=True))
-        tensors = {key: tensor for key, tensor in parts.items() if tensor is not None}
-        write_tensors(self.path(name), _KIND, tensors, self._record(name))
+        write_tensors(self.path(name), _KIND, _parts(block), self._record(name))
+
+    def write_once(self, name: str, block: KroneckerBlock, world: World) -> None:
+        """Keep one block that every process of `world` has: once where they see one folder, else once in each."""
+        if world.rank == 0:
+            self.write(name, block)
+        world.exchange("")  # process 0 has written before the others look
+        if world.rank > 0 and not self.path(name).exists():
+            self.write(name, block)
+
+    def finished_by_all(self, world: World) -> Iterator[tuple[str, KroneckerBlock]]:
+        """As `finished`, the same on every process of `world`: what process 0 has goes to those that do not have it.
+
+        Processes on machines of their own may see different folders under one name.
+        """
+        own = dict(self.finished())
+        if world.size == 1:
+            yield from own.items()
+            return
+        held = [json.loads(text) for text in world.exchange(json.dumps(list(own)))]
+        for name in held[0]:
+            block = own.get(name)
+            if any(name not in names for names in held):
+                block = self._from_first(own.get(name), world)
+                if name not in own:
+                    self.write(name, block)
+            assert block is not None
+            yield name, block
+
+    def _from_first(self, block: KroneckerBlock | None, world: World) -> KroneckerBlock:
+        """The block of process 0, sent to all."""
+        parts = {} if block is None else _parts(block)
+        kinds = {key: [str(part.dtype).removeprefix("torch."), list(part.shape)] for key, part in parts.items()}
+        received = {}
+        for key, (dtype, shape) in json.loads(world.exchange(json.dumps(kinds))[0]).items():
+            room = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+            received[key] = world.broadcast(parts[key] if world.rank == 0 else room, 0)
+        return _whole(received)
 
     def _record(self, name: str) -> dict[str, str]:
         return {"block": name, "fingerprint": self.place.identity}
@@ -96,13 +132,24 @@ class FactorCache:
             raise InvalidInput(
                 f"{str(path)!r} holds a block of another fit, not {name!r} of this one; remove it and fit again."
             )
-        tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
-        sides = (tensors[_SIDES[0]], tensors[_SIDES[1]]) if _SIDES[0] in tensors else None
-        return KroneckerBlock(tensors.get("left"), tensors.get("right"), tensors["values"], sides)
+        return _whole({key: tensor.to(self.device) for key, tensor in tensors.items()})
 
     def blocks(self) -> Mapping[str, KroneckerBlock]:
         """All blocks, once they are finished; each is read when it is asked for and not kept."""
         return _OnDisk(self)
+
+
+def _parts(block: KroneckerBlock) -> dict[str, Tensor]:
+    """The tensors of a block by name."""
+    parts = {"left": block.left, "right": block.right, "values": block.values}
+    parts |= dict(zip(_SIDES, block.sides or (None, None), strict=True))
+    return {key: tensor for key, tensor in parts.items() if tensor is not None}
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> KroneckerBlock:
+    """The block of these parts."""
+    sides = (tensors[_SIDES[0]], tensors[_SIDES[1]]) if _SIDES[0] in tensors else None
+    return KroneckerBlock(tensors.get("left"), tensors.get("right"), tensors["values"], sides)
 
 
 @final

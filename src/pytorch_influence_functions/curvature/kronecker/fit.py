@@ -90,7 +90,8 @@ class Fit:
         size = sum(numbers_of(b.shape, self.plan.largest) for b in look.blocks.values()) * look.dtype.itemsize
         cache = self._cache()
         # Read and verified; kept in memory where all blocks have room there.
-        stored = {} if cache is None else {k: b if size <= self.budget.bytes else None for k, b in cache.finished()}
+        finished = iter(()) if cache is None else cache.finished_by_all(self.world)
+        stored = {name: block if size <= self.budget.bytes else None for name, block in finished}
         fitted: dict[str, KroneckerBlock] = {}
         for group in self._groups([k for k in look.blocks if k not in stored], look, cache is not None):
             fitted |= self._fit({name: look.blocks[name] for name in group}, cache)
@@ -200,8 +201,7 @@ class Fit:
             if keep:
                 kept.append(other)
         weight = len(self.members) * self.fisher.averaged
-        for factor in factors.values():
-            self._summed(factor).decompose(len(self.ids) * weight)
+        self._decompose(factors, len(self.ids) * weight)
         fitted = {}
         if plan.corrected:
             again = iter(kept) if keep else (other for _, other in self._batches(tuple(blocks), self.more, (1,)))
@@ -210,25 +210,37 @@ class Fit:
                     factor.see_squares(columns[name])
         for name, factor in factors.items():
             block = self._finished(factor, len(self.more) * weight)
-            if cache is not None and self.world.rank == 0:
-                cache.write(name, block)
+            if cache is not None:
+                cache.write_once(name, block, self.world)
             fitted[name] = block
         return fitted
 
-    def _summed(self, factor: BlockFactors) -> BlockFactors:
-        """The moments of every worker's share of the data."""
-        if self.world.size > 1:
-            factor.left.moment = self.world.all_sum(factor.left.moment)
-            factor.right.moment = self.world.all_sum(factor.right.moment)
-            factor.terms = int(self.world.all_sum(torch.tensor(factor.terms)))
-        return factor
+    def _decompose(self, factors: Mapping[str, BlockFactors], count: int) -> None:
+        """Sum the moments of every process's share of the data, and decompose them: each side on one process."""
+        sides = [(factor, axis, what) for factor in factors.values() for axis, what in factor.sides()]
+        for _, axis, _ in sides:
+            self.world.sum_into(axis.moment)
+        terms = self.world.all_sum(torch.tensor([factor.terms for factor in factors.values()]))
+        for factor, total in zip(factors.values(), terms.tolist(), strict=True):
+            factor.terms = int(total)
+        eigen: dict[int, tuple[Tensor | None, Tensor]] = {}
+        owners = owners_of([axis.size if axis.full else 0 for _, axis, _ in sides], self.world.size)
+        for (_, axis, what), owner in zip(sides, owners, strict=True):
+            if owner == self.world.rank or not axis.full:
+                eigen[id(axis)] = axis.eigen(what)
+        for (_, axis, _), owner in zip(sides, owners, strict=True):
+            if axis.full:
+                vectors, values = eigen.get(id(axis)) or axis.room()
+                assert vectors is not None
+                eigen[id(axis)] = self.world.broadcast(vectors, owner), self.world.broadcast(values, owner)
+        for factor in factors.values():
+            factor.rebase(eigen[id(factor.left)], eigen[id(factor.right)], count)
 
     def _finished(self, factor: BlockFactors, count: int) -> KroneckerBlock:
         assert factor.basis is not None, "decompose() came first"
         block = factor.basis
         if self.plan.corrected:
-            assert factor.squares is not None, "every block is seen in every batch"
-            factor.squares = self.world.all_sum(factor.squares)
+            self.world.sum_into(factor.squares)
             block = factor.corrected(count)
         if not bool(torch.isfinite(block.values).all()):
             raise NonFinite(
@@ -299,6 +311,19 @@ def needed_examples(plan: Plan, blocks: Sequence[BlockSize]) -> tuple[int, int]:
 def columns_by_default(columns: int, blocks: Sequence[BlockSize]) -> int | None:
     """How many columns are enumerated where nothing was asked for; None where a label is drawn instead."""
     return columns if columns <= ENUMERATED_OUTPUTS and all(block.terms == 1 for block in blocks) else None
+
+
+def owners_of(sizes: Sequence[int], workers: int) -> list[int]:
+    """Which of `workers` processes decomposes each side: the longest first, each to whom has the least work, of d^3.
+
+    >>> owners_of([10, 30, 20, 0], 2)
+    [1, 0, 1, 1]
+    """
+    work, owners = [0.0] * workers, [0] * len(sizes)
+    for k in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
+        owners[k] = min(range(workers), key=work.__getitem__)
+        work[owners[k]] += float(sizes[k]) ** 3
+    return owners
 
 
 def numbers_of(shape: tuple[int, ...], largest: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -62,13 +62,18 @@ class Axis:
         for start in range(0, self.size, step):
             self.moment[start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:], alpha=weight)
 
+    def room(self) -> tuple[Tensor, Float[Tensor, " d"]]:
+        """Room for the eigenvectors and eigenvalues of a full moment that another process decomposes."""
+        return torch.empty_like(self.moment), self.moment.new_empty(self.size, dtype=torch.float64)
+
     def eigen(self, what: str) -> tuple[Tensor | None, Float[Tensor, " d"]]:
         """Eigenvectors (None: the coordinates themselves) and eigenvalues, clamped at 0, float64."""
         if not self.full:
             return None, self.moment.double()
         upper = self.moment.triu()
         values, vectors = eigh_shared(upper + upper.triu(1).T, what, single=True)
-        return vectors.to(self.moment.dtype), values.clamp_min(0.0)
+        # Laid out by rows, as it is sent to other processes.
+        return vectors.to(self.moment.dtype).contiguous(), values.clamp_min(0.0)
 
 
 @dataclass(eq=False)
@@ -83,7 +88,7 @@ class BlockFactors:
     stride: int = 1
     terms: int = 0
     basis: KroneckerBlock | None = None
-    squares: Tensor | None = None
+    squares: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @staticmethod
     def of(
@@ -145,18 +150,30 @@ class BlockFactors:
         self.left.add(dense.transpose(1, 2).flatten(0, 1))
         self.right.add(dense.flatten(0, 1))
 
-    def decompose(self, count: int) -> None:
-        """Turn the moments into a basis and K-FAC's eigenvalues of the mean over `count`; the moments are let go."""
+    def sides(self) -> tuple[tuple[Axis, str], tuple[Axis, str]]:
+        """Both axes, and what each is called in a message."""
+        return (self.left, f"the outputs of {self.name!r}"), (self.right, f"the inputs of {self.name!r}")
+
+    def rebase(
+        self,
+        outputs: tuple[Tensor | None, Float[Tensor, " o"]],
+        inputs: tuple[Tensor | None, Float[Tensor, " i"]],
+        count: int,
+    ) -> None:
+        """Turn both sides' eigenvectors and values into a basis and K-FAC's eigenvalues of the mean over `count`.
+
+        The moments are let go, and room is made for squares in the basis.
+        """
         if self.moments is Moments.GRADIENTS:
             whole = self.left.moment.diagonal() if self.left.full else self.left.moment
             weight = float(whole.double().sum())
         else:
             weight = float(self.terms)
-        left, first = self.left.eigen(f"the outputs of {self.name!r}")
-        right, second = self.right.eigen(f"the inputs of {self.name!r}")
+        (left, first), (right, second) = outputs, inputs
         second = second / (count * weight if weight > 0 else 1.0)
         values = first[:, None] * second[None]
         self.basis = KroneckerBlock(left, right, values, (first, second))
+        self.squares = self.left.moment.new_zeros(values.shape)
         self.left.moment = self.right.moment = values.new_zeros(0)
 
     def see_squares(self, columns: Sequence[AbstractBlock]) -> None:
@@ -164,8 +181,6 @@ class BlockFactors:
         assert self.basis is not None, "decompose() comes first"
         o, i = self.basis.values.shape
         first = columns[0]
-        if self.squares is None:
-            self.squares = torch.zeros(o, i, dtype=first.reference.dtype, device=first.reference.device)
         if isinstance(first, (Outer, Conv)):
             numbers = o * i if first.terms > 1 else o + i
             for chunk in chunks(len(first), numbers + first.terms * (o + i)):
@@ -179,7 +194,7 @@ class BlockFactors:
                 self._add_squares(self.basis.into_basis(column.take(chunk)))
 
     def _squares_of_outers(self, columns: list[Outer]) -> None:
-        assert self.basis is not None and self.squares is not None
+        assert self.basis is not None
         lefts, rights = _distinct([c.left for c in columns]), _distinct([c.right for c in columns])
         if columns[0].terms == 1 and min(len(lefts), len(rights)) == 1:
             # sum_c (Q^T g_c)^2 x (Q^T a)^2: one product for all columns.
@@ -198,14 +213,13 @@ class BlockFactors:
             self._add_squares(turned.dense())
 
     def _add_squares(self, turned: Float[Tensor, "n o i"]) -> None:
-        assert self.squares is not None
         flat = turned.reshape(len(turned), -1)
         # A third of the time of squaring and then summing, which writes the squares out.
         self.squares += torch.einsum("np,np->p", flat, flat).view_as(self.squares)
 
     def _squares_of_indexed(self, block: Indexed) -> None:
         """Only the rows of the table that an example uses have a gradient; repeated uses add up first."""
-        assert self.basis is not None and self.squares is not None
+        assert self.basis is not None
         n = len(block)
         key = (torch.arange(n, device=block.index.device)[:, None] * block.size + block.index).flatten()
         pairs, which = torch.unique(key, return_inverse=True)
@@ -215,7 +229,7 @@ class BlockFactors:
 
     def corrected(self, count: int) -> KroneckerBlock:
         """The basis with the measured eigenvalues E[(Q^T G Q)^2]."""
-        assert self.basis is not None and self.squares is not None
+        assert self.basis is not None
         return KroneckerBlock(self.basis.left, self.basis.right, self.squares.double() / count)
 
 

@@ -1,0 +1,101 @@
+"""What processes that share work compare first, and how a public call begins on all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..core.batches import tensors_of
+from ..core.digest import digest
+from ..core.distributed import current, process_count, together
+from ..core.indexing import spread_sample
+from .checkpoints import named_tensors
+from .data import Source
+from .ingredients import seeded
+from .model_state import plain_autograd
+from .problem import Problem
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What differs from process to process though the same is asked: places in memory, and folders on disks of their own.
+_OWN: Final = re.compile(r" at 0x[0-9a-f]+|(, )?folder=(\w+\()?'[^']*'\)?")
+_ITEMS: Final = 3
+_INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def entry(function: Callable[P, R]) -> Callable[P, R]:
+    """A public call that computes: see `plain_autograd`, and `together` under `distributed()`."""
+    return plain_autograd()(together(function))
+
+
+def agree_on_problem(problem: Problem, method: Any) -> None:
+    """Make sure that every process fits the same method to the same model and training data.
+
+    Raises:
+        InvalidInput: they differ; the message names in what.
+    """
+
+    def facts() -> Mapping[str, str]:
+        weights = {f"the tensor {k!r} of the model": _bits(t) for k, t in named_tensors(problem.model).items()}
+        return {
+            "the method": in_common(method),
+            "the model": type(problem.model).__name__,
+            "the training loss": in_common(problem.describe_objective()),
+            "the number of checkpoints": str(len(problem.checkpoints)),
+            "the set of parameters": f"{len(problem.space.names)} tensors of {problem.space.size:,} numbers",
+            **_looks(problem.data, "training example"),
+            **weights,
+        }
+
+    current().agree(facts)
+
+
+def agree_on_question(source: Source, measure: Any, top: int | None) -> None:
+    """Make sure that every process asks the same.
+
+    Raises:
+        InvalidInput: they do not.
+    """
+    current().agree(lambda: {"measure=": in_common(measure), "top=": str(top), **_looks(source, "query")})
+
+
+def in_common(value: Any) -> str:
+    """How a value is written, without what is a process's own."""
+    return _OWN.sub("", str(value))
+
+
+def note_on_processes() -> tuple[str, ...]:
+    """What is told of the processes with a result; nothing where there is one."""
+    world, count = current(), process_count()
+    if world.size > 1:
+        return (f"computed by {world.size} processes, each on its share of the training examples",)
+    if count == 1:
+        return ()
+    return (
+        f"{count} processes are running and this one computed all by itself; distributed=True shares the work out, "
+        "where every process makes the same call",
+    )
+
+
+def _looks(source: Source, what: str) -> dict[str, str]:
+    """How many examples there are, and digests of some; not of what comes out of its transform anew each time."""
+    facts = {f"the number of {'queries' if what == 'query' else 'training examples'}": str(len(source))}
+    for index in spread_sample(len(source), _ITEMS).tolist():
+        with seeded():
+            item = source.item(index)
+        facts[f"{what} {index}"] = digest([(where, tensor) for where, tensor in tensors_of(item)])[:12]
+    return facts
+
+
+def _bits(tensor: Tensor) -> str:
+    """The sum of a tensor's bits as whole numbers: the same in every order of summing, so on every device."""
+    whole = tensor.detach()
+    whole = torch.view_as_real(whole) if whole.is_complex() else whole
+    if whole.is_floating_point():
+        whole = whole.contiguous().view(_INTEGERS[whole.element_size()])
+    return f"of shape {tuple(tensor.shape)} with bits that add up to {int(whole.sum(dtype=torch.int64))}"
