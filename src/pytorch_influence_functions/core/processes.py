@@ -1,8 +1,8 @@
 """How processes that share work talk to each other: before anything is exchanged, all see that all do the same.
 
 Numbers on the CPU and texts travel by gloo, numbers on a GPU by NCCL, which takes nothing else. Before each exchange
-three integers are compared: whether a process failed, and what each is about to do. A failure on one process so ends the
-call on all of them with a sentence, and processes that do different things say so instead of mixing up their numbers.
+three integers are compared: whether a process failed, and what each is about to do. A failure on one process then ends
+the call on all of them with a sentence, and processes that do different things say so instead of mixing up numbers.
 """
 
 from __future__ import annotations

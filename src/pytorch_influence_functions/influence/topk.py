@@ -63,11 +63,16 @@ class TopK:
         self._merge()
         if world.size == 1:
             return self
-        merged = TopK(self.n_queries, self.k)
-        for extremes, own in ((merged._largest, self._largest), (merged._smallest, self._smallest)):
-            for values, ids in zip(world.gather(own.values), world.gather(own.ids), strict=True):
-                extremes.merge(torch.arange(self.n_queries), ids, values)
+        merged, both = TopK(self.n_queries, self.k), (self._largest, self._smallest)
+        for parts in zip(*(world.gather(t) for side in both for t in (side.values, side.ids)), strict=True):
+            merged.absorb(*parts)
         return merged
+
+    def absorb(self, high: Tensor, high_ids: Tensor, low: Tensor, low_ids: Tensor) -> None:
+        """Merge the largest [q, k] and the smallest [q, 2 k] of another stream, with their training indices."""
+        every = torch.arange(self.n_queries)
+        self._largest.merge(every, high_ids, high)
+        self._smallest.merge(every, low_ids, low)
 
     def _merge(self) -> None:
         if self._queries is None:

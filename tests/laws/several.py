@@ -1,0 +1,37 @@
+"""Programs that several processes of one machine run together, and what each of them gave."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on(size: int, program: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """What `program(rank, *arguments)` returned on each of `size` processes of a gloo group, by rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mp.spawn(_process, args=(size, program, folder, arguments), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _process(rank: int, size: int, program: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["PTIF_PROGRESS"] = "0"
+    # A file, so that no port has to be free.
+    dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=size)
+    torch.save(program(rank, *arguments), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def message_of(program: Callable[[], Any]) -> str:
+    """The kind and words of what a program raises; empty where it ends."""
+    try:
+        program()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
