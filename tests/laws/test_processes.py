@@ -72,9 +72,9 @@ def checkpoints() -> list[dict[str, Tensor]]:
     return states
 
 
-def ask(**options: Any) -> ptif.Scores:
-    train, queries = data()
-    return ptif.attribute(net(), train, queries, loss=LOSS, **options)
+def ask(count: int = N, **options: Any) -> ptif.Scores:
+    (x, y), queries = data()
+    return ptif.attribute(net(), (x[:count], y[:count]), queries, loss=LOSS, **options)
 
 
 def own(method: Any, **options: Any) -> Tensor:
@@ -139,6 +139,8 @@ def programs() -> dict[str, Callable[[], Any]]:
     table["source, of itself"] = lambda: own(ptif.source(checkpoints(), lr=0.1, steps=30, segments=3))
     for name in ("ekfac", "dual"):
         table[f"tokens, {name}"] = lambda name=name: token_scores(METHODS[name])
+    for name in ("ekfac", "dual"):  # some processes have none
+        table[f"two examples, {name}"] = lambda name=name: ask(2, method=METHODS[name]).values
     table["wrapped model and loader"] = wrapped
     table["labels"] = lambda: torch.tensor([ask(method=m).train_labels for m in (METHODS["ekfac"], METHODS["dual"])])
     return table

@@ -206,7 +206,7 @@ def together(function: Callable[P, R]) -> Callable[P, R]:
         link = current().link
         if link is None:
             return function(*args, **kwargs)
-        with link.call(f"{function.__qualname__.split('.')[-1]}()"):
+        with link.call(f"{function.__name__.lstrip('_')}()"):
             return function(*args, **kwargs)
 
     return call

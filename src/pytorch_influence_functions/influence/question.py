@@ -46,7 +46,7 @@ class Question:
         with in_queries():
             asked = problem.batch_size if problem.data.fixed else None
             source = Source.of(queries, asked if batch_size is None else batch_size, problem.data.class_names or ())
-            agree_on_question(source, measure, top)
+        agree_on_question(source, measure, top)
         return Question(source, resolve_measure(problem, objective, measure, source), top, Labels(len(source)))
 
     def __len__(self) -> int:

@@ -1,0 +1,311 @@
+"""Processes that fail, end, or ask different things: one sentence on every one of them, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.distributed import World, current, process_rank
+from pytorch_influence_functions.core.errors import InvalidInput
+from tests.laws.several import message_of, run_on
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def data(n: int = 24) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(n + 2, 4, generator=g, dtype=torch.float64), torch.randint(3, (n + 2,), generator=g)
+    return (x[:n], y[:n]), (x[n:], y[n:])
+
+
+def ask(model: nn.Module | None = None, n: int = 24, method: Any = "ekfac", **options: Any) -> ptif.Scores:
+    train, queries = data(n)
+    return ptif.attribute(model or net(), train, queries, loss=LOSS, method=method, **options)
+
+
+# --------------------------------------------------------------------------- what each process does, by its rank
+
+
+def one_process_fails(rank: int) -> None:
+    """While others wait for its part of a sum."""
+    model, calls = net(), [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+        if rank == 1 and calls[0] == 4:
+            raise OSError("a disk is full")
+
+    model.register_forward_hook(count)
+    ask(model, distributed=True)
+
+
+def other_top(rank: int) -> None:
+    ask(top=3 + rank, distributed=True)
+
+
+def other_weights(rank: int) -> None:
+    model: Any = net()
+    with torch.no_grad():
+        model[2].weight[0, 0] += rank
+    ask(model, distributed=True)
+
+
+def other_length(rank: int) -> None:
+    ask(n=24 + rank, distributed=True)
+
+
+def other_data(rank: int) -> None:
+    """As where each process loaded a part of its own, all equally long."""
+    train, queries = data()
+    part = slice(rank * 12, rank * 12 + 12)
+    ptif.attribute(net(), (train[0][part], train[1][part]), queries, loss=LOSS, distributed=True)
+
+
+def other_queries(rank: int) -> None:
+    train, (x, y) = data()
+    ptif.attribute(net(), train, (x + rank, y), loss=LOSS, distributed=True)
+
+
+def other_method(rank: int) -> None:
+    ask(method=["ekfac", "dual"][rank], distributed=True)
+
+
+def only_the_first_asks(rank: int) -> None:
+    with ptif.distributed():
+        if rank == 0:
+            ask()
+
+
+def other_calls(rank: int) -> None:
+    problem = ptif.Problem(net(), LOSS, data()[0])
+    with ptif.distributed():
+        fitted = ptif.ekfac().fit(problem)
+        fitted.self_influence() if rank == 0 else fitted.score(data()[1])
+
+
+def the_program_fails_within_the_block(rank: int) -> None:
+    with ptif.distributed():
+        if rank == 1:
+            raise OSError("disk full")
+        ask()
+
+
+SITUATIONS: dict[Callable[[int], None], tuple[str, str]] = {
+    one_process_fails: (
+        "ProcessFailed: Process 1 of 2 failed, and all stop with it: OSError: a disk is full",
+        "OSError: a disk is full",
+    ),
+    the_program_fails_within_the_block: (
+        "ProcessFailed: Process 1 of 2 failed, and all stop with it: OSError: disk full",
+        "OSError: disk full",
+    ),
+}
+SITUATIONS |= {
+    program: (f"Disagreement: The processes {words}",) * 2
+    for program, words in {
+        other_top: "ask different things: top= is 3 on process 0 and 4 on process 1; give every process the same",
+        other_weights: "ask different things: the tensor '2.weight' of the model is of shape (3, 6) with bits",
+        other_length: "ask different things: the number of training examples is 24 on process 0 and 25 on process 1",
+        other_data: "ask different things: training example ",
+        other_queries: "ask different things: query 0 is ",
+        other_method: "ask different things: the method is ",
+        only_the_first_asks: "do different things: process 0 is at the start of attribute() and process 1 at the end",
+        other_calls: "do different things: process 0 is at the start of self_influence() and process 1 at the start of",
+    }.items()
+}
+
+
+def everything(rank: int, folder: Path) -> dict[str, Any]:
+    told: dict[str, Any] = {program.__name__: message_of(lambda p=program: p(rank)) for program in SITUATIONS}
+    told["afterwards"] = ask(distributed=True).values
+    told["alone"] = as_programs_are_written(rank)
+    told["own"], told["shared"] = fit_in(rank, True, folder), fit_in(rank, False, folder)
+    told["cut up"] = cut_up(rank)
+    return told
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("factors")
+
+
+@pytest.fixture(scope="module")
+def messages(folder: Path) -> list[dict[str, Any]]:
+    return run_on(2, everything, folder / "processes", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", SITUATIONS)
+def test_every_process_says_what_went_wrong(messages: list[dict[str, Any]], program: Callable[[int], None]) -> None:
+    for told, expected in zip(messages, SITUATIONS[program], strict=True):
+        assert told[program.__name__].startswith(expected)
+
+
+@pytest.mark.slow
+def test_processes_that_disagreed_can_compute_afterwards(messages: list[dict[str, Any]]) -> None:
+    for told in messages:
+        torch.testing.assert_close(told["afterwards"], ask().values)
+
+
+# --------------------------------------------------------------------------- one process alone
+
+
+def as_programs_are_written(rank: int) -> tuple[ptif.Scores | None, Tensor]:
+    """The first process asks alone, while the other sums something of its own."""
+    total = torch.full((24,), float(process_rank() + 1))
+    scores = ask() if rank == 0 else None
+    dist.all_reduce(total)
+    return scores, total
+
+
+@pytest.mark.slow
+def test_a_process_that_was_not_asked_to_share_computes_alone(messages: list[dict[str, Any]]) -> None:
+    scores = messages[0]["alone"][0]
+    torch.testing.assert_close(scores.values, ask().values)
+    assert any(re.match("2 processes are running and this one computed all", n) for n in scores.diagnostics.notes)
+    for told in messages:
+        assert torch.equal(told["alone"][1], torch.full((24,), 3.0))
+
+
+def test_in_one_process_the_block_changes_nothing() -> None:
+    with ptif.distributed() as world:
+        assert world == World() == current()
+    scores = ask(distributed=True)
+    torch.testing.assert_close(scores.values, ask().values)
+    assert not any("process" in note for note in scores.diagnostics.notes)
+
+
+def test_a_world_without_a_link_says_how_to_open_one() -> None:
+    with pytest.raises(InvalidInput, match=r"^A world of 2 cannot compute together: its processes are not joined"):
+        World(0, 2).gather(torch.ones(1))
+
+
+# --------------------------------------------------------------------------- factors in a folder
+
+
+def fit_in(rank: int, own: bool, folder: Path) -> list[Tensor]:
+    place = folder / (str(rank) if own else "shared")
+    values = [ask(method=ptif.ekfac(folder=place), distributed=True).values for _ in range(2)]
+    # What process 0 keeps is lost, and then what process 1 does.
+    for lost in (0, 1):
+        if own and rank == lost:
+            next(place.glob("*/*.safetensors")).unlink()
+        dist.barrier()
+        values.append(ask(method=ptif.ekfac(folder=place), distributed=True).values)
+    return values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False], ids=["own", "shared"])
+def test_kept_factors_are_used_by_all_wherever_they_lie(
+    messages: list[dict[str, Any]], folder: Path, own: bool
+) -> None:
+    expected = ask().values
+    for told in messages:
+        for several in told["own" if own else "shared"]:
+            torch.testing.assert_close(several, expected)
+    places = [folder / "0", folder / "1"] if own else [folder / "shared"]
+    assert [len(list(place.glob("*/*.safetensors"))) for place in places] == [2] * len(places)
+    # Another number of processes finds them.
+    torch.testing.assert_close(ask(method=ptif.ekfac(folder=places[-1])).values, expected)
+
+
+# --------------------------------------------------------------------------- models that are cut up
+
+
+def cut_up(rank: int) -> tuple[str, Tensor]:
+    model = net()
+    for layer in (model[0], model[2], model):  # type: ignore[index]
+        fully_shard(layer)
+    message = message_of(lambda: ask(model, distributed=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    whole = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    whole.load_state_dict(state)
+    return message, ask(whole, distributed=True).values
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_refused_and_the_advice_works(messages: list[dict[str, Any]]) -> None:
+    for told in messages:
+        message, values = told["cut up"]
+        assert message.startswith("InvalidInput: The model is cut up over processes (fully_shard or parallelize_module")
+        torch.testing.assert_close(values, ask().values)
+
+
+# --------------------------------------------------------------------------- a process that is lost
+
+PROGRAM = """
+import os, signal, sys, torch
+from torch import nn
+import pytorch_influence_functions as ptif
+
+torch.manual_seed(0)
+x, y = torch.randn(400, 8), torch.randint(3, (400,))
+model, calls = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), [0]
+
+def count(*_):
+    calls[0] += 1
+    if os.environ.get("LOST") == os.environ["RANK"] and calls[0] == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+model[0].register_forward_hook(count)
+with ptif.distributed(timeout=60) as world:
+    scores = ptif.attribute(model, (x, y), (x[:2], y[:2]), loss=nn.CrossEntropyLoss(), method="gauss_newton")
+print("scores", world.size, f"{scores.values.double().norm():.8f}")
+"""
+
+
+def start(folder: Path, count: int, **environment: str) -> list[subprocess.Popen[str]]:
+    """The program on each of `count` processes, with the environment that torchrun gives."""
+    port = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(program)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_without_a_group_one_is_made_from_what_torchrun_says(tmp_path: Path) -> None:
+    several = [process.communicate(timeout=120) for process in start(tmp_path, 2)]
+    assert [out.split()[1] for out, _ in several] == ["2", "2"], several
+    assert len({out.split()[2][:6] for out, _ in several}) == 1
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
+    began = time.monotonic()
+    first, second = start(tmp_path, 2, LOST="1")
+    out, err = first.communicate(timeout=100)
+    second.communicate(timeout=100)
+    assert second.returncode == -signal.SIGKILL and first.returncode == 1 and "scores" not in out
+    assert "ProcessFailed: Another of the 2 processes ended or did not answer in time (" in err
+    assert time.monotonic() - began < 55  # at once, and not after the group's time-out
