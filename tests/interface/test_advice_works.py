@@ -26,6 +26,7 @@ from pytorch_influence_functions.solvers import (
     Spectral,
 )
 from tests.interface.advice_cases import Advice, curvature, damping, influence, methods, probabilities, scored, sigmoid
+from tests.interface.advice_on_runs import edits, numbers, runs, trainings
 from tests.interface.advice_on_values import parts, targets
 from tests.interface.bad_input_cases import (
     C,
@@ -38,9 +39,10 @@ from tests.interface.bad_input_cases import (
 )
 from tests.interface.more_advice_cases import objectives, problem, solvers
 
+SUBJECTS = (methods, influence, curvature, damping, solvers, objectives, problem, parts, targets)
 ADVICE = [
     pytest.param(row, id=f"{make.__name__}: {row.name}")
-    for make in (methods, influence, curvature, damping, solvers, objectives, problem, parts, targets)
+    for make in (*SUBJECTS, edits, runs, numbers, trainings)
     for row in make()
 ]
 

@@ -18,6 +18,7 @@ from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution, Influence
 from ..linalg.rows import Rows
 from ..methods.names import as_method
+from ..objectives.likelihoods import SquaredError
 from ..problem.data import Source
 from ..problem.model_state import plain_autograd, preserved
 from ..problem.problem import Problem, first_batch
@@ -165,7 +166,7 @@ def flip_prediction(
         query: one query, as data: `(x[None], y[None])`, or a dataset of one example. Its label is not used.
 
     Raises:
-        InvalidInput: more than one query, or a model that gives no class scores.
+        InvalidInput: more than one query, or a model that gives no class scores (a regression).
 
     Example:
         >>> x, y = torch.randn(60, 2), torch.arange(60) % 2
@@ -178,10 +179,10 @@ def flip_prediction(
         raise InvalidInput(f"flip_prediction() is about one query, and {len(source)} were given; pick one.")
     with first_batch(problem, source) as (_, batch), torch.no_grad():
         outputs = problem.objective.outputs(problem.model, batch)
-    if outputs[0].numel() > 1 and outputs.dim() != 2:
+    if isinstance(problem.objective, SquaredError) or (outputs[0].numel() > 1 and outputs.dim() != 2):
         raise InvalidInput(
-            f"The model's output for the query has shape {tuple(outputs.shape)}, which is no score for each class; use "
-            "smallest_removal() with a statistic of your own."
+            f"The model's output for the query has shape {tuple(outputs.shape)} under {problem.objective!r}, which "
+            "is no score for each class; use smallest_removal() with a statistic of your own."
         )
     predicted = outputs.argmax(1) if outputs[0].numel() > 1 else (outputs.reshape(-1) > 0).long()
 

@@ -141,6 +141,8 @@ class ProblemSize:
     """Measured seconds for one example's gradient row, reading included."""
     product_seconds: float | None = None
     """Measured seconds for one example's part of a product, per pass that it counts for; None: as for a row."""
+    steps: float | None = None
+    """Products that an iterative solve takes, measured on one batch; None: not known."""
     obstacle: NotLikelihood | None = None
     """Why the loss has no Gauss-Newton matrix."""
     damping_share: Amount = 1.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, first_line
 from ..objectives.base import LABELS
 
 
@@ -87,7 +87,9 @@ def with_inputs(item: Any, inputs: Any) -> Any:
             f"An example of type {type(item).__name__} has no inputs to replace; expected (inputs, target)."
         )
     *old, target = item
-    new = list(inputs) if len(old) > 1 else [inputs]
+    # A tuple of numbers is a row of a table; one of tensors is an input each.
+    several = isinstance(inputs, tuple) and not all(isinstance(value, (int, float)) for value in inputs)
+    new = list(inputs) if len(old) > 1 or several else [inputs]
     if len(new) != len(old):
         raise InvalidInput(
             f"This example has {len(old)} inputs and {len(new)} were given; give a tuple with one for each."
@@ -98,7 +100,13 @@ def with_inputs(item: Any, inputs: Any) -> Any:
 def _of_shape(old: Any, new: Any, name: str) -> Any:
     if not isinstance(old, Tensor):
         return new
-    tensor = torch.as_tensor(new, dtype=old.dtype)
+    try:
+        tensor = torch.as_tensor(new, dtype=old.dtype)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise InvalidInput(
+            f"The new {name} of type {type(new).__name__} is no tensor of {old.dtype} ({first_line(cause)}); give one "
+            f"of shape {tuple(old.shape)}."
+        ) from cause
     if tensor.shape != old.shape:
         raise InvalidInput(
             f"The new {name} has shape {tuple(tensor.shape)} and the old one {tuple(old.shape)}; give one example's, "

@@ -297,11 +297,21 @@ class AbstractSolver(Record, ABC, Generic[S]):
             size: the sizes of the problem.
             guided: whether there is a preconditioner.
         """
+        if size.steps is not None and not guided:
+            return size.steps
         options: Any = self
         rtol = getattr(options, "rtol", None) or (1e-6 if size.number_bytes == 8 else 1e-3)
         limit = getattr(options, "max_steps", None) or getattr(options, "steps", None) or math.inf
         steps = 0.5 * math.sqrt(1 + size.top_eigenvalue) * math.log(2 / rtol)
         return float(min(limit, size.parameters, max(2.0, steps / (_GUIDED if guided else 1.0)))) + 1
+
+    def limited_to(self, products: int) -> AbstractSolver[S] | None:
+        """The same solver, given up after so many products; None where their number does not depend on the problem.
+
+        Args:
+            products: the most products with the curvature.
+        """
+        return None
 
 
 @dataclass(frozen=True, eq=False)

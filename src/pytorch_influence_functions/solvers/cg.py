@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -95,6 +95,9 @@ class CG(AbstractSolver[CGState]):
         run = _Run(state, b, rtol, self.patience, self.incomplete)
         x = torch.zeros_like(b) if start is None else start.flat().to(b).clone()
         return run.finish(run.until(x, self.max_steps, started=start is not None))
+
+    def limited_to(self, products: int) -> CG | None:
+        return replace(self, max_steps=min(self.max_steps, products)) if products else None
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         if self.rtol is not None:

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+from ..core.distributed import World
 from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize, timed_examples
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS
+from ..linalg.operator import AbstractSymmetric
+from ..linalg.shift import Shift
 from ..problem.data import suited_size
-from .base import AbstractSolver
+from .base import AbstractSolver, Result
 from .preconditioner import Preconditioner
 
 # Share of the memory budget that solved queries, with what the solver holds beside each, may take.
@@ -26,6 +29,8 @@ QUERY_SHARE = 1 / 4
 _TIMED_NUMBERS = 1 << 24
 # The first product pays for what is paid once.
 _REPEATS = 2
+# The most operations of forward passes that a solve on the timed batch may take: about a second of one core.
+_TRIAL_OPERATIONS = 2e9
 # What a pass records is held by the graph, unfolded and multiplied as well: measured on U-Nets of 64² to 256² pixels.
 _PASS_COPIES = 6
 # Scores are added up in float64.
@@ -143,8 +148,13 @@ def estimate_cost(
     return Forecast(method, choice.why, total.passes, total.bytes, seconds, batch)
 
 
-def time_product(choice: Composition, derivatives: Derivatives, size: ProblemSize, budget: Budget) -> ProblemSize:
-    """The size with a measured product, where the choice takes products: on one batch of its own, in few directions."""
+def time_product(
+    choice: Composition, derivatives: Derivatives, size: ProblemSize, budget: Budget, damping: AbstractDamping
+) -> ProblemSize:
+    """The size with a measured product, where the choice takes products: on one batch of its own, in few directions.
+
+    Where a solver stops by itself, its steps are counted too, by a solve on that batch.
+    """
     curvature = choice.curvature.multiplied
     if curvature is None or not choice.cost(size).products:
         return size
@@ -162,7 +172,28 @@ def time_product(choice: Composition, derivatives: Derivatives, size: ProblemSiz
         operator.apply(derivatives.space.rows(flat))
         spent = min(spent, time.perf_counter() - start)
     part = replace(size, examples=count)
-    return replace(size, product_seconds=spent / count / curvature.product_cost(part, vectors).passes)
+    size = replace(size, product_seconds=spent / count / curvature.product_cost(part, vectors).passes)
+    if choice.preconditioner is not None:
+        return size
+    limit = int(_TRIAL_OPERATIONS / (vectors * count * size.operations))
+    trial = choice.solver.limited_to(limit)
+    return size if trial is None else replace(size, steps=_count_steps(trial, operator, few, damping, vectors))
+
+
+def _count_steps(
+    trial: AbstractSolver[Any],
+    operator: AbstractSymmetric,
+    derivatives: Derivatives,
+    damping: AbstractDamping,
+    vectors: int,
+) -> float | None:
+    """Products that a solve for `vectors` gradients takes; None where that cannot be told from so few examples."""
+    if (share := damping.expected_share) is None:
+        return None
+    rows = next(derivatives.stream(ids=torch.arange(min(vectors, len(derivatives.problem))), world=World())).rows
+    solution = trial.solve(trial.init(operator, Shift(share * operator.mean_eigenvalue())), rows)
+    # Checking what claims to be done, and the residual that is handed back, take one each.
+    return solution.steps + 2.0 if solution.result is Result.successful else None
 
 
 def _held_bytes(solver: AbstractSolver[Any], size: ProblemSize, queries: int) -> Amount:
