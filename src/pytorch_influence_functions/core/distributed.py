@@ -232,8 +232,8 @@ def _join(timeout: float | None) -> World:
 
 def _link(rank: int, size: int, timeout: float | None) -> Link:
     group = dist.group.WORLD
-    for known, limit, link in _links:
-        if known is group and limit == timeout:
+    for known, seconds, link in _links:
+        if known is group and seconds == timeout:
             return link
     limit = None if timeout is None else timedelta(seconds=timeout)
     # Groups of our own: what the user's own group sends at the same time cannot be taken for ours.

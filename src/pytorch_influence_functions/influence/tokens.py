@@ -52,7 +52,7 @@ class TokenScores:
         texts = [
             part
             for columns, counts in zip(world.gather(flat), world.gather(lengths), strict=True)
-            for part in columns.split(counts.tolist(), 1)
+            for part in torch.split(columns, counts.tolist(), 1)
         ]
         return {i: part.contiguous() for i, part in zip(self.ids, texts, strict=True)}
 
