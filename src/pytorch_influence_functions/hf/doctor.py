@@ -139,7 +139,7 @@ def _situations(
     mixed = "texts of a batch see each other (experts with a capacity, normalisation over the batch); use batch_size=1"
     right, left = replace(padding, side="right"), replace(padding, side="left")
     yield "padded on the right", right, mask, False
-    if is_causal(model):
+    if is_causal(model) or accepts_positions(model):
         yield "padded on the left", left, mask, False
         if accepts_positions(model):
             cure = f"pad on the right (tokenizer.padding_side = 'right'), or {places}"

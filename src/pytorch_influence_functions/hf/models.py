@@ -37,8 +37,9 @@ def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
 
 
 def accepts_positions(model: nn.Module) -> bool:
-    """Whether forward can be told the place of every token."""
-    return "position_ids" in accepted_arguments(model)
+    """Whether forward can be told the place of every token, and does not count it by the padding token itself."""
+    counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+    return "position_ids" in accepted_arguments(model) and not counts
 
 
 def is_seq2seq(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
 from .encoding import IGNORED
-from .models import accepted_arguments, accepts_positions, base_model, is_causal, is_seq2seq
+from .models import accepted_arguments, accepts_positions, base_model, is_seq2seq
 
 Shift = Callable[[Tensor], Tensor]
 
@@ -45,7 +45,7 @@ class Padding:
         return Padding(
             0 if number is None else int(number),
             side or "right",
-            is_causal(model) and accepts_positions(model),
+            accepts_positions(model) and not is_seq2seq(model),
             shift_of(model) if is_seq2seq(model) else None,
             "attention_mask" in accepted_arguments(model),
         )
