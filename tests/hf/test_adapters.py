@@ -24,9 +24,7 @@ def with_adapters(kind: str = "lora", seed: int = 0) -> Any:
     config = {
         "lora": lambda: peft.LoraConfig(r=2, target_modules=layers, lora_alpha=4),
         "dora": lambda: peft.LoraConfig(r=2, target_modules=layers, use_dora=True),
-        "ia3": lambda: peft.IA3Config(
-            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
-        ),
+        "ia3": lambda: peft.IA3Config(target_modules=layers, feedforward_modules=["down_proj"]),
         "head too": lambda: peft.LoraConfig(r=2, target_modules=layers, modules_to_save=["lm_head"]),
     }[kind]()
     config.task_type = "CAUSAL_LM"
@@ -100,7 +98,7 @@ def test_an_adapter_of_other_settings_is_refused(tmp_path: Path) -> None:
     with_adapters("lora").save_pretrained(tmp_path)
     model = with_adapters("head too")
     problem = ptif.hf.problem(model, tokenizer(), texts(3), checkpoints=tmp_path)
-    with pytest.raises(ptif.errors.InvalidInput, match="lacks '.*lm_head.*', which the model's adapter 'default' has"):
+    with pytest.raises(ptif.errors.InvalidInput, match=r"lacks '.*lm_head.*', which the model's adapter 'default' has"):
         ptif.methods.grad_dot().fit(problem)
 
 

@@ -110,10 +110,8 @@ def test_what_a_trainer_does_not_have_is_said(tmp_path: Path) -> None:
 
 
 def test_a_classifiers_trainer_has_its_own_loss(tmp_path: Path) -> None:
-    model, words = (
-        build("BertForSequenceClassification", transformers.BertConfig(**settings(num_labels=3))),
-        tokenizer(),
-    )
+    config, words = transformers.BertConfig(**settings(num_labels=3)), tokenizer()
+    model = build("BertForSequenceClassification", config)
     rows = [{**{k: list(v) for k, v in words(text).items()}, "label": i % 3} for i, text in enumerate(texts(5))]
     data = datasets.Dataset.from_list(rows)
     asked = trainer(model, data, tmp_path, transformers.DataCollatorWithPadding(words), label_smoothing_factor=0.2)

@@ -22,7 +22,8 @@ ADAPTER_CONFIG: Final = "adapter_config.json"
 
 def is_trainer(thing: Any) -> bool:
     """Whether it is a Trainer of transformers, or of a library that builds on it."""
-    return any(kind.__name__ == "Trainer" and kind.__module__.startswith("transformers") for kind in type(thing).mro())
+    kinds = type(thing).__mro__
+    return any(kind.__name__ == "Trainer" and kind.__module__.startswith("transformers") for kind in kinds)
 
 
 def base_model(model: nn.Module) -> nn.Module:

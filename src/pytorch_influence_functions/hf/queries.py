@@ -29,6 +29,17 @@ class TextQueries(Source):
 
     With `against`, the second half are the answers that the first half is held against: `contrast` takes the scores of
     all of them and gives those of the pairs.
+
+    Args:
+        dataset: the encoded queries.
+        collate: puts them into a batch.
+        batch_size: the most queries of a batch.
+        num_workers: processes that read; 0: this one.
+        worker_options: of those processes.
+        fixed: whether the batch size was asked for.
+        any_precision: whether the type of real numbers says nothing; texts have none.
+        reading: how they were read, in words.
+        pairs: how many pairs of answers they are; 0: they are no pairs.
     """
 
     pairs: int = 0

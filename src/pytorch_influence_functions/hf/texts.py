@@ -53,15 +53,27 @@ class Texts:
         return {"input_ids": torch.tensor(self.encoded[index].ids), "labels": torch.tensor(labels)}
 
     def text(self, index: int) -> str:
-        """A text as the tokenizer writes its tokens."""
+        """A text as the tokenizer writes its tokens.
+
+        Args:
+            index: which text.
+        """
         return str(self.tokenizer.decode(list(self.encoded[index].ids)))
 
     def pieces(self, index: int) -> list[str]:
-        """Its tokens, each as a string."""
+        """The tokens of a text, each as a string.
+
+        Args:
+            index: which text.
+        """
         return [str(self.tokenizer.decode([token])) for token in self.encoded[index].ids]
 
     def name(self, index: int) -> str:
-        """The beginning of a text, or of what is taught of it, for lists and titles."""
+        """The beginning of a text, or of what is taught of it, for lists and titles.
+
+        Args:
+            index: which text.
+        """
         row = self.encoded[index] if self.targets is None else self.targets[index]
         first = row.taught.index(True) if True in row.taught else 0
         words = " ".join(str(self.tokenizer.decode(list(row.ids[first : first + _SHOWN]))).split())
@@ -76,6 +88,9 @@ class Texts:
 
     def check_taught(self, what: str = "text") -> None:
         """Refuse texts of which nothing is predicted.
+
+        Args:
+            what: what to call them in the message.
 
         Raises:
             InvalidInput: names them.

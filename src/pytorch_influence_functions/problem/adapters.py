@@ -36,7 +36,7 @@ def adapter_state(what: str, state: Any, model: nn.Module, own: Iterable[str]) -
         return None
     for adapter in adapters:
         names = {_in_file(name, adapter): name for name in own if f".{adapter}." in f"{name}."}
-        held = {names.get(key, key): value for key, value in state.items()}
+        held: dict[str, Tensor] = {names.get(str(key), str(key)): value for key, value in state.items()}
         if not names or not set(held) <= set(names.values()):
             continue
         missing = [name for name in names.values() if name not in held]
