@@ -9,11 +9,14 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
-from torch import nn
 
 from .core.distributed import distributed as shared_out
 from .core.errors import InvalidInput, UnknownName, nearest
 from .damping.rules import AbstractDamping
+from .hf.asking import queries_for
+from .hf.models import is_trainer
+from .hf.problem import problem as hf_problem
+from .hf.queries import TextQueries
 from .influence.checks import check_top, in_queries
 from .influence.method import AbstractMethod
 from .linalg.rows import Route
@@ -50,9 +53,9 @@ class ProblemOptions(TypedDict, total=False):
 
 
 def attribute(
-    model: nn.Module,
-    train: Any,
-    queries: Any,
+    model: Any,
+    train: Any = None,
+    queries: Any = None,
     *,
     loss: Any = None,
     method: MethodLike | None = None,
@@ -73,10 +76,13 @@ def attribute(
     size; `print(scores.diagnostics)` says what was chosen and why.
 
     Args:
-        model: the trained model. It is left exactly as it was.
+        model: the trained model; or a Hugging Face Trainer, or a `ptif.Problem`, which know what they were trained on.
+            It is left exactly as it was.
         train: what it was trained on: a Dataset, a DataLoader (its dataset in dataset order, or the part that its
-            sampler draws), a pair (x, y) of tensors, arrays, frames or lists. See `Source.of`.
-        queries: what is asked about, in the same forms.
+            sampler draws), a pair (x, y) of tensors, arrays, frames or lists. See `Source.of`. None: the Trainer's or
+            the problem's.
+        queries: what is asked about, in the same forms; of a language model (a Trainer or `ptif.hf.problem`) also
+            texts, chats or `{"prompt", "completion", "against"}`, or what `ptif.hf.query` gave.
         loss: the training loss: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. `None`: inferred
             from outputs and targets where that is unambiguous.
         method: a method such as `ptif.ekfac()`, its name such as `"ekfac"`, or a curvature such as
@@ -130,8 +136,15 @@ def _attribute(asked: tuple[Any, ...], measure: Any, top: int | None, verify: An
     spec, whole, source = _prepare("attribute", *asked)
     loss = asked[3]
     fitted = spec.fit(whole, n_queries=len(source))
-    scores = fitted.score(source, measure, top=top if verify is None else None)
-    scores = replace(scores, diagnostics=replace(scores.diagnostics, inferred=loss is None))
+    pairs = isinstance(source, TextQueries) and source.pairs > 0
+    if pairs and verify is not None:
+        raise InvalidInput("verify= retrains for one answer, not for a pair; verify the scores of each answer.")
+    scores = fitted.score(source, measure, top=top if verify is None and not pairs else None)
+    if isinstance(source, TextQueries):
+        scores = source.contrast(scores)
+        scores = scores.top(top) if pairs and top is not None else scores
+    inferred = loss is None and not isinstance(model, Problem)
+    scores = replace(scores, diagnostics=replace(scores.diagnostics, inferred=inferred))
     if verify is None:
         return scores
     verdict = scores.verify(verify, measure=whole.objective if measure is None else measure)
@@ -142,9 +155,9 @@ def _attribute(asked: tuple[Any, ...], measure: Any, top: int | None, verify: An
 
 @plain_autograd()
 def forecast(
-    model: nn.Module,
-    train: Any,
-    queries: Any,
+    model: Any,
+    train: Any = None,
+    queries: Any = None,
     *,
     loss: Any = None,
     method: MethodLike | None = None,
@@ -186,7 +199,10 @@ def _prepare(
     options: ProblemOptions,
 ) -> tuple[AbstractMethod, Problem, Source]:
     """The method, the problem and the queries that were asked for."""
-    check_model(model)
+    known = isinstance(model, Problem) or is_trainer(model)
+    if not known:
+        check_model(model)
+        _check_given(name, train, queries)
     _check_options(name, options)
     asked, run = method
     if run is not None and asked is None:
@@ -194,12 +210,41 @@ def _prepare(
     spec = as_method(asked).with_options(**changes)
     if run is not None:
         spec = Along(run, spec)
+    if known:
+        return spec, *_known_problem(name, model, train, queries, loss, options)
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
     with in_queries():
         source = Source.of(queries, batch_size, data.class_names or ())
     objective = infer_objective(model, data, options.get("device")) if loss is None else loss
     return spec, Problem(model, objective, data, **options), source
+
+
+def _known_problem(
+    name: str, known: Any, train: Any, queries: Any, loss: Any, options: ProblemOptions
+) -> tuple[Problem, Source]:
+    """The problem of a Trainer, or the one that was given, and queries in its form."""
+    if not isinstance(known, Problem):
+        whole = hf_problem(known, dataset=train, loss=loss, **options)
+        with in_queries():
+            return whole, queries_for(whole, queries, known)
+    given = [*options, *(["loss"] if loss is not None else []), *(["train"] if train is not None else [])]
+    if given:
+        raise InvalidInput(
+            f"{name}() got a problem and {given[0]}=, which belongs to it; write problem.with_({given[0]}=...), or "
+            f"{name}(problem, queries=...)."
+        )
+    with in_queries():
+        return known, queries_for(known, queries)
+
+
+def _check_given(name: str, train: Any, queries: Any) -> None:
+    for argument, value in (("train", train), ("queries", queries)):
+        if value is None:
+            raise InvalidInput(
+                f"{name}() of a model needs {argument}=: {name}(model, train, queries); a Hugging Face Trainer or a "
+                "ptif.Problem knows its training data."
+            )
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

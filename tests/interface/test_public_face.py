@@ -41,7 +41,8 @@ FIRST = listed(
     "influential_loader init_logging calc_influence_function influence_function utils"
 )
 MODULES = listed(
-    "actions classic curvature damping errors evaluation gradients methods objectives plots scaling solvers trajectory"
+    "actions classic curvature damping errors evaluation gradients hf methods objectives plots scaling solvers "
+    "trajectory"
 )
 
 

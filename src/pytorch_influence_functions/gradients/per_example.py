@@ -119,7 +119,14 @@ class Derivatives:
             layers = _find_layers(problem.model, space, probe)
             covered = {b for s in layers.values() for b in s.parts}
             plan = replace(start, layers=layers)
-            unusable = [b for b in every if b not in covered] + probe.disagreeing(plan, covered)
+            wrong = probe.disagreeing(plan, covered)
+            if len(wrong) == len(covered):
+                # What examples share is given an axis of its own, which code after the layer may not bear.
+                layers = {k: s for k, s in layers.items() if "shared" not in s.layouts}
+                plan = replace(plan, layers=layers)
+                covered = {b for s in layers.values() for b in s.parts}
+                wrong = probe.disagreeing(plan, covered)
+            unusable = [b for b in every if b not in covered] + wrong
             layers = {k: _drop_blocks(s, unusable) for k, s in layers.items() if set(s.parts) - set(unusable)}
             plan = replace(plan, layers=layers)
             plan = _add_fallbacks(plan, probe, tuple(b for b in every if b in unusable), space.blocks)

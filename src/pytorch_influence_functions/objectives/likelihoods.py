@@ -269,6 +269,14 @@ def _log_probabilities(p: Tensor) -> Tensor:
     return inside.log()
 
 
+def attention_mask_of(batch: Batch) -> Tensor | None:
+    """The attention mask of a batch of texts, 0 at padding; None where it has none."""
+    batch = whole_batch(batch)
+    given = batch[0] if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping) else batch
+    mask = given.get("attention_mask") if isinstance(given, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
+
+
 def check_weight(name: str, weight: Tensor) -> None:
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
         raise InvalidInput(f"A {name} weight is negative or not finite; weights must be 0 or more.")
@@ -287,7 +295,7 @@ class TokenCrossEntropy(AbstractLikelihood):
         average: the mean over an example's own tokens that count; False: their sum, -log p(sequence).
         shift: for causal language models, whose outputs at position t predict token t + 1 and whose labels
             are the input ids. A batch without "labels" then takes "input_ids", where "attention_mask" is not
-            0.
+            0. Positions of padding predict nothing.
 
     Note:
         A training loop that averages over all tokens of a batch weights a sequence by its length: that is
@@ -391,6 +399,10 @@ class TokenCrossEntropy(AbstractLikelihood):
         if self.shift:
             last = torch.full_like(label[:, :1], self.ignore_index)
             label = torch.cat([label[:, 1:], last], 1)
+            # Padding on the left would be taught to predict the text's first token, and only where there is padding.
+            mask = attention_mask_of(batch)
+            if mask is not None and mask.shape == label.shape:
+                label = torch.where(mask == 0, torch.full_like(label, self.ignore_index), label)
         counts = label != self.ignore_index
         factor = counts.to(outputs.dtype)
         if self.average:
