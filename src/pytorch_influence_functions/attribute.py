@@ -133,8 +133,9 @@ def attribute(
 
 @entry
 def _attribute(asked: tuple[Any, ...], measure: Any, top: int | None, verify: Any) -> Scores:
+    """What `attribute` gives: `asked` are the arguments of `_prepare`, behind the name."""
+    model, loss = asked[0], asked[3]
     spec, whole, source = _prepare("attribute", *asked)
-    loss = asked[3]
     fitted = spec.fit(whole, n_queries=len(source))
     pairs = isinstance(source, TextQueries) and source.pairs > 0
     if pairs and verify is not None:
