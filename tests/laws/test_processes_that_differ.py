@@ -52,7 +52,7 @@ def one_process_fails(rank: int) -> None:
 
     def count(*_: Any) -> None:
         calls[0] += 1
-        if rank == 1 and calls[0] == 4:
+        if rank == 1 and calls[0] >= 15:
             raise OSError("a disk is full")
 
     model.register_forward_hook(count)
@@ -112,8 +112,9 @@ def the_program_fails_within_the_block(rank: int) -> None:
 
 SITUATIONS: dict[Callable[[int], None], tuple[str, str]] = {
     one_process_fails: (
-        "ProcessFailed: Process 1 of 2 failed, and all stop with it: OSError: a disk is full",
-        "OSError: a disk is full",
+        "ProcessFailed: Process 1 of 2 failed, and all stop with it: InvalidInput: The model failed on inputs of shape "
+        "(12, 4) (OSError: a disk is full)",
+        "InvalidInput: The model failed on inputs of shape (12, 4) (OSError: a disk is full)",
     ),
     the_program_fails_within_the_block: (
         "ProcessFailed: Process 1 of 2 failed, and all stop with it: OSError: disk full",
