@@ -1,5 +1,6 @@
 """From scores to actions: what if training examples were removed, relabelled, replaced or added?"""
 
+from .curate import CuratedData, CurationEffect, curate
 from .edits import Edit
 from .inputs import input_influence
 from .label_issues import LabelIssueFinder, LabelIssues, find_label_issues
@@ -7,11 +8,14 @@ from .smallest_removal import SmallestRemoval, flip_prediction, smallest_removal
 from .what_if import WhatIf, what_if
 
 __all__ = [
+    "CuratedData",
+    "CurationEffect",
     "Edit",
     "LabelIssueFinder",
     "LabelIssues",
     "SmallestRemoval",
     "WhatIf",
+    "curate",
     "find_label_issues",
     "flip_prediction",
     "input_influence",

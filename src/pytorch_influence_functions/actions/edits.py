@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from typing import Any, final
@@ -67,10 +67,11 @@ class Edit:
         Raises:
             InvalidInput: nothing is changed, everything is removed, or an index or label cannot be used.
         """
-        removed = _indices(problem, remove, "remove")
-        labels = {i: _class_number(problem, label) for i, label in _by_index(problem, relabel, "relabel").items()}
-        inputs = _by_index(problem, replace, "replace")
-        weights = _by_index(problem, reweight, "reweight")
+        removed = read_indices(problem.data, remove, "remove")
+        names = problem.data.class_names
+        labels = {i: class_number(names, label) for i, label in _by_index(problem.data, relabel, "relabel").items()}
+        inputs = _by_index(problem.data, replace, "replace")
+        weights = _by_index(problem.data, reweight, "reweight")
         _refuse_twice(removed=removed, reweighted=weights, changed=[*labels, *(i for i in inputs if i not in labels)])
         terms, parts = [], []
         if removed:
@@ -116,15 +117,24 @@ def _count(examples: Any) -> str:
     return f"{len(examples)} example{'' if len(examples) == 1 else 's'}"
 
 
-def _indices(problem: Problem, given: Any, name: str) -> list[int]:
-    """Positions in the source of what was given as places in the whole dataset, each once."""
+def read_indices(source: Source, given: Any, name: str) -> list[int]:
+    """Positions in the source of what was given as places in the whole dataset, each once.
+
+    Args:
+        source: the training data.
+        given: indices, or a bool mask over the whole dataset; None: none.
+        name: of the argument, for messages.
+
+    Raises:
+        InvalidInput: no whole numbers, out of range, or one more than once.
+    """
     if given is None:
         return []
     try:
         values = torch.as_tensor(given if hasattr(given, "__len__") or isinstance(given, int) else list(given))
     except (TypeError, ValueError, RuntimeError) as cause:
         raise InvalidInput(f"{name}= takes indices of training examples, such as [3, 7], got {given!r}.") from cause
-    whole = len(problem.data.whole)
+    whole = len(source.whole)
     if values.dtype == torch.bool:
         if values.shape != (whole,):
             raise InvalidInput(
@@ -143,27 +153,34 @@ def _indices(problem: Problem, given: Any, name: str) -> list[int]:
     twice = sorted({i for i in chosen if chosen.count(i) > 1}) if len(set(chosen)) < len(chosen) else []
     if twice:
         raise InvalidInput(f"{name}= names index {name_ids(twice)} more than once; give each once.")
-    return [problem.data.index_of(i) for i in chosen]
+    return [source.index_of(i) for i in chosen]
 
 
-def _by_index(problem: Problem, given: Any, name: str) -> dict[int, Any]:
+def _by_index(source: Source, given: Any, name: str) -> dict[int, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
         example = {"relabel": "{3: 0}", "replace": "{3: x}", "reweight": "{3: 0.5}"}[name]
         raise InvalidInput(f"{name}= takes a mapping by index, such as {example}, got {type(given).__name__}.")
-    return dict(zip(_indices(problem, list(given), name), given.values(), strict=True))
+    return dict(zip(read_indices(source, list(given), name), given.values(), strict=True))
 
 
-def _class_number(problem: Problem, label: Any) -> Any:
-    """A class given by its name as its number; anything else as it is."""
+def class_number(names: Sequence[str] | None, label: Any) -> Any:
+    """A class given by its name as its number; anything else as it is.
+
+    Args:
+        names: of the classes, where the data know them.
+        label: what was given.
+
+    Raises:
+        InvalidInput: no class has this name.
+    """
     if not isinstance(label, str):
         return label
-    names = problem.data.class_names
     if names is None or label not in names:
         known = f"{nearest(label, names)} The classes are {', '.join(names)}." if names else " Give its number."
         raise InvalidInput(f"{label!r} is no class of the training data.{known}")
-    return names.index(label)
+    return list(names).index(label)
 
 
 def _refuse_twice(**groups: Iterable[int]) -> None:
