@@ -5,16 +5,21 @@ from .edits import Edit
 from .inputs import input_influence
 from .label_issues import LabelIssueFinder, LabelIssues, find_label_issues
 from .smallest_removal import SmallestRemoval, flip_prediction, smallest_removal
+from .training_set_attack import Front, SignSteps, TrainingSetAttack, attack_training_set
 from .what_if import WhatIf, what_if
 
 __all__ = [
     "CuratedData",
     "CurationEffect",
     "Edit",
+    "Front",
     "LabelIssueFinder",
     "LabelIssues",
+    "SignSteps",
     "SmallestRemoval",
+    "TrainingSetAttack",
     "WhatIf",
+    "attack_training_set",
     "curate",
     "find_label_issues",
     "flip_prediction",

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
 from ..curvature.own_losses import find_obstacle
-from ..evaluation.recipe import Recipe
-from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution, Influence
 from ..linalg.rows import Rows
 from ..methods.names import as_method
@@ -25,6 +23,7 @@ from ..problem.problem import Problem, first_batch
 from ..problem.weight_decay import WeightDecay
 from ..scaling.base import Raw
 from ..scaling.leverage import Leverage
+from .training_once import train_once
 from .what_if import what_if
 
 Statistic: TypeAlias = Callable[[nn.Module], Tensor]
@@ -83,7 +82,7 @@ def smallest_removal(
     threshold: float = 0.0,
     most: int | float = 0.5,
     method: Any = None,
-    recipe: Recipe | None = None,
+    recipe: Any = None,
     seed: int = 0,
 ) -> SmallestRemoval:
     """The smallest set of training examples whose removal carries a statistic past a threshold, found adaptively.
@@ -99,7 +98,8 @@ def smallest_removal(
         threshold: what has to be passed, from whichever side the statistic is on.
         most: the largest set to try: a number of examples, or a share of them.
         method: an `Influence` by name or made; `None`: chosen by size.
-        recipe: how to train again without the set, to confirm; `None`: not tried.
+        recipe: how to train again without the set, to confirm: a `ptif.evaluation.Recipe`, or your own function
+            `(dataset, seed) -> trained model`; `None`: not tried.
         seed: of that training.
 
     Raises:
@@ -144,7 +144,7 @@ def smallest_removal(
     ids = tuple((order if positions is None else positions[order]).tolist())
     measured = None
     if recipe is not None and search.passes(state.value):
-        measured = _value(train_model(recipe, problem.data.subset(state.kept), seed), statistic)
+        measured = _value(train_once(recipe, problem.data.subset(state.kept), seed), statistic)
     return SmallestRemoval(ids, len(problem), before, state.value, threshold, measured, tuple(path))
 
 
@@ -153,7 +153,7 @@ def flip_prediction(
     query: Any,
     most: int | float = 0.5,
     method: Any = None,
-    recipe: Recipe | None = None,
+    recipe: Any = None,
     seed: int = 0,
 ) -> SmallestRemoval:
     """The smallest set of training examples without which the model would predict another class for a query.
