@@ -92,7 +92,7 @@ def test_the_same_from_a_table_a_mapping_and_indices() -> None:
     assert curate(data, {0: 1}).dataset[0]["labels"] == 1
     single = curate((x, y.float()[:, None]), {1: 0.0}).dataset[1][1]
     assert single.shape == (1,) and single.dtype == torch.float32 and float(single) == 0.0
-    assert curate((x, x[:, 0]), {1: "0.5"}, read_label=lambda text: float(text) / 2).relabelled == {1: 0.25}
+    assert curate((x, x[:, 0]), {1: "0.5"}, as_label=lambda text: float(text) / 2).relabelled == {1: 0.25}
 
 
 def test_places_are_those_of_the_dataset_where_a_sampler_chose() -> None:

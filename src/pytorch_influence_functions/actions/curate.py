@@ -24,7 +24,7 @@ from ..problem.edited import EditedExamples, label_of
 from ..problem.labels import labels_of
 from ..problem.model_state import plain_autograd
 from ..report.decisions import Decisions, read_decisions
-from .edits import class_number, read_indices
+from .edits import read_indices, read_label, whole_label
 from .label_issues import LabelIssues
 
 ReadLabel: TypeAlias = Callable[[str | float], Any]
@@ -200,7 +200,7 @@ def curate(
     train: Any,
     decisions: Any,
     class_names: Sequence[str] | None = None,
-    read_label: ReadLabel | None = None,
+    as_label: ReadLabel | None = None,
 ) -> CuratedData:
     """Carry out decisions about training examples: some are removed, others get another label.
 
@@ -215,7 +215,7 @@ def curate(
             a mapping by index: the new label, or None to remove the example, such as `issues.relabelling(20)`;
             indices or a bool mask: these are removed, such as `issues.ids(20)`.
         class_names: the names that labels were shown by; `None`: those of the data.
-        read_label: makes a label of the data from what the page wrote (a text, or a number in raw units, where the
+        as_label: makes a label of the data from what the page wrote (a text, or a number in raw units, where the
             page was given `denormalize_target=`); `None`: class names become class numbers.
 
     Raises:
@@ -234,7 +234,7 @@ def curate(
     positions = read_indices(source, places, "decisions")
     relabelled = {i: label for i, label in chosen.items() if label is not None}
     names = source.class_names if class_names is None else list(class_names)
-    labels = _read_labels(source, relabelled, names, read_label)
+    labels = _read_labels(source, relabelled, names, as_label)
     removed = tuple(sorted(i for i in places if i not in relabelled))
     if not positions:
         raise InvalidInput(f"These decisions change nothing ({decisions!r}); decide on at least one example.")
@@ -279,13 +279,10 @@ def _read_labels(
     by_place: dict[int, Any] = {}
     for place, given in labels.items():
         old = label_of(source.item(source.index_of(place)))
-        label = read(given) if read is not None else _read_label(old, given, names)
-        number = _whole(label)
-        if _whole(old) is not None and number is None:
-            raise InvalidInput(
-                f"The new label {label!r} of example {place} is no class number, as {old!r} is; give one."
-            )
-        if number is not None and _whole(old) is not None and most is not None and not 0 <= number < most:
+        new = _from_text(old, given, names) if read is None else read(given)
+        label = read_label(place, old, new, names)
+        number = whole_label(label)
+        if number is not None and whole_label(old) is not None and most is not None and not 0 <= number < most:
             raise InvalidInput(
                 f"The new label {number} of example {place} is no class: they are 0 to {most - 1}; choose one of them."
             )
@@ -293,25 +290,14 @@ def _read_labels(
     return by_place
 
 
-def _read_label(old: Any, given: Any, names: list[str] | None) -> Any:
-    """A label like the old one: texts stay texts where the data hold texts, otherwise they name a class or a number."""
-    if not isinstance(given, str) or isinstance(old, str):
+def _from_text(old: Any, given: Any, names: list[str] | None) -> Any:
+    """A number that the page wrote as a text, where the data hold numbers; anything else as it is."""
+    if not isinstance(given, str) or isinstance(old, str) or (names is not None and given in names):
         return given
-    if names is not None and given in names:
-        return class_number(names, given)
     try:
-        return int(given) if _whole(old) is not None else float(given)
+        return int(given) if whole_label(old) is not None else float(given)
     except ValueError:
-        return class_number(names, given)
-
-
-def _whole(label: Any) -> int | None:
-    """A class number as an int, from a tensor or a number; None for anything else."""
-    if isinstance(label, Tensor):
-        label = label.item() if label.numel() == 1 else None
-    elif hasattr(label, "item") and not isinstance(label, (int, float)):
-        label = label.item()
-    return label if isinstance(label, int) else None
+        return given
 
 
 def _count_classes(source: Source) -> int | None:

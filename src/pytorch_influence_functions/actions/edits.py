@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput, name_ids, nearest
 from ..core.validate import finite_number
 from ..problem.data import Source
-from ..problem.edited import EditedExamples
+from ..problem.edited import EditedExamples, label_of
 from ..problem.problem import Problem
 
 
@@ -69,7 +69,12 @@ class Edit:
         """
         removed = read_indices(problem.data, remove, "remove")
         names = problem.data.class_names
-        labels = {i: class_number(names, label) for i, label in _by_index(problem.data, relabel, "relabel").items()}
+        labels = {
+            i: read_label(place, label_of(problem.data.item(i)), label, names)
+            for (i, label), place in zip(
+                _by_index(problem.data, relabel, "relabel").items(), relabel or {}, strict=True
+            )
+        }
         inputs = _by_index(problem.data, replace, "replace")
         weights = _by_index(problem.data, reweight, "reweight")
         _refuse_twice(removed=removed, reweighted=weights, changed=[*labels, *(i for i in inputs if i not in labels)])
@@ -79,9 +84,10 @@ class Edit:
             parts.append(f"{_count(removed)} removed")
         if labels or inputs:
             changed = sorted({*labels, *inputs})
-            edited = EditedExamples(problem.data.dataset, changed, labels, inputs)
+            # All examples, so that messages name them by their own indices.
+            edited = EditedExamples(problem.data.dataset, range(len(problem.data)), labels, inputs)
             terms.append(_term(problem.data, changed, -1.0))
-            terms.append(_term(replace_fields(problem.data, dataset=edited), range(len(edited)), 1.0))
+            terms.append(_term(replace_fields(problem.data, dataset=edited), changed, 1.0))
             parts += [f"{_count(labels)} relabelled"] if labels else []
             parts += [f"{_count(inputs)} replaced"] if inputs else []
         if add is not None:
@@ -181,6 +187,39 @@ def class_number(names: Sequence[str] | None, label: Any) -> Any:
         known = f"{nearest(label, names)} The classes are {', '.join(names)}." if names else " Give its number."
         raise InvalidInput(f"{label!r} is no class of the training data.{known}")
     return list(names).index(label)
+
+
+def read_label(place: int, old: Any, given: Any, names: Sequence[str] | None) -> Any:
+    """A new label of the kind of the old one.
+
+    Args:
+        place: of the example in the training dataset, for messages.
+        old: its label, as the dataset holds it.
+        given: the new one: a class by its name or number, where the old one is a class number.
+        names: of the classes, where the data know them.
+
+    Raises:
+        InvalidInput: no class has this name, or it is no class number where the old label is one.
+    """
+    label = given if isinstance(old, str) else class_number(names, given)
+    if whole_label(old) is not None and whole_label(label) is None:
+        raise InvalidInput(f"The new label {given!r} of example {place} is no class number, as {old!r} is; give one.")
+    if label is None:
+        raise InvalidInput(f"Example {place} has no new label; give one, or remove the example.")
+    return label
+
+
+def whole_label(label: Any) -> int | None:
+    """A class number as an int, from a tensor, an array or a number; None for anything else.
+
+    Args:
+        label: as a dataset holds it, or as it was given.
+    """
+    if isinstance(label, Tensor):
+        label = label.item() if label.numel() == 1 else None
+    elif hasattr(label, "item") and not isinstance(label, (int, float)):
+        label = label.item()
+    return label if isinstance(label, int) else None
 
 
 def _refuse_twice(**groups: Iterable[int]) -> None:

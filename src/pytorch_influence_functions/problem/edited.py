@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -27,7 +27,7 @@ class EditedExamples(Dataset[Any]):
     """
 
     dataset: Any
-    indices: list[int]
+    indices: Sequence[int]
     labels: Mapping[int, Any] = field(default_factory=dict)
     inputs: Mapping[int, Any] = field(default_factory=dict)
 
