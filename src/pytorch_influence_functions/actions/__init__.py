@@ -5,6 +5,7 @@ from .edits import Edit
 from .inputs import input_influence
 from .label_issues import LabelIssueFinder, LabelIssues, find_label_issues
 from .smallest_removal import SmallestRemoval, flip_prediction, smallest_removal
+from .statistic import TStatistic
 from .training_set_attack import Front, SignSteps, TrainingSetAttack, attack_training_set
 from .what_if import WhatIf, what_if
 
@@ -17,6 +18,7 @@ __all__ = [
     "LabelIssues",
     "SignSteps",
     "SmallestRemoval",
+    "TStatistic",
     "TrainingSetAttack",
     "WhatIf",
     "attack_training_set",
