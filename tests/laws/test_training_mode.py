@@ -318,7 +318,15 @@ def last_bias(model: nn.Module) -> Tensor:
     return list(model.parameters())[-1][0]
 
 
+def answered(problem: ptif.Problem, queries: Any) -> tuple[Tensor, Tensor]:
+    """The first query with the label that the model gives it, found without leaving a trace."""
+    copied = copy.deepcopy(problem.model).eval()
+    with torch.no_grad():
+        return queries[0][:1], copied(queries[0][:1]).argmax(1)
+
+
 DAMPED = ptif.exact(damping=1.0)
+ONE_STEP = ptif.actions.SignSteps(0.1, rounds=1, bounds=None)
 ACTIONS: dict[str, Entry] = {
     "what if": about(lambda problem, queries: ptif.what_if(problem, remove=[0, 3], method=DAMPED).change(queries)),
     "label issues": about(
@@ -336,6 +344,18 @@ ACTIONS: dict[str, Entry] = {
     ),
     "input influence": about(
         lambda problem, queries: ptif.actions.input_influence(problem, queries, ids=[0, 5], method=DAMPED)
+    ),
+    "training-set attack": about(
+        lambda problem, queries: (
+            ptif.actions.attack_training_set(
+                problem,
+                answered(problem, queries),
+                lambda data, seed: copy.deepcopy(problem.model),
+                steps=ONE_STEP,
+                controls=1,
+                method=DAMPED,
+            ).inputs
+        )
     ),
 }
 

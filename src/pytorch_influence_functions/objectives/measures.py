@@ -68,8 +68,8 @@ class Margin(AbstractObjective):
         return call_model(model, args, kwargs)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        y = _class_labels(outputs, tensor_targets(batch), "Margin()")
-        if _is_single(outputs):
+        y = class_labels(outputs, tensor_targets(batch), "Margin()")
+        if is_single(outputs):
             return _apply_label_sign(outputs, y)
         # The target is masked out before logsumexp: log(1 - p) from p would lose all digits where p is near 1.
         own = torch.arange(outputs.shape[1], device=y.device) == y[:, None]
@@ -77,7 +77,7 @@ class Margin(AbstractObjective):
         return _target_outputs(outputs, y) - others.logsumexp(1)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
-        _check_class_labels(outputs, batch, ids, "Margin()")
+        check_class_labels(outputs, batch, ids, "Margin()")
 
 
 @final
@@ -98,14 +98,15 @@ class Logit(AbstractObjective):
         return call_model(model, args, kwargs)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        y = _class_labels(outputs, tensor_targets(batch), "Logit()")
-        return _apply_label_sign(outputs, y) if _is_single(outputs) else _target_outputs(outputs, y)
+        y = class_labels(outputs, tensor_targets(batch), "Logit()")
+        return _apply_label_sign(outputs, y) if is_single(outputs) else _target_outputs(outputs, y)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
-        _check_class_labels(outputs, batch, ids, "Logit()")
+        check_class_labels(outputs, batch, ids, "Logit()")
 
 
-def _is_single(outputs: Tensor) -> bool:
+def is_single(outputs: Tensor) -> bool:
+    """Whether outputs are one number per example, [n] or [n, 1], rather than one for every class."""
     return outputs.dim() == 1 or (outputs.dim() == 2 and outputs.shape[1] == 1)
 
 
@@ -117,7 +118,7 @@ def _target_outputs(outputs: Tensor, y: Tensor) -> Tensor:
     return outputs.gather(1, y[:, None])[:, 0]
 
 
-def _class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
+def class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     """Class numbers [n], if outputs and targets are one decision per example."""
     shape, target_shape, n = tuple(outputs.shape), tuple(targets.shape), outputs.shape[0]
     if len(shape) > 2:
@@ -125,7 +126,7 @@ def _class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
             f"{name} got outputs of shape {shape}, expected [n, C] or one logit per example; for tokens or "
             "dense outputs measure the loss (measure=None), or write FromFunction(...)."
         )
-    single = _is_single(outputs)
+    single = is_single(outputs)
     if target_shape != (n,) and not (single and target_shape == (n, 1)):
         raise InvalidInput(
             f"{name} got targets of shape {target_shape} for outputs of shape {shape}, expected one class number per "
@@ -138,10 +139,11 @@ def _class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     return targets.long().reshape(-1)
 
 
-def _check_class_labels(outputs: Tensor, batch: Batch, ids: Tensor, name: str) -> None:
+def check_class_labels(outputs: Tensor, batch: Batch, ids: Tensor, name: str) -> None:
+    """Refuse outputs and targets that are not one decision per example; `name` is the measure, for messages."""
     targets = check_batch(outputs, inputs_and_targets(batch)[2], ids)
-    y = _class_labels(outputs, targets, name)
-    single = _is_single(outputs)
+    y = class_labels(outputs, targets, name)
+    single = is_single(outputs)
     if single and bool((bad := targets.reshape(-1) != y).any()):
         raise InvalidInput(
             f"{name} got soft targets for one logit per example ({float(targets.reshape(-1)[bad][0]):g} at "
