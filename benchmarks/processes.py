@@ -1,8 +1,8 @@
 """One, two and four processes that share one attribution: `python benchmarks/processes.py [--quick] [--processes 1 2]`.
 
 Every row is one call with `distributed=True` on as many processes of one machine, each with one thread. Seconds are
-those of the slowest process; CPU seconds are those of the one that computed most, which is
-what is left where each process has a core of its own. Memory is how far the most that a process had resident is above what it held before the call.
+those of the slowest process; CPU seconds are those of the one that computed most, which is what is left where each has
+a core of its own. Memory is how far the most that a process had resident is above what it held before the call.
 """
 
 from __future__ import annotations
