@@ -50,7 +50,7 @@ def all_of_one(original: Any, self: Any) -> Any:
     return original(self)[:1].expand(self.n_queries)
 
 
-def mean_of_squares(original: Any, scores: Any, eps: float) -> Any:
+def mean_of_squares(original: Any, scores: Any, eps: float, world: Any) -> Any:
     return scores.square().mean(1).sqrt()
 
 
