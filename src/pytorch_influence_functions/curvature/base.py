@@ -97,6 +97,8 @@ class AbstractCurvature(Record, ABC):
     """The forms `of` can give."""
     layerwise: ClassVar[bool] = False
     """Whether every layer is a block of its own, with a scale of its own that damping follows by default."""
+    kronecker: ClassVar[bool] = False
+    """Whether its spectral form has a Kronecker product as eigenbasis of every layer."""
     keeps_factors: ClassVar[bool] = False
     """Whether it multiplies a block of a row by a number, so that a gradient in factors stays in factors."""
     semidefinite: ClassVar[bool] = True

@@ -59,6 +59,13 @@ class KroneckerBlock:
             values = torch.matmul(self.left, values)
         return values if self.right is None else values @ self.right.T
 
+    def diagonal_in_basis(self, diagonal: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        """The diagonal of Q^T diag(d) Q: the mean of d over every eigenvector, weighted by its squared entries."""
+        diagonal = diagonal.double()
+        if self.left is not None:
+            diagonal = self.left.double().square().T @ diagonal
+        return diagonal if self.right is None else diagonal @ self.right.double().square()
+
     def factors_are_cheaper(self, terms: int) -> bool:
         """Whether it costs less to multiply `terms` pairs of factors by the bases than the matrix they stand for."""
         o, i = self.values.shape
@@ -108,10 +115,10 @@ class Kronecker(AbstractSpectral):
         return {k: float(b.values.mean()) for k, b in self.blocks.items()}
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Kronecker:
-        return self._map_eigenvalues(lambda _, values: f(values))
+        return self.map_values(lambda _, values: f(values))
 
     def shifted(self, decay: Mapping[str, float]) -> Kronecker:
-        return self._map_eigenvalues(lambda name, values: values + decay[name])
+        return self.map_values(lambda name, values: values + decay[name])
 
     def extremes(self) -> tuple[float, float]:
         values = [b.values for b in self.blocks.values()]
@@ -120,12 +127,21 @@ class Kronecker(AbstractSpectral):
     def known_eigenvalues(self) -> Density:
         return Density.of(torch.cat([b.values.flatten() for b in self.blocks.values()]))
 
+    def diagonal_in_basis(self, diagonal: Rows) -> dict[str, Float[Tensor, "o i"]]:
+        """The diagonal of Q^T D Q for a diagonal matrix D, given as one row: as many numbers as eigenvalues."""
+        parts = {}
+        for name, block in self.blocks.items():
+            values = diagonal.blocks[name].dense()[0]
+            parts[name] = block.diagonal_in_basis(values.reshape(block.values.shape).to(block.values.device))
+        return parts
+
     @property
     def numbers(self) -> int:
         """How many numbers are stored."""
         return sum(b.numbers for b in self.blocks.values())
 
-    def _map_eigenvalues(self, f: Callable[[str, Tensor], Tensor]) -> Kronecker:
+    def map_values(self, f: Callable[[str, Tensor], Tensor]) -> Kronecker:
+        """The operator in the same basis whose eigenvalues are f(block's name, its eigenvalues)."""
         return replace(self, blocks=_MappedBlocks(self.blocks, f))
 
 

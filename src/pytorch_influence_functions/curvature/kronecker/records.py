@@ -38,6 +38,7 @@ class AbstractKronecker(AbstractCurvature):
 
     forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL,)
     layerwise: ClassVar[bool] = True
+    kronecker: ClassVar[bool] = True
 
     @property
     @abstractmethod
