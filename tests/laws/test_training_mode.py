@@ -117,7 +117,26 @@ def loader(data: Any) -> Any:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 8)
 
 
+def adam_run(model: nn.Module) -> ptif.Recording:
+    """Two checkpoints of a training by Adam."""
+    folder = tempfile.mkdtemp()
+    trained = settled(model)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=1e-3)
+    with ptif.Recorder(trained, optimizer, folder, steps=2, at=(0.5, 1.0)) as recorder:
+        for _ in range(2):
+            for parameter in trained.parameters():
+                parameter.grad = torch.full_like(parameter, 0.5)
+            optimizer.step()
+    return recorder.recording
+
+
+def adam_state(model: nn.Module) -> ptif.trajectory.AdamState:
+    return ptif.trajectory.AdamState({k: torch.full_like(v, 0.25) for k, v in model.named_parameters()})
+
+
 SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "less": lambda model, problem: methods.less(adam_run(model)),
+    "trackstar": lambda model, problem: methods.trackstar(adam_state(model), 8),
     "along": lambda model, problem: methods.along(states(model)),
     "tracin": lambda model, problem: ptif.tracin([0.1]),
     "trak": lambda model, problem: ptif.trak(16),
@@ -132,6 +151,7 @@ SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
 ENTRIES: dict[str, Entry] = {
     name: by_method(SETTINGS.get(name, lambda model, problem, name=name: getattr(methods, name)()))
     for name in methods.__all__
+    if name != "unrolled"  # refuses batch normalisation and dropout; has a law of its own beside its values
 }
 ENTRIES |= {
     "attribute": lambda model, train, queries, folder: ptif.attribute(model, train, queries).values,

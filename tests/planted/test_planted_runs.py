@@ -115,12 +115,12 @@ BUGS = [
     Bug("Adam's eps lost", swap(schedule.AdamState, "root", lambda f, self, s: f(self, s) * 1.1), BOTH),
     Bug(
         "Adam's square in the eigenbasis",
-        swap(EIGENBASIS, "_power", lambda f, self, k, p: f(self, k, 2 * p)),
+        swap(EIGENBASIS, "_power", squared),
         eigenbasis_law,
     ),
     Bug(
         "basis transposed",
-        swap(KroneckerBlock, "diagonal_in_basis", lambda f, self, d: f(turned(self), d)),
+        swap(KroneckerBlock, "diagonal_in_basis", turned),
         eigenbasis_law,
     ),
     Bug("decoupled decay lost", swap(schedule.AdamState, "decays", lambda f, self, s: 0 * f(self, s)), BOTH),

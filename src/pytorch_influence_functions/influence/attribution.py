@@ -455,8 +455,8 @@ class Attribution(OldNames):
                 for query_ids, rows in scoring.query_groups(member.derivatives, room, part):
                     solution = member.solve(rows)
                     scoring.log.add_solution(solution, rows, member.shift)
-                    factors = self.spec.scaling.query_factors(rows)
                     solved = solution.unwrap()
+                    factors = self.spec.scaling.query_factors(rows, solved)
                     solved = solved if factors is None else solved.scaled(factors)
                     del rows, solution  # while the data stream past, nobody holds the unsolved rows
                     yield k, member, query_ids, solved

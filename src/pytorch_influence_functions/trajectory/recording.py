@@ -198,6 +198,23 @@ class Recording:
             start = end
         return tuple(with_adam)
 
+    def adam_state(self, position: int = -1) -> AdamState:
+        """Adam's second moments, eps and decoupled decay at one of the checkpoints.
+
+        Args:
+            position: which one; the last by default.
+
+        Raises:
+            InvalidInput: the run was not Adam's, or its second moments were not recorded.
+        """
+        recorded = self.recorded[position]
+        if not recorded.groups or recorded.groups[0].beta2 is None:
+            raise InvalidInput(
+                f"The run was not trained by Adam as far as is known ({self.origin or 'no origin'}), and its second "
+                "moments are needed; record an Adam or AdamW training with ptif.Recorder."
+            )
+        return _adam_state([recorded])
+
     def describe(self) -> str:
         """The run in words, for the notes of a result."""
         shares = ", ".join(f"{share:.0%}" for share in self.shares)
@@ -273,7 +290,7 @@ def _adam_state(stretch: Sequence[RecordedStep]) -> AdamState:
     for recorded in stretch:
         if recorded.second_moments is None:
             raise InvalidInput(
-                f"Adam's second moments at step {recorded.step:,} were not recorded, and SOURCE needs them; record the "
+                f"Adam's second moments at step {recorded.step:,} were not recorded, and they are needed; record the "
                 "run with ptif.Recorder(second_moments=True)."
             )
         moments, _ = read_tensors(recorded.second_moments, MOMENTS_FILE, cure="record the run anew")
