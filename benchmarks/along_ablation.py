@@ -1,7 +1,8 @@
 """Which parts of averaging along the run matter: `python benchmarks/along_ablation.py [--setting fashion] [--quick]`.
 
 Every method is asked once at each of thirty checkpoints of one training; schedules, numbers and units are then put
-together from these matrices, as `Along` does it. Prints tables of `docs/along.md`. Some minutes per setting on one core.
+together from these matrices, as `Along` does it. Prints tables of `docs/along.md`; some
+minutes per setting on one core.
 """
 
 from __future__ import annotations
