@@ -24,9 +24,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import methods
+from pytorch_influence_functions.core.files import write_tensors
 from pytorch_influence_functions.problem import problem as problem_module
 from pytorch_influence_functions.problem.problem import first_batch
 from pytorch_influence_functions.problem.wrappers import unwrap
+from pytorch_influence_functions.trajectory import GroupState, RecordedStep
+from pytorch_influence_functions.trajectory.recording import MOMENTS_FILE
 from tests.laws.pictures import differences, picture
 
 N, QUERIES = 24, 3
@@ -118,20 +121,18 @@ def loader(data: Any) -> Any:
 
 
 def adam_run(model: nn.Module) -> ptif.Recording:
-    """Two checkpoints of a training by Adam."""
-    folder = tempfile.mkdtemp()
-    trained = settled(model)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=1e-3)
-    with ptif.Recorder(trained, optimizer, folder, steps=2, at=(0.5, 1.0)) as recorder:
-        for _ in range(2):
-            for parameter in trained.parameters():
-                parameter.grad = torch.full_like(parameter, 0.5)
-            optimizer.step()
-    return recorder.recording
+    """Two checkpoints of a training by Adam, as a recorder leaves them."""
+    recorded = []
+    for step, state in enumerate(states(settled(model)), 1):
+        file = Path(tempfile.mkdtemp()) / "moments.safetensors"
+        write_tensors(file, MOMENTS_FILE, dict(adam_state(settled(model)).second_moments), {"step": step})
+        groups = (GroupState(1e-3, 1e-3 * step, beta2=0.999, eps=1e-8),)
+        recorded.append(RecordedStep(step, state, groups, second_moments=file))
+    return ptif.Recording(tuple(recorded))
 
 
 def adam_state(model: nn.Module) -> ptif.trajectory.AdamState:
-    return ptif.trajectory.AdamState({k: torch.full_like(v, 0.25) for k, v in model.named_parameters()})
+    return ptif.trajectory.AdamState({k: torch.full_like(v, 0.25) for k, v in unwrap(model)[0].named_parameters()})
 
 
 SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
