@@ -26,7 +26,7 @@ from ..exact import ENUMERATED_OUTPUTS, GGN, Fisher, finite_outputs
 from ..fisher import AbstractFisher
 from ..own_losses import require_output_curvature
 from .cache import FactorCache, fingerprint_factors
-from .moments import BlockFactors, Moments, Sharing, unified
+from .moments import BlockFactors, Moments, Sharing, teaching_terms, unified
 
 # Share of the memory budget that rows kept for a second look may take.
 _KEPT_SHARE = 1 / 16
@@ -107,7 +107,8 @@ class Fit:
         """What should be read with the result: layers without gradient, and bases measured on too little."""
         notes, short = [], []
         for name, block in look.blocks.items():
-            count = len(self.ids) * len(self.members) * terms_of(block) * (self.columns if terms_of(block) == 1 else 1)
+            terms = teaching_terms(block)
+            count = int(len(self.ids) * len(self.members) * terms * (self.columns if terms_of(block) == 1 else 1))
             if float(blocks[name].values.abs().max()) == 0.0:
                 notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
             elif isinstance(block, (Outer, Conv)) and count < self._side(block):
@@ -149,7 +150,9 @@ class Fit:
         are known to a few per cent.
         """
         n = len(self.members[0][1].problem)
-        basis, values = needed_examples(self.plan, [BlockSize.of(b) for b in look.blocks.values()])
+        # Padding teaches nothing, and must not decide on how many examples the basis is measured.
+        sizes = [replace(BlockSize.of(b), terms=max(1, round(teaching_terms(b)))) for b in look.blocks.values()]
+        basis, values = needed_examples(self.plan, sizes)
         return spread_sample(n, basis), spread_sample(n, values)
 
     def _side(self, block: AbstractBlock) -> int:
@@ -190,7 +193,8 @@ class Fit:
     def _fit(self, blocks: Mapping[str, AbstractBlock], cache: FactorCache | None) -> dict[str, KroneckerBlock]:
         plan = self.plan
         factors = {
-            k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, len(self.ids)) for k, b in blocks.items()
+            k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, int(teaching_terms(b) * len(self.ids)))
+            for k, b in blocks.items()
         }
         keep = plan.corrected and len(self.ids) == len(self.more) and self._fits(blocks)
         kept: list[Columns] = []
