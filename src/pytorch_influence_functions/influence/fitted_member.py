@@ -149,5 +149,4 @@ class FittedMember:
         at_hand = operator.eigenvalues_at_hand and self.composition.solver.uses_spectrum
         if d is None or not at_hand:
             return math.nan
-        density = operator.known_eigenvalues()
-        return math.nan if density is None else density.sum(lambda x: effective(x, d))[0]
+        return operator.trace_of(lambda x: effective(x, d))

@@ -14,7 +14,7 @@ from ...core.distributed import World, current
 from ...core.errors import NonFinite
 from ...core.indexing import spread_sample
 from ...gradients.per_example import Derivatives, Tape
-from ...linalg.blocks import AbstractBlock, Conv, Outer, matrix_shape
+from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
 from ...linalg.kronecker import Kronecker, KroneckerBlock
 from ...linalg.rows import Rows
 from ...problem.checkpoints import Checkpoint, at_checkpoint
@@ -105,7 +105,7 @@ class Fit:
 
     def _notes(self, look: Rows, blocks: Mapping[str, KroneckerBlock]) -> tuple[str, ...]:
         """What should be read with the result: layers without gradient, and bases measured on too little."""
-        notes, short = [], []
+        notes, short, long = [], [], []
         for name, block in look.blocks.items():
             terms = teaching_terms(block)
             count = int(len(self.ids) * len(self.members) * terms * (self.columns if terms_of(block) == 1 else 1))
@@ -113,6 +113,15 @@ class Fit:
                 notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
             elif isinstance(block, (Outer, Conv)) and count < self._side(block):
                 short.append(f"{name!r} ({count:,} gradients, side {self._side(block):,})")
+            # An embedding's own side is one-hot, and so a diagonal without any loss.
+            if not isinstance(block, Indexed) and max(matrix_shape(block.shape)) > self.plan.largest:
+                long.append(f"{name!r} is {max(matrix_shape(block.shape)):,} long")
+        if long:
+            notes.append(
+                f"a side of {', '.join(long[:3])}{f' and {len(long) - 3} more' if len(long) > 3 else ''}, above "
+                f"largest={self.plan.largest:,}: it keeps its coordinates as basis (its second moment is taken as "
+                "diagonal), with eigenvalues measured in them"
+            )
         if short:
             notes.append(
                 f"fewer gradients than a factor's side is long at {', '.join(short[:3])}"

@@ -165,9 +165,28 @@ class BlockFactors:
             self.left.add(left * right.norm(dim=1, keepdim=True))
             self.right.add(right * left.norm(dim=1, keepdim=True))
             return
+        pair = block.table_and_outer() if isinstance(block, Sum) and not self.left.full else None
+        if pair is not None:
+            for row in range(len(block)):
+                self._see_tied(*(part.take(slice(row, row + 1)) for part in pair))
+            return
         dense = block.dense().reshape(len(block), self.left.size, self.right.size)
         self.left.add(dense.transpose(1, 2).flatten(0, 1))
         self.right.add(dense.flatten(0, 1))
+
+    def _see_tied(self, table: Indexed, outer: Outer) -> None:
+        """One gradient G = E^T V + L^T R of a tied embedding and head, E one-hot: the diagonal of G G^T, and G^T G.
+
+        Both follow from the Gram matrices of the terms; G itself, as long as the vocabulary, is not written out.
+        """
+        index, v, left, right = table.index[0], table.values[0], outer.left[0], outer.right[0]
+        there, same = left[:, index], (index[:, None] == index[None]).to(v)
+        cross = there * (right @ v.T)
+        squares = torch.einsum("to,to->o", (right @ right.T) @ left, left)
+        squares.index_add_(0, index, 2 * cross.sum(0) + (same * (v @ v.T)).sum(1))
+        self.left.moment.add_(squares)
+        product = right.T @ (there @ v)
+        self.right.moment.add_(v.T @ (same @ v)).add_(right.T @ (left @ left.T @ right)).add_(product).add_(product.T)
 
     def decompose(self, count: int) -> None:
         """Turn the moments into a basis and K-FAC's eigenvalues of the mean over `count`; the moments are let go."""
@@ -240,7 +259,7 @@ class BlockFactors:
     def corrected(self, count: int) -> KroneckerBlock:
         """The basis with the measured eigenvalues E[(Q^T G Q)^2]."""
         assert self.basis is not None and self.squares is not None
-        return KroneckerBlock(self.basis.left, self.basis.right, self.squares.double() / count)
+        return KroneckerBlock(self.basis.left, self.basis.right, self.squares.div_(count))
 
 
 def teaching_uses(columns: Sequence[Outer]) -> Bool[Tensor, "n t"] | None:
