@@ -128,6 +128,8 @@ class Influence(Record, AbstractMethod):
         # the same for all.
         with at_checkpoint(problem.model, checkpoints[-1]):
             derivatives = self._derivatives(problem)
+            if self.curvature is not None and self.projection is None:
+                self.curvature.check_size(derivatives, budget)
             stationarity = StationarityCheck.of(derivatives)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)

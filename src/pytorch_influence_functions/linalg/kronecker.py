@@ -28,8 +28,9 @@ from .space import Space
 class KroneckerBlock:
     """One block's bases and eigenvalues; a basis that is None is the identity.
 
-    `left` [o, o] and `right` [i, i] hold eigenvectors as columns, in the model's dtype; `values` [o, i] are float64, or
-    as they were added up: in the model's dtype. Where the eigenvalues are products, as in K-FAC, `sides` holds their factors [o] and [i].
+    `left` [o, o] and `right` [i, i] hold eigenvectors as columns, in the model's dtype; `values` [o, i] are in float64,
+    or as they were added up: in the model's dtype. Where the eigenvalues are products, as in K-FAC, `sides` holds their
+    factors [o] and [i].
     """
 
     left: Float[Tensor, "o o"] | None
