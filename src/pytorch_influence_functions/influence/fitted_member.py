@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.distributed import World
+from ..core.errors import TooLarge
 from ..curvature.base import Budget
 from ..curvature.spectrum import effective
 from ..damping.rules import AbstractDamping
@@ -25,6 +26,7 @@ from ..solvers.base import Solution
 from ..solvers.forecast import Composition, queries_at_once
 from ..solvers.preconditioner import Preconditioner
 from ..solvers.preconditioner_trial import PreconditionerTrial
+from .query_store import QueryStore
 from .scoring import self_influence_rows
 
 
@@ -127,9 +129,33 @@ class FittedMember:
 
     def room(self, budget: Budget) -> int:
         """How many queries are solved at once within the memory budget."""
+        return queries_at_once(self.composition.solver, self._numbers_each, self.number_bytes, budget)
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of one number of a gradient."""
         values = self.derivatives.whole.values(self.derivatives.problem.model).values()
-        number_bytes = max(p.element_size() for p in values)
-        return queries_at_once(self.composition.solver, self.derivatives.space.size, number_bytes, budget)
+        return max(p.element_size() for p in values)
+
+    @property
+    def _numbers_each(self) -> float:
+        """The numbers of one solved query: of a vector, or of the factors of a gradient that stays in factors."""
+        derivatives = self.derivatives
+        stays = self.composition.curvature.keeps_factors or self.composition.solver.solves_in_dual
+        return derivatives.numbers if stays and derivatives.numbers else float(derivatives.space.size)
+
+    def store(self, count: int, room: int) -> QueryStore | None:
+        """Where `count` solved queries go so that all share one pass, of which only `room` fit in memory at once.
+
+        None where they fit, where they are not written out, where rows are not made, or the disk is too small.
+        """
+        d = self.derivatives
+        if count <= room or self._numbers_each < d.space.size or d.vmapped or d.looped:
+            return None
+        try:
+            return QueryStore.of(d.space, count, self.number_bytes)
+        except TooLarge:
+            return None
 
     def self_influence(self, budget: Budget) -> Float[Tensor, " n"]:
         """(1/N) g_i^T (C + D)^-1 g_i of every training example, in float64 on the CPU."""

@@ -225,6 +225,12 @@ class Indexed(AbstractBlock):
     def sums(self) -> Float[Tensor, " n"]:
         return self.values.flatten(1).sum(1)
 
+    def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
+        out, index = self.values.new_zeros(weights.shape[0], *self.shape), self.index.flatten()
+        for q, w in enumerate(weights):
+            out[q].index_add_(0, index, (self.values * w[:, None, None]).flatten(0, 1))
+        return out
+
 
 @dataclass(frozen=True)
 class Window:

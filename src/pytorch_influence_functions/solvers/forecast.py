@@ -97,9 +97,9 @@ class Forecast(Printable):
         )
 
 
-def queries_at_once(solver: AbstractSolver[Any], parameters: int, number_bytes: int, budget: Budget) -> int:
-    """How many queries are solved together, with what the solver holds beside each answer."""
-    each = parameters * number_bytes * (1 + solver.vectors_held)
+def queries_at_once(solver: AbstractSolver[Any], numbers: float, number_bytes: int, budget: Budget) -> int:
+    """How many queries are solved together, with what the solver holds beside each answer of so many numbers."""
+    each = numbers * number_bytes * (1 + solver.vectors_held)
     return max(1, int(budget.bytes * QUERY_SHARE / each))
 
 
