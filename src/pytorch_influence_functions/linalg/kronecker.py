@@ -126,7 +126,7 @@ class Kronecker(AbstractSpectral):
         return min(float(low) for low, _ in ends), max(float(high) for _, high in ends)
 
     def trace_of(self, f: Callable[[Tensor], Tensor]) -> float:
-        parts = (v for b in self.blocks.values() for v in b.values.flatten().split(CHUNK_NUMBERS))
+        parts = (v for b in self.blocks.values() for v in torch.split(b.values.flatten(), CHUNK_NUMBERS))
         return sum(float(f(part.double()).sum()) for part in parts)
 
     def known_eigenvalues(self) -> Density:
@@ -156,7 +156,9 @@ class _MappedBlocks(Mapping[str, KroneckerBlock]):
     def __getitem__(self, name: str) -> KroneckerBlock:
         block = self.blocks[name]
         # What f is of, and gives, is float64; kept is what the block is kept in.
-        values = [self.f(name, part.double()).to(part.dtype) for part in block.values.split(_rows_of(block.values))]
+        values = [
+            self.f(name, part.double()).to(part.dtype) for part in torch.split(block.values, _rows_of(block.values))
+        ]
         return replace(block, values=torch.cat(values), sides=None)
 
     def __iter__(self) -> Iterator[str]:

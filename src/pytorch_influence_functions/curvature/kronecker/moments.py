@@ -168,7 +168,8 @@ class BlockFactors:
         pair = block.table_and_outer() if isinstance(block, Sum) and not self.left.full else None
         if pair is not None:
             for row in range(len(block)):
-                self._see_tied(*(part.take(slice(row, row + 1)) for part in pair))
+                one = slice(row, row + 1)
+                self._see_tied(pair[0].take(one), pair[1].take(one))
             return
         dense = block.dense().reshape(len(block), self.left.size, self.right.size)
         self.left.add(dense.transpose(1, 2).flatten(0, 1))
@@ -284,7 +285,7 @@ def teaching_terms(block: AbstractBlock) -> float:
 
 def _nonzero(x: Float[Tensor, "n t d"]) -> Bool[Tensor, "n t"]:
     """Whether any number of a term differs from zero. The largest, as squares of small numbers would vanish."""
-    return torch.linalg.vector_norm(x, math.inf, -1) != 0
+    return torch.linalg.vector_norm(x, math.inf, -1).bool()
 
 
 def _every(teaches: Bool[Tensor, "n t"], stride: int) -> Bool[Tensor, "n t"] | slice:
