@@ -285,7 +285,8 @@ def teaching_terms(block: AbstractBlock) -> float:
 
 def _nonzero(x: Float[Tensor, "n t d"]) -> Bool[Tensor, "n t"]:
     """Whether any number of a term differs from zero. The largest, as squares of small numbers would vanish."""
-    return torch.linalg.vector_norm(x, math.inf, -1).bool()
+    largest: Tensor = torch.linalg.vector_norm(x, math.inf, -1)
+    return largest.bool()
 
 
 def _every(teaches: Bool[Tensor, "n t"], stride: int) -> Bool[Tensor, "n t"] | slice:
