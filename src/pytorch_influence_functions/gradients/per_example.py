@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..core.batches import batch_slice, tensors_of
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
@@ -144,6 +145,21 @@ class Derivatives:
     def with_projection(self, projection: AbstractProjection) -> Derivatives:
         """The same derivatives with every row projected; raises as `AbstractProjection.projector`."""
         return replace(self, projector=projection.projector(self.whole))
+
+    def restricted(self, names: Iterable[str]) -> Derivatives:
+        """The same derivatives over some blocks only: every curvature of it is the diagonal block of the whole one's.
+
+        Args:
+            names: the blocks.
+        """
+        space = subspace(self.whole, names)
+        layers = {}
+        for key, layer in self.layers.items():
+            parts = {block: part for block, part in layer.parts.items() if block in space.blocks}
+            if parts:
+                layers[key] = replace(layer, parts=parts)
+        vmapped, looped = (tuple(b for b in some if b in space.blocks) for some in (self.vmapped, self.looped))
+        return replace(self, whole=space, layers=layers, vmapped=vmapped, looped=looped)
 
     @property
     def routes(self) -> dict[str, str]:

@@ -21,7 +21,6 @@ from ...problem.checkpoints import Checkpoint, at_checkpoint
 from ...problem.data import Source
 from ...problem.problem import first_batch, sweep
 from ..base import Budget
-from ..blockwise import restricted
 from ..cost import BlockSize, terms_of
 from ..exact import ENUMERATED_OUTPUTS, GGN, Fisher, finite_outputs
 from ..fisher import AbstractFisher
@@ -274,7 +273,7 @@ class Fit:
         """
         for checkpoint, derivatives in self.members:
             if derivatives.projector is None and len(names) < len(derivatives.space.blocks):
-                derivatives = restricted(derivatives, names)  # nothing is recorded of the other layers
+                derivatives = derivatives.restricted(names)  # nothing is recorded of the other layers
             with at_checkpoint(derivatives.problem.model, checkpoint):
                 for ids, batch in sweep(derivatives.problem, self.wide, over, "curvature factors", self.world):
                     tape, cotangents = self._cotangents(derivatives, ids, batch, draws)
