@@ -149,6 +149,18 @@ class AbstractCurvature(Record, ABC):
         """Whether it can be had in this `form` where only projections of gradient rows are known."""
         return False
 
+    def check_size(self, derivatives: Derivatives, budget: Budget) -> None:
+        """Refuse, before any data are read, what cannot be had within the budget whatever the data are.
+
+        Args:
+            derivatives: how the problem's gradients are taken.
+            budget: what it may take.
+
+        Raises:
+            TooLarge: it cannot.
+        """
+        return
+
     def closest_form(self, wanted: Form) -> Form:
         """Its eigenvalues where it comes with them, else the form that is `wanted`."""
         return Form.SPECTRAL if Form.SPECTRAL in self.forms else wanted

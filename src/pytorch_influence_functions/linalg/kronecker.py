@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .blocks import AbstractBlock, Conv, Dense, Outer
-from .chunks import chunks
+from .blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
+from .chunks import CHUNK_NUMBERS, chunks
 from .density import Density
 from .operator import AbstractSpectral
 from .rows import Rows
@@ -28,8 +28,9 @@ from .space import Space
 class KroneckerBlock:
     """One block's bases and eigenvalues; a basis that is None is the identity.
 
-    `left` [o, o] and `right` [i, i] hold eigenvectors as columns, in the model's dtype; `values` [o, i] is float64.
-    Where the eigenvalues are products, as in K-FAC, `sides` holds their factors [o] and [i].
+    `left` [o, o] and `right` [i, i] hold eigenvectors as columns, in the model's dtype; `values` [o, i] are in float64,
+    or as they were added up: in the model's dtype. Where the eigenvalues are products, as in K-FAC, `sides` holds their
+    factors [o] and [i].
     """
 
     left: Float[Tensor, "o o"] | None
@@ -45,6 +46,13 @@ class KroneckerBlock:
     def into_basis(self, block: AbstractBlock) -> Float[Tensor, "n o i"]:
         """left^T G right for every row, by the cheaper order of products."""
         o, i = self.values.shape
+        if isinstance(block, Sum):
+            first, *others = (self.into_basis(part) for part in block.parts)
+            for other in others:
+                first += other
+            return first
+        if isinstance(block, Indexed) and self.left is None:
+            return Indexed(block.index, _multiply(block.values, self.right), block.size).dense()
         if isinstance(block, (Outer, Conv)) and self.factors_are_cheaper(block.terms):
             outer = block if isinstance(block, Outer) else block.outer()
             return Outer(_multiply(outer.left, self.left), _multiply(outer.right, self.right)).dense()
@@ -112,7 +120,7 @@ class Kronecker(AbstractSpectral):
         return total
 
     def block_means(self) -> dict[str, float]:
-        return {k: float(b.values.mean()) for k, b in self.blocks.items()}
+        return {k: float(b.values.mean(dtype=torch.float64)) for k, b in self.blocks.items()}
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Kronecker:
         return self.map_values(lambda _, values: f(values))
@@ -121,8 +129,12 @@ class Kronecker(AbstractSpectral):
         return self.map_values(lambda name, values: values + decay[name])
 
     def extremes(self) -> tuple[float, float]:
-        values = [b.values for b in self.blocks.values()]
-        return min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+        ends = [torch.aminmax(b.values) for b in self.blocks.values()]
+        return min(float(low) for low, _ in ends), max(float(high) for _, high in ends)
+
+    def trace_of(self, f: Callable[[Tensor], Tensor]) -> float:
+        parts = (v for b in self.blocks.values() for v in torch.split(b.values.flatten(), CHUNK_NUMBERS))
+        return sum(float(f(part.double()).sum()) for part in parts)
 
     def known_eigenvalues(self) -> Density:
         return Density.of(torch.cat([b.values.flatten() for b in self.blocks.values()]))
@@ -145,6 +157,10 @@ class Kronecker(AbstractSpectral):
         return replace(self, blocks=_MappedBlocks(self.blocks, f))
 
 
+def _rows_of(values: Tensor) -> int:
+    return max(1, CHUNK_NUMBERS // max(1, values.shape[1]))
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class _MappedBlocks(Mapping[str, KroneckerBlock]):
@@ -155,7 +171,11 @@ class _MappedBlocks(Mapping[str, KroneckerBlock]):
 
     def __getitem__(self, name: str) -> KroneckerBlock:
         block = self.blocks[name]
-        return replace(block, values=self.f(name, block.values), sides=None)
+        # What f is of, and gives, is float64; kept is what the block is kept in.
+        values = [
+            self.f(name, part.double()).to(part.dtype) for part in torch.split(block.values, _rows_of(block.values))
+        ]
+        return replace(block, values=torch.cat(values), sides=None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.blocks)
