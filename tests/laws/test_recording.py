@@ -221,7 +221,7 @@ def test_moments_that_were_not_kept_are_missed_by_source_only(tmp_path: Path) ->
         model(torch.randn(2, 3)).sum().backward()
         optimizer.step()
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
-    with pytest.raises(InvalidInput, match=r"^Adam's second moments at step 1 were not recorded, and SOURCE needs"):
+    with pytest.raises(InvalidInput, match=r"^Adam's second moments at step 1 were not recorded, and they are needed"):
         recorder.recording.segments(1)
 
 

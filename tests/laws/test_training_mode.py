@@ -24,9 +24,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import methods
+from pytorch_influence_functions.core.files import write_tensors
 from pytorch_influence_functions.problem import problem as problem_module
 from pytorch_influence_functions.problem.problem import first_batch
 from pytorch_influence_functions.problem.wrappers import unwrap
+from pytorch_influence_functions.trajectory import GroupState, RecordedStep
+from pytorch_influence_functions.trajectory.recording import MOMENTS_FILE
 from tests.laws.pictures import differences, picture
 
 N, QUERIES = 24, 3
@@ -117,7 +120,24 @@ def loader(data: Any) -> Any:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 8)
 
 
+def adam_run(model: nn.Module) -> ptif.Recording:
+    """Two checkpoints of a training by Adam, as a recorder leaves them."""
+    recorded = []
+    for step, state in enumerate(states(settled(model)), 1):
+        file = Path(tempfile.mkdtemp()) / "moments.safetensors"
+        write_tensors(file, MOMENTS_FILE, dict(adam_state(settled(model)).second_moments), {"step": step})
+        groups = (GroupState(1e-3, 1e-3 * step, beta2=0.999, eps=1e-8),)
+        recorded.append(RecordedStep(step, state, groups, second_moments=file))
+    return ptif.Recording(tuple(recorded))
+
+
+def adam_state(model: nn.Module) -> ptif.trajectory.AdamState:
+    return ptif.trajectory.AdamState({k: torch.full_like(v, 0.25) for k, v in unwrap(model)[0].named_parameters()})
+
+
 SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "less": lambda model, problem: methods.less(adam_run(model)),
+    "trackstar": lambda model, problem: methods.trackstar(adam_state(model), 8),
     "along": lambda model, problem: methods.along(states(model)),
     "tracin": lambda model, problem: ptif.tracin([0.1]),
     "trak": lambda model, problem: ptif.trak(16),
@@ -132,6 +152,7 @@ SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
 ENTRIES: dict[str, Entry] = {
     name: by_method(SETTINGS.get(name, lambda model, problem, name=name: getattr(methods, name)()))
     for name in methods.__all__
+    if name != "unrolled"  # refuses batch normalisation and dropout; has a law of its own beside its values
 }
 ENTRIES |= {
     "attribute": lambda model, train, queries, folder: ptif.attribute(model, train, queries).values,

@@ -129,6 +129,8 @@ class Influence(Record, AbstractMethod):
         # the same for all.
         with at_checkpoint(problem.model, checkpoints[-1]):
             derivatives = self._derivatives(problem)
+            if self.curvature is not None and self.projection is None:
+                self.curvature.check_size(derivatives, budget)
             stationarity = StationarityCheck.of(derivatives)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
@@ -453,14 +455,9 @@ class Attribution(OldNames):
         for k, member in enumerate(self.members):
             scoring.log.checkpoint = k
             with at_checkpoint(self.problem.model, member.checkpoint):
-                room = member.room(Budget.of(self.spec.memory))
-                for query_ids, rows in scoring.query_groups(member.derivatives, room, part):
-                    solution = member.solve(rows)
-                    scoring.log.add_solution(solution, rows, member.shift)
-                    factors = self.spec.scaling.query_factors(rows)
-                    solved = solution.unwrap()
-                    solved = solved if factors is None else solved.scaled(factors)
-                    del rows, solution  # while the data stream past, nobody holds the unsolved rows
+                whole = self.spec.truncation is not None or self.spec.route is Route.FORWARD
+                memory = Budget.of(self.spec.memory)
+                for query_ids, solved in member.solved_groups(scoring, self.spec.scaling, memory, part, whole):
                     yield k, member, query_ids, solved
 
     def _stream(self, member: FittedMember, solved: Solved, log: RunLog) -> TrainingStream:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.records import Record
 from ..gradients.per_example import Derivatives, GradientBatch
+from ..linalg.dual_solution import DualSolution
 from ..linalg.rows import Rows
 from ..solvers.base import Solution
 
@@ -51,8 +52,13 @@ class AbstractScaling(Record, ABC):
         """Right-hand sides that are solved for every training example of so many `outputs`."""
         return 0
 
-    def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:
-        """One number per query that its scores are multiplied by; `rows` are the unsolved query gradients."""
+    def query_factors(self, rows: Rows, solved: Rows | DualSolution) -> Float[Tensor, " q"] | None:
+        """One number per query that its scores are multiplied by.
+
+        Args:
+            rows: the query gradients.
+            solved: (C + D)^-1 of them.
+        """
         return None
 
     @property

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..gradients.per_example import Derivatives, GradientBatch
+from ..linalg.dual_solution import DualSolution
 from ..linalg.rows import Rows
 from .base import AbstractScaling, Solving
 
@@ -64,9 +65,37 @@ class Cosine(AbstractScaling):
             norms = gradients.rows.squared_norms().double().sqrt()
             yield gradients._replace(rows=gradients.rows.scaled(invert(norms)))
 
-    def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:
+    def query_factors(self, rows: Rows, solved: Rows | DualSolution) -> Float[Tensor, " q"] | None:
         return invert(rows.squared_norms().double().sqrt())
 
     @property
     def note(self) -> str:
         return "gradients are divided by their length (cosine): a ranking, not predicted changes"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Whitened(AbstractScaling):
+    r"""The cosine of query and example where lengths are measured by the curvature, over N.
+
+    score[q, i] = (1/N) g_q^T M g_i / sqrt(g_q^T M g_q  g_i^T M g_i) with M = (C + lambda)^-1: `RelatIF` with the query
+    divided by its own size as well, so that queries compare too. Costs one solve per training example. A query or
+    example without gradient has the score 0.
+
+    Reference: Chang et al. (2024), "Scalable Influence and Fact Tracing for Large Language Model Pretraining".
+    """
+
+    first_order: ClassVar[bool] = False
+
+    def solves_per_example(self, outputs: int) -> int:
+        return 1
+
+    def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
+        return RelatIF().rows(derivatives, solving)
+
+    def query_factors(self, rows: Rows, solved: Rows | DualSolution) -> Float[Tensor, " q"] | None:
+        return invert(solved.rowwise(rows).double().clamp_min(0.0).sqrt())
+
+    @property
+    def note(self) -> str:
+        return "queries and examples are divided by their own size in the curvature: a ranking, not predicted changes"

@@ -49,8 +49,9 @@ from ..problem.problem import Problem
 from ..problem.working_precision import in_working_precision
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
+from .preconditioner import preconditioner_of
 from .segments import Segment, copy_if_live, refuse_shared, split_evenly
-from .unrolling import FittedSegment, form_of, preconditioned, refuse_overflow
+from .unrolling import FittedSegment, form_of, refuse_overflow
 
 
 @final
@@ -65,7 +66,8 @@ class SOURCE(AbstractMethod):
     is the predicted change of `m(q)` when example i is removed: positive = helpful, for a loss. No damping is needed:
     (1 - exp(-eta K lam)) / lam is finite for every lam, is about 1 / (lam + 1 / (eta K)), and tends to 1 / lam, the
     influence function, as eta K grows. (That gives the damping rule `FromTraining(lr, steps)`.) L2 weight decay is part
-    of H; under `AdamState` H becomes P H, P being Adam's diagonal preconditioner.
+    of H; under `AdamState` H becomes P H, P being Adam's diagonal preconditioner: exactly with a dense curvature, and
+    with a Kronecker-factored one as a diagonal in its eigenbasis, from the second moments along its eigenvectors.
 
     Args:
         segments: `Segment(checkpoints, lr, steps, momentum, adam)` in the order of training; see also `source`.
@@ -170,16 +172,13 @@ class SOURCE(AbstractMethod):
         form = form_of(self.curvature, segment.adam is not None)
         operator = self.curvature.mean_of(members, form, Budget.of(self.memory))
         assert isinstance(operator, AbstractSpectral)
-        root = None
         if any(problem.space.decay.values()):
             operator = operator.shifted(problem.space.decay)
-        if segment.adam is not None:
-            root = segment.adam.root(problem.space)
-            operator = preconditioned(operator, root, segment.adam.decays(problem.space))
+        preconditioner = None if segment.adam is None else preconditioner_of(operator, segment.adam)
+        operator = operator if preconditioner is None else preconditioner.curvature
         # The eigenvectors say it all: the matrix itself need not be kept beside them.
-        return FittedSegment(
-            segment, tuple(members), operator.eigen() if isinstance(operator, Matrix) else operator, root
-        )
+        operator = operator.eigen() if isinstance(operator, Matrix) else operator
+        return FittedSegment(segment, tuple(members), operator, preconditioner)
 
     def _check_room(self, problem: Problem) -> None:
         if form_of(self.curvature, any(s.adam is not None for s in self.parts)) is not Form.MATRIX:

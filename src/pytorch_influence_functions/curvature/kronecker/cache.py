@@ -19,10 +19,12 @@ from ...core.distributed import World
 from ...core.errors import InvalidInput
 from ...core.files import read_tensors, write_tensors
 from ...core.fingerprint import Fingerprint
+from ...core.temporary_folder import TemporaryFolder
 from ...gradients.per_example import Derivatives
 from ...linalg.kronecker import KroneckerBlock
 from ...problem.checkpoints import Checkpoint
 from ...problem.ingredients import describe_model, digest_data
+from ..base import Budget
 
 _KIND: Final = "curvature factors"
 _SIDES: Final = ("left_values", "right_values")
@@ -54,6 +56,25 @@ class FactorCache:
     place: CacheFolder
     names: tuple[str, ...]
     device: torch.device
+    own: TemporaryFolder | None = None
+    """The temporary folder that the blocks lie in, where no other was asked for; it goes when nobody needs it."""
+    notes: tuple[str, ...] = ()
+    """Sentences that belong to the result."""
+
+    @staticmethod
+    def temporary(size: int, budget: Budget, names: tuple[str, ...], device: torch.device) -> FactorCache:
+        """A place for blocks of so many bytes in all, which are more than the budget: until the fit is let go.
+
+        Raises:
+            TooLarge: the disk has no room for them.
+        """
+        way_out = "give folder=path on a larger disk, select fewer parameters, or raise the bound with memory="
+        own = TemporaryFolder(size, "The Kronecker factors", way_out)
+        note = (
+            f"the Kronecker factors take {size / 2**30:.2g} GiB, above the bound of {budget.bytes / 2**30:.2g} GiB: "
+            "they were fitted in turn and lie in a temporary folder (give folder=path to keep them, or raise memory=)"
+        )
+        return FactorCache(CacheFolder(own.path, "temporary"), names, device, own, (note,))
 
     @staticmethod
     def of(
@@ -64,7 +85,8 @@ class FactorCache:
         Raises:
             InvalidInput: the folder cannot be made.
         """
-        return FactorCache(CacheFolder.of(folder, fingerprint), names, device)
+        place = CacheFolder.of(folder, fingerprint)
+        return FactorCache(place, names, device, notes=place.notes)
 
     def path(self, name: str) -> Path:
         """The file of one block."""
@@ -85,8 +107,14 @@ class FactorCache:
         if world.rank == 0:
             self.write(name, block)
         world.exchange("")  # process 0 has written before the others look
-        if world.rank > 0 and not self.path(name).exists():
+        if world.rank > 0 and not self._holds(name):
             self.write(name, block)
+
+    def _holds(self, name: str) -> bool:
+        with suppress(InvalidInput):
+            self.read(name)
+            return True
+        return False
 
     def finished_by_all(self, world: World) -> Iterator[tuple[str, KroneckerBlock]]:
         """As `finished`, the same on every process of `world`: what process 0 has goes to those that do not have it.
