@@ -153,7 +153,7 @@ def extremes(scores: ptif.Scores) -> Tensor:
 
 def answers(_: int) -> dict[str, Tensor]:
     torch.manual_seed(3)
-    with ptif.distributed(timeout=120):
+    with ptif.distributed(timeout=900):
         return {name: program() for name, program in programs().items()}
 
 

