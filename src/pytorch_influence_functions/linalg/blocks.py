@@ -225,6 +225,12 @@ class Indexed(AbstractBlock):
     def sums(self) -> Float[Tensor, " n"]:
         return self.values.flatten(1).sum(1)
 
+    def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
+        out = self.values.new_zeros(weights.shape[0], *self.shape)
+        for q, w in enumerate(weights):  # no example's table is written out
+            out[q].index_add_(0, self.index.flatten(), (self.values * w[:, None, None]).flatten(0, 1))
+        return out
+
 
 @dataclass(frozen=True)
 class Window:
