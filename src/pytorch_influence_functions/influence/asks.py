@@ -101,7 +101,7 @@ class DataAsk(AbstractAsk):
         """Rows of one query per term, in the form of gradients: the terms stand side by side."""
         total: Rows | None = None
         for term, combination in parts:
-            queries, place = combination.queries.unique(return_inverse=True)
+            queries, place = torch.unique(combination.queries, return_inverse=True)
             read = [g.rows for g in term.gradients(derivatives, self.measure, queries, labels)]
             rows = Rows.cat(read).take(place)
             if not bool((combination.weights == 1).all()):
@@ -120,7 +120,7 @@ class DataAsk(AbstractAsk):
         for term, combination in parts:
             order = torch.argsort(combination.queries, stable=True)
             entries = combination.queries[order]
-            queries = entries.unique()
+            queries = torch.unique(entries)
             if not len(queries):
                 continue
             for gradients in term.gradients(derivatives, self.measure, queries, labels):
@@ -170,9 +170,13 @@ class ModelAsk(AbstractAsk):
         with preserved(model, space.names), derivative_safe(model), torch.enable_grad():
             parameters = space.values(model)
             value = self.function.value(model.inner if isinstance(model, ModelAndLoss) else model)
-            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                value, list(parameters.values()), allow_unused=True
+            )
         if not bool(torch.isfinite(value)):
-            raise NonFinite(f"The function {self.function.called} of FromModel is {float(value)}; make it finite.")
+            raise NonFinite(
+                f"The function {self.function.called} of FromModel is {float(value.detach())}; make it finite."
+            )
         if all(g is None for g in gradients):
             raise InvalidInput(
                 f"The function {self.function.called} of FromModel does not depend on the parameters that take part; "

@@ -64,7 +64,7 @@ class Candidates:
     @property
     def union(self) -> Int[Tensor, " u"]:
         """Every candidate once, in ascending order."""
-        return self.wanted.unique()
+        return self.wanted.flatten().sort().values.unique_consecutive()
 
     @property
     def width(self) -> int:

@@ -38,7 +38,7 @@ class Question:
         source: the queries; None where the question is about the whole model.
         query_ids: of every row its place in the query dataset, -1 for a row of several.
         names: of every row; None: the queries' own.
-        description: what should be said of how rows are made; empty for a row per query.
+        description: how the rows are made of the queries, in words; empty where each query is a row.
         labels: of the queries.
         candidates: the training examples that are scored; None: all.
     """
@@ -85,7 +85,7 @@ class Question:
             question = _about_data(source, against, measures, aggregate, top)
         if ids is None:
             return question
-        return _with_candidates(question, Candidates.of(ids, problem.data, len(question)), len(problem))
+        return replace(question, candidates=Candidates.of(ids, problem.data, len(question)))
 
     def __len__(self) -> int:
         return sum(map(len, self.asks))
@@ -210,8 +210,8 @@ def _about_data(
     if len(measures) > 1:
         rows = [f"query {place}" for place in places.tolist()] if names is None else names
         names = [f"{row}, {name}" for name in measures for row in rows]
-    elif "" not in measures and names is not None:
-        names = [f"{row}, {next(iter(measures))}" for row in names]
+        several = f"one row for each of {len(measures)} measures"
+        description = f"{several}; {description}" if description else several
     places = places.repeat(len(measures))
     return Question(asks, lower, top, source, places, names, description, Labels(len(source)))
 
@@ -267,12 +267,6 @@ def _contrasted(a: Source, left: Combination, b: Source, right: Combination) -> 
 
 def _no_places(together: Aggregate) -> Int[Tensor, " r"]:
     return torch.full((len(together.names),), MEAN)
-
-
-def _with_candidates(question: Question, candidates: Candidates, n_train: int) -> Question:
-    known = f"{candidates.width:,} of {n_train:,} training examples per row were asked for"
-    description = f"{question.description}; {known}" if question.description else known
-    return replace(question, candidates=candidates, description=description)
 
 
 def resolve_measure(problem: Problem, trained: AbstractObjective, measure: Any, source: Source) -> AbstractObjective:

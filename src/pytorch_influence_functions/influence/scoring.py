@@ -115,9 +115,16 @@ class ScoringPass:
 
     def _record(self, diagnostics: Callable[[RunLog], Diagnostics], fit_seconds: float) -> Diagnostics:
         seconds = fit_seconds + time.perf_counter() - self._started
-        record, described = diagnostics(self.log), self.question.description
-        notes = (described, *record.notes) if described else record.notes
-        return replace(record, n_queries=len(self.question), seconds=seconds, notes=notes)
+        record, question = diagnostics(self.log), self.question
+        notes = record.notes
+        if question.candidates is not None:
+            width = question.candidates.width
+            notes = (f"{width:,} of {len(self.problem):,} training examples per row were asked for", *notes)
+        if self.parts is not None:
+            notes = (f"told apart by {len(self.parts)} parts of the model, which add up to the whole", *notes)
+        return replace(
+            record, n_queries=len(question), seconds=seconds, notes=notes, rows=question.description or record.rows
+        )
 
     def _result(self, matrix: ScoreMatrix, diagnostics: Diagnostics) -> Scores:
         problem, question = self.problem, self.question
@@ -141,7 +148,7 @@ class ScoringPass:
             train_source=data.whole,
             query_source=None if queries is None else queries.whole,
         )
-        return scores.top(question.top) if matrix.top_at_end else scores
+        return scores.top(question.top) if question.top is not None and matrix.holds_all else scores
 
 
 @dataclass(eq=False)
@@ -166,9 +173,9 @@ class ScoreMatrix:
             self._extremes = TopK(len(self.question), top)
 
     @property
-    def top_at_end(self) -> bool:
-        """Whether the extremes are still to be taken of the result."""
-        return self.question.top is not None and self._extremes is None
+    def holds_all(self) -> bool:
+        """Whether all scores are held, so that extremes are still to be taken of the result."""
+        return self._extremes is None
 
     def add(self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
         """Add a block of finite scores."""

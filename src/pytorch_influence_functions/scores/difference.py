@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -36,7 +37,8 @@ def check_comparable(a: Scores, b: Scores) -> None:
         )
 
 
-def difference_notes(a: Diagnostics, b: Diagnostics) -> tuple[str, ...]:
-    """What is said of a difference, with the notes of both."""
-    said = f"difference: these scores less those of {b.method or 'another result'}"
-    return (said, *a.notes, *(f"of what was subtracted: {note}" for note in b.notes if note not in a.notes))
+def of_diagnostics(a: Diagnostics, b: Diagnostics) -> Diagnostics:
+    """What is said of a difference: the facts of the first, and the notes of both."""
+    notes = (*a.notes, *(f"of what was subtracted: {note}" for note in b.notes if note not in a.notes))
+    rows = f"the scores of {a.method or 'one result'} less those of {b.method or 'another'}"
+    return replace(a, notes=notes, rows=f"{rows}; {a.rows}" if a.rows else rows)

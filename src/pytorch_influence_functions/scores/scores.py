@@ -216,8 +216,8 @@ class Scores:
             InvalidInput: queries, training examples or the direction of the measures differ.
         """
         difference.check_comparable(self, other)
-        notes = difference.difference_notes(self.diagnostics, other.diagnostics)
-        return replace(self, values=self.values - other.values, diagnostics=replace(self.diagnostics, notes=notes))
+        record = difference.of_diagnostics(self.diagnostics, other.diagnostics)
+        return replace(self, values=self.values - other.values, diagnostics=record)
 
     def top(self, k: int) -> Scores:
         """Only the `k` most helpful and `k` most harmful examples of each query, most helpful first.
