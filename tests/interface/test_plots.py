@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no data": (lambda: Scores(torch.zeros(1, 2)).plot(), "do not remember the data.*pass train="),
     "other length": (lambda: plot_influences(example(), train=(images(5),)), "train= has 5 examples and .* of 12"),
     "too few queries": (lambda: plot_influences(example(), 1, queries=images(1)), "queries= has 1 examples"),
-    "mean": (lambda: example().mean().plot(), "mean over queries has no example"),
+    "mean": (lambda: example().mean().plot(tokens={}), "several queries has no text of its own"),
     "channels": (
         lambda: example().plot(denormalize=([0.5] * 3, [0.2])),
         "mean of 3 numbers and the pictures have 1 channels",

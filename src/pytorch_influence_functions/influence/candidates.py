@@ -64,7 +64,8 @@ class Candidates:
     @property
     def union(self) -> Int[Tensor, " u"]:
         """Every candidate once, in ascending order."""
-        return self.wanted.flatten().sort().values.unique_consecutive()
+        union: Tensor = torch.unique(self.wanted)
+        return union
 
     @property
     def width(self) -> int:

@@ -87,7 +87,8 @@ class FromModel(Record):
     @property
     def called(self) -> str:
         """The row's name."""
-        return self.name or str(getattr(self.function, "__name__", type(self.function).__name__))
+        own = str(getattr(self.function, "__name__", type(self.function).__name__))
+        return self.name or ("a function of the model" if own == "<lambda>" else own)
 
     def value(self, model: Any) -> Tensor:
         """The number, as a tensor without axes.
