@@ -155,11 +155,11 @@ def attribute(
     changes = {"damping": damping, "route": route, "precision": precision}
     spec, whole, source = _prepare("attribute", model, train, queries, loss, (method, run), changes, problem)
     _refuse_to_verify(verify, aggregate, contrast, ids, by, source)
+    if contrast is not None and (isinstance(model, Problem) or is_trainer(model)):
+        contrast = _known_queries(whole, contrast, model, "contrast")
     names: list[str] | None = None
     if isinstance(source, TextQueries):
         source, contrast, names = _sides(source, contrast)
-    elif contrast is not None and (isinstance(model, Problem) or is_trainer(model)):
-        contrast = _known_queries(whole, contrast, model, "contrast")
     fitted: Any = spec.fit(whole, n_queries=_count_rows(source, aggregate))
     asked = {"aggregate": aggregate, "contrast": contrast, "ids": ids, "by": by}
     scores: Scores | PartScores = fitted.score(source, measure, top=top if verify is None else None, **asked)
