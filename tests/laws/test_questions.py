@@ -53,7 +53,8 @@ METHODS: dict[str, tuple[Callable[[nn.Module], AbstractMethod], float]] = {
     "vmap": (lambda m: ptif.Influence(GGN(), Spectral(), DAMPING, route="vmap"), 1e-9),
     "embedding": (lambda m: ptif.methods.EmbeddingSimilarity(), 1e-6),
 }
-LAYERED = [name for name in METHODS if name not in ("trak", "forward", "embedding")]
+LAYERED = [name for name in METHODS if name not in ("trak", "forward", "embedding", "cg")]
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "cg" else name for name in METHODS]
 GROUPS = torch.tensor([0, 1, 1, 2, 0, 1])
 
 
@@ -72,7 +73,7 @@ def others(queries: Any) -> Any:
 # --------------------------------------------------------------------------- aggregates
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_of_several_queries_are_the_same_sums_of_their_rows(name: str) -> None:
     attribution, queries, tolerance = fitted(name)
     each = attribution.score(queries).values.double()
@@ -164,7 +165,7 @@ def test_every_kind_of_layer_is_summed_and_subtracted_as_its_rows_are(case: Case
 # --------------------------------------------------------------------------- contrast
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_contrast_is_the_difference_of_two_rows(name: str) -> None:
     attribution, queries, tolerance = fitted(name)
     here, there = attribution.score(queries).values.double(), attribution.score(others(queries)).values.double()
@@ -247,7 +248,7 @@ def test_a_norm_of_the_weights_by_the_dense_formula() -> None:
 # --------------------------------------------------------------------------- candidates
 
 
-@pytest.mark.parametrize("name", [*METHODS, "along"])
+@pytest.mark.parametrize("name", [*NAMES, "along"])
 def test_candidates_have_the_scores_that_they_have_among_all(name: str) -> None:
     if name == "along":
         model, x, y, *queries = mlp(n=40, q=6)
@@ -324,12 +325,14 @@ def test_parts_add_up_to_the_whole(name: str) -> None:
     parts = attribution.score(queries, by="layer")
     assert isinstance(parts, PartScores) and list(parts) == ["0", "2"] and parts.values_by_part.shape == (2, 6, 40)
     assert relative_gap(parts.total().values, whole.values) < tolerance
-    assert float(parts["0"].values.norm()) > 0.01 * float(whole.values.norm()) < 100 * float(parts["2"].values.norm())
-    few = attribution.score(queries, by=["0"], ids=[3, 9], aggregate="mean")
+    for part in parts.values():
+        assert 0.01 < float(part.values.norm() / whole.values.norm()) < 100
+    few = attribution.score(queries, by=["0"], ids=[3, 9])
     assert list(few) == ["0", "(others)"]
-    assert relative_gap(few["0"].values, parts["0"].values.mean(0)[None, [3, 9]]) < max(
-        tolerance, 1e9 * (name == "along")
-    )
+    assert relative_gap(few["0"].values, parts["0"].values[:, [3, 9]]) < tolerance
+    if name != "along":  # in units of its own spread, a mean is no mean of rows
+        mean = attribution.score(queries, by="layer", aggregate="mean")
+        assert relative_gap(mean["2"].values[0], parts["2"].values.mean(0)) < tolerance
     top = attribution.score(queries, by="layer", top=2)
     assert top["2"].helpful(1, 2)[0][0] == parts["2"].helpful(1, 1)[0][0]
     with pytest.raises(InvalidInput, match=r"^Each part holds other training examples"):
