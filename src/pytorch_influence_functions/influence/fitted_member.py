@@ -123,10 +123,10 @@ class FittedMember:
             shares[query_ids] = torch.where(sizes > 0, damped / sizes, torch.zeros_like(sizes)).cpu()
         return shares
 
-    def training_rows(self, scaling: AbstractScaling) -> Iterator[GradientBatch]:
-        """The rows that stand for the training examples under a scaling."""
+    def training_rows(self, scaling: AbstractScaling, ids: Tensor | None = None) -> Iterator[GradientBatch]:
+        """The rows that stand for the training examples `ids` (None: all) under a scaling."""
         solver, state = self.composition.solver, self.state
-        solving = Solving(self.solve, lambda rows: solver.quadratic(state, rows), len(self.derivatives.problem))
+        solving = Solving(self.solve, lambda rows: solver.quadratic(state, rows), len(self.derivatives.problem), ids)
         return scaling.rows(self.derivatives, solving)
 
     def room(self, budget: Budget) -> int:
