@@ -62,6 +62,7 @@ from .objectives.measures import FromFunction, Logit, Margin
 from .problem.problem import Problem
 from .problem.weight_decay import WeightDecay
 from .scores.diagnostics import Diagnostics
+from .scores.parts import PartScores
 from .scores.scores import Scores
 from .trajectory.recorder import Recorder
 from .trajectory.recording import Recording
@@ -77,6 +78,7 @@ __all__ = [
     "InfluenceError",
     "Logit",
     "Margin",
+    "PartScores",
     "Problem",
     "Recorder",
     "Recording",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
 import torch
 
@@ -18,7 +18,10 @@ from .hf.models import is_trainer
 from .hf.problem import problem as hf_problem
 from .hf.queries import TextQueries
 from .influence.checks import check_top, in_queries
+from .influence.combination import aggregate_of
 from .influence.method import AbstractMethod
+from .influence.parts import By
+from .influence.question import model_functions
 from .linalg.rows import Route
 from .linalg.space import Selection
 from .methods.names import MethodLike, as_method
@@ -30,7 +33,8 @@ from .problem.infer_loss import infer_objective
 from .problem.model_state import plain_autograd
 from .problem.problem import Problem, check_model
 from .problem.weight_decay import WeightDecay
-from .scores.scores import Scores
+from .scores.parts import PartScores
+from .scores.scores import MEAN, Scores
 from .solvers.forecast import Forecast
 from .trajectory.along import Along
 from .trajectory.recording import RunLike
@@ -52,6 +56,24 @@ class ProblemOptions(TypedDict, total=False):
     device: torch.device | str | None
 
 
+# fmt: off
+@overload
+def attribute(
+    model: Any, train: Any = None, queries: Any = None, *, loss: Any = None, method: MethodLike | None = None,
+    run: RunLike | None = None, damping: AbstractDamping | float | None = None, route: Route | str | None = None,
+    precision: str | None = None, measure: Any = None, top: int | None = None, aggregate: Any = None,
+    contrast: Any = None, ids: Any = None, by: None = None, verify: Any = None,
+    distributed: bool = False, **problem: Unpack[ProblemOptions],
+) -> Scores: ...
+@overload
+def attribute(
+    model: Any, train: Any = None, queries: Any = None, *, loss: Any = None, method: MethodLike | None = None,
+    run: RunLike | None = None, damping: AbstractDamping | float | None = None, route: Route | str | None = None,
+    precision: str | None = None, measure: Any = None, top: int | None = None, aggregate: Any = None,
+    contrast: Any = None, ids: Any = None, by: By, verify: Any = None,
+    distributed: bool = False, **problem: Unpack[ProblemOptions],
+) -> PartScores: ...
+# fmt: on
 def attribute(
     model: Any,
     train: Any = None,
@@ -65,10 +87,14 @@ def attribute(
     precision: str | None = None,
     measure: Any = None,
     top: int | None = None,
+    aggregate: Any = None,
+    contrast: Any = None,
+    ids: Any = None,
+    by: By | None = None,
     verify: Any = None,
     distributed: bool = False,
     **problem: Unpack[ProblemOptions],
-) -> Scores:
+) -> Scores | PartScores:
     r"""Predict, for every query and every training example, what removing that example would change.
 
     `score[q, i] = (1/N) <(C + lambda)^-1 grad m(q), grad loss(i)>` is the predicted change of the measure `m(q)` when
@@ -82,7 +108,8 @@ def attribute(
             sampler draws), a pair (x, y) of tensors, arrays, frames or lists. See `Source.of`. None: the Trainer's or
             the problem's.
         queries: what is asked about, in the same forms; of a language model (a Trainer or `ptif.hf.problem`) also
-            texts, chats or `{"prompt", "completion", "against"}`, or what `ptif.hf.query` gave.
+            texts, chats or `{"prompt", "completion", "against"}`, or what `ptif.hf.query` gave; or
+            `ptif.objectives.FromModel(f)`, about the whole model.
         loss: the training loss: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. `None`: inferred
             from outputs and targets where that is unambiguous.
         method: a method such as `ptif.ekfac()`, its name such as `"ekfac"`, or a curvature such as
@@ -93,8 +120,14 @@ def attribute(
         route: force one route for gradients and inner products, see `Route`; `None`: the method's own.
         precision: `"bf16"` computes passes and the products of scoring in bfloat16, and sums in float32; `None`: the
             model's precision, float32 at least.
-        measure: what is measured on a query, e.g. `ptif.Margin()`; `None`: the training loss.
+        measure: what is measured on a query, e.g. `ptif.Margin()`, or a list of several; `None`: the training loss.
         top: keep only the k most helpful and k most harmful examples per query; `None`: all scores.
+        aggregate: put queries together into rows, each solved once: `"mean"`, `"sum"`, the group of every query, or by
+            name the positions, a mask or the weights of its queries; `None`: a row for every query.
+        contrast: what every query is compared with, in the forms of `queries`, as many or one: why this rather than
+            that? `None`: nothing.
+        ids: the training examples to score, or a list of them for every row; `None`: all.
+        by: `"layer"` or patterns of names: scores told apart by parts of the model, as `PartScores`; `None`: whole.
         verify: how the model was trained, an `evaluation.Recipe` or `(dataset, seed) -> trained model`: a handful of
             removals is retrained, and the verdict stands in `scores.diagnostics.notes`. See `Scores.verify`.
         distributed: share the work out over the processes of `torch.distributed`, all of which make the same call; see
@@ -108,7 +141,8 @@ def attribute(
         device: where to compute; by default where the model is.
 
     Returns:
-        `Scores` with `values` of shape (queries, N), indices being positions in the training dataset.
+        `Scores` with `values` of shape (queries, N), indices being positions in the training dataset. With `by`,
+        `PartScores`: one `Scores` for every part.
 
     Raises:
         InvalidInput: the data, model, loss or an argument cannot be used; the message says what to change.
@@ -127,31 +161,73 @@ def attribute(
     """
     check_top(top)
     changes = {"damping": damping, "route": route, "precision": precision}
+    whole = (model, train, queries, loss, (method, run), changes, problem)
+    asked = {"aggregate": aggregate, "contrast": contrast, "ids": ids, "by": by}
     with shared_out() if distributed else nullcontext():
-        return _attribute((model, train, queries, loss, (method, run), changes, problem), measure, top, verify)
+        return _attribute(whole, measure, top, asked, verify)
 
 
 @entry
-def _attribute(asked: tuple[Any, ...], measure: Any, top: int | None, verify: Any) -> Scores:
-    """What `attribute` gives: `asked` are the arguments of `_prepare`, behind the name."""
-    model, loss = asked[0], asked[3]
-    spec, whole, source = _prepare("attribute", *asked)
-    fitted = spec.fit(whole, n_queries=len(source))
-    pairs = isinstance(source, TextQueries) and source.pairs > 0
-    if pairs and verify is not None:
-        raise InvalidInput("verify= retrains for one answer, not for a pair; verify the scores of each answer.")
-    scores = fitted.score(source, measure, top=top if verify is None and not pairs else None)
+def _attribute(
+    given: tuple[Any, ...], measure: Any, top: int | None, asked: dict[str, Any], verify: Any
+) -> Scores | PartScores:
+    """What `attribute` gives: `given` are the arguments of `_prepare` behind the name, `asked` those of `score`."""
+    model, loss = given[0], given[3]
+    spec, whole, source = _prepare("attribute", *given)
+    contrast, names = asked["contrast"], None
+    _refuse_to_verify(verify, asked["aggregate"], contrast, asked["ids"], asked["by"], source)
+    if contrast is not None and (isinstance(model, Problem) or is_trainer(model)):
+        contrast = _known_queries(whole, contrast, model, "contrast")
     if isinstance(source, TextQueries):
-        scores = source.contrast(scores)
-        scores = scores.top(top) if pairs and top is not None else scores
+        source, contrast, names = _sides(source, contrast)
+    fitted: Any = spec.fit(whole, n_queries=_count_rows(source, asked["aggregate"]))
+    asked = asked | {"contrast": contrast}
+    scores: Scores | PartScores = fitted.score(source, measure, top=top if verify is None else None, **asked)
     inferred = loss is None and not isinstance(model, Problem)
-    scores = replace(scores, diagnostics=replace(scores.diagnostics, inferred=inferred))
+    if isinstance(scores, PartScores):
+        return PartScores({part: _finished(one, names, inferred) for part, one in scores.items()})
+    scores = _finished(scores, names, inferred)
     if verify is None:
         return scores
     verdict = scores.verify(verify, measure=whole.objective if measure is None else measure)
     diagnostics = replace(scores.diagnostics, notes=(*scores.diagnostics.notes, verdict.sentence))
     scores = replace(scores, diagnostics=diagnostics)
     return scores if top is None else scores.top(top)
+
+
+def _finished(scores: Scores, names: list[str] | None, inferred: bool) -> Scores:
+    """The scores with the queries' own names, where each is a row, and whether the loss was inferred."""
+    if names is not None and len(names) == len(scores) and MEAN not in scores.query_ids.tolist():
+        scores = replace(scores, query_names=names)
+    return replace(scores, diagnostics=replace(scores.diagnostics, inferred=inferred))
+
+
+def _sides(queries: TextQueries, contrast: Any) -> tuple[TextQueries, Any, list[str]]:
+    """Texts, what they are contrasted with, and what to call them."""
+    if contrast is not None and queries.pairs:
+        raise InvalidInput("These queries hold what they are contrasted with (against=); leave contrast= out.")
+    answers, others = queries.sides
+    return answers, contrast if others is None else others, queries.names
+
+
+def _refuse_to_verify(verify: Any, aggregate: Any, contrast: Any, ids: Any, by: Any, source: Any) -> None:
+    if verify is None:
+        return
+    if isinstance(source, TextQueries) and source.pairs:
+        raise InvalidInput("verify= retrains for one answer, not for a pair; verify the scores of each answer.")
+    options = {"aggregate": aggregate, "contrast": contrast, "ids": ids, "by": by}
+    options["FromModel"] = source if model_functions(source) else None
+    for name, value in options.items():
+        if value is not None:
+            raise InvalidInput(
+                f"verify= retrains and measures every query by itself, on every training example; leave {name}= or "
+                "verify= out."
+            )
+
+
+def _count_rows(source: Any, aggregate: Any) -> int:
+    """How many right-hand sides there will be: it guides the choice of the method."""
+    return len(source) if aggregate is None else len(aggregate_of(aggregate, len(source)).names)
 
 
 @plain_autograd()
@@ -166,6 +242,7 @@ def forecast(
     damping: AbstractDamping | float | None = None,
     route: Route | str | None = None,
     precision: str | None = None,
+    aggregate: Any = None,
     **problem: Unpack[ProblemOptions],
 ) -> Forecast:
     """What `attribute` would choose, and what it would cost: passes over the data, memory and seconds.
@@ -173,7 +250,7 @@ def forecast(
     Runs and times one small batch; nothing else is computed. Memory is what is needed beside the model.
 
     Args:
-        model, train, queries, loss, method, run, damping, route, precision: as for `attribute`.
+        model, train, queries, loss, method, run, damping, route, precision, aggregate: as for `attribute`.
         parameters, weight_decay, checkpoints, batch_size, deterministic, device: as for `attribute`.
 
     Raises:
@@ -186,7 +263,7 @@ def forecast(
     """
     changes = {"damping": damping, "route": route, "precision": precision}
     spec, whole, source = _prepare("forecast", model, train, queries, loss, (method, run), changes, problem)
-    return spec.forecast(whole, len(source))
+    return spec.forecast(whole, _count_rows(source, aggregate))
 
 
 def _prepare(
@@ -198,7 +275,7 @@ def _prepare(
     method: tuple[Any, Any],
     changes: Mapping[str, Any],
     options: ProblemOptions,
-) -> tuple[AbstractMethod, Problem, Source]:
+) -> tuple[AbstractMethod, Problem, Any]:
     """The method, the problem and the queries that were asked for."""
     known = isinstance(model, Problem) or is_trainer(model)
     if not known:
@@ -215,28 +292,34 @@ def _prepare(
         return spec, *_known_problem(name, model, train, queries, loss, options)
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
+    functions = model_functions(queries)
     with in_queries():
-        source = Source.of(queries, batch_size, data.class_names or ())
+        source = functions or Source.of(queries, batch_size, data.class_names or ())
     objective = infer_objective(model, data, options.get("device")) if loss is None else loss
     return spec, Problem(model, objective, data, **options), source
 
 
 def _known_problem(
     name: str, known: Any, train: Any, queries: Any, loss: Any, options: ProblemOptions
-) -> tuple[Problem, Source]:
+) -> tuple[Problem, Any]:
     """The problem of a Trainer, or the one that was given, and queries in its form."""
     if not isinstance(known, Problem):
         whole = hf_problem(known, dataset=train, loss=loss, **options)
-        with in_queries():
-            return whole, queries_for(whole, queries, known)
+        return whole, _known_queries(whole, queries, known)
     given = [*options, *(["loss"] if loss is not None else []), *(["train"] if train is not None else [])]
     if given:
         raise InvalidInput(
             f"{name}() got a problem and {given[0]}=, which belongs to it; write problem.with_({given[0]}=...), or "
             f"{name}(problem, queries=...)."
         )
-    with in_queries():
-        return known, queries_for(known, queries)
+    return known, _known_queries(known, queries, known)
+
+
+def _known_queries(problem: Problem, queries: Any, known: Any, place: str = "queries") -> Any:
+    """Queries in the form that a problem reads, or functions of the whole model."""
+    functions = model_functions(queries)
+    with in_queries(place):
+        return functions or queries_for(problem, queries, None if known is problem else known)
 
 
 def _check_given(name: str, train: Any, queries: Any) -> None:
@@ -250,8 +333,9 @@ def _check_given(name: str, train: Any, queries: Any) -> None:
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuse keyword arguments that do not exist, as Python would, but say which one was meant."""
-    known = [*ProblemOptions.__annotations__, "loss", "method", "run", "damping", "route", "precision"]
+    known = [*ProblemOptions.__annotations__, "loss", "method", "run", "damping", "route", "precision", "aggregate"]
     rest = ["measure", "top", "verify", "distributed"]
+    parts = ["contrast", "ids", "by"]
     for option in options:
         if option in ProblemOptions.__annotations__:
             continue
@@ -259,5 +343,9 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             raise InvalidInput("dry_run= became a function: write ptif.forecast(model, train, queries, ...).")
         if option in rest:
             raise InvalidInput(f"{name}() takes no {option}=, which does not change what is forecast; leave it out.")
-        close = nearest(option, [*known, *(rest if name == "attribute" else [])])
+        if option in parts:
+            raise InvalidInput(
+                f"{name}() speaks of whole scores of all training examples and takes no {option}=; leave it out."
+            )
+        close = nearest(option, [*known, *(rest + parts if name == "attribute" else [])])
         raise UnknownName(f"{name}() has no argument {option!r}.{close}")

@@ -161,11 +161,17 @@ def test_an_absent_matplotlib_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         example().plot()
 
 
+def test_a_row_of_several_queries_is_a_card_with_its_name() -> None:
+    scores = replace(example().mean(), query_names=["the worst class"], query_source=None)
+    words = [text.get_text() for text in scores.plot().findobj(matplotlib.text.Text)]
+    assert "the worst class" in words and "Asked together" in words
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "no data": (lambda: Scores(torch.zeros(1, 2)).plot(), "do not remember the data.*pass train="),
     "other length": (lambda: plot_influences(example(), train=(images(5),)), "train= has 5 examples and .* of 12"),
     "too few queries": (lambda: plot_influences(example(), 1, queries=images(1)), "queries= has 1 examples"),
-    "mean": (lambda: example().mean().plot(), "mean over queries has no example"),
+    "mean": (lambda: example().mean().plot(tokens={}), "several queries has no text of its own"),
     "channels": (
         lambda: example().plot(denormalize=([0.5] * 3, [0.2])),
         "mean of 3 numbers and the pictures have 1 channels",

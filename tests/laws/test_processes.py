@@ -127,6 +127,11 @@ def programs() -> dict[str, Callable[[], Any]]:
     for units in ALONG:
         along = ptif.Influence(curvature.EKFAC(), units=units)
         table[f"along, {units}"] = lambda a=along: extremes(ask(method=a, checkpoints=checkpoints(), top=3))
+    for name, options in {"mean": {"aggregate": "mean"}, "of some": {"ids": [3, 20, 21]}}.items():
+        table[f"ekfac, {name}"] = lambda options=options: ask(method=METHODS["ekfac"], **options).values
+    for name in ("ekfac", "dual of the empirical fisher"):
+        table[f"{name}, by layer"] = lambda name=name: by_layer(METHODS[name])
+    table["source, by layer"] = lambda: by_layer(ptif.source(checkpoints(), lr=0.1, steps=30, segments=3))
     table["along, spread, of itself"] = lambda: own(
         ptif.Influence(curvature.EKFAC(), units="spread"), checkpoints=checkpoints()
     )
@@ -144,6 +149,10 @@ def programs() -> dict[str, Callable[[], Any]]:
     table["wrapped model and loader"] = wrapped
     table["labels"] = lambda: torch.tensor([ask(method=m).train_labels for m in (METHODS["ekfac"], METHODS["dual"])])
     return table
+
+
+def by_layer(method: Any) -> Tensor:
+    return torch.stack([part.values for part in ask(method=method, by="layer").values()])
 
 
 def extremes(scores: ptif.Scores) -> Tensor:

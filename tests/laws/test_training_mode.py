@@ -184,6 +184,17 @@ ENTRIES |= {
         .score(queries)
         .values
     ),
+    "means and contrasts": lambda model, train, queries, folder: (
+        fitted(model, train, ptif.dual()).score(queries, contrast=queries, aggregate=[0, 1, 1], ids=[2, 5]).values
+    ),
+    "parts": lambda model, train, queries, folder: (
+        fitted(model, train, ptif.ekfac()).score(queries, by="layer").values_by_part
+    ),
+    "a function of the model": lambda model, train, queries, folder: (
+        fitted(model, train)
+        .score(ptif.objectives.FromModel(lambda m: nn.functional.cross_entropy(m(queries[0]), queries[1])))
+        .values
+    ),
     "damping curve": lambda model, train, queries, folder: fitted(model, train).damping_curve().losses,
     "self-influence": lambda model, train, queries, folder: fitted(model, train, ptif.ekfac()).self_influence(),
     "spectrum": lambda model, train, queries, folder: fitted(model, train).spectrum().mean,

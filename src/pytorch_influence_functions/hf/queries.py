@@ -57,6 +57,19 @@ class TextQueries(Source):
             return [self.texts.name(i) for i in range(len(self))]
         return [f"{self.texts.name(i)} / {self.texts.name(self.pairs + i)}" for i in range(self.pairs)]
 
+    @property
+    def sides(self) -> tuple[TextQueries, TextQueries | None]:
+        """The answers, and those that they are held against: `score(answers, contrast=others)` solves for pairs."""
+        if not self.pairs:
+            return self, None
+        return self._part(slice(0, self.pairs)), self._part(slice(self.pairs, None))
+
+    def _part(self, which: slice) -> TextQueries:
+        texts = self.texts
+        targets = None if texts.targets is None else texts.targets[which]
+        some = replace(texts, encoded=texts.encoded[which], targets=targets, kinds=None)
+        return replace(self, dataset=some, pairs=0, _determinism={})
+
     def contrast(self, scores: Scores) -> Scores:
         """Scores of each answer rather than the one it is held against: the difference of their losses is measured.
 

@@ -123,9 +123,9 @@ class FittedMember:
             shares[query_ids] = torch.where(sizes > 0, damped / sizes, torch.zeros_like(sizes)).cpu()
         return shares
 
-    def training_rows(self, scaling: AbstractScaling) -> Iterator[GradientBatch]:
-        """The rows that stand for the training examples under a scaling."""
-        solving = Solving(self._solve_alone, self._quadratic_alone, len(self.derivatives.problem))
+    def training_rows(self, scaling: AbstractScaling, ids: Tensor | None = None) -> Iterator[GradientBatch]:
+        """The rows that stand for the training examples `ids` (None: all) under a scaling."""
+        solving = Solving(self._solve_alone, self._quadratic_alone, len(self.derivatives.problem), ids)
         return scaling.rows(self.derivatives, solving)
 
     def room(self, budget: Budget) -> int:

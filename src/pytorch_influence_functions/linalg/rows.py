@@ -346,6 +346,10 @@ class Rows:
         """The same rows in another precision."""
         return self.map(lambda _, b: b.to(dtype))
 
+    def only(self, names: Sequence[str]) -> Rows:
+        """Some blocks of these rows."""
+        return Rows({name: self.blocks[name] for name in names})
+
     def take(self, index: Tensor | slice) -> Rows:
         return self.map(lambda _, b: b.take(index))
 

@@ -55,13 +55,22 @@ def agree_on_problem(problem: Problem, method: Any) -> None:
     current().agree(facts)
 
 
-def agree_on_question(source: Source, measure: Any, top: int | None) -> None:
-    """Make sure that every process asks the same.
+def agree_on_question(source: Source, against: Source | None, given: Mapping[str, Any]) -> None:
+    """Make sure that every process asks the same: queries, what they are held against, and other arguments by name.
 
     Raises:
         InvalidInput: they do not.
     """
-    current().agree(lambda: {"measure=": in_common(measure), "top=": str(top), **_looks(source, "query")})
+
+    def facts() -> Mapping[str, str]:
+        contrast = {} if against is None else _looks(against, "example of contrast=")
+        return {
+            **{name: _short(in_common(value)) for name, value in given.items()},
+            **_looks(source, "query"),
+            **contrast,
+        }
+
+    current().agree(facts)
 
 
 def in_common(value: Any) -> str:
@@ -84,12 +93,16 @@ def note_on_processes() -> tuple[str, ...]:
 
 def _looks(source: Source, what: str) -> dict[str, str]:
     """How many examples there are, and digests of some; not of what comes out of its transform anew each time."""
-    facts = {f"the number of {'queries' if what == 'query' else 'training examples'}": str(len(source))}
+    facts = {f"the number of {'queries' if what == 'query' else what.replace('example', 'examples')}": str(len(source))}
     for index in spread_sample(len(source), _ITEMS).tolist():
         with seeded():
             item = source.item(index)
         facts[f"{what} {index}"] = digest([(where, tensor) for where, tensor in tensors_of(item)])[:12]
     return facts
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 100 else f"{text[:60]}... ({digest(text)[:12]})"
 
 
 def _bits(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.records import Record
@@ -25,12 +25,16 @@ from ..solvers.base import Solution
 
 @dataclass(frozen=True, eq=False)
 class Solving:
-    """What a scaling may ask of a fitted model: `solve` gives (C + D)^-1 of rows, `count` is N."""
+    """What a scaling may ask of a fitted model: `solve` gives (C + D)^-1 of rows, `count` is N.
+
+    `ids` are the training examples that are scored, None: all.
+    """
 
     solve: Callable[[Rows], Solution]
     quadratic: Callable[[Rows], Tensor]
     """b^T (C + D)^-1 b for every row."""
     count: int
+    ids: Int[Tensor, " n"] | None = None
 
 
 class AbstractScaling(Record, ABC):
@@ -41,7 +45,7 @@ class AbstractScaling(Record, ABC):
 
     @abstractmethod
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        """The training rows, batch by batch in dataset order.
+        """The training rows of `solving.ids`, batch by batch in that order.
 
         Args:
             derivatives: the source of the plain training rows.
@@ -75,4 +79,4 @@ class Raw(AbstractScaling):
     first_order: ClassVar[bool] = True
 
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        return derivatives.stream(label="scoring")
+        return derivatives.stream(ids=solving.ids, label="scoring")

@@ -40,7 +40,7 @@ class RelatIF(AbstractScaling):
         return 1
 
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        for gradients in derivatives.stream(label="scoring"):
+        for gradients in derivatives.stream(ids=solving.ids, label="scoring"):
             rows = gradients.rows
             sizes = solving.solve(rows).unwrap().squared_norms() if self.parameters else solving.quadratic(rows)
             yield gradients._replace(rows=rows.scaled(invert(sizes.double().clamp_min(0.0).sqrt())))
@@ -61,7 +61,7 @@ class Cosine(AbstractScaling):
     first_order: ClassVar[bool] = False
 
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        for gradients in derivatives.stream(label="scoring"):
+        for gradients in derivatives.stream(ids=solving.ids, label="scoring"):
             norms = gradients.rows.squared_norms().double().sqrt()
             yield gradients._replace(rows=gradients.rows.scaled(invert(norms)))
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, final, overload
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from ..gradients.per_example import Derivatives
 from ..influence.assumptions import StationarityCheck
 from ..influence.checks import check_problem
 from ..influence.method import AbstractMethod
+from ..influence.parts import By, Parts
 from ..influence.question import Question
 from ..influence.run_log import RunLog
 from ..influence.scoring import (
@@ -48,6 +49,7 @@ from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.problem import Problem
 from ..problem.working_precision import in_working_precision
 from ..scores.diagnostics import Diagnostics
+from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from .preconditioner import preconditioner_of
 from .segments import Segment, copy_if_live, refuse_shared, split_evenly
@@ -246,28 +248,59 @@ class SourceAttribution(OldNames):
         """The composition in use, as it would be written."""
         return repr(self.spec)
 
+    # fmt: off
+    @overload
+    def score(
+        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
+        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: None = None,
+    ) -> Scores: ...
+    @overload
+    def score(
+        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
+        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: By,
+    ) -> PartScores: ...
+    # fmt: on
     @entry
-    def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
+    def score(
+        self,
+        queries: Any,
+        measure: Any = None,
+        top: int | None = None,
+        batch_size: int | None = None,
+        *,
+        aggregate: Any = None,
+        contrast: Any = None,
+        ids: Any = None,
+        by: By | None = None,
+    ) -> Scores | PartScores:
         """Predicted change of the measure on every query had each training example been absent.
 
         Args:
-            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
-            measure: what is measured on a query, an objective or loss; `None`: the training objective.
+            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`; or `FromModel(f)`, or a list of those.
+            measure: what is measured on a query, an objective or loss, or several; `None`: the training objective.
             top: keep only the k most helpful and k most harmful examples per query.
             batch_size: queries read at once; `None`: the problem's.
+            aggregate, contrast, ids, by: as for `Attribution.score`.
 
         Returns:
-            `Scores` of shape (queries, N).
+            `Scores` of shape (queries, N); with `by`, `PartScores`, which add up to them.
 
         Raises:
             NonFinite: a gradient or score is NaN or infinite; the indices are named.
         """
         model = self.problem.model
         with at_checkpoint(model, self.spec.final):
-            question = Question.of(self.problem, self.derivatives.objective, queries, measure, top, batch_size)
-            scoring = ScoringPass(self.problem, question)
+            asked = (queries, measure, top, batch_size, aggregate, contrast, ids)
+            question = Question.of(self.problem, self.derivatives.objective, *asked)
+            parts = None if by is None else Parts.of(by, self.derivatives)
+            scoring = ScoringPass(self.problem, question, parts=parts, whole=parts is not None)
             for query_ids, rows in scoring.query_groups(self.derivatives, self._room()):
-                scoring.add(query_ids, self._columns, self._block(query_ids, rows, scoring.log))
+                if parts is not None or question.candidates is not None:
+                    self._add_shares(scoring, query_ids, rows)
+                else:
+                    scoring.add(query_ids, self._columns, self._block(query_ids, rows, scoring.log))
+            if parts is not None:
+                return scoring.part_scores(self._diagnostics, self.fit_seconds)
             return scoring.scores(self._diagnostics, self.fit_seconds)
 
     @entry
@@ -323,15 +356,37 @@ class SourceAttribution(OldNames):
 
     def _block(self, query_ids: Tensor, rows: Rows, log: RunLog) -> Tensor:
         """Scores of a group of queries on the examples in `_columns`: the training data pass once per checkpoint."""
-        route, columns = Route.of(self.spec.route), self._columns
+        columns = self._columns
         total = torch.zeros(len(query_ids), len(columns), dtype=torch.float64)
+        for stream, share in self._streams(rows, log):
+            for ids, values in stream.blocks():
+                refuse_nonfinite(values, query_ids, ids)
+                total[:, ids - columns[0]] += values.double().cpu() * share
+        return total
+
+    def _add_shares(self, scoring: ScoringPass, query_ids: Tensor, rows: Rows) -> None:
+        """Add what every checkpoint contributes to the scores of a group of queries."""
+        candidates, parts = scoring.question.candidates, scoring.parts
+        wanted = None if candidates is None else candidates.union
+        for stream, share in self._streams(rows, scoring.log, wanted, parts):
+            if parts is None:
+                for ids, values in stream.blocks():
+                    scoring.add(query_ids, ids, values.double() * share)
+            else:
+                for ids, by_part in stream.part_blocks():
+                    for part, values in enumerate(by_part):
+                        scoring.add(query_ids, ids, values.double() * share, part)
+
+    def _streams(
+        self, rows: Rows, log: RunLog, ids: Tensor | None = None, parts: Parts | None = None
+    ) -> Iterator[tuple[TrainingStream, float]]:
+        """The training data of every checkpoint, at its weights, and its share in its segment."""
+        route = Route.of(self.spec.route)
         for segment, solved in zip(self.segments, self._propagated(rows, log), strict=True):
             for checkpoint, derivatives in segment.members:
                 with at_checkpoint(self.problem.model, checkpoint):
-                    for ids, values in TrainingStream(derivatives, solved, route).blocks():
-                        refuse_nonfinite(values, query_ids, ids)
-                        total[:, ids - columns[0]] += values.double().cpu() / len(segment.members)
-        return total
+                    stream = TrainingStream(derivatives, solved, route, ids=ids, parts=parts)
+                    yield stream, 1.0 / len(segment.members)
 
     def _diagnostics(self, log: RunLog) -> Diagnostics:
         spans = [s.segment.span for s in self.segments]

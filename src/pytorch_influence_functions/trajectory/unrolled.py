@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.distributed import World
 from ..core.errors import InvalidInput, first_line
 from ..core.progress import track
 from ..core.renames import OldNames
@@ -28,7 +27,7 @@ from ..influence.run_log import RunLog
 from ..influence.scoring import QUERY_SHARE, ScoringPass, grouped, self_influence_rows
 from ..linalg.rows import Rows
 from ..problem.model_state import plain_autograd
-from ..problem.problem import Problem, sweep
+from ..problem.problem import Problem
 from ..problem.working_precision import in_working_precision
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
@@ -208,7 +207,17 @@ class UnrolledAttribution(OldNames):
         return repr(self.spec)
 
     @plain_autograd()
-    def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
+    def score(
+        self,
+        queries: Any,
+        measure: Any = None,
+        top: int | None = None,
+        batch_size: int | None = None,
+        *,
+        aggregate: Any = None,
+        contrast: Any = None,
+        ids: Any = None,
+    ) -> Scores:
         """The change of the measure on every query per unit of weight taken from each training example.
 
         Args:
@@ -216,6 +225,7 @@ class UnrolledAttribution(OldNames):
             measure: what is measured on a query, an objective or loss; `None`: the training objective.
             top: keep only the k most helpful and k most harmful examples per query.
             batch_size: queries read at once; `None`: the problem's.
+            aggregate, contrast, ids: as for `Attribution.score`.
 
         Returns:
             `Scores` of shape (queries, N).
@@ -224,7 +234,8 @@ class UnrolledAttribution(OldNames):
             NonFinite: a gradient or score is NaN or infinite.
         """
         derivatives, everyone = self.runner.derivatives, torch.arange(len(self.problem))
-        question = Question.of(self.problem, derivatives.objective, queries, measure, top, batch_size)
+        asked = (queries, measure, top, batch_size, aggregate, contrast, ids)
+        question = Question.of(self.problem, derivatives.objective, *asked)
         scoring = ScoringPass(self.problem, question)
         with self.runner.open():
             states = _States.of(self.runner, self._states_bytes())
@@ -275,13 +286,9 @@ class UnrolledAttribution(OldNames):
         return total
 
     def _measure(self, question: Question, theta: Float[Tensor, " p"]) -> Float[Tensor, " q"]:
-        """The measure on every query at these weights."""
+        """What every row measures at these weights."""
         self.runner.load(theta)
-        values, model = [], self.problem.model
-        for _, batch in sweep(self.problem, question.source, label="measuring queries", world=World()):
-            with torch.no_grad():
-                values.append(question.measure.losses(question.measure.outputs(model, batch), batch).double().cpu())
-        return torch.cat(values)
+        return torch.cat([ask.values(self.problem) for ask in question.asks])
 
     def _states_bytes(self) -> int:
         return int(Budget.of(self.spec.memory).bytes * _STATES_SHARE)
