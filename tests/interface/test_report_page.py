@@ -48,6 +48,13 @@ def test_the_lists_are_those_of_the_scores(tmp_path: Path, lower_is_better: bool
         assert {i for side in ("help", "harm") for i, _ in record[side]} <= set(page.examples)
 
 
+def test_examples_that_were_not_scored_are_not_ranked(tmp_path: Path) -> None:
+    some = Scores(torch.tensor([[0.3, -0.1, 0.2]]), indices=torch.tensor([[7, 2, 4]]), n_train=9)
+    index = written(some, tmp_path).index
+    assert [i for i, _ in index["top"]["help"]] == [7, 4, 2]
+    assert [i for i, _ in index["top"]["harm"]] == [2, 4, 7]
+
+
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_ends_are_those_of_the_scores_also_among_equals(k: int) -> None:
     s = Scores(torch.tensor([[1.0, 2.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0] * 7]))

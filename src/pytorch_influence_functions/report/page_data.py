@@ -78,10 +78,17 @@ def collect_contents(scores: Scores, classes: Classes | None, train: ExampleRead
     pairs: dict[str, list[dict[str, Any]]] = {"same": [], "other": []}
     if train.source is not None:
         pairs = close_pairs(scores, train, sums, labels or [""] * scores.n_train, compared, PAIRS)
+    # Examples without any stored score are not ranked among those that have one.
+    ranked = None if scores.indices is None else torch.unique(scores.indices)
     mean = replace(
-        scores, values=sums.mean[None], indices=None, query_ids=torch.tensor([-1]), query_labels=None, query_names=None
+        scores,
+        values=(sums.mean if ranked is None else sums.mean[ranked])[None],
+        indices=None if ranked is None else ranked[None],
+        query_ids=torch.tensor([-1]),
+        query_labels=None,
+        query_names=None,
     )
-    helpful, harmful = extremes(mean, 0, min(TOP, scores.n_train))
+    helpful, harmful = extremes(mean, 0, min(TOP, mean.shape[1]))
     index = {
         "n": scores.n_train,
         "loss": scores.lower_is_better,
