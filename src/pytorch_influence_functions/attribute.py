@@ -153,7 +153,7 @@ def attribute(
 
     Example:
         >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
-        >>> model = nn.Linear(3, 2)
+        >>> model = torch.nn.Linear(3, 2)
         >>> scores = attribute(model, (x, y), (x[:2], y[:2]), method="dual")
         >>> scores.values.shape
         torch.Size([2, 40])
@@ -258,7 +258,7 @@ def forecast(
 
     Example:
         >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
-        >>> forecast(nn.Linear(3, 2), (x, y), (x[:2], y[:2])).why
+        >>> forecast(torch.nn.Linear(3, 2), (x, y), (x[:2], y[:2])).why
         '8 parameters are few enough for the dense Gauss-Newton matrix, exactly'
     """
     changes = {"damping": damping, "route": route, "precision": precision}
