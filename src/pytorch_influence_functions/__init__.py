@@ -26,6 +26,7 @@ from . import (
     evaluation,
     gradients,
     hf,
+    index,
     influence_function,
     methods,
     objectives,
@@ -54,6 +55,7 @@ from .core.errors import InfluenceError
 from .core.progress import progress
 from .core.renames import moved_names as _moved_names
 from .evaluation.table import evaluate
+from .index.gradient_index import Index
 from .influence.attribution import Attribution, Influence
 from .methods.papers import dual, ekfac, exact, gauss_newton, tracin, trak
 from .objectives.bernoulli import Bernoulli
@@ -74,6 +76,7 @@ __all__ = [
     "CrossEntropy",
     "Diagnostics",
     "FromFunction",
+    "Index",
     "Influence",
     "InfluenceError",
     "Logit",
@@ -111,6 +114,7 @@ __all__ = [
     "get_default_config",
     "gradients",
     "hf",
+    "index",
     "influence_function",
     "influential_loader",
     "init_logging",

@@ -191,7 +191,9 @@ def test_on_another_machine_a_process_is_given_a_day(tmp_path: Path) -> None:
 
 
 def test_two_do_not_write_to_one_folder(tmp_path: Path) -> None:
-    refused = pytest.raises(InvalidInput, match=r"Another process is writing to .*out'; wait until it ends")
+    refused = pytest.raises(
+        InvalidInput, match=r"Another process is writing to .*out' \(process \d+ on .* since .*\); wait until it ends"
+    )
     with files.locked(tmp_path / "out"), files.locked(tmp_path / "out", ".other"), refused:
         files.locked(tmp_path / "out").__enter__()
     with files.locked(tmp_path / "out"):

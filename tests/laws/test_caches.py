@@ -19,7 +19,7 @@ from pytorch_influence_functions.curvature import EKFAC, EmpiricalFisher, Fisher
 from pytorch_influence_functions.curvature.kronecker.cache import FactorCache
 from pytorch_influence_functions.evaluation import Recipe, Subsets, Truth, retrain
 from pytorch_influence_functions.evaluation import retraining as retraining_module
-from pytorch_influence_functions.linalg.kronecker import KroneckerBlock
+from pytorch_influence_functions.linalg.kronecker_block import KroneckerBlock
 from tests.laws.test_fingerprint import Net, model_fingerprint, module, points
 
 # --------------------------------------------------------------------------- factors on disk

@@ -15,7 +15,8 @@ from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.diagonal import DiagonalOperator
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.implicit import Implicit
-from pytorch_influence_functions.linalg.kronecker import Kronecker, KroneckerBlock
+from pytorch_influence_functions.linalg.kronecker import Kronecker
+from pytorch_influence_functions.linalg.kronecker_block import KroneckerBlock
 from pytorch_influence_functions.linalg.lanczos import (
     BlockLanczos,
     estimate_density,

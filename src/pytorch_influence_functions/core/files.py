@@ -190,10 +190,11 @@ def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None
     """Keep a folder for this process; the lock ends with the process, however that ends.
 
     `name` is the file that stands for the lock: several jobs that touch different files have one each. Nothing is kept
-    out where the file system has no locks, or where the folder can only be read.
+    out where the file system has no locks, or where the folder can only be read. The file says who has the lock.
 
     Raises:
-        InvalidInput: another process has it, or the folder cannot be written to.
+        InvalidInput: another process has it (which, on which machine and since when), or the folder cannot be written
+            to.
     """
     path = make_folder(folder) / name
     handle = _open_locked(path)
@@ -220,12 +221,31 @@ def _open_locked(path: Path) -> int | None:
         alone = _lock(handle)
         with suppress(OSError):
             if alone and os.path.samestat(os.fstat(handle), os.stat(path)):
+                _sign(handle)
                 return handle
+        holder = _holder(handle)
         os.close(handle)
         if not alone:
             raise InvalidInput(
-                f"Another process is writing to {os.fspath(path.parent)!r}; wait until it ends, or give another folder."
+                f"Another process is writing to {os.fspath(path.parent)!r}{holder}; wait until it ends, or give "
+                "another folder."
             )
+
+
+def _sign(handle: int) -> None:
+    """Write down who has the lock; a full disk does not keep it."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()} since {since}".encode())
+
+
+def _holder(handle: int) -> str:
+    """Who has the lock, in brackets; nothing where that is not known."""
+    with suppress(OSError):
+        holder = os.read(handle, 400).decode(errors="replace")
+        return f" ({holder})" if holder else ""
+    return ""
 
 
 def _lock(handle: int) -> bool:

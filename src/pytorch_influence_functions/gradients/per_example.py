@@ -31,7 +31,7 @@ from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
 from .layer_rules import Layout, ParameterPart, find_rule, layout_of
-from .projections import AbstractProjection, Projector
+from .projections import AbstractProjector, AbstractReduction
 from .recording import Capture, HookedLayer, NarrowestType, record_calls
 from .separability import refuse_batch_loss, refuse_mixing, refuse_shared_losses
 from .vjp import detach_parameters, per_example_vjp, weighted_gradient
@@ -99,7 +99,7 @@ class Derivatives:
     """How many numbers one example takes while its row is made: inputs and activations, or the row if that is more."""
     memory: float = math.inf
     """Bytes that the whole method may take."""
-    projector: Projector | None = None
+    projector: AbstractProjector | None = None
     precision: torch.dtype = torch.float64
     """The narrowest type in which the model computes: below its weights' where it opens autocast itself."""
 
@@ -142,8 +142,8 @@ class Derivatives:
         """The space of the rows: projected, where there is a projection."""
         return self.whole if self.projector is None else self.projector.space
 
-    def with_projection(self, projection: AbstractProjection) -> Derivatives:
-        """The same derivatives with every row projected; raises as `AbstractProjection.projector`."""
+    def with_projection(self, projection: AbstractReduction) -> Derivatives:
+        """The same derivatives with every row projected; raises as `AbstractReduction.projector`."""
         return replace(self, projector=projection.projector(self.whole))
 
     def restricted(self, names: Iterable[str]) -> Derivatives:

@@ -29,8 +29,33 @@ JOINT = "projected"
 """The one block of a joint projection."""
 
 
-class AbstractProjection(Record, ABC):
-    """A random linear map of gradients to k numbers, which keeps inner products on average.
+class AbstractProjector(ABC):
+    """A linear map of the gradients of one space to fewer numbers; `space` is that of the projected rows."""
+
+    space: Space
+
+    @abstractmethod
+    def apply(self, rows: Rows) -> Rows:
+        """Projected rows."""
+
+
+class AbstractReduction(Record, ABC):
+    """A linear map of gradients to fewer numbers, as a frozen record."""
+
+    @abstractmethod
+    def projector(self, space: Space) -> AbstractProjector:
+        """The map of one parameter space.
+
+        Args:
+            space: the parameters.
+
+        Raises:
+            InvalidInput: it cannot be projected so.
+        """
+
+
+class AbstractProjection(AbstractReduction):
+    """A random linear map of gradients to k numbers by a dense matrix, which keeps inner products on average.
 
     A new one is a frozen record with the fields `k`, `per_layer` and `seed`, and draws the strips of its matrix:
 
@@ -187,7 +212,7 @@ class Rescaled(AbstractProjection):
 
 
 @dataclass(frozen=True, eq=False)
-class Projector:
+class Projector(AbstractProjector):
     """A projection of one space; `space` is that of the projected rows, `factors` what they are multiplied by first."""
 
     projection: AbstractProjection

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from ..core.errors import InvalidInput
+from .eigenbasis import EigenPart
 from .operator import AbstractSymmetric
 from .rows import Rows
 from .space import Space
@@ -34,6 +35,15 @@ class BlockDiagonal(AbstractSymmetric):
     def block_means(self) -> dict[str, float]:
         means = {k: mean for part in self.parts.values() for k, mean in part.block_means().items()}
         return {k: means[k] for k in self.space.blocks}
+
+    def eigenparts(self, decay: Mapping[str, float]) -> tuple[EigenPart, ...] | None:
+        parts: list[EigenPart] = []
+        for operator in self.parts.values():
+            own = operator.eigenparts({name: decay[name] for name in operator.space.blocks})
+            if own is None:
+                return None
+            parts += own
+        return tuple(parts)
 
 
 def subspace(space: Space, names: Iterable[str]) -> Space:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite
 from .density import Density
+from .eigenbasis import EigenPart
+from .kronecker_block import KroneckerBlock
 from .operator import AbstractSpectral, Cache, cache_field, dense_bytes, diagonal_vector, means_of_diagonal
 from .resolvent import Resolvent
 from .rows import Rows
@@ -48,6 +50,10 @@ class Eigen(AbstractSpectral):
         dense = (self.vectors * self.values) @ self.vectors.T
         values, vectors = torch.linalg.eigh(dense + diagonal_vector(self.space, decay).to(dense).diag())
         return Eigen(self.space, vectors, values)
+
+    def eigenparts(self, decay: Mapping[str, float]) -> tuple[EigenPart, ...]:
+        decayed = self.shifted(decay) if any(decay.values()) else self
+        return (EigenPart(tuple(self.space.blocks), KroneckerBlock(None, decayed.vectors, decayed.values[None])),)
 
     def extremes(self) -> tuple[float, float]:
         return float(self.values.min()), float(self.values.max())
@@ -110,6 +116,9 @@ class Matrix(AbstractSpectral):
 
     def shifted(self, decay: Mapping[str, float]) -> Eigen:
         return self.eigen(decay)
+
+    def eigenparts(self, decay: Mapping[str, float]) -> tuple[EigenPart, ...]:
+        return self.eigen(decay if any(decay.values()) else None).eigenparts(dict.fromkeys(decay, 0.0))
 
     def extremes(self) -> tuple[float, float]:
         return self.eigen().extremes()

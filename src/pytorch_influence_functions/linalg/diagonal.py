@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from .blocks import Dense
+from .blocks import Dense, matrix_shape
 from .density import Density
+from .eigenbasis import EigenPart
+from .kronecker_block import KroneckerBlock
 from .operator import AbstractSpectral, diagonal_vector, means_of_diagonal
 from .rows import Rows
 from .space import Space
@@ -47,6 +49,14 @@ class DiagonalOperator(AbstractSpectral):
 
     def shifted(self, decay: Mapping[str, float]) -> DiagonalOperator:
         return replace(self, values=self.values + diagonal_vector(self.space, decay).to(self.values))
+
+    def eigenparts(self, decay: Mapping[str, float]) -> tuple[EigenPart, ...]:
+        values = self.shifted(decay).values
+        parts = []
+        for name, columns in self.space.slices.items():
+            shape = matrix_shape(self.space.blocks[name].shape)
+            parts.append(EigenPart((name,), KroneckerBlock(None, None, values[columns].double().reshape(shape))))
+        return tuple(parts)
 
     def extremes(self) -> tuple[float, float]:
         return float(torch.min(self.values)), float(torch.max(self.values))

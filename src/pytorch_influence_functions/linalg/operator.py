@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .density import Density
+from .eigenbasis import EigenPart
 from .resolvent import Resolvent
 from .rows import Rows
 from .space import Space
@@ -88,6 +89,10 @@ class AbstractSymmetric(AbstractOperator):
         """trace f(C) from the eigenvalues that are known; NaN where they are not."""
         density = self.known_eigenvalues()
         return math.nan if density is None else density.sum(f)[0]
+
+    def eigenparts(self, decay: Mapping[str, float]) -> tuple[EigenPart, ...] | None:
+        """An eigenbasis of C + diag(decay), one number per block, in parts that do not mix; None if unknown."""
+        return None
 
     def resolvent(self) -> Resolvent | None:
         """(C + decay + lambda)^-1 for every lambda, with the space's weight decay; None without a decomposition."""

@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .blocks import matrix_shape
 from .density import Density
+from .eigenbasis import EigenPart
+from .kronecker_block import KroneckerBlock
 from .operator import AbstractSpectral
 from .rows import Rows
 from .space import Space
@@ -49,6 +52,14 @@ class ScaledIdentity(AbstractSpectral):
 
     def shifted(self, decay: Mapping[str, float]) -> ScaledIdentity:
         return ScaledIdentity(self.space, {k: v + decay[k] for k, v in self._per_block().items()})
+
+    def eigenparts(self, decay: Mapping[str, float]) -> tuple[EigenPart, ...]:
+        parts = []
+        for name, scale in self._per_block().items():
+            shape = matrix_shape(self.space.blocks[name].shape)
+            values = torch.full(shape, scale + decay[name], dtype=torch.float64)
+            parts.append(EigenPart((name,), KroneckerBlock(None, None, values)))
+        return tuple(parts)
 
     def extremes(self) -> tuple[float, float]:
         values = self._per_block().values()

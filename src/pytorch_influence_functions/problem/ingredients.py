@@ -72,6 +72,11 @@ def describe_model(
     return {WEIGHTS: weights, CODE: _code(problem.model)}, {OUTPUTS: probe}
 
 
+def digest_model(problem: Problem) -> dict[str, Any]:
+    """The ingredients of `describe_model` that need no data: the model's present weights, and its code."""
+    return {WEIGHTS: [digest(named_tensors(problem.model))], CODE: _code(problem.model)}
+
+
 def _code(model: nn.Module) -> list[Any]:
     """The classes of all modules by their place, and the functions that are kept in their attributes."""
     parts: list[Any] = []

@@ -13,7 +13,8 @@ from ..core.errors import InvalidInput, SolveFailed
 from ..curvature.base import AbstractCurvature, Form
 from ..curvature.cost import Cost, ProblemSize
 from ..linalg.blocks import AbstractBlock, Conv, Dense, Outer
-from ..linalg.kronecker import Kronecker, KroneckerBlock
+from ..linalg.kronecker import Kronecker
+from ..linalg.kronecker_block import KroneckerBlock
 from ..linalg.operator import AbstractOperator
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift

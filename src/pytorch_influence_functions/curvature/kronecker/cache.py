@@ -21,7 +21,7 @@ from ...core.files import read_tensors, write_tensors
 from ...core.fingerprint import Fingerprint
 from ...core.temporary_folder import TemporaryFolder
 from ...gradients.per_example import Derivatives
-from ...linalg.kronecker import KroneckerBlock
+from ...linalg.kronecker_block import KroneckerBlock
 from ...problem.checkpoints import Checkpoint
 from ...problem.ingredients import describe_model, digest_data
 from ..base import Budget

@@ -15,7 +15,8 @@ from ...core.errors import NonFinite
 from ...core.indexing import spread_sample
 from ...gradients.per_example import Derivatives, Tape
 from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
-from ...linalg.kronecker import Kronecker, KroneckerBlock
+from ...linalg.kronecker import Kronecker
+from ...linalg.kronecker_block import KroneckerBlock
 from ...linalg.rows import Rows
 from ...problem.checkpoints import Checkpoint, at_checkpoint
 from ...problem.data import Source

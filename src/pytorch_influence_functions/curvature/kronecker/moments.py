@@ -14,7 +14,7 @@ from torch import Tensor
 from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum, matrix_shape
 from ...linalg.chunks import chunks
 from ...linalg.eigh import eigh_shared
-from ...linalg.kronecker import KroneckerBlock
+from ...linalg.kronecker_block import KroneckerBlock
 from ..cost import terms_of
 
 # Moments at least this long are added up in so many panels, to leave out most of the lower triangle.

@@ -1,0 +1,323 @@
+"""Building an index: choose, fit the basis once, then one pass over the data, shard by shard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from ..core.batches import whole_batch
+from ..core.distributed import World
+from ..core.errors import InvalidInput
+from ..core.fingerprint import Fingerprint
+from ..core.indexing import spread_sample
+from ..curvature.base import Budget
+from ..gradients.per_example import Derivatives, GradientBatch
+from ..gradients.sketches import Sketch, TwoSided
+from ..influence.assumptions import StationarityCheck
+from ..influence.attribution import Influence
+from ..influence.checks import check_problem
+from ..linalg.rows import Rows
+from ..problem.ingredients import CODE, WEIGHTS, describe_model, digest_data, digest_model
+from ..problem.labels import labels_of
+from ..problem.problem import Problem, sweep
+from ..problem.working_precision import in_working_precision
+from .block_forms import join_rows
+from .codecs import CODECS
+from .examples import Examples, ShardSource, hash_examples
+from .fitted_basis import FittedBasis, check_method, composition_of, fit_basis
+from .folder import IndexFolder, check_room, clear, write_basis, writing
+from .layouts import AbstractLayout, FactorLayout
+from .manifest import MANIFEST, Manifest
+from .representation import Choice, Factors, Representation, choose
+
+HASHES, LABELS = "hashes", "labels"
+LOSS, PARAMETERS, DATA = "loss", "parameters", "training data"
+SHARD_BYTES: Final = 128 << 20
+# Examples that stand for the data in the fingerprint; all others are compared where they are stored.
+_SAMPLED: Final = 64
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What an index will be, before any work is done.
+
+    Args:
+        method: whose curvature and damping.
+        problem: the model in the precision in which it is computed, its loss, and the data the curvature is of.
+        given: the problem as it was given.
+        derivatives: how gradients are taken.
+        choice: what is kept of them.
+        shard_bytes: the size of a file.
+    """
+
+    method: Influence
+    problem: Problem
+    given: Problem
+    derivatives: Derivatives
+    choice: Choice
+    shard_bytes: int
+
+    @property
+    def shard_rows(self) -> int:
+        """Examples per shard."""
+        return max(1, int(self.shard_bytes / self.choice.bytes_each))
+
+    @staticmethod
+    def of(
+        problem: Problem,
+        method: Any,
+        representation: Any,
+        dtype: Any,
+        count: int | None,
+        budget: Budget | int | str,
+        shard: Budget | int | str,
+    ) -> Plan:
+        """Look at a few examples, and choose.
+
+        Raises:
+            InvalidInput: a setting cannot be used.
+            TooLarge: what was asked for does not fit into `budget`.
+        """
+        check_problem(problem)
+        method = check_method(method)
+        if len(problem.checkpoints) > 0:
+            raise InvalidInput(
+                "An index holds the gradients at one set of weights, and the problem has checkpoints; load one of them "
+                "into the model and leave checkpoints= out, or build one index each."
+            )
+        if problem.weight_decay.per_example and not problem.weight_decay.is_zero:
+            raise InvalidInput(
+                "Weight decay that every example carries is no part of stored gradients; use WeightDecay(strength, "
+                "per_example=False)."
+            )
+        given, problem = problem, in_working_precision(problem, method.precision)
+        derivatives = replace(Derivatives.of(problem), memory=Budget.of(method.memory).bytes)
+        some = torch.arange(min(4, len(problem)))
+        rows = next(iter(derivatives.stream(ids=some, label="looking at gradients", world=World()))).rows
+        choice = choose(representation, dtype, derivatives, rows, count, Budget.of(budget))
+        return Plan(method, problem, given, derivatives, choice, Budget.of(shard).bytes)
+
+    def fingerprint(self) -> Fingerprint:
+        """What the index is made from. The data count by a sample here; each example's digest is stored."""
+        model, probes = describe_model(self.given)
+        n = len(self.problem)
+        sample = spread_sample(n, _SAMPLED)
+        method = replace(self.method, memory=Budget())
+        ingredients = model | {
+            LOSS: self.derivatives.objective,
+            PARAMETERS: describe_parameters(self.derivatives),
+            DATA: [n, digest_data(self.problem.data, sample, "reading the data for a fingerprint")],
+            "method": method,
+            "representation": self.choice.representation,
+            "dtype": self.choice.codec.name,
+            "shard": self.shard_bytes,
+            "weight decay": self.derivatives.whole.decay,
+        }
+        return Fingerprint.of(ingredients, probes)
+
+    def facts(self) -> dict[str, Any]:
+        """What is needed to read the index, and to tell about it, as plain values."""
+        representation, check = self.choice.representation, StationarityCheck.of(self.derivatives)
+        composition, rule = composition_of(self.method)
+        described = self.method.describe(replace(composition, damping=rule))
+        strength = self.problem.weight_decay.strength
+        return {
+            "method": described,
+            "representation": {"kind": type(representation).__name__, **vars(representation)},
+            "described": repr(representation),
+            "why": self.choice.why,
+            "dtype": self.choice.codec.name,
+            "bytes_each": self.choice.bytes_each,
+            "shard_rows": self.shard_rows,
+            "loss": repr(self.derivatives.objective),
+            "model": type(self.given.model).__name__,
+            "parameters": list(self.problem.space.names),
+            "weight_decay": strength if isinstance(strength, (int, float)) else dict(strength),
+            "class_names": self.problem.data.class_names,
+            "stationarity": {**vars(check), "shares": dict(check.shares)},
+            "routes": self.derivatives.routes,
+            "precision": self.method.precision,
+        }
+
+
+def describe_parameters(derivatives: Derivatives) -> list[Any]:
+    """Which parameters take part, and how they are laid out."""
+    return [(b.name, b.parameters, b.shape, b.transposed) for b in derivatives.whole.blocks.values()]
+
+
+def build(plan: Plan, folder: str | os.PathLike[str], data: Any, overwrite: bool) -> Manifest:
+    """Build an index, or go on with one that was interrupted.
+
+    Raises:
+        InvalidInput: the folder holds an index of something else, another process writes there, or it cannot be
+            written to.
+    """
+    examples = Examples.of(data, plan.problem.data)
+    with writing(folder) as path:
+        if overwrite:
+            clear(path)
+        fingerprint = plan.fingerprint()
+        if (path / MANIFEST).exists():
+            opened = _resumed(path, fingerprint)
+        else:
+            check_room(path, int((examples.count or 0) * plan.choice.bytes_each))
+            opened = _begun(path, plan, fingerprint)
+        opened.drop_unlisted()
+        add_examples(opened, plan.derivatives, examples, part=0)
+    return opened.manifest
+
+
+def _resumed(path: Path, fingerprint: Fingerprint) -> IndexFolder:
+    opened = IndexFolder.open(path)
+    changed = fingerprint.differences(opened.manifest.fingerprint)
+    if changed:
+        raise InvalidInput(
+            f"{os.fspath(path)!r} holds an index that differs in {', '.join(changed)}; give another folder, or "
+            "overwrite=True to replace it."
+        )
+    return opened
+
+
+def _begun(path: Path, plan: Plan, fingerprint: Fingerprint) -> IndexFolder:
+    fitted = fit_basis(plan.method, plan.choice.representation, plan.choice.codec, plan.derivatives)
+    stored = write_basis(path, *fitted.to_file())
+    manifest = Manifest(fingerprint, plan.facts(), stored)
+    manifest.write(path)
+    return IndexFolder(path, manifest)
+
+
+def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Examples, part: int) -> None:
+    """Store what is not stored yet of one part of the data; what is stored is compared with the data first.
+
+    Args:
+        opened: the folder, kept for this process.
+        derivatives: how gradients are taken, not projected.
+        examples: all examples of the part.
+        part: which one, counted from 0.
+
+    Raises:
+        InvalidInput: the data are not those that the part was begun with.
+    """
+    manifest = opened.manifest
+    first = manifest.parts[part]
+    stop = manifest.parts[part + 1] if part + 1 < len(manifest.parts) else None
+    representation = representation_of(manifest)
+    fitted = FittedBasis.from_file(opened.read(manifest.basis), representation)
+    layout = layout_of(manifest, fitted, representation)
+    projected = derivatives if fitted.projector is None else replace(derivatives, projector=fitted.projector)
+    written = [s for s in manifest.shards if s.first >= first and (stop is None or s.first < stop)]
+    place = first
+    for number, shard in enumerate(examples.shards(int(manifest.facts["shard_rows"]))):
+        n = len(shard.ids)
+        if number < len(written):
+            stored = opened.read(written[number].file).tensors[HASHES]
+            _compare(stored, written[number].stop - written[number].first, projected, shard, place)
+        elif stop is not None or manifest.complete:
+            raise InvalidInput(
+                f"The data hold more examples than the {place - first:,} that {os.fspath(opened.path)!r} was built "
+                "from; add them with append(), or build with overwrite=True."
+            )
+        else:
+            tensors, record = encode_shard(layout, projected, shard)
+            opened.add_shard(place, place + n, tensors, record)
+        place += n
+    if place == first:
+        raise InvalidInput("The data hold no example; at least one is needed.")
+    _check_length(opened, place, written[-1].stop if written else first)
+    if not opened.manifest.complete and part == len(manifest.parts) - 1:
+        opened.write(replace(opened.manifest, complete=True))
+
+
+def _check_length(opened: IndexFolder, given: int, stored: int) -> None:
+    if given < stored:
+        raise InvalidInput(
+            f"The data end at example {given:,} and {os.fspath(opened.path)!r} holds {stored:,}; give all of the data "
+            "that it was built from, or build with overwrite=True."
+        )
+
+
+def _compare(stored: Tensor, count: int, derivatives: Derivatives, shard: ShardSource, place: int) -> None:
+    """Refuse data that are not those of a shard that is written already."""
+    if len(stored) != count:
+        return  # some of it was removed and compacted
+    if count != len(shard.ids):
+        raise InvalidInput(
+            f"The data hold {len(shard.ids):,} examples from {place:,} on where the index has {count:,}; give the data "
+            "that it was built from, or build with overwrite=True."
+        )
+    source = derivatives.batched(shard.source)
+    batches = sweep(derivatives.problem, source, shard.ids, "comparing the data", World())
+    hashes = torch.cat([hash_examples(batch, len(ids)) for ids, batch in batches])
+    differing = (hashes != stored).nonzero().flatten()
+    if len(differing):
+        raise InvalidInput(
+            f"Example {place + int(differing[0]):,} is not what it was when the index was built ({len(differing):,} of "
+            f"{count:,} in its shard differ); give the same data, or build with overwrite=True."
+        )
+
+
+def encode_shard(
+    layout: AbstractLayout, derivatives: Derivatives, shard: ShardSource
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the record of one shard: rows, digests of the examples, and their labels."""
+    coded: list[dict[str, Tensor]] = []
+    rows: list[Rows] = []
+    hashes: list[Tensor] = []
+    labels: list[Tensor | None] = []
+    forms: dict[str, Any] = {}
+    for gradients in _stream(derivatives, shard):
+        hashes.append(hash_examples(gradients.batch, len(gradients.ids)))
+        labels.append(labels_of(whole_batch(gradients.batch), len(gradients.ids)))
+        if isinstance(layout, FactorLayout):
+            # Batches may differ in their number of terms, so the form is that of all together.
+            rows.append(gradients.rows)
+        else:
+            tensors, forms = layout.encode(gradients.rows)
+            coded.append(tensors)
+    if rows:
+        joined, forms = layout.encode(join_rows(rows))
+        coded.append(joined)
+    together = {name: torch.cat([part[name] for part in coded]) for name in coded[0]}
+    together[HASHES] = torch.cat(hashes)
+    known = [label for label in labels if label is not None]
+    if len(known) == len(labels):
+        together[LABELS] = torch.cat(known)
+    return together, {"forms": forms}
+
+
+def _stream(derivatives: Derivatives, shard: ShardSource) -> Iterator[GradientBatch]:
+    yield from derivatives.stream(shard.source, ids=shard.ids, label="gradients of a shard", world=World())
+
+
+def representation_of(manifest: Manifest) -> Representation:
+    """What the index keeps of a gradient."""
+    stored = dict(manifest.facts["representation"])
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (Factors, TwoSided, Sketch)}
+    made: Representation = kinds[stored.pop("kind")](**stored)
+    return made
+
+
+def layout_of(manifest: Manifest, fitted: FittedBasis, representation: Representation) -> AbstractLayout:
+    """How the index stores rows."""
+    return fitted.layout(representation, CODECS[manifest.facts["dtype"]])
+
+
+def check_model_is_same(manifest: Manifest, problem: Problem, where: str) -> None:
+    """Refuse a model with other weights or code, before anything is computed with it.
+
+    Raises:
+        InvalidInput: it is another one; says what changed.
+    """
+    changed = Fingerprint.of(digest_model(problem)).differences(manifest.fingerprint, among=(WEIGHTS, CODE))
+    if changed:
+        raise InvalidInput(
+            f"The model is not the one that the index in {where!r} was built from: its {' and '.join(changed)} differ; "
+            "load that model, or build another index."
+        )

@@ -1,0 +1,114 @@
+"""The examples an index is made of: data by index or data that can only be iterated, shard by shard, with digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..core.batches import Collated, tensors_of
+from ..core.digest import digest, tensor_bytes
+from ..core.errors import InvalidInput
+from ..problem.data import Source
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ShardSource:
+    """The examples of one shard.
+
+    Args:
+        source: what holds them.
+        ids: their places in `source`.
+    """
+
+    source: Source
+    ids: Int[Tensor, " n"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Data to be indexed; `count` is None where it can only be iterated."""
+
+    source: Source | None
+    stream: Iterable[Any] | None
+    like: Source
+
+    @staticmethod
+    def of(data: Any, like: Source) -> Examples:
+        """Read nothing yet.
+
+        Args:
+            data: what `Source.of` takes, an `IterableDataset`, a loader of one, or any iterable of examples; None:
+                `like`.
+            like: whose collate function and batch size examples of a stream get.
+
+        Raises:
+            InvalidInput: a loader's sampler draws a part of its dataset.
+        """
+        if data is None:
+            data = like
+        loader = data if isinstance(data, DataLoader) else None
+        inner: Any = data if loader is None else loader.dataset
+        streams = isinstance(inner, IterableDataset) or (
+            hasattr(inner, "__iter__") and not hasattr(inner, "__getitem__") and not isinstance(inner, Source)
+        )
+        if streams:
+            if loader is not None:
+                like = replace(like, collate=loader.collate_fn, batch_size=loader.batch_size or like.batch_size)
+            return Examples(None, inner, like)
+        source = data if isinstance(data, Source) else Source.of(data, like.batch_size if like.fixed else None)
+        if source.positions is not None:
+            raise InvalidInput(
+                "The loader's sampler draws a part of its dataset, and an index names examples by their place in what "
+                "it was given; pass torch.utils.data.Subset(dataset, indices), or the whole dataset."
+            )
+        return Examples(source, None, source)
+
+    @property
+    def count(self) -> int | None:
+        """How many there are, where that is known."""
+        return None if self.source is None else len(self.source)
+
+    def shards(self, size: int) -> Iterator[ShardSource]:
+        """All examples in order, `size` at a time."""
+        if self.source is not None:
+            for first in range(0, len(self.source), size):
+                yield ShardSource(self.source, torch.arange(first, min(first + size, len(self.source))))
+            return
+        assert self.stream is not None
+        remaining = iter(self.stream)
+        while part := list(islice(remaining, size)):
+            yield ShardSource(self._listed(part), torch.arange(len(part)))
+
+    def _listed(self, part: list[Any]) -> Source:
+        like = self.like
+        return replace(Source.of(part), collate=like.collate, batch_size=like.batch_size, fixed=like.fixed)
+
+
+def hash_examples(batch: Any, n: int) -> Int[Tensor, " n"]:
+    """A digest of 64 bits of every example of a batch: of what the model is given of it."""
+    if isinstance(batch, Collated):
+        hashes = [hashlib.blake2b(digest(item).encode(), digest_size=8) for item in batch.items]
+    else:
+        hashes = [hashlib.blake2b(digest_size=8) for _ in range(n)]
+        for where, tensor in tensors_of(batch):
+            if tensor.shape[:1] != (n,):
+                continue
+            rows = tensor.detach().cpu().contiguous()
+            name = f"{where} {rows.dtype} {tuple(rows.shape[1:])};".encode()
+            content = memoryview(tensor_bytes(rows))
+            step = len(content) // n
+            for e, hashing in enumerate(hashes):
+                hashing.update(name)
+                hashing.update(content[e * step : (e + 1) * step])
+    values = [int.from_bytes(hashing.digest(), "little", signed=True) for hashing in hashes]
+    return torch.tensor(values, dtype=torch.long)

@@ -1,0 +1,86 @@
+"""Which stored examples are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from ..core.errors import InvalidInput, first_line, name_ids
+from .folder import IndexFolder
+
+
+def choose_examples(
+    folder: IndexFolder, ids: Any, where: Any, labels: Callable[[], Tensor | None]
+) -> Bool[Tensor, " n"]:
+    """A mask over all examples that were given: those that count and were asked for.
+
+    Args:
+        folder: the index.
+        ids: positions, a slice, a mask or None.
+        where: a function of the labels, or None.
+        labels: gives the labels, one per example.
+
+    Raises:
+        InvalidInput: nothing is left, a position is outside or was removed, or there are no labels.
+    """
+    alive = folder.manifest.mask()
+    mask = alive
+    if ids is not None:
+        asked = _as_mask(ids, len(alive))
+        gone = (asked & ~alive).nonzero().flatten().tolist()
+        if gone and not isinstance(ids, slice):
+            raise InvalidInput(f"Example {name_ids(gone)} was removed from the index; leave it out of ids=.")
+        mask = mask & asked
+    if where is not None:
+        mask = mask & _matching(where, labels(), len(alive))
+    if not bool(mask.any()):
+        raise InvalidInput("No example is left to score; ids= and where= together choose none.")
+    return mask
+
+
+def _as_mask(ids: Any, n: int) -> Tensor:
+    mask = torch.zeros(n, dtype=torch.bool)
+    if isinstance(ids, slice):
+        mask[ids] = True
+        return mask
+    try:
+        positions = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise InvalidInput(f"ids= must be positions such as [3, 17], a slice or a mask, got {ids!r:.80}.") from cause
+    if not positions.numel():
+        return mask
+    if positions.dtype == torch.bool:
+        if positions.shape != (n,):
+            raise InvalidInput(f"The mask ids= has shape {tuple(positions.shape)}; the index holds {n:,} examples.")
+        return positions.cpu()
+    if positions.is_floating_point() or positions.ndim != 1:
+        raise InvalidInput(f"ids= must be whole numbers in one row, got {positions.dtype} of {tuple(positions.shape)}.")
+    outside = positions[(positions < 0) | (positions >= n)]
+    if len(outside):
+        raise InvalidInput(f"Example {name_ids(outside.tolist())} is outside the index, which holds 0 to {n - 1:,}.")
+    mask[positions.long().cpu()] = True
+    return mask
+
+
+def _matching(where: Any, labels: Tensor | None, n: int) -> Tensor:
+    if not callable(where):
+        raise InvalidInput(f"where= must be a function of the labels such as lambda y: y == 3, got {where!r:.80}.")
+    if labels is None:
+        raise InvalidInput("The examples of this index have no labels, so where= cannot choose by them; use ids=.")
+    try:
+        chosen = torch.as_tensor(where(labels))
+    except Exception as cause:
+        raise InvalidInput(
+            f"where= failed on the labels with {type(cause).__name__}: {first_line(cause)}; it is given a tensor with "
+            "one label per example and returns as many True or False."
+        ) from cause
+    if chosen.dtype != torch.bool or chosen.shape != (n,):
+        raise InvalidInput(
+            f"where= gave {chosen.dtype} of shape {tuple(chosen.shape)} for {n:,} labels; it must give True or False "
+            "for each."
+        )
+    return chosen.cpu()

@@ -1,0 +1,123 @@
+"""The folder of an index: who may write, which files count, and what a killed process left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from ..core.errors import InvalidInput
+from ..core.files import cannot_write, locked, make_folder, remove_leftovers
+from .manifest import MANIFEST, Manifest, Shard, StoredFile
+from .shard_files import MappedFile, map_file, write_file
+
+_BASIS, _ROWS = "basis", "rows"
+
+
+@final
+@dataclass(eq=False)
+class IndexFolder:
+    """One index on disk.
+
+    Args:
+        path: the folder.
+        manifest: what its record says.
+        check: compare the digest of every file when it is first read.
+    """
+
+    path: Path
+    manifest: Manifest
+    check: bool = True
+    _verified: set[str] = field(default_factory=set)
+
+    @staticmethod
+    def open(path: str | os.PathLike[str], check: bool = True) -> IndexFolder:
+        """Read the record.
+
+        Raises:
+            InvalidInput: there is none, it is damaged, or another version wrote it.
+        """
+        return IndexFolder(Path(path), Manifest.read(Path(path)), check)
+
+    def read(self, stored: StoredFile) -> MappedFile:
+        """One of the files; its contents are verified the first time.
+
+        Raises:
+            InvalidInput: it is missing, cut off or damaged.
+        """
+        mapped = map_file(self.path, stored, self.check and stored.name not in self._verified)
+        self._verified.add(stored.name)
+        return mapped
+
+    def glance(self, stored: StoredFile) -> MappedFile:
+        """One of the files, of which little will be read: its contents are not verified for that."""
+        return map_file(self.path, stored, verify=False)
+
+    def add_shard(self, first: int, stop: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write a shard, then list it: killed in between, the file does not count and is written again."""
+        stored = write_file(self.path, f"{_ROWS}-{first:012d}-{stop:012d}", tensors, record)
+        self._verified.add(stored.name)
+        self.write(replace(self.manifest, shards=(*self.manifest.shards, Shard(stored, first, stop))))
+
+    def write(self, manifest: Manifest) -> None:
+        """Make another record count."""
+        manifest.write(self.path)
+        self.manifest = manifest
+
+    def drop_unlisted(self) -> None:
+        """Remove files of an index that do not count: a killed process left them, or they were replaced."""
+        listed = {self.manifest.basis.name, *(shard.file.name for shard in self.manifest.shards)}
+        for path in self.path.glob("*.safetensors"):
+            if path.name.startswith((f"{_BASIS}-", f"{_ROWS}-")) and path.name not in listed:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def write_basis(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> StoredFile:
+    """The file with eigenbasis and projection, which is written before any row."""
+    return write_file(path, _BASIS, tensors, record)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Keep the folder for this process while it writes; it is made if it is not there.
+
+    Raises:
+        InvalidInput: another process writes there, or the folder cannot be written to.
+    """
+    folder = make_folder(path)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise cannot_write(folder, PermissionError(13, "Permission denied"))
+    with locked(folder):
+        remove_leftovers(folder)
+        yield folder
+
+
+def clear(folder: Path) -> None:
+    """Remove an index: its record first, so that what is left does not count."""
+    with suppress(OSError):
+        (folder / MANIFEST).unlink()
+    for stem in (_BASIS, _ROWS):
+        for path in folder.glob(f"{stem}-*.safetensors"):
+            with suppress(OSError):
+                path.unlink()
+
+
+def check_room(folder: Path, wanted: int) -> None:
+    """Refuse to start what will not fit on the disk.
+
+    Raises:
+        InvalidInput: there is less room.
+    """
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise InvalidInput(
+            f"The index would take {wanted / 1e9:.3g} GB and the disk of {os.fspath(folder)!r} has {free / 1e9:.3g} GB "
+            "free; give another folder, or a smaller representation= or dtype=."
+        )

@@ -1,0 +1,369 @@
+"""`Index`: gradients stored once, asked for ever."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..core.distributed import World
+from ..core.errors import InvalidInput, TooLarge
+from ..core.validate import flag
+from ..curvature.base import Budget
+from ..damping.rules import AbstractDamping
+from ..gradients.per_example import Derivatives
+from ..influence.checks import check_top
+from ..influence.question import Question
+from ..influence.scoring import ScoringPass
+from ..methods.names import MethodLike, as_method
+from ..methods.papers import ekfac
+from ..problem.model_state import plain_autograd
+from ..problem.problem import Problem
+from ..scores.scores import Scores
+from .asking import Asker
+from .build import Plan, add_examples, build, layout_of, representation_of
+from .compaction import compact
+from .describe import IndexForecast, diagnostics_of, labels_of_index
+from .examples import Examples
+from .filters import choose_examples
+from .fitted_basis import FittedBasis
+from .folder import IndexFolder, writing
+from .layouts import AbstractLayout
+from .search import Ranking, StoredRows
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Index:
+    """The training gradients of one model in a folder: built once, asked any number of times.
+
+    `Index.build(problem, folder)` makes one and `Index.open(folder, model)` opens it. Scores are those of the method it
+    was built with, exactly where the gradients are kept in factors, and up to the projection where they are projected.
+
+    Attributes:
+        folder: where it lies.
+        asker: how gradients of queries are taken.
+    """
+
+    folder: IndexFolder
+    asker: Asker
+
+    # ---------------------------------------------------------------- making one
+
+    @staticmethod
+    @plain_autograd()
+    def build(
+        problem: Problem,
+        folder: str | os.PathLike[str],
+        method: MethodLike | None = None,
+        representation: Any = "auto",
+        dtype: Any = None,
+        budget: Budget | int | str = "20GB",
+        *,
+        data: Any = None,
+        shard: Budget | int | str = "128MB",
+        overwrite: bool = False,
+    ) -> Index:
+        """Store the gradient of every training example, in one pass over the data.
+
+        Killed at any moment, the same call goes on after the last whole shard, and ends with the same bytes.
+
+        Args:
+            problem: model, loss and training data.
+            folder: where the index is kept; a folder of its own.
+            method: a method with an eigenbasis such as `ptif.ekfac()`, or its name; `None`: `ptif.ekfac()`.
+            representation: `ptif.index.Factors()` (exact), `TwoSided(k_in)` or `Sketch(k)`; `"auto"`: the most exact
+                one that fits into `budget`.
+            dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` or `"1bit"`; `None`: exact for factors, float16 for
+                what is projected.
+            budget: what the index may take on the disk, bytes or words such as `"20GB"`.
+            data: the examples that are stored, also such as can only be iterated (an `IterableDataset`, a generator);
+                they are named by their place. `None`: the problem's. The curvature is always that of the problem's.
+            shard: the size of one file.
+            overwrite: replace another index that lies in the folder.
+
+        Returns:
+            The index, open.
+
+        Raises:
+            InvalidInput: a setting cannot be used; the folder holds another index, another process writes there, or it
+                cannot be written to; or the data are not those that an interrupted build began with.
+            TooLarge: what was asked for does not fit into `budget`.
+
+        Example:
+            >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
+            >>> problem = Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(), (x, y))
+            >>> index = Index.build(problem, tmp_path / "index")
+            >>> index.score((x[:2], y[:2]), top=3).shape
+            (2, 6)
+        """
+        flag("overwrite", overwrite)
+        plan = _plan(problem, method, representation, dtype, budget, data, shard)
+        build(plan, folder, data, overwrite)
+        return Index(IndexFolder.open(folder), Asker.of(problem))
+
+    @staticmethod
+    @plain_autograd()
+    def forecast(
+        problem: Problem,
+        method: MethodLike | None = None,
+        representation: Any = "auto",
+        dtype: Any = None,
+        budget: Budget | int | str = "20GB",
+        *,
+        data: Any = None,
+    ) -> IndexForecast:
+        """What `build` would choose and cost: bytes, passes and seconds. Runs a few batches and writes nothing.
+
+        Args:
+            problem, method, representation, dtype, budget, data: as for `build`.
+        """
+        plan = _plan(problem, method, representation, dtype, budget, data, "128MB")
+        return IndexForecast.of(plan, Examples.of(data, problem.data).count)
+
+    @staticmethod
+    def open(
+        folder: str | os.PathLike[str],
+        model: nn.Module | Problem,
+        loss: Any = None,
+        train: Any = None,
+        check: bool = True,
+    ) -> Index:
+        """Open an index. Its files are read when they are needed.
+
+        Args:
+            folder: where it lies.
+            model: the model that it was built from, or its problem.
+            loss: the training loss; `None`: the library's own that it was built with, else it must be given.
+            train: the training data, which only `append` and `rerank=` need.
+            check: compare the digest of every file when it is first read.
+
+        Raises:
+            InvalidInput: there is no index, it is damaged, or it was built from another model or loss.
+        """
+        flag("check", check)
+        opened = IndexFolder.open(folder, check)
+        return Index(opened, Asker.at_open(opened, model, loss, train))
+
+    # ---------------------------------------------------------------- asking
+
+    @plain_autograd()
+    def score(
+        self,
+        queries: Any,
+        measure: Any = None,
+        top: int | None = None,
+        *,
+        ids: Any = None,
+        where: Any = None,
+        normalised: bool = False,
+        damping: AbstractDamping | float | None = None,
+        memory: Budget | int | str = "1GB",
+        batch_size: int | None = None,
+    ) -> Scores:
+        """Predicted change of the measure on every query when each training example is removed.
+
+        Args:
+            queries: what is asked about: a Dataset, a DataLoader, tensors or arrays.
+            measure: what is measured on a query; `None`: the training loss.
+            top: keep only the k most helpful and k most harmful examples per query: memory does not grow with N.
+            ids: the examples that are scored, as positions, a slice or a mask; `None`: all.
+            where: a function of the labels (a tensor with one per example) that says which are scored.
+            normalised: divide every score by sqrt(g^T (C + lambda)^-1 g) of its example, as RelatIF does.
+            damping: `Relative(share)`, `Absolute(value)` or a number; `None`: that of the method. Any other costs
+                nothing.
+            memory: what scores and solved queries may take.
+            batch_size: queries read at once.
+
+        Returns:
+            `Scores` of shape (queries, examples that count), or (queries, 2 top).
+
+        Raises:
+            InvalidInput: a setting cannot be used, or a file of the index is damaged.
+            NonFinite: a gradient or score is NaN or infinite; the indices are named.
+            SolveFailed: the damping does not make the curvature positive definite.
+        """
+        start = time.perf_counter()
+        check_top(top)
+        flag("normalised", normalised)
+        budget = Budget.of(memory)
+        derivatives, fitted = self._derivatives(queries)
+        question = Question.of(derivatives.problem, derivatives.objective, queries, measure, top, batch_size)
+        inverse, shift = fitted.inverse(damping)
+        layout = self._layout(fitted)
+        mask = choose_examples(self.folder, ids, where, lambda: labels_of_index(self.folder))
+        _check_memory(len(question), int(mask.sum()), top, budget)
+        stored = StoredRows(self.folder, layout, mask)
+        ranking = Ranking(len(question), mask.nonzero().flatten(), top)
+        scoring = ScoringPass(derivatives.problem, question)
+        # A query's coordinates are held in float64, solved, and made ready.
+        room = max(1, int(budget.bytes / 4 / (24 * fitted.basis.size)))
+        for query_ids, rows in scoring.query_groups(derivatives, room):
+            solved = fitted.basis.coordinates(rows).double().cpu() * inverse
+            ready = layout.ready(solved)
+            del rows, solved
+            for train_ids, values in stored.scores(ready, len(query_ids), inverse if normalised else None):
+                ranking.add(query_ids, train_ids, values / len(self))
+        values, indices = ranking.result()
+        dtype = next(iter(derivatives.whole.values(derivatives.problem.model).values())).dtype
+        decay = derivatives.whole.decay
+        return Scores(
+            values.to(torch.float64 if dtype == torch.float64 else torch.float32),
+            lower_is_better=question.measure.lower_is_better,
+            n_train=len(self),
+            indices=None if top is None and bool(mask.all()) else indices,
+            train_labels=labels_of_index(self.folder),
+            query_labels=question.labels.as_list(World()),
+            query_ids=torch.arange(len(question)) if question.source.positions is None else question.source.positions,
+            class_names=self.folder.manifest.facts["class_names"] or question.source.class_names,
+            diagnostics=diagnostics_of(self.folder.manifest, derivatives.problem, shift, decay, len(question), start),
+            train_source=self.asker.train,
+            query_source=question.source.whole,
+        )
+
+    def self_influence(self, damping: AbstractDamping | float | None = None) -> Float[Tensor, " n"]:
+        """Self-influence of every example, (1/N) g^T (C + lambda)^-1 g, shape [N]; 0 for those that were removed.
+
+        Args:
+            damping: as for `score`.
+        """
+        fitted = self._fitted()
+        inverse, _ = fitted.inverse(damping)
+        own = torch.zeros(len(self), dtype=torch.float64)
+        stored = StoredRows(self.folder, self._layout(fitted), self.folder.manifest.mask())
+        for ids, values in stored.self_influence(inverse):
+            own[ids] = values.cpu() / len(self)
+        return own
+
+    # ---------------------------------------------------------------- changing what is stored
+
+    @plain_autograd()
+    def append(self, data: Any) -> Index:
+        """Store more examples after those that are there; interrupted, the same call goes on.
+
+        Curvature and damping stay those of the data that the index was built from.
+
+        Args:
+            data: as for `build`.
+
+        Returns:
+            The index with them.
+
+        Raises:
+            InvalidInput: the index was not built to its end, or was opened without its training data.
+        """
+        problem = self.asker.problem
+        if problem is None:
+            raise InvalidInput(
+                "append() computes gradients as the build did, which needs the training data; open the index with "
+                "Index.open(folder, problem), or with loss= and train=."
+            )
+        derivatives = self.asker.derivatives(None, self._where, self.folder.manifest.fingerprint)
+        examples = Examples.of(data, problem.data)
+        with writing(self.folder.path):
+            opened = IndexFolder.open(self.folder.path, self.folder.check)
+            opened.drop_unlisted()
+            manifest = opened.manifest
+            if not manifest.complete and len(manifest.parts) == 1:
+                raise InvalidInput(
+                    f"The index in {self._where!r} was not built to its end; call Index.build(...) again, which goes "
+                    "on."
+                )
+            if manifest.complete:
+                # Listed with the first shard of the part, so that an append of nothing changes nothing.
+                opened.manifest = replace(manifest, parts=(*manifest.parts, manifest.examples), complete=False)
+            add_examples(opened, derivatives, examples, len(opened.manifest.parts) - 1)
+        return replace(self, folder=IndexFolder.open(self.folder.path, self.folder.check))
+
+    def remove(self, ids: Iterable[int]) -> Index:
+        """Let examples count no longer: they have no score and are in no ranking. Others keep their numbers.
+
+        N stays: it is the number of examples that the model was trained on.
+
+        Args:
+            ids: positions of the examples.
+
+        Returns:
+            The index without them.
+        """
+        chosen = choose_examples(self.folder, torch.as_tensor(list(ids), dtype=torch.long), None, lambda: None)
+        with writing(self.folder.path):
+            opened = IndexFolder.open(self.folder.path, self.folder.check)
+            opened.write(opened.manifest.without(chosen.nonzero().flatten().tolist()))
+        return replace(self, folder=opened)
+
+    def compact(self) -> Index:
+        """Write shards anew without the rows of removed examples.
+
+        Returns:
+            The index, with fewer bytes.
+        """
+        with writing(self.folder.path):
+            opened = IndexFolder.open(self.folder.path, self.folder.check)
+            compact(opened)
+        return replace(self, folder=opened)
+
+    # ---------------------------------------------------------------- looking at it
+
+    def __len__(self) -> int:
+        """N, how many examples have been given, removed ones included."""
+        return self.folder.manifest.examples
+
+    def __repr__(self) -> str:
+        facts = self.folder.manifest.facts
+        return f"Index({self._where!r}, {len(self):,} examples, {facts['described']} in {facts['dtype']})"
+
+    @property
+    def labels(self) -> Tensor | None:
+        """One label per example, where all of them have one."""
+        return labels_of_index(self.folder)
+
+    @property
+    def _where(self) -> str:
+        return os.fspath(self.folder.path)
+
+    def _derivatives(self, queries: Any) -> tuple[Derivatives, FittedBasis]:
+        """How gradients of queries are taken and projected, and the basis that rows are stored in."""
+        whole = self.asker.derivatives(queries, self._where, self.folder.manifest.fingerprint)
+        fitted = self._fitted()
+        return (whole if fitted.projector is None else replace(whole, projector=fitted.projector)), fitted
+
+    def _fitted(self) -> FittedBasis:
+        manifest = self.folder.manifest
+        return FittedBasis.from_file(self.folder.read(manifest.basis), representation_of(manifest))
+
+    def _layout(self, fitted: FittedBasis) -> AbstractLayout:
+        manifest = self.folder.manifest
+        if not manifest.complete:
+            raise InvalidInput(
+                f"The index in {self._where!r} was not built to its end: {manifest.examples:,} examples are stored; "
+                "call Index.build(...) or append(...) again, which goes on."
+            )
+        return layout_of(manifest, fitted, representation_of(manifest))
+
+
+def _plan(problem: Problem, method: Any, representation: Any, dtype: Any, budget: Any, data: Any, shard: Any) -> Plan:
+    if not isinstance(problem, Problem):
+        raise InvalidInput(
+            f"Index.build() takes a Problem, got {type(problem).__name__}; write ptif.Index.build(ptif.Problem(model, "
+            "loss, train), folder)."
+        )
+    chosen = ekfac() if method is None else as_method(method)
+    count = Examples.of(data, problem.data).count
+    return Plan.of(problem, chosen, representation, dtype, count, budget, shard)
+
+
+def _check_memory(queries: int, columns: int, top: int | None, budget: Budget) -> None:
+    """Refuse to hold all scores where they do not fit."""
+    wanted = 8 * queries * columns if top is None else 24 * queries * top
+    if wanted > budget.bytes:
+        raise TooLarge(
+            f"{queries:,} queries x {columns:,} scores would take {wanted / 1e9:.3g} GB and the bound is "
+            f"{budget.bytes / 1e9:.3g} GB; ask for fewer with top=, ask in parts, or raise memory=."
+        )

@@ -1,0 +1,197 @@
+"""The record of an index on disk: one JSON file that lists every whole shard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from .._version import __version__
+from ..core.errors import InvalidInput
+from ..core.files import write_bytes
+from ..core.fingerprint import Fingerprint
+
+MANIFEST: Final = "index.json"
+KIND: Final = "gradient index"
+FORMAT: Final = 1
+"""Version of the layout of the folder. A reader refuses folders of another one."""
+
+
+@final
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of the folder, and what it must be.
+
+    Args:
+        name: of the file.
+        bytes: its size.
+        sha256: of its contents.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> StoredFile:
+        # A name, not a path: a manifest from elsewhere must not point out of its folder.
+        return StoredFile(Path(str(stored["name"])).name, int(stored["bytes"]), str(stored["sha256"]))
+
+
+@final
+@dataclass(frozen=True)
+class Shard:
+    """One file of rows.
+
+    Args:
+        file: which one.
+        first: the example at its start.
+        stop: one after the example at its end.
+        kept: the examples whose rows it holds, as ranges; None: all between `first` and `stop`.
+    """
+
+    file: StoredFile
+    first: int
+    stop: int
+    kept: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def ids(self) -> Int[Tensor, " n"]:
+        """The examples whose rows it holds."""
+        ranges = ((self.first, self.stop),) if self.kept is None else self.kept
+        return torch.cat([torch.arange(first, stop) for first, stop in ranges])
+
+
+@final
+@dataclass(frozen=True)
+class Manifest:
+    """What `index.json` says.
+
+    Args:
+        fingerprint: what the index was made from.
+        facts: its settings, as plain values: what is needed to read it and to tell about it.
+        basis: the file with eigenbasis and projection.
+        shards: the whole ones, in the order of their examples.
+        parts: the first example of the data that the index was built from and of everything appended, and what each
+            part holds; the last one may not be whole yet.
+        removed: examples that do not count, as ranges (first, one after the last).
+        complete: whether the last build or append came to its end.
+    """
+
+    fingerprint: Fingerprint
+    facts: Mapping[str, Any]
+    basis: StoredFile
+    shards: tuple[Shard, ...] = ()
+    parts: tuple[int, ...] = (0,)
+    removed: tuple[tuple[int, int], ...] = ()
+    complete: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def examples(self) -> int:
+        """How many examples have been given, removed ones included."""
+        return self.shards[-1].stop if self.shards else 0
+
+    @property
+    def bytes(self) -> int:
+        """Of all files together."""
+        return self.basis.bytes + sum(shard.file.bytes for shard in self.shards)
+
+    def mask(self) -> Bool[Tensor, " n"]:
+        """Which examples count."""
+        mask = torch.ones(self.examples, dtype=torch.bool)
+        for first, stop in self.removed:
+            mask[first:stop] = False
+        return mask
+
+    def without(self, ids: Iterable[int]) -> Manifest:
+        """The same index with more examples removed."""
+        mask = self.mask()
+        mask[torch.tensor(sorted(set(ids)), dtype=torch.long)] = False
+        return replace(self, removed=ranges_of((~mask).nonzero().flatten().tolist()))
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Read it.
+
+        Raises:
+            InvalidInput: there is none, it is damaged, or another version wrote it.
+        """
+        path = folder / MANIFEST
+        if not path.exists():
+            raise InvalidInput(
+                f"{os.fspath(folder)!r} holds no index ({MANIFEST} is missing); build one there with ptif.Index.build."
+            )
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            kind, version = stored["kind"], stored["format"]
+            if kind == KIND and version != FORMAT:
+                raise InvalidInput(
+                    f"The index in {os.fspath(folder)!r} has format {version} and this version reads {FORMAT}; read it "
+                    f"with pytorch_influence_functions {stored['versions']['pytorch_influence_functions']}, or build "
+                    "it anew."
+                )
+            fingerprint = Fingerprint.from_dict(stored["fingerprint"])
+            if kind != KIND or fingerprint is None:
+                raise ValueError(f"it is of kind {kind!r}")
+            return Manifest(
+                fingerprint,
+                dict(stored["facts"]),
+                StoredFile.from_dict(stored["basis"]),
+                tuple(_read_shard(entry) for entry in stored["shards"]),
+                tuple(int(first) for first in stored["parts"]),
+                tuple((int(first), int(stop)) for first, stop in stored["removed"]),
+                bool(stored["complete"]),
+                tuple(map(str, stored["notes"])),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+            if isinstance(cause, InvalidInput):
+                raise
+            reason = " ".join(str(cause).split()) or type(cause).__name__
+            raise InvalidInput(
+                f"{os.fspath(path)!r} cannot be read as the record of an index ({reason}); build the index anew."
+            ) from cause
+
+    def write(self, folder: Path) -> None:
+        """Put it in its place, whole or not at all."""
+        content = {
+            "kind": KIND,
+            "format": FORMAT,
+            "versions": {"pytorch_influence_functions": __version__, "torch": torch.__version__},
+            "fingerprint": self.fingerprint.to_dict(),
+            "facts": self.facts,
+            "basis": vars(self.basis),
+            "shards": [{**vars(s.file), "first": s.first, "stop": s.stop, "kept": s.kept} for s in self.shards],
+            "parts": self.parts,
+            "removed": self.removed,
+            "complete": self.complete,
+            "notes": self.notes,
+        }
+        write_bytes(folder / MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _read_shard(entry: Mapping[str, Any]) -> Shard:
+    kept = None if entry["kept"] is None else tuple((int(first), int(stop)) for first, stop in entry["kept"])
+    return Shard(StoredFile.from_dict(entry), int(entry["first"]), int(entry["stop"]), kept)
+
+
+def ranges_of(ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Increasing whole numbers as ranges (first, one after the last).
+
+    >>> ranges_of([2, 3, 4, 9])
+    ((2, 5), (9, 10))
+    """
+    ranges: list[tuple[int, int]] = []
+    for number in ids:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        else:
+            ranges.append((number, number + 1))
+    return tuple(ranges)

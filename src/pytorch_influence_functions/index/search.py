@@ -1,0 +1,142 @@
+"""One pass over stored rows: blocks of products, filtered, ranked or put side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..influence.scoring import refuse_nonfinite
+from ..influence.topk import TopK
+from .build import HASHES, LABELS
+from .folder import IndexFolder
+from .layouts import AbstractLayout, Stored
+
+# Numbers of stored rows that are looked at together: they stay in a core's cache in float32.
+_CACHED: Final = 1 << 18
+# A block has at least so many rows: products of fewer do not reach the speed of the machine.
+_FEWEST: Final = 64
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some neighbouring rows of one shard.
+
+    Args:
+        ids: the examples they belong to.
+        stored: their tensors.
+        forms: what else is needed to read them.
+        kept: which of them count; None: all.
+    """
+
+    ids: Int[Tensor, " n"]
+    stored: Stored
+    forms: Any
+    kept: Bool[Tensor, " n"] | None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """The rows of an index, shard by shard and piece by piece, without those that do not count.
+
+    Args:
+        folder: the index.
+        layout: how its rows are stored.
+        mask: which examples count, of all that were given.
+    """
+
+    folder: IndexFolder
+    layout: AbstractLayout
+    mask: Bool[Tensor, " n"]
+
+    def parts(self, queries: int = 1) -> Iterator[Part]:
+        """All rows that count, in pieces that suit so many queries."""
+        for shard in self.folder.manifest.shards:
+            asked = self.mask[shard.first : shard.stop]
+            if not bool(asked.any()):
+                continue
+            file = self.folder.read(shard.file)
+            ids = shard.ids
+            kept = self.mask[ids]
+            stored = {k: v for k, v in file.tensors.items() if k not in (HASHES, LABELS)}
+            yield from self._pieces(ids, stored, file.record["forms"], kept, queries)
+
+    def _pieces(self, ids: Tensor, stored: Stored, forms: Any, kept: Tensor, queries: int) -> Iterator[Part]:
+        numbers = sum(v.numel() for v in stored.values()) / max(1, len(ids))
+        step = max(_FEWEST, int(_CACHED / max(1.0, numbers, queries)))
+        everything = bool(kept.all())
+        for start in range(0, len(ids), step):
+            chunk = slice(start, start + step)
+            some = kept[chunk]
+            if everything:
+                yield Part(ids[chunk], {k: v[chunk] for k, v in stored.items()}, forms, None)
+            elif bool(some.any()):
+                yield Part(ids[chunk], {k: v[chunk] for k, v in stored.items()}, forms, some)
+
+    def scores(self, ready: Any, queries: int, inverse: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(training ids, scores of all queries on them) before they are divided by N.
+
+        Args:
+            ready: solved queries, as `AbstractLayout.ready` gives them.
+            queries: how many there are.
+            inverse: where scores are divided by sqrt(g^T (C + D)^-1 g) of each example: 1 / (eigenvalue + damping).
+        """
+        for part in self.parts(queries):
+            values = self.layout.products(ready, part.stored, part.forms)
+            if inverse is not None:
+                norms = self._own(part, inverse).sqrt().to(values)
+                values = values / torch.where(norms > 0, norms, torch.ones_like(norms))
+            if part.kept is None:
+                yield part.ids, values
+            else:
+                yield part.ids[part.kept], values[:, part.kept.to(values.device)]
+
+    def self_influence(self, inverse: Float[Tensor, " k"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(training ids, g^T (C + D)^-1 g of each)."""
+        for part in self.parts():
+            own = self._own(part, inverse)
+            yield (part.ids, own) if part.kept is None else (part.ids[part.kept], own[part.kept])
+
+    def _own(self, part: Part, inverse: Float[Tensor, " k"]) -> Float[Tensor, " n"]:
+        rows = self.layout.coordinates(part.stored, part.forms)
+        return rows.square().double() @ inverse.to(rows.device)
+
+
+@final
+@dataclass(eq=False)
+class Ranking:
+    """Collects blocks of scores: the extremes of every query, or all of them."""
+
+    queries: int
+    columns: Int[Tensor, " m"]
+    top: int | None
+
+    def __post_init__(self) -> None:
+        self._extremes = None if self.top is None else TopK(self.queries, self.top)
+        shape = (self.queries, len(self.columns)) if self.top is None else (0, 0)
+        self._whole = torch.zeros(*shape, dtype=torch.float64)
+
+    def add(self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
+        """Add the scores of some queries on examples `ids`, which come in increasing order.
+
+        Raises:
+            NonFinite: a score is NaN or infinite.
+        """
+        refuse_nonfinite(values, query_ids, ids)
+        if self._extremes is not None:
+            self._extremes.add(query_ids, ids, values)
+        else:
+            start = int(torch.searchsorted(self.columns, ids[0]))
+            self._whole[query_ids, start : start + len(ids)] = values.double().cpu()
+
+    def result(self) -> tuple[Float[Tensor, "q m"], Int[Tensor, "q m"]]:
+        """Scores, and the examples behind them."""
+        if self._extremes is not None:
+            return self._extremes.result()
+        return self._whole, self.columns.expand(self.queries, -1)

@@ -1,0 +1,424 @@
+"""An index against explicit formulas in float64: what is stored, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import InvalidInput, SolveFailed, TooLarge
+from pytorch_influence_functions.curvature import GGN, EmpiricalFisher
+from pytorch_influence_functions.damping import Relative
+from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.index import Factors, Sketch, TwoSided
+from pytorch_influence_functions.problem.data import Source
+from pytorch_influence_functions.solvers import Blockwise, Spectral
+from tests.laws.test_influence import mlp
+from tests.laws.test_sketches import matrix
+from tests.laws.zoo import CASES, build
+from tests.tolerance import gap
+
+LAMBDA = 3e-3
+
+
+def problem_of(n: int = 60) -> tuple[ptif.Problem, tuple[Tensor, Tensor]]:
+    model, x, y, xq, yq = mlp(n)
+    return ptif.Problem(model, ptif.CrossEntropy(), (x, y)), (xq, yq)
+
+
+def gradients(problem: ptif.Problem, source: Any = None, measure: Any = None) -> Tensor:
+    """Explicit gradients [n, P] in the order of the blocks."""
+    source = None if source is None else Source.of(source)
+    return torch.cat([g.rows.flat() for g in Derivatives.of(problem).stream(source, measure)])
+
+
+def single(problem: ptif.Problem, queries: Any) -> tuple[ptif.Problem, Any]:
+    """The same in float32."""
+    x, y = problem.data.dataset.tensors
+    return problem.with_(model=problem.model.float(), data=(x.float(), y)), (queries[0].float(), queries[1])
+
+
+# --------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("representation", [TwoSided(3), TwoSided(2, 4, seed=1), Sketch(20)], ids=repr)
+@pytest.mark.parametrize("curvature", [EmpiricalFisher(), GGN()], ids=repr)
+def test_projected_scores_are_the_explicit_formula(representation: Any, curvature: Any, tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    problem = problem.with_(weight_decay=2e-3)
+    n, p = len(problem), matrix(problem, representation)
+    g, m = gradients(problem) @ p, gradients(problem, queries, ptif.Margin()) @ p
+    if isinstance(curvature, EmpiricalFisher):
+        c = g.T @ g / n
+    else:
+        c = p.T @ dense_ggn(problem) @ p
+    for damping in (LAMBDA, 10 * LAMBDA):
+        inverse = torch.linalg.inv(c + (damping + 2e-3) * torch.eye(len(c)).double())
+        expected = m @ inverse @ g.T / n
+        method = ptif.Influence(curvature, Spectral(), LAMBDA)
+        index = ptif.Index.build(problem, tmp_path / "i", method, representation, "float64")
+        scores = index.score(queries, ptif.Margin(), damping=damping)
+        assert gap(scores.values, expected) < 1e-9
+        assert not scores.lower_is_better and scores.values.dtype == torch.float64
+    own = (g @ inverse * g).sum(1) / n
+    assert gap(index.self_influence(10 * LAMBDA), own) < 1e-9
+    assert (
+        gap(index.score(queries, normalised=True, damping=10 * LAMBDA).values, normalised(problem, queries, p, c))
+        < 1e-9
+    )
+
+
+def normalised(problem: ptif.Problem, queries: Any, p: Tensor, c: Tensor) -> Tensor:
+    """RelatIF's formula."""
+    g, m = gradients(problem) @ p, gradients(problem, queries) @ p
+    inverse = torch.linalg.inv(c + (10 * LAMBDA + 2e-3) * torch.eye(len(c)).double())
+    return m @ inverse @ g.T / len(g) / (g @ inverse * g).sum(1).sqrt()
+
+
+def dense_ggn(problem: ptif.Problem) -> Tensor:
+    operator = GGN().of(Derivatives.of(problem), GGN().forms[0], ptif.curvature.Budget())
+    return operator.matrix
+
+
+def test_without_reduction_a_projection_is_the_method_itself(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    for method in (ptif.ekfac(), ptif.methods.kfac(), ptif.methods.shampoo(), ptif.exact(), ptif.methods.grad_dot()):
+        live = method.fit(problem).score(queries)
+        for name, representation in (("wide", TwoSided(100)), ("factors", Factors())):
+            index = ptif.Index.build(problem, tmp_path / name, method, representation, "float64", overwrite=True)
+            assert gap(index.score(queries).values, live.values) < 1e-8
+        assert gap(index.self_influence(), method.fit(problem).self_influence()) < 1e-8
+
+
+def test_blocks_that_are_solved_one_by_one(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    method = ptif.Influence(GGN(), Blockwise(Spectral()), Relative(0.2, per_block=True))
+    index = ptif.Index.build(problem, tmp_path / "i", method, Factors())
+    assert gap(index.score(queries).values, method.fit(problem).score(queries).values) < 1e-8
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_factors_of_every_form_give_the_live_scores(case: Any, tmp_path: Path) -> None:
+    model, x, y = build(case)
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+    live = ptif.ekfac().fit(problem).score((x[:2], y[:2]))
+    index = ptif.Index.build(problem, tmp_path / "i", representation=Factors(), shard=2000)
+    assert gap(index.score((x[:2], y[:2])).values, live.values) < 1e-8
+
+
+def test_exact_scores_in_single_precision(tmp_path: Path) -> None:
+    problem, queries = single(*problem_of())
+    live = ptif.ekfac().fit(problem).score(queries)
+    index = ptif.Index.build(problem, tmp_path / "i")
+    assert repr(index).endswith("60 examples, Factors() in float32)")
+    assert gap(index.score(queries).values, live.values) < 1e-6
+
+
+def test_a_sketch_comes_closer_as_it_grows(tmp_path: Path) -> None:
+    """Correlation with exact products over seeds, for a curvature that keeps everything equal."""
+    problem, queries = problem_of(40)
+    live = ptif.methods.grad_dot().fit(problem).score(queries).values.flatten()
+    means = []
+    for k in (4, 14, 50):
+        closeness = []
+        for seed in range(6):
+            index = ptif.Index.build(
+                problem, tmp_path / f"{k}-{seed}", ptif.methods.grad_dot(), Sketch(k, seed=seed), "float64"
+            )
+            sketched = index.score(queries).values.flatten()
+            closeness.append(float(torch.corrcoef(torch.stack([live, sketched]))[0, 1]))
+        means.append(sum(closeness) / len(closeness))
+    assert means[0] < means[1] < means[2] and means[2] > 0.9
+
+
+def test_leading_eigenvectors_keep_more_than_random_signs(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    live = ptif.methods.grad_dot().fit(problem).score(queries).values.flatten()
+    closeness = {}
+    for basis in ("random signs", "eigenvectors"):
+        index = ptif.Index.build(
+            problem, tmp_path / basis, ptif.methods.grad_dot(), TwoSided(3, basis=basis), "float64"
+        )
+        closeness[basis] = float(torch.corrcoef(torch.stack([live, index.score(queries).values.flatten()]))[0, 1])
+    assert closeness["eigenvectors"] > max(0.9, closeness["random signs"])
+
+
+# --------------------------------------------------------------------------- what must not matter
+
+
+def test_batches_order_and_shards_do_not_matter(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    whole = ptif.Index.build(problem, tmp_path / "whole", representation=TwoSided(3), dtype="float64")
+    expected = whole.score(queries).values
+    for name, settings in {"shards": {"shard": 900}, "one": {"shard": 1}}.items():
+        index = ptif.Index.build(problem, tmp_path / name, representation=TwoSided(3), dtype="float64", **settings)
+        assert len(index.folder.manifest.shards) > 5
+        assert gap(index.score(queries).values, expected) < 1e-12
+        top, all_top = index.score(queries, top=4), whole.score(queries, top=4)
+        assert torch.equal(top.indices, all_top.indices)
+    small = ptif.Index.build(
+        problem.with_(batch_size=7), tmp_path / "batches", representation=TwoSided(3), dtype="float64"
+    )
+    assert gap(small.score(queries, memory=4000, top=1).top(1).values, whole.score(queries, top=1).values) < 1e-10
+    assert gap(small.score(queries).values, expected) < 1e-10
+
+
+def test_the_extremes_are_those_of_all_scores(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i", shard=2000)
+    whole, few = index.score(queries), index.score(queries, top=5)
+    assert few.shape == (len(queries[1]), 10)
+    for q in range(len(queries[1])):
+        assert [i for i, _ in few.helpful(q, 5)] == [i for i, _ in whole.helpful(q, 5)]
+        assert [i for i, _ in few.harmful(q, 5)] == [i for i, _ in whole.harmful(q, 5)]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("float16", 2e-3), ("bfloat16", 2e-2), ("int8", 3e-2)])
+@pytest.mark.parametrize("representation", [TwoSided(3), Factors()], ids=repr)
+def test_numbers_of_every_type_are_off_by_their_rounding(
+    representation: Any, dtype: str, bound: float, tmp_path: Path
+) -> None:
+    problem, queries = single(*problem_of())
+    exact = ptif.Index.build(problem, tmp_path / "e", representation=representation, dtype="float32")
+    index = ptif.Index.build(problem, tmp_path / "i", representation=representation, dtype=dtype)
+    assert gap(index.score(queries).values, exact.score(queries).values) < bound
+    if dtype != "float32":
+        assert index.folder.manifest.bytes < exact.folder.manifest.bytes
+
+
+def test_signs_alone_still_rank(tmp_path: Path) -> None:
+    problem, queries = single(*problem_of())
+    exact = ptif.Index.build(problem, tmp_path / "e", representation=TwoSided(6), dtype="float32").score(queries).values
+    signs = ptif.Index.build(problem, tmp_path / "i", representation=TwoSided(6), dtype="1bit").score(queries).values
+    assert float(torch.corrcoef(torch.stack([exact.flatten(), signs.flatten()]))[0, 1]) > 0.6
+    with pytest.raises(InvalidInput, match=r"Factors\(\) in 1 bit would lose the products of its signs"):
+        ptif.Index.build(problem, tmp_path / "f", representation=Factors(), dtype="1bit")
+
+
+# --------------------------------------------------------------------------- opening
+
+
+def test_the_model_alone_is_enough_to_ask(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    built = ptif.Index.build(problem, tmp_path / "i", representation=TwoSided(3))
+    index = ptif.Index.open(tmp_path / "i", problem.model.train())
+    scores = index.score(queries, top=3)
+    assert torch.equal(scores.values, built.score(queries, top=3).values)
+    assert scores.train_labels is not None and scores.n_train == 60 and problem.model.training
+    assert index.score((queries[0][:1], queries[1][:1])).shape == (1, 60)
+
+
+def test_a_loss_of_ones_own_must_be_given_again(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+
+    def halved(outputs: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, y, reduction="none") / 2
+
+    ptif.Index.build(problem.with_(objective=halved), tmp_path / "i", ptif.methods.grad_dot())
+    with pytest.raises(InvalidInput, match="was built with a loss of your own, .*; give it as loss="):
+        ptif.Index.open(tmp_path / "i", problem.model)
+    assert ptif.Index.open(tmp_path / "i", problem.model, loss=halved).score(queries).shape == (4, 60)
+    with pytest.raises(InvalidInput, match="was built with another loss; give the same"):
+        ptif.Index.open(tmp_path / "i", problem.model, loss=nn.CrossEntropyLoss()).score(queries)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    problem, _ = problem_of()
+    ptif.Index.build(problem, tmp_path / "i", representation=TwoSided(3))
+    with torch.no_grad():
+        problem.model[0].weight[0, 0] += 0.1
+    with pytest.raises(
+        InvalidInput, match="The model is not the one that the index in .* its weights differ; load that"
+    ):
+        ptif.Index.open(tmp_path / "i", problem.model)
+    other = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    with pytest.raises(InvalidInput, match="its weights and model code differ"):
+        ptif.Index.open(tmp_path / "i", other)
+
+
+# --------------------------------------------------------------------------- filters
+
+
+def test_only_what_was_asked_for_is_scored(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i", shard=2000)
+    whole = index.score(queries)
+    y = torch.as_tensor(whole.train_labels)
+    for chosen, settings in (
+        (torch.tensor([3, 17, 41]), {"ids": [41, 3, 17]}),
+        (torch.arange(20), {"ids": slice(20)}),
+        ((y == 1).nonzero().flatten(), {"where": lambda labels: labels == 1}),
+        (
+            (y == 1).nonzero().flatten()[:4],
+            {"ids": (y == 1).nonzero().flatten()[:4], "where": lambda labels: labels == 1},
+        ),
+        ((y != 2).nonzero().flatten(), {"ids": y != 2}),
+    ):
+        some = index.score(queries, **settings)
+        assert torch.equal(some.indices[0], chosen)
+        assert gap(some.values, whole.values[:, chosen]) < 1e-12
+    few = index.score(queries, top=2, ids=slice(20))
+    assert int(few.indices.max()) < 20 and few.helpful(0, 1)[0][0] == int(whole.values[0, :20].argmax())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ids": [60]}, "Example 60 is outside the index, which holds 0 to 59"),
+        ({"ids": []}, "No example is left to score"),
+        ({"ids": [0.5]}, "ids= must be whole numbers in one row"),
+        ({"ids": "all"}, "ids= must be positions such as"),
+        ({"ids": torch.ones(3, dtype=torch.bool)}, r"The mask ids= has shape \(3,\); the index holds 60 examples"),
+        ({"where": 3}, "where= must be a function of the labels such as"),
+        ({"where": lambda y: y.nonsense}, "where= failed on the labels with AttributeError"),
+        ({"where": lambda y: y}, "it must give True or False for each"),
+        ({"where": lambda y: y > 99}, "No example is left to score"),
+        ({"normalised": 1}, "normalised=1 must be True or False"),
+        ({"top": 0}, "top=0 must be a whole number of at least 1"),
+        ({"memory": 100}, r"4 queries x 60 scores would take .* ask for fewer with top="),
+        ({"damping": 0.0}, "The smallest eigenvalue of the curvature with damping is"),
+    ],
+)
+def test_questions_that_cannot_be_answered(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i", ptif.exact(), representation=Factors())
+    with pytest.raises((InvalidInput, TooLarge, SolveFailed), match=message):
+        index.score(queries, **settings)
+
+
+# --------------------------------------------------------------------------- more, and less, data
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(zip(self.x, self.y, strict=True))
+
+
+def test_data_that_can_only_be_iterated(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    x, y = problem.data.dataset.tensors
+    expected = ptif.Index.build(problem, tmp_path / "e", representation=TwoSided(3), dtype="float64").score(queries)
+    for number, data in enumerate(
+        (Stream(x, y), DataLoader(Stream(x, y), batch_size=7), iter(list(zip(x, y, strict=True))))
+    ):
+        index = ptif.Index.build(
+            problem, tmp_path / str(number), representation=TwoSided(3), dtype="float64", data=data, shard=900
+        )
+        assert gap(index.score(queries).values, expected.values) < 1e-12
+
+
+def test_examples_can_be_added(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    x, y = problem.data.dataset.tensors
+    expected = ptif.Index.build(problem, tmp_path / "e", representation=TwoSided(3), dtype="float64").score(queries)
+    index = ptif.Index.build(
+        problem, tmp_path / "i", representation=TwoSided(3), dtype="float64", data=(x[:25], y[:25]), shard=900
+    )
+    longer = index.append((x[25:40], y[25:40])).append(TensorDataset(x[40:], y[40:]))
+    assert len(index) == 25 and len(longer) == 60
+    scores = longer.score(queries)
+    assert gap(scores.values, expected.values) < 1e-12
+    assert "35 of the examples were appended" in str(scores.diagnostics)
+    with pytest.raises(InvalidInput, match="needs the training data; open the index with"):
+        ptif.Index.open(tmp_path / "i", problem.model).append((x, y))
+    with pytest.raises(InvalidInput, match="The data hold no example"):
+        longer.append(Stream(x[:0], y[:0]))
+    assert len(ptif.Index.open(tmp_path / "i", problem)) == 60
+
+
+def test_examples_can_be_removed(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i", shard=2000)
+    whole = index.score(queries)
+    gone = [0, 7, 8, 59]
+    left = torch.tensor([i for i in range(60) if i not in gone])
+    smaller = index.remove(gone)
+    before = smaller.folder.manifest.bytes
+    steps = (lambda i: i, lambda i: i.compact(), lambda i: ptif.Index.open(tmp_path / "i", problem.model))
+    for step in steps:
+        open_index = step(smaller)
+        scores = open_index.score(queries)
+        assert torch.equal(scores.indices[0], left) and scores.n_train == 60
+        assert gap(scores.values, whole.values[:, left]) < 1e-12
+        assert open_index.self_influence()[gone].tolist() == [0.0] * 4
+        assert "4 examples were removed" in str(scores.diagnostics)
+    assert open_index.folder.manifest.bytes < before
+    with pytest.raises(InvalidInput, match="Example 7 was removed from the index; leave it out"):
+        open_index.score(queries, ids=[6, 7])
+    with pytest.raises(InvalidInput, match="Example 99 is outside the index"):
+        open_index.remove([99])
+    again = open_index.remove([1]).compact()
+    assert again.score(queries).shape == (4, 55)
+
+
+# --------------------------------------------------------------------------- choosing
+
+
+def test_the_most_exact_representation_that_fits_is_chosen() -> None:
+    problem, _ = single(*problem_of())
+    described = {
+        budget: ptif.Index.forecast(problem, budget=budget, dtype="float16").representation
+        for budget in (60 * 70, 60 * 120, 60 * 1000)
+    }
+    assert list(described.values())[2] == "Factors()"
+    forecast = ptif.Index.forecast(problem)
+    assert forecast.representation == "Factors()" and forecast.examples == 60 and forecast.dtype == "float32"
+    assert "60 examples of" in str(forecast) and "which fit (20 GB / 60 examples" in forecast.why
+    with pytest.raises(TooLarge, match="Nothing useful fits into 1 bytes per example"):
+        ptif.Index.forecast(problem, budget=60)
+    with pytest.raises(TooLarge, match=r"60 examples of .* bytes each in TwoSided\(k_in=3\) would take"):
+        ptif.Index.forecast(problem, representation=TwoSided(3), budget=60)
+
+
+def test_a_forecast_counts_the_bytes(tmp_path: Path) -> None:
+    problem, _ = single(*problem_of())
+    for representation in (Factors(), TwoSided(3), Sketch(20)):
+        forecast = ptif.Index.forecast(problem, representation=representation)
+        index = ptif.Index.build(problem, tmp_path / repr(representation), representation=representation)
+        stored = sum(
+            sum(t.nbytes for t in index.folder.read(s.file).tensors.values()) for s in index.folder.manifest.shards
+        )
+        assert stored == pytest.approx(forecast.bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "source"}, "needs run|does not give"),
+        ({"method": ptif.methods.nystrom()}, "An index has no use for preconditioner="),
+        ({"method": ptif.methods.grad_cos()}, "An index holds raw scores, not scaling="),
+        ({"method": ptif.trak(10)}, "the projection of an index is its representation="),
+        ({"method": ptif.methods.arnoldi()}, r"has no eigenbasis in which rows could be stored; use ptif.ekfac\(\)"),
+        ({"representation": "facters"}, "representation='facters' is none; write 'auto', Factors"),
+        ({"representation": TwoSided}, r"representation= is the class TwoSided; write TwoSided\(\.\.\.\), an instance"),
+        ({"dtype": "float8"}, "dtype='float8' is none of those that are stored; choose one of float32, float16"),
+        ({"overwrite": "yes"}, "overwrite='yes' must be True or False"),
+        ({"budget": "much"}, "is no amount of memory"),
+    ],
+)
+def test_an_index_that_cannot_be_built(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    problem, _ = problem_of()
+    with pytest.raises((InvalidInput, TooLarge), match=message):
+        ptif.Index.build(problem, tmp_path / "i", **settings)
+    assert not (tmp_path / "i" / "index.json").exists()
+
+
+def test_problems_that_have_no_index(tmp_path: Path) -> None:
+    problem, _ = problem_of()
+    with pytest.raises(InvalidInput, match=r"Index.build\(\) takes a Problem, got Sequential; write ptif.Index.build"):
+        ptif.Index.build(problem.model, tmp_path / "i")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="the problem has checkpoints; load one of them"):
+        ptif.Index.build(problem.with_(checkpoints=[problem.model.state_dict()]), tmp_path / "i")
+    every = ptif.WeightDecay(0.1, per_example=True)
+    with pytest.raises(InvalidInput, match="Weight decay that every example carries is no part of stored gradients"):
+        ptif.Index.build(problem.with_(weight_decay=every), tmp_path / "i")
