@@ -9,8 +9,8 @@ the training *dataset*. For a loss, positive means helpful.
 
 What is typed daily stands here; the rest stands in one module per part of the formula: `ptif.methods`,
 `ptif.curvature`, `ptif.solvers`, `ptif.damping`, `ptif.scaling`, `ptif.objectives`, `ptif.gradients`,
-`ptif.trajectory`, `ptif.plots`, `ptif.evaluation`, `ptif.actions`, `ptif.hf` (Hugging Face), `ptif.errors`,
-`ptif.classic`.
+`ptif.trajectory`, `ptif.store`, `ptif.plots`, `ptif.evaluation`, `ptif.actions`, `ptif.hf` (Hugging Face),
+`ptif.errors`, `ptif.classic`.
 """
 
 from typing import TYPE_CHECKING
@@ -26,13 +26,13 @@ from . import (
     evaluation,
     gradients,
     hf,
-    index,
     influence_function,
     methods,
     objectives,
     plots,
     scaling,
     solvers,
+    store,
     trajectory,
     utils,
 )
@@ -55,7 +55,6 @@ from .core.errors import InfluenceError
 from .core.progress import progress
 from .core.renames import moved_names as _moved_names
 from .evaluation.table import evaluate
-from .index.gradient_index import Index
 from .influence.attribution import Attribution, Influence
 from .methods.papers import dual, ekfac, exact, gauss_newton, tracin, trak
 from .objectives.bernoulli import Bernoulli
@@ -66,6 +65,7 @@ from .problem.weight_decay import WeightDecay
 from .scores.diagnostics import Diagnostics
 from .scores.parts import PartScores
 from .scores.scores import Scores
+from .store.gradient_index import Index
 from .trajectory.recorder import Recorder
 from .trajectory.recording import Recording
 from .trajectory.source import source
@@ -114,7 +114,6 @@ __all__ = [
     "get_default_config",
     "gradients",
     "hf",
-    "index",
     "influence_function",
     "influential_loader",
     "init_logging",
@@ -125,6 +124,7 @@ __all__ = [
     "scaling",
     "solvers",
     "source",
+    "store",
     "tracin",
     "trajectory",
     "trak",

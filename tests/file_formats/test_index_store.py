@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core import files
 from pytorch_influence_functions.core.errors import InvalidInput
-from pytorch_influence_functions.index import Factors, TwoSided
-from pytorch_influence_functions.index.manifest import MANIFEST
+from pytorch_influence_functions.store import Factors, TwoSided
+from pytorch_influence_functions.store.manifest import MANIFEST
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -199,9 +199,9 @@ def test_every_example_is_compared_with_what_is_stored(tmp_path: Path, monkeypat
     build(tmp_path, problem, data=(x, y))
     with pytest.raises(InvalidInput, match=r"Example 77 is not what it was when the index was built \(1 of 10 in its"):
         build(tmp_path, problem, data=(other, y))
-    with pytest.raises(InvalidInput, match="The data end at example 180 and .* holds 200; give all of the data"):
+    with pytest.raises(InvalidInput, match=r"The data end at example 180 and .* holds 200; give all of the data"):
         build(tmp_path, problem, data=(x[:180], y[:180]))
-    with pytest.raises(InvalidInput, match="hold 10 examples from|hold more examples"):
+    with pytest.raises(InvalidInput, match=r"hold 10 examples from|hold more examples"):
         build(tmp_path, problem, data=(torch.cat([x, x]), torch.cat([y, y])))
 
 
@@ -225,9 +225,9 @@ def test_an_interrupted_append_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
         index.append((x, y))
     monkeypatch.setattr(os, "replace", replace)
     half = ptif.Index.open(tmp_path / "stopped", problem_of())
-    with pytest.raises(InvalidInput, match="was not built to its end: 60 examples are stored; call Index.build"):
+    with pytest.raises(InvalidInput, match=r"was not built to its end: 60 examples are stored; call Index.build"):
         half.score(queries())
-    with pytest.raises(InvalidInput, match="Example 40 is not what it was"):
+    with pytest.raises(InvalidInput, match=r"Example 40 is not what it was"):
         half.append((x + 1, y))
     half.append((x, y))
     assert contents(tmp_path / "stopped") == expected
@@ -261,7 +261,7 @@ def test_a_file_that_was_cut_off_or_is_missing_is_noticed(tmp_path: Path) -> Non
     with pytest.raises(InvalidInput, match=r"has .* bytes and was written with .*, so it was cut off or replaced"):
         index.score(queries())
     second.unlink()
-    with pytest.raises(InvalidInput, match="is missing from the index; open the index again if it was changed"):
+    with pytest.raises(InvalidInput, match=r"is missing from the index; open the index again if it was changed"):
         index.score(queries(), ids=[15])
 
 
@@ -287,10 +287,10 @@ def test_a_record_of_something_else_is_refused(change: Any, message: str, tmp_pa
 
 
 def test_where_there_is_no_index(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="holds no index .index.json is missing.; build one there with ptif.Index"):
+    with pytest.raises(InvalidInput, match=r"holds no index .index.json is missing.; build one there with ptif.Index"):
         ptif.Index.open(tmp_path, problem_of().model)
     (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(InvalidInput, match="cannot be read as the record of an index"):
+    with pytest.raises(InvalidInput, match=r"cannot be read as the record of an index"):
         ptif.Index.open(tmp_path, problem_of().model)
 
 
@@ -311,7 +311,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_kept(
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InvalidInput, match="cannot be written to .No space left on device.; give another place"):
+    with pytest.raises(InvalidInput, match=r"cannot be written to .No space left on device.; give another place"):
         build(tmp_path / "full")
     kept = contents(tmp_path / "full")
     assert MANIFEST in kept and not any(name.endswith(".part") for name in kept)
@@ -323,7 +323,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_kept(
 def test_what_will_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(InvalidInput, match="The index would take .* GB and the disk of .* has 1e-07 GB free"):
+    with pytest.raises(InvalidInput, match=r"The index would take .* GB and the disk of .* has 1e-07 GB free"):
         build(tmp_path / "i")
     assert contents(tmp_path / "i") == {}
 
@@ -335,7 +335,7 @@ def test_a_folder_that_can_only_be_read(tmp_path: Path) -> None:
     try:
         index = ptif.Index.open(tmp_path / "i", problem_of().model)
         assert index.score(queries()).shape == (2, 40)
-        with pytest.raises(InvalidInput, match="cannot be written to .Permission denied."):
+        with pytest.raises(InvalidInput, match=r"cannot be written to .Permission denied."):
             index.remove([1])
     finally:
         os.chmod(tmp_path / "i", 0o700)
@@ -344,7 +344,7 @@ def test_a_folder_that_can_only_be_read(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = build(tmp_path / "i")
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
-    with pytest.raises(InvalidInput, match="cannot be written to .Permission denied.; give another place"):
+    with pytest.raises(InvalidInput, match=r"cannot be written to .Permission denied.; give another place"):
         index.remove([1])
     assert index.score(queries()).shape == (2, 40)
 

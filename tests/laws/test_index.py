@@ -16,9 +16,9 @@ from pytorch_influence_functions.core.errors import InvalidInput, SolveFailed, T
 from pytorch_influence_functions.curvature import GGN, EmpiricalFisher
 from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives
-from pytorch_influence_functions.index import Factors, Sketch, TwoSided
 from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.solvers import Blockwise, Spectral
+from pytorch_influence_functions.store import Factors, Sketch, TwoSided
 from tests.laws.test_influence import mlp
 from tests.laws.test_sketches import matrix
 from tests.laws.zoo import CASES, build
@@ -54,10 +54,7 @@ def test_projected_scores_are_the_explicit_formula(representation: Any, curvatur
     problem = problem.with_(weight_decay=2e-3)
     n, p = len(problem), matrix(problem, representation)
     g, m = gradients(problem) @ p, gradients(problem, queries, ptif.Margin()) @ p
-    if isinstance(curvature, EmpiricalFisher):
-        c = g.T @ g / n
-    else:
-        c = p.T @ dense_ggn(problem) @ p
+    c = g.T @ g / n if isinstance(curvature, EmpiricalFisher) else p.T @ dense_ggn(problem) @ p
     for damping in (LAMBDA, 10 * LAMBDA):
         inverse = torch.linalg.inv(c + (damping + 2e-3) * torch.eye(len(c)).double())
         expected = m @ inverse @ g.T / n
@@ -222,10 +219,10 @@ def test_a_loss_of_ones_own_must_be_given_again(tmp_path: Path) -> None:
         return nn.functional.cross_entropy(outputs, y, reduction="none") / 2
 
     ptif.Index.build(problem.with_(objective=halved), tmp_path / "i", ptif.methods.grad_dot())
-    with pytest.raises(InvalidInput, match="was built with a loss of your own, .*; give it as loss="):
+    with pytest.raises(InvalidInput, match=r"was built with a loss of your own, .*; give it as loss="):
         ptif.Index.open(tmp_path / "i", problem.model)
     assert ptif.Index.open(tmp_path / "i", problem.model, loss=halved).score(queries).shape == (4, 60)
-    with pytest.raises(InvalidInput, match="was built with another loss; give the same"):
+    with pytest.raises(InvalidInput, match=r"was built with another loss; give the same"):
         ptif.Index.open(tmp_path / "i", problem.model, loss=nn.CrossEntropyLoss()).score(queries)
 
 
@@ -235,11 +232,11 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         problem.model[0].weight[0, 0] += 0.1
     with pytest.raises(
-        InvalidInput, match="The model is not the one that the index in .* its weights differ; load that"
+        InvalidInput, match=r"The model is not the one that the index in .* its weights differ; load that"
     ):
         ptif.Index.open(tmp_path / "i", problem.model)
     other = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
-    with pytest.raises(InvalidInput, match="its weights and model code differ"):
+    with pytest.raises(InvalidInput, match=r"its weights and model code differ"):
         ptif.Index.open(tmp_path / "i", other)
 
 
@@ -329,9 +326,9 @@ def test_examples_can_be_added(tmp_path: Path) -> None:
     scores = longer.score(queries)
     assert gap(scores.values, expected.values) < 1e-12
     assert "35 of the examples were appended" in str(scores.diagnostics)
-    with pytest.raises(InvalidInput, match="needs the training data; open the index with"):
+    with pytest.raises(InvalidInput, match=r"needs the training data; open the index with"):
         ptif.Index.open(tmp_path / "i", problem.model).append((x, y))
-    with pytest.raises(InvalidInput, match="The data hold no example"):
+    with pytest.raises(InvalidInput, match=r"The data hold no example"):
         longer.append(Stream(x[:0], y[:0]))
     assert len(ptif.Index.open(tmp_path / "i", problem)) == 60
 
@@ -353,9 +350,9 @@ def test_examples_can_be_removed(tmp_path: Path) -> None:
         assert open_index.self_influence()[gone].tolist() == [0.0] * 4
         assert "4 examples were removed" in str(scores.diagnostics)
     assert open_index.folder.manifest.bytes < before
-    with pytest.raises(InvalidInput, match="Example 7 was removed from the index; leave it out"):
+    with pytest.raises(InvalidInput, match=r"Example 7 was removed from the index; leave it out"):
         open_index.score(queries, ids=[6, 7])
-    with pytest.raises(InvalidInput, match="Example 99 is outside the index"):
+    with pytest.raises(InvalidInput, match=r"Example 99 is outside the index"):
         open_index.remove([99])
     again = open_index.remove([1]).compact()
     assert again.score(queries).shape == (4, 55)
@@ -374,7 +371,7 @@ def test_the_most_exact_representation_that_fits_is_chosen() -> None:
     forecast = ptif.Index.forecast(problem)
     assert forecast.representation == "Factors()" and forecast.examples == 60 and forecast.dtype == "float32"
     assert "60 examples of" in str(forecast) and "which fit (20 GB / 60 examples" in forecast.why
-    with pytest.raises(TooLarge, match="Nothing useful fits into 1 bytes per example"):
+    with pytest.raises(TooLarge, match=r"Nothing useful fits into 1 bytes per example"):
         ptif.Index.forecast(problem, budget=60)
     with pytest.raises(TooLarge, match=r"60 examples of .* bytes each in TwoSided\(k_in=3\) would take"):
         ptif.Index.forecast(problem, representation=TwoSided(3), budget=60)
@@ -417,8 +414,8 @@ def test_problems_that_have_no_index(tmp_path: Path) -> None:
     problem, _ = problem_of()
     with pytest.raises(InvalidInput, match=r"Index.build\(\) takes a Problem, got Sequential; write ptif.Index.build"):
         ptif.Index.build(problem.model, tmp_path / "i")  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match="the problem has checkpoints; load one of them"):
+    with pytest.raises(InvalidInput, match=r"the problem has checkpoints; load one of them"):
         ptif.Index.build(problem.with_(checkpoints=[problem.model.state_dict()]), tmp_path / "i")
     every = ptif.WeightDecay(0.1, per_example=True)
-    with pytest.raises(InvalidInput, match="Weight decay that every example carries is no part of stored gradients"):
+    with pytest.raises(InvalidInput, match=r"Weight decay that every example carries is no part of stored gradients"):
         ptif.Index.build(problem.with_(weight_decay=every), tmp_path / "i")

@@ -124,9 +124,9 @@ def test_what_cannot_be_projected_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"Sketch\(k=57\) is no smaller than the 57 parameters"):
         Sketch(57).projector(problem.space)
     decaying = problem.with_(weight_decay={"0.weight": 0.1})
-    with pytest.raises(InvalidInput, match="Weight decay differs between parameters, and a sketch mixes them"):
+    with pytest.raises(InvalidInput, match=r"Weight decay differs between parameters, and a sketch mixes them"):
         Sketch(10).projector(decaying.space)
-    with pytest.raises(InvalidInput, match="measures its directions on the training data, which only an index does"):
+    with pytest.raises(InvalidInput, match=r"measures its directions on the training data, which only an index does"):
         TwoSided(3, basis="eigenvectors").projector(problem.space)
     with pytest.raises(InvalidInput, match=r"TwoSided\(k_in=0\) must be a whole number of at least 1; 8 to 64 are"):
         TwoSided(0)

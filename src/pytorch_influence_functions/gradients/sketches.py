@@ -89,7 +89,11 @@ class TwoSided(AbstractReduction):
         return self.k_out or self.k_in, self.k_in
 
     def shape_of(self, block: BlockSpec) -> tuple[int, int]:
-        """The shape of a block's projected gradient."""
+        """The shape of a block's projected gradient.
+
+        Args:
+            block: the block of parameters.
+        """
         o, i = matrix_shape(block.shape)
         left, right = self.sides
         return (min(o, left * right), 1) if i == 1 else (min(o, left), min(i, right))

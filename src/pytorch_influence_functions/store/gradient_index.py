@@ -78,7 +78,7 @@ class Index:
             problem: model, loss and training data.
             folder: where the index is kept; a folder of its own.
             method: a method with an eigenbasis such as `ptif.ekfac()`, or its name; `None`: `ptif.ekfac()`.
-            representation: `ptif.index.Factors()` (exact), `TwoSided(k_in)` or `Sketch(k)`; `"auto"`: the most exact
+            representation: `ptif.store.Factors()` (exact), `TwoSided(k_in)` or `Sketch(k)`; `"auto"`: the most exact
                 one that fits into `budget`.
             dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` or `"1bit"`; `None`: exact for factors, float16 for
                 what is projected.

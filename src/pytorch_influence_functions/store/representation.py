@@ -90,7 +90,7 @@ def choose(
     if representation != AUTO:
         raise InvalidInput(
             f"representation={representation!r} is none; write 'auto', Factors(), TwoSided(16) or Sketch(1024) of "
-            "ptif.index."
+            "ptif.store."
         )
     return _choose_by_size(dtype, derivatives, rows, count, budget)
 
