@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -419,3 +420,79 @@ def test_problems_that_have_no_index(tmp_path: Path) -> None:
     every = ptif.WeightDecay(0.1, per_example=True)
     with pytest.raises(InvalidInput, match=r"Weight decay that every example carries is no part of stored gradients"):
         ptif.Index.build(problem.with_(weight_decay=every), tmp_path / "i")
+
+
+# --------------------------------------------------------------------------- two stages
+
+
+def test_candidates_are_ranked_by_exact_scores(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    exact = ptif.ekfac().fit(problem).score(queries)
+    index = ptif.Index.build(problem, tmp_path / "i", representation=TwoSided(2), shard=2000)
+    everything = index.score(queries, top=5, rerank=30)
+    for q in range(4):
+        assert everything.helpful(q, 5) == pytest.approx(exact.helpful(q, 5), rel=1e-9)
+        assert everything.harmful(q, 5) == pytest.approx(exact.harmful(q, 5), rel=1e-9)
+    some = ptif.Index.open(tmp_path / "i", problem).score(queries, top=3, rerank=8, audit=20)
+    assert some.shape == (4, 6) and some.provenance == exact.provenance
+    assert gap(some.values, exact.values.gather(1, some.indices)) < 1e-9
+    named = index.score(queries, top=8).indices
+    for q in range(4):
+        best = named[q][exact.values[q, named[q]].argsort(descending=True)]
+        assert [i for i, _ in some.helpful(q, 3)] == best[:3].tolist()
+    other = index.score(queries, top=3, rerank=8, by=ptif.gauss_newton(), audit=0)
+    assert gap(other.values, ptif.gauss_newton().fit(problem).score(queries).values.gather(1, other.indices)) < 1e-2
+
+
+def test_what_the_first_stage_missed_is_bounded(tmp_path: Path) -> None:
+    """Counted by hand from all exact scores."""
+    problem, queries = problem_of()
+    exact = ptif.ekfac().fit(problem).score(queries).values
+    index = ptif.Index.build(problem, tmp_path / "i", representation=Sketch(6))
+    scores = index.score(queries, top=2, rerank=4, audit=1000)
+    candidates = index.score(queries, top=4).indices.unique()
+    others = [i for i in range(60) if i not in candidates.tolist()]
+    better = sum(
+        int((exact[q, others] > scores.values[q, 1]).sum() + (exact[q, others] < scores.values[q, 2]).sum())
+        for q in range(4)
+    )
+    tried = 4 * len(others)
+    (note,) = (note for note in scores.diagnostics.notes if "candidates of the index" in note)
+    assert f"{better} of {tried} scores would have entered a top list" in note.replace(",", "")
+    bound = float(note.partition("at most ")[2].split()[0])
+    assert bound == pytest.approx(float(stats.beta.ppf(0.95, better + 1, tried - better)), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rerank": 10}, r"rerank= gives exact scores to the ends of a ranking, and no top= was asked for"),
+        ({"rerank": 10, "top": 3, "normalised": True}, r"and normalised=True was asked for; write top=10, rerank=10"),
+        ({"rerank": 2, "top": 3}, r"rerank=2 must be a whole number of at least 3; it is how many candidates"),
+        ({"rerank": 3, "top": 3, "audit": -1}, r"audit=-1 must be a whole number of at least 0"),
+        ({"top": 3, "by": "ekfac"}, r"by= is the method of rerank=, which is not given"),
+        (
+            {"rerank": 3, "top": 3, "by": ptif.methods.Random()},
+            r"rerank= needs an Influence\(...\) such as by=ptif.ekf",
+        ),
+    ],
+)
+def test_reranking_that_cannot_be_done(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i", representation=TwoSided(2))
+    with pytest.raises(InvalidInput, match=message):
+        index.score(queries, **settings)
+
+
+def test_reranking_needs_the_data_and_the_method(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    x, y = problem.data.dataset.tensors
+    method = ptif.ekfac(examples=30)
+    index = ptif.Index.build(problem, tmp_path / "i", method, representation=TwoSided(2))
+    with pytest.raises(InvalidInput, match=r"rerank= needs the 60 training examples of the index, and none are given"):
+        ptif.Index.open(tmp_path / "i", problem.model).score(queries, top=3, rerank=5)
+    with pytest.raises(InvalidInput, match=r"and the index was built with a method of your own; give by="):
+        index.score(queries, top=3, rerank=5)
+    assert index.score(queries, top=3, rerank=5, by=method).shape == (4, 6)
+    with pytest.raises(InvalidInput, match=r"and this index has appended ones; build an index of all data"):
+        index.append((x, y)).score(queries, top=3, rerank=5, by=method)

@@ -14,13 +14,15 @@ from ..core.errors import InvalidInput
 from ..core.fingerprint import Fingerprint
 from ..curvature.base import Budget
 from ..gradients.per_example import Derivatives
+from ..influence.attribution import Attribution, Influence
 from ..influence.checks import in_queries
+from ..methods.names import METHODS, as_method
 from ..objectives.base import AbstractObjective
 from ..objectives.bernoulli import Bernoulli
 from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
 from ..problem.problem import Problem, check_model
 from ..problem.working_precision import in_working_precision
-from .build import LOSS, PARAMETERS, check_model_is_same, describe_parameters
+from .build import LOSS, METHOD, PARAMETERS, check_model_is_same, describe_parameters
 from .folder import IndexFolder
 
 _KNOWN_LOSSES: Final = (CrossEntropy(), SquaredError(), Bernoulli(), TokenCrossEntropy())
@@ -45,6 +47,7 @@ class Asker:
     problem: Problem | None
     facts: Mapping[str, Any] = field(default_factory=dict)
     _known: dict[str, Derivatives] = field(default_factory=dict)
+    _fitted: dict[str, Attribution] = field(default_factory=dict)
 
     @staticmethod
     def of(problem: Problem) -> Asker:
@@ -94,6 +97,35 @@ class Asker:
             self._known[""] = derivatives
         return self._known[""]
 
+    def attribution(self, by: Any, damping: Any, fingerprint: Fingerprint, count: int) -> Attribution:
+        """A method fitted on the training data, whose gradients are not projected; fitted once.
+
+        Args:
+            by: the method; None: the one that the index was built with.
+            damping: in place of the method's own; None: that.
+            fingerprint: of the index.
+            count: how many examples the index holds.
+
+        Raises:
+            InvalidInput: there are no training data, or others; or the index's method is not known by name.
+        """
+        if self.problem is None or len(self.problem) != count:
+            held = "none are given" if self.problem is None else f"{len(self.problem):,} are given"
+            raise InvalidInput(
+                f"rerank= needs the {count:,} training examples of the index, and {held}; open it with "
+                "Index.open(folder, problem), or with train=."
+            )
+        method = known_method(fingerprint) if by is None else as_method(by)
+        if not isinstance(method, Influence):
+            given = "the index was built with a method of your own" if method is None else repr(method)
+            raise InvalidInput(f"rerank= needs an Influence(...) such as by=ptif.ekfac(), and {given}; give by=.")
+        method = method if damping is None else replace(method, damping=damping)
+        key = repr(method)
+        if key not in self._fitted:
+            self._fitted.clear()
+            self._fitted[key] = method.fit(self.problem)
+        return self._fitted[key]
+
     def _check(self, derivatives: Derivatives, where: str, fingerprint: Fingerprint) -> None:
         ingredients = {LOSS: derivatives.objective, PARAMETERS: describe_parameters(derivatives)}
         changed = Fingerprint.of(ingredients).differences(fingerprint, among=(LOSS, PARAMETERS))
@@ -108,6 +140,13 @@ def known_loss(fingerprint: Fingerprint) -> AbstractObjective | None:
     """The library's own loss that an index was built with; None for any other."""
     digest = fingerprint.digests[LOSS]
     return next((loss for loss in _KNOWN_LOSSES if Fingerprint.of({LOSS: loss}).digests[LOSS] == digest), None)
+
+
+def known_method(fingerprint: Fingerprint) -> Influence | None:
+    """The method that an index was built with, where it is one of those that have a name; None for any other."""
+    digest = fingerprint.digests[METHOD]
+    named = (replace(make(), memory=Budget()) for make in METHODS.values())
+    return next((m for m in named if Fingerprint.of({METHOD: m}).digests[METHOD] == digest), None)
 
 
 def _problem(model: nn.Module, loss: Any, data: Any, facts: Mapping[str, Any]) -> Problem:

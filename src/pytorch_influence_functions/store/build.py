@@ -37,7 +37,7 @@ from .manifest import MANIFEST, Manifest
 from .representation import Choice, Factors, Representation, choose
 
 HASHES, LABELS = "hashes", "labels"
-LOSS, PARAMETERS, DATA = "loss", "parameters", "training data"
+LOSS, PARAMETERS, DATA, METHOD = "loss", "parameters", "training data", "method"
 SHARD_BYTES: Final = 128 << 20
 # Examples that stand for the data in the fingerprint; all others are compared where they are stored.
 _SAMPLED: Final = 64
@@ -114,7 +114,7 @@ class Plan:
             LOSS: self.derivatives.objective,
             PARAMETERS: describe_parameters(self.derivatives),
             DATA: [n, digest_data(self.problem.data, sample, "reading the data for a fingerprint")],
-            "method": method,
+            METHOD: method,
             "representation": self.choice.representation,
             "dtype": self.choice.codec.name,
             "shard": self.shard_bytes,

@@ -9,10 +9,11 @@ from typing import ClassVar, Final, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from .integer_products import float_products, integer_products
 
 VALUES, SCALES = "values", "scales"
 # What a column is divided by is at least this share of the root mean square of all: a column that was empty in the
@@ -46,8 +47,7 @@ class AbstractCodec(ABC):
             queries: float32, times the column sizes.
             stored: what `encode` gave.
         """
-        rows = self.decode(stored, queries.shape[1])
-        return queries.to(rows.dtype) @ rows.T
+        return float_products(stored[VALUES], queries)
 
     @abstractmethod
     def bytes_of(self, width: int) -> int:
@@ -127,7 +127,7 @@ class Int8(AbstractCodec):
         return stored[VALUES].float().mul_(stored[SCALES][:, None])
 
     def products(self, queries: Float[Tensor, "q k"], stored: Mapping[str, Tensor]) -> Float[Tensor, "q n"]:
-        return (queries @ stored[VALUES].float().T).mul_(stored[SCALES])
+        return integer_products(stored[VALUES], queries).mul_(stored[SCALES])
 
     def bytes_of(self, width: int) -> int:
         return width + 4
@@ -145,23 +145,20 @@ class Bit(AbstractCodec):
         return {VALUES: torch.from_numpy(signs), SCALES: rows.abs().mean(1).float().cpu()}
 
     def decode(self, stored: Mapping[str, Tensor], width: int) -> Float[Tensor, "n k"]:
-        return self._signs(stored, width).mul_(stored[SCALES][:, None])
+        signs = self._bits(stored[VALUES], width).float().mul_(2).sub_(1)
+        return signs.mul_(stored[SCALES][:, None])
 
     def products(self, queries: Float[Tensor, "q k"], stored: Mapping[str, Tensor]) -> Float[Tensor, "q n"]:
-        return (queries @ self._signs(stored, queries.shape[1]).T).mul_(stored[SCALES])
+        # A sign is twice its bit less one.
+        signed = integer_products(self._bits(stored[VALUES], queries.shape[1]), 2 * queries)
+        return (signed - queries.sum(1, keepdim=True)).mul_(stored[SCALES])
 
-    def _signs(self, stored: Mapping[str, Tensor], width: int) -> Float[Tensor, "n k"]:
-        table = _sign_table().to(stored[VALUES].device)
-        return table[stored[VALUES].long()].flatten(1)[:, :width].contiguous()
+    def _bits(self, values: Tensor, width: int) -> Shaped[Tensor, "n k"]:
+        bits = np.unpackbits(values.cpu().numpy(), axis=1, count=width, bitorder="little")
+        return torch.from_numpy(bits.view(np.int8)).to(values.device)
 
     def bytes_of(self, width: int) -> int:
         return -(-width // 8) + 4
-
-
-def _sign_table() -> Float[Tensor, "256 8"]:
-    """For every byte the signs of its eight numbers."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    return torch.from_numpy(bits).float().mul_(2).sub_(1)
 
 
 CODECS: Final[Mapping[str, AbstractCodec]] = {

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput, TooLarge
-from ..core.validate import flag
+from ..core.validate import flag, whole_number
 from ..curvature.base import Budget
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives
+from ..influence.attribution import Attribution
 from ..influence.checks import check_top
 from ..influence.question import Question
 from ..influence.scoring import ScoringPass
@@ -35,6 +36,7 @@ from .filters import choose_examples
 from .fitted_basis import FittedBasis
 from .folder import IndexFolder, writing
 from .layouts import AbstractLayout
+from .rerank import rerank as rescore
 from .search import Ranking, StoredRows
 
 
@@ -164,6 +166,9 @@ class Index:
         where: Any = None,
         normalised: bool = False,
         damping: AbstractDamping | float | None = None,
+        rerank: int | None = None,
+        by: MethodLike | None = None,
+        audit: int = 256,
         memory: Budget | int | str = "1GB",
         batch_size: int | None = None,
     ) -> Scores:
@@ -178,6 +183,11 @@ class Index:
             normalised: divide every score by sqrt(g^T (C + lambda)^-1 g) of its example, as RelatIF does.
             damping: `Relative(share)`, `Absolute(value)` or a number; `None`: that of the method. Any other costs
                 nothing.
+            rerank: take so many candidates from each end of the index's ranking, and rank them by exact scores, which
+                a method computes on the training data; `top` of them are kept. `None`: the index's scores.
+            by: that method; `None`: the one that the index was built with, whose gradients are not projected then.
+            audit: how many other examples, drawn at random, get exact scores too: what the index missed among them
+                bounds what it missed among all, and stands in the diagnostics.
             memory: what scores and solved queries may take.
             batch_size: queries read at once.
 
@@ -192,6 +202,15 @@ class Index:
         start = time.perf_counter()
         check_top(top)
         flag("normalised", normalised)
+        if rerank is not None:
+            exact = self._attribution(top, rerank, normalised, by, damping, audit)
+            given = {"ids": ids, "where": where, "damping": damping, "memory": memory, "batch_size": batch_size}
+            first = self.score(queries, measure, rerank, **given)
+            asked = exact.problem, exact.members[0].derivatives.objective, queries, measure, top, batch_size
+            mask = choose_examples(self.folder, ids, where, lambda: self.labels)
+            return rescore(first, exact, Question.of(*asked), mask, int(top or 0), audit)
+        if by is not None:
+            raise InvalidInput("by= is the method of rerank=, which is not given; add rerank=, or leave by= out.")
         budget = Budget.of(memory)
         derivatives, fitted = self._derivatives(queries)
         question = Question.of(derivatives.problem, derivatives.objective, queries, measure, top, batch_size)
@@ -240,6 +259,28 @@ class Index:
         for ids, values in stored.self_influence(inverse):
             own[ids] = values.cpu() / len(self)
         return own
+
+    def _attribution(
+        self, top: int | None, candidates: int, normalised: bool, by: Any, damping: Any, audit: int
+    ) -> Attribution:
+        """The method that computes exact scores, fitted once."""
+        whole_number(
+            "rerank", candidates, top or 1, hint="it is how many candidates are taken for the top= that is kept"
+        )
+        whole_number("audit", audit, 0)
+        if top is None or normalised:
+            what = "normalised=True" if normalised else "no top="
+            raise InvalidInput(
+                f"rerank= gives exact scores to the ends of a ranking, and {what} was asked for; write top=10, "
+                f"rerank={candidates} without normalised=."
+            )
+        manifest = self.folder.manifest
+        if len(manifest.parts) > 1:
+            raise InvalidInput(
+                "rerank= reads examples from the training data by their place, and this index has appended ones; build "
+                "an index of all data, or leave rerank= out."
+            )
+        return self.asker.attribution(by, damping, manifest.fingerprint, len(self))
 
     # ---------------------------------------------------------------- changing what is stored
 

@@ -16,10 +16,11 @@ from .build import HASHES, LABELS
 from .folder import IndexFolder
 from .layouts import AbstractLayout, Stored
 
-# Numbers of stored rows that are looked at together: they stay in a core's cache in float32.
-_CACHED: Final = 1 << 18
-# A block has at least so many rows: products of fewer do not reach the speed of the machine.
-_FEWEST: Final = 64
+# Rows that are looked at together, numbers that they may hold, and scores on them: enough that what is done once for
+# each piece costs little beside its products.
+_MOST: Final = 1 << 14
+_NUMBERS: Final = 1 << 24
+_SCORES: Final = 1 << 20
 
 
 @final
@@ -69,7 +70,7 @@ class StoredRows:
 
     def _pieces(self, ids: Tensor, stored: Stored, forms: Any, kept: Tensor, queries: int) -> Iterator[Part]:
         numbers = sum(v.numel() for v in stored.values()) / max(1, len(ids))
-        step = max(_FEWEST, int(_CACHED / max(1.0, numbers, queries)))
+        step = max(1, min(_MOST, int(_NUMBERS / max(1.0, numbers)), _SCORES // max(1, queries)))
         everything = bool(kept.all())
         for start in range(0, len(ids), step):
             chunk = slice(start, start + step)
