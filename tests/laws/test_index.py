@@ -355,8 +355,8 @@ def test_examples_can_be_removed(tmp_path: Path) -> None:
         open_index.score(queries, ids=[6, 7])
     with pytest.raises(InvalidInput, match=r"Example 99 is outside the index"):
         open_index.remove([99])
-    again = open_index.remove([1]).compact()
-    assert again.score(queries).shape == (4, 55)
+    again = open_index.remove([1, 2, 3, 4, 5, 6]).compact()  # a whole file
+    assert again.score(queries).shape == (4, 50) and again.labels is not None
 
 
 # --------------------------------------------------------------------------- choosing
@@ -431,8 +431,8 @@ def test_candidates_are_ranked_by_exact_scores(tmp_path: Path) -> None:
     index = ptif.Index.build(problem, tmp_path / "i", representation=TwoSided(2), shard=2000)
     everything = index.score(queries, top=5, rerank=30)
     for q in range(4):
-        assert everything.helpful(q, 5) == pytest.approx(exact.helpful(q, 5), rel=1e-9)
-        assert everything.harmful(q, 5) == pytest.approx(exact.harmful(q, 5), rel=1e-9)
+        assert [i for i, _ in everything.helpful(q, 5)] == [i for i, _ in exact.helpful(q, 5)]
+        assert [i for i, _ in everything.harmful(q, 5)] == [i for i, _ in exact.harmful(q, 5)]
     some = ptif.Index.open(tmp_path / "i", problem).score(queries, top=3, rerank=8, audit=20)
     assert some.shape == (4, 6) and some.provenance == exact.provenance
     assert gap(some.values, exact.values.gather(1, some.indices)) < 1e-9

@@ -12,10 +12,12 @@ from .attribute import attribute_command
 from .classic import classic_command
 from .demo import demo_command
 from .doctor import doctor_command
+from .index import build_command, compact_command, info_command, query_command, remove_command
 from .report import report_command
 from .self_influence import self_influence_command
 
 HELP = "Which training examples made the model say that, and which of them are wrong?"
+INDEX_HELP = "Gradients stored once, for questions that come later."
 EPILOG = "Exit codes: 0 done, 1 the run failed, 2 bad usage or input, 130 interrupted."
 
 
@@ -34,6 +36,16 @@ def application() -> typer.Typer:
         ("doctor", doctor_command),
     ):
         app.command(name)(command)
+    index = typer.Typer(help=INDEX_HELP, epilog=EPILOG, no_args_is_help=True)
+    for part, subcommand in (
+        ("build", build_command),
+        ("query", query_command),
+        ("info", info_command),
+        ("remove", remove_command),
+        ("compact", compact_command),
+    ):
+        index.command(part)(subcommand)
+    app.add_typer(index, name="index")
     return app
 
 

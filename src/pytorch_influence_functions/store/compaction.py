@@ -1,34 +1,56 @@
-"""Compaction: shards written anew without the rows that were removed."""
+"""Taking examples out: masked at once, and their bytes freed by compaction."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
-from .folder import IndexFolder
+import torch
+
+from .filters import choose_examples
+from .folder import IndexFolder, writing
 from .manifest import Shard, ranges_of
 from .shard_files import write_file
 
 
-def compact(opened: IndexFolder) -> int:
+def remove(folder: IndexFolder, ids: Iterable[int]) -> IndexFolder:
+    """Let examples count no longer.
+
+    Args:
+        folder: the index.
+        ids: positions of the examples.
+
+    Raises:
+        InvalidInput: none is given, or one is outside or was removed before.
+    """
+    chosen = choose_examples(folder, torch.as_tensor(list(ids), dtype=torch.long), None, lambda: None)
+    with writing(folder.path):
+        opened = IndexFolder.open(folder.path, folder.check)
+        opened.write(opened.manifest.without(chosen.nonzero().flatten().tolist()))
+    return opened
+
+
+def compact(folder: IndexFolder) -> IndexFolder:
     """Drop the rows of removed examples, shard by shard; the other rows keep their bytes and their examples' numbers.
 
     Killed in between, the folder holds either the old shards or the new ones.
 
-    Returns:
-        How many bytes were freed.
+    Args:
+        folder: the index.
     """
-    mask, before = opened.manifest.mask(), opened.manifest.bytes
-    shards: list[Shard] = []
-    for shard in opened.manifest.shards:
-        kept = mask[shard.ids]
-        if bool(kept.all()):
-            shards.append(shard)
-            continue
-        ids = shard.ids[kept]
-        file = opened.read(shard.file)
-        tensors = {name: tensor[kept] for name, tensor in file.tensors.items()}
-        stored = write_file(opened.path, f"rows-{shard.first:012d}-{shard.stop:012d}", tensors, file.record)
-        shards.append(Shard(stored, shard.first, shard.stop, ranges_of(ids.tolist())))
-    opened.write(replace(opened.manifest, shards=tuple(shards)))
-    opened.drop_unlisted()
-    return before - opened.manifest.bytes
+    with writing(folder.path):
+        opened = IndexFolder.open(folder.path, folder.check)
+        mask = opened.manifest.mask()
+        shards = tuple(_compacted(opened, shard, mask[shard.ids]) for shard in opened.manifest.shards)
+        opened.write(replace(opened.manifest, shards=shards))
+        opened.drop_unlisted()
+    return opened
+
+
+def _compacted(opened: IndexFolder, shard: Shard, kept: torch.Tensor) -> Shard:
+    if bool(kept.all()):
+        return shard
+    file = opened.read(shard.file)
+    tensors = {name: tensor[kept] for name, tensor in file.tensors.items()}
+    stored = write_file(opened.path, f"rows-{shard.first:012d}-{shard.stop:012d}", tensors, file.record)
+    return Shard(stored, shard.first, shard.stop, ranges_of(shard.ids[kept].tolist()))

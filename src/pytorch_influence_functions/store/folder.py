@@ -70,6 +70,16 @@ class IndexFolder:
         manifest.write(self.path)
         self.manifest = manifest
 
+    def check_all(self) -> None:
+        """Read every file and compare its digest.
+
+        Raises:
+            InvalidInput: one is missing, cut off or damaged.
+        """
+        for stored in (self.manifest.basis, *(shard.file for shard in self.manifest.shards)):
+            map_file(self.path, stored, verify=True)
+            self._verified.add(stored.name)
+
     def drop_unlisted(self) -> None:
         """Remove files of an index that do not count: a killed process left them, or they were replaced."""
         listed = {self.manifest.basis.name, *(shard.file.name for shard in self.manifest.shards)}

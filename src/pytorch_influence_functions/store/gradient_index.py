@@ -29,7 +29,7 @@ from ..problem.problem import Problem
 from ..scores.scores import Scores
 from .asking import Asker
 from .build import Plan, add_examples, build, layout_of, representation_of
-from .compaction import compact
+from .compaction import compact, remove
 from .describe import IndexForecast, diagnostics_of, labels_of_index
 from .examples import Examples
 from .filters import choose_examples
@@ -333,11 +333,7 @@ class Index:
         Returns:
             The index without them.
         """
-        chosen = choose_examples(self.folder, torch.as_tensor(list(ids), dtype=torch.long), None, lambda: None)
-        with writing(self.folder.path):
-            opened = IndexFolder.open(self.folder.path, self.folder.check)
-            opened.write(opened.manifest.without(chosen.nonzero().flatten().tolist()))
-        return replace(self, folder=opened)
+        return replace(self, folder=remove(self.folder, ids))
 
     def compact(self) -> Index:
         """Write shards anew without the rows of removed examples.
@@ -345,10 +341,7 @@ class Index:
         Returns:
             The index, with fewer bytes.
         """
-        with writing(self.folder.path):
-            opened = IndexFolder.open(self.folder.path, self.folder.check)
-            compact(opened)
-        return replace(self, folder=opened)
+        return replace(self, folder=compact(self.folder))
 
     # ---------------------------------------------------------------- looking at it
 

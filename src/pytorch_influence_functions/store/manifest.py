@@ -66,7 +66,7 @@ class Shard:
     def ids(self) -> Int[Tensor, " n"]:
         """The examples whose rows it holds."""
         ranges = ((self.first, self.stop),) if self.kept is None else self.kept
-        return torch.cat([torch.arange(first, stop) for first, stop in ranges])
+        return torch.cat([torch.arange(0), *(torch.arange(first, stop) for first, stop in ranges)])
 
 
 @final

@@ -11,7 +11,7 @@ from ..core.errors import InvalidInput, TooLarge
 from ..core.records import Record
 from ..curvature.base import Budget
 from ..gradients.per_example import Derivatives
-from ..gradients.sketches import Sketch, TwoSided
+from ..gradients.sketches import EIGENVECTORS, RANDOM_SIGNS, Sketch, TwoSided
 from ..linalg.rows import Rows
 from .codecs import AbstractCodec, Float64, find_codec
 from .layouts import lossless
@@ -38,6 +38,30 @@ class Factors(Record):
 
 
 Representation: TypeAlias = Factors | TwoSided | Sketch
+
+
+def parse_representation(text: str) -> Representation | str:
+    """A representation from words: `auto`, `factors`, `two-sided:K`, `two-sided:K:eigenvectors` or `sketch:K`.
+
+    Raises:
+        InvalidInput: it is none.
+
+    >>> parse_representation("two-sided:16"), parse_representation("sketch:1024")
+    (TwoSided(k_in=16), Sketch(k=1024))
+    """
+    kind, *rest = text.strip().lower().replace("_", "-").split(":")
+    if kind == AUTO and not rest:
+        return AUTO
+    if kind == "factors" and not rest:
+        return Factors()
+    if kind == "two-sided" and rest and rest[0].isdigit() and rest[1:] in ([], [EIGENVECTORS]):
+        return TwoSided(int(rest[0]), basis=EIGENVECTORS if rest[1:] else RANDOM_SIGNS)
+    if kind == "sketch" and len(rest) == 1 and rest[0].isdigit():
+        return Sketch(int(rest[0]))
+    raise InvalidInput(
+        f"--keep {text} is nothing that an index keeps; write auto, factors, two-sided:16, two-sided:16:eigenvectors "
+        "or sketch:1024."
+    )
 
 
 @final

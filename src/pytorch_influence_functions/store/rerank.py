@@ -50,8 +50,8 @@ class Recall:
 
     def __str__(self) -> str:
         return (
-            f"exact scores for {self.candidates:,} candidates of the index; of {self.audited:,} other examples drawn at "
-            f"random {self.better:,} of {self.audited * self.queries:,} scores would have entered a top list, so at "
+            f"exact scores for {self.candidates:,} candidates of the index; of {self.audited:,} other examples drawn "
+            f"at random {self.better:,} of {self.audited * self.queries:,} scores would have entered a top list, so at "
             f"most {self.bound:.2g} of the {self.others:,} that were not looked at, with 95 % confidence"
         )
 
@@ -137,7 +137,7 @@ def rerank(first: Scores, attribution: Attribution, question: Question, mask: Te
         audit: how many others are looked at.
     """
     assert first.indices is not None
-    candidates = first.indices.unique()
+    candidates = torch.tensor(sorted(set(first.indices.flatten().tolist())))
     others = draw_audit(mask, candidates, audit)
     ids = torch.cat([candidates, others]).sort().values
     values = exact_scores(attribution, question, ids)

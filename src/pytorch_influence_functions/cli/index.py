@@ -1,0 +1,246 @@
+"""`ptif index`: build an index of gradients, ask it, look at it, and free what was removed."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..scores.scores import Scores
+from ..store.compaction import compact, remove
+from ..store.describe import IndexForecast
+from ..store.folder import IndexFolder
+from ..store.gradient_index import Index
+from ..store.representation import parse_representation
+from . import options, show
+from .exit import Output, exit_with_code
+from .folder import SCORES
+from .machine import format_bytes, format_duration, free_disk
+from .parsing import override_damping, parse_damping, parse_method, parse_query_positions
+from .progress_bars import report_progress
+from .task import Task, load_task
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the index.", metavar="FOLDER")]
+TaskPath = Annotated[Path, typer.Argument(help="The task file, as for ptif attribute.", metavar="TASK")]
+
+
+def build_command(
+    task: TaskPath,
+    folder: Folder,
+    method: options.Method = None,
+    damping: options.Damping = None,
+    keep: Annotated[str, typer.Option("--keep", help="auto, factors, two-sided:K or sketch:K.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16, bfloat16, int8 or 1bit. (default: by --keep)")
+    ] = None,
+    budget: Annotated[str, typer.Option("--budget", help="What the index may take on the disk.")] = "20GB",
+    shard: Annotated[str, typer.Option("--shard", help="The size of one file.")] = "128MB",
+    batch_size: options.BatchSize = None,
+    device: options.Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another index in the folder.")] = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Store the gradient of every training example. After Ctrl-C the same command goes on."""
+    output = Output(json, quiet)
+    with exit_with_code(output) as interruption:
+        representation = parse_representation(keep)
+        named = None if method is None else parse_method(method)
+        with report_progress(output):
+            loaded = _load(task, batch_size, device)
+            chosen = override_damping(named or loaded.method or parse_method("ekfac"), damping)
+            settings: dict[str, Any] = {"representation": representation, "dtype": dtype, "budget": budget}
+            forecast = Index.forecast(loaded.problem, chosen, **settings)
+            if not dry_run:
+                interruption.kept = f"whole files of {str(folder)!r} are kept"
+                index = Index.build(loaded.problem, folder, chosen, shard=shard, overwrite=overwrite, **settings)
+        if dry_run:
+            _print_forecast(output, forecast, folder)
+            return
+        _print_info(output, index.folder, "built")
+
+
+def query_command(
+    folder: Folder,
+    task: TaskPath,
+    queries: Annotated[str, typer.Option("--queries", help="Positions: 0:20, 5, or 1,4,10:20.")] = "all",
+    top: Annotated[int, typer.Option("--top", help="Keep the K most helpful and K most harmful of each query.")] = 10,
+    rerank: Annotated[
+        int | None, typer.Option("--rerank", help="Compute exact scores for so many candidates from each end.")
+    ] = None,
+    normalised: Annotated[
+        bool, typer.Option("--normalised", help="Divide by each example's own size (RelatIF).")
+    ] = False,
+    damping: options.Damping = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the scores. (default: none is written)")] = None,
+    device: options.Device = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Which training examples helped and harmed each query, by the stored gradients."""
+    output = Output(json, quiet)
+    with exit_with_code(output):
+        rule = None if damping is None else parse_damping(damping)
+        with report_progress(output):
+            loaded = _load(task, None, device)
+            positions = parse_query_positions(queries, len(loaded.query_source))
+            index = Index.open(folder, loaded.problem)
+            scores = index.score(
+                loaded.query_source.subset(positions),
+                loaded.measure,
+                top,
+                normalised=normalised,
+                damping=rule,
+                rerank=rerank,
+            )
+            scores = replace(scores, query_ids=torch.tensor(positions))
+        if out is not None:
+            scores.save(out / SCORES)
+        _print_scores(output, scores, out)
+
+
+def info_command(
+    folder: Folder,
+    check: Annotated[bool, typer.Option("--check", help="Read every file and compare its digest.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """What an index holds, and whether its files are whole."""
+    output = Output(json, quiet)
+    with exit_with_code(output):
+        opened = IndexFolder.open(folder)
+        if check:
+            opened.check_all()
+        _print_info(output, opened, "checked" if check else "read")
+
+
+def remove_command(
+    folder: Folder,
+    ids: Annotated[str, typer.Argument(help="Positions of the examples: 0:20, 5, or 1,4,10:20.", metavar="IDS")],
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Let examples count no longer. Their bytes are freed by ptif index compact."""
+    output = Output(json, quiet)
+    with exit_with_code(output):
+        opened = IndexFolder.open(folder)
+        left = remove(opened, parse_query_positions(ids, opened.manifest.examples))
+        _print_info(output, left, "changed")
+
+
+def compact_command(folder: Folder, json: options.Json = False, quiet: options.Quiet = False) -> None:
+    """Write files anew without the rows of removed examples."""
+    output = Output(json, quiet)
+    with exit_with_code(output):
+        _print_info(output, compact(IndexFolder.open(folder)), "compacted")
+
+
+def _load(task: Path, batch_size: int | None, device: str | None) -> Task:
+    return load_task(task, options.RunSettings(batch_size=batch_size, device=device).overrides)
+
+
+def _print_forecast(output: Output, forecast: IndexForecast, folder: Path) -> None:
+    free = free_disk(folder)
+    seconds = "unknown" if forecast.seconds is None else f"about {format_duration(forecast.seconds)}"
+    total = 0 if forecast.bytes is None else forecast.bytes
+    output.print_text(
+        show.heading("Forecast; nothing was computed"),
+        show.fact_table(
+            [
+                ("keeps", f"{forecast.representation} in {forecast.dtype}"),
+                ("why", forecast.why),
+                ("size", f"{format_bytes(total)} ({format_bytes(free)} free on the disk)"),
+                ("passes", f"{forecast.passes:,.1f} over the training data"),
+                ("time", f"{seconds}, by one small batch that was timed"),
+            ]
+        ),
+    )
+    output.print_json(
+        {
+            "status": "forecast",
+            "exit_code": 0,
+            "command": "index build",
+            "representation": forecast.representation,
+            "dtype": forecast.dtype,
+            "why": forecast.why,
+            "n_train": forecast.examples,
+            "bytes_each": forecast.bytes_each,
+            "bytes": forecast.bytes,
+            "free_disk_bytes": free,
+            "passes": forecast.passes,
+            "seconds": forecast.seconds,
+        }
+    )
+
+
+def _print_info(output: Output, opened: IndexFolder, what: str) -> None:
+    manifest = opened.manifest
+    facts, removed = manifest.facts, sum(stop - first for first, stop in manifest.removed)
+    state = "complete" if manifest.complete else "not built to its end: run ptif index build again"
+    output.print_text(
+        show.heading(f"{manifest.examples:,} examples in {str(opened.path)!r}, {what}"),
+        show.fact_table(
+            [
+                ("state", state),
+                ("keeps", f"{facts['described']} in {facts['dtype']}"),
+                ("why", facts["why"]),
+                ("method", facts["method"]),
+                ("model", f"{facts['model']}, {facts['loss']}"),
+                ("size", f"{format_bytes(manifest.bytes)} in {len(manifest.shards) + 1:,} files"),
+                ("removed", f"{removed:,} examples"),
+            ]
+        ),
+    )
+    output.print_json(
+        {
+            "status": "complete" if manifest.complete else "partial",
+            "exit_code": 0,
+            "folder": str(opened.path),
+            "n_train": manifest.examples,
+            "removed": removed,
+            "representation": facts["described"],
+            "dtype": facts["dtype"],
+            "method": facts["method"],
+            "bytes": manifest.bytes,
+            "files": len(manifest.shards) + 1,
+        }
+    )
+
+
+def _print_scores(output: Output, scores: Scores, out: Path | None) -> None:
+    d = scores.diagnostics
+    written = (
+        []
+        if out is None
+        else ["", show.heading("Written"), show.file_table([(out / SCORES, "ptif.Scores.load reads it")])]
+    )
+    output.print_text(
+        show.heading(f"{len(scores):,} queries × {scores.n_train:,} stored examples in {format_duration(d.seconds)}"),
+        show.fact_table([("method", d.method)]),
+        "",
+        show.heading("Most helpful and most harmful"),
+        *show.influence_table(scores),
+        "",
+        show.heading("How far to trust it"),
+        show.checklist(d),
+        *written,
+    )
+    lists = [
+        {"query": int(q), "helpful": scores.helpful(row, 5), "harmful": scores.harmful(row, 5)}
+        for row, q in enumerate(scores.query_ids.tolist())
+    ]
+    output.print_json(
+        {
+            "status": "complete",
+            "exit_code": 0,
+            "command": "index query",
+            "n_queries": len(scores),
+            "n_train": scores.n_train,
+            "method": d.method,
+            "seconds": d.seconds,
+            "notes": list(d.notes),
+            "influences": lists,
+        }
+    )
