@@ -12,7 +12,7 @@ from torch import nn
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import GGN
 from pytorch_influence_functions.influence import scoring
-from pytorch_influence_functions.linalg.kronecker import KroneckerBlock
+from pytorch_influence_functions.linalg.kronecker_block import KroneckerBlock
 from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment, preconditioner, unrolling
 from pytorch_influence_functions.trajectory import segments as schedule
 from pytorch_influence_functions.trajectory import source as trajectory
