@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from .blocks import Dense
+from .blocks import Dense, matrix_shape
 from .chunks import chunks
 from .kronecker_block import KroneckerBlock
 from .rows import Rows
@@ -23,7 +23,7 @@ from .space import Space
 class EigenPart:
     """The eigenbasis over one or several blocks of a space.
 
-    One block is seen as a matrix [o, i]; several are written one after the other, and seen as a matrix of one row.
+    One block may be seen as the matrix [o, i] that it is; else all are written one after the other as a single row.
     """
 
     names: tuple[str, ...]
@@ -36,8 +36,9 @@ class EigenPart:
 
     def coordinates(self, rows: Rows) -> Float[Tensor, "n k"]:
         """The rows' blocks in this basis."""
-        if len(self.names) == 1:
-            return self.basis.into_basis(rows.blocks[self.names[0]]).flatten(1)
+        first = rows.blocks[self.names[0]]
+        if len(self.names) == 1 and matrix_shape(first.shape) == tuple(self.basis.values.shape):
+            return self.basis.into_basis(first).flatten(1)
         flat = torch.cat([rows.blocks[name].dense().flatten(1) for name in self.names], 1)
         return self.basis.into_basis(Dense(flat[:, None])).flatten(1)
 
