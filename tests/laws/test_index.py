@@ -148,6 +148,24 @@ def test_leading_eigenvectors_keep_more_than_random_signs(tmp_path: Path) -> Non
     assert closeness["eigenvectors"] > max(0.9, closeness["random signs"])
 
 
+def test_rows_of_several_queries_are_those_of_the_live_method(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    live, index = ptif.ekfac().fit(problem), ptif.Index.build(problem, tmp_path / "i")
+    other = (queries[0][:1] + 1, queries[1][:1])
+    ways: tuple[dict[str, Any], ...] = (
+        {"aggregate": "mean"}, {"aggregate": "sum"}, {"aggregate": ["a", "b", "a", "b"]}, {"contrast": other},
+        {"aggregate": "mean", "contrast": other},
+    )  # fmt: skip
+    for way in ways:
+        expected, scores = live.score(queries, **way), index.score(queries, **way)
+        assert gap(scores.values, expected.values) < 1e-8
+        assert scores.query_names == expected.query_names and torch.equal(scores.query_ids, expected.query_ids)
+        few = index.score(queries, top=3, rerank=5, **way)
+        assert gap(few.values, expected.values.gather(1, few.indices)) < 1e-9
+    several = index.score(queries, [ptif.Margin(), ptif.Logit()])
+    assert gap(several.values, live.score(queries, [ptif.Margin(), ptif.Logit()]).values) < 1e-8
+
+
 # --------------------------------------------------------------------------- what must not matter
 
 

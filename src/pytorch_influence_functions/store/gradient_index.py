@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.distributed import World
 from ..core.errors import InvalidInput, TooLarge
 from ..core.validate import flag, whole_number
 from ..curvature.base import Budget
@@ -162,6 +161,8 @@ class Index:
         measure: Any = None,
         top: int | None = None,
         *,
+        aggregate: Any = None,
+        contrast: Any = None,
         ids: Any = None,
         where: Any = None,
         normalised: bool = False,
@@ -178,6 +179,10 @@ class Index:
             queries: what is asked about: a Dataset, a DataLoader, tensors or arrays.
             measure: what is measured on a query; `None`: the training loss.
             top: keep only the k most helpful and k most harmful examples per query: memory does not grow with N.
+            aggregate: rows of several queries, put together before the one solve that each row takes: `"mean"`,
+                `"sum"`, a group for every query (the mean over each), or by name positions, a mask (their mean) or
+                weights.
+            contrast: what each query is compared with, as many or one: the measure on the query less that on this.
             ids: the examples that are scored, as positions, a slice or a mask; `None`: all.
             where: a function of the labels (a tensor with one per example) that says which are scored.
             normalised: divide every score by sqrt(g^T (C + lambda)^-1 g) of its example, as RelatIF does.
@@ -204,16 +209,20 @@ class Index:
         flag("normalised", normalised)
         if rerank is not None:
             exact = self._attribution(top, rerank, normalised, by, damping, audit)
-            given = {"ids": ids, "where": where, "damping": damping, "memory": memory, "batch_size": batch_size}
-            first = self.score(queries, measure, rerank, **given)
-            asked = exact.problem, exact.members[0].derivatives.objective, queries, measure, top, batch_size
+            rows: dict[str, Any] = {"aggregate": aggregate, "contrast": contrast, "batch_size": batch_size}
+            some: dict[str, Any] = {"ids": ids, "where": where, "damping": damping, "memory": memory}
+            first = self.score(queries, measure, rerank, **rows, **some)
             mask = choose_examples(self.folder, ids, where, lambda: self.labels)
-            return rescore(first, exact, Question.of(*asked), mask, int(top or 0), audit)
+            return rescore(
+                first, lambda chosen: exact.score(queries, measure, ids=chosen, **rows), mask, int(top or 0), audit
+            )
         if by is not None:
             raise InvalidInput("by= is the method of rerank=, which is not given; add rerank=, or leave by= out.")
         budget = Budget.of(memory)
         derivatives, fitted = self._derivatives(queries)
-        question = Question.of(derivatives.problem, derivatives.objective, queries, measure, top, batch_size)
+        question = Question.of(
+            derivatives.problem, derivatives.objective, queries, measure, top, batch_size, aggregate, contrast
+        )
         inverse, shift = fitted.inverse(damping)
         layout = self._layout(fitted)
         mask = choose_examples(self.folder, ids, where, lambda: labels_of_index(self.folder))
@@ -234,16 +243,20 @@ class Index:
         decay = derivatives.whole.decay
         return Scores(
             values.to(torch.float64 if dtype == torch.float64 else torch.float32),
-            lower_is_better=question.measure.lower_is_better,
+            lower_is_better=question.lower_is_better,
             n_train=len(self),
             indices=None if top is None and bool(mask.all()) else indices,
             train_labels=labels_of_index(self.folder),
-            query_labels=question.labels.as_list(World()),
-            query_ids=torch.arange(len(question)) if question.source.positions is None else question.source.positions,
-            class_names=self.folder.manifest.facts["class_names"] or question.source.class_names,
-            diagnostics=diagnostics_of(self.folder.manifest, derivatives.problem, shift, decay, len(question), start),
+            query_labels=question.query_labels(),
+            query_names=question.names,
+            query_ids=question.query_ids,
+            class_names=self.folder.manifest.facts["class_names"] or _class_names(question),
+            diagnostics=replace(
+                diagnostics_of(self.folder.manifest, derivatives.problem, shift, decay, len(question), start),
+                rows=question.description,
+            ),
             train_source=self.asker.train,
-            query_source=question.source.whole,
+            query_source=None if question.source is None else question.source.whole,
         )
 
     def self_influence(self, damping: AbstractDamping | float | None = None) -> Float[Tensor, " n"]:
@@ -391,6 +404,10 @@ def _plan(problem: Problem, method: Any, representation: Any, dtype: Any, budget
     chosen = ekfac() if method is None else as_method(method)
     count = Examples.of(data, problem.data).count
     return Plan.of(problem, chosen, representation, dtype, count, budget, shard)
+
+
+def _class_names(question: Question) -> list[str] | None:
+    return None if question.source is None else question.source.class_names
 
 
 def _check_memory(queries: int, columns: int, top: int | None, budget: Budget) -> None:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core.distributed import World
-from ..curvature.base import Budget
-from ..influence.attribution import Attribution
-from ..influence.question import Question
-from ..influence.scoring import ScoringPass, TrainingStream
-from ..linalg.rows import Route
 from ..scores.scores import Scores
 
 _SEED: Final = 0
@@ -97,41 +91,14 @@ def draw_audit(mask: Tensor, candidates: Int[Tensor, " c"], audit: int) -> Int[T
     return others[order[:audit]].sort().values
 
 
-def exact_scores(attribution: Attribution, question: Question, ids: Int[Tensor, " n"]) -> Float[Tensor, "q n"]:
-    """Scores of all queries on some training examples, which are the only ones that are read.
-
-    Args:
-        attribution: the fitted method.
-        question: what is asked.
-        ids: which examples, in ascending order.
-    """
-    (member,) = attribution.members
-    scoring = ScoringPass(attribution.problem, replace(question, top=None))
-    values = torch.zeros(len(question), len(ids), dtype=torch.float64)
-    for query_ids, rows in scoring.query_groups(member.derivatives, member.room(Budget.of(attribution.spec.memory))):
-        solution = member.solve(rows)
-        scoring.log.add_solution(solution, rows, member.shift)
-        solved = solution.unwrap()
-        del rows, solution
-
-        def some() -> Iterator[Any]:
-            return member.derivatives.stream(ids=ids, label="exact scores of candidates", world=World())
-
-        stream = TrainingStream(member.derivatives, solved, Route.of(attribution.spec.route), training_rows=some)
-        start = 0
-        for _, block in stream.blocks():
-            values[query_ids, start : start + block.shape[1]] = block.double().cpu()
-            start += block.shape[1]
-    return values
-
-
-def rerank(first: Scores, attribution: Attribution, question: Question, mask: Tensor, top: int, audit: int) -> Scores:
+def rerank(
+    first: Scores, exact_scores: Callable[[Int[Tensor, " n"]], Scores], mask: Tensor, top: int, audit: int
+) -> Scores:
     """Exact scores of the candidates that the index named, the best of them, and what was missed.
 
     Args:
         first: the index's scores, with more examples than are asked for at each end.
-        attribution: the fitted method.
-        question: what is asked.
+        exact_scores: gives the exact scores of all queries on some examples.
         mask: which examples count.
         top: how many are asked for at each end.
         audit: how many others are looked at.
@@ -140,14 +107,16 @@ def rerank(first: Scores, attribution: Attribution, question: Question, mask: Te
     candidates = torch.tensor(sorted(set(first.indices.flatten().tolist())))
     others = draw_audit(mask, candidates, audit)
     ids = torch.cat([candidates, others]).sort().values
-    values = exact_scores(attribution, question, ids)
-    place = torch.searchsorted(ids, first.indices)
-    mine = values.gather(1, place)
-    exact = replace(first, values=mine.to(first.values.dtype)).top(top)
-    better = _entering(exact, values[:, torch.searchsorted(ids, others)], top)
-    recall = Recall(len(candidates), len(others), better, len(question), int(mask.sum()) - len(ids))
-    diagnostics = replace(exact.diagnostics, method=attribution.method, notes=(*exact.diagnostics.notes, str(recall)))
-    return replace(exact, diagnostics=diagnostics, provenance=attribution.method)
+    computed = exact_scores(ids)
+    values = computed.values.gather(1, torch.searchsorted(ids, first.indices))
+    exact = replace(first, values=values).top(top)
+    better = _entering(exact, computed.values[:, torch.searchsorted(ids, others)], top)
+    recall = Recall(len(candidates), len(others), better, len(first), int(mask.sum()) - len(ids))
+    index_notes = tuple(note for note in first.diagnostics.notes if note not in computed.diagnostics.notes)
+    notes = (*computed.diagnostics.notes, *index_notes, str(recall))
+    seconds = first.diagnostics.seconds + computed.diagnostics.seconds
+    diagnostics = replace(computed.diagnostics, notes=notes, seconds=seconds)
+    return replace(exact, diagnostics=diagnostics, provenance=computed.provenance)
 
 
 def _entering(exact: Scores, audited: Float[Tensor, "q a"], top: int) -> int:
