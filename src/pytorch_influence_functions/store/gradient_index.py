@@ -209,12 +209,12 @@ class Index:
         flag("normalised", normalised)
         if rerank is not None:
             exact = self._attribution(top, rerank, normalised, by, damping, audit)
-            rows: dict[str, Any] = {"aggregate": aggregate, "contrast": contrast, "batch_size": batch_size}
+            asked: dict[str, Any] = {"aggregate": aggregate, "contrast": contrast, "batch_size": batch_size}
             some: dict[str, Any] = {"ids": ids, "where": where, "damping": damping, "memory": memory}
-            first = self.score(queries, measure, rerank, **rows, **some)
+            first = self.score(queries, measure, rerank, **asked, **some)
             mask = choose_examples(self.folder, ids, where, lambda: self.labels)
             return rescore(
-                first, lambda chosen: exact.score(queries, measure, ids=chosen, **rows), mask, int(top or 0), audit
+                first, lambda chosen: exact.score(queries, measure, ids=chosen, **asked), mask, int(top or 0), audit
             )
         if by is not None:
             raise InvalidInput("by= is the method of rerank=, which is not given; add rerank=, or leave by= out.")
