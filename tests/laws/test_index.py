@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.solvers import Blockwise, Spectral
 from pytorch_influence_functions.store import Factors, Sketch, TwoSided
+from pytorch_influence_functions.store.fidelity import Fidelity, estimate_fidelity
 from tests.laws.test_influence import mlp
 from tests.laws.test_sketches import matrix
 from tests.laws.zoo import CASES, build
@@ -164,6 +166,43 @@ def test_rows_of_several_queries_are_those_of_the_live_method(tmp_path: Path) ->
         assert gap(few.values, expected.values.gather(1, few.indices)) < 1e-9
     several = index.score(queries, [ptif.Margin(), ptif.Logit()])
     assert gap(several.values, live.score(queries, [ptif.Margin(), ptif.Logit()]).values) < 1e-8
+
+
+@pytest.mark.parametrize("make", [lambda k: Sketch(k), lambda k: TwoSided(k // 8)], ids=["sketch", "two sides"])
+def test_two_seeds_tell_how_true_a_projection_is(make: Any) -> None:
+    """Against the correlation with exact cosines, over seeds."""
+    problem, _ = problem_of()
+    rows = gradients(problem)
+    above = torch.triu_indices(60, 60, 1)
+
+    def cosines(g: Tensor) -> Tensor:
+        g = g / g.norm(dim=1, keepdim=True)
+        return (g @ g.T)[above[0], above[1]]
+
+    derivatives, exact = Derivatives.of(problem), cosines(rows)
+    for k in (24, 40):
+        told, true = [], []
+        for seed in range(0, 16, 2):
+            representation = replace(make(k), seed=seed)
+            fidelity = estimate_fidelity(representation, derivatives)
+            assert fidelity is not None
+            told.append(fidelity.agreement)
+            sketched = cosines(rows @ matrix(problem, representation))
+            true.append(float(torch.corrcoef(torch.stack([exact, sketched]))[0, 1]) ** 2)
+        assert abs(sum(told) - sum(true)) / 8 < 0.1
+    assert f"{fidelity.expected:.2f} (correlation)" in str(fidelity)
+
+
+def test_how_large_a_sketch_must_be() -> None:
+    """corr = s / sqrt(s^2 + 1/k) for cosines of standard deviation s (Johnson and Lindenstrauss)."""
+    spread = 0.05
+    for k in (64, 256, 1024):
+        agreement = spread**2 / (spread**2 + 1 / k)
+        needed = Fidelity(agreement, k, 256).needed
+        assert spread / (spread**2 + 1 / needed) ** 0.5 == pytest.approx(0.95, abs=1e-3)
+    assert Fidelity(-0.1, 8, 9).expected == 0.0 and "a far larger k is needed" in str(Fidelity(-0.1, 8, 9))
+    assert "needs" not in str(Fidelity(0.99, 8, 9))
+    assert estimate_fidelity(Factors(), None) is None  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------- what must not matter

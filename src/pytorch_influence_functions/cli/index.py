@@ -153,6 +153,7 @@ def _print_forecast(output: Output, forecast: IndexForecast, folder: Path) -> No
                 ("why", forecast.why),
                 ("size", f"{format_bytes(total)} ({format_bytes(free)} free on the disk)"),
                 ("passes", f"{forecast.passes:,.1f} over the training data"),
+                *([("true", forecast.fidelity)] if forecast.fidelity else []),
                 ("time", f"{seconds}, by one small batch that was timed"),
             ]
         ),
@@ -186,6 +187,7 @@ def _print_info(output: Output, opened: IndexFolder, what: str) -> None:
                 ("state", state),
                 ("keeps", f"{facts['described']} in {facts['dtype']}"),
                 ("why", facts["why"]),
+                *([("true", facts["fidelity"])] if facts.get("fidelity") else []),
                 ("method", facts["method"]),
                 ("model", f"{facts['model']}, {facts['loss']}"),
                 ("size", f"{format_bytes(manifest.bytes)} in {len(manifest.shards) + 1:,} files"),

@@ -30,6 +30,7 @@ from ..problem.working_precision import in_working_precision
 from .block_forms import join_rows
 from .codecs import CODECS
 from .examples import Examples, ShardSource, hash_examples
+from .fidelity import estimate_fidelity
 from .fitted_basis import FittedBasis, check_method, composition_of, fit_basis
 from .folder import IndexFolder, check_room, clear, write_basis, writing
 from .layouts import AbstractLayout, FactorLayout
@@ -127,12 +128,14 @@ class Plan:
         representation, check = self.choice.representation, StationarityCheck.of(self.derivatives)
         composition, rule = composition_of(self.method)
         described = self.method.describe(replace(composition, damping=rule))
+        fidelity = estimate_fidelity(representation, self.derivatives)
         strength = self.problem.weight_decay.strength
         return {
             "method": described,
             "representation": {"kind": type(representation).__name__, **vars(representation)},
             "described": repr(representation),
             "why": self.choice.why,
+            "fidelity": None if fidelity is None else str(fidelity),
             "dtype": self.choice.codec.name,
             "bytes_each": self.choice.bytes_each,
             "shard_rows": self.shard_rows,

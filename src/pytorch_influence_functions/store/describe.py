@@ -19,6 +19,7 @@ from ..problem.problem import Problem
 from ..scores.diagnostics import Diagnostics
 from ..solvers.forecast import operations_per_second
 from .build import LABELS, Plan
+from .fidelity import estimate_fidelity
 from .fitted_basis import composition_of, make_projector
 from .folder import IndexFolder
 from .manifest import Manifest
@@ -39,6 +40,7 @@ class IndexForecast(Printable):
         bytes: of all of them; None: not known.
         passes: forward and backward passes over the training data.
         seconds: from one measured batch, and counted operations; None: not known.
+        fidelity: how true a random projection is, in words; empty for what is not projected at random.
     """
 
     representation: str
@@ -49,6 +51,7 @@ class IndexForecast(Printable):
     bytes: float | None
     passes: float
     seconds: float | None
+    fidelity: str = ""
 
     @staticmethod
     def of(plan: Plan, count: int | None) -> IndexForecast:
@@ -77,8 +80,17 @@ class IndexForecast(Printable):
         )
         passes = fitting.passes + (1.0 if count is None else count / n)
         total = None if count is None else count * choice.bytes_each
+        fidelity = estimate_fidelity(choice.representation, plan.derivatives)
         return IndexForecast(
-            repr(choice.representation), choice.codec.name, choice.why, count, choice.bytes_each, total, passes, seconds
+            repr(choice.representation),
+            choice.codec.name,
+            choice.why,
+            count,
+            choice.bytes_each,
+            total,
+            passes,
+            seconds,
+            "" if fidelity is None else str(fidelity),
         )
 
     def __str__(self) -> str:
@@ -93,7 +105,7 @@ class IndexForecast(Printable):
             f"keeps    {self.representation} in {self.dtype}\nwhy      {self.why}\n"
             f"size     {count} examples of {self.bytes_each:,.0f} bytes each{size}\n"
             f"passes   {self.passes:,.1f} forward+backward passes over the training data\n"
-            f"time     {took}"
+            f"time     {took}" + (f"\ntrue     {self.fidelity}" if self.fidelity else "")
         )
 
 
@@ -129,6 +141,7 @@ def diagnostics_of(
     removed = sum(stop - first for first, stop in manifest.removed)
     kept = f"{facts['described']} in {facts['dtype']}"
     notes = [f"from an index of {manifest.examples:,} examples that keeps {kept}"]
+    notes += [facts["fidelity"]] if facts.get("fidelity") else []
     notes += [f"{removed:,} examples were removed from the index and have no score"] if removed else []
     if len(manifest.parts) > 1:
         notes.append(

@@ -1,0 +1,282 @@
+"""The index on disk: `python benchmarks/index.py [scan | build | fidelity | memory] [--examples N] [--folder PATH]`.
+
+Prints the tables of `docs/index-on-disk.md`. Seconds are those of the wall; seconds of the processor stand beside them,
+which other programs on the machine change less. All runs use one thread unless OMP_NUM_THREADS says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.demo.data import datasets as demo_datasets
+from pytorch_influence_functions.store import Factors, Sketch, TwoSided
+from pytorch_influence_functions.store.build import HASHES
+from pytorch_influence_functions.store.folder import IndexFolder
+
+SHARD = 100_000
+
+
+def timed(work: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
+    """The fastest of a few runs: seconds of the wall, and of the processor."""
+    best = (float("inf"), float("inf"))
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        best = min(best[0], time.perf_counter() - wall), min(best[1], time.process_time() - cpu)
+    return best
+
+
+def sketch_problem(k: int) -> tuple[ptif.Problem, tuple[Tensor, Tensor]]:
+    """A small network with more than k parameters, and queries."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    x, y = torch.randn(256, 64), torch.arange(256) % 10
+    return ptif.Problem(model, ptif.CrossEntropy(), (x, y)), (torch.randn(64, 64), torch.arange(64) % 10)
+
+
+def made_index(folder: Path, examples: int, k: int, dtype: str) -> tuple[Path, nn.Module, tuple[Tensor, Tensor]]:
+    """An index of random rows, of which a question needs nothing but a model."""
+    problem, queries = sketch_problem(k)
+    place = folder / f"{dtype}-{examples}-{k}"
+    if not (place / "done").exists():
+        shutil.rmtree(place, ignore_errors=True)
+        index = ptif.Index.build(problem, place, ptif.methods.grad_dot(), Sketch(k), dtype)
+        opened = IndexFolder.open(place)
+        opened.write(replace(opened.manifest, shards=()))
+        opened.drop_unlisted()
+        codec = index._layout(index._fitted()).codec
+        generator = torch.Generator().manual_seed(0)
+        for first in range(0, examples, SHARD):
+            n = min(SHARD, examples - first)
+            tensors = codec.encode(torch.randn(n, k, generator=generator))
+            opened.add_shard(first, first + n, tensors | {HASHES: torch.zeros(n, dtype=torch.long)}, {"forms": {}})
+        (place / "done").touch()
+    return place, problem.model, queries
+
+
+# --------------------------------------------------------------------------- scan
+
+
+def read_plainly(place: Path) -> None:
+    """Read every file of rows once."""
+    buffer = memoryview(bytearray(16 << 20))
+    for path in sorted(place.glob("rows-*")):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def memmap_and_matmul(place: Path, queries: Tensor, k: int, dtype: str) -> None:
+    """What one writes by hand: numpy memory maps, a matrix product in float32, the best of each block."""
+    kinds: dict[str, Any] = {"float16": np.float16, "int8": np.int8}
+    q = queries.numpy()
+    for path in sorted(place.glob("rows-*")):
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))["values"]
+        shape, start = entry["shape"], 8 + length + entry["data_offsets"][0]
+        rows = np.memmap(path, kinds[dtype], "r", start, tuple(shape))
+        for at in range(0, len(rows), 4096):
+            scores = q @ rows[at : at + 4096].astype(np.float32).T
+            np.argpartition(scores, -100, axis=1)[:, -100:]
+
+
+def scan(folder: Path, examples: int, k: int) -> None:
+    """Questions against a plain read of the same files."""
+    print(f"\nscan: {examples:,} examples x {k:,}, top 100; files in the system's cache")
+    print("| dtype | GB | queries | plain read s (cpu) | index s (cpu) | share of the read | memmap + matmul s (cpu) |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype in ("float16", "int8"):
+        place, model, (x, y) = made_index(folder, examples, k, dtype)
+        size = sum(path.stat().st_size for path in place.glob("rows-*")) / 1e9
+        index = ptif.Index.open(place, model, check=False)
+        plain = timed(lambda place=place: read_plainly(place))
+        for q in (1, 64):
+            index.score((x[:q], y[:q]), top=100, ids=slice(1000))  # what is paid once
+            ours = timed(lambda q=q, index=index, x=x, y=y: index.score((x[:q], y[:q]), top=100))
+            theirs = timed(
+                lambda q=q, place=place, dtype=dtype: memmap_and_matmul(place, torch.randn(q, k), k, dtype), 1
+            )
+            print(
+                f"| {dtype} | {size:.2f} | {q} | {plain[0]:.2f} ({plain[1]:.2f}) | {ours[0]:.2f} ({ours[1]:.2f}) | "
+                f"{plain[1] / ours[1]:.0%} | {theirs[0]:.2f} ({theirs[1]:.2f}) |",
+                flush=True,
+            )
+
+
+# --------------------------------------------------------------------------- build
+
+
+def networks() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor]]]:
+    """A perceptron and a small convolutional network."""
+    torch.manual_seed(0)
+    perceptron = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+    convolution = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2048, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+    return {
+        "MLP 784-128-64-10": (perceptron, (torch.randn(8000, 784), torch.arange(8000) % 10)),
+        "CNN, 32² pixels": (convolution, (torch.randn(1024, 3, 32, 32), torch.arange(1024) % 10)),
+    }
+
+
+def epoch(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    """Forward and backward over the data, as training does, without a step."""
+    for x, y in zip(data[0].split(64), data[1].split(64), strict=True):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+
+
+def build(folder: Path) -> None:
+    """Examples per second against a plain epoch of forward and backward."""
+    print("\nbuild: seconds of the processor; the curvature apart (grad_dot), files written and synced")
+    print("| network | keeps | bytes | plain epoch | build | epochs |")
+    print("|---|---|---|---|---|---|")
+    for name, (model, data) in networks().items():
+        problem = ptif.Problem(model, ptif.CrossEntropy(), data)
+        _, plain = timed(lambda model=model, data=data: epoch(model, data))
+        for keeps in (Factors(), TwoSided(16), TwoSided(32), Sketch(1024)):
+            place = folder / "build"
+
+            def work(keeps: Any = keeps, place: Path = place, problem: ptif.Problem = problem) -> None:
+                ptif.Index.build(problem, place, ptif.methods.grad_dot(), keeps, overwrite=True)
+
+            _, took = timed(work, 2)
+            each = ptif.Index.open(place, problem).folder.manifest.bytes / len(problem)
+            print(
+                f"| {name} | {keeps!r} | {each:,.0f} | {plain:.2f} s | {took:.2f} s | {took / plain:.2f} |", flush=True
+            )
+            shutil.rmtree(place)
+
+
+# --------------------------------------------------------------------------- fidelity
+
+
+def trained(n: int) -> tuple[ptif.Problem, tuple[Tensor, Tensor]]:
+    """A perceptron trained on Fashion-MNIST, and test queries."""
+    torch.manual_seed(0)
+    train, test = demo_datasets()[:2]
+    (x, y), (xq, yq) = ((s.tensors[0].flatten(1)[:m], s.tensors[1][:m]) for s, m in ((train, n), (test, 50)))
+    model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(20):
+        for part in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+            optimizer.step()
+    return ptif.Problem(model, ptif.CrossEntropy(), (x, y)), (xq, yq)
+
+
+def rank_agreement(a: Tensor, b: Tensor) -> float:
+    """Spearman's correlation, averaged over queries."""
+    ranks = [t.argsort(1).argsort(1).double() for t in (a, b)]
+    return float(np.mean([np.corrcoef(p, q)[0, 1] for p, q in zip(*(r.numpy() for r in ranks), strict=True)]))
+
+
+def kept_at_top(a: Tensor, b: Tensor, k: int = 20, wide: int = 100) -> float:
+    """The share of the exact top k that is among the index's top `wide`."""
+    best, near = a.topk(k).indices, b.topk(wide).indices
+    return float((best[:, :, None] == near[:, None]).any(2).double().mean())
+
+
+def fidelity(folder: Path, examples: int) -> None:
+    """Bytes per example and agreement with the method's own scores, for every representation and type."""
+    problem, queries = trained(min(examples, 2000))
+    print(
+        f"\nfidelity: MLP 784-128-64-10 on Fashion-MNIST, {len(problem):,} examples, {len(queries[1])} queries, EK-FAC"
+    )
+    exact = ptif.ekfac().fit(problem).score(queries).values
+    print("| keeps | dtype | bytes | rank agreement | exact top 20 in the top 100 |")
+    print("|---|---|---|---|---|")
+    kinds: list[tuple[Any, tuple[str, ...]]] = [
+        (Factors(), ("float32", "float16", "bfloat16", "int8")),
+        (TwoSided(8), ("float16", "int8")),
+        (TwoSided(16), ("float32", "float16", "bfloat16", "int8", "1bit")),
+        (TwoSided(32), ("float16", "int8", "1bit")),
+        (TwoSided(16, basis="eigenvectors"), ("float16", "int8", "1bit")),
+        (TwoSided(32, basis="eigenvectors"), ("float16", "int8", "1bit")),
+        (Sketch(256), ("float16", "int8", "1bit")),
+        (Sketch(1024), ("float16", "int8", "1bit")),
+    ]
+    for keeps, dtypes in kinds:
+        for dtype in dtypes:
+            index = ptif.Index.build(problem, folder / "fidelity", None, keeps, dtype, overwrite=True)
+            scores = index.score(queries).values
+            each = sum(s.file.bytes for s in index.folder.manifest.shards) / len(problem)
+            agreement, top = rank_agreement(exact, scores), kept_at_top(exact, scores)
+            print(f"| {keeps!r} | {dtype} | {each:,.0f} | {agreement:.3f} | {top:.2f} |", flush=True)
+    shutil.rmtree(folder / "fidelity")
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def memory(folder: Path, examples: int, k: int) -> None:
+    """The most memory of a process that asks one question with top=100, for growing indexes."""
+    print(f"\nmemory: int8, {k} numbers each, 8 queries, top 100; the most that the process ever held")
+    print("| examples | on disk | most memory |")
+    print("|---|---|---|")
+    n = 10_000
+    while n <= examples:
+        place, _, _ = made_index(folder, n, k, "int8")
+        size = sum(path.stat().st_size for path in place.glob("rows-*")) / 1e6
+        ran = subprocess.run(
+            [sys.executable, __file__, "ask", "--examples", str(n), "--width", str(k), "--folder", str(folder)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        print(f"| {n:,} | {size:,.0f} MB | {ran.stdout.strip()} MB |", flush=True)
+        n *= 10
+
+
+def ask(folder: Path, examples: int, k: int) -> None:
+    """One question, and what the process held at most."""
+    import resource
+
+    place, model, (x, y) = made_index(folder, examples, k, "int8")
+    ptif.Index.open(place, model).score((x[:8], y[:8]), top=100)
+    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="?", choices=["scan", "build", "fidelity", "memory", "ask"])
+    parser.add_argument("--examples", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--folder", type=Path, default=None)
+    given = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    ptif.progress(False)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if given.part in (None, "scan"):
+            scan(folder, given.examples, given.width)
+        if given.part in (None, "build"):
+            build(folder)
+        if given.part in (None, "fidelity"):
+            fidelity(folder, given.examples)
+        if given.part in (None, "memory"):
+            memory(folder, given.examples, given.width if given.part == "memory" else 256)
+        if given.part == "ask":
+            ask(folder, given.examples, given.width)
+
+
+if __name__ == "__main__":
+    main()
