@@ -18,8 +18,8 @@ from .layouts import AbstractLayout, Stored
 
 # Rows that are looked at together, numbers that they may hold, and scores on them: enough that what is done once for
 # each piece costs little beside its products.
-_MOST: Final = 1 << 14
-_NUMBERS: Final = 1 << 24
+_MOST: Final = 1 << 16
+_NUMBERS: Final = 1 << 25
 _SCORES: Final = 1 << 20
 
 
