@@ -52,7 +52,9 @@ def test_the_order_is_that_of_its_definition() -> None:
     own = ptif.dual().fit(problem).self_influence().double()
     left_out = loss + own / (1 - own)
     torch.testing.assert_close(issues.left_out_loss, left_out, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(issues.doubt, left_out / left_out.std() + weight * harm / harm.std(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        issues.doubt, left_out / left_out.std() + weight * harm / harm.std(), rtol=1e-4, atol=1e-5
+    )
     assert issues.ids(5) == issues.doubt.argsort(descending=True)[:5].tolist()
     alone = find_label_issues(problem)
     assert alone.harm is None and alone.ids(20) == left_out.argsort(descending=True, stable=True)[:20].tolist()
