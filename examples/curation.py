@@ -62,7 +62,7 @@ def main() -> None:
     right = (issues.suggested == truth[:n])[first][planted[first]]
     print(
         f"Of the first {looked_at} of {n} labels in the queue {int(planted[first].sum())} were made wrong; "
-        f"{int(planted.sum())} were in all. The suggested class is right for {float(right.double().mean()):.0%} of those."
+        f"{int(planted.sum())} were in all. The suggested class is right for {float(right.double().mean()):.0%}."
     )
     issues.to_frame().to_csv(options.out / "queue.csv")
 

@@ -252,7 +252,7 @@ def test_bad_input_in_one_sentence() -> None:
         smallest_removal(problem(), lambda m: m.weight[0, 0], most=30)
     with pytest.raises(InvalidInput, match=r"AccuracyStatistic got 3 inputs and labels of shape \(2,\)"):
         AccuracyStatistic(torch.randn(3, 1), torch.tensor([0, 1]))
-    with pytest.raises(InvalidInput, match="AccuracyStatistic.*width=0"):
+    with pytest.raises(InvalidInput, match=r"AccuracyStatistic.*width=0"):
         AccuracyStatistic(torch.randn(2, 1), torch.tensor([0, 1]), width=0)
     with pytest.raises(InvalidInput, match="about one query, and 2 were given"):
         flip_prediction(problem(), (torch.randn(2, 3), torch.tensor([0, 1])))

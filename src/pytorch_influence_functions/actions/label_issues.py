@@ -145,11 +145,11 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
 
     doubt = left-out loss / its standard deviation + reliability x harm / its standard deviation. The left-out loss is
     the loss that a model would have which never saw the example, by the closed form `loss + s / (1 - s)` with s its
-    self-influence under `dual()` (up to 10,000 examples; beyond, the loss itself). The harm is how much the mean loss on
-    the validation data would fall without the example; without validation data it is left out. Its reliability is how
-    well the harms to two halves of the validation data agree: where these are few, or the task is mostly noise, harm
-    weighs little. A wrong label has a high left-out loss, and harms those it should have helped; an example that is
-    merely hard has the loss alone. Figures against the highest loss and confident learning: the page What if?.
+    self-influence under `dual()` (up to 10,000 examples; beyond, the loss itself). The harm is how much the mean loss
+    on the validation data would fall without the example; without validation data it is left out. Its reliability is
+    how well the harms to two halves of the validation data agree: where these are few, or the task is mostly noise,
+    harm weighs little. A wrong label has a high left-out loss, and harms those it should have helped; an example that
+    is merely hard has the loss alone. Figures against the highest loss and confident learning: the page What if?.
 
     Args:
         problem: model, loss and training data; or what a method's `fit(problem)` gave.
