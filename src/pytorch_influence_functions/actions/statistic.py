@@ -223,4 +223,5 @@ class AccuracyStatistic:
             margins = own - others.logsumexp(1)
             right = own > others.max(1).values
         smooth = (margins / self.width).sigmoid().mean()
-        return right.double().mean() + smooth - smooth.detach()
+        accuracy: Tensor = right.double().mean() + smooth - smooth.detach()
+        return accuracy
