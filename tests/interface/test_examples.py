@@ -13,6 +13,7 @@ WRITTEN = {
     "fashion_mnist": ["mistake.png", "self_influence.png", "classes.png", "report.html"],
     "digits": ["methods.png", "verified.png", "trainings", "run"],
     "breast_cancer": ["left_out.png", "report.html"],
+    "curation": ["queue.csv", "report.html"],
     "diabetes": ["patient.png", "left_out.png"],
     "shakespeare": ["letters.png", "report.html"],
 }
@@ -20,6 +21,7 @@ SAID = {
     "fashion_mnist": "Wrong labels found by looking",
     "digits": "noise ceiling",
     "breast_cancer": "after 45 were looked at",
+    "curation": "predicted change of the mean validation loss",
     "diabetes": "Leave-one-out correlation over 6 patients",
     "shakespeare": "are of the same play",
 }
@@ -30,7 +32,7 @@ SAID = {
 def test_it_runs_in_its_small_form(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As `python examples/name.py` would, but in this process: five more would import torch five times."""
+    """As `python examples/name.py` would, but in this process: each would import torch again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--small", "--out", "here"])
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")

@@ -16,6 +16,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.actions import LabelIssueFinder, find_label_issues
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.evaluation import Recipe
+from pytorch_influence_functions.scores.doubt import harm_reliability
 
 
 def trained(x: Tensor, y: Tensor, classes: int, steps: int = 400) -> nn.Module:
@@ -43,11 +44,17 @@ def test_the_order_is_that_of_its_definition() -> None:
     issues = find_label_issues(problem, (xv, yv))
     with torch.no_grad():
         loss = nn.functional.cross_entropy(model(x), y, reduction="none").double()
-    harm = -ptif.ekfac().fit(problem).score((xv, yv)).values.double().mean(0)
+    harms = -ptif.ekfac().fit(problem).score((xv, yv)).values.double().numpy()
+    harm = torch.from_numpy(harms.mean(0))
+    r = np.corrcoef(harms[::2].mean(0), harms[1::2].mean(0))[0, 1]
+    weight = 2 * r / (1 + r)
+    assert 0.05 < weight < 1 and issues.harm_reliability == pytest.approx(weight, rel=1e-4)
     own = ptif.dual().fit(problem).self_influence().double()
     left_out = loss + own / (1 - own)
     torch.testing.assert_close(issues.left_out_loss, left_out, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(issues.doubt, left_out / left_out.std() + harm / harm.std(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        issues.doubt, left_out / left_out.std() + weight * harm / harm.std(), rtol=1e-4, atol=1e-5
+    )
     assert issues.ids(5) == issues.doubt.argsort(descending=True)[:5].tolist()
     alone = find_label_issues(problem)
     assert alone.harm is None and alone.ids(20) == left_out.argsort(descending=True, stable=True)[:20].tolist()
@@ -58,6 +65,16 @@ def test_the_order_is_that_of_its_definition() -> None:
     assert bool((issues.suggested != y).all())
     agree = issues.predicted == y
     assert bool((issues.suggested[~agree] == issues.predicted[~agree]).all())
+
+
+def test_harm_counts_as_far_as_two_halves_of_the_validation_data_agree() -> None:
+    torch.manual_seed(0)
+    signal, noise = torch.randn(1, 4000), torch.randn(100, 4000)
+    # The mean of 100 queries is signal plus noise of variance 4: a fifth of its variance comes back elsewhere.
+    assert harm_reliability(signal + 20 * noise) == pytest.approx(1 / 5, abs=0.05)
+    assert harm_reliability(signal + 1e-3 * noise) == pytest.approx(1.0, abs=1e-4)
+    assert harm_reliability(noise - torch.tensor([1.0, -1.0]).repeat(50)[:, None] * signal) == 0.0
+    assert harm_reliability(signal) == 1.0 and harm_reliability(torch.ones(4, 5)) == 0.0
 
 
 def test_planted_labels_between_neighbouring_classes() -> None:

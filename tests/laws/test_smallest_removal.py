@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.actions import TStatistic, flip_prediction, smallest_removal
+from pytorch_influence_functions.actions import AccuracyStatistic, TStatistic, flip_prediction, smallest_removal
 from pytorch_influence_functions.actions.smallest_removal import removal_moves
 from pytorch_influence_functions.actions.statistic import DataStatistic
 from pytorch_influence_functions.core.errors import InvalidInput
@@ -129,6 +130,66 @@ def test_statistics_that_cannot_be_used_are_refused() -> None:
         TStatistic(x, y[1:])
 
 
+def softmax_regression(x: Tensor, y: Tensor, weight: float = 1.0, decay: float = 0.02) -> nn.Linear:
+    """At its minimum; `weight` is the share of the examples that are there, since the weight decay stays."""
+    model = nn.Linear(x.shape[1], 3).double()
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = weight * nn.functional.cross_entropy(model(x), y)
+        loss = loss + decay / 2 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return model
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mean loss"])
+def test_a_metric_crosses_its_threshold_when_trained_again(metric: str) -> None:
+    torch.manual_seed(0)
+    y, yq = torch.arange(150) % 3, torch.arange(90) % 3
+    centres = 1.2 * torch.eye(3, 4).double()
+    x, xq = torch.randn(150, 4).double() + centres[y], torch.randn(90, 4).double() + centres[yq]
+    model = softmax_regression(x, y)
+    statistic: Callable[[nn.Module], Tensor] = AccuracyStatistic(xq, yq)
+    before = float(statistic(model).detach())
+    assert before == pytest.approx(float((model(xq).argmax(1) == yq).double().mean()))
+    threshold = before - 0.05
+    if metric == "mean loss":
+        statistic = lambda m: nn.functional.cross_entropy(m(xq), yq)  # noqa: E731
+        before = float(statistic(model).detach())
+        threshold = 1.05 * before
+    problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=0.02)
+    outcome = smallest_removal(problem, statistic, threshold, method=ptif.exact(damping=0.0))
+    assert outcome.found and 1 <= len(outcome.ids) <= 40
+    kept = [i for i in range(150) if i not in outcome.ids]
+    after = float(statistic(softmax_regression(x[kept], y[kept], len(kept) / 150)).detach())
+    assert (after - threshold) * (before - threshold) < 0
+    for seed in range(5):
+        kept = torch.randperm(150, generator=torch.Generator().manual_seed(seed))[len(outcome.ids) :].tolist()
+        chance = float(statistic(softmax_regression(x[kept], y[kept], len(kept) / 150)).detach())
+        assert (chance - threshold) * (before - threshold) > 0, "as many at random do not pass it"
+
+
+def test_the_slope_of_accuracy_is_that_of_the_smooth_one() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3).double(), torch.arange(20) % 2
+    two, one = nn.Linear(3, 2).double(), nn.Linear(3, 1).double()
+    with torch.no_grad():
+        one.weight.copy_(two.weight[1:] - two.weight[:1]), one.bias.copy_(two.bias[1:] - two.bias[:1])
+    value, same = AccuracyStatistic(x, y, 0.5)(two), AccuracyStatistic(x, y, 0.5)(one)
+    right = float((two(x).argmax(1) == y).double().mean())
+    assert float(value.detach()) == pytest.approx(right) and float(same.detach()) == pytest.approx(right)
+    value.backward(), same.backward()
+    smooth = ((2 * y - 1) * one(x)[:, 0] / 0.5).sigmoid().mean()
+    expected = torch.autograd.grad(smooth, one.weight)[0]
+    torch.testing.assert_close(one.weight.grad, expected)
+    torch.testing.assert_close(two.weight.grad, torch.cat([-expected, expected]))
+
+
 @pytest.mark.slow
 def test_flipped_predictions_flip_when_trained_again() -> None:
     from functools import partial
@@ -189,6 +250,10 @@ def test_bad_input_in_one_sentence() -> None:
         smallest_removal(problem(), lambda m: m.weight[0, 0] * 0)
     with pytest.raises(InvalidInput, match="most=30 must be a whole number from 1 to 29; or a share"):
         smallest_removal(problem(), lambda m: m.weight[0, 0], most=30)
+    with pytest.raises(InvalidInput, match=r"AccuracyStatistic got 3 inputs and labels of shape \(2,\)"):
+        AccuracyStatistic(torch.randn(3, 1), torch.tensor([0, 1]))
+    with pytest.raises(InvalidInput, match=r"AccuracyStatistic.*width=0"):
+        AccuracyStatistic(torch.randn(2, 1), torch.tensor([0, 1]), width=0)
     with pytest.raises(InvalidInput, match="about one query, and 2 were given"):
         flip_prediction(problem(), (torch.randn(2, 3), torch.tensor([0, 1])))
     with pytest.raises(InvalidInput, match="moves one model along"):

@@ -5,11 +5,12 @@ from .edits import Edit
 from .inputs import input_influence
 from .label_issues import LabelIssueFinder, LabelIssues, find_label_issues
 from .smallest_removal import SmallestRemoval, flip_prediction, smallest_removal
-from .statistic import TStatistic
+from .statistic import AccuracyStatistic, TStatistic
 from .training_set_attack import Front, SignSteps, TrainingSetAttack, attack_training_set
 from .what_if import WhatIf, what_if
 
 __all__ = [
+    "AccuracyStatistic",
     "CuratedData",
     "CurationEffect",
     "Edit",

@@ -33,7 +33,7 @@ ReadLabel: TypeAlias = Callable[[str | float], Any]
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class CuratedData:
-    """Training data after decisions about them; `curate` and `select_useful` make it.
+    """Training data after decisions about them; `curate` makes it.
 
     Attributes:
         source: the training data as they were.

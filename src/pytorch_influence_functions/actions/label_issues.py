@@ -20,7 +20,7 @@ from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, sweep
-from ..scores.doubt import label_doubt, left_out_loss
+from ..scores.doubt import harm_reliability, label_doubt, left_out_loss
 from .fitted_system import fit_system
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class LabelIssues:
 
     Attributes:
         doubt: larger is more doubtful, [N]: the left-out loss in units of its spread, plus the harm in units of its
-            own.
+            own, times how reliable the harm is.
         loss: the model's loss on the given label, [N].
         left_out_loss: the loss that a model would have which never saw the example, predicted, [N]; the loss itself
             where that is too dear to know.
@@ -48,6 +48,7 @@ class LabelIssues:
         probability: the model's probability of the given class, [N].
         suggested: the most probable class other than the given one, [N].
         class_names: where the data have them.
+        harm_reliability: how far other validation data would give the same harm, from 0 to 1; None without any.
     """
 
     doubt: Float[Tensor, " n"]
@@ -60,6 +61,7 @@ class LabelIssues:
     probability: Float[Tensor, " n"]
     suggested: Int[Tensor, " n"]
     class_names: list[str] | None = None
+    harm_reliability: float | None = None
 
     def __len__(self) -> int:
         return len(self.doubt)
@@ -141,12 +143,13 @@ class LabelIssues:
 def find_label_issues(problem: Problem | Attribution, validation: Any = None, method: Any = None) -> LabelIssues:
     """Order the training examples by how doubtful their labels are.
 
-    doubt = left-out loss / its standard deviation + harm / its standard deviation. The left-out loss is the loss that
-    a model would have which never saw the example, by the closed form `loss + s / (1 - s)` with s its self-influence
-    under `dual()` (up to 10,000 examples; beyond, the loss itself). The harm is how much the mean loss on the
-    validation data would fall without the example; without validation data it is left out. A wrong label has a high
-    left-out loss, and harms those it should have helped; an example that is merely hard has the loss alone. Figures
-    against the highest loss and confident learning: the page What if?.
+    doubt = left-out loss / its standard deviation + reliability x harm / its standard deviation. The left-out loss is
+    the loss that a model would have which never saw the example, by the closed form `loss + s / (1 - s)` with s its
+    self-influence under `dual()` (up to 10,000 examples; beyond, the loss itself). The harm is how much the mean loss
+    on the validation data would fall without the example; without validation data it is left out. Its reliability is
+    how well the harms to two halves of the validation data agree: where these are few, or the task is mostly noise,
+    harm weighs little. A wrong label has a high left-out loss, and harms those it should have helped; an example that
+    is merely hard has the loss alone. Figures against the highest loss and confident learning: the page What if?.
 
     Args:
         problem: model, loss and training data; or what a method's `fit(problem)` gave.
@@ -169,10 +172,12 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
     rows = torch.arange(len(given))
     others = probabilities.clone()
     others[rows, given] = -1.0
-    harm = None if validation is None else _mean_harm(fitted, validation)
+    harms = None if validation is None else -fitted.score(validation).values.double()
+    harm = None if harms is None else harms.mean(0)
+    reliability = None if harms is None else harm_reliability(harms)
     own = _leverages(fitted.problem)
     left_out = loss if own is None else left_out_loss(loss, own)
-    doubt = label_doubt(left_out, harm)
+    doubt = label_doubt(left_out, harm, reliability or 0.0)
     spread = fitted.problem.data.spread
     return LabelIssues(
         _outside(spread(doubt), fitted.problem, -torch.inf),
@@ -185,6 +190,7 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
         spread(probabilities[rows, given]),
         spread(others.argmax(1)),
         fitted.problem.data.class_names,
+        reliability,
     )
 
 
@@ -230,11 +236,6 @@ def _leverages(problem: Problem) -> Tensor | None:
         return None
     positions = problem.data.positions
     return own.double() if positions is None else own.double()[positions]
-
-
-def _mean_harm(fitted: Attribution, validation: Any) -> Tensor:
-    """By how much the mean loss on the validation data falls without each training example, [n] in float64."""
-    return -fitted.score(validation).values.double().mean(0)
 
 
 def _outside(values: Tensor, problem: Problem, filler: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -169,3 +170,58 @@ class TStatistic:
         inverse = torch.linalg.inv((columns * weights[:, None]).T @ columns)
         error: Tensor = (variance * inverse[self.column, self.column]).sqrt()
         return coefficients.double().reshape(-1)[self.column] / error
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class AccuracyStatistic:
+    """The share of right answers on some data: a statistic for `smallest_removal`.
+
+    The number is the accuracy itself, in steps of one example. It has no slope, so that of a smooth one is taken: of
+    the mean of sigmoid(margin / width), with a margin of log p - log(1 - p) for the right class. So examples count
+    whose answer is nearest to tipping over.
+
+    Args:
+        x: inputs as the model takes them, [m, ...].
+        y: right classes, [m].
+        width: over which range of margins an answer is half right; above 0.
+
+    Example:
+        >>> x, y = torch.tensor([[2.0], [-1.0], [-3.0]]), torch.tensor([1, 1, 0])
+        >>> line = nn.Linear(1, 1)
+        >>> with torch.no_grad():
+        ...     _ = line.weight.fill_(1.0), line.bias.fill_(0.0)
+        >>> round(AccuracyStatistic(x, y)(line).item(), 3)
+        0.667
+    """
+
+    x: Tensor
+    y: Tensor
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.y.dim() != 1 or len(self.y) != len(self.x) or self.y.is_floating_point():
+            raise InvalidInput(
+                f"AccuracyStatistic got {len(self.x)} inputs and labels of shape {tuple(self.y.shape)} and type "
+                f"{self.y.dtype}; expected one whole class number for each input."
+            )
+        finite_number("width", self.width, above=0, owner="AccuracyStatistic")
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The accuracy, differentiable in the model.
+
+        Args:
+            model: gives a score for each class, [m, C], or one logit, [m] or [m, 1].
+        """
+        outputs = model(self.x).double()
+        if outputs.numel() == len(self.y):
+            margins = (2 * self.y - 1) * outputs.reshape(-1)
+            right = margins > 0
+        else:
+            own = outputs.gather(1, self.y[:, None])[:, 0]
+            others = outputs.scatter(1, self.y[:, None], -math.inf)
+            margins = own - others.logsumexp(1)
+            right = own > others.max(1).values
+        smooth = (margins / self.width).sigmoid().mean()
+        accuracy: Tensor = right.double().mean() + smooth - smooth.detach()
+        return accuracy

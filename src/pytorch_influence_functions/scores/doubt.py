@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,15 +21,40 @@ def left_out_loss(loss: Float[Tensor, " n"], own: Float[Tensor, " n"]) -> Float[
     return loss.double() + own.double() / (1.0 - own.double()).clamp_min(1e-9)
 
 
-def label_doubt(loss: Float[Tensor, " n"], harm: Float[Tensor, " n"] | None) -> Float[Tensor, " n"]:
+def harm_reliability(harm: Float[Tensor, "v n"]) -> float:
+    """How far the mean harm would be the same on other validation data, from 0 (chance) to 1.
+
+    The correlation r, over the training examples, of the mean harm to every other query with that to the rest, stepped
+    up to the length of both halves, 2 r / (1 + r) (Spearman 1910, Brown 1910); 0 where r is negative, and 1 for a
+    single query, of which nothing can be said.
+
+    Args:
+        harm: of each training example to each query, [V, n].
+
+    Example:
+        >>> harm_reliability(torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]))
+        1.0
+    """
+    if len(harm) < 2 or harm.shape[1] < 2:
+        return 1.0
+    halves = torch.stack([harm[::2].double().mean(0), harm[1::2].double().mean(0)])
+    # No correlation is defined where a half is constant: then it orders nothing.
+    r = max(0.0, float(torch.corrcoef(halves)[0, 1].nan_to_num(0.0)))
+    return min(1.0, 2.0 * r / (1.0 + r))
+
+
+def label_doubt(
+    loss: Float[Tensor, " n"], harm: Float[Tensor, " n"] | None, reliability: float = 1.0
+) -> Float[Tensor, " n"]:
     """The loss in units of its standard deviation, plus the harm in units of its own; larger is more doubtful.
 
     Args:
         loss: of each training example, left out where that is known.
         harm: how much better others would be without it; None: the loss alone.
+        reliability: of the harm, from 0 to 1: its weight.
     """
     doubt = loss.double() / _deviation(loss)
-    return doubt if harm is None else doubt + harm.double() / _deviation(harm)
+    return doubt if harm is None else doubt + reliability * harm.double() / _deviation(harm)
 
 
 def _deviation(values: Tensor) -> float:
