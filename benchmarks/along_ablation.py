@@ -92,7 +92,9 @@ def settings(quick: bool) -> dict[str, Setting]:
     line = Recipe(partial(mlp, 784, 10), convex, 2 * epochs, 100, LinearDecay(0.1), cross)
     return {
         "fashion": Setting(fashion, first, cross, (60, 2), (40, 5), (30, 10)),
-        "adamw": Setting(fashion, Recipe(small, adamw, epochs, 50, LinearDecay(0.1), cross), cross),
+        "adamw": Setting(
+            fashion, Recipe(small, adamw, epochs, 50, LinearDecay(0.1), cross), cross, (30, 1), (24, 2), (12, 4)
+        ),
         "wrong labels": Setting(wrong, first, cross, planted=torch.from_numpy(labels.planted[:n])),
         "diabetes": Setting(DATA["diabetes"](350, 92), tabular, ptif.SquaredError()),
         "convex": Setting(fashion, line, cross, (60, 1), (40, 2), (20, 4)),
