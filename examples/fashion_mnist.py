@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("fashion_mnist"), help="folder for what is written")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    n, asked = (300, 20) if options.small else (2000, 200)
+    n, asked = (150, 10) if options.small else (2000, 200)
 
     data = load()
     train, test = (torch.utils.data.Subset(d, range(k)) for d, k in zip(datasets(data), (n, asked), strict=True))

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("shakespeare"), help="folder for what is written")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    each, asked, epochs = (30, 2, 1) if options.small else (600, 10, 20)
+    each, asked, epochs = (12, 2, 1) if options.small else (600, 10, 20)
 
     found = passages()
     # A play's passages in turn, so that what is asked is near what was learned, but never part of it.
