@@ -1,8 +1,8 @@
 """Which parts of averaging along the run matter: `python benchmarks/along_ablation.py [--setting fashion] [--quick]`.
 
-Every method is asked once at each of thirty checkpoints of one training; schedules, numbers and units are then put
-together from these matrices, as `Along` does it. Prints tables of `docs/along.md`; some
-minutes per setting on one core.
+Every method is asked once at each of some seventy checkpoints of one training; schedules, numbers and units are then
+put together from these matrices, as `Along` does it. Prints the tables of `docs/along.md`; some minutes per setting on
+one core.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ from peers.workloads import CACHE
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.curvature import EKFAC, GGN, Subsample
 from pytorch_influence_functions.damping import Relative
+from pytorch_influence_functions.demo.data import load as demo_data
 from pytorch_influence_functions.evaluation import (
     LinearDecay,
     Recipe,
     Subsets,
     Truth,
     evaluate_one,
+    found_when_checking,
     noise_ceiling,
     retrain,
     train_model,
 )
-from pytorch_influence_functions.methods import dual, ekfac, grad_dot, kfac, shampoo
+from pytorch_influence_functions.methods import along, dual, ekfac, grad_dot, kfac, shampoo
+from pytorch_influence_functions.solvers import CG
 from pytorch_influence_functions.trajectory import Recording
 
 LOG = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
@@ -39,6 +43,8 @@ EVEN = tuple(k / 7 for k in range(1, 8))
 EARLY = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
 LATE = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 DAMPINGS = (0.1, 0.3, 1.0, 3.0, 10.0)
+# Places for a method that is too dear for seven.
+FEW = (0.2, 0.4, 1.0)
 
 
 def log_spaced(count: int) -> tuple[float, ...]:
@@ -56,6 +62,11 @@ class Setting:
     data: tuple[Tensor, Tensor, Tensor, Tensor]
     recipe: Recipe
     objective: ptif.objectives.AbstractObjective
+    # (subsets, seeds) of every kind of removal.
+    halves: tuple[int, int] = (40, 2)
+    small: tuple[int, int] = (30, 2)
+    one: tuple[int, int] = (16, 5)
+    planted: Tensor | None = None
 
     @property
     def train(self) -> tuple[Tensor, Tensor]:
@@ -67,7 +78,7 @@ class Setting:
 
 
 def settings(quick: bool) -> dict[str, Setting]:
-    """A classification, its AdamW twin, a regression, and a convex problem."""
+    """A classification, twins of it by AdamW and with wrong labels, a regression, and a convex problem."""
     n, epochs = (100, 3) if quick else (1000, 30)
     fashion = DATA["fashion"](n, 100)
     sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -75,13 +86,18 @@ def settings(quick: bool) -> dict[str, Setting]:
     convex = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2)
     small, cross = partial(mlp, 784, 64, 10), ptif.CrossEntropy()
     tabular = Recipe(partial(mlp, 10, 64, 64, 1), sgd_slow(), epochs * 2, 35, LinearDecay(0.1), ptif.SquaredError())
+    first = Recipe(small, sgd, epochs, 50, LinearDecay(0.1), cross)
+    labels = demo_data()
+    wrong = (fashion[0], torch.from_numpy(labels.train_labels[:n]).long(), *fashion[2:])
+    line = Recipe(partial(mlp, 784, 10), convex, 2 * epochs, 100, LinearDecay(0.1), cross)
     return {
-        "fashion": Setting(fashion, Recipe(small, sgd, epochs, 50, LinearDecay(0.1), cross), cross),
-        "adamw": Setting(fashion, Recipe(small, adamw, epochs, 50, LinearDecay(0.1), cross), cross),
-        "diabetes": Setting(DATA["diabetes"](350, 92), tabular, ptif.SquaredError()),
-        "convex": Setting(
-            fashion, Recipe(partial(mlp, 784, 10), convex, 2 * epochs, 100, LinearDecay(0.1), cross), cross
+        "fashion": Setting(fashion, first, cross, (60, 2), (40, 5), (30, 10)),
+        "adamw": Setting(
+            fashion, Recipe(small, adamw, epochs, 50, LinearDecay(0.1), cross), cross, (30, 1), (24, 2), (12, 4)
         ),
+        "wrong labels": Setting(wrong, first, cross, planted=torch.from_numpy(labels.planted[:n])),
+        "diabetes": Setting(DATA["diabetes"](350, 92), tabular, ptif.SquaredError()),
+        "convex": Setting(fashion, line, cross, (60, 1), (40, 2), (20, 4)),
     }
 
 
@@ -92,11 +108,9 @@ def sgd_slow() -> partial[torch.optim.Optimizer]:
 def truths(this: Setting, quick: bool) -> dict[str, Truth]:
     """Retraining without random halves, without 5 %, and without one example."""
     n = len(this.train[0])
-    sizes = (
-        {"halves": (6, 1), "5 %": (6, 1), "one": (6, 1)}
-        if quick
-        else {"halves": (60, 2), "5 %": (40, 5), "one": (30, 10)}
-    )
+    sizes = {"halves": this.halves, "5 %": this.small, "one": this.one}
+    if quick:
+        sizes = dict.fromkeys(sizes, (6, 1))
     subsets = {
         "halves": Subsets.halves(n, sizes["halves"][0]),
         "5 %": Subsets.drops(n, sizes["5 %"][0], 0.05),
@@ -163,6 +177,69 @@ def table(title: str, rows: dict[str, Tensor], truth: dict[str, Truth]) -> None:
         print(f"| {name} | {' | '.join(f'{e.value:.3f} ({e.low:.3f} to {e.high:.3f})' for e in values)} |", flush=True)
 
 
+def made_of_ekfac(one: Asked, truth: dict[str, Truth]) -> None:
+    """Units, schedules and numbers of checkpoints."""
+    table("EK-FAC", {
+        "final weights": one.at[1.0],
+        "along the run, seven": one.average(LOG),
+        "… raw mean": one.average(LOG, "raw"),
+    }, truth)  # fmt: skip
+    schedules = {"log": LOG, "even": EVEN, "early": EARLY, "late": LATE}
+    table("schedule (seven)", {k: one.average(v) for k, v in schedules.items()}, truth)
+    table("number (log-spaced from 2 %)", {str(k): one.average(v) for k, v in NUMBERS.items()}, truth)
+    table("one checkpoint at", {f"{s:.0%}": one.average([s]) for s in LOG}, truth)
+
+
+def by_curvature(one: Asked, asked: Callable[..., Asked], truth: dict[str, Truth]) -> None:
+    """Every curvature at the final weights and along the run."""
+    methods: dict[str, Callable[[], ptif.Influence]] = {
+        "identity": grad_dot, "dual of the empirical Fisher": dual, "K-FAC": kfac, "Shampoo": shampoo,
+    }  # fmt: skip
+    others = {k: asked(LOG, method=make()) for k, make in methods.items()} | {"EK-FAC": one}
+    finals = {f"{k}, final": a.average([1.0]) for k, a in others.items()}
+    table("curvature", finals | {f"{k}, along": a.average(LOG) for k, a in others.items()}, truth)
+    both = torch.stack([one.average(LOG), others["Shampoo"].average(LOG)])
+    table("together", {"EK-FAC + Shampoo, along": (both / both.std(2, keepdim=True)).mean(0)}, truth)
+
+
+def by_damping(asked: Callable[..., Asked], truth: dict[str, Truth]) -> None:
+    """EK-FAC at other shares of the mean eigenvalue, and guided conjugate gradients on a fixed batch."""
+    damped = {d: asked(LOG, method=ekfac(Relative(d, per_block=True))) for d in DAMPINGS}
+    table("damping share, final · along", {
+        f"{d:g}, {where}": a.average([1.0] if where == "final" else LOG)
+        for where in ("final", "along") for d, a in damped.items()
+    }, truth)  # fmt: skip
+    rows = {}
+    for share in (3.0, 30.0):
+        guided = ptif.Influence(
+            Subsample(GGN(), examples=256), CG(rtol=0.1, max_steps=10), Relative(share), preconditioner=EKFAC()
+        )
+        at = asked(FEW, method=guided)
+        rows |= {f"share {share:g}, final": at.average([1.0]), f"share {share:g}, at 20, 40, 100 %": at.average(FEW)}
+    table("Gauss-Newton of 256 examples, guided", rows, truth)
+
+
+def wrong_labels(this: Setting, problem: ptif.Problem, run: Recording) -> None:
+    """Which share of the wrong labels stands among a tenth and a fifth of the examples."""
+    assert this.planted is not None, "asked of settings that have some"
+    final, seven = ekfac().fit(problem), along(run.at(LOG)).fit(problem)
+    x, y = this.train
+    with torch.no_grad():
+        losses = this.objective.losses(problem.model(x), (x, y))
+    suspicions = {
+        "self-influence, final": final.self_influence(),
+        "self-influence, along": seven.self_influence(),
+        "harm to the queries, final": -final.score(this.queries).values.sum(0),
+        "harm to the queries, along": -seven.score(this.queries).values.sum(0),
+        "training loss": losses,
+    }
+    print("\n| wrong labels found in | a tenth | a fifth |\n| --- | --- | --- |")
+    for name, suspicion in suspicions.items():
+        print(
+            f"| {name} | {' | '.join(f'{s:.2f}' for s in found_when_checking(suspicion, this.planted, (0.1, 0.2)))} |"
+        )
+
+
 def run_setting(name: str, this: Setting, quick: bool) -> None:
     truth = truths(this, quick)
     shares = sorted({s for v in (LOG, EVEN, EARLY, LATE, *NUMBERS.values()) for s in v})
@@ -171,19 +248,14 @@ def run_setting(name: str, this: Setting, quick: bool) -> None:
         run = Recording.open(folder)
         ceilings = {k: noise_ceiling(t) for k, t in truth.items()}
         described = ", ".join(f"{k} {c:.2f}" for k, c in ceilings.items() if c is not None)
-        print(f"\n### {name}: N = {len(this.train[0]):,}, {len(run)} checkpoints; ceilings {described}", flush=True)
+        print(f"\n### {name}: N = {len(this.train[0]):,}, {len(run)} checkpoints; ceilings {described}")
+        print("; ".join(t.name for t in truth.values()), flush=True)
         problem = ptif.Problem(model, this.objective, this.train, batch_size=500)
         asked = partial(ask, problem, run, queries=this.queries)
         one = asked(shares, method=ekfac())
-        table("EK-FAC", {
-            "final weights": one.at[1.0],
-            "along the run, seven": one.average(LOG),
-            "… raw mean": one.average(LOG, "raw"),
-        }, truth)  # fmt: skip
-        schedules = {"log": LOG, "even": EVEN, "early": EARLY, "late": LATE}
-        table("schedule (seven)", {k: one.average(v) for k, v in schedules.items()}, truth)
-        table("number (log-spaced from 2 %)", {str(k): one.average(v) for k, v in NUMBERS.items()}, truth)
-        table("one checkpoint at", {f"{s:.0%}": one.average([s]) for s in LOG}, truth)
+        made_of_ekfac(one, truth)
+        if this.planted is not None:
+            wrong_labels(this, problem, run)
         layers = [
             ask(problem.with_(parameters=layer), run, LOG, this.queries, ekfac()) for layer in problem.space.blocks
         ]
@@ -193,24 +265,15 @@ def run_setting(name: str, this: Setting, quick: bool) -> None:
             "spread by layer, layers alike": per_layer_equal(layers, LOG),
             "raw": one.average(LOG, "raw"),
         }, truth)  # fmt: skip
-        methods: dict[str, Callable[[], ptif.Influence]] = {
-            "identity": grad_dot, "dual of the empirical Fisher": dual, "K-FAC": kfac, "Shampoo": shampoo,
-        }  # fmt: skip
-        others = {k: asked(LOG, method=make()) for k, make in methods.items()} | {"EK-FAC": one}
-        finals = {f"{k}, final": a.average([1.0]) for k, a in others.items()}
-        table("curvature", finals | {f"{k}, along": a.average(LOG) for k, a in others.items()}, truth)
-        both = torch.stack([one.average(LOG), others["Shampoo"].average(LOG)])
-        table("together", {"EK-FAC + Shampoo, along": (both / both.std(2, keepdim=True)).mean(0)}, truth)
-        damped = {d: asked(LOG, method=ekfac(Relative(d, per_block=True))) for d in DAMPINGS}
-        table("damping share, final · along", {
-            f"{d:g}, {where}": a.average([1.0] if where == "final" else LOG)
-            for where in ("final", "along") for d, a in damped.items()
-        }, truth)  # fmt: skip
+        by_curvature(one, asked, truth)
+        by_damping(asked, truth)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What matters along the run.")
-    parser.add_argument("--setting", action="append", choices=("fashion", "adamw", "diabetes", "convex"))
+    parser.add_argument(
+        "--setting", action="append", choices=("fashion", "adamw", "wrong labels", "diabetes", "convex")
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     given = parser.parse_args()
     torch.set_num_threads(1)

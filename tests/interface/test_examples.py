@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = {
-    "fashion_mnist": ["mistake.png", "self_influence.png", "classes.png", "report.html"],
+    "fashion_mnist": ["mistake.png", "self_influence.png", "classes.png", "report.html", "run"],
     "digits": ["methods.png", "verified.png", "trainings", "run"],
     "breast_cancer": ["left_out.png", "report.html"],
     "curation": ["queue.csv", "report.html"],
     "diabetes": ["patient.png", "left_out.png"],
-    "shakespeare": ["letters.png", "report.html"],
+    "shakespeare": ["letters.png", "report.html", "run"],
 }
 SAID = {
     "fashion_mnist": "Wrong labels found by looking",

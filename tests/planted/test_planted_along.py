@@ -92,6 +92,11 @@ BUGS = [
 ]
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda b: b.name)
+QUICK = ("a plain mean", "geometric for final", "writes other numbers", "counts steps that were left out")
+
+
+@pytest.mark.parametrize(
+    "bug", [pytest.param(b, id=b.name, marks=() if b.name in QUICK else pytest.mark.slow) for b in BUGS]
+)
 def test_the_law_notices(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     must_be_noticed(bug, monkeypatch)
