@@ -16,8 +16,8 @@ IGNORED: Final = -100
 class Encoded:
     """One text: its token numbers, which of them are taught, and how many were cut off.
 
-    `own_labels` are given where a token is taught to be another one (filling in blanks) or of a class. `chat` is what it
-    was written from, and `dropped` how many tokens were cut off at its left.
+    `own_labels` are given where a token is taught to be another one (filling in blanks) or of a class. `chat` is what
+    it was written from, and `dropped` how many tokens were cut off at its left.
     """
 
     ids: tuple[int, ...]

@@ -22,8 +22,8 @@ from .tokens import check_tokens
 def query_token_scores(attribution: Attribution, queries: Any, ids: Sequence[int]) -> list[Float[Tensor, "n l"]]:
     """Every query token's share of the scores that a few training texts have on it.
 
-    A query's loss is a sum over its tokens as well, and (C + lambda)^-1 is symmetric: the training texts are solved for,
-    and the loss of each of the query's tokens is followed along them.
+    A query's loss is a sum over its tokens as well, and (C + lambda)^-1 is symmetric: the training texts are solved
+    for, and the loss of each of the query's tokens is followed along them.
 
     Args:
         attribution: a fitted method.
