@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch.utils.data import Subset
+
 
 @dataclass(frozen=True)
 class TokenText:
@@ -53,3 +55,16 @@ def split_into_pieces(tokenizer: Any, ids: list[int]) -> tuple[str, ...]:
         pieces.append("" if unfinished else after[len(before) :])
         first, read = (first, read) if unfinished else (read, end)
     return tuple(pieces)
+
+
+def token_text_of(dataset: Any, index: int) -> TokenText | None:
+    """An example as tokens, where its dataset knows them, or the one that it is a subset of; else None.
+
+    Args:
+        dataset: any dataset.
+        index: which example.
+    """
+    while type(dataset) is Subset:
+        index, dataset = dataset.indices[index], dataset.dataset
+    known = getattr(dataset, "token_text", None)
+    return known(index) if callable(known) and 0 <= index < len(dataset) else None

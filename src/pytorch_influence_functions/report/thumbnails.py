@@ -12,11 +12,10 @@ from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Subset
 
 from ..core.errors import InvalidInput, NonFinite, require
 from ..core.text import printable
-from ..core.token_text import TokenText
+from ..core.token_text import TokenText, token_text_of
 from ..plots.examples import Denormalize, ExampleView, Scale, example_target, format_value, table_row, view_example
 from ..problem.data import Source
 
@@ -117,12 +116,7 @@ class ExampleReader:
 
     def token_text(self, index: int) -> TokenText | None:
         """The example as tokens, where its dataset knows them (`core.token_text`)."""
-        dataset = None if self.source is None else self.source.dataset
-        while type(dataset) is Subset:
-            index, dataset = dataset.indices[index], dataset.dataset
-        known = getattr(dataset, "token_text", None)
-        text: TokenText | None = known(index) if callable(known) and 0 <= index < len(dataset) else None
-        return text
+        return None if self.source is None else token_text_of(self.source.dataset, index)
 
     def record(self, index: int, detail: Detail) -> tuple[dict[str, Any], Any]:
         """The record that the page shows for one example, and the label inside it.
