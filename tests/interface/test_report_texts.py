@@ -111,3 +111,17 @@ def test_what_is_no_token_scores_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="sources= names 2 and there are 12 training examples"):
         chats().report(path, sources=["a", "b"])
     assert not path.exists()
+
+
+def test_rows_of_several_queries_have_no_tokens_of_their_own(tmp_path: Path) -> None:
+    """Of a contrast, a mean or a group the page cannot say which token of which query."""
+    import pytorch_influence_functions as ptif
+    from tests.laws.test_token_scores import setting
+
+    problem, queries = setting()
+    attribution = ptif.methods.grad_dot().fit(problem)
+    both = attribution.score(queries, contrast=queries[::-1])
+    with pytest.raises(InvalidInput, match="rows of these scores are made of several queries"):
+        both.report(tmp_path / "r.html", tokens=attribution)
+    with pytest.raises(InvalidInput, match="do not hold their queries"):
+        attribution.score(queries, aggregate="mean").report(tmp_path / "r.html", tokens=attribution)

@@ -41,10 +41,11 @@ def query_token_scores(attribution: Attribution, queries: Any, ids: Sequence[int
     check_tokens(attribution.members[0].derivatives, attribution.spec.scaling)
     problem = attribution.problem
     question = attribution._question(queries)
-    factors = attribution._factors(ScoringPass(problem, question))
+    rounds = attribution._rounds
+    factors = rounds.factors(ScoringPass(problem, question))
     texts = ScoringPass(problem, attribution._question(problem.data.whole.subset(list(ids))))
     scores: list[Tensor] = []
-    for k, member, rows, solved in attribution._solved(texts):
+    for k, member, rows, solved in rounds.solved(texts):
         directions = solved.rows()
         for q in range(len(question)):
             for _, batch in sweep(problem, question.source, [q], label="tokens", world=World()):

@@ -200,6 +200,11 @@ def _ask(tokens: Any, scores: Scores, ids: list[int], sign: float) -> tuple[dict
             "The scores do not hold their queries, which tokens= asks about; pass tokens=attribution.token_scores("
             "queries, ids)."
         )
+    if scores.diagnostics.rows:
+        raise InvalidInput(
+            f"The rows of these scores are made of several queries ({scores.diagnostics.rows.rstrip('.')}), whose "
+            "tokens cannot be told apart; score the queries one by one, or leave tokens= out."
+        )
     rows = scores.query_ids.tolist()
     # The answers that others are held against stand behind them.
     pairs = int(getattr(source, "pairs", 0))
