@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--smollm2", action="store_true", help="fine-tune SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=Path, default=Path("language-model"), help="folder for what is written")
     asked = parser.parse_args(arguments)
-    count, epochs, rate = (24, 6, 2e-2) if asked.small else (60, 3, 1e-3) if asked.smollm2 else (144, 8, 1e-2)
+    count, epochs, rate = (24, 6, 2e-2) if asked.small else (60, 2, 1e-3) if asked.smollm2 else (144, 8, 1e-2)
     torch.manual_seed(0)
     rows = documents(count)
     if asked.smollm2:
