@@ -1,4 +1,4 @@
-"""Real pretrained models, where the packages that hold them are installed; the first command in the messages does it."""
+"""Real pretrained models, where the packages that hold them are installed; a test that is skipped says how."""
 
 from __future__ import annotations
 
