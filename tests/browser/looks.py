@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import pytorch_influence_functions.report.page as pages
-from tests.interface.report_cases import ATTACK, pictures, probabilities, tables, texts
+from tests.interface.report_cases import ATTACK, chat_tokens, chats, pictures, probabilities, tables, texts
 
 VIEWS = (
     "overview",
@@ -102,6 +102,7 @@ def made() -> dict[str, Callable[[Path], Path]]:
             title=ATTACK,
             about=ATTACK,
         ),
+        "chats": lambda path: Path(chats().report(path, tokens=chat_tokens(), k=4).path),
         "numbers": _numbers,
         "folder": _folder,
         "bare": lambda path: Path(

@@ -14,7 +14,7 @@ SERIOUS = ("serious", "critical")
 
 @pytest.mark.parametrize("width", [380, 1600])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("kind", ["pictures", "texts", "tables", "bare"])
+@pytest.mark.parametrize("kind", ["pictures", "texts", "chats", "tables", "bare"])
 def test_axe_finds_nothing_serious_and_nothing_sticks_out(
     look: Callable[..., Looks], kind: str, theme: str, width: int
 ) -> None:

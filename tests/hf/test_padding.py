@@ -106,3 +106,17 @@ def test_doctor_tries_the_users_own_collate_function() -> None:
 def test_doctor_needs_texts_to_compare() -> None:
     with pytest.raises(ptif.errors.InvalidInput, match="give at least two"):
         ptif.hf.doctor(llama(), tokenizer(), "one text")
+
+
+def test_attention_over_padding_alone_is_named_and_what_is_advised_works() -> None:
+    """Not the examples are to blame: eager attention takes a float64 model's mask into float32, where it overflows."""
+    model = llama(attn_implementation="eager")
+    with pytest.raises(ptif.errors.NonFinite, match="padded on the left, and attention over padding alone") as told:
+        scores(model, "grad_dot", padding_side="left")
+    assert "attn_implementation='sdpa' or in float32, or pad on the right" in str(told.value)
+    for advised, options in (
+        (llama(attn_implementation="sdpa"), {"padding_side": "left"}),
+        (llama(attn_implementation="eager", dtype=torch.float32), {"padding_side": "left"}),
+        (model, {"padding_side": "right"}),
+    ):
+        assert bool(torch.isfinite(scores(advised, "grad_dot", **options)).all())

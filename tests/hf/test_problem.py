@@ -226,3 +226,36 @@ def test_packed_texts_get_their_own_scores_back() -> None:
     plain = ptif.methods.grad_dot().fit(ptif.hf.problem(model, words, training))
     with pytest.raises(ptif.errors.InvalidInput, match="shares out blocks of packed texts"):
         ptif.hf.document_scores(plain, queries)
+
+
+def test_data_that_can_only_be_iterated_are_refused_and_what_is_advised_works() -> None:
+    datasets = pytest.importorskip("datasets")
+    model, words = llama(), tokenizer()
+    stream = datasets.Dataset.from_dict({"text": texts(5)}).to_iterable_dataset()
+    with pytest.raises(
+        ptif.errors.InvalidInput, match=r"IterableDataset can only be iterated.*list\(dataset.take\(n\)\)"
+    ):
+        ptif.hf.problem(model, words, stream)
+    taken, whole = (ptif.hf.problem(model, words, data) for data in (list(stream.take(5)), texts(5)))
+    values = [ptif.attribute(p, queries="who wrote this book", method="grad_dot").values for p in (taken, whole)]
+    assert gap(*values) < 1e-7
+
+
+def test_a_folder_of_shards_is_a_checkpoint_and_a_model(tmp_path: Any) -> None:
+    """`save_pretrained` cuts large models into several safetensors files with an index."""
+    words, states = tokenizer(), [llama(seed=seed, dtype=torch.float32) for seed in (1, 2)]
+    for step, state in enumerate(states, 1):
+        state.save_pretrained(tmp_path / f"checkpoint-{step}", max_shard_size="6KB")
+        words.save_pretrained(tmp_path / f"checkpoint-{step}")
+        assert len(list((tmp_path / f"checkpoint-{step}").glob("model-*.safetensors"))) > 1
+
+    def ask(model: Any, **options: Any) -> torch.Tensor:
+        problem = ptif.hf.problem(model, words, texts(4), **options)
+        return ptif.attribute(problem, queries="who wrote this book", method="grad_dot").values
+
+    folders = [tmp_path / f"checkpoint-{step}" for step in (1, 2)]
+    expected = (ask(states[0]) + ask(states[1])) / 2
+    assert gap(ask(states[1], checkpoints=folders), expected) < 1e-5
+    assert gap(ask(folders[0]), ask(states[0])) < 1e-5
+    recording = ptif.Recording.open(tmp_path)
+    assert recording.steps == (1, 2) and gap(ask(states[1], checkpoints=recording.checkpoints), expected) < 1e-5

@@ -116,3 +116,21 @@ def test_token_scores_of_texts_add_up() -> None:
     for i, values in shares.items():
         assert values.shape == (1, len(words(texts(4)[i])["input_ids"]))
         assert gap(values.sum(1), scores.values[:, i].double()) < 1e-6
+
+
+def test_the_difference_of_two_cosines_is_refused_and_that_of_the_gradients_is_right() -> None:
+    model, words = llama(), tokenizer()
+    problem = ptif.hf.problem(model, words, texts(4))
+    queries = ptif.hf.query(model, words, "who wrote", " this book", against=" the moon")
+    fitted = ptif.methods.grad_cos().fit(problem)
+    with pytest.raises(ptif.errors.InvalidInput, match=re.escape("attribution.score(answers, contrast=others)")):
+        queries.contrast(fitted.score(queries))
+    answers, others = queries.sides
+    difference = answer_loss(model, words, "who wrote", " this book") - answer_loss(
+        model, words, "who wrote", " the moon"
+    )
+    asked = gradient(model, difference)
+    training = [gradient(model, own_loss(model, words(text)["input_ids"])) for text in texts(4)]
+    cosines = torch.stack([torch.nn.functional.cosine_similarity(asked, g, dim=0) for g in training])[None] / 4
+    assert gap(fitted.score(answers, contrast=others).values.double(), cosines) < 1e-6
+    assert gap(ptif.attribute(problem, queries=queries, method="grad_cos").values.double(), cosines) < 1e-6

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytorch_influence_functions.core.token_text import TokenText
+from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.scores.diagnostics import Diagnostics
 from pytorch_influence_functions.scores.scores import Scores
 
@@ -106,3 +108,40 @@ class Page:
     @property
     def examples(self) -> dict[int, Any]:
         return {record["i"]: record for record in self._joined("e")}
+
+
+class Chats:
+    """Chats token by token, with text that a careless page would run, and where each comes from."""
+
+    def __init__(self, n: int, long: int = 300) -> None:
+        self.n, self.long = n, long
+        self.sources = tuple(["novels", "<b>reviews</b>", ATTACK][i % 3] for i in range(n))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.arange(len(self.token_text(i).pieces)), "labels": torch.tensor(-100)}
+
+    def token_text(self, i: int) -> TokenText:
+        asked = ("<user>", " who", f" is{i}", f" {ATTACK}")
+        answer = tuple(f" word{i}_{t}" for t in range(self.long if i % 4 == 0 else 9))
+        taught = (False,) * (len(asked) + 1) + (True,) * len(answer)
+        return TokenText((*asked, "<assistant>", *answer), taught, ((0, "user"), (4, f"assistant{ATTACK}")))
+
+
+def chats(queries: int = 3, n: int = 12) -> Scores:
+    return Scores(values(queries, n), train_source=Source.of(Chats(n)), query_source=Source.of(Chats(queries)),
+                  diagnostics=DIAGNOSTICS)  # fmt: skip
+
+
+def chat_tokens(queries: int = 3, n: int = 12) -> dict[int, Tensor]:
+    """Token scores of which the strongest of chat i stands at its token 7, or of long ones at token 200."""
+    generator, data = torch.Generator().manual_seed(5), Chats(n)
+    tokens = {}
+    for i in range(n):
+        size = len(data.token_text(i).pieces)
+        tokens[i] = torch.rand(queries, size, generator=generator, dtype=torch.float64) * 1e-4
+        tokens[i][:, :5] = 0
+        tokens[i][:, 200 if size > 200 else 7] = -(1.0 + i) * 1e-3
+    return tokens

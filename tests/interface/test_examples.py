@@ -27,6 +27,10 @@ SAID = {
 }
 
 
+ELSEWHERE = {"language_model"}
+"""Those that need more than the tests do: `make integrations` runs them, in tests/hf/test_example.py."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(WRITTEN))
 def test_it_runs_in_its_small_form(
@@ -44,6 +48,6 @@ def test_it_runs_in_its_small_form(
 
 def test_every_example_is_tested_and_on_the_page() -> None:
     found = {p.stem for p in (ROOT / "examples").glob("*.py")}
-    assert found == set(WRITTEN) == set(SAID)
+    assert found == set(WRITTEN) | ELSEWHERE and set(WRITTEN) == set(SAID)
     page = (ROOT / "docs" / "examples.md").read_text()
     assert all(f"examples/{name}.py" in page for name in found)

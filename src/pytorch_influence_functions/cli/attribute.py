@@ -8,7 +8,7 @@ from . import options, show
 from .exit import Output, exit_with_code
 from .folder import RUN, SCORES
 from .machine import format_bytes, format_duration, free_disk, free_memory
-from .progress_bars import report_progress
+from .progress_bars import Speed, report_progress
 from .report import write_page
 from .run import AttributionRun, FinishedRun, describe_run
 
@@ -32,6 +32,16 @@ def attribute_command(
         int | None, typer.Option("--block", help="Queries per kept block. (default: 8, 16, … 256)")
     ] = None,
     device: options.Device = None,
+    hf: options.LanguageModel = None,
+    dataset: options.Texts = None,
+    query: options.Query = None,
+    answer: options.Answer = None,
+    messages_column: options.MessagesColumn = None,
+    text_column: options.TextColumn = None,
+    prompt_column: options.PromptColumn = None,
+    completion_column: options.CompletionColumn = None,
+    source_column: options.SourceColumn = None,
+    max_length: options.MaxLength = None,
     config: options.ConfigFile = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
@@ -39,6 +49,8 @@ def attribute_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Which training examples helped and harmed each query, and by how much.
+
+    A task file says which model and data; for a language model --hf, --dataset and --query do.
 
     Finished blocks of queries are kept in --out: after Ctrl-C the same command goes on from there.
     """
@@ -56,18 +68,30 @@ def attribute_command(
         "batch_size": batch_size,
         "block": block,
         "device": device,
+        "hf": hf,
+        "dataset": dataset,
+        "query": query or None,
+        "answer": answer or None,
+        "messages_column": messages_column,
+        "text_column": text_column,
+        "prompt_column": prompt_column,
+        "completion_column": completion_column,
+        "source_column": source_column,
+        "max_length": max_length,
     }
     with exit_with_code(output) as interruption:
         settings = options.merge_settings(flags, config)
         if dry_run:
             _print_forecast(output, settings)
             return
-        with report_progress(output) as report_queries:
+        speed = Speed()
+        with report_progress(output, speed) as report_queries:
             started = AttributionRun.of(settings)
+            speed.tokens = started.tokens
             finished = started.score(overwrite, interruption, report_queries)
             result = describe_run(started, finished)
             if settings.report:
-                page = write_page(finished.scores, settings.out, started.task)
+                page = write_page(finished.scores, settings.out, started.task, started.fitted(finished))
                 result["files"]["report"] = str(page)
         _print_result(output, started, finished, result)
         output.print_json(result)
@@ -136,7 +160,7 @@ def _print_result(output: Output, run: AttributionRun, finished: FinishedRun, re
         "",
         show.heading("Most helpful and most harmful"),
         show.indent(meaning),
-        *show.influence_table(scores),
+        *show.influence_table(scores, run.names),
         "",
         show.heading("How far to trust it"),
         show.checklist(d),

@@ -12,6 +12,7 @@ import typer
 from ..core.errors import InvalidInput, UnknownName, nearest, require
 from ..core.validate import is_finite, is_whole
 from .task import Overrides
+from .texts import TextFlags
 
 # --------------------------------------------------------------------------- flags
 
@@ -35,6 +36,25 @@ Damping = Annotated[
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="The L2 strength of training.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples per batch. (default: the loader's)")]
 Device = Annotated[str | None, typer.Option("--device", help="Move the model there first: cpu, cuda, cuda:1, mps.")]
+LanguageModel = Annotated[
+    str | None, typer.Option("--hf", help="Folder of a Hugging Face model, or of its adapters, instead of TASK.")
+]
+Texts = Annotated[Path | None, typer.Option("--dataset", help="With --hf: its training texts, a .jsonl file.")]
+Query = Annotated[
+    list[str] | None,
+    typer.Option("--query", help="With --hf: a text, prompt or user's turn to ask about; repeatable."),
+]
+Answer = Annotated[
+    list[str] | None, typer.Option("--answer", help="The answer to each --query. (default: what the model writes)")
+]
+MessagesColumn = Annotated[str | None, typer.Option("--messages-column", help="The column with chats.")]
+TextColumn = Annotated[str | None, typer.Option("--text-column", help="The column with texts.")]
+PromptColumn = Annotated[str | None, typer.Option("--prompt-column", help="The column with prompts.")]
+CompletionColumn = Annotated[str | None, typer.Option("--completion-column", help="The column with answers.")]
+SourceColumn = Annotated[
+    str | None, typer.Option("--source-column", help="The column that says where a text comes from, for the page.")
+]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="The most tokens of a text.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML or JSON file with any of these settings; flags win.")
 ]
@@ -63,6 +83,21 @@ class RunSettings:
     weight_decay: float | None = None
     batch_size: int | None = None
     device: str | None = None
+    hf: str | None = None
+    dataset: Path | None = None
+    query: tuple[str, ...] = ()
+    answer: tuple[str, ...] = ()
+    messages_column: str | None = None
+    text_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    source_column: str | None = None
+    max_length: int | None = None
+
+    @property
+    def texts(self) -> TextFlags:
+        """The settings that stand for a task file where a language model is asked."""
+        return TextFlags(**{name: getattr(self, name) for name in TextFlags.__annotations__})
 
     @property
     def task_file(self) -> Path:
@@ -72,7 +107,12 @@ class RunSettings:
             InvalidInput: neither the command nor the file names one.
         """
         if self.task is None:
-            raise InvalidInput("There is no task file; write ptif COMMAND task.py, or task = 'task.py' in --config.")
+            raise InvalidInput(
+                "There is no task file; write ptif COMMAND task.py, or task = 'task.py' in --config; for a language "
+                'model ptif attribute --hf FOLDER --dataset texts.jsonl --query "…".'
+            )
+        if self.texts.given:
+            raise InvalidInput(f"A task file and {self.texts.given[0]} name two tasks; give one of them.")
         return self.task
 
     @property
@@ -96,6 +136,11 @@ def _is_text(value: Any) -> bool:
 _Kind = tuple[Callable[[Any], bool], str, Callable[[Any], Any]]
 _TEXT: _Kind = (_is_text, "words", str)
 _PATH: _Kind = (_is_text, "a path", Path)
+_TEXTS: _Kind = (
+    lambda v: _is_text(v) or (isinstance(v, (list, tuple)) and bool(v) and all(map(_is_text, v))),
+    "a text, or a list of texts",
+    lambda v: (v,) if isinstance(v, str) else tuple(v),
+)
 _COUNT: _Kind = (_is_count, "a whole number of at least 1", int)
 _KINDS: Final[Mapping[str, _Kind]] = {
     "task": _PATH,
@@ -110,6 +155,16 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "weight_decay": (_is_number, "a number of at least 0", float),
     "batch_size": _COUNT,
     "device": _TEXT,
+    "hf": _TEXT,
+    "dataset": _PATH,
+    "query": _TEXTS,
+    "answer": _TEXTS,
+    "messages_column": _TEXT,
+    "text_column": _TEXT,
+    "prompt_column": _TEXT,
+    "completion_column": _TEXT,
+    "source_column": _TEXT,
+    "max_length": _COUNT,
 }
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TextIO, final
@@ -22,8 +22,16 @@ QUERIES: Final = "queries"
 _OTHER_UNITS: Final = (QUERIES, "test items", "s_test")
 
 
+@final
+@dataclass
+class Speed:
+    """What is known about the size of examples: by the number of examples in a pass, the tokens that one has."""
+
+    tokens: Mapping[int, float] = field(default_factory=dict)
+
+
 @contextmanager
-def report_progress(output: Output) -> Iterator[Callback]:
+def report_progress(output: Output, speed: Speed | None = None) -> Iterator[Callback]:
     """Show the progress of passes over data inside; yields the callback `(label, done, total)` for the queries."""
     err = make_console(stderr=True)
     if output.quiet or os.environ.get("PTIF_PROGRESS", "1").lower() in ("0", "false", "no", "off"):
@@ -31,11 +39,11 @@ def report_progress(output: Output) -> Iterator[Callback]:
             yield lambda label, done, total: None
     elif err.is_terminal:
         with Progress(*bar_columns(), console=err, transient=True) as progress_display:
-            bars = ProgressBars(progress_display)
+            bars = ProgressBars(progress_display, speed=speed or Speed())
             with progress(bars):
                 yield bars
     else:
-        lines = ProgressLines(err.file)
+        lines = ProgressLines(err.file, speed=speed or Speed())
         with progress(lines):
             yield lines
 
@@ -62,6 +70,7 @@ class ProgressBars:
     display: Progress
     clock: Callable[[], float] = time.monotonic
     passes: dict[str, _Pass] = field(default_factory=dict)
+    speed: Speed = field(default_factory=Speed)
 
     def __call__(self, label: str, done: int, total: int) -> None:
         now, label = self.clock(), label or "reading"
@@ -73,7 +82,8 @@ class ProgressBars:
         if current.task is None and (seconds >= SHOW_AFTER or label == QUERIES):
             current.task = self.display.add_task(label, total=total, text="")
         if current.task is not None:
-            text = describe_progress(label, done, total, done - current.done_before, seconds)
+            tokens = self.speed.tokens.get(total, 0.0)
+            text = describe_progress(label, done, total, done - current.done_before, seconds, tokens)
             self.display.update(current.task, completed=done, text=text)
         if done >= total:
             self._end(self.passes.pop(label))
@@ -91,6 +101,7 @@ class ProgressLines:
     file: TextIO | Any
     clock: Callable[[], float] = time.monotonic
     passes: dict[str, _Pass] = field(default_factory=dict)
+    speed: Speed = field(default_factory=Speed)
 
     def __call__(self, label: str, done: int, total: int) -> None:
         now, label = self.clock(), label or "reading"
@@ -101,22 +112,30 @@ class ProgressLines:
         seconds, ended = now - current.start, done >= total
         if now - current.last_line >= LINE_INTERVAL or (ended and seconds >= SHOW_AFTER):
             current.last_line = now
-            text = describe_progress(label, done, total, done - current.done_before, seconds)
+            tokens = self.speed.tokens.get(total, 0.0)
+            text = describe_progress(label, done, total, done - current.done_before, seconds, tokens)
             print(f"ptif: {label}: {text}", file=self.file, flush=True)
         if ended:
             del self.passes[label]
 
 
-def describe_progress(label: str, done: int, total: int, done_now: int, seconds: float) -> str:
+def describe_progress(
+    label: str, done: int, total: int, done_now: int, seconds: float, tokens_each: float = 0.0
+) -> str:
     """The count of a pass, its speed (`done_now` in `seconds`), the time that is left, and the memory in use.
+
+    Of texts, which have `tokens_each` tokens on average, the speed is in tokens.
 
     >>> describe_progress("scoring", 5000, 20000, 5000, 10.0).split(", ")[:3]
     ['5,000/20,000', '500 ex/s', '0:30 left']
+    >>> describe_progress("scoring", 5000, 20000, 5000, 10.0, tokens_each=128.0).split(", ")[1]
+    '64,000 tokens/s'
     """
     parts = [f"{done:,}/{total:,}"]
     if done_now > 0 and seconds > 0:
         rate, unit = done_now / seconds, "" if label in _OTHER_UNITS else " ex"
-        parts.append(f"{rate:,.0f}{unit}/s" if rate >= 10 else f"{rate:.2g}{unit}/s")
+        shown, unit = (rate * tokens_each, " tokens") if tokens_each and unit else (rate, unit)
+        parts.append(f"{shown:,.0f}{unit}/s" if shown >= 10 else f"{shown:.2g}{unit}/s")
         left = f"{format_clock((total - done) / rate)} left"
         parts.append(left if done < total else f"done in {format_clock(seconds)}")
     return ", ".join([*parts, format_bytes(used_memory())])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.distributed import World
 from ..core.errors import InvalidInput
 from ..objectives.bernoulli import Bernoulli
-from ..objectives.likelihoods import CrossEntropy, SquaredError
+from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
 from ..problem.data import Source
 from ..problem.problem import sweep
 from ..scores.scores import Scores
@@ -76,15 +76,22 @@ def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
     return replace(scores, train_source=task.problem.data.whole, query_source=queries)
 
 
-def write_page(scores: Scores, out: Path, task: Task | None) -> Path:
-    """Write `report.html` into `out`, with self-influence if it is there, and with predictions if there is a task."""
+def write_page(scores: Scores, out: Path, task: Task | None, tokens: Any = None) -> Path:
+    """Write `report.html` into `out`, with self-influence if it is there, and with predictions if there is a task.
+
+    `tokens` is the fitted method by which the tokens of texts are coloured, or None.
+    """
     self_influence = find_self_influence(out)
     predictions = train_predictions = None
-    if task is not None:
+    if task is not None and not isinstance(task.problem.objective, TokenCrossEntropy):
         predictions = predict(task, task.query_source, scores.query_ids.tolist())
         train_predictions = predict(task, task.problem.data.whole, list(range(scores.n_train)))
     scores.report(
-        out / PAGE, self_influence=self_influence, predictions=predictions, train_predictions=train_predictions
+        out / PAGE,
+        self_influence=self_influence,
+        predictions=predictions,
+        train_predictions=train_predictions,
+        tokens=tokens,
     )
     return out / PAGE
 

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -10,7 +10,8 @@ import torch
 
 from .._version import __version__
 from ..core.progress import Callback
-from ..influence.attribution import Influence
+from ..hf.texts import Texts
+from ..influence.attribution import Attribution, Influence
 from ..influence.method import AbstractMethod, Fitted
 from ..methods.papers import ekfac
 from ..problem.data import Source
@@ -25,6 +26,7 @@ from .options import RunSettings
 from .parsing import override_damping, parse_method, parse_query_positions
 from .progress_bars import QUERIES
 from .task import Task, load_task
+from .texts import load_text_task
 
 _LISTED = 5
 
@@ -36,6 +38,7 @@ class FinishedRun:
 
     scores: Scores
     resumed: int
+    fitted: Fitted | None = None
 
 
 @final
@@ -51,11 +54,36 @@ class AttributionRun:
     @staticmethod
     def of(settings: RunSettings) -> "AttributionRun":
         """Run the task file and find the method and the queries."""
-        path = settings.task_file
+        texts = settings.texts.given and settings.task is None
+        path = None if texts else settings.task_file
         named = None if settings.method is None else parse_method(settings.method)
-        task = load_task(path, settings.overrides)
+        if path is None:
+            task = load_text_task(settings.texts, settings.overrides)
+        else:
+            task = load_task(path, settings.overrides)
         ids = parse_query_positions(settings.queries, len(task.query_source))
         return AttributionRun(settings, task, choose_method(named, task, settings), tuple(ids))
+
+    @property
+    def tokens(self) -> dict[int, float]:
+        """How many tokens a text has on average, by the number of texts in a pass; empty for other data."""
+        data = self.task.problem.data.dataset
+        if not isinstance(data, Texts):
+            return {}
+        return {len(data): sum(len(row.ids) for row in data.encoded) / len(data)}
+
+    @property
+    def names(self) -> Callable[[int], str] | None:
+        """What to call a training example, where its data know it."""
+        data = self.task.problem.data.dataset
+        return data.name if isinstance(data, Texts) else None
+
+    def fitted(self, finished: FinishedRun) -> Fitted | None:
+        """The fitted method for the colours of tokens, where the data are texts; fitted again after a resumed run."""
+        if self.names is None:
+            return None
+        fitted = finished.fitted or self.method.fit(self.task.problem, n_queries=len(self.ids))
+        return fitted if isinstance(fitted, Attribution) else None
 
     @property
     def block_ranges(self) -> list[tuple[int, int]]:
@@ -95,31 +123,32 @@ class AttributionRun:
             finished = folder.read_scores() if folder.is_complete else None
             if finished is not None:
                 return FinishedRun(self._with_data(finished), len(self.ids))
-            parts, resumed = self._score_blocks(folder, queries, interruption, report)
+            parts, resumed, fitted = self._score_blocks(folder, queries, interruption, report)
             scores = blocks.join_blocks(parts)
             folder.write_scores(scores)
             folder.write(status="complete", seconds=scores.diagnostics.seconds)
             folder.drop_blocks()
-        return FinishedRun(self._with_data(scores), resumed)
+        return FinishedRun(self._with_data(scores), resumed, fitted)
 
     def _score_blocks(
         self, folder: RunFolder, queries: Source, interruption: Interruption, report: Callback
-    ) -> tuple[list[Scores], int]:
-        """The scores of every block, and how many queries had been kept."""
+    ) -> tuple[list[Scores], int, Fitted | None]:
+        """The scores of every block, how many queries had been kept, and the fitted method if it was needed."""
         parts = {pair: folder.read_block(*pair) for pair in self.block_ranges}
         resumed = sum(last - first for (first, last), part in parts.items() if part is not None)
+        fitted: Fitted | None = None
         try:
-            self._score_missing(parts, folder, queries, report)
+            fitted = self._score_missing(parts, folder, queries, report)
         finally:
             # The blocks on the disk are counted: one may have been written when the interruption came.
             kept = sum(last - first for first, last in self.block_ranges if folder.has_block(first, last))
             interruption.kept = f"{kept:,} of {len(self.ids):,} queries are kept in {str(self.settings.out)!r}"
-        return [part for part in parts.values() if part is not None], resumed
+        return [part for part in parts.values() if part is not None], resumed, fitted
 
     def _score_missing(
         self, parts: dict[tuple[int, int], Scores | None], folder: RunFolder, queries: Source, report: Callback
-    ) -> None:
-        """Score the blocks that are None, and keep each as it is finished."""
+    ) -> Fitted | None:
+        """Score the blocks that are None, and keep each as it is finished; gives the fitted method if it was needed."""
         total = len(self.ids)
         done = sum(last - first for (first, last), part in parts.items() if part is not None)
         fitted: Fitted | None = None
@@ -141,6 +170,7 @@ class AttributionRun:
             parts[first, last] = part
             done += last - first
             report(QUERIES, done, total)
+        return fitted
 
     def _with_data(self, scores: Scores) -> Scores:
         return replace(scores, train_source=self.task.problem.data.whole, query_source=self.task.query_source)

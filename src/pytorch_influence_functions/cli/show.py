@@ -1,6 +1,6 @@
 """Results on a terminal, at most 80 columns wide. Control characters are removed from the data's texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Labels, Scores
 
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
-_MAX_QUERIES, _EXAMPLES, _LABEL_LENGTH = 5, 3, 20
+_MAX_QUERIES, _EXAMPLES, _LABEL_LENGTH, _NAME_LENGTH = 5, 3, 20, 18
 
 
 def printable(text: str, length: int = 40) -> str:
@@ -46,8 +46,8 @@ def indent(item: Any) -> Padding:
     return Padding(item, (0, 0, 0, 2), expand=False)
 
 
-def influence_table(scores: Scores) -> list[Any]:
-    """The first queries, each with its most helpful and most harmful examples."""
+def influence_table(scores: Scores, names: Callable[[int], str] | None = None) -> list[Any]:
+    """The first queries, each with its most helpful and most harmful examples, and their names where there are any."""
     columns = [("query", "right"), ("label", "left")] if scores.query_labels is not None else [("query", "right")]
     table = borderless_table([*columns, ("most helpful", "left"), ("most harmful", "left")])
     for row in range(min(_MAX_QUERIES, len(scores))):
@@ -55,7 +55,9 @@ def influence_table(scores: Scores) -> list[Any]:
         if scores.query_labels is not None:
             cells.append(Text(printable(_label_name(scores, scores.query_labels, row), _LABEL_LENGTH)))
         for pairs in (scores.helpful(row, _EXAMPLES), scores.harmful(row, _EXAMPLES)):
-            cells.append(Text("\n".join(f"#{i} {format_score(s)}" for i, s in pairs)))
+            words = ["" if names is None else " " + printable(names(i), _NAME_LENGTH) for i, _ in pairs]
+            lines = [f"#{i} {format_score(s)}{name}" for (i, s), name in zip(pairs, words, strict=True)]
+            cells.append(Text("\n".join(lines)))
         table.add_row(*cells)
     more = len(scores) - _MAX_QUERIES
     return [indent(table), *([Text(f"  and {more:,} more queries")] if more > 0 else [])]

@@ -84,7 +84,7 @@ def load_task(path: Path, overrides: Overrides | None = None) -> Task:
         problem, queries = _build_problem(path, names, options, flags)
     changes = {k: v for k, v in vars(flags).items() if v is not None}
     if flags.device is not None:
-        _move_model(problem.model, flags.device)
+        move_model(problem.model, flags.device)
     problem = problem.with_(**changes) if changes else problem
     source = None if queries is None else Source.of(queries, flags.batch_size)
     return Task(path, problem, source, options.get("measure"), _read_method(path, options.get("method")))
@@ -185,13 +185,18 @@ def _build_problem(
     settings = {name: options[name] for name in _PROBLEM_OPTIONS if name in options}
     objective = settings.pop("loss", None)
     if flags.device is not None:
-        _move_model(model, flags.device)
+        move_model(model, flags.device)
     source = Source.of(train, flags.batch_size)
     objective = infer_objective(model, source) if objective is None else objective
     return Problem(model, objective, source, **settings), queries
 
 
-def _move_model(model: torch.nn.Module, device: str) -> None:
+def move_model(model: torch.nn.Module, device: str) -> None:
+    """Move a model, or say which flag cannot be followed.
+
+    Raises:
+        InvalidInput: there is no such device.
+    """
     try:
         model.to(torch.device(device))
     except (RuntimeError, AssertionError, NotImplementedError) as cause:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput, UnknownName, nearest, require
+from ..core.token_text import token_text_of
 from ..curvature.exact import Identity
 from ..damping.rules import Absolute
 from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod
 from ..methods.baselines import EmbeddingSimilarity, Random, TrainingLoss
+from ..methods.bm25 import BM25
 from ..methods.names import as_method
 from ..problem.data import Source
 from ..problem.model_state import plain_autograd
@@ -35,7 +37,7 @@ BASELINES: Mapping[str, AbstractMethod] = {
     "embedding similarity": EmbeddingSimilarity(),
     "gradient dot product": Influence(Identity(), Spectral(), Absolute(0.0)),
 }
-"""Compared in every table that is given a problem and queries."""
+"""Compared in every table that is given a problem and queries; `BM25` too, where the data are texts."""
 
 
 @final
@@ -228,7 +230,9 @@ def _baselines(
     problem: Problem | None, queries: Any, named: Mapping[str, Any], shape: tuple[int, int]
 ) -> dict[str, Any]:
     if problem is not None and queries is not None:
-        return {name: method for name, method in BASELINES.items() if name not in named}
+        texts = token_text_of(problem.data.dataset, 0) is not None
+        known = {**BASELINES, **({"BM25": BM25()} if texts else {})}
+        return {name: method for name, method in known.items() if name not in named}
     return {"random": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
 

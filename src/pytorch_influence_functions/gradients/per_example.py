@@ -253,7 +253,7 @@ def slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, ids: Tenso
             f"{type(objective).__name__} gave losses of shape {tuple(losses.shape)} for {len(ids)} examples; "
             "one number per example is needed, so reduce over everything but the first axis."
         )
-    _refuse_nonfinite(losses.detach(), ids, "loss")
+    _refuse_nonfinite(losses.detach(), ids, "loss", batch)
     if not losses.requires_grad:
         raise InvalidInput(
             f"The loss of {type(objective).__name__} has no derivative in the model's outputs; it was probably "
@@ -262,13 +262,24 @@ def slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, ids: Tenso
     return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
 
 
-def _refuse_nonfinite(values: Tensor, ids: Tensor, what: str) -> None:
+def _refuse_nonfinite(values: Tensor, ids: Tensor, what: str, batch: Any = None) -> None:
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         raise NonFinite(
             f"The {what} is NaN or infinite at dataset indices {name_ids(ids.to(bad.device)[bad].tolist())}; "
-            "look at these examples, or remove them with torch.utils.data.Subset."
+            f"{_cure(bad, batch)}"
         )
+
+
+def _cure(bad: Tensor, batch: Any) -> str:
+    """What to do about losses that are not finite: padding may be to blame, not the examples."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(bad) and not bool(mask[bad, 0].any()):
+        return (
+            "all of these are padded on the left, and attention over padding alone can be 0 / 0 (eager attention of "
+            "float64 weights is). Load the model with attn_implementation='sdpa' or in float32, or pad on the right."
+        )
+    return "look at these examples, or remove them with torch.utils.data.Subset."
 
 
 def rows_one_by_one(

@@ -16,13 +16,16 @@ IGNORED: Final = -100
 class Encoded:
     """One text: its token numbers, which of them are taught, and how many were cut off.
 
-    `own_labels` are given where a token is taught to be another one (filling in blanks) or of a class.
+    `own_labels` are given where a token is taught to be another one (filling in blanks) or of a class. `chat` is what
+    it was written from, and `dropped` how many tokens were cut off at its left.
     """
 
     ids: tuple[int, ...]
     taught: tuple[bool, ...]
     cut: int = 0
     own_labels: tuple[int, ...] | None = None
+    chat: Sequence[Mapping[str, Any]] | None = None
+    dropped: int = 0
 
     @property
     def labels(self) -> list[int]:
@@ -38,7 +41,8 @@ class Encoded:
             return self
         kept = slice(extra, None) if side == "left" else slice(0, most)
         own = None if self.own_labels is None else self.own_labels[kept]
-        return Encoded(self.ids[kept], self.taught[kept], extra, own)
+        dropped = extra if side == "left" else 0
+        return Encoded(self.ids[kept], self.taught[kept], extra, own, self.chat, dropped)
 
 
 def encode_text(tokenizer: Any, text: str, end: bool = False) -> Encoded:
@@ -89,7 +93,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], everythin
     if _marks_answers(tokenizer):
         out = _apply(tokenizer, messages, return_assistant_tokens_mask=True)
         ids, marks = list(out["input_ids"]), out["assistant_masks"]
-        return Encoded(tuple(ids), tuple(everything or bool(mark) for mark in marks))
+        return Encoded(tuple(ids), tuple(everything or bool(mark) for mark in marks), chat=messages)
     ids = list(_apply(tokenizer, messages)["input_ids"])
     taught = [everything] * len(ids)
     for turn, message in enumerate(messages):
@@ -104,7 +108,32 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], everythin
                 "completion_only=False."
             )
         taught[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return Encoded(tuple(ids), tuple(taught))
+    return Encoded(tuple(ids), tuple(taught), chat=messages)
+
+
+def find_turns(tokenizer: Any, row: Encoded) -> tuple[tuple[int, str], ...]:
+    """Where each turn of a chat begins, with its role; none where the template does not write turn after turn.
+
+    Args:
+        tokenizer: that wrote the chat.
+        row: the chat.
+    """
+    turns: list[tuple[int, str]] = []
+    for turn, message in enumerate(row.chat or ()):
+        before: list[int] = []
+        if turn and row.chat is not None:
+            try:
+                before = list(_apply(tokenizer, row.chat[:turn])["input_ids"])
+            except InvalidInput:  # a template may refuse the beginning of a chat
+                return ()
+        place = len(before) - row.dropped
+        shown = before[row.dropped : row.dropped + len(row.ids)]
+        if list(row.ids[: len(shown)]) != shown:
+            return ()
+        if place < len(row.ids):
+            turns.append((max(0, place), str(message["role"])))
+    # Of turns that were cut off at the left the last is the one that the text begins with.
+    return tuple(turn for at, turn in enumerate(turns) if at + 1 == len(turns) or turns[at + 1][0] > turn[0])
 
 
 def encode_chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -80,7 +80,7 @@ class TextQueries(Source):
             scores: all training examples for all of these queries, in their order.
 
         Raises:
-            InvalidInput: the scores are of other queries, or hold some training examples only.
+            InvalidInput: the scores are of other queries, hold some training examples only, or are cosines.
         """
         if len(scores) != len(self):
             raise InvalidInput(f"There are {len(scores)} rows of scores and {len(self)} queries; score these queries.")
@@ -88,6 +88,11 @@ class TextQueries(Source):
             return replace(scores, query_names=self.names)
         if scores.indices is not None:
             raise InvalidInput("Pairs of answers need the scores of all examples; score without top=, then top(k).")
+        if "scaling=Cosine(" in scores.diagnostics.method:
+            raise InvalidInput(
+                "These scores are cosines, and the difference of two is not that of a pair; write answers, others = "
+                "queries.sides and attribution.score(answers, contrast=others)."
+            )
         n = self.pairs
         return replace(
             scores,
@@ -195,7 +200,8 @@ def _ask(
             return _last_answer(encode_chat(tokenizer, chat)), None
         given = encode_chat_prompt(tokenizer, prompt)
     written = generate(model, tokenizer, given, most)
-    return Encoded((*given, *written), (False,) * len(given) + (True,) * len(written)), None
+    chat = None if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": ""}]
+    return Encoded((*given, *written), (False,) * len(given) + (True,) * len(written), chat=chat), None
 
 
 def _ask_seq2seq(model: nn.Module, tokenizer: Any, prompt: Any, answer: Any, most: int) -> tuple[Encoded, Encoded]:

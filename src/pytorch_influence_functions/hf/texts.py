@@ -11,9 +11,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, TrainingDataWarning, name_ids
+from ..core.token_text import TokenText, split_into_pieces
 from ..core.warn import warn_caller
 from .columns import Columns, read_cell
-from .encoding import IGNORED, Encoded, encode_chat, encode_pair, encode_text
+from .encoding import IGNORED, Encoded, encode_chat, encode_pair, encode_text, find_turns
 from .models import base_model, is_seq2seq, token_shift
 
 Item: TypeAlias = dict[str, Tensor]
@@ -61,12 +62,36 @@ class Texts:
         return str(self.tokenizer.decode(list(self.encoded[index].ids)))
 
     def pieces(self, index: int) -> list[str]:
-        """The tokens of a text, each as a string.
+        """The tokens of a text as strings, which make up the text when put together.
 
         Args:
             index: which text.
         """
-        return [str(self.tokenizer.decode([token])) for token in self.encoded[index].ids]
+        return list(split_into_pieces(self.tokenizer, list(self.encoded[index].ids)))
+
+    def token_text(self, index: int) -> TokenText:
+        """A text as the report page shows it: its pieces, which of them are taught, and the turns of a chat.
+
+        Of a decoder that reads another text than it writes, what it writes stands behind what it reads.
+
+        Args:
+            index: which text.
+        """
+        row = self.encoded[index]
+        pieces = split_into_pieces(self.tokenizer, list(row.ids))
+        if self.targets is None:
+            taught = tuple(teach and (place > 0 or not self.shift) for place, teach in enumerate(row.taught))
+            return TokenText(pieces, taught, find_turns(self.tokenizer, row))
+        written = self.targets[index]
+        more = split_into_pieces(self.tokenizer, list(written.ids))
+        start = len(pieces)
+        turns = ((0, "reads"), (start, "writes"))
+        return TokenText((*pieces, *more), (*(False,) * start, *written.taught), turns, start)
+
+    @property
+    def sources(self) -> tuple[str, ...] | None:
+        """Where each text comes from, by which the report page groups them; None where no column says it."""
+        return self.kinds
 
     def name(self, index: int) -> str:
         """The beginning of a text, or of what is taught of it, for lists and titles.

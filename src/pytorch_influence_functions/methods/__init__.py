@@ -3,6 +3,7 @@
 from ..trajectory.source import source
 from ..trajectory.unrolled import unrolled
 from .baselines import EmbeddingSimilarity, Random, RepresenterPoints, TrainingLoss
+from .bm25 import BM25
 from .papers import (
     along,
     arnoldi,
@@ -29,6 +30,7 @@ from .papers import (
 from .selection import less, trackstar
 
 __all__ = [
+    "BM25",
     "EmbeddingSimilarity",
     "Random",
     "RepresenterPoints",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -194,8 +194,8 @@ class TrainingLoss(AbstractBaseline):
 class EmbeddingSimilarity(AbstractBaseline):
     """Cosine between the features that enter the last linear layer: what looks alike is taken to help.
 
-    Features of several positions (tokens) are averaged. Raises (when fitted) `InvalidInput` where the outputs are not a
-    linear layer's.
+    Features of several positions (tokens) are averaged, without those that an attention mask calls padding. Raises
+    (when fitted) `InvalidInput` where the outputs are not a linear layer's.
 
     >>> EmbeddingSimilarity()
     EmbeddingSimilarity()
@@ -221,8 +221,17 @@ class EmbeddingSimilarity(AbstractBaseline):
             with entering(problem.model, layer) as calls, torch.no_grad():
                 problem.objective.outputs(problem.model, batch)
             x = calls[-1].float().cpu()
-            features.append(x if x.dim() == 2 else x.flatten(1, -2).mean(1))
+            features.append(x if x.dim() == 2 else _mean_of_positions(x, batch))
         return nn.functional.normalize(torch.cat(features), dim=1)
+
+
+def _mean_of_positions(x: Float[Tensor, "n ... d"], batch: Any) -> Float[Tensor, "n d"]:
+    """The mean over an example's positions that are no padding."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or x.dim() != 3 or mask.shape != x.shape[:2]:
+        return x.flatten(1, -2).mean(1)
+    weights = mask.to(x)[:, :, None]
+    return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 @final

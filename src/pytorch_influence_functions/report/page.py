@@ -27,6 +27,7 @@ from .predictions import collect_given
 from .ranking import Classes
 from .target import Target, UndoScaling
 from .thumbnails import LEVELS, Detail, ExampleReader, make_reader, set_common_scale
+from .token_colours import Sources, TokenColours
 
 LIMIT = 30_000_000
 """Bytes of one file; above it the examples go to a folder beside the page."""
@@ -97,6 +98,8 @@ def write_report(
     columns: Sequence[str] | None = None,
     target: str = "",
     denormalize_target: UndoScaling = None,
+    tokens: Any = None,
+    sources: Sequence[Any] | None = None,
     k: int = 10,
     title: str = "Influence report",
     about: str = "",
@@ -117,6 +120,10 @@ def write_report(
         columns: names for the numbers of a table row, with units if you like: `"age [years]"`.
         target: what a predicted number is called, with its unit in brackets: `"price [$]"`.
         denormalize_target: gives back raw values of labels and predicted numbers: a function, or `(mean, std)`.
+        tokens: colours the tokens of texts: the fitted method that gave the scores, which is asked about all texts
+            shown and about the queries' own tokens (one pass per query and text), or what its `token_scores` gave.
+        sources: [N], where each training example comes from: a column to filter by, with the sum of every source's
+            scores; None: the data's own, from `ptif.hf.problem(..., source_column=)`.
         k: helpful and harmful examples kept per query.
         title, about: shown at the top; `about` says in your words which model and data these are.
         dry_run: only forecast the size, write nothing.
@@ -139,6 +146,9 @@ def write_report(
     query_ids = [i for i in scores.query_ids.tolist() if i >= 0]
     scale = set_common_scale([(train_reader, range(scores.n_train)), (query_reader, query_ids)])
     contents = collect_contents(scores, classes, train_reader, int(k), given)
+    colours = TokenColours.of(scores, tokens, contents.lists)
+    origins = Sources.of(scores, train_reader.source, sources)
+    contents = contents.with_texts(colours, origins, train_reader.token_text(0) is not None)
     detail, forecast = _choose_detail(contents, train_reader, query_reader)
     if dry_run:
         return Report(page_path, forecast, 0, len(contents.examples), detail.side, forecast > LIMIT, 0)
@@ -221,7 +231,8 @@ class _ReportPage:
     def html(self, folder: str) -> str:
         """The page as text; `folder` is the name of the folder of its pieces, or empty if they are inside the page."""
         jinja = require("jinja2", "report")
-        style, script = _template_file("report.css"), _template_file("report.js")
+        style = _template_file("report.css") + _template_file("texts.css")
+        script = _template_file("texts.js") + _template_file("report.js")
         digest = hashlib.sha256("".join(text for _, text in self.pieces).encode())
         digest.update(embedded_json(self.contents.index).encode())
         meta = {

@@ -20,6 +20,7 @@ from .ranking import Classes, Sums, extremes, four_digits, histogram, score_row
 from .suspects import close_pairs, label_queue
 from .target import Target
 from .thumbnails import QUERY_LETTERS, QUERY_SCALE, Detail, ExampleReader
+from .token_colours import LETTERS, Sources, TokenColours, token_record
 
 QUEUE, PAIRS, TOP = 200, 40, 50
 """The most entries of the label queue, of either list of pairs, and of either list of the most influential."""
@@ -44,6 +45,8 @@ class Contents:
         moved: for each of `examples` the queries that it helps and harms most.
         mean: [N], mean score over all queries.
         effects: for as many of `examples` as there is room for, the scores on all queries, to be summed by the page.
+        colours: of the tokens of texts.
+        sources: where the training examples come from; None where that is not known.
     """
 
     scores: Scores
@@ -54,6 +57,19 @@ class Contents:
     moved: dict[int, tuple[Moved, Moved]]
     mean: Float[Tensor, " N"]
     effects: dict[int, tuple[float, str]]
+    colours: TokenColours = field(default_factory=TokenColours)
+    sources: Sources | None = None
+
+    def with_texts(self, colours: TokenColours, sources: Sources | None, tokens: bool) -> Contents:
+        """The same with what is known of texts: the colours of their tokens, where they come from, and whether they
+        are shown token by token.
+        """
+        self.index["tokens"] = tokens
+        if sources is not None:
+            self.index["sources"] = sources.table()
+            for q, entry in enumerate(self.lists):
+                entry["by"] = sources.sums(self.scores, q)
+        return replace(self, colours=colours, sources=sources)
 
 
 def collect_contents(scores: Scores, classes: Classes | None, train: ExampleReader, k: int, given: Given) -> Contents:
@@ -216,6 +232,12 @@ class Writer:
         record |= {"i": index, "l": clean(given.target.text(scores, _card_label(label)))}
         if scores.train_names is not None:
             record["n"] = clean(str(scores.train_names[index]))[:200]
+        tokens = self.train.token_text(index)
+        if tokens is not None:
+            letters = LETTERS * self.detail.letters
+            record |= token_record(tokens, self.contents.colours.of_document(index), letters)
+        if self.contents.sources is not None:
+            record["f"] = int(self.contents.sources.numbers[index])
         if given.self_influence is not None:
             record["o"] = four_digits(float(given.self_influence[index]))
         if given.train_predictions is not None:
@@ -235,6 +257,10 @@ class Writer:
         record = {"k": "none", "t": ""} if index < 0 else self.queries.record(index, large)[0]
         if record["k"] == "text":
             self.texts[q] = record["t"][:160]
+        tokens = None if index < 0 else self.queries.token_text(index)
+        if tokens is not None:
+            colours = self.contents.colours.of_query(q)
+            record |= colours | token_record(tokens, colours, QUERY_LETTERS)
         return record | self.contents.lists[q]
 
     def chunks(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -14,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InvalidInput, NonFinite, require
+from ..core.text import printable
+from ..core.token_text import TokenText, token_text_of
 from ..plots.examples import Denormalize, ExampleView, Scale, example_target, format_value, table_row, view_example
 from ..problem.data import Source
 
 _LOSSLESS_SIDE = 40  # pictures up to this side are kept pixel by pixel
 _SAMPLE = 200  # examples that decide the scale of all
 _LEAST_ROWS, _MAX_ROWS = 100, 400  # rows of one table example that are kept
+_BEGINNING = 300  # letters of a text that stand on a small card
 _UNUSUAL = 4  # values of a table example that stand on a small card
 
 
@@ -111,12 +114,19 @@ class ExampleReader:
         self.failed[index] = " ".join(why.split())[:300]
         return None, None
 
+    def token_text(self, index: int) -> TokenText | None:
+        """The example as tokens, where its dataset knows them (`core.token_text`)."""
+        return None if self.source is None else token_text_of(self.source.dataset, index)
+
     def record(self, index: int, detail: Detail) -> tuple[dict[str, Any], Any]:
         """The record that the page shows for one example, and the label inside it.
 
         Keys: `k` kind (image, text, table, none), `s` picture, `w` its width, `t` text or rows of (name, value),
-        `m` letters or rows left out.
+        `m` letters or rows left out. Of a text whose tokens are known `t` is the beginning.
         """
+        tokens = self.token_text(index)
+        if tokens is not None:
+            return {"k": "text", "t": printable(tokens.text[:_BEGINNING]), "m": 0}, None
         view, label = self.view(index)
         if view is None:
             return {"k": "none", "t": self.failed.get(index, "")}, label
@@ -180,6 +190,8 @@ def set_common_scale(readers: Iterable[tuple[ExampleReader, Sequence[int]]]) -> 
     readers = list(readers)
     for reader, ids in readers:
         for i in ids[:: max(1, len(ids) // _SAMPLE)]:
+            if reader.token_text(i) is not None:
+                break
             view, _ = reader.view(i)
             if view is not None and view.pixels is not None:
                 pictures.append(view.pixels)
@@ -221,6 +233,9 @@ def comparison_vector(
     A picture is shrunk to `side` x `side`, a row of numbers stays as it is, and a text becomes counts of hashed words
     and word pairs.
     """
+    tokens = reader.token_text(index)
+    if tokens is not None:
+        return "text", _hashed_word_counts(tokens.text, words)
     view, _ = reader.view(index)
     if view is None or reader.source is None:
         return None

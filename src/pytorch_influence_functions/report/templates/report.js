@@ -1,4 +1,3 @@
-"use strict";
 /* Everything shown comes from data and is put in place as text, never as markup. No request leaves this page. */
 (() => {
   const $ = (id) => document.getElementById(id);
@@ -139,7 +138,10 @@
     return made;
   }
 
-  async function look(i) {
+  const texts = ptifTexts({ el, isolated, brief, whole, signed, plain, tone, index, example, look, ticks, see, lost });
+  /** An example as large as there is room; `q` says by which query the tokens of a text are coloured. */
+  const large = (record, q) => (record.p ? texts.text(record, texts.colours(record, q), 0, "") : see(record, named(record), true));
+  async function look(i, q = -1) {
     const box = $("example"), record = await example(i).catch(() => ({ ...lost, i }));
     const entry = index.queue.find((one) => one.i === i);
     const facts = el("dl", { class: "facts" });
@@ -148,11 +150,12 @@
     const says = verdict(record.said, record.sure, record.wrong, record.err);
     if (says && !record.likely) fact("The model says", says.textContent.replace(/^model: /, ""));
     if (record.n) fact("Name", record.n);
+    if (texts.sourceName(record)) fact("Source", texts.sourceName(record));
     if (record.o !== undefined) fact("Self-influence", plain(record.o));
     if (entry && entry.g) fact("Suggested label", entry.g);
     box.replaceChildren(
       el("button", { type: "button", class: "close", onclick: () => box.close() }, "Close"),
-      el("h2", {}, "Training example " + i), see(record, named(record), true), facts,
+      el("h2", {}, "Training example " + i), large(record, q), facts,
       record.likely && record.likely.length ? el("div", { class: "part" }, likely(record.likely)) : "",
       entry ? el("div", { class: "part" }, el("h3", {}, "Evidence that its " + LABEL + " is doubtful"), ...evidence(entry, record)) : "",
       moved(record), ticks(i, true));
@@ -431,20 +434,21 @@
     const at = visible.indexOf(q), box = $("view-query");
     const step = (by, text) => el("button", { type: "button", disabled: at + by < 0 || at + by >= visible.length, onclick: () => go(by) }, text);
     const cards = (list, side) => el("ol", { class: "cards" }, ...list.map(([i, score]) => card(i, score, side)));
+    const asked = record.p ? texts.asked(record, Q.name[q]) : { box: see(record, Q.name[q] + (Q.label[q] ? ", " + LABELLED + " " + Q.label[q] : ""), true), colour: () => undefined };
     const up = index.loss ? "raise" : "lower", down = index.loss ? "lower" : "raise";
+    const heads = {
+      help: el("h2", { class: "head-help" }, "Most helpful", el("small", {}, "Removing one would " + up + " the " + measure + " on this query, by the number shown.")),
+      harm: el("h2", { class: "head-harm" }, "Most harmful", el("small", {}, "Removing one would " + down + " the " + measure + " on this query, by the number shown. Where all help, these help least.")),
+    };
     box.replaceChildren(
       el("div", { class: "steps" }, el("a", { href: "#queries" }, "All queries"), step(-1, "← Previous"), step(1, "Next →"),
         el("span", { class: "where" }, whole(at + 1) + " of " + whole(visible.length), el("span", { class: "keys" }, " · arrow keys move"))),
       el("h1", { dir: "auto" }, brief(Q.name[q], 160)),
       el("div", { class: "query" },
-        el("div", { class: "side" }, see(record, Q.name[q] + (Q.label[q] ? ", " + LABELLED + " " + Q.label[q] : ""), true),
+        el("div", { class: "side" }, asked.box,
           el("div", {}, Q.label[q] ? el("p", {}, capital(target) + ": ", isolated(brief(Q.label[q], 160), "label")) : "", answer(q) || ""),
-          record.likely && record.likely.length ? likely(record.likely) : "", histogram(record)),
-        el("div", {},
-          el("h2", { class: "head-help" }, "Most helpful", el("small", {}, "Removing one would " + up + " the " + measure + " on this query, by the number shown.")),
-          cards(record.help, "help"),
-          el("h2", { class: "head-harm" }, "Most harmful", el("small", {}, "Removing one would " + down + " the " + measure + " on this query, by the number shown. Where all help, these help least.")),
-          cards(record.harm, "harm"))),
+          record.likely && record.likely.length ? likely(record.likely) : "", texts.bySource(record), histogram(record)),
+        el("div", {}, ...(index.tokens ? texts.lists(q, record, asked.colour, heads) : [heads.help, cards(record.help, "help"), heads.harm, cards(record.harm, "harm")]))),
       record.k === "table" && record.t.length + record.m > 5 ? sideBySide(q, record) : "");
     $("live").textContent = Q.name[q] + ", " + (at + 1) + " of " + visible.length;
   }

@@ -1,0 +1,130 @@
+"""`ptif attribute --hf`: what it writes is what the library computes; what it cannot read it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.cli.progress_bars import ProgressLines, Speed
+from pytorch_influence_functions.hf.models import load_model
+from tests.hf.tiny import llama, texts, tokenizer
+from tests.interface.cli_cases import Ran
+from tests.interface.report_cases import Page
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hf") / "model"
+    llama(dtype=torch.float32).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_texts_give_the_scores_of_the_library_and_a_page(folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": text, "from": "ab"[i % 2]} for i, text in enumerate(texts(6))]
+    file, out = write(tmp_path / "t.jsonl", rows), tmp_path / "r"
+    options = ("--hf", folder, "--dataset", file, "--source-column", "from", "--method", "grad-dot", "--out", out)
+    asked = ("--query", "who wrote this book", "--query", "the moon")
+    ran = Ran("attribute", *options, *asked, "--report", "--json")
+    assert (ran.code, ran.stderr) == (0, "")
+    scores = ptif.Scores.load(out / "scores.safetensors")
+    problem = ptif.hf.problem(folder, None, rows)
+    expected = ptif.attribute(problem, queries=["who wrote this book", "the moon"], method="grad-dot")
+    torch.testing.assert_close(scores.values, expected.values, rtol=1e-4, atol=1e-6)
+    page = Page(out / "report.html")
+    assert page.index["tokens"] and page.index["sources"]["counts"] == [3, 3]
+    assert all("v" in record for record in page.queries)
+    again = Ran("attribute", *options, *asked, "--report")
+    assert again.code == 0 and "kept from before" in again.stdout and "#" in again.stdout
+    assert all("v" in record for record in Page(out / "report.html").queries)
+
+
+def test_chats_are_asked_as_a_users_turn_and_prompts_as_prompts(folder: Path, tmp_path: Path) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": "who wrote"}, {"role": "assistant", "content": text}]}
+        for text in texts(4)
+    ]
+    pairs = [{"prompt": "who wrote", "completion": " " + text} for text in texts(4)]
+    given: list[tuple[list[Any], Any]] = [
+        (chats, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on a mat"}]),
+        (pairs, {"prompt": "the cat", "completion": "sat on a mat"}),
+    ]
+    for kind, (rows, query) in enumerate(given):
+        out = tmp_path / str(kind)
+        options = ("--hf", folder, "--dataset", write(tmp_path / "t.jsonl", rows), "--method", "grad-dot", "--out", out)
+        assert Ran("attribute", *options, "--query", "the cat", "--answer", "sat on a mat", "--quiet").code == 0
+        expected = ptif.attribute(ptif.hf.problem(folder, None, rows), queries=query, method="grad-dot")
+        values = ptif.Scores.load(out / "scores.safetensors").values
+        torch.testing.assert_close(values, expected.values, rtol=1e-4, atol=1e-6)
+
+
+def test_adapters_are_a_folder_too(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = load_model(folder)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "adapters"
+    )
+    tokenizer().save_pretrained(tmp_path / "adapters")
+    file = write(tmp_path / "t.jsonl", list(texts(4)))
+    options = ("--hf", tmp_path / "adapters", "--dataset", file, "--method", "grad-dot", "--out", tmp_path / "r")
+    ran = Ran("attribute", *options, "--query", "the moon", "--json")
+    assert ran.code == 0 and ran.found["n_train"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (("--query", "a"), "--query belongs to a language model; give its folder with --hf"),
+        (("--hf", "m", "--query", "a"), "--hf needs --dataset"),
+        (("--hf", "m", "--dataset", "t.jsonl"), "--hf needs --query"),
+        (("task.py", "--hf", "m"), "A task file and --hf name two tasks"),
+        (("--hf", "m", "--dataset", "t.csv", "--query", "a"), "is no .jsonl or .json file"),
+        (("--hf", "m", "--dataset", "none.jsonl", "--query", "a"), "cannot be read"),
+        (("--hf", "m", "--dataset", "bad.jsonl", "--query", "a"), "bad.jsonl, line 2: not JSON"),
+        (("--hf", "m", "--dataset", "bad.jsonl", "--query", "a", "--answer", "b", "--answer", "c"), "2 --answer for 1"),
+    ],
+)
+def test_what_is_missing_is_said(flags: Any, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": ', encoding="utf-8")
+    ran = Ran("attribute", *flags)
+    assert ran.code == 2 and match in ran.sentence
+
+
+def test_progress_counts_tokens() -> None:
+    class Clock:
+        now = 0.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    class File:
+        lines: list[str] = []  # noqa: RUF012
+
+        def write(self, text: str) -> None:
+            self.lines.append(text)
+
+        def flush(self) -> None: ...
+
+    clock, file = Clock(), File()
+    lines = ProgressLines(file, clock, speed=Speed({200: 64.0}))
+    lines("scoring", 0, 200)
+    clock.now = 20.0
+    lines("scoring", 100, 200)
+    assert "320 tokens/s" in "".join(file.lines)
+    lines("queries", 0, 7)
+    clock.now = 40.0
+    lines("queries", 3, 7)
+    assert "tokens" not in file.lines[-2]

@@ -1,0 +1,49 @@
+"""A query's tokens share out the score of a training text: against autograd token by token, and they add up to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.curvature import EmpiricalFisher
+from pytorch_influence_functions.influence.query_tokens import query_token_scores
+from pytorch_influence_functions.solvers import CG, Spectral
+from tests.laws.test_token_scores import DAMPING, setting, texts, token_gradients
+
+
+@pytest.mark.parametrize("solver", [Spectral(), CG(rtol=1e-11)])
+def test_every_token_of_a_query_has_its_own_part(solver: Any) -> None:
+    problem, queries = setting()
+    attribution = ptif.Influence(EmpiricalFisher(), solver, DAMPING).fit(problem)
+    shares = query_token_scores(attribution, queries, [7, 2])
+    g = torch.stack([token_gradients(problem, item, True).sum(0) for item in texts(9, 0)])
+    x = torch.linalg.solve(g.T @ g / len(g) + DAMPING * torch.eye(g.shape[1], dtype=torch.float64), g[[7, 2]].T).T
+    for row, item in zip(shares, queries, strict=True):
+        torch.testing.assert_close(row, x @ token_gradients(problem, item, True).T / len(g), rtol=1e-6, atol=1e-12)
+    scores = attribution.score(queries).values[:, [7, 2]].double()
+    torch.testing.assert_close(torch.stack([row.sum(1) for row in shares]), scores, rtol=1e-6, atol=1e-10)
+
+
+def test_over_checkpoints_they_add_up_to_the_average() -> None:
+    problem, queries = setting()
+    states = [
+        {k: v + 0.1 * s * torch.randn(v.shape, dtype=v.dtype) for k, v in problem.model.state_dict().items()}
+        for s in (0, 1)
+    ]
+    several = problem.with_(checkpoints=states)
+    method = ptif.Influence(EmpiricalFisher(), Spectral(), DAMPING, units="spread")
+    attribution = method.fit(several)
+    scores = attribution.score(queries).values[:, [3, 5]].double()
+    shares = query_token_scores(attribution, queries, [3, 5])
+    torch.testing.assert_close(torch.stack([row.sum(1) for row in shares]), scores, rtol=1e-6, atol=1e-10)
+
+
+def test_what_has_no_tokens_is_refused() -> None:
+    x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    fitted = ptif.methods.grad_dot().fit(ptif.Problem(torch.nn.Linear(3, 2), ptif.CrossEntropy(), (x, y)))
+    with pytest.raises(InvalidInput, match="needs a loss that is a sum over tokens"):
+        query_token_scores(fitted, (x, y), [0])
