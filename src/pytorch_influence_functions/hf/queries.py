@@ -200,8 +200,8 @@ def _ask(
             return _last_answer(encode_chat(tokenizer, chat)), None
         given = encode_chat_prompt(tokenizer, prompt)
     written = generate(model, tokenizer, given, most)
-    chat = None if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": ""}]
-    return Encoded((*given, *written), (False,) * len(given) + (True,) * len(written), chat=chat), None
+    turns = None if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": ""}]
+    return Encoded((*given, *written), (False,) * len(given) + (True,) * len(written), chat=turns), None
 
 
 def _ask_seq2seq(model: nn.Module, tokenizer: Any, prompt: Any, answer: Any, most: int) -> tuple[Encoded, Encoded]:
