@@ -38,7 +38,7 @@ class BM25(AbstractBaseline):
         k1: how soon further occurrences of a word stop to count.
         b: how much long texts are held back, 0 (not at all) to 1.
 
-    Raises (when fitted):
+    Raises:
         InvalidInput: the examples hold no text.
 
     Reference: Robertson and Zaragoza (2009), "The Probabilistic Relevance Framework: BM25 and Beyond".
