@@ -168,6 +168,8 @@ def _switches_off() -> Iterator[None]:
         switch = _threads.switch = _Switch(_no_switch_left_on)
     with ExitStack() as stack:
         stack.enter_context(switch.on())
+        # The fused path of `nn.TransformerEncoder` gives its layers nested tensors, or runs without calling them.
+        stack.enter_context(_fastpath.on())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it takes seconds
             stack.enter_context(_compiled.on())
         yield
@@ -225,6 +227,8 @@ class _Snapshot:
     """Everything of a model that a pass can change, with the values from before it."""
 
     modes: list[tuple[nn.Module, bool]]
+    computed: list[tuple[nn.Module, dict[str, Tensor]]]
+    """Tensors that are neither parameters nor buffers, such as the weight that pruning computes in every forward."""
     stand_ins: list[_StandIn]
     parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
@@ -239,6 +243,7 @@ class _Snapshot:
         own = [p for p in model.parameters() if not p.is_inference()]
         return cls(
             modes=[(m, m.training) for m in modules],
+            computed=[(m, _tensor_attributes(m)) for m in modules],
             stand_ins=stand_ins,
             parameters=[(p, p.requires_grad, p.grad) for p in [*own, *copies.values()]],
             buffers=[
@@ -280,7 +285,15 @@ class _Snapshot:
                     buffer.copy_(value)
         for stand_in in self.stand_ins:
             setattr(stand_in.module, stand_in.name, stand_in.tensor)
+        for module, before in self.computed:
+            for name in _tensor_attributes(module).keys() - before.keys():
+                del module.__dict__[name]
+            module.__dict__.update(before)
         _set_rng_state(self.rng)
+
+
+def _tensor_attributes(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
 
 
 _active: WeakKeyDictionary[nn.Module, _Snapshot] = WeakKeyDictionary()
@@ -293,8 +306,8 @@ def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Itera
     Inside, every module is in eval mode, `.grad` is empty, and exactly the parameters named by `trainable`
     have `requires_grad` (`None`: as they were); the switches are those of `plain_autograd`, and copies stand in for
     parameters and buffers made in inference mode. Afterwards, also after an exception, the mode of each module,
-    `requires_grad`, `.grad` (the same tensors), the values of buffers and all random generators are as
-    before.
+    `requires_grad`, `.grad` (the same tensors), the values of buffers, tensors that a layer computed (the weight of
+    pruning and of the old `weight_norm`) and all random generators are as before.
 
     Nested use on one model costs nothing and may end in any order (generators do): the state is taken when the first
     begins and restored when the last ends. Weights and hooks are not restored; whoever changes them restores them.
