@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, final
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.batches import Collated, whole_batch
 from ..core.errors import InvalidInput, name_ids
 from ..core.records import describe_record, settings_of
 from .draws import Randomness
-from .failure import model_failed
-from .outputs import main_output, without_weights
+from .failure import lacks_graph, model_failed
+from .outputs import main_output, map_outputs, without_weights
 
 #: Where a batch that is a mapping keeps its target.
 LABELS = ("labels", "label")
@@ -124,16 +126,34 @@ def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Whatever the model returns.
 
+    Where gradients are not recorded and forward differentiates by itself, it runs with a graph that is cut afterwards.
+
     Raises:
         InvalidInput: the model failed.
     """
     try:
+        if model in _differentiating and not torch.is_grad_enabled():
+            return _run_with_graph(model, args, kwargs)
         return model(*args, **kwargs)
     except Exception as cause:
+        if isinstance(model, nn.Module) and not torch.is_grad_enabled() and lacks_graph(cause):
+            with suppress(RuntimeError):
+                returned = _run_with_graph(model, args, kwargs)
+                _differentiating.add(model)
+                return returned
         error = model_failed(cause, args, kwargs)
         if error is cause:
             raise
         raise error from cause
+
+
+# Models whose forward needs a graph, as one that returns forces does.
+_differentiating: WeakSet[Any] = WeakSet()
+
+
+def _run_with_graph(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    with torch.enable_grad():
+        return map_outputs(model(*args, **kwargs), Tensor.detach)
 
 
 def widen(outputs: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from ..core.batches import Collated, batch_slice, count_examples, example_tensors, with_example_tensors
@@ -29,7 +30,9 @@ from .base import (
     tensor_targets,
     widen,
 )
+from .draws import refuse_draws
 from .loss_weights import TrainedLoss, refuse_hidden_weights
+from .networks import in_eval_mode, networks_of
 from .outputs import (
     OutputLayouts,
     describe_outputs,
@@ -264,13 +267,13 @@ class FromFunction(AbstractObjective):
         """
         returned = self.layouts.restore(outputs)
         if self.takes_one:
-            return self.function(with_main(returned), targets)
+            return self._call(with_main(returned), targets)
         if self.takes_one is None and has_main(returned):
             try:
-                return self.function(returned, targets)
+                return self._call(returned, targets)
             except Exception:  # it was written for the logits of an output object: a fault of its own shows again
-                return self.function(with_main(returned), targets)
-        return self.function(returned, targets)
+                return self._call(with_main(returned), targets)
+        return self._call(returned, targets)
 
     def evaluate(self, outputs: Tensor, batch: Batch, examples: Sequence[int]) -> Tensor:
         """The function of some examples of a batch together.
@@ -286,7 +289,15 @@ class FromFunction(AbstractObjective):
         return _evaluate(self.apply, self.function, outputs[index], _targets_of(batch, len(outputs), index))
 
     def _value(self, returned: Any, targets: Any) -> Tensor:
-        return _evaluate(self.function, self.function, returned, targets)
+        return _evaluate(self._call, self.function, returned, targets)
+
+    def _call(self, returned: Any, targets: Any) -> Any:
+        with in_eval_mode(self._networks):
+            return self.function(returned, targets)
+
+    @cached_property
+    def _networks(self) -> tuple[nn.Module, ...]:
+        return networks_of(self.function)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         targets = inputs_and_targets(batch)[2]
@@ -344,6 +355,7 @@ class FromFunction(AbstractObjective):
     def _detect(self, outputs: Tensor, batch: Batch) -> Reduction:
         n = min(2, len(outputs))
         together = self.evaluate(outputs, batch, range(n))
+        refuse_draws(_name(self.function), together, self.evaluate(outputs, batch, range(n)))
         return self._reduction_of(together, [self.evaluate(outputs, batch, [e]).detach() for e in range(n)])
 
     def _reduction_of(self, together: Tensor, alone: Any) -> Reduction:
