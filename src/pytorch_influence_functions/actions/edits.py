@@ -78,9 +78,10 @@ class Edit:
             parts.append(f"{_count(removed)} removed")
         if labels or inputs:
             changed = sorted({*labels, *inputs})
-            edited = EditedExamples(problem.data.dataset, changed, labels, inputs)
+            # The whole dataset, though few are read: an error then names an example by its own index.
+            edited = EditedExamples(problem.data.dataset, range(len(problem.data)), labels, inputs)
             terms.append(_term(problem.data, changed, -1.0))
-            terms.append(_term(replace_fields(problem.data, dataset=edited), range(len(edited)), 1.0))
+            terms.append(_term(replace_fields(problem.data, dataset=edited), changed, 1.0))
             parts += [f"{_count(labels)} relabelled"] if labels else []
             parts += [f"{_count(inputs)} replaced"] if inputs else []
         if add is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -27,7 +27,7 @@ class EditedExamples(Dataset[Any]):
     """
 
     dataset: Any
-    indices: list[int]
+    indices: Sequence[int]
     labels: Mapping[int, Any] = field(default_factory=dict)
     inputs: Mapping[int, Any] = field(default_factory=dict)
 
@@ -38,7 +38,10 @@ class EditedExamples(Dataset[Any]):
         index = self.indices[position]
         item = self.dataset[index]
         if index in self.inputs:
-            item = with_inputs(item, self.inputs[index])
+            try:
+                item = with_inputs(item, self.inputs[index])
+            except InvalidInput as cause:
+                raise InvalidInput(f"At index {index}: {cause}") from cause
         return with_label(item, self.labels[index]) if index in self.labels else item
 
 

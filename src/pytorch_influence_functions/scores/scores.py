@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids, require
 from ..core.files import read_tensors, write_bytes, write_tensors
+from ..core.text import printable
 from . import export, indexing
 from .diagnostics import Diagnostics
 
@@ -334,7 +335,7 @@ class Scores:
         Args:
             path: the file; one that is there is replaced, whole or not at all.
         """
-        write_bytes(path, export.as_csv(export.long_table(self)).encode())
+        write_bytes(path, printable(export.as_csv(export.long_table(self))).encode())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """`values` for `numpy.asarray(scores)`: [queries, scores per query]; a copy."""
