@@ -86,6 +86,28 @@ def test_labels_with_gaps() -> None:
     assert ptif.attribute(net(), (X[kept], labels[kept]), QUERIES, loss=LOSS).shape == (2, 16)
 
 
+@pytest.mark.parametrize(("other", "ours"), [("criterion", "loss"), ("params", "parameters"), ("k", "top")])
+def test_an_argument_by_its_name_elsewhere(other: str, ours: str) -> None:
+    values: dict[str, Any] = {"criterion": LOSS, "params": "2.*", "k": 3}
+    rest = {} if ours == "loss" else {"loss": LOSS}
+    with pytest.raises(InvalidInput, match=rf"no argument '{other}'; write {ours}=\."):
+        ptif.attribute(net(), TRAIN, QUERIES, **rest, **{other: values[other]})
+    assert len(ptif.attribute(net(), TRAIN, QUERIES, **rest, **{ours: values[other]})) == 2
+
+
+def test_a_mean_over_tokens_of_unequal_texts_written_as_a_function() -> None:
+    x, y = torch.randn(10, 5, 4), torch.arange(50).reshape(10, 5) % 3
+    y[2, 3:] = y[7, 1:] = -100
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.transpose(1, 2), targets)
+
+    model = nn.Linear(4, 3)
+    with pytest.raises(InvalidInput, match=r"use TokenCrossEntropy\(\) for a mean over tokens"):
+        ptif.attribute(model, (x, y), (x[:2], y[:2]), loss=loss)
+    assert ptif.attribute(model, (x, y), (x[:2], y[:2]), loss=ptif.TokenCrossEntropy()).shape == (2, 10)
+
+
 SLIPS: dict[str, tuple[Callable[[], Any], str]] = {
     "a query by a word": (
         lambda: ptif.attribute(net(), TRAIN, QUERIES, loss=LOSS, method="grad_dot").helpful("a"),  # type: ignore[arg-type]

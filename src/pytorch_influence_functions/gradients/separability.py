@@ -151,7 +151,8 @@ def _refuse_group(objective: FromFunction, value: Tensor, alone: Tensor, ids: li
         f"The loss {_name(objective)} of examples {name_ids(ids)} together is {whole:.4g}, and theirs alone have mean "
         f"{mean:.4g} and sum {total:.4g}: it depends on which examples share a batch, as contrastive losses and means "
         "weighted over a batch do, so no example has a loss of its own; make one item of the dataset a whole group, "
-        "use CrossEntropy(weight=...) for class weights, or return one number per example."
+        "use TokenCrossEntropy() for a mean over tokens, CrossEntropy(weight=...) for class weights, or return one "
+        "number per example."
     )
 
 
