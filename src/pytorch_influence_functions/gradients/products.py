@@ -177,7 +177,7 @@ class Products:
             return self._rows(_stack(products))
 
     def _linearise(self, outputs: Callable[[Tree], Tensor]) -> tuple[Tensor, Callable[[Tensor], Any]] | None:
-        """(outputs, u -> J^T u), or None where torch.func cannot pull through a part of forward, as through checkpoints."""
+        """(outputs, u -> J^T u), or None where torch.func cannot pull through forward, as through a checkpoint."""
         if "vjp" in self.unusable:
             return None
         try:
