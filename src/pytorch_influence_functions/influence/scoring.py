@@ -130,6 +130,7 @@ class ScoringPass:
             diagnostics=record,
             train_source=data.whole,
             query_source=queries.whole,
+            measure=question.measure,
         )
 
 

@@ -65,6 +65,7 @@ class Scores:
         diagnostics: how the scores came about and how far to trust them.
         provenance: the method as it would be written, with versions; by default the diagnostics' method.
         train_source, query_source: the data, for pictures; not saved.
+        measure: what was measured on the queries, an objective, for `verify`; not saved.
 
     Raises:
         NonFinite: a score is NaN or infinite; queries and training examples are named.
@@ -90,6 +91,7 @@ class Scores:
     provenance: str = ""
     train_source: Any = None
     query_source: Any = None
+    measure: Any = None
 
     def __post_init__(self) -> None:
         def set_field(name: str, value: Any) -> None:
@@ -469,7 +471,7 @@ class Scores:
         ranking is distinguishable from noise, in one sentence.
 
         Args:
-            recipe: a `ptif.evaluation.Recipe`, or a function `(dataset, seed) -> trained model` (then with `measure=`).
+            recipe: a `ptif.evaluation.Recipe`, or a function `(dataset, seed) -> trained model`.
             n: how many groups are removed.
             size: how many examples are in a group; `None`: 2 % of them.
             seeds: how many trainings, or which, each group is measured on.
