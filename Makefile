@@ -65,10 +65,12 @@ crosscheck: $(STAMP)
 	$(INSTALL) --no-deps --requirement tests/crosscheck/requirements.txt
 	$(PYTEST) tests/crosscheck
 
-# The recipes of docs/integrations.md with the libraries they are about, pinned: half a gigabyte.
+# The recipes of docs/integrations.md and docs/language-models.md, and the tests of Hugging Face's models, with the libraries
+# they are about, pinned: half a gigabyte.
 integrations: $(STAMP)
 	$(INSTALL) --requirement tests/integrations/requirements.txt
-	$(BIN)/python -W ignore scripts/run_snippets.py --all docs/integrations.md
+	$(BIN)/python -W ignore scripts/run_snippets.py --all docs/integrations.md docs/language-models.md
+	$(PYTEST) tests/hf tests/situations/test_training_programs.py $(ARGS)
 
 # The report page in a real browser: Debian's chromium, fetched here where it is missing and one may.
 test-browser: $(STAMP)

@@ -143,11 +143,10 @@ def rows(
         "TracIn with the same seven": asked(
             ptif.tracin(seven[0].learning_rates, seven[0].stretches), problem.with_(checkpoints=seven[0].checkpoints)
         ),
+        "SOURCE (EK-FAC) with the same seven": asked(SOURCE(seven[0].segments(3), EKFAC())),
         "three trainings: EK-FAC, final weights": asked(ekfac(), ensemble),
         "three trainings: EK-FAC along the runs": asked(along(seven)),
     }
-    if not any(g.beta2 for g in seven[0].recorded[0].groups):  # after Adam it would need a dense matrix
-        found["SOURCE (EK-FAC) with the same seven"] = asked(SOURCE(seven[0].segments(3), EKFAC()))
     for name, shares in SCHEDULES.items():
         found[f"schedule {name}"] = asked(along(runs[0].at(shares)))
     for share in LOG:

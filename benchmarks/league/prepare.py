@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from peers.prepare import DATA
-from peers.recipes import model_of, objective, recipe
+from peers.recipes import Convex, model_of, objective, recipe
 from peers.workloads import CACHE, Workload, workload
 from torch import Tensor, nn
 
-from pytorch_influence_functions import ekfac
-from pytorch_influence_functions.evaluation import Subsets, retrain
+from pytorch_influence_functions import Recording, ekfac
+from pytorch_influence_functions.evaluation import Subsets, retrain, train_model
+from pytorch_influence_functions.problem.checkpoints import load_checkpoint
 from pytorch_influence_functions.problem.problem import Problem
 
 # Of the models that are explained; the truth's seeds are 0, 1, ...
@@ -23,14 +24,27 @@ SEEDS = (1000, 1001, 1002)
 
 
 def _models(this: Workload, x: Tensor, y: Tensor) -> list[nn.Module]:
-    # A convex problem has one minimum, whatever the seed.
-    return [model_of(this, x, y, seed) for seed in (SEEDS[:1] if this.net == "logistic" else SEEDS)]
+    """The models that are explained; all but the convex problem's, which has one minimum, with their runs."""
+    how = recipe(this)
+    if isinstance(how, Convex):
+        return [model_of(this, x, y, SEEDS[0])]
+    return [train_model(how, (x, y), seed, record=this.folder / f"run-{at}") for at, seed in enumerate(SEEDS)]
+
+
+def _is_trained(this: Workload) -> bool:
+    """Whether models, and the runs of those that have one, are there."""
+    run = isinstance(recipe(this), Convex) or (this.folder / "run.npz").exists()
+    return run and (this.folder / "meta.json").exists()
 
 
 def _train(this: Workload) -> None:
     x, y, qx, qy = DATA[this.data](this.n, this.queries)
-    models = _models(this, x, y)
     this.folder.mkdir(parents=True, exist_ok=True)
+    models = _models(this, x, y)
+    if len(models) > 1:
+        # For libraries that read no recordings.
+        states = [load_checkpoint(c) for c in Recording.open(this.folder / "run-0").checkpoints]
+        np.savez(this.folder / "run.npz", **{f"{k}.{n}": v.numpy() for k, s in enumerate(states) for n, v in s.items()})
     data = {"x": x, "y": y, "qx": qx, "qy": qy}
     for at, model in enumerate(models):
         name = "trained.npz" if at == 0 else f"trained-{at}.npz"
@@ -54,7 +68,7 @@ def make(options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     this = workload(options["workload"], options["quick"])
 
     def run() -> dict[str, Any]:
-        if not (this.folder / "meta.json").exists():
+        if not _is_trained(this):
             _train(this)
         path = this.folder / f"truth-{this.subsets}x{this.seeds}.safetensors"
         if not path.exists():

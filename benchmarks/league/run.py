@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 from peers import environments  # noqa: E402
 from peers.run import Limits, child, python_of  # noqa: E402
 
-from league.ours import ENSEMBLES, METHODS  # noqa: E402 - found through the line above
+from league.ours import ALONG, ENSEMBLES, METHODS  # noqa: E402 - found through the line above
 from pytorch_influence_functions.evaluation import Evaluation, Truth, evaluate_one, noise_ceiling  # noqa: E402
 from pytorch_influence_functions.evaluation.table import Row  # noqa: E402
 
@@ -35,7 +35,7 @@ SETTINGS = (1, 2, 3, 4, 5)
 # Other libraries' own damping where they have a rule, else a tenth of the mean eigenvalue; not for the regression,
 # whose loss their adapters here do not know.
 PEERS = {
-    "kronfluence": ("ekfac, own damping",),
+    "kronfluence": ("ekfac, own damping", "ekfac, own damping, along the run"),
     "dattri": ("ekfac", "trak 512", "arnoldi 50", "datainf"),
     "captum": ("tracin, one checkpoint", "arnoldi 50"),
 }
@@ -44,11 +44,16 @@ Cell = dict[str, Any]
 
 def lines(setting: int, asked: argparse.Namespace) -> list[tuple[str, str, str, int]]:
     """(name, library, method, models) of every line of the table."""
-    one = setting in (2,)  # a convex problem has one model
-    found = [(name, "ours", name, 1) for name in METHODS]
+    one = setting in (2,)  # a convex problem has one model, and no run
+    found = [(name, "ours", name, 1) for name in (METHODS if one else METHODS | ALONG)]
     found += [] if one else [(f"{name} x 3", "ours", name, 3) for name in ENSEMBLES]
     if asked.peers and setting != 3:
-        found += [(f"{library}: {method}", library, method, 1) for library, some in PEERS.items() for method in some]
+        found += [
+            (f"{library}: {method}", library, method, 1)
+            for library, some in PEERS.items()
+            for method in some
+            if not (one and "along" in method)
+        ]
     words = [w.strip() for w in (asked.methods or "").split(",") if w.strip()]
     return [line for line in found if not words or any(w in line[0] for w in words)]
 

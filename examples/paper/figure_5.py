@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.actions import Front, SignSteps, TrainingSetAttack, attack_training_set
 from pytorch_influence_functions.plots import style
 
-from .fashion import WORDS, Garments, Head, garments
-from .perturbation import slope_in_inputs
+from .fashion import WORDS, Garments, garments
 from .study import Band, Finding, Study, drawing, main
+from .training import newton
 
 IMAGES = (1, 2, 10)
 LEVELS = (0.5, 1.0, 2.0, 4.0)
@@ -40,79 +42,46 @@ class Attack:
 
     garments: Garments
 
-    def retrained(self, ids: Tensor, images: Tensor) -> Head:
-        """The head fitted again, to its minimum, with some training images replaced."""
+    def fit(self, dataset: Any, seed: int) -> nn.Module:
+        """The head fitted again, to its minimum."""
+        features, labels = dataset.dataset.tensors
         head = self.garments.head
-        features = head.features.clone()
-        with torch.no_grad():
-            features[ids] = self.garments.features(images)
-        return Head.fit(features[:, :-1], head.labels, head.decay, head.model.weight.detach()[0])
+        return newton(features, labels[:, 0].long(), head.decay, head.model.weight.detach()[0])
 
-    def margin(self, head: Head, query: int) -> float:
-        """How far the query is on the right side, in logits; negative: flipped."""
+    def margin(self, query: int) -> float:
+        """How far the query is on the right side, in logits."""
+        asked, label = self.asked(query)
+        with torch.no_grad():
+            logit = float(self.garments.head.model(asked)[0, 0])
+        return logit if float(label) == 1 else -logit
+
+    def asked(self, query: int) -> tuple[Tensor, Tensor]:
+        """One held-out image as the head sees it, and its label."""
         split = self.garments.split
         with torch.no_grad():
-            logit = float(head.model(self.garments.features(split.qx[query, None]))[0, 0])
-        return logit if split.qy[query] == 1 else -logit
+            return self.garments.features(split.qx[query, None]), split.qy[query, None, None].double()
 
-    def slope(self, head: Head, query: int, ids: Tensor, images: Tensor) -> Tensor:
-        """How the query's loss rises with the pixels of training images: from the score's slope in their features."""
-        split = self.garments.split
-        seen = images.clone().requires_grad_()
-        features = self.garments.features(seen)
-        with torch.no_grad():
-            asked = self.garments.features(split.qx[query, None]), split.qy[query, None, None].double()
-        attribution = ptif.exact(damping=0.0).fit(head.problem())
-        rising = -slope_in_inputs(attribution, asked, features.detach(), split.y[ids, None].double())
-        return torch.autograd.grad((features * rising).sum(), seen)[0]
+    def pool(self, query: int) -> list[int]:
+        """Training images whose features can do most to the query: only these are looked at in pixels."""
+        fitted = ptif.exact(damping=0.0).fit(self.garments.head.problem())
+        slopes = ptif.actions.input_influence(fitted, self.asked(query))[0, :, :-1]
+        return [int(i) for i in slopes.abs().sum(1).argsort(descending=True)[:_POOL]]
 
-    def order(self, query: int) -> Tensor:
-        """Training images by what their pixels can do to the query, most first; ranked by the norm the paper ranks by.
-
-        Only those whose features can do most are looked at in pixels.
-        """
-        head, split = self.garments.head, self.garments.split
-        with torch.no_grad():
-            asked = self.garments.features(split.qx[query, None]), split.qy[query, None, None].double()
-        attribution = ptif.exact(damping=0.0).fit(head.problem())
-        slopes = slope_in_inputs(attribution, asked, head.features, split.y[:, None].double())
-        pool = slopes[:, :-1].abs().sum(1).argsort(descending=True)[:_POOL]
-        pixels = self.slope(head, query, pool, split.x[pool]).flatten(1).abs().sum(1)
-        return pool[pixels.argsort(descending=True)]
-
-    def run(self, query: int, ids: Tensor, level: float) -> tuple[float, Tensor]:
-        """The margin after the attack, and the images: steps along the sign, kept within `level` and in 0 to 1."""
-        original = self.garments.split.x[ids]
-        images, head, box = original, self.garments.head, level / 255
-        best, found = self.margin(head, query), original
-        for at in range(_ROUNDS):
-            step = box * (1.0 if at == 0 else 0.5)
-            moved = images + step * self.slope(head, query, ids, images).sign()
-            images = torch.minimum(torch.maximum(moved, original - box), original + box).clamp(0, 1)
-            head = self.retrained(ids, images)
-            margin = self.margin(head, query)
-            if margin < best:
-                best, found = margin, images
-            if best < 0:
-                break
-        return best, found
-
-    def noise(self, query: int, ids: Tensor, level: float) -> float:
-        """The smallest margin over as many random sign patterns as an attack has rounds."""
-        original, random = self.garments.split.x[ids], torch.Generator().manual_seed(query)
-        margins = []
-        for _ in range(_ROUNDS):
-            signs = torch.randint(0, 2, original.shape, generator=random) * 2.0 - 1
-            images = (original + level / 255 * signs).clamp(0, 1)
-            margins.append(self.margin(self.retrained(ids, images), query))
-        return min(margins)
+    def run(self, query: int, pool: list[int], images: int, level: float) -> TrainingSetAttack:
+        """Change some training images by at most so many grey levels, against as many tries of random signs."""
+        steps = SignSteps(level / 255, rounds=_ROUNDS)
+        return attack_training_set(
+            self.garments.head.problem(), self.asked(query), self.fit, images, steps, pool,
+            Front(self.garments.features, self.garments.split.x), controls=_ROUNDS if images == IMAGES[-1] else 0,
+            method=ptif.exact(damping=0.0), seed=query,
+        )  # fmt: skip
 
 
 def run(study: Study) -> Finding:
     """The held-out images it is least sure of, attacked through 1, 2 and 10 training images at four strengths."""
     attack = Attack(garments())
     split = attack.garments.split
-    margins = torch.tensor([attack.margin(attack.garments.head, q) for q in range(len(split.qy))])
+    margins = torch.tensor([attack.margin(q) for q in range(len(split.qy))])
     right = (margins > 0).nonzero().flatten()
     asked = right[margins[right].argsort()][: study.size(24, 10)].tolist()
     levels = LEVELS if not study.small else (LEVELS[0], LEVELS[-1])
@@ -120,14 +89,14 @@ def run(study: Study) -> Finding:
     by_noise = torch.zeros(len(levels), dtype=torch.float64)
     shown: Shown | None = None
     for query in asked:
-        order = attack.order(query)
+        pool = attack.pool(query)
         for j, level in enumerate(levels):
             for i, images in enumerate(IMAGES):
-                margin, changed = attack.run(query, order[:images], level)
-                flipped[i, j] += margin < 0
-                if margin < 0 and (shown is None or images < shown.images):
-                    shown = Shown(query, int(order[0]), changed[0, 0], level, images)
-            by_noise[j] += attack.noise(query, order[: IMAGES[-1]], level) < 0
+                outcome = attack.run(query, pool, images, level)
+                flipped[i, j] += bool(outcome.wrong)
+                by_noise[j] += bool(outcome.control_wrong)
+                if bool(outcome.wrong) and (shown is None or images < shown.images):
+                    shown = Shown(query, outcome.ids[0], outcome.inputs[0, 0], level, images)
     share, noise = flipped / len(asked), by_noise / len(asked)
     rising = all(bool((share.diff(dim=d) >= 0).all()) for d in (0, 1))
     picture = study.picture("5")

@@ -12,7 +12,6 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.plots import style
 
 from . import data, training
-from .perturbation import slope_in_inputs
 from .study import Band, Finding, Study, drawing, main
 
 DECAY = 1e-4
@@ -40,7 +39,8 @@ def run(study: Study) -> Finding:
     # The one lost child left in, against whoever counts most among all the others who are no children.
     ratios = scores[:, one] / scores[:, ~child].max(1).values
     first = attribution.score((queries[0][:1], queries[1][:1])).values[0]
-    slope = slope_in_inputs(attribution, (queries[0][:1], queries[1][:1]), x[one, None], y[one, None])[0]
+    # How the score changes: the removal undoes what a change of the features does.
+    slope = -ptif.actions.input_influence(attribution, (queries[0][:1], queries[1][:1]), ids=[one])[0, 0]
     steepest = everyone.names[int(slope.abs().argmax())]
     picture = study.picture("section_5_3")
     _draw(picture, first, child, y[:, 0], everyone.names, slope)

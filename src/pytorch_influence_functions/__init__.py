@@ -9,7 +9,8 @@ the training *dataset*. For a loss, positive means helpful.
 
 What is typed daily stands here; the rest stands in one module per part of the formula: `ptif.methods`,
 `ptif.curvature`, `ptif.solvers`, `ptif.damping`, `ptif.scaling`, `ptif.objectives`, `ptif.gradients`,
-`ptif.trajectory`, `ptif.plots`, `ptif.evaluation`, `ptif.actions`, `ptif.errors`, `ptif.classic`.
+`ptif.trajectory`, `ptif.plots`, `ptif.evaluation`, `ptif.actions`, `ptif.hf` (Hugging Face), `ptif.errors`,
+`ptif.classic`.
 """
 
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from . import (
     errors,
     evaluation,
     gradients,
+    hf,
     influence_function,
     methods,
     objectives,
@@ -59,6 +61,7 @@ from .objectives.measures import FromFunction, Logit, Margin
 from .problem.problem import Problem
 from .problem.weight_decay import WeightDecay
 from .scores.diagnostics import Diagnostics
+from .scores.parts import PartScores
 from .scores.scores import Scores
 from .trajectory.recorder import Recorder
 from .trajectory.recording import Recording
@@ -74,6 +77,7 @@ __all__ = [
     "InfluenceError",
     "Logit",
     "Margin",
+    "PartScores",
     "Problem",
     "Recorder",
     "Recording",
@@ -104,6 +108,7 @@ __all__ = [
     "gauss_newton",
     "get_default_config",
     "gradients",
+    "hf",
     "influence_function",
     "influential_loader",
     "init_logging",

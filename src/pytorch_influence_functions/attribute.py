@@ -5,15 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
 import torch
-from torch import nn
 
 from .core.errors import InvalidInput, UnknownName, nearest
 from .damping.rules import AbstractDamping
+from .hf.asking import queries_for
+from .hf.models import is_trainer
+from .hf.problem import problem as hf_problem
+from .hf.queries import TextQueries
 from .influence.checks import check_top, in_queries
+from .influence.combination import aggregate_of
 from .influence.method import AbstractMethod
+from .influence.parts import By
+from .influence.question import model_functions
 from .linalg.rows import Route
 from .linalg.space import Selection
 from .methods.names import MethodLike, as_method
@@ -24,7 +30,8 @@ from .problem.infer_loss import infer_objective
 from .problem.model_state import plain_autograd
 from .problem.problem import Problem, check_model
 from .problem.weight_decay import WeightDecay
-from .scores.scores import Scores
+from .scores.parts import PartScores
+from .scores.scores import MEAN, Scores
 from .solvers.forecast import Forecast
 from .trajectory.along import Along
 from .trajectory.recording import RunLike
@@ -58,11 +65,27 @@ class ProblemOptions(TypedDict, total=False):
     device: torch.device | str | None
 
 
+# fmt: off
+@overload
+def attribute(
+    model: Any, train: Any = None, queries: Any = None, *, loss: Any = None, method: MethodLike | None = None,
+    run: RunLike | None = None, damping: AbstractDamping | float | None = None, route: Route | str | None = None,
+    precision: str | None = None, measure: Any = None, top: int | None = None, aggregate: Any = None,
+    contrast: Any = None, ids: Any = None, by: None = None, verify: Any = None, **problem: Unpack[ProblemOptions],
+) -> Scores: ...
+@overload
+def attribute(
+    model: Any, train: Any = None, queries: Any = None, *, loss: Any = None, method: MethodLike | None = None,
+    run: RunLike | None = None, damping: AbstractDamping | float | None = None, route: Route | str | None = None,
+    precision: str | None = None, measure: Any = None, top: int | None = None, aggregate: Any = None,
+    contrast: Any = None, ids: Any = None, by: By, verify: Any = None, **problem: Unpack[ProblemOptions],
+) -> PartScores: ...
+# fmt: on
 @plain_autograd()
 def attribute(
-    model: nn.Module,
-    train: Any,
-    queries: Any,
+    model: Any,
+    train: Any = None,
+    queries: Any = None,
     *,
     loss: Any = None,
     method: MethodLike | None = None,
@@ -72,9 +95,13 @@ def attribute(
     precision: str | None = None,
     measure: Any = None,
     top: int | None = None,
+    aggregate: Any = None,
+    contrast: Any = None,
+    ids: Any = None,
+    by: By | None = None,
     verify: Any = None,
     **problem: Unpack[ProblemOptions],
-) -> Scores:
+) -> Scores | PartScores:
     r"""Predict, for every query and every training example, what removing that example would change.
 
     `score[q, i] = (1/N) <(C + lambda)^-1 grad m(q), grad loss(i)>` is the predicted change of the measure `m(q)` when
@@ -82,10 +109,14 @@ def attribute(
     size; `print(scores.diagnostics)` says what was chosen and why.
 
     Args:
-        model: the trained model. It is left exactly as it was.
+        model: the trained model; or a Hugging Face Trainer, or a `ptif.Problem`, which know what they were trained on.
+            It is left exactly as it was.
         train: what it was trained on: a Dataset, a DataLoader (its dataset in dataset order, or the part that its
-            sampler draws), a pair (x, y) of tensors, arrays, frames or lists. See `Source.of`.
-        queries: what is asked about, in the same forms.
+            sampler draws), a pair (x, y) of tensors, arrays, frames or lists. See `Source.of`. None: the Trainer's or
+            the problem's.
+        queries: what is asked about, in the same forms; of a language model (a Trainer or `ptif.hf.problem`) also
+            texts, chats or `{"prompt", "completion", "against"}`, or what `ptif.hf.query` gave; or
+            `ptif.objectives.FromModel(f)`, about the whole model.
         loss: the training loss: an objective, a `torch.nn` loss, or `callable(outputs, targets)`. `None`: inferred
             from outputs and targets where that is unambiguous.
         method: a method such as `ptif.ekfac()`, its name such as `"ekfac"`, or a curvature such as
@@ -96,8 +127,14 @@ def attribute(
         route: force one route for gradients and inner products, see `Route`; `None`: the method's own.
         precision: `"bf16"` computes passes and the products of scoring in bfloat16, and sums in float32; `None`: the
             model's precision, float32 at least.
-        measure: what is measured on a query, e.g. `ptif.Margin()`; `None`: the training loss.
+        measure: what is measured on a query, e.g. `ptif.Margin()`, or a list of several; `None`: the training loss.
         top: keep only the k most helpful and k most harmful examples per query; `None`: all scores.
+        aggregate: put queries together into rows, each solved once: `"mean"`, `"sum"`, the group of every query, or by
+            name the positions, a mask or the weights of its queries; `None`: a row for every query.
+        contrast: what every query is compared with, in the forms of `queries`, as many or one: why this rather than
+            that? `None`: nothing.
+        ids: the training examples to score, or a list of them for every row; `None`: all.
+        by: `"layer"` or patterns of names: scores told apart by parts of the model, as `PartScores`; `None`: whole.
         verify: how the model was trained, an `evaluation.Recipe` or `(dataset, seed) -> trained model`: a handful of
             removals is retrained, and the verdict stands in `scores.diagnostics.notes`. See `Scores.verify`.
         parameters: names, globs, modules or a predicate; by default everything that is trainable.
@@ -109,7 +146,8 @@ def attribute(
         device: where to compute; by default where the model is.
 
     Returns:
-        `Scores` with `values` of shape (queries, N), indices being positions in the training dataset.
+        `Scores` with `values` of shape (queries, N), indices being positions in the training dataset. With `by`,
+        `PartScores`: one `Scores` for every part.
 
     Raises:
         InvalidInput: the data, model, loss or an argument cannot be used; the message says what to change.
@@ -128,9 +166,19 @@ def attribute(
     check_top(top)
     changes = {"damping": damping, "route": route, "precision": precision}
     spec, whole, source = _prepare("attribute", model, train, queries, loss, (method, run), changes, problem)
-    fitted = spec.fit(whole, n_queries=len(source))
-    scores = fitted.score(source, measure, top=top if verify is None else None)
-    scores = replace(scores, diagnostics=replace(scores.diagnostics, inferred=loss is None))
+    _refuse_to_verify(verify, aggregate, contrast, ids, by, source)
+    if contrast is not None and (isinstance(model, Problem) or is_trainer(model)):
+        contrast = _known_queries(whole, contrast, model, "contrast")
+    names: list[str] | None = None
+    if isinstance(source, TextQueries):
+        source, contrast, names = _sides(source, contrast)
+    fitted: Any = spec.fit(whole, n_queries=_count_rows(source, aggregate))
+    asked = {"aggregate": aggregate, "contrast": contrast, "ids": ids, "by": by}
+    scores: Scores | PartScores = fitted.score(source, measure, top=top if verify is None else None, **asked)
+    inferred = loss is None and not isinstance(model, Problem)
+    if isinstance(scores, PartScores):
+        return PartScores({part: _finished(one, names, inferred) for part, one in scores.items()})
+    scores = _finished(scores, names, inferred)
     if verify is None:
         return scores
     verdict = scores.verify(verify, measure=whole.objective if measure is None else measure)
@@ -139,11 +187,46 @@ def attribute(
     return scores if top is None else scores.top(top)
 
 
+def _finished(scores: Scores, names: list[str] | None, inferred: bool) -> Scores:
+    """The scores with the queries' own names, where each is a row, and whether the loss was inferred."""
+    if names is not None and len(names) == len(scores) and MEAN not in scores.query_ids.tolist():
+        scores = replace(scores, query_names=names)
+    return replace(scores, diagnostics=replace(scores.diagnostics, inferred=inferred))
+
+
+def _sides(queries: TextQueries, contrast: Any) -> tuple[TextQueries, Any, list[str]]:
+    """Texts, what they are contrasted with, and what to call them."""
+    if contrast is not None and queries.pairs:
+        raise InvalidInput("These queries hold what they are contrasted with (against=); leave contrast= out.")
+    answers, others = queries.sides
+    return answers, contrast if others is None else others, queries.names
+
+
+def _refuse_to_verify(verify: Any, aggregate: Any, contrast: Any, ids: Any, by: Any, source: Any) -> None:
+    if verify is None:
+        return
+    if isinstance(source, TextQueries) and source.pairs:
+        raise InvalidInput("verify= retrains for one answer, not for a pair; verify the scores of each answer.")
+    options = {"aggregate": aggregate, "contrast": contrast, "ids": ids, "by": by}
+    options["FromModel"] = source if model_functions(source) else None
+    for name, value in options.items():
+        if value is not None:
+            raise InvalidInput(
+                f"verify= retrains and measures every query by itself, on every training example; leave {name}= or "
+                "verify= out."
+            )
+
+
+def _count_rows(source: Any, aggregate: Any) -> int:
+    """How many right-hand sides there will be: it guides the choice of the method."""
+    return len(source) if aggregate is None else len(aggregate_of(aggregate, len(source)).names)
+
+
 @plain_autograd()
 def forecast(
-    model: nn.Module,
-    train: Any,
-    queries: Any,
+    model: Any,
+    train: Any = None,
+    queries: Any = None,
     *,
     loss: Any = None,
     method: MethodLike | None = None,
@@ -151,6 +234,7 @@ def forecast(
     damping: AbstractDamping | float | None = None,
     route: Route | str | None = None,
     precision: str | None = None,
+    aggregate: Any = None,
     **problem: Unpack[ProblemOptions],
 ) -> Forecast:
     """What `attribute` would choose, and what it would cost: passes over the data, memory and seconds.
@@ -158,7 +242,7 @@ def forecast(
     Runs and times one small batch; nothing else is computed. Memory is what is needed beside the model.
 
     Args:
-        model, train, queries, loss, method, run, damping, route, precision: as for `attribute`.
+        model, train, queries, loss, method, run, damping, route, precision, aggregate: as for `attribute`.
         parameters, weight_decay, checkpoints, batch_size, deterministic, device: as for `attribute`.
 
     Raises:
@@ -171,7 +255,7 @@ def forecast(
     """
     changes = {"damping": damping, "route": route, "precision": precision}
     spec, whole, source = _prepare("forecast", model, train, queries, loss, (method, run), changes, problem)
-    return spec.forecast(whole, len(source))
+    return spec.forecast(whole, _count_rows(source, aggregate))
 
 
 def _prepare(
@@ -183,9 +267,12 @@ def _prepare(
     method: tuple[Any, Any],
     changes: Mapping[str, Any],
     options: ProblemOptions,
-) -> tuple[AbstractMethod, Problem, Source]:
+) -> tuple[AbstractMethod, Problem, Any]:
     """The method, the problem and the queries that were asked for."""
-    check_model(model)
+    known = isinstance(model, Problem) or is_trainer(model)
+    if not known:
+        check_model(model)
+        _check_given(name, train, queries)
     _check_options(name, options)
     asked, run = method
     if run is not None and asked is None:
@@ -193,18 +280,54 @@ def _prepare(
     spec = as_method(asked).with_options(**changes)
     if run is not None:
         spec = Along(run, spec)
+    if known:
+        return spec, *_known_problem(name, model, train, queries, loss, options)
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
+    functions = model_functions(queries)
     with in_queries():
-        source = Source.of(queries, batch_size, data.class_names or ())
+        source = functions or Source.of(queries, batch_size, data.class_names or ())
     objective = infer_objective(model, data, options.get("device")) if loss is None else loss
     return spec, Problem(model, objective, data, **options), source
 
 
+def _known_problem(
+    name: str, known: Any, train: Any, queries: Any, loss: Any, options: ProblemOptions
+) -> tuple[Problem, Any]:
+    """The problem of a Trainer, or the one that was given, and queries in its form."""
+    if not isinstance(known, Problem):
+        whole = hf_problem(known, dataset=train, loss=loss, **options)
+        return whole, _known_queries(whole, queries, known)
+    given = [*options, *(["loss"] if loss is not None else []), *(["train"] if train is not None else [])]
+    if given:
+        raise InvalidInput(
+            f"{name}() got a problem and {given[0]}=, which belongs to it; write problem.with_({given[0]}=...), or "
+            f"{name}(problem, queries=...)."
+        )
+    return known, _known_queries(known, queries, known)
+
+
+def _known_queries(problem: Problem, queries: Any, known: Any, place: str = "queries") -> Any:
+    """Queries in the form that a problem reads, or functions of the whole model."""
+    functions = model_functions(queries)
+    with in_queries(place):
+        return functions or queries_for(problem, queries, None if known is problem else known)
+
+
+def _check_given(name: str, train: Any, queries: Any) -> None:
+    for argument, value in (("train", train), ("queries", queries)):
+        if value is None:
+            raise InvalidInput(
+                f"{name}() of a model needs {argument}=: {name}(model, train, queries); a Hugging Face Trainer or a "
+                "ptif.Problem knows its training data."
+            )
+
+
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuse keyword arguments that do not exist, as Python would, but say which one was meant."""
-    known = [*ProblemOptions.__annotations__, "loss", "method", "run", "damping", "route", "precision"]
+    known = [*ProblemOptions.__annotations__, "loss", "method", "run", "damping", "route", "precision", "aggregate"]
     rest = ["measure", "top", "verify"]
+    parts = ["contrast", "ids", "by"]
     for option in options:
         if option in ProblemOptions.__annotations__:
             continue
@@ -214,5 +337,9 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             raise InvalidInput(f"{name}() takes no {option}=, which does not change what is forecast; leave it out.")
         if option in _SYNONYMS:
             raise UnknownName(f"{name}() has no argument {option!r}; write {_SYNONYMS[option]}=.")
-        close = nearest(option, [*known, *(rest if name == "attribute" else [])])
+        if option in parts:
+            raise InvalidInput(
+                f"{name}() speaks of whole scores of all training examples and takes no {option}=; leave it out."
+            )
+        close = nearest(option, [*known, *(rest + parts if name == "attribute" else [])])
         raise UnknownName(f"{name}() has no argument {option!r}.{close}")

@@ -80,7 +80,7 @@ def made() -> dict[str, Callable[[Path], Path]]:
     def usual(scores: Any, **options: Any) -> Callable[[Path], Path]:
         def write(path: Path) -> Path:
             given = {"predictions": probabilities(), "train_predictions": probabilities(40), "self_influence": own}
-            given |= options
+            given |= {"doubt": own} | options  # the queue holds examples 0 to 19
             return Path(scores.report(path, **given).path)
 
         return write

@@ -14,6 +14,7 @@ import torch
 
 from pytorch_influence_functions.report import read_decisions
 from tests.browser.looks import Looks
+from tests.interface.report_cases import values
 
 
 def downloaded(page: Looks, kind: str) -> str:
@@ -69,6 +70,45 @@ def test_ticking_moves_no_button(look: Callable[..., Looks], view: str, width: i
     for word in ("Wrong label", "Duplicate", "Keep", "Keep"):
         tick(page, index, word)
         assert boxes(page, index) == before
+
+
+def number(words: str) -> float:
+    return float(words.replace("\u2212", "-"))
+
+
+def test_what_is_ticked_is_summed_up_where_it_can_be_seen(look: Callable[..., Looks]) -> None:
+    scores = values()
+    page = look("pictures", "training/labels")
+    bar = page.page.locator("#whatif")
+    tick(page, 5, "Keep")
+    assert bar.is_hidden()  # nothing to be removed
+    tick(page, 3, "Wrong label")
+    tick(page, 1, "Duplicate")
+    page.settle()
+    ticked = scores[:, [1, 3]].double().sum(1)
+    words = bar.locator("p").inner_text()
+    assert words.startswith("Without the 2 ticked examples the mean loss over all 6 queries would ")
+    shown = number(bar.locator("b").inner_text()) * (1 if "rise" in words else -1)
+    assert shown == pytest.approx(float(ticked.mean()), rel=6e-3)
+    assert ("(worse)" in words) == (float(ticked.mean()) > 0) and "Sum of single effects" in words
+    page.go("q/2")
+    both = [number(text) for text in bar.locator("b").all_inner_texts()]
+    assert both == pytest.approx([abs(float(ticked.mean())), abs(float(ticked[2]))], rel=6e-3)
+    page.go("q/4")
+    page.page.keyboard.press("ArrowLeft")  # whichever comes before it
+    page.settle()
+    q = int(page.page.url.rsplit("/", 1)[1])
+    assert number(bar.locator("b").nth(1).inner_text()) == pytest.approx(abs(float(ticked[q])), rel=6e-3)
+    page.go("decisions")
+    assert bar.is_hidden()
+    gains = [number(text) for text in page.page.locator("#decisions .moved").first.locator(".num").all_inner_texts()]
+    assert sorted(gains) == pytest.approx(sorted(ticked[ticked.abs().argsort()].tolist()), rel=6e-3)
+    for index in (1, 3):
+        page.page.get_by_role("button", name=f"Forget the decision for example {index}").click()
+        page.settle()
+    assert "What if they were removed" not in page.text()
+    page.go("queries")
+    assert bar.is_hidden()
 
 
 def test_what_was_relabelled_is_read_back(look: Callable[..., Looks], tmp_path: Path) -> None:

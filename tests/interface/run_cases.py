@@ -122,6 +122,6 @@ RUNS = [
         "Adam and identity",
         unrolled(Identity(), adam=adam()),
         INPUT,
-        r"Identity\(\) has no dense matrix to mul",
+        r"Identity\(\) has neither a dense matrix nor a Kronecker eigenbasis to mul",
     ),
 ]

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import pytorch_influence_functions as ptif
-from examples.paper import data, figure_6, perturbation, run, study, training
+from examples.paper import data, figure_6, run, study, training
 from examples.paper.study import Band, Finding
 
 
@@ -73,24 +72,6 @@ def test_self_influence_finds_most_planted_flips_of_spambase() -> None:
     influence, loss, chance = shares[:, 2]  # in the first tenth
     assert influence > 0.5 > 0.2 > chance and loss > 0.5
     assert accuracies[0, -1] > accuracies[0, 0]
-
-
-def test_the_slope_in_an_input_is_that_of_the_score() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(12, 3, dtype=torch.float64, generator=generator), torch.arange(12)[:, None] % 2
-    query = x[:2] + 0.3, y[:2].double()
-    model = training.newton(x, y[:, 0], decay=0.1)
-    attribution = ptif.exact(damping=0.0).fit(ptif.Problem(model, ptif.Bernoulli(), (x, y.double()), weight_decay=0.1))
-    slope = perturbation.slope_in_inputs(attribution, query, x[5, None], y[5, None].double())[0]
-    along = perturbation.solved(attribution, query)["weight"][0]
-
-    def score(row: torch.Tensor) -> torch.Tensor:
-        wrong = (row @ model.weight.detach()[0]).sigmoid() - y[5, 0]
-        return wrong * (row @ along) / 12
-
-    assert torch.allclose(score(x[5]), attribution.score(query).values.sum(0)[5])
-    moved = torch.autograd.functional.jacobian(score, x[5])
-    torch.testing.assert_close(slope, moved)
 
 
 def test_refitting_without_an_example_is_training_without_it() -> None:

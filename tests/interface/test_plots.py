@@ -15,6 +15,7 @@ from torch import Tensor
 from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, NonFinite
 from pytorch_influence_functions.plots.bars import plot_bars
 from pytorch_influence_functions.plots.examples import ExampleView, example_target, share_scale, view_example, wrap_text
+from pytorch_influence_functions.plots.inputs import plot_input_influence
 from pytorch_influence_functions.plots.query import plot_agreement, plot_damping_curve, plot_influences
 from pytorch_influence_functions.plots.style import format_power, format_signed, power_of_ten, shorten
 from pytorch_influence_functions.plots.summaries import plot_class_matrix, plot_self_influence
@@ -160,11 +161,17 @@ def test_an_absent_matplotlib_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         example().plot()
 
 
+def test_a_row_of_several_queries_is_a_card_with_its_name() -> None:
+    scores = replace(example().mean(), query_names=["the worst class"], query_source=None)
+    words = [text.get_text() for text in scores.plot().findobj(matplotlib.text.Text)]
+    assert "the worst class" in words and "Asked together" in words
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "no data": (lambda: Scores(torch.zeros(1, 2)).plot(), "do not remember the data.*pass train="),
     "other length": (lambda: plot_influences(example(), train=(images(5),)), "train= has 5 examples and .* of 12"),
     "too few queries": (lambda: plot_influences(example(), 1, queries=images(1)), "queries= has 1 examples"),
-    "mean": (lambda: example().mean().plot(), "mean over queries has no example"),
+    "mean": (lambda: example().mean().plot(tokens={}), "several queries has no text of its own"),
     "channels": (
         lambda: example().plot(denormalize=([0.5] * 3, [0.2])),
         "mean of 3 numbers and the pictures have 1 channels",
@@ -327,3 +334,50 @@ def test_labels_that_no_font_can_hold_are_drawn_with_a_question_mark(tmp_path: P
     plot_class_matrix(scores).savefig(tmp_path / "classes.png")
     plot_self_influence(torch.rand(12), scores.train_labels, scores.class_names).savefig(tmp_path / "self.png")
     plot_bars({f"a{half}b": (0.5, 0.4, 0.6)}, "metric", title=half).savefig(tmp_path / "bars.png")
+
+
+# --------------------------------------------------------------------------- slopes in the inputs
+
+
+def test_heat_maps_are_the_slopes_on_one_scale() -> None:
+    x, y = images(5, 3, 6, 6), torch.arange(5)
+    slopes = torch.zeros(2, 3, 6, 6)
+    slopes[0, :, 1, 2] = torch.tensor([1.0, 2.0, 1.0])  # channels add up to the largest of all
+    slopes[1, 0, 4, 3] = -1.0
+    figure = plot_input_influence(slopes, (x, y), [3, 1], class_names=["a", "b", "c", "d", "e"])
+    above, below = figure.axes[:2], figure.axes[2:]
+    assert [axes.get_title(loc="center") for axes in above] == ["d #3", "b #1"]
+    for axes, index in zip(above, (3, 1), strict=True):
+        assert np.allclose(axes.images[0].get_array(), x[index].permute(1, 2, 0).numpy())
+    strong, weak = (axes.images[1].get_array() for axes in below)
+    assert strong[1, 2, 3] == pytest.approx(1.0) and weak[4, 3, 3] == pytest.approx(0.5)  # the root of a quarter
+    assert strong[1, 2, 0] > strong[1, 2, 2] and weak[4, 3, 0] < weak[4, 3, 2]  # orange and blue
+    assert strong[..., 3].sum() == pytest.approx(1.0) and weak[..., 3].sum() == pytest.approx(0.5)
+    flat = plot_input_influence(slopes[:, 0].flatten(1), (x[:, 0].flatten(1), y), [3, 1], lambda v: v.reshape(6, 6))
+    assert flat.axes[3].images[1].get_array()[4, 3, 3] == pytest.approx(1.0)
+
+
+def test_columns_stand_steepest_first_with_their_values(tmp_path: Path) -> None:
+    x, y = torch.arange(12.0).reshape(4, 3), torch.arange(4) % 2
+    figure = plot_input_influence(
+        torch.tensor([[0.1, -0.5, 0.2]]), (x, y), [2], columns=["age", "dose_$1$", "rate"], k=2, path=tmp_path / "c.png"
+    )
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["dose_$1$ = 7", "rate = 8"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([-0.5, 0.2])
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_slopes_that_do_not_fit_are_refused() -> None:
+    x, y = torch.randn(5, 3), torch.arange(5)
+    for slopes, ids, data, columns, words in (
+        (torch.zeros(2, 3), [1], (x, y), None, r"slopes= has shape \(2, 3\) and 1 examples are named"),
+        (torch.zeros(1, 4), [1], (x, y), None, r"Slopes in 4 columns do not fit rows of shape \(3,\)"),
+        (torch.zeros(1, 3), [1], (x, y), ["a"], r"with 1 names; give one of each"),
+        (torch.zeros(1, 5, 5), [1], (images(5, 1, 6, 6), y), None, r"do not fit a picture of 6 x 6"),
+        (torch.zeros(1, 2, 3), [1], (torch.randn(5, 2, 3), y), None, r"neither pictures nor rows of a table"),
+        (torch.zeros(1, 3), [7], (x, y), None, r"Index 7 is outside the dataset"),
+        (torch.full((1, 3), torch.nan), [1], (x, y), None, r"slopes holds NaN or infinity"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            plot_input_influence(slopes, data, ids, columns=columns)

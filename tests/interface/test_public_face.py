@@ -31,8 +31,8 @@ def listed(names: str) -> list[str]:
 
 
 DAILY = listed(
-    "attribute forecast Problem WeightDecay Influence Attribution Scores Diagnostics evaluate progress InfluenceError "
-    "Recorder Recording "
+    "attribute forecast Problem WeightDecay Influence Attribution Scores PartScores Diagnostics evaluate progress "
+    "InfluenceError Recorder Recording "
     "CrossEntropy TokenCrossEntropy SquaredError Bernoulli Margin Logit FromFunction "
     "exact dual ekfac gauss_newton source tracin trak what_if find_label_issues __version__"
 )
@@ -41,7 +41,8 @@ FIRST = listed(
     "influential_loader init_logging calc_influence_function influence_function utils"
 )
 MODULES = listed(
-    "actions classic curvature damping errors evaluation gradients methods objectives plots scaling solvers trajectory"
+    "actions classic curvature damping errors evaluation gradients hf methods objectives plots scaling solvers "
+    "trajectory"
 )
 
 
@@ -54,7 +55,7 @@ def public(module: ModuleType) -> dict[str, Any]:
 
 
 def test_the_top_level_holds_what_is_typed_daily_the_first_names_and_the_modules() -> None:
-    assert len(DAILY) == 30
+    assert len(DAILY) == 31
     assert sorted(ptif.__all__) == sorted([*DAILY, *FIRST, *MODULES])
     assert dir(ptif) == sorted(ptif.__all__)
     assert {name for name in ptif.__all__ if inspect.ismodule(getattr(ptif, name))} == {*MODULES, *FIRST[-3:]}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
+from pytorch_influence_functions.report import effects
 from pytorch_influence_functions.report import page as pages
-from pytorch_influence_functions.report.ranking import Classes, Sums, extremes, histogram
+from pytorch_influence_functions.report.ranking import Classes, Sums, extremes, histogram, score_columns
 from pytorch_influence_functions.scores.scores import Scores
 from tests.interface.report_cases import ATTACK, CLASSES, Page, pictures, probabilities, tables, texts, values
 
@@ -45,6 +46,13 @@ def test_the_lists_are_those_of_the_scores(tmp_path: Path, lower_is_better: bool
             assert [x for _, x in record[side]] == pytest.approx([x for _, x in found], rel=1e-3)
         assert sum(record["hist"]["n"]) == s.shape[1]
         assert {i for side in ("help", "harm") for i, _ in record[side]} <= set(page.examples)
+
+
+def test_examples_that_were_not_scored_are_not_ranked(tmp_path: Path) -> None:
+    some = Scores(torch.tensor([[0.3, -0.1, 0.2]]), indices=torch.tensor([[7, 2, 4]]), n_train=9)
+    index = written(some, tmp_path).index
+    assert [i for i, _ in index["top"]["help"]] == [7, 4, 2]
+    assert [i for i, _ in index["top"]["harm"]] == [2, 4, 7]
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
@@ -166,6 +174,43 @@ def test_the_overview_says_what_the_diagnostics_say(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- pictures, texts, tables
+
+
+def unpacked(record: dict[str, Any]) -> Tensor:
+    unit, text = record["each"]
+    return unit * torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<i2").astype(float))
+
+
+@pytest.mark.parametrize("top", [None, 12])
+def test_an_example_holds_its_effect_on_every_query(tmp_path: Path, top: int | None) -> None:
+    s = pictures() if top is None else pictures().top(top)
+    page = written(s, tmp_path)
+    assert page.index["summed"] == "all"
+    for i, record in page.examples.items():
+        column = score_columns(s, torch.tensor([i]))[:, 0]
+        torch.testing.assert_close(unpacked(record), column, rtol=0, atol=2e-5 * float(column.abs().max()) + 1e-12)
+        assert record["all"] == pytest.approx(float(column.mean()), rel=1e-3, abs=1e-12)
+
+
+def test_where_there_is_little_room_only_the_queue_holds_its_effects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effects, "_ROOM", 8 / 3 * 6 * 25)
+    page = written(pictures(n=400), tmp_path, self_influence=torch.arange(400.0))
+    queue = [entry["i"] for entry in page.index["queue"]]
+    assert page.index["summed"] == "queue" and len(queue) == 40
+    assert sorted(i for i, record in page.examples.items() if "each" in record) == sorted(queue[:25])
+
+
+def test_the_suggested_label_is_what_the_model_says(tmp_path: Path) -> None:
+    p = probabilities(40)
+    page = written(pictures(), tmp_path, train_predictions=p)
+    assert page.index["suggestedBy"] == "model"
+    for entry in page.index["queue"]:
+        others = p[entry["i"]].clone()
+        others[entry["i"] % 3] = -1
+        assert entry["g"] == CLASSES[int(others.argmax())]
+    assert written(pictures(), tmp_path).index["suggestedBy"] == "harm"
 
 
 def decoded(record: dict[str, Any]) -> Any:

@@ -97,7 +97,7 @@ def test_the_extremes_are_those_of_all_scores(units: str, room: int | None, monk
     whole = fitted.score(queries)
     if room is not None:
         parts = lambda question, n, budget: torch.split(torch.arange(len(question)), room)  # noqa: E731
-        monkeypatch.setattr("pytorch_influence_functions.influence.attribution.split_queries", parts)
+        monkeypatch.setattr("pytorch_influence_functions.influence.rounds.split_queries", parts)
     top = fitted.score(queries, top=4)
     assert top.values.shape == (5, 8) and top.indices is not None
     for q in range(5):
@@ -111,7 +111,7 @@ def test_queries_are_split_by_the_memory_that_their_scores_take() -> None:
     fitted = ptif.ekfac().fit(problem)
     each = averaging._MATRICES * 8 * 30
     for top, held, sizes in ((2, 2, [2, 2, 1]), (2, 99, [5]), (None, 2, [5]), (2, 0, [1] * 5)):
-        question = fitted._question(queries, top=top)
+        question = fitted._question(queries, None, top)
         budget = ptif.curvature.Budget(max(1, int(held * each / averaging.QUERY_SHARE)))
         assert [len(part) for part in averaging.split_queries(question, 30, budget)] == sizes
 

@@ -12,7 +12,6 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import IncompleteSolveWarning, InvalidInput, SolveFailed, TooLarge
 from pytorch_influence_functions.curvature import GGN, Diagonal, EmpiricalFisher, Fisher, Hessian, Identity, Nystrom
 from pytorch_influence_functions.curvature.base import Budget, Form
-from pytorch_influence_functions.curvature.blockwise import restricted
 from pytorch_influence_functions.curvature.kronecker.records import EKFAC
 from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives
@@ -203,7 +202,7 @@ def test_restricted_rows_are_the_rows_restricted() -> None:
     derivatives = Derivatives.of(ptif.Problem(model, nn.CrossEntropyLoss(), (x, y)))
     whole = next(derivatives.stream()).rows
     for name in derivatives.space.blocks:
-        part = next(restricted(derivatives, [name]).stream()).rows
+        part = next(derivatives.restricted([name]).stream()).rows
         assert list(part.blocks) == [name]
         assert torch.allclose(part.blocks[name].dense(), whole.blocks[name].dense())
 

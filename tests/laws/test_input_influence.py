@@ -78,5 +78,23 @@ def test_tokens_have_no_slope() -> None:
     problem = ptif.Problem(Words(), nn.CrossEntropyLoss(), (x, y))
     with pytest.raises(InvalidInput, match=r"The inputs \(0: torch.int64\) are no real numbers"):
         input_influence(problem, (x[:1], y[:1]))
-    with pytest.raises(InvalidInput, match="Index 20 is outside the dataset"):
-        input_influence(problem, (x[:1], y[:1]), ids=[20])
+
+
+def test_bad_indices_and_inputs_without_a_gradient_in_one_sentence() -> None:
+    class Detached(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach())
+
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    problem = ptif.Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(), (x, y))
+    mask = torch.arange(20) < 3
+    assert input_influence(problem, (x[:2], y[:2]), ids=mask).shape == (2, 3, 3)
+    for ids, match in (
+        ([20], r"ids= names index 20, and the training examples are 0 to 19"),
+        ([2, 2], r"ids= names index 2 more than once; give each once"),
+        ([], r"ids= names no training example; give at least one, or None for all"),
+    ):
+        with pytest.raises(InvalidInput, match=match):
+            input_influence(problem, (x[:1], y[:1]), ids=ids)
+    with pytest.raises(InvalidInput, match="The model takes no gradient from its inputs"):
+        input_influence(ptif.Problem(Detached(3, 2), nn.CrossEntropyLoss(), (x, y)), (x[:1], y[:1]), ids=[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core import temporary_folder
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, NotLikelihood, SolveFailed, TooLarge
 from pytorch_influence_functions.core.indexing import spread_sample
 from pytorch_influence_functions.curvature import EKFAC, GGN, KFAC, EmpiricalFisher, Fisher, Shampoo
@@ -504,7 +507,7 @@ def test_an_interrupted_fit_leaves_whole_files_only(tmp_path: Any, monkeypatch: 
     derivatives = derivatives_of(model, x, y)
     curvature = EKFAC(GGN(), folder=tmp_path)
     # Room for one block at a time, and an interruption after the first.
-    monkeypatch.setattr(fitting_module.Fit, "_groups", lambda self, names, look, stored: [[n] for n in names])
+    monkeypatch.setattr(fitting_module.Fit, "_groups", lambda self, names, look: [[n] for n in names])
     original = fitting_module.Fit._fit
     done: list[Any] = []
 
@@ -534,13 +537,46 @@ def test_factors_larger_than_memory_are_fitted_in_turn_and_stay_on_disk(tmp_path
     derivatives = derivatives_of(model, x, y)
     whole = written_out(fitted(EKFAC(GGN()), derivatives))
     tight = Budget(100_000)
-    with pytest.raises(TooLarge, match="give them folder=path"):
-        fitted(EKFAC(GGN()), derivatives, tight)
+    temporary = fitted(EKFAC(GGN()), derivatives, tight)
+    torch.testing.assert_close(written_out(temporary), whole)
+    assert any("lie in a temporary folder (give folder=path to keep them" in note for note in temporary.notes)
+    place = temporary.blocks.cache.place.path  # type: ignore[attr-defined]
+    assert place.exists()
+    del temporary
+    gc.collect()
+    assert not place.exists()
     found = fitted(EKFAC(GGN(), folder=tmp_path), derivatives, tight)
     assert not isinstance(found.blocks, dict)
     torch.testing.assert_close(written_out(found), whole)
-    with pytest.raises(TooLarge, match="factors of one layer"):
+    with pytest.raises(TooLarge, match="factors of one layer, '0', would"):
         fitted(EKFAC(GGN(), folder=tmp_path / "b"), derivatives, Budget(10_000))
+
+
+def test_a_layer_too_large_is_refused_before_the_data_are_read() -> None:
+    class Counting(torch.utils.data.Dataset[Any]):
+        read = 0
+
+        def __len__(self) -> int:
+            return 50
+
+        def __getitem__(self, i: int) -> Any:
+            Counting.read += 1
+            return torch.ones(30), i % 3
+
+    model = nn.Sequential(nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 3))
+    problem = ptif.Problem(model, ptif.CrossEntropy(), Counting())
+    with pytest.raises(TooLarge, match="factors of one layer, '0', would"):
+        ptif.Influence(EKFAC(), memory=10_000).fit(problem)
+    assert Counting.read < 20
+
+
+def test_a_disk_too_small_for_the_factors_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(30, 30) for _ in range(4)), nn.Tanh(), nn.Linear(30, 3)).double()
+    derivatives = derivatives_of(model, torch.randn(20, 30).double(), torch.randint(0, 3, (20,)))
+    monkeypatch.setattr(temporary_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(TooLarge, match="give folder=path on a larger disk"):
+        fitted(EKFAC(GGN()), derivatives, Budget(100_000))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Any) -> None:

@@ -208,6 +208,7 @@ READ_ONLY = {
     "SOURCE.fit": "the entry 'source'",
     "train_model": "makes a model of its own",
     "Recording.ends_at": "compares weights",
+    "FromModel.value": "runs the user's function; the entry 'a function of the model'",
     "Edit.of": "describes an edit of the data",
     "get_dataset_sample_ids": "reads labels only",
     "get_dataset_sample_ids_per_class": "reads labels only",

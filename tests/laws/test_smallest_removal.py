@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.actions import flip_prediction, smallest_removal
+from pytorch_influence_functions.actions import TStatistic, flip_prediction, smallest_removal
+from pytorch_influence_functions.actions.smallest_removal import removal_moves
+from pytorch_influence_functions.actions.statistic import DataStatistic
 from pytorch_influence_functions.core.errors import InvalidInput
 
 
@@ -74,6 +76,57 @@ def test_nothing_is_found_where_nothing_would_do() -> None:
     outcome = smallest_removal(problem, lambda m: m.weight[0, 0], most=5, method=ptif.exact(damping=0.0))
     assert not outcome.found and outcome.confirmed is None and len(outcome.ids) <= 5
     assert "none found" in repr(outcome)
+
+
+def t_by_hand(x: Tensor, y: Tensor) -> float:
+    """The t statistic of the first column's coefficient, from a fit of its own."""
+    columns = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    theta = torch.linalg.lstsq(columns, y).solution
+    variance = (y - columns @ theta).square().sum() / (len(x) - columns.shape[1])
+    return float(theta[0, 0] / (variance * torch.linalg.inv(columns.T @ columns)[0, 0]).sqrt())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_significance_of_a_coefficient(seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(60, 2).double()
+    y = 0.5 * x[:, :1] + torch.randn(60, 1).double()
+    problem = ptif.Problem(fitted_line(x, y), nn.MSELoss(), (x, y))
+    outcome = smallest_removal(problem, TStatistic(x, y), threshold=1.96, method=ptif.exact(damping=0.0))
+    assert outcome.before == pytest.approx(t_by_hand(x, y), rel=1e-8) and outcome.before > 1.96
+    after = t_by_hand(without(x, outcome.ids), without(y, outcome.ids))
+    assert after == pytest.approx(outcome.predicted, rel=1e-7) and after < 1.96
+    assert len(outcome.ids) <= 12
+
+
+def test_the_moves_of_a_statistic_of_the_data_are_those_of_leaving_one_out() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(30, 2).double()
+    y = 0.5 * x[:, :1] + torch.randn(30, 1).double()
+    fitted = ptif.exact(damping=0.0).fit(ptif.Problem(fitted_line(x, y), nn.MSELoss(), (x, y)))
+    statistic = DataStatistic.of(TStatistic(x, y), 30)
+    moves = removal_moves(fitted, statistic, torch.arange(30))
+    actual = torch.tensor([t_by_hand(without(x, (i,)), without(y, (i,))) for i in range(30)]) - t_by_hand(x, y)
+    # To first order in the weights, so that a large move is a little off.
+    assert float(torch.corrcoef(torch.stack([moves, actual.double()]))[0, 1]) > 0.98
+    assert float((moves @ actual.double()) / (moves @ moves)) == pytest.approx(1.0, abs=0.15)
+    ignoring = removal_moves(
+        fitted, DataStatistic.of(lambda m: TStatistic(x, y)(m, torch.ones(30)), 30), torch.arange(30)
+    )
+    assert float((ignoring - actual).norm()) > 3 * float((moves - actual).norm())
+
+
+def test_statistics_that_cannot_be_used_are_refused() -> None:
+    x, y = torch.randn(10, 2).double(), torch.randn(10, 1).double()
+    problem = ptif.Problem(fitted_line(x, y), nn.MSELoss(), (x, y))
+    with pytest.raises(InvalidInput, match="The statistic takes 3 arguments; give a function of the model"):
+        smallest_removal(problem, lambda a, b, c: a)
+    with pytest.raises(InvalidInput, match="The statistic is of type int; give a function of the model"):
+        smallest_removal(problem, 3)
+    with pytest.raises(InvalidInput, match=r"TStatistic\(column=2\) must be a whole number from 0 to 1"):
+        TStatistic(x, y, 2)
+    with pytest.raises(InvalidInput, match=r"TStatistic got inputs of shape \(10, 2\) and targets of shape \(9, 1\)"):
+        TStatistic(x, y[1:])
 
 
 @pytest.mark.slow

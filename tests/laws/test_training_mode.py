@@ -24,9 +24,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import methods
+from pytorch_influence_functions.core.files import write_tensors
 from pytorch_influence_functions.problem import problem as problem_module
 from pytorch_influence_functions.problem.problem import first_batch
 from pytorch_influence_functions.problem.wrappers import unwrap
+from pytorch_influence_functions.trajectory import GroupState, RecordedStep
+from pytorch_influence_functions.trajectory.recording import MOMENTS_FILE
 from tests.laws.pictures import differences, picture
 
 N, QUERIES = 24, 3
@@ -117,7 +120,24 @@ def loader(data: Any) -> Any:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 8)
 
 
+def adam_run(model: nn.Module) -> ptif.Recording:
+    """Two checkpoints of a training by Adam, as a recorder leaves them."""
+    recorded = []
+    for step, state in enumerate(states(settled(model)), 1):
+        file = Path(tempfile.mkdtemp()) / "moments.safetensors"
+        write_tensors(file, MOMENTS_FILE, dict(adam_state(settled(model)).second_moments), {"step": step})
+        groups = (GroupState(1e-3, 1e-3 * step, beta2=0.999, eps=1e-8),)
+        recorded.append(RecordedStep(step, state, groups, second_moments=file))
+    return ptif.Recording(tuple(recorded))
+
+
+def adam_state(model: nn.Module) -> ptif.trajectory.AdamState:
+    return ptif.trajectory.AdamState({k: torch.full_like(v, 0.25) for k, v in unwrap(model)[0].named_parameters()})
+
+
 SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "less": lambda model, problem: methods.less(adam_run(model)),
+    "trackstar": lambda model, problem: methods.trackstar(adam_state(model), 8),
     "along": lambda model, problem: methods.along(states(model)),
     "tracin": lambda model, problem: ptif.tracin([0.1]),
     "trak": lambda model, problem: ptif.trak(16),
@@ -132,6 +152,7 @@ SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
 ENTRIES: dict[str, Entry] = {
     name: by_method(SETTINGS.get(name, lambda model, problem, name=name: getattr(methods, name)()))
     for name in methods.__all__
+    if name != "unrolled"  # refuses batch normalisation and dropout; has a law of its own beside its values
 }
 ENTRIES |= {
     "attribute": lambda model, train, queries, folder: ptif.attribute(model, train, queries).values,
@@ -161,6 +182,17 @@ ENTRIES |= {
     "truncated": lambda model, train, queries, folder: (
         fitted(model, train, ptif.Influence(ptif.curvature.GGN(), truncation=ptif.solvers.Truncation(rank=1)))
         .score(queries)
+        .values
+    ),
+    "means and contrasts": lambda model, train, queries, folder: (
+        fitted(model, train, ptif.dual()).score(queries, contrast=queries, aggregate=[0, 1, 1], ids=[2, 5]).values
+    ),
+    "parts": lambda model, train, queries, folder: (
+        fitted(model, train, ptif.ekfac()).score(queries, by="layer").values_by_part
+    ),
+    "a function of the model": lambda model, train, queries, folder: (
+        fitted(model, train)
+        .score(ptif.objectives.FromModel(lambda m: nn.functional.cross_entropy(m(queries[0]), queries[1])))
         .values
     ),
     "damping curve": lambda model, train, queries, folder: fitted(model, train).damping_curve().losses,
@@ -318,7 +350,15 @@ def last_bias(model: nn.Module) -> Tensor:
     return list(model.parameters())[-1][0]
 
 
+def answered(problem: ptif.Problem, queries: Any) -> tuple[Tensor, Tensor]:
+    """The first query with the label that the model gives it, found without leaving a trace."""
+    copied = copy.deepcopy(problem.model).eval()
+    with torch.no_grad():
+        return queries[0][:1], copied(queries[0][:1]).argmax(1)
+
+
 DAMPED = ptif.exact(damping=1.0)
+ONE_STEP = ptif.actions.SignSteps(0.1, rounds=1, bounds=None)
 ACTIONS: dict[str, Entry] = {
     "what if": about(lambda problem, queries: ptif.what_if(problem, remove=[0, 3], method=DAMPED).change(queries)),
     "label issues": about(
@@ -336,6 +376,18 @@ ACTIONS: dict[str, Entry] = {
     ),
     "input influence": about(
         lambda problem, queries: ptif.actions.input_influence(problem, queries, ids=[0, 5], method=DAMPED)
+    ),
+    "training-set attack": about(
+        lambda problem, queries: (
+            ptif.actions.attack_training_set(
+                problem,
+                answered(problem, queries),
+                lambda data, seed: copy.deepcopy(problem.model),
+                steps=ONE_STEP,
+                controls=1,
+                method=DAMPED,
+            ).inputs
+        )
     ),
 }
 

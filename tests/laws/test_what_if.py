@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.actions import what_if
-from pytorch_influence_functions.core.errors import InvalidInput, SolveFailed
+from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
 
 N, P, DECAY = 40, 5, 0.3
 
@@ -235,8 +235,17 @@ def test_bad_input_is_refused_in_one_sentence(name: str) -> None:
 def test_a_label_outside_the_classes_is_refused() -> None:
     x, y = torch.randn(30, 4), torch.arange(30) % 3
     problem = ptif.Problem(nn.Linear(4, 3), nn.CrossEntropyLoss(), (x, y))
-    with pytest.raises(InvalidInput, match=r"0\.\.2"):
+    with pytest.raises(InvalidInput, match=r"Label 7 at dataset index 2 is out of range.* 0\.\.2"):
         what_if(problem, relabel={2: 7})
+    with pytest.raises(InvalidInput, match=r"The new label 0.5 of example 2 is no class number, as tensor\(2\) is"):
+        what_if(problem, relabel={2: 0.5})  # a class number would be cut from it
+    with pytest.raises(InvalidInput, match="The new label None of example 2 is no class number"):
+        what_if(problem, relabel={2: None})
+    with pytest.raises(NonFinite, match="NaN or infinity at dataset index 3"):
+        what_if(problem, replace={3: torch.full((4,), float("nan"))})
+    targets = ptif.Problem(nn.Linear(4, 1), nn.MSELoss(), (x, x[:, :1]))
+    with pytest.raises(InvalidInput, match="Example 2 has no new label; give one, or remove the example"):
+        what_if(targets, relabel={2: None})
 
 
 def test_removing_more_curvature_than_there_is_fails_in_words() -> None:

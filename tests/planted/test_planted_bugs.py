@@ -228,8 +228,8 @@ def one_step_only(original: Any, self: Any, seed: int) -> Tensor:
     return begun + step * (self.b - self.state.system.product(begun))
 
 
-def added_leverage(original: Any, derivatives: Any, solve: Any, count: int) -> Any:
-    return original(derivatives, solve, -count)
+def added_leverage(original: Any, derivatives: Any, solve: Any, count: int, only: Any = None) -> Any:
+    return original(derivatives, solve, -count, only)
 
 
 DENSE = partial(values_law, Spectral())

@@ -13,11 +13,12 @@ from pytorch_influence_functions.curvature import GGN
 from pytorch_influence_functions.curvature import exact as exact_curvatures
 from pytorch_influence_functions.curvature.kronecker import moments as factors
 from pytorch_influence_functions.linalg import kronecker
+from pytorch_influence_functions.objectives import likelihoods
 from pytorch_influence_functions.solvers import Spectral
 from pytorch_influence_functions.solvers.preconditioner_trial import PreconditionerTrial
 from pytorch_influence_functions.solvers.truncation import Truncated
 from tests.laws import test_kronecker as laws
-from tests.laws import test_truncation
+from tests.laws import test_padding, test_truncation
 from tests.laws.test_influence import relative_gap
 from tests.laws.zoo import CASES
 from tests.planted.planting import Bug, must_be_noticed, swap
@@ -133,6 +134,16 @@ BUGS = [
         "a certificate too good to be true",
         swap(Truncated, "bound", no_bound),
         lambda: test_truncation.test_no_score_is_off_by_more_than_its_bound({"rank": 4}),
+    ),
+    Bug(
+        "padding enters the factors",
+        swap(factors, "teaching_uses", lambda f, columns: None),
+        lambda: test_padding.test_scores_do_not_depend_on_padding("to 64"),
+    ),
+    Bug(
+        "labels drawn by place",
+        swap(likelihoods, "_softmax_sample", lambda f, p, counts, numbers: f(p, torch.ones_like(counts), numbers)),
+        lambda: test_padding.test_scores_do_not_depend_on_padding("left to 20"),
     ),
     Bug("every guide pays", swap(PreconditionerTrial, "pays", lambda f, self: True), trial_law),
 ]

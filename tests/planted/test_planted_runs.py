@@ -12,10 +12,11 @@ from torch import nn
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import GGN
 from pytorch_influence_functions.influence import scoring
-from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment, unrolling
+from pytorch_influence_functions.linalg.kronecker import KroneckerBlock
+from pytorch_influence_functions.trajectory import SOURCE, AdamState, Segment, preconditioner, unrolling
 from pytorch_influence_functions.trajectory import segments as schedule
 from pytorch_influence_functions.trajectory import source as trajectory
-from tests.laws import test_source
+from tests.laws import test_source, test_source_adam
 from tests.laws.test_influence import cross_entropy, relative_gap
 from tests.laws.test_source import dense_source, flow, moved, problem_of
 from tests.oracles.autograd import dense_ggn, example_gradients, flat_parameters
@@ -81,10 +82,24 @@ def rates_of_equal_weight(original: Any, checkpoints: Any, lr: Any, steps: Any, 
     return tuple(replace(s, lr=mean) for s, mean in zip(made, means, strict=True))
 
 
+def turned(original: Any, self: KroneckerBlock, diagonal: Any) -> Any:
+    assert self.left is not None and self.right is not None
+    return original(replace(self, left=self.left.T, right=self.right.T), diagonal)
+
+
+def squared(original: Any, self: Any, name: str, twice: int) -> Any:
+    return original(self, name, 2 * twice)
+
+
 def split_law() -> None:
     test_source.test_an_even_split_keeps_the_training_time()
 
 
+def eigenbasis_law() -> None:
+    test_source_adam.test_the_formula_in_the_eigenbasis()
+
+
+EIGENBASIS = preconditioner.EigenbasisPreconditioner
 STRETCH, RUN, BOTH = unrolling.FittedSegment, trajectory.SourceAttribution, run_law(True)
 BUGS = [
     Bug("queries not carried back", swap(STRETCH, "survives", lambda f, self, u: u), run_law()),
@@ -98,6 +113,16 @@ BUGS = [
     Bug("Adam on both sides", swap(STRETCH, "_between", adam_on_both_sides), BOTH),
     Bug("Adam transposed", swap(STRETCH, "_between", transposed), BOTH),
     Bug("Adam's eps lost", swap(schedule.AdamState, "root", lambda f, self, s: f(self, s) * 1.1), BOTH),
+    Bug(
+        "Adam's square in the eigenbasis",
+        swap(EIGENBASIS, "_power", squared),
+        eigenbasis_law,
+    ),
+    Bug(
+        "basis transposed",
+        swap(KroneckerBlock, "diagonal_in_basis", turned),
+        eigenbasis_law,
+    ),
     Bug("decoupled decay lost", swap(schedule.AdamState, "decays", lambda f, self, s: 0 * f(self, s)), BOTH),
 ]
 

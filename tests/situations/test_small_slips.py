@@ -108,6 +108,29 @@ def test_a_mean_over_tokens_of_unequal_texts_written_as_a_function() -> None:
     assert ptif.attribute(model, (x, y), (x[:2], y[:2]), loss=ptif.TokenCrossEntropy()).shape == (2, 10)
 
 
+def test_a_model_that_is_sure_of_every_example() -> None:
+    model = net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e6)
+    sure = (X, model(X).argmax(1))
+    message = r"mean eigenvalue of the curvature, which is 0 here; use Absolute\(value\), or train with weight decay\."
+    with pytest.raises(InvalidInput, match=message):
+        ptif.attribute(model, sure, sure, loss=LOSS, method="exact", damping=ptif.damping.Relative(0.1))
+    assert ptif.attribute(model, sure, sure, loss=LOSS, damping=0.01).shape == (24, 24)
+
+
+@pytest.mark.filterwarnings("ignore:The collate function gave two different batches")
+def test_a_collate_function_that_draws_noise_stands_in_the_diagnostics() -> None:
+    def noisy(items: Any) -> Any:
+        x, y = torch.utils.data.default_collate(items)
+        return x + 0.1 * torch.randn_like(x), y
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8, collate_fn=noisy)
+    scores = ptif.attribute(net(), loader, QUERIES, loss=LOSS, method="grad_dot")
+    assert "[bad]  data: an example reads differently twice" in str(scores.diagnostics)
+
+
 SLIPS: dict[str, tuple[Callable[[], Any], str]] = {
     "a query by a word": (
         lambda: ptif.attribute(net(), TRAIN, QUERIES, loss=LOSS, method="grad_dot").helpful("a"),  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from typing import Any, final
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput, name_ids, nearest
 from ..core.validate import finite_number
 from ..problem.data import Source
-from ..problem.edited import EditedExamples
+from ..problem.edited import EditedExamples, label_of
 from ..problem.problem import Problem
 
 
@@ -67,10 +67,16 @@ class Edit:
         Raises:
             InvalidInput: nothing is changed, everything is removed, or an index or label cannot be used.
         """
-        removed = _indices(problem, remove, "remove")
-        labels = {i: _class_number(problem, label) for i, label in _by_index(problem, relabel, "relabel").items()}
-        inputs = _by_index(problem, replace, "replace")
-        weights = _by_index(problem, reweight, "reweight")
+        removed = read_indices(problem.data, remove, "remove")
+        names = problem.data.class_names
+        labels = {
+            i: read_label(place, label_of(problem.data.item(i)), label, names)
+            for (i, label), place in zip(
+                _by_index(problem.data, relabel, "relabel").items(), relabel or {}, strict=True
+            )
+        }
+        inputs = _by_index(problem.data, replace, "replace")
+        weights = _by_index(problem.data, reweight, "reweight")
         _refuse_twice(removed=removed, reweighted=weights, changed=[*labels, *(i for i in inputs if i not in labels)])
         terms, parts = [], []
         if removed:
@@ -78,7 +84,7 @@ class Edit:
             parts.append(f"{_count(removed)} removed")
         if labels or inputs:
             changed = sorted({*labels, *inputs})
-            # The whole dataset, though few are read: an error then names an example by its own index.
+            # All examples, so that messages name them by their own indices.
             edited = EditedExamples(problem.data.dataset, range(len(problem.data)), labels, inputs)
             terms.append(_term(problem.data, changed, -1.0))
             terms.append(_term(replace_fields(problem.data, dataset=edited), changed, 1.0))
@@ -117,15 +123,24 @@ def _count(examples: Any) -> str:
     return f"{len(examples)} example{'' if len(examples) == 1 else 's'}"
 
 
-def _indices(problem: Problem, given: Any, name: str) -> list[int]:
-    """Positions in the source of what was given as places in the whole dataset, each once."""
+def read_indices(source: Source, given: Any, name: str) -> list[int]:
+    """Positions in the source of what was given as places in the whole dataset, each once.
+
+    Args:
+        source: the training data.
+        given: indices, or a bool mask over the whole dataset; None: none.
+        name: of the argument, for messages.
+
+    Raises:
+        InvalidInput: no whole numbers, out of range, or one more than once.
+    """
     if given is None:
         return []
     try:
         values = torch.as_tensor(given if hasattr(given, "__len__") or isinstance(given, int) else list(given))
     except (TypeError, ValueError, RuntimeError) as cause:
         raise InvalidInput(f"{name}= takes indices of training examples, such as [3, 7], got {given!r}.") from cause
-    whole = len(problem.data.whole)
+    whole = len(source.whole)
     if values.dtype == torch.bool:
         if values.shape != (whole,):
             raise InvalidInput(
@@ -144,27 +159,67 @@ def _indices(problem: Problem, given: Any, name: str) -> list[int]:
     twice = sorted({i for i in chosen if chosen.count(i) > 1}) if len(set(chosen)) < len(chosen) else []
     if twice:
         raise InvalidInput(f"{name}= names index {name_ids(twice)} more than once; give each once.")
-    return [problem.data.index_of(i) for i in chosen]
+    return [source.index_of(i) for i in chosen]
 
 
-def _by_index(problem: Problem, given: Any, name: str) -> dict[int, Any]:
+def _by_index(source: Source, given: Any, name: str) -> dict[int, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
         example = {"relabel": "{3: 0}", "replace": "{3: x}", "reweight": "{3: 0.5}"}[name]
         raise InvalidInput(f"{name}= takes a mapping by index, such as {example}, got {type(given).__name__}.")
-    return dict(zip(_indices(problem, list(given), name), given.values(), strict=True))
+    return dict(zip(read_indices(source, list(given), name), given.values(), strict=True))
 
 
-def _class_number(problem: Problem, label: Any) -> Any:
-    """A class given by its name as its number; anything else as it is."""
+def class_number(names: Sequence[str] | None, label: Any) -> Any:
+    """A class given by its name as its number; anything else as it is.
+
+    Args:
+        names: of the classes, where the data know them.
+        label: what was given.
+
+    Raises:
+        InvalidInput: no class has this name.
+    """
     if not isinstance(label, str):
         return label
-    names = problem.data.class_names
     if names is None or label not in names:
         known = f"{nearest(label, names)} The classes are {', '.join(names)}." if names else " Give its number."
         raise InvalidInput(f"{label!r} is no class of the training data.{known}")
-    return names.index(label)
+    return list(names).index(label)
+
+
+def read_label(place: int, old: Any, given: Any, names: Sequence[str] | None) -> Any:
+    """A new label of the kind of the old one.
+
+    Args:
+        place: of the example in the training dataset, for messages.
+        old: its label, as the dataset holds it.
+        given: the new one: a class by its name or number, where the old one is a class number.
+        names: of the classes, where the data know them.
+
+    Raises:
+        InvalidInput: no class has this name, or it is no class number where the old label is one.
+    """
+    label = given if isinstance(old, str) else class_number(names, given)
+    if whole_label(old) is not None and whole_label(label) is None:
+        raise InvalidInput(f"The new label {given!r} of example {place} is no class number, as {old!r} is; give one.")
+    if label is None:
+        raise InvalidInput(f"Example {place} has no new label; give one, or remove the example.")
+    return label
+
+
+def whole_label(label: Any) -> int | None:
+    """A class number as an int, from a tensor, an array or a number; None for anything else.
+
+    Args:
+        label: as a dataset holds it, or as it was given.
+    """
+    if isinstance(label, Tensor):
+        label = label.item() if label.numel() == 1 else None
+    elif hasattr(label, "item") and not isinstance(label, (int, float)):
+        label = label.item()
+    return label if isinstance(label, int) else None
 
 
 def _refuse_twice(**groups: Iterable[int]) -> None:

@@ -20,6 +20,7 @@ from ..objectives.base import inputs_and_targets
 from ..problem.checkpoints import at_checkpoint
 from ..problem.model_state import double_backward_safe, plain_autograd
 from ..problem.problem import Problem, sweep
+from .edits import read_indices
 from .fitted_system import fit_system
 
 
@@ -40,7 +41,7 @@ def input_influence(
     Args:
         problem: model, loss and training data; or what a method's `fit(problem)` gave.
         queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
-        ids: places in the training dataset; `None`: all of them.
+        ids: places in the training dataset, or a bool mask over it; `None`: all of them.
         measure: what is measured on a query, an objective or loss; `None`: the training objective.
         method: an `Influence` by name or made; `None`: chosen by size.
 
@@ -48,7 +49,8 @@ def input_influence(
         The slopes, on the CPU, in the inputs' precision; a mean over checkpoints.
 
     Raises:
-        InvalidInput: an index is out of range, or the inputs are no real numbers, so that they have no slope.
+        InvalidInput: an index is out of range or doubled, or the inputs have no slope: they are no real numbers, or
+            the model takes no gradient from them.
 
     Reference: Koh & Liang (2017), "Understanding Black-box Predictions via Influence Functions", §2.2.
 
@@ -60,7 +62,9 @@ def input_influence(
     """
     fitted = fit_system(problem, method, "input_influence")
     data = fitted.problem.data
-    chosen = None if ids is None else [data.index_of(int(i)) for i in data.whole.plan(ids) for i in i.tolist()]
+    chosen = None if ids is None else read_indices(data, ids, "ids")
+    if chosen == []:
+        raise InvalidInput("ids= names no training example; give at least one, or None for all.")
     question = Question.of(fitted.problem, fitted.members[0].derivatives.objective, queries, measure)
     total: Tensor | None = None
     for member in fitted.members:
@@ -100,11 +104,19 @@ def _slopes(derivatives: Derivatives, solved: Rows, ids: Any) -> Tensor:
                 along = torch.stack(
                     [(g * directions[k][q].to(g)).sum() for k, g in zip(parameters, gradients, strict=True)]
                 )
-                rows.append(
-                    torch.autograd.grad(along.sum(), inputs, retain_graph=q + 1 < len(solved))[0].detach().cpu()
-                )
+                rows.append(_slope_of(along.sum(), inputs, q + 1 < len(solved)).detach().cpu())
         kept.append(torch.stack(rows))
     return torch.cat(kept, 1)
+
+
+def _slope_of(value: Tensor, inputs: Tensor, keep: bool) -> Tensor:
+    slope = torch.autograd.grad(value, inputs, retain_graph=keep, allow_unused=True)[0] if value.requires_grad else None
+    if slope is None:
+        raise InvalidInput(
+            "The model takes no gradient from its inputs, so its loss has no slope in them; look for .detach(), "
+            "no_grad() or numpy between the inputs and the trained layers."
+        )
+    return slope
 
 
 def _with_gradient(batch: Any) -> tuple[Any, Tensor]:

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
 from ..curvature.own_losses import find_obstacle
-from ..evaluation.recipe import Recipe
-from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution, Influence
-from ..linalg.rows import Rows
 from ..methods.names import as_method
 from ..objectives.likelihoods import SquaredError
 from ..problem.data import Source
-from ..problem.model_state import plain_autograd, preserved
+from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, first_batch
 from ..problem.weight_decay import WeightDecay
 from ..scaling.base import Raw
 from ..scaling.leverage import Leverage
+from .statistic import DataStatistic
+from .training_once import train_once
 from .what_if import what_if
 
-Statistic: TypeAlias = Callable[[nn.Module], Tensor]
+Statistic: TypeAlias = Callable[..., Tensor]
+"""`model -> number`, or `(model, weights) -> number` with a weight for every training example, [N]: 1 in, 0 out."""
 
 # Every round removes this share of the examples that seem still needed, then looks again.
 _SHARE = 0.5
@@ -83,7 +83,7 @@ def smallest_removal(
     threshold: float = 0.0,
     most: int | float = 0.5,
     method: Any = None,
-    recipe: Recipe | None = None,
+    recipe: Any = None,
     seed: int = 0,
 ) -> SmallestRemoval:
     """The smallest set of training examples whose removal carries a statistic past a threshold, found adaptively.
@@ -95,11 +95,15 @@ def smallest_removal(
 
     Args:
         problem: model, loss and training data, at one set of weights.
-        statistic: `model -> number`, differentiable in the parameters: a coefficient, a margin, a mean over a slice.
+        statistic: `model -> number`, differentiable in the parameters: a coefficient, a margin, a mean over a slice; or
+            `(model, weights) -> number`, where it depends on the training data themselves, such as `TStatistic`:
+            `weights` [N] are 1 for the examples that are in and 0 for those that are out, and it is differentiable in
+            them too.
         threshold: what has to be passed, from whichever side the statistic is on.
         most: the largest set to try: a number of examples, or a share of them.
         method: an `Influence` by name or made; `None`: chosen by size.
-        recipe: how to train again without the set, to confirm; `None`: not tried.
+        recipe: how to train again without the set, to confirm: a `ptif.evaluation.Recipe`, or your own function
+            `(dataset, seed) -> trained model`; `None`: not tried.
         seed: of that training.
 
     Raises:
@@ -124,11 +128,13 @@ def smallest_removal(
             "smallest_removal() moves one model along one Newton step after another; give an Influence such as "
             "method='exact', and a problem without checkpoints."
         )
-    before = _value(problem.model, statistic)
+    everything = torch.arange(len(problem))
+    measured_by = DataStatistic.of(statistic, len(problem))
+    before = measured_by.value(problem.model, everything)
     if before == threshold:
         raise InvalidInput(f"The statistic is {before:.4g}, the threshold itself; give another threshold.")
-    search = _Search(spec, statistic, before, threshold)
-    state, path = _State(problem, torch.arange(len(problem)), before), []
+    search = _Search(spec, measured_by, before, threshold)
+    state, path = _State(problem, everything, before), []
     first = spec.fit(problem)
     while not search.passes(state.value) and len(state.order) < limit:
         fitted = spec.fit(state.problem) if state.order else first
@@ -144,7 +150,8 @@ def smallest_removal(
     ids = tuple((order if positions is None else positions[order]).tolist())
     measured = None
     if recipe is not None and search.passes(state.value):
-        measured = _value(train_model(recipe, problem.data.subset(state.kept), seed), statistic)
+        again = train_once(recipe, problem.data.subset(state.kept), seed)
+        measured = measured_by.value(again, state.kept)
     return SmallestRemoval(ids, len(problem), before, state.value, threshold, measured, tuple(path))
 
 
@@ -153,7 +160,7 @@ def flip_prediction(
     query: Any,
     most: int | float = 0.5,
     method: Any = None,
-    recipe: Recipe | None = None,
+    recipe: Any = None,
     seed: int = 0,
 ) -> SmallestRemoval:
     """The smallest set of training examples without which the model would predict another class for a query.
@@ -214,7 +221,7 @@ class _Search:
     """What is looked for, and how a set grows and shrinks towards it."""
 
     spec: Influence
-    statistic: Statistic
+    statistic: DataStatistic
     before: float
     threshold: float
 
@@ -223,7 +230,7 @@ class _Search:
 
     def choose(self, fitted: Attribution, state: _State, most: int) -> Tensor:
         """Which to take out next, as positions in this round's data: half of those that seem needed."""
-        moves = removal_moves(fitted, self.statistic)
+        moves = removal_moves(fitted, self.statistic, state.kept)
         wanted = self.threshold - state.value
         sizes, order = (moves * (1.0 if wanted > 0 else -1.0)).sort(descending=True)
         enough = (sizes.clamp_min(0.0).cumsum(0) >= abs(wanted)).nonzero()
@@ -244,7 +251,8 @@ class _Search:
             decay = _scaled(decay, len(state.kept) / len(rest))
         smaller = problem.with_(model=edited, data=problem.data.subset(rest), weight_decay=decay)
         order = (*state.order, *state.kept[chosen].tolist())
-        return _State(smaller, state.kept[rest], _value(edited, self.statistic), order)
+        kept = state.kept[rest]
+        return _State(smaller, kept, self.statistic.value(edited, kept), order)
 
     def prune(self, first: Attribution, state: _State) -> _State:
         """Put back whoever is not needed, the last first: later rounds make some of the earlier choices superfluous."""
@@ -259,50 +267,27 @@ class _Search:
         return state
 
 
-def removal_moves(fitted: Attribution, statistic: Statistic) -> Tensor:
-    """How far the removal of each training example moves a statistic of the model; [N] in float64.
+def removal_moves(fitted: Attribution, statistic: DataStatistic, kept: Tensor) -> Tensor:
+    """How far the removal of each training example moves a statistic of the model; [n] in float64.
 
     Corrected for each example's own leverage where the fit solves directly, so that it costs little; else to first
     order.
 
     Args:
         fitted: a method fitted at one set of weights.
-        statistic: `model -> number`, differentiable in the parameters.
+        statistic: what is moved.
+        kept: positions of the fitted data's examples among those that the statistic weighs, [n].
     """
     member, n = fitted.members[0], len(fitted.problem)
-    solved = member.solve(_gradient(fitted, statistic)).unwrap()
+    by_parameters, by_weights = statistic.gradients(fitted, kept)
+    solved = member.solve(by_parameters).unwrap()
     direct = member.composition.solver.vectors_held == 0
     corrected = direct and find_obstacle(member.derivatives) is None
     scaling = Leverage() if corrected else Raw()
-    moves = torch.zeros(n, dtype=torch.float64)
+    moves = -by_weights
     for gradients in member.training_rows(scaling):
-        moves[gradients.ids] = solved.inner(gradients.rows)[0].double().cpu() / n
+        moves[gradients.ids] += solved.inner(gradients.rows)[0].double().cpu() / n
     return moves
-
-
-def _gradient(fitted: Attribution, statistic: Statistic) -> Rows:
-    """The statistic's gradient in the parameters, as one row."""
-    problem, space = fitted.problem, fitted.members[0].derivatives.whole
-    values = space.values(problem.model)
-    with preserved(problem.model, space.names), torch.enable_grad():
-        value = statistic(problem.model)
-        if not value.requires_grad:
-            raise InvalidInput(
-                "The statistic does not depend on the parameters through autograd; write it with tensors, without "
-                ".item(), .detach() or numpy."
-            )
-        gradients = torch.autograd.grad(value, list(values.values()), materialize_grads=True)
-    return space.from_parameters({k: g.detach()[None] for k, g in zip(values, gradients, strict=True)})
-
-
-def _value(model: nn.Module, statistic: Statistic) -> float:
-    with preserved(model, ()):
-        value: Any = statistic(model)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InvalidInput(f"The statistic gave {kind}, expected one number as a tensor; reduce it, with .mean() say.")
-    number = float(value.detach())
-    return finite_number("The statistic", number)
 
 
 def _passes(before: float, value: float, threshold: float) -> bool:

@@ -97,6 +97,8 @@ class AbstractCurvature(Record, ABC):
     """The forms `of` can give."""
     layerwise: ClassVar[bool] = False
     """Whether every layer is a block of its own, with a scale of its own that damping follows by default."""
+    kronecker: ClassVar[bool] = False
+    """Whether its spectral form has a Kronecker product as eigenbasis of every layer."""
     keeps_factors: ClassVar[bool] = False
     """Whether it multiplies a block of a row by a number, so that a gradient in factors stays in factors."""
     semidefinite: ClassVar[bool] = True
@@ -146,6 +148,18 @@ class AbstractCurvature(Record, ABC):
     def projectable(self, form: Form) -> bool:
         """Whether it can be had in this `form` where only projections of gradient rows are known."""
         return False
+
+    def check_size(self, derivatives: Derivatives, budget: Budget) -> None:
+        """Refuse, before any data are read, what cannot be had within the budget whatever the data are.
+
+        Args:
+            derivatives: how the problem's gradients are taken.
+            budget: what it may take.
+
+        Raises:
+            TooLarge: it cannot.
+        """
+        return
 
     def closest_form(self, wanted: Form) -> Form:
         """Its eigenvalues where it comes with them, else the form that is `wanted`."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ..gradients.per_example import Derivatives
 from ..linalg.block_diagonal import restrict_rows, subspace
@@ -26,23 +26,6 @@ class GroupRequest:
     form: Form
 
 
-def restricted(derivatives: Derivatives, names: Iterable[str]) -> Derivatives:
-    """The same derivatives over some blocks only: every curvature of it is the diagonal block of the whole one's."""
-    space = subspace(derivatives.whole, names)
-    layers = {}
-    for key, layer in derivatives.layers.items():
-        parts = {block: part for block, part in layer.parts.items() if block in space.blocks}
-        if parts:
-            layers[key] = replace(layer, parts=parts)
-    return replace(
-        derivatives,
-        whole=space,
-        layers=layers,
-        vmapped=tuple(b for b in derivatives.vmapped if b in space.blocks),
-        looped=tuple(b for b in derivatives.looped if b in space.blocks),
-    )
-
-
 def block_operators(
     parts: Mapping[str, GroupRequest], derivatives: Derivatives, budget: Budget
 ) -> dict[str, AbstractSymmetric]:
@@ -59,7 +42,7 @@ def block_operators(
         curvature = part.curvature
         curvature.require(part.form)
         if not isinstance(curvature, AbstractRowCurvature) or part.form is Form.IMPLICIT:
-            operators[name] = curvature.of(restricted(derivatives, part.blocks), part.form, budget)
+            operators[name] = curvature.of(derivatives.restricted(part.blocks), part.form, budget)
             continue
         members = next((m for c, m in waiting if c == curvature), None)
         if members is None:
@@ -74,7 +57,7 @@ def block_operators(
 def _from_one_pass(
     curvature: AbstractRowCurvature, parts: Mapping[str, GroupRequest], derivatives: Derivatives, budget: Budget
 ) -> dict[str, AbstractSymmetric]:
-    chosen = restricted(derivatives, [b for part in parts.values() for b in part.blocks])
+    chosen = derivatives.restricted([b for part in parts.values() for b in part.blocks])
     curvature.check_objective(chosen)
     spaces = {name: subspace(derivatives.space, part.blocks) for name, part in parts.items()}
     matrices = _empty(parts, spaces, derivatives, budget)

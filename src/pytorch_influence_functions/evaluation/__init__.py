@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..core.renames import moved_names as _moved_names
+from .accuracy import Accuracy
 from .correlate import Estimate
 from .interop import explanations, from_dattri, quanda_explainer
 from .metrics import (
@@ -27,6 +28,7 @@ from .verification import Verification, verify
 
 __all__ = [
     "BASELINES",
+    "Accuracy",
     "ConstantRate",
     "CosineDecay",
     "Estimate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import final
@@ -14,6 +15,11 @@ from ..core.errors import InvalidInput
 
 RESAMPLES = 1000
 LEVEL = 0.95
+# Student's t beyond which 2.5 % lie, for 1, 2, ... degrees of freedom; above 30 the last is a little too wide.
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 # How many resampled ranks are held in memory at once.
 _RANKS_AT_ONCE = 20_000_000
 Statistic = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -123,6 +129,25 @@ class Estimate:
         tail = (1.0 - LEVEL) / 2
         low, high = torch.quantile(draws.double(), torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
         return Estimate(float(value), low, high, protocol, draws)
+
+    @staticmethod
+    def over_seeds(values: Float[Tensor, " r"], protocol: str) -> Estimate:
+        """The mean over seeds with Student's 95 % interval, NaN for a single seed.
+
+        Args:
+            values: one for each seed.
+            protocol: how they were made.
+
+        >>> print(Estimate.over_seeds(torch.tensor([1.0, 2.0, 3.0]), "three seeds"))
+        2.000 (-0.484 to 4.484)
+        """
+        values = values.double()
+        mean, count = float(values.mean()), len(values)
+        if count < 2:
+            return Estimate(mean, math.nan, math.nan, protocol)
+        quantile = _STUDENT[min(count - 1, len(_STUDENT)) - 1]
+        around = quantile * float(values.std()) / math.sqrt(count)
+        return Estimate(mean, mean - around, mean + around, protocol)
 
     def minus(self, other: Estimate) -> Estimate:
         """The paired difference; both estimates must have been resampled alike.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, final
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
@@ -19,6 +20,7 @@ from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 from ..objectives.loss_weights import loss_module
 from ..objectives.measures import FromFunction
+from ..trajectory.replay import Replay
 
 # All threads share one random generator, so models are made one after the other.
 _seeding = threading.Lock()
@@ -127,6 +129,24 @@ class Recipe:
         """
         return self.epochs * -(-examples // (self.batch_size or examples))
 
+    def replay(self, examples: int, seed: int) -> Replay:
+        """The training on all of so many examples as a run that `ptif.methods.unrolled` goes backwards.
+
+        Args:
+            examples: how many training examples there are.
+            seed: of weights and order.
+
+        Raises:
+            InvalidInput: the optimiser is none that can be gone backwards.
+        """
+        model = self.fresh(seed)
+        optimizer = self.optimizer([p for p in model.parameters() if p.requires_grad])
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        orders = draw_orders(examples, self.epochs, seed)
+        steps = [ids for order in orders for ids in torch.split(order, self.batch_size or examples)]
+        factors = [self.schedule(step, len(steps)) for step in range(len(steps))]
+        return Replay(model.state_dict(), steps, optimizer, [rates[0] * factor for factor in factors])
+
     def objective(self) -> AbstractObjective | None:
         """The loss as an objective, `None` where it is to be inferred."""
         objective = None if self.loss is None else as_objective(self.loss)
@@ -165,6 +185,19 @@ class Recipe:
         parts += [] if self.start is None else ["start=given weights"]
         parts += ["hold_batches=True"] if self.hold_batches else []
         return f"Recipe({', '.join(parts)})"
+
+
+def draw_orders(examples: int, epochs: int, seed: int) -> Iterator[Int[Tensor, " n"]]:
+    """Yield the order of all examples in every epoch.
+
+    Args:
+        examples: how many.
+        epochs: how many.
+        seed: what the orders follow from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        yield torch.randperm(examples, generator=generator)
 
 
 def name_callable(function: Any) -> str:

@@ -17,7 +17,7 @@ from ..core.errors import InvalidInput, NonFinite
 from ..gradients.vjp import as_function, grads, silence_slow_batching
 from ..objectives.base import AbstractObjective, tensor_targets, with_targets
 from ..problem.data import Source
-from .recipe import Recipe
+from .recipe import Recipe, draw_orders
 
 # A stack of models is trained well up to so many parameters in all: larger stacks fall out of the cache.
 _STACK_PARAMETERS = 6_000_000
@@ -106,11 +106,9 @@ class Job:
 
 def draw_batches(recipe: Recipe, job: Job) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, " b"] | None]]:
     """Yield the indices of every step's examples, with their weights if the recipe holds batches."""
-    order = torch.Generator().manual_seed(job.seed)
     n = len(job.kept)
     size = recipe.batch_size or n
-    for _ in range(recipe.epochs):
-        ids = torch.randperm(n, generator=order)
+    for ids in draw_orders(n, recipe.epochs, job.seed):
         if recipe.hold_batches:
             for batch in torch.split(ids, size):
                 yield batch, job.kept[batch].float()

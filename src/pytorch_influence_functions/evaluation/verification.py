@@ -16,7 +16,7 @@ from ..core.errors import InvalidInput
 from ..core.validate import whole_number
 from ..problem.data import Source
 from ..problem.model_state import plain_autograd
-from ..scores.scores import Scores
+from ..scores.scores import MEAN, Scores
 from .correlate import RESAMPLES, Estimate
 from .retraining import retrain
 from .subsets import Subsets
@@ -150,6 +150,11 @@ def verify(
         raise InvalidInput(
             "Only some training examples are held (top=, or a loader's sampler), so groups cannot be predicted; "
             "score without top=, and give a part of a dataset as torch.utils.data.Subset(dataset, indices)."
+        )
+    if scores.diagnostics.rows or bool((scores.query_ids == MEAN).any()):
+        raise InvalidInput(
+            "Rows of these scores are not single queries (a mean, groups, a contrast or a difference), and retraining "
+            "measures queries one by one; verify the scores of the queries themselves."
         )
     whole_number("n", n, 6, hint="fewer removals say nothing of a correlation")
     count = max(1, scores.n_train // 50) if size is None else size

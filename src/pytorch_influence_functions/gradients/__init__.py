@@ -1,11 +1,12 @@
 """Per-example gradients, products with them that are never written out, and projections."""
 
 from ..linalg.rows import Route
-from .projections import AbstractProjection, Gaussian
+from .projections import AbstractProjection, Gaussian, Rescaled
 
 __all__ = [
     "AbstractProjection",
     "Gaussian",
+    "Rescaled",
     "Route",
 ]
 

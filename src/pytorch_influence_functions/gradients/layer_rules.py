@@ -178,7 +178,7 @@ def find_rule(module: nn.Module) -> Rule | None:
             rule = candidate
     if rule is None and name == "Conv1D" and hasattr(module, "nf"):
         rule = transposed_linear
-    if rule is None and name.endswith("RMSNorm") and "weight" in module._parameters:
+    if rule is None and name.endswith(("RMSNorm", "T5LayerNorm")) and "weight" in module._parameters:
         rule = rms_norm
     own = {k for k, p in module._parameters.items() if p is not None}
     if rule is None or not own <= {"weight", "bias"} or "weight" not in own or not _applies(module, rule):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..core.batches import batch_slice, tensors_of
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
@@ -39,6 +40,8 @@ log = logging.getLogger("pytorch_influence_functions")
 
 # Share of the memory that a batch may take; what the backward pass and the inner products hold comes beside it.
 _BATCH_SHARE = 1 / 16
+# The numbers that the rows of the examples on which rules are verified may take together.
+_PROBE_NUMBERS = 1 << 26
 # Largest temporary of a vmapped fallback, in numbers.
 _VMAP_NUMBERS = 1 << 26
 
@@ -119,7 +122,14 @@ class Derivatives:
             layers = _find_layers(problem.model, space, probe)
             covered = {b for s in layers.values() for b in s.parts}
             plan = replace(start, layers=layers)
-            unusable = [b for b in every if b not in covered] + probe.disagreeing(plan, covered)
+            wrong = probe.disagreeing(plan, covered)
+            if len(wrong) == len(covered):
+                # What examples share is given an axis of its own, which code after the layer may not bear.
+                layers = {k: s for k, s in layers.items() if "shared" not in s.layouts}
+                plan = replace(plan, layers=layers)
+                covered = {b for s in layers.values() for b in s.parts}
+                wrong = probe.disagreeing(plan, covered)
+            unusable = [b for b in every if b not in covered] + wrong
             layers = {k: _drop_blocks(s, unusable) for k, s in layers.items() if set(s.parts) - set(unusable)}
             plan = replace(plan, layers=layers)
             plan = _add_fallbacks(plan, probe, tuple(b for b in every if b in unusable), space.blocks)
@@ -135,6 +145,21 @@ class Derivatives:
     def with_projection(self, projection: AbstractProjection) -> Derivatives:
         """The same derivatives with every row projected; raises as `AbstractProjection.projector`."""
         return replace(self, projector=projection.projector(self.whole))
+
+    def restricted(self, names: Iterable[str]) -> Derivatives:
+        """The same derivatives over some blocks only: every curvature of it is the diagonal block of the whole one's.
+
+        Args:
+            names: the blocks.
+        """
+        space = subspace(self.whole, names)
+        layers = {}
+        for key, layer in self.layers.items():
+            parts = {block: part for block, part in layer.parts.items() if block in space.blocks}
+            if parts:
+                layers[key] = replace(layer, parts=parts)
+        vmapped, looped = (tuple(b for b in some if b in space.blocks) for some in (self.vmapped, self.looped))
+        return replace(self, whole=space, layers=layers, vmapped=vmapped, looped=looped)
 
     @property
     def routes(self) -> dict[str, str]:
@@ -290,7 +315,8 @@ class _Probe:
     n: int
     outputs: Tensor
     cotangent: Tensor
-    reference: Rows
+    reference: Rows | None
+    """The rows by definition; None where three of them are large, and are made one at a time."""
     precision: torch.dtype
     held: float
     """Numbers that one example's inputs and activations take."""
@@ -317,9 +343,24 @@ class _Probe:
         refuse_shared_losses(objective, batch, outputs)
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-        rows = rows_one_by_one(model, objective, list(space.names), batch, cotangent)
+        reference = None
+        if 3 * space.size <= _PROBE_NUMBERS:
+            rows = rows_one_by_one(model, objective, list(space.names), batch, cotangent)
+            reference = space.from_parameters(rows)
         held = (narrowest.numbers + sum(tensor.numel() for _, tensor in tensors_of(batch))) / 3
-        return _Probe(problem, objective, batch, 3, outputs, cotangent, space.from_parameters(rows), precision, held)
+        return _Probe(problem, objective, batch, 3, outputs, cotangent, reference, precision, held)
+
+    def _references(self) -> Iterator[tuple[slice, Rows]]:
+        """Rows by definition, with which examples they belong to."""
+        if self.reference is not None:
+            yield slice(0, self.n), self.reference
+            return
+        space = self.problem.space
+        for e in range(self.n):
+            part = slice(e, e + 1)
+            one = batch_slice(self.batch, self.n, part)
+            rows = rows_one_by_one(self.problem.model, self.objective, list(space.names), one, self.cotangent[part])
+            yield part, space.from_parameters(rows)
 
     def disagreeing(self, plan: Derivatives, blocks: Any) -> list[str]:
         """The blocks on which `plan` differs from the definition."""
@@ -328,16 +369,17 @@ class _Probe:
         except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError) as failure:
             log.debug("probe failed: %s", failure)
             return list(blocks)
-        total = self.reference.squared_norms().sqrt()
-        differing = []
-        for name in plan.whole.blocks:
-            if name not in blocks:
-                continue
-            expected = self.reference.blocks[name].dense().flatten(1)
-            gap = (rows.blocks[name].dense().flatten(1) - expected).norm(dim=1)
-            if bool((gap > tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)).any()):
-                differing.append(name)
-        return differing
+        differing: set[str] = set()
+        for part, reference in self._references():
+            total, some = reference.squared_norms().sqrt(), rows.take(part)
+            for name in plan.whole.blocks:
+                if name not in blocks or name in differing:
+                    continue
+                expected = reference.blocks[name].dense().flatten(1)
+                gap = (some.blocks[name].dense().flatten(1) - expected).norm(dim=1)
+                if bool((gap > tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)).any()):
+                    differing.add(name)
+        return [name for name in plan.whole.blocks if name in differing]
 
 
 def _look(objective: AbstractObjective, model: nn.Module, batch: Any) -> Tensor:

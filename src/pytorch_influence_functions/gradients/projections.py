@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -82,7 +82,9 @@ class AbstractProjection(Record, ABC):
                 f"{type(self).__name__}(k={self.k}) is no smaller than the {space.size:,} parameters, where projecting "
                 "only adds noise; leave the projection out."
             )
-        decays = set(space.decay.values())
+        factors = self.factors(space)
+        # What is rescaled has no uniform decay any more, and takes none.
+        decays = set(space.decay.values()) if factors is None else {0.0}
         if len(decays) > 1:
             raise InvalidInput(
                 "Weight decay differs between parameters, and a projection mixes them; pass one number for all, or "
@@ -94,7 +96,15 @@ class AbstractProjection(Record, ABC):
         else:
             sizes = {name: min(self.k, block.numel) for name, block in space.blocks.items()}
             blocks = {name: BlockSpec(name, (), (size,), decay=decay) for name, size in sizes.items()}
-        return Projector(self, Space(blocks, {}))
+        return Projector(self, Space(blocks, {}), factors)
+
+    def factors(self, space: Space) -> Rows | None:
+        """What every coordinate of a gradient is multiplied by before it is projected, as one row; None: nothing.
+
+        Args:
+            space: the parameters that take part.
+        """
+        return None
 
 
 @final
@@ -129,12 +139,60 @@ class Gaussian(AbstractProjection):
         return torch.randn(length, self.k, generator=generator) / math.sqrt(self.k)
 
 
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Rescaled(AbstractProjection):
+    """Another projection, of gradients whose every number is multiplied by one of its own first.
+
+    Args:
+        projection: what projects them.
+        scales: the multipliers by parameter name, in the parameters' shapes, such as Adam's 1 / (sqrt(v) + eps).
+            Weight decay then takes no part.
+
+    >>> Rescaled(Gaussian(64), {"weight": torch.ones(2, 3)})
+    Rescaled(Gaussian(k=64), 1 tensor)
+    """
+
+    projection: AbstractProjection
+    scales: Mapping[str, Tensor]
+
+    @property
+    def k(self) -> int:  # type: ignore[override]
+        """As of the projection."""
+        return self.projection.k
+
+    @property
+    def per_layer(self) -> bool:  # type: ignore[override]
+        """As of the projection."""
+        return self.projection.per_layer
+
+    @property
+    def seed(self) -> int:  # type: ignore[override]
+        """As of the projection."""
+        return self.projection.seed
+
+    def __repr__(self) -> str:
+        n = len(self.scales)
+        return f"Rescaled({self.projection!r}, {n} tensor{'' if n == 1 else 's'})"
+
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        """What results depend on."""
+        return self.projection, dict(self.scales)
+
+    def strip(self, length: int, generator: torch.Generator) -> Float[Tensor, "length k"]:
+        return self.projection.strip(length, generator)
+
+    def factors(self, space: Space) -> Rows | None:
+        return space.from_parameters({name: self.scales[name][None] for name in self.scales if name in space.shapes})
+
+
 @dataclass(frozen=True, eq=False)
 class Projector:
-    """A projection of one space; `space` is that of the projected rows."""
+    """A projection of one space; `space` is that of the projected rows, `factors` what they are multiplied by first."""
 
     projection: AbstractProjection
     space: Space
+    factors: Rows | None = None
     _known: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def apply(self, rows: Rows) -> Rows:
@@ -142,6 +200,8 @@ class Projector:
         projected: dict[str, Tensor] = {}
         for name, block in rows.blocks.items():
             dense = block.dense().flatten(1)
+            if self.factors is not None:
+                dense = dense * self.factors.blocks[name].dense().flatten(1).to(dense)
             if name in self.space.blocks and self.space.blocks[name].numel == dense.shape[1]:
                 projected[name] = dense
                 continue

@@ -152,8 +152,8 @@ class _Look:
 
     derivatives: Derivatives
     sample: Sample
-    sums: Tensor = field(init=False)
-    """The groups' summed gradients, flat [B, P]."""
+    sums: dict[str, Tensor] = field(init=False)
+    """The groups' summed gradients by block, [B, P_b]."""
     squares: Tensor = field(init=False)
     """Sum of the squared norms, by group and block."""
     few: dict[str, float] = field(default_factory=dict)
@@ -169,7 +169,8 @@ class _Look:
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)
         like = next(iter(space.values(self.derivatives.problem.model).values()))
         wide = torch.promote_types(like.dtype, torch.float32)
-        self.sums = torch.zeros(self.sample.count, space.size, dtype=wide, device=like.device)
+        shape = self.sample.count
+        self.sums = {k: torch.zeros(shape, b.numel, dtype=wide, device=like.device) for k, b in space.blocks.items()}
         self.squares = torch.zeros(self.sample.count, len(space.blocks), dtype=torch.float64)
 
     def add(self, gradients: GradientBatch) -> None:
@@ -180,7 +181,8 @@ class _Look:
         for group in sorted(set(groups.tolist())):
             rows = gradients.rows if self.sample.count == 1 else gradients.rows.take(torch.where(groups == group)[0])
             ones = torch.ones(1, len(rows), dtype=rows.dtype, device=rows.device)
-            self.sums[group] += rows.combine(ones).flat()[0]
+            for name, block in rows.blocks.items():
+                self.sums[name][group] += block.combine(ones)[0].flatten()
         self._add_left_out(gradients, min(_ONE_BY_ONE - self.done, len(gradients.ids)))
         self.done += len(gradients.ids)
 
@@ -190,27 +192,34 @@ class _Look:
         names = [k for k, p in problem.model.named_parameters() if p.is_floating_point()]
         if count <= 0 or not set(names) - set(space.names):
             return
-        batch = batch_slice(gradients.batch, len(gradients.ids), slice(0, count))
-        with preserved(problem.model, names):
-            with torch.no_grad():
-                outputs = objective.outputs(problem.model, batch)
-            _, slope = slopes(objective, outputs, batch, gradients.ids[:count])
-            rows = rows_one_by_one(problem.model, objective, names, batch, slope)
-        for name, value in rows.items():
-            key = "used" if name in space.names else FROZEN if name in self.frozen else LEFT_OUT
-            self.few[key] = self.few.get(key, 0.0) + float(value.double().square().sum())
+        for e in range(count):  # one at a time: a row over all parameters is as large as the model
+            one = batch_slice(gradients.batch, len(gradients.ids), slice(e, e + 1))
+            with preserved(problem.model, names):
+                with torch.no_grad():
+                    outputs = objective.outputs(problem.model, one)
+                _, slope = slopes(objective, outputs, one, gradients.ids[e : e + 1])
+                rows = rows_one_by_one(problem.model, objective, names, one, slope)
+            for name, value in rows.items():
+                key = "used" if name in space.names else FROZEN if name in self.frozen else LEFT_OUT
+                self.few[key] = self.few.get(key, 0.0) + float(value.double().square().sum())
 
     def moments(self) -> Moments:
         """The inner products of what was added up."""
         problem, space = self.derivatives.problem, self.derivatives.space
-        weights = space.from_parameters({k: v.detach()[None] for k, v in space.values(problem.model).items()})
-        decay = weights.scaled(space.decay).flat().to(self.sums)
-        cross = (self.sums @ decay.T).double().cpu()
-        products = torch.cat([(self.sums @ self.sums.T).double().cpu(), cross], 1)
-        products = torch.cat([products, torch.cat([cross.T, (decay @ decay.T).double().cpu()], 1)])
+        weights = {k: v.detach()[None] for k, v in space.values(problem.model).items()}
+        products = torch.zeros(self.sample.count + 1, self.sample.count + 1, dtype=torch.float64)
+        square = 0.0
+        for name, sums in self.sums.items():
+            decay = space.block(name, weights).dense().flatten(1).to(sums) * space.decay[name]
+            cross = (sums @ decay.T).double().cpu()
+            products[:-1, :-1] += (sums @ sums.T).double().cpu()
+            products[:-1, -1:] += cross
+            products[-1:, :-1] += cross.T
+            products[-1:, -1:] += (decay @ decay.T).double().cpu()
+            mean = sums.sum(0, dtype=torch.float64) / self.done + decay[0].double()
+            square += float(mean @ mean)
         counts = torch.bincount(self.sample.groups, minlength=self.sample.count).double()
-        mean = self.sums.sum(0, dtype=torch.float64) / self.done + decay[0].double()
-        square, per_example = float(mean @ mean), problem.weight_decay.per_example
+        per_example = problem.weight_decay.per_example
         return Moments(counts, products, self.squares.sum(1), square, len(problem), per_example)
 
     def shares(self) -> dict[str, float]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import Any, final, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.distributed import World, current
+from ..core.distributed import World
 from ..core.errors import InvalidInput
 from ..core.notebook import html_table
 from ..core.records import Record
@@ -32,6 +31,7 @@ from ..problem.problem import Problem
 from ..problem.working_precision import copied_bytes, in_working_precision
 from ..scaling.base import AbstractScaling, Raw
 from ..scores.diagnostics import Diagnostics
+from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from ..solvers.auto import Auto, choose_composition
 from ..solvers.base import AbstractSolver
@@ -39,7 +39,7 @@ from ..solvers.forecast import Composition, Forecast, estimate_cost, time_produc
 from ..solvers.truncation import Truncation
 from .agreement import Units
 from .assumptions import StationarityCheck, sample_size
-from .averaging import CheckpointAverage, split_queries
+from .averaging import CheckpointAverage
 from .checks import (
     as_weights,
     check_options_used,
@@ -52,9 +52,11 @@ from .checks import (
 from .fitted_member import FittedMember
 from .members import Members
 from .method import AbstractMethod
+from .parts import By, Parts
 from .question import Question
+from .rounds import Rounds
 from .run_log import RunLog
-from .scoring import ScoringPass, Solved, TrainingStream
+from .scoring import ScoringPass
 from .tokens import TokenScores, check_tokens
 
 
@@ -128,6 +130,8 @@ class Influence(Record, AbstractMethod):
         # the same for all.
         with at_checkpoint(problem.model, checkpoints[-1]):
             derivatives = self._derivatives(problem)
+            if self.curvature is not None and self.projection is None:
+                self.curvature.check_size(derivatives, budget)
             stationarity = StationarityCheck.of(derivatives)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
@@ -255,36 +259,59 @@ class Attribution(OldNames):
         rows += [("fit", f"{self.fit_seconds:.3g} s"), ("next", "score(queries), self_influence()")]
         return html_table(rows, title="Attribution")
 
+    # fmt: off
+    @overload
+    def score(
+        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
+        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: None = None,
+    ) -> Scores: ...
+    @overload
+    def score(
+        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
+        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: By,
+    ) -> PartScores: ...
+    # fmt: on
     @plain_autograd()
-    def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
+    def score(
+        self,
+        queries: Any,
+        measure: Any = None,
+        top: int | None = None,
+        batch_size: int | None = None,
+        *,
+        aggregate: Any = None,
+        contrast: Any = None,
+        ids: Any = None,
+        by: By | None = None,
+    ) -> Scores | PartScores:
         """Predicted change of the measure on every query when each training example is removed.
 
         Args:
-            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
-            measure: what is measured on a query, an objective or loss; `None`: the training objective.
+            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`; or `FromModel(f)`, or a list of those.
+            measure: what is measured on a query, an objective or loss; `None`: the training objective. A list or
+                dictionary of several gives rows for each.
             top: keep only the k most helpful and k most harmful examples per query.
             batch_size: queries read at once; `None`: the problem's.
+            aggregate: rows of several queries, put together before the one solve that each row takes: `"mean"`,
+                `"sum"`, a group for every query (the mean over each), or by name positions, a mask (their mean) or
+                weights.
+            contrast: what each query is compared with, as many or one: the measure on the query less that on this.
+            ids: the training examples to score, or a list of them for every row; no others are read.
+            by: `"layer"`, patterns of names, or patterns by the name of the part: the scores of every part.
 
         Returns:
-            `Scores` of shape (queries, N), averaged over the checkpoints in `units`, or summed with `weights`.
+            `Scores` of shape (queries, N), averaged over the checkpoints in `units`, or summed with `weights`; with
+            `by`, `PartScores`, which add up to them.
 
         Raises:
             SolveFailed: a solve did not converge; the message says why and what to change.
             NonFinite: a gradient or score is NaN or infinite; the indices are named.
         """
-        scoring = ScoringPass(self.problem, self._question(queries, measure, top, batch_size))
-        if len(self.members) == 1 and current().size == 1:
-            weight = self._weights[0]
-            for _, member, query_ids, solved in self._solved(scoring):
-                for ids, values in self._stream(member, solved, scoring.log).blocks():
-                    scoring.add(query_ids, ids, values if weight == 1.0 else values * weight)
-        else:
-            for part in split_queries(scoring.question, len(self.problem), Budget.of(self.spec.memory)):
-                average = self._average(scoring, part)
-                scoring.add(part, torch.arange(len(self.problem)), average.result())
-                scoring.log.agreement += average.agreement()
-        scoring.log.end_checkpoints(self._weights)
-        return scoring.scores(self._diagnostics, self.fit_seconds)
+        question = self._question(queries, measure, top, batch_size, aggregate, contrast, ids)
+        if by is None:
+            return self._rounds.scored(question).scores(self._diagnostics, self.fit_seconds)
+        parts = Parts.of(by, self.members[0].derivatives)
+        return self._rounds.scored_by_part(question, parts).part_scores(self._diagnostics, self.fit_seconds)
 
     @plain_autograd()
     def self_influence(self) -> Float[Tensor, " n"]:
@@ -329,8 +356,9 @@ class Attribution(OldNames):
         check_tokens(self.members[0].derivatives, self.spec.scaling)
         tokens = TokenScores(self.problem, ids, len(question))
         scoring = ScoringPass(self.problem, question)
-        factors = self._factors(scoring)
-        for k, member, query_ids, solved in self._solved(scoring):
+        rounds = self._rounds
+        factors = rounds.factors(scoring)
+        for k, member, query_ids, solved in rounds.solved(scoring):
             tokens.add(member.derivatives, query_ids, solved, factors[k])
         return tokens.values
 
@@ -419,60 +447,23 @@ class Attribution(OldNames):
         """What each checkpoint's scores are multiplied by before they are added up, as they are."""
         return self.spec.weights or (1.0 / len(self.members),) * len(self.members)
 
-    def _average(self, scoring: ScoringPass, part: Tensor) -> CheckpointAverage:
-        """All scores of a part of the queries, averaged over the checkpoints."""
-        first, n = int(part[0]), len(self.problem)
-        average = CheckpointAverage(Units.of(self.spec.units), self._weights, len(part), n)
-        done = 0
-        for k, member, query_ids, solved in self._solved(scoring, part):
-            if k > done:
-                average.end_checkpoint()
-                done = k
-            for ids, values in self._stream(member, solved, scoring.log).blocks():
-                average.add(query_ids - first, ids, values)
-        average.end_checkpoint()
-        return average
-
-    def _factors(self, scoring: ScoringPass) -> list[Tensor]:
-        """For every checkpoint, what each query's scores are multiplied by before they are added up."""
-        if self.spec.units is Units.RAW:
-            return [torch.full((len(scoring.question),), w, dtype=torch.float64) for w in self._weights]
-        return list(self._average(scoring, torch.arange(len(scoring.question))).factors())
-
-    def _question(
-        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None
-    ) -> Question:
-        return Question.of(self.problem, self.members[0].derivatives.objective, queries, measure, top, batch_size)
-
-    def _solved(
-        self, scoring: ScoringPass, part: Tensor | None = None
-    ) -> Iterator[tuple[int, FittedMember, Tensor, Solved]]:
-        """(checkpoint, its member, query indices, solved queries) in groups that fit, at the checkpoint's weights."""
-        for k, member in enumerate(self.members):
-            scoring.log.checkpoint = k
-            with at_checkpoint(self.problem.model, member.checkpoint):
-                room = member.room(Budget.of(self.spec.memory))
-                for query_ids, rows in scoring.query_groups(member.derivatives, room, part):
-                    solution = member.solve(rows)
-                    scoring.log.add_solution(solution, rows, member.shift)
-                    factors = self.spec.scaling.query_factors(rows)
-                    solved = solution.unwrap()
-                    solved = solved if factors is None else solved.scaled(factors)
-                    del rows, solution  # while the data stream past, nobody holds the unsolved rows
-                    yield k, member, query_ids, solved
-
-    def _stream(self, member: FittedMember, solved: Solved, log: RunLog) -> TrainingStream:
-        scaling = self.spec.scaling
-        return TrainingStream(
-            member.derivatives,
-            solved,
-            Route.of(self.spec.route),
-            None if scaling.first_order else lambda: member.training_rows(scaling),
-            member.stored,
-            self.spec.truncation,
-            log,
-            None if self.spec.precision is None else torch.bfloat16,
+    @property
+    def _rounds(self) -> Rounds:
+        spec = self.spec
+        return Rounds(
+            self.problem,
+            self.members,
+            self._weights,
+            Units.of(spec.units),
+            Budget.of(spec.memory),
+            spec.scaling,
+            Route.of(spec.route),
+            spec.truncation,
+            None if spec.precision is None else torch.bfloat16,
         )
+
+    def _question(self, *asked: Any) -> Question:
+        return Question.of(self.problem, self.members[0].derivatives.objective, *asked)
 
     def _member(self, checkpoint: Any) -> FittedMember:
         last = len(self.members) - 1

@@ -178,20 +178,21 @@ _SMALL = ("The", "A", "Label", "Target", "Item", "Array", "Arrays", "Reading", "
 
 
 @contextmanager
-def in_queries() -> Iterator[None]:
+def in_queries(place: str = "queries") -> Iterator[None]:
     """Say that an index or shape speaks of the queries: the same sentence would be read as the training data's."""
+    where = "In the queries" if place == "queries" else f"In {place}="
     try:
         yield
     except (InvalidInput, NonFinite) as error:
         message = str(error)
-        if not message.startswith("In the queries"):
+        if not message.startswith(where):
             if "has no target" in message:
                 message += (
                     " To ask about unlabelled examples, give the model's own answers as labels: queries=(x, "
                     "model(x).argmax(1))."
                 )
             plain = message.split(" ", 1)[0] in _SMALL
-            error.args = (f"In the queries, {message[0].lower() + message[1:] if plain else message}",)
+            error.args = (f"{where}, {message[0].lower() + message[1:] if plain else message}",)
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.distributed import World
+from ..core.errors import TooLarge
 from ..curvature.base import Budget
 from ..curvature.spectrum import effective
 from ..damping.rules import AbstractDamping
@@ -25,7 +27,9 @@ from ..solvers.base import Solution
 from ..solvers.forecast import Composition, queries_at_once
 from ..solvers.preconditioner import Preconditioner
 from ..solvers.preconditioner_trial import PreconditionerTrial
-from .scoring import self_influence_rows
+from .held_bytes import bytes_held
+from .query_store import QueryStore
+from .scoring import ScoringPass, Solved, self_influence_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,17 +123,74 @@ class FittedMember:
             shares[query_ids] = torch.where(sizes > 0, damped / sizes, torch.zeros_like(sizes)).cpu()
         return shares
 
-    def training_rows(self, scaling: AbstractScaling) -> Iterator[GradientBatch]:
-        """The rows that stand for the training examples under a scaling."""
+    def training_rows(self, scaling: AbstractScaling, ids: Tensor | None = None) -> Iterator[GradientBatch]:
+        """The rows that stand for the training examples `ids` (None: all) under a scaling."""
         solver, state = self.composition.solver, self.state
-        solving = Solving(self.solve, lambda rows: solver.quadratic(state, rows), len(self.derivatives.problem))
+        solving = Solving(self.solve, lambda rows: solver.quadratic(state, rows), len(self.derivatives.problem), ids)
         return scaling.rows(self.derivatives, solving)
 
     def room(self, budget: Budget) -> int:
         """How many queries are solved at once within the memory budget."""
+        return queries_at_once(self.composition.solver, self._numbers_each, self.number_bytes, budget, self._held)
+
+    @cached_property
+    def _held(self) -> int:
+        """Bytes that curvature and solver hold."""
+        return bytes_held(self.operator, self.preconditioner, self.state)
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of one number of a gradient."""
         values = self.derivatives.whole.values(self.derivatives.problem.model).values()
-        number_bytes = max(p.element_size() for p in values)
-        return queries_at_once(self.composition.solver, self.derivatives.space.size, number_bytes, budget)
+        return max(p.element_size() for p in values)
+
+    @property
+    def _numbers_each(self) -> float:
+        """The numbers of one solved query: of a vector, or of the factors of a gradient that stays in factors."""
+        derivatives = self.derivatives
+        stays = self.composition.curvature.keeps_factors or self.composition.solver.solves_in_dual
+        return derivatives.numbers if stays and derivatives.numbers else float(derivatives.space.size)
+
+    def solved_groups(
+        self, scoring: ScoringPass, scaling: AbstractScaling, budget: Budget, part: Tensor | None, whole: bool
+    ) -> Iterator[tuple[Tensor, Solved]]:
+        """(query indices, solved queries): all that fit in memory at once, or on disk, so that they share one pass.
+
+        Args:
+            scoring: whose queries, and where what the solver says is written down.
+            scaling: what the solved queries are multiplied by.
+            budget: of the whole method.
+            part: which queries; None: all.
+            whole: whether what follows takes them whole, as truncation does, and not layer by layer.
+        """
+        room = self.room(budget)
+        store = None if whole else self._store(len(scoring.question) if part is None else len(part), room)
+        for query_ids, rows in scoring.query_groups(self.derivatives, room, part):
+            solution = self.solve(rows)
+            scoring.log.add_solution(solution, rows, self.shift)
+            solved = solution.unwrap()
+            factors = scaling.query_factors(rows, solved)
+            solved = solved if factors is None else solved.scaled(factors)
+            del rows, solution  # while the data stream past, nobody holds the unsolved rows
+            if store is None:
+                yield query_ids, solved
+            else:
+                store.add(query_ids, solved.rows())
+        if store is not None:
+            yield torch.cat(store.ids), store.rows()
+
+    def _store(self, count: int, room: int) -> QueryStore | None:
+        """Where `count` solved queries go, of which only `room` fit in memory at once.
+
+        None where they fit, where they are not written out, where rows are not made, or the disk is too small.
+        """
+        d = self.derivatives
+        if count <= room or self._numbers_each < d.space.size or d.vmapped or d.looped:
+            return None
+        try:
+            return QueryStore.of(d.space, count, self.number_bytes)
+        except TooLarge:
+            return None
 
     def self_influence(self, budget: Budget) -> Float[Tensor, " n"]:
         """(1/N) g_i^T (C + D)^-1 g_i of every training example, in float64 on the CPU."""
@@ -149,5 +210,4 @@ class FittedMember:
         at_hand = operator.eigenvalues_at_hand and self.composition.solver.uses_spectrum
         if d is None or not at_hand:
             return math.nan
-        density = operator.known_eigenvalues()
-        return math.nan if density is None else density.sum(lambda x: effective(x, d))[0]
+        return operator.trace_of(lambda x: effective(x, d))

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
-
-import torch
-from torch import Tensor, nn
+from typing import overload
 
 from ..curvature.base import Budget
-from ..problem.problem import Problem
 from .fitted_member import FittedMember
-
-_PACKAGE = __name__.partition(".")[0]
+from .held_bytes import bytes_held
 
 
 @dataclass(frozen=True)
@@ -93,29 +88,4 @@ class Members(Sequence[FittedMember]):
 
 def bytes_of(member: FittedMember) -> int:
     """Bytes of the tensors that a fitted member holds beside the model and the data."""
-    storages: dict[int, int] = {}
-    _collect((member.operator, member.preconditioner, member.state), storages, set())
-    return sum(storages.values())
-
-
-def _collect(value: Any, storages: dict[int, int], visited: set[int]) -> None:
-    if isinstance(value, Tensor):
-        if not isinstance(value, nn.Parameter) and value.layout is torch.strided:
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return
-    if id(value) in visited or isinstance(value, (nn.Module, Problem, type)):
-        return
-    visited.add(id(value))
-    # Other mappings read from disk.
-    if isinstance(value, dict):
-        parts: Any = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        parts = value
-    elif type(value).__module__.partition(".")[0] == _PACKAGE and not isinstance(value, Mapping):
-        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-        parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
-    else:
-        return
-    for part in parts:
-        _collect(part, storages, visited)
+    return bytes_held(member.operator, member.preconditioner, member.state)

@@ -27,13 +27,25 @@ class Fitted(Protocol):
     def why(self) -> str:
         """Why this one."""
 
-    def score(self, queries: Any, measure: Any = None, top: int | None = None) -> Scores:
+    def score(
+        self,
+        queries: Any,
+        measure: Any = None,
+        top: int | None = None,
+        *,
+        aggregate: Any = None,
+        contrast: Any = None,
+        ids: Any = None,
+    ) -> Scores:
         """Predicted change of the measure on every query when each training example is removed.
 
         Args:
             queries: what is asked about: a Dataset, a DataLoader, tensors or arrays.
             measure: what is measured on a query; `None`: the training loss.
             top: keep only the k most helpful and k most harmful examples per query; `None`: all scores.
+            aggregate: how queries are put together before they are solved for; `None`: each is a row of its own.
+            contrast: what each query is compared with; `None`: nothing.
+            ids: the training examples to score; `None`: all.
         """
 
     def self_influence(self) -> Float[Tensor, " n"]:

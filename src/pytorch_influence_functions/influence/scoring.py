@@ -7,7 +7,7 @@ Every method that scores uses it. `ScoringPass` reads the queries, adds up block
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -24,9 +24,10 @@ from ..linalg.rows import Route, Rows
 from ..problem.data import Source
 from ..problem.problem import Problem, sweep
 from ..scores.diagnostics import Diagnostics
+from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from ..solvers.truncation import Truncation
-from .checks import in_queries
+from .parts import Parts
 from .question import Question
 from .run_log import RunLog
 from .topk import TopK
@@ -51,13 +52,15 @@ class ScoringPass:
     problem: Problem
     question: Question
     log: RunLog = field(default_factory=RunLog)
+    parts: Parts | None = None
+    whole: bool = False
+    """Whether blocks come in shares that are added up, so that extremes can only be taken at the end."""
     _started: float = field(default_factory=time.perf_counter, init=False)
-    _extremes: TopK | None = field(default=None, init=False)
-    _total: Tensor | None = field(default=None, init=False)
+    _matrices: list[ScoreMatrix] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.question.top is not None:
-            self._extremes = TopK(len(self.question), self.question.top)
+        count = 1 if self.parts is None else len(self.parts)
+        self._matrices = [ScoreMatrix(self.question, len(self.problem), self.whole) for _ in range(count)]
 
     def query_groups(
         self, derivatives: Derivatives, room: int, ids: Int[Tensor, " q"] | None = None
@@ -67,71 +70,148 @@ class ScoringPass:
         Each group costs a pass over the training data, so groups are filled up to the last row. `ids`: which queries;
         `None`: all.
         """
-        yield from grouped(((g.ids, g.rows) for g in self._query_gradients(derivatives, ids)), room)
+        yield from grouped(self._rows(derivatives, room, ids), room)
 
-    def _query_gradients(self, derivatives: Derivatives, ids: Tensor | None) -> Iterator[GradientBatch]:
-        question = self.question
-        batches = derivatives.stream(question.source, question.measure, ids, "query gradients", World())
-        while True:
-            # Only what the stream itself raises speaks of the queries.
-            with in_queries():
-                gradients = next(batches, None)
-            if gradients is None:
-                return
-            question.labels.add(gradients.ids, gradients.batch)
-            yield gradients
+    def _rows(self, derivatives: Derivatives, room: int, ids: Tensor | None) -> Iterator[tuple[Tensor, Rows]]:
+        first, labels = 0, self.question.labels
+        for ask in self.question.asks:
+            every = torch.arange(len(ask))
+            own = every if ids is None else ids[(ids >= first) & (ids < first + len(ask))] - first
+            for some, rows in ask.batches(derivatives, own, room, labels):
+                yield some + first, rows
+            first += len(ask)
 
-    def add(self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
-        """Add a block of scores, which no later block changes: queries `query_ids` on training examples `ids`.
+    def add(
+        self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"], part: int = 0
+    ) -> None:
+        """Add a block of scores: queries `query_ids` on training examples `ids` (ascending), of one of the parts.
 
         Raises:
             NonFinite: a score is NaN or infinite: nothing is ranked around it.
         """
         refuse_nonfinite(values, query_ids, ids)
-        if self._extremes is not None:
-            self._extremes.add(query_ids, ids, values)
-        else:
-            # Neighbours are added in place, several times as fast as by their indices.
-            rows, columns = _as_slice(query_ids), _as_slice(ids)
-            if isinstance(rows, slice) and isinstance(columns, slice):
-                self._whole()[rows, columns].add_(values.cpu())
-            else:
-                self._whole()[query_ids[:, None], ids[None]] += values.double().cpu()
+        self._matrices[part].add(query_ids, ids, values)
 
-    def _whole(self) -> Tensor:
-        """All scores [Q, N], made when the first block comes: who asks for the queries alone holds none."""
-        if self._total is None:
-            self._total = torch.zeros(len(self.question), len(self.problem), dtype=torch.float64)
-        return self._total
+    def gather(self) -> None:
+        """Put together what every worker added of its own share of the training data."""
+        for matrix in self._matrices:
+            matrix.gather()
 
     def scores(self, diagnostics: Callable[[RunLog], Diagnostics], fit_seconds: float = 0.0) -> Scores:
         """The result, with labels, sources and the diagnostics that `diagnostics` makes of the log.
 
         Scores are in the model's precision, at least float32.
         """
+        return self._result(self._matrices[0], self._record(diagnostics, fit_seconds))
+
+    def part_scores(self, diagnostics: Callable[[RunLog], Diagnostics], fit_seconds: float = 0.0) -> PartScores:
+        """The result by part; diagnostics are the same for all."""
+        assert self.parts is not None
+        record = self._record(diagnostics, fit_seconds)
+        each = {
+            name: self._result(matrix, record) for name, matrix in zip(self.parts.blocks, self._matrices, strict=True)
+        }
+        return PartScores(each)
+
+    def _record(self, diagnostics: Callable[[RunLog], Diagnostics], fit_seconds: float) -> Diagnostics:
+        seconds = fit_seconds + time.perf_counter() - self._started
+        record, question = diagnostics(self.log), self.question
+        notes = record.notes
+        if question.candidates is not None:
+            width = question.candidates.width
+            notes = (f"{width:,} of {len(self.problem):,} training examples per row were asked for", *notes)
+        if self.parts is not None:
+            notes = (f"told apart by {len(self.parts)} parts of the model, which add up to the whole", *notes)
+        return replace(
+            record, n_queries=len(question), seconds=seconds, notes=notes, rows=question.description or record.rows
+        )
+
+    def _result(self, matrix: ScoreMatrix, diagnostics: Diagnostics) -> Scores:
         problem, question = self.problem, self.question
         data, queries = problem.data, question.source
-        values, indices = (self._whole(), None) if self._extremes is None else self._extremes.result()
-        if data.positions is not None:
+        values, indices = matrix.result()
+        if data.positions is not None and question.candidates is None:
             # A loader's sampler chose a part of the dataset: examples are named by their places in the whole.
             indices = data.positions.expand(len(values), -1) if indices is None else data.positions[indices]
         dtype = next(iter(problem.space.values(problem.model).values())).dtype
-        seconds = fit_seconds + time.perf_counter() - self._started
-        record = replace(diagnostics(self.log), n_queries=len(question), seconds=seconds)
-        return Scores(
+        scores = Scores(
             values.to(torch.float64 if dtype == torch.float64 else torch.float32),
-            lower_is_better=question.measure.lower_is_better,
+            lower_is_better=question.lower_is_better,
             n_train=len(data.whole),
             indices=indices,
             train_labels=_spread_labels(problem.labels.as_list(), data),
-            query_labels=question.labels.as_list(World()),
-            query_ids=torch.arange(len(queries)) if queries.positions is None else queries.positions,
-            class_names=data.class_names or queries.class_names,
-            diagnostics=record,
+            query_labels=question.query_labels(),
+            query_names=question.names,
+            query_ids=question.query_ids,
+            class_names=data.class_names or (None if queries is None else queries.class_names),
+            diagnostics=diagnostics,
             train_source=data.whole,
-            query_source=queries.whole,
+            query_source=None if queries is None else queries.whole,
             measure=question.measure,
         )
+        return scores.top(question.top) if question.top is not None and matrix.holds_all else scores
+
+
+@dataclass(eq=False)
+class ScoreMatrix:
+    """Scores of all rows as they come in: the whole matrix, the candidates' part of it, or its extremes.
+
+    Args:
+        question: the rows, and what is kept of each.
+        n_train: N.
+        whole: hold all scores even where the question asks for extremes.
+    """
+
+    question: Question
+    n_train: int
+    whole: bool = False
+    _extremes: TopK | None = field(default=None, init=False)
+    _total: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        top = self.question.top
+        if top is not None and self.question.candidates is None and not self.whole:
+            self._extremes = TopK(len(self.question), top)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether all scores are held, so that extremes are still to be taken of the result."""
+        return self._extremes is None
+
+    def add(self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
+        """Add a block of finite scores."""
+        candidates = self.question.candidates
+        if self._extremes is not None:
+            self._extremes.add(query_ids, ids, values)
+        elif candidates is not None:
+            self._held()[query_ids] += candidates.pick(query_ids, ids, values)
+        else:
+            # Neighbours are added in place, several times as fast as by their indices.
+            rows, columns = _as_slice(query_ids), _as_slice(ids)
+            if isinstance(rows, slice) and isinstance(columns, slice):
+                self._held()[rows, columns].add_(values.cpu())
+            else:
+                self._held()[query_ids[:, None], ids[None]] += values.double().cpu()
+
+    def gather(self) -> None:
+        """Put together what every worker added."""
+        self._total = current().all_sum(self._held())
+
+    def _held(self) -> Tensor:
+        """The matrix, made when the first block comes: who asks for the queries alone holds none."""
+        if self._total is None:
+            candidates = self.question.candidates
+            width = self.n_train if candidates is None else candidates.width
+            self._total = torch.zeros(len(self.question), width, dtype=torch.float64)
+        return self._total
+
+    def result(self) -> tuple[Float[Tensor, "q m"], Int[Tensor, "q m"] | None]:
+        """Scores, and the index of the training example behind each; None: all in order."""
+        candidates = self.question.candidates
+        if self._extremes is not None:
+            return self._extremes.result()
+        named = None if candidates is None else candidates.positions.expand(len(self.question), -1)
+        return self._held(), named
 
 
 def _as_slice(index: Int[Tensor, " n"]) -> slice | Tensor:
@@ -192,6 +272,8 @@ class TrainingStream:
         truncation: keep the solved queries in low rank while they are used.
         log: takes the certificate of the truncation.
         precision: of the inner products; None: that of the rows.
+        ids: the training examples that are read, in ascending order; None: all.
+        parts: tell the scores apart by parts of the model; None: the model as a whole.
     """
 
     derivatives: Derivatives
@@ -202,18 +284,46 @@ class TrainingStream:
     truncation: Truncation | None = None
     log: RunLog = field(default_factory=RunLog)
     precision: torch.dtype | None = None
+    ids: Int[Tensor, " n"] | None = None
+    parts: Parts | None = None
 
     def blocks(self) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "q n"]]]:
-        """(training ids, scores of the group on them), in dataset order."""
+        """(training ids, scores of the group on them), in dataset order; all of them where all are stored."""
         n, constant = len(self.derivatives.problem), decay_term(self.derivatives, self.solved)
         for ids, values in self._products():
             yield ids, (values if constant is None else values + constant[:, None]) / n
 
-    def _products(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def part_blocks(self) -> Iterator[tuple[Int[Tensor, " n"], list[Float[Tensor, "q n"]]]]:
+        """(training ids, scores of the group on them by part), in dataset order."""
+        assert self.parts is not None
+        n, parts = len(self.derivatives.problem), list(self.parts.blocks.values())
+        solved = [self.solved.only(names) for names in parts]
+        constants = [decay_term(self.derivatives, part, names) for part, names in zip(solved, parts, strict=True)]
+        for ids, rows in self._training_rows():
+            values = [
+                part.against(rows.only(names), self.route, self.precision)
+                for part, names in zip(solved, parts, strict=True)
+            ]
+            yield ids, [(v if c is None else v + c[:, None]) / n for v, c in zip(values, constants, strict=True)]
+
+    def _training_rows(self) -> Iterator[tuple[Tensor, Rows]]:
+        """(training ids, the rows that stand for them)."""
         if self.stored is not None and self.training_rows is None:
             # Every worker holds all stored rows; one of them speaks.
             if current().rank == 0:
-                yield torch.arange(len(self.stored)), self.solved.against(self.stored)
+                yield torch.arange(len(self.stored)), self.stored
+            return
+        if self.training_rows is None:
+            stream = self.derivatives.stream(ids=self.ids, label="scoring")
+        else:
+            stream = self.training_rows()
+        for gradients in stream:
+            yield gradients.ids, gradients.rows
+
+    def _products(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.stored is not None and self.training_rows is None:
+            for ids, rows in self._training_rows():
+                yield ids, self.solved.against(rows)
         elif self._takes_forward_mode():
             yield from self._by_forward_mode()
         else:
@@ -223,11 +333,10 @@ class TrainingStream:
         n = len(self.derivatives.problem)
         truncated = None if self.truncation is None else self.truncation.of(self.solved.rows())
         solved = self.solved if truncated is None else truncated.rows
-        rows = self.derivatives.stream(label="scoring") if self.training_rows is None else self.training_rows()
-        for gradients in rows:
+        for ids, rows in self._training_rows():
             if truncated is not None:
-                self.log.add_truncation(truncated, truncated.bound(gradients.rows) / n)
-            yield gradients.ids, solved.against(gradients.rows, self.route, self.precision)
+                self.log.add_truncation(truncated, truncated.bound(rows) / n)
+            yield ids, solved.against(rows, self.route, self.precision)
 
     def _takes_forward_mode(self) -> bool:
         d = self.derivatives
@@ -244,18 +353,24 @@ class TrainingStream:
 
     def _by_forward_mode(self) -> Iterator[tuple[Tensor, Tensor]]:
         directions, products = self.solved.rows(), None
-        for ids, batch in sweep(self.derivatives.problem, label="scoring (forward mode)"):
+        for ids, batch in sweep(self.derivatives.problem, ids=self.ids, label="scoring (forward mode)"):
             products = products or Products.of(self.derivatives, batch, len(ids))
             yield ids, products.losses_along(ids, batch, directions).T
 
 
-def decay_term(derivatives: Derivatives, solved: Solved) -> Float[Tensor, " q"] | None:
-    """<x, weight decay * theta> at the model's present weights: only where every example carries its own penalty."""
+def decay_term(
+    derivatives: Derivatives, solved: Solved, names: Sequence[str] | None = None
+) -> Float[Tensor, " q"] | None:
+    """<x, weight decay * theta> at the model's present weights: only where every example carries its own penalty.
+
+    `names`: the blocks that `solved` has; None: all.
+    """
     decay, space = derivatives.problem.weight_decay, derivatives.space
     if not decay.per_example or decay.is_zero:
         return None
     values = {k: v.detach()[None] for k, v in space.values(derivatives.problem.model).items()}
-    return solved.inner(space.from_parameters(values).scaled(space.decay))[:, 0]
+    own = space.from_parameters(values).scaled(space.decay)
+    return solved.inner(own if names is None else own.only(names))[:, 0]
 
 
 def self_influence_rows(derivatives: Derivatives, room: int) -> Iterator[tuple[Int[Tensor, " n"], Rows]]:

@@ -37,7 +37,7 @@ class TopK:
         if self._queries is not None and not torch.equal(self._queries, query_ids):
             self._merge()
         self._queries = query_ids
-        self._buffer.append((ids.cpu(), values.double().cpu()))
+        self._buffer.append((ids.cpu(), values.cpu()))
         if sum(len(i) for i, _ in self._buffer) >= max(_COLUMNS, 4 * self.k):
             self._merge()
 
@@ -82,21 +82,26 @@ class _Extremes:
 
     def merge(self, query_ids: Tensor, ids: Tensor, values: Tensor) -> None:
         known = self.ids[query_ids]
-        ids = torch.cat([known, ids.expand(len(query_ids), -1)], 1)
-        signed = self.sign * torch.cat([self.values[query_ids], values], 1)
+        # The block's own best first, in its own precision: only these few are merged with what is known.
+        ids = ids.expand(len(query_ids), -1)
+        best = _best(values, ids, min(known.shape[1], values.shape[1]), self.sign > 0)
+        ids = torch.cat([known, ids.gather(1, best)], 1)
+        signed = self.sign * torch.cat([self.values[query_ids], values.gather(1, best).double()], 1)
         best = _best(signed, ids, known.shape[1])
         self.values[query_ids] = self.sign * signed.gather(1, best)
         self.ids[query_ids] = ids.gather(1, best)
 
 
-def _best(values: Float[Tensor, "q w"], ids: Int[Tensor, "q w"], k: int) -> Int[Tensor, "q k"]:
-    """Columns of the k largest values of every row in descending order, the smaller id first among equals."""
-    largest, columns = torch.topk(values, k, dim=1)
+def _best(values: Float[Tensor, "q w"], ids: Int[Tensor, "q w"], k: int, largest: bool = True) -> Int[Tensor, "q k"]:
+    """Columns of the k largest (or smallest) values of every row, best first, the smaller id first among equals."""
+    # One more than k: it tells whether a value beyond equals the last one.
+    best, columns = torch.topk(values, min(k + 1, values.shape[1]), dim=1, largest=largest)
+    columns = columns[:, :k].clone()
     # Which of several equal values `topk` takes is not promised, so rows with equals among them are sorted in full.
-    unclear = ((values >= largest[:, -1:]).sum(1) > k) | (largest[:, 1:] == largest[:, :-1]).any(1)
-    rows = unclear.nonzero().flatten()
+    rows = (best[:, 1:] == best[:, :-1]).any(1).nonzero().flatten()
     if len(rows):
-        columns[rows] = _descending(values[rows], ids[rows])[:, :k]
+        signed = values[rows] if largest else -values[rows]
+        columns[rows] = _descending(signed, ids[rows])[:, :k]
     return columns
 
 

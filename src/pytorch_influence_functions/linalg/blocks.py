@@ -225,6 +225,12 @@ class Indexed(AbstractBlock):
     def sums(self) -> Float[Tensor, " n"]:
         return self.values.flatten(1).sum(1)
 
+    def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
+        out, index = self.values.new_zeros(weights.shape[0], *self.shape), self.index.flatten()
+        for q, w in enumerate(weights):
+            out[q].index_add_(0, index, (self.values * w[:, None, None]).flatten(0, 1))
+        return out
+
 
 @dataclass(frozen=True)
 class Window:
@@ -363,11 +369,31 @@ class Sum(AbstractBlock):
     def sums(self) -> Float[Tensor, " n"]:
         return torch.stack([p.sums() for p in self.parts]).sum(0)
 
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """A tied embedding's and head's without writing them out: of each, and twice their inner product."""
+        pair = self.table_and_outer()
+        if pair is None:
+            parts = [self.take(chunk) for chunk in chunks(len(self), math.prod(self.shape))]
+            return torch.cat([part.dense().flatten(1).square().sum(1) for part in parts])
+        return sum((p.squared_norms() for p in pair), 2 * _table_with_outer(*pair))
+
+    def table_and_outer(self) -> tuple[Indexed, Outer] | None:
+        """The parts of a tied embedding and head; None where the uses are others."""
+        tables = [p for p in self.parts if isinstance(p, Indexed)]
+        outers = [p for p in self.parts if isinstance(p, Outer)]
+        return (tables[0], outers[0]) if len(tables) == len(outers) == 1 and len(self.parts) == 2 else None
+
     def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
         total = self.parts[0].combine(weights)
         for part in self.parts[1:]:
             total = total + part.combine(weights).view_as(total)
         return total
+
+
+def _table_with_outer(table: Indexed, outer: Outer) -> Float[Tensor, " n"]:
+    """<table_n, outer_n>: only the rows of the table that example n uses are looked at."""
+    rows = outer.left.gather(2, table.index[:, None, :].expand(-1, outer.terms, -1))
+    return (rows * torch.bmm(outer.right, table.values.mT)).sum((1, 2))
 
 
 def add(a: AbstractBlock, b: AbstractBlock) -> AbstractBlock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -104,6 +105,10 @@ class DualSolution:
         if other is self.base:
             return self.quadratic()
         return other.rowwise(self.rows())
+
+    def only(self, names: Sequence[str]) -> DualSolution:
+        """Some blocks of the solutions: what they have in common with rows of these blocks alone."""
+        return replace(self, base=self.base.only(names), basis=self.basis.only(names), shift=self.shift.only(names))
 
     def take(self, index: Tensor | slice) -> DualSolution:
         """The solutions `index`, in that order."""

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .blocks import AbstractBlock, Conv, Dense, Outer
-from .chunks import chunks
+from .blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
+from .chunks import CHUNK_NUMBERS, chunks
 from .density import Density
 from .operator import AbstractSpectral
 from .rows import Rows
@@ -28,8 +28,9 @@ from .space import Space
 class KroneckerBlock:
     """One block's bases and eigenvalues; a basis that is None is the identity.
 
-    `left` [o, o] and `right` [i, i] hold eigenvectors as columns, in the model's dtype; `values` [o, i] is float64.
-    Where the eigenvalues are products, as in K-FAC, `sides` holds their factors [o] and [i].
+    `left` [o, o] and `right` [i, i] hold eigenvectors as columns, in the model's dtype; `values` [o, i] are in float64,
+    or as they were added up: in the model's dtype. Where the eigenvalues are products, as in K-FAC, `sides` holds their
+    factors [o] and [i].
     """
 
     left: Float[Tensor, "o o"] | None
@@ -45,6 +46,13 @@ class KroneckerBlock:
     def into_basis(self, block: AbstractBlock) -> Float[Tensor, "n o i"]:
         """left^T G right for every row, by the cheaper order of products."""
         o, i = self.values.shape
+        if isinstance(block, Sum):
+            first, *others = (self.into_basis(part) for part in block.parts)
+            for other in others:
+                first += other
+            return first
+        if isinstance(block, Indexed) and self.left is None:
+            return Indexed(block.index, _multiply(block.values, self.right), block.size).dense()
         if isinstance(block, (Outer, Conv)) and self.factors_are_cheaper(block.terms):
             outer = block if isinstance(block, Outer) else block.outer()
             return Outer(_multiply(outer.left, self.left), _multiply(outer.right, self.right)).dense()
@@ -58,6 +66,13 @@ class KroneckerBlock:
         if self.left is not None:
             values = torch.matmul(self.left, values)
         return values if self.right is None else values @ self.right.T
+
+    def diagonal_in_basis(self, diagonal: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        """The diagonal of Q^T diag(d) Q: the mean of d over every eigenvector, weighted by its squared entries."""
+        diagonal = diagonal.double()
+        if self.left is not None:
+            diagonal = self.left.double().square().T @ diagonal
+        return diagonal if self.right is None else diagonal @ self.right.double().square()
 
     def factors_are_cheaper(self, terms: int) -> bool:
         """Whether it costs less to multiply `terms` pairs of factors by the bases than the matrix they stand for."""
@@ -105,28 +120,45 @@ class Kronecker(AbstractSpectral):
         return total
 
     def block_means(self) -> dict[str, float]:
-        return {k: float(b.values.mean()) for k, b in self.blocks.items()}
+        return {k: float(b.values.mean(dtype=torch.float64)) for k, b in self.blocks.items()}
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Kronecker:
-        return self._map_eigenvalues(lambda _, values: f(values))
+        return self.map_values(lambda _, values: f(values))
 
     def shifted(self, decay: Mapping[str, float]) -> Kronecker:
-        return self._map_eigenvalues(lambda name, values: values + decay[name])
+        return self.map_values(lambda name, values: values + decay[name])
 
     def extremes(self) -> tuple[float, float]:
-        values = [b.values for b in self.blocks.values()]
-        return min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+        ends = [torch.aminmax(b.values) for b in self.blocks.values()]
+        return min(float(low) for low, _ in ends), max(float(high) for _, high in ends)
+
+    def trace_of(self, f: Callable[[Tensor], Tensor]) -> float:
+        parts = (v for b in self.blocks.values() for v in torch.split(b.values.flatten(), CHUNK_NUMBERS))
+        return sum(float(f(part.double()).sum()) for part in parts)
 
     def known_eigenvalues(self) -> Density:
         return Density.of(torch.cat([b.values.flatten() for b in self.blocks.values()]))
+
+    def diagonal_in_basis(self, diagonal: Rows) -> dict[str, Float[Tensor, "o i"]]:
+        """The diagonal of Q^T D Q for a diagonal matrix D, given as one row: as many numbers as eigenvalues."""
+        parts = {}
+        for name, block in self.blocks.items():
+            values = diagonal.blocks[name].dense()[0]
+            parts[name] = block.diagonal_in_basis(values.reshape(block.values.shape).to(block.values.device))
+        return parts
 
     @property
     def numbers(self) -> int:
         """How many numbers are stored."""
         return sum(b.numbers for b in self.blocks.values())
 
-    def _map_eigenvalues(self, f: Callable[[str, Tensor], Tensor]) -> Kronecker:
+    def map_values(self, f: Callable[[str, Tensor], Tensor]) -> Kronecker:
+        """The operator in the same basis whose eigenvalues are f(block's name, its eigenvalues)."""
         return replace(self, blocks=_MappedBlocks(self.blocks, f))
+
+
+def _rows_of(values: Tensor) -> int:
+    return max(1, CHUNK_NUMBERS // max(1, values.shape[1]))
 
 
 @final
@@ -139,7 +171,11 @@ class _MappedBlocks(Mapping[str, KroneckerBlock]):
 
     def __getitem__(self, name: str) -> KroneckerBlock:
         block = self.blocks[name]
-        return replace(block, values=self.f(name, block.values), sides=None)
+        # What f is of, and gives, is float64; kept is what the block is kept in.
+        values = [
+            self.f(name, part.double()).to(part.dtype) for part in torch.split(block.values, _rows_of(block.values))
+        ]
+        return replace(block, values=torch.cat(values), sides=None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.blocks)

@@ -6,6 +6,7 @@ eigenvalues, so any function of it is free. A solver that needs more than an ope
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import field
@@ -82,6 +83,11 @@ class AbstractSymmetric(AbstractOperator):
     def known_eigenvalues(self) -> Density | None:
         """Every eigenvalue, where the operator has them or one decomposition gives them; None where it does not."""
         return None
+
+    def trace_of(self, f: Callable[[Tensor], Tensor]) -> float:
+        """trace f(C) from the eigenvalues that are known; NaN where they are not."""
+        density = self.known_eigenvalues()
+        return math.nan if density is None else density.sum(f)[0]
 
     def resolvent(self) -> Resolvent | None:
         """(C + decay + lambda)^-1 for every lambda, with the space's weight decay; None without a decomposition."""

@@ -20,6 +20,7 @@ from ..core.errors import InvalidInput
 from . import blocks as _blocks
 from .blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
 from .chunks import chunks
+from .on_disk import OnDisk
 
 # Operations the machine does in the time it moves one byte. The numbers are fixed: results never depend on timing.
 _OPERATIONS_PER_BYTE = {"cpu": 12.0, "cuda": 100.0}
@@ -198,6 +199,8 @@ def _outer_indexed(a: Outer, b: Indexed) -> Tensor:
 
 def inner(a: AbstractBlock, b: AbstractBlock, route: Route = Route.AUTO) -> Float[Tensor, "n m"]:
     """<a_n, b_m> for all pairs of rows of one block."""
+    if isinstance(b, OnDisk):
+        return torch.cat([inner(a, piece, route) for piece in b.pieces()], 1)
     if isinstance(a, Sum):
         return torch.stack([inner(p, b, route) for p in a.parts]).sum(0)
     if isinstance(b, Sum):
@@ -342,6 +345,10 @@ class Rows:
     def to(self, dtype: torch.dtype) -> Rows:
         """The same rows in another precision."""
         return self.map(lambda _, b: b.to(dtype))
+
+    def only(self, names: Sequence[str]) -> Rows:
+        """Some blocks of these rows."""
+        return Rows({name: self.blocks[name] for name in names})
 
     def take(self, index: Tensor | slice) -> Rows:
         return self.map(lambda _, b: b.take(index))

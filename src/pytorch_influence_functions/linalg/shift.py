@@ -80,6 +80,12 @@ class Shift:
             raise InvalidInput("D has a zero on its diagonal and cannot be inverted; use a positive damping.")
         return rows.scaled({name: 1.0 / d for name, d in self.over(rows.blocks).items()})
 
+    def only(self, names: Iterable[str]) -> Shift:
+        """The same numbers on some blocks."""
+        names = list(names)
+        some = [{k: numbers[k] for k in names} if numbers else {} for numbers in (self.decay, self.blocks)]
+        return Shift(self.damping, *some)
+
     def with_damping(self, damping: float) -> Shift:
         """The same weight decay under another damping, one number for all blocks."""
         return Shift(damping, self.decay)

@@ -1,6 +1,7 @@
 """Ready-made methods: the papers as compositions, and the baselines that any method has to beat."""
 
 from ..trajectory.source import source
+from ..trajectory.unrolled import unrolled
 from .baselines import EmbeddingSimilarity, Random, RepresenterPoints, TrainingLoss
 from .papers import (
     along,
@@ -25,6 +26,7 @@ from .papers import (
     tracin,
     trak,
 )
+from .selection import less, trackstar
 
 __all__ = [
     "EmbeddingSimilarity",
@@ -45,6 +47,7 @@ __all__ = [
     "grad_dot",
     "kfac",
     "koh_liang",
+    "less",
     "lissa",
     "nystrom",
     "one_step_newton",
@@ -52,7 +55,9 @@ __all__ = [
     "shampoo",
     "source",
     "tracin",
+    "trackstar",
     "trak",
+    "unrolled",
 ]
 
 

@@ -244,19 +244,47 @@ class FittedBaseline(OldNames):
         return repr(self.spec)
 
     @plain_autograd()
-    def score(self, queries: Any, measure: Any = None, top: int | None = None) -> Scores:
-        """A number for every query and training example, high (of a loss) where the example is taken to help."""
+    def score(
+        self,
+        queries: Any,
+        measure: Any = None,
+        top: int | None = None,
+        *,
+        aggregate: Any = None,
+        contrast: Any = None,
+        ids: Any = None,
+        by: None = None,
+    ) -> Scores:
+        """A number for every query and training example, high (of a loss) where the example is taken to help.
+
+        Args:
+            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
+            measure: only says which sign is helpful; the numbers do not depend on it.
+            top: keep only the k highest and k lowest numbers per query.
+            aggregate, contrast, ids: as for `Attribution.score`, applied to the numbers.
+            by: not to be had: these numbers are no sums over layers.
+
+        Raises:
+            InvalidInput: `by` is given, or the queries are a `FromModel`.
+        """
+        if by is not None:
+            raise InvalidInput(
+                f"by={by!r} tells apart what layers contribute, and a plain baseline is no sum over layers; use a "
+                "method with gradients, such as ptif.ekfac()."
+            )
         problem = self.problem
-        question = Question.of(problem, problem.objective, queries, measure, top)
+        asked = (queries, measure, top, None, aggregate, contrast, ids)
+        question = Question.of(problem, problem.objective, *asked)
         checkpoints = problem.checkpoints or (None,)
         scoring = ScoringPass(problem, question)
-        sign = 1.0 if question.measure.lower_is_better else -1.0
+        sign = 1.0 if question.lower_is_better else -1.0
         everyone, query_ids = torch.arange(len(problem)), torch.arange(len(question))
         weights = (sign / len(checkpoints),) * len(checkpoints)
         average = CheckpointAverage(Units.RAW, weights, len(question), len(problem), World())
         for checkpoint in checkpoints:
             with at_checkpoint(problem.model, checkpoint):
-                average.add(query_ids, everyone, self.spec.values(problem, question.source))
+                values = question.of_values(lambda source: self.spec.values(problem, source))
+                average.add(query_ids, everyone, values)
             average.end_checkpoint()
         scoring.add(query_ids, everyone, average.result())
         facts = Diagnostics(

@@ -16,7 +16,8 @@ from ..scaling.base import AbstractScaling
 from ..solvers.auto import Auto
 from ..solvers.base import AbstractSolver
 from ..trajectory.source import source
-from . import papers
+from ..trajectory.unrolled import unrolled
+from . import papers, selection
 
 AUTO: Final = "auto"
 METHODS: Final[Mapping[str, Callable[[], Influence]]] = {
@@ -44,9 +45,12 @@ METHODS: Final[Mapping[str, Callable[[], Influence]]] = {
 
 _WITH_ARGUMENTS: Final[Mapping[str, Callable[..., AbstractMethod]]] = {
     "along": papers.along,
+    "less": selection.less,
     "one_step_newton": papers.one_step_newton,
     "source": source,
     "tracin": papers.tracin,
+    "trackstar": selection.trackstar,
+    "unrolled": unrolled,
 }
 
 MethodLike: TypeAlias = AbstractMethod | AbstractCurvature | str | Callable[..., AbstractMethod | AbstractCurvature]

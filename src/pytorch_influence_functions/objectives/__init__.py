@@ -4,6 +4,7 @@ from .base import AbstractLikelihood, AbstractObjective
 from .bernoulli import Bernoulli
 from .likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
 from .measures import FromFunction, Logit, Margin
+from .model_functions import FromModel, Output
 
 __all__ = [
     "AbstractLikelihood",
@@ -11,8 +12,10 @@ __all__ = [
     "Bernoulli",
     "CrossEntropy",
     "FromFunction",
+    "FromModel",
     "Logit",
     "Margin",
+    "Output",
     "SquaredError",
     "TokenCrossEntropy",
 ]

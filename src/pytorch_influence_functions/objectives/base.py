@@ -368,3 +368,32 @@ class AbstractLikelihood(AbstractObjective, AbstractOutputCurvature):
     @final
     def hessian_map(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Callable[[Tensor], Tensor]:
         return lambda v: self.hessian_product(outputs, batch, v)
+
+
+def require_tensor(value: Any) -> Tensor:
+    """What a loss returned, refused unless it is a tensor.
+
+    Args:
+        value: that.
+    """
+    if not isinstance(value, Tensor):
+        raise InvalidInput(
+            f"The loss returned {type(value).__name__}, expected a tensor that can be differentiated; "
+            "leave out .item(), float() and numpy."
+        )
+    return value
+
+
+def require_one_per_example(value: Tensor, n: int) -> Tensor:
+    """What a loss of reduction "none" returned, refused unless it is one number per example.
+
+    Args:
+        value: that.
+        n: how many examples there are.
+    """
+    if value.dim() == 0 or value.shape[0] != n or value.numel() != n:
+        raise InvalidInput(
+            f"The loss with reduction 'none' returned shape {tuple(value.shape)} for {n} examples; expected "
+            "one number per example, so reduce over everything but the first axis."
+        )
+    return value.reshape(n)

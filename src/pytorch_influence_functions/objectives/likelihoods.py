@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from ..core.batches import whole_batch
@@ -51,10 +51,16 @@ def _softmax_product(
     return s[..., None] * p * (v - (p * v).sum(-1, keepdim=True))
 
 
-def _softmax_sample(p: Float[Tensor, "n l c"], generator: Randomness) -> Int[Tensor, "n l"]:
-    """Classes drawn with probabilities p by inverting their distribution function: one uniform number per position."""
+def _softmax_sample(
+    p: Float[Tensor, "n l c"], counts: Bool[Tensor, "n l"], generator: Randomness
+) -> Int[Tensor, "n l"]:
+    """Classes drawn with probabilities p by inverting their distribution function: one uniform number per position.
+
+    The k-th position that counts takes the example's k-th number, so that what is drawn does not depend on padding.
+    """
     summed = p.to(torch.promote_types(p.dtype, torch.float32)).cumsum(-1)
-    level = draw(p[..., 0], generator).to(summed)[..., None] * summed[..., -1:]
+    numbers = draw(p[..., 0], generator).to(summed).gather(1, (counts.cumsum(1) - 1).clamp_min(0))
+    level = numbers[..., None] * summed[..., -1:]
     return torch.searchsorted(summed, level)[..., 0].clamp_max(p.shape[-1] - 1)
 
 
@@ -62,7 +68,7 @@ def _softmax_cotangent(
     z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"], generator: Randomness
 ) -> Float[Tensor, "n l c"]:
     p, root = z.softmax(-1), s.sqrt()[..., None]
-    return (root * p).scatter_add(-1, _softmax_sample(p, generator)[..., None], -root)
+    return (root * p).scatter_add(-1, _softmax_sample(p, s > 0, generator)[..., None], -root)
 
 
 # --------------------------------------------------------------------------- classes
@@ -269,6 +275,14 @@ def _log_probabilities(p: Tensor) -> Tensor:
     return inside.log()
 
 
+def attention_mask_of(batch: Batch) -> Tensor | None:
+    """The attention mask of a batch of texts, 0 at padding; None where it has none."""
+    batch = whole_batch(batch)
+    given = batch[0] if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping) else batch
+    mask = given.get("attention_mask") if isinstance(given, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
+
+
 def check_weight(name: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise InvalidInput(f"A {name} weight lies on the meta device, which holds no values; give numbers.")
@@ -289,7 +303,8 @@ class TokenCrossEntropy(AbstractLikelihood):
         average: the mean over an example's own tokens that count; False: their sum, -log p(sequence).
         shift: for causal language models, whose outputs at position t predict token t + 1 and whose labels
             are the input ids. A batch without "labels" then takes "input_ids", where "attention_mask" is not
-            0.
+            0. What a padding position predicts (the first token, where texts are padded on the left) does not
+            count, so that the loss of a text does not depend on how it is padded.
 
     Note:
         A training loop that averages over all tokens of a batch weights a sequence by its length: that is
@@ -393,6 +408,10 @@ class TokenCrossEntropy(AbstractLikelihood):
         if self.shift:
             last = torch.full_like(label[:, :1], self.ignore_index)
             label = torch.cat([label[:, 1:], last], 1)
+            # Padding on the left would be taught to predict the text's first token, and only where there is padding.
+            mask = attention_mask_of(batch)
+            if mask is not None and mask.shape == label.shape:
+                label = torch.where(mask == 0, torch.full_like(label, self.ignore_index), label)
         counts = label != self.ignore_index
         factor = counts.to(outputs.dtype)
         if self.average:

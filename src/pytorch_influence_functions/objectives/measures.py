@@ -26,6 +26,8 @@ from .base import (
     inputs_and_targets,
     is_integer,
     offenders,
+    require_one_per_example,
+    require_tensor,
     run_model,
     tensor_targets,
     widen,
@@ -71,8 +73,8 @@ class Margin(AbstractObjective):
         return call_model(model, args, kwargs)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        y = _class_labels(outputs, tensor_targets(batch), "Margin()")
-        if _is_single(outputs):
+        y = class_labels(outputs, tensor_targets(batch), "Margin()")
+        if is_single(outputs):
             return _apply_label_sign(outputs, y)
         # The target is masked out before logsumexp: log(1 - p) from p would lose all digits where p is near 1.
         own = torch.arange(outputs.shape[1], device=y.device) == y[:, None]
@@ -80,7 +82,7 @@ class Margin(AbstractObjective):
         return _target_outputs(outputs, y) - others.logsumexp(1)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
-        _check_class_labels(outputs, batch, ids, "Margin()")
+        check_class_labels(outputs, batch, ids, "Margin()")
 
 
 @final
@@ -101,14 +103,15 @@ class Logit(AbstractObjective):
         return call_model(model, args, kwargs)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        y = _class_labels(outputs, tensor_targets(batch), "Logit()")
-        return _apply_label_sign(outputs, y) if _is_single(outputs) else _target_outputs(outputs, y)
+        y = class_labels(outputs, tensor_targets(batch), "Logit()")
+        return _apply_label_sign(outputs, y) if is_single(outputs) else _target_outputs(outputs, y)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
-        _check_class_labels(outputs, batch, ids, "Logit()")
+        check_class_labels(outputs, batch, ids, "Logit()")
 
 
-def _is_single(outputs: Tensor) -> bool:
+def is_single(outputs: Tensor) -> bool:
+    """Whether outputs are one number per example, [n] or [n, 1], rather than one for every class."""
     return outputs.dim() == 1 or (outputs.dim() == 2 and outputs.shape[1] == 1)
 
 
@@ -120,7 +123,7 @@ def _target_outputs(outputs: Tensor, y: Tensor) -> Tensor:
     return outputs.gather(1, y[:, None])[:, 0]
 
 
-def _class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
+def class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     """Class numbers [n], if outputs and targets are one decision per example."""
     shape, target_shape, n = tuple(outputs.shape), tuple(targets.shape), outputs.shape[0]
     if len(shape) > 2:
@@ -128,7 +131,7 @@ def _class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
             f"{name} got outputs of shape {shape}, expected [n, C] or one logit per example; for tokens or "
             "dense outputs measure the loss (measure=None), or write FromFunction(...)."
         )
-    single = _is_single(outputs)
+    single = is_single(outputs)
     if target_shape != (n,) and not (single and target_shape == (n, 1)):
         raise InvalidInput(
             f"{name} got targets of shape {target_shape} for outputs of shape {shape}, expected one class number per "
@@ -141,10 +144,11 @@ def _class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     return targets.long().reshape(-1)
 
 
-def _check_class_labels(outputs: Tensor, batch: Batch, ids: Tensor, name: str) -> None:
+def check_class_labels(outputs: Tensor, batch: Batch, ids: Tensor, name: str) -> None:
+    """Refuse outputs and targets that are not one decision per example; `name` is the measure, for messages."""
     targets = check_batch(outputs, inputs_and_targets(batch)[2], ids)
-    y = _class_labels(outputs, targets, name)
-    single = _is_single(outputs)
+    y = class_labels(outputs, targets, name)
+    single = is_single(outputs)
     if single and bool((bad := targets.reshape(-1) != y).any()):
         raise InvalidInput(
             f"{name} got soft targets for one logit per example ({float(targets.reshape(-1)[bad][0]):g} at "
@@ -253,7 +257,7 @@ class FromFunction(AbstractObjective):
             return outputs
         targets = inputs_and_targets(batch)[2]
         if self.reduction == "none" and not self.layouts.has_shared(outputs):
-            return _require_one_per_example(_require_tensor(self.apply(outputs, targets)), len(outputs))
+            return require_one_per_example(require_tensor(self.apply(outputs, targets)), len(outputs))
         if _has_rows(targets, batch, len(outputs)):
             return _evaluate_one_by_one(self.apply, self.function, outputs, targets)
         return torch.stack([self.evaluate(outputs, batch, [e]).reshape(()) for e in range(len(outputs))])
@@ -463,25 +467,7 @@ def _evaluate(apply: Callable[[Any, Any], Any], function: Any, outputs: Any, tar
             f"{shape} ({first_line(cause)}); write it as a function of (outputs, targets) that takes any number of "
             "examples."
         ) from cause
-    return _require_tensor(value)
-
-
-def _require_tensor(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise InvalidInput(
-            f"The loss returned {type(value).__name__}, expected a tensor that can be differentiated; "
-            "leave out .item(), float() and numpy."
-        )
-    return value
-
-
-def _require_one_per_example(value: Tensor, n: int) -> Tensor:
-    if value.dim() == 0 or value.shape[0] != n or value.numel() != n:
-        raise InvalidInput(
-            f"The loss with reduction 'none' returned shape {tuple(value.shape)} for {n} examples; expected "
-            "one number per example, so reduce over everything but the first axis."
-        )
-    return value.reshape(n)
+    return require_tensor(value)
 
 
 def _evaluate_one_by_one(apply: Callable[[Any, Any], Any], function: Any, outputs: Tensor, targets: Any) -> Tensor:
@@ -490,7 +476,7 @@ def _evaluate_one_by_one(apply: Callable[[Any, Any], Any], function: Any, output
 
     def evaluate_one(f: Tensor, *parts: Tensor) -> Tensor:
         own = with_example_tensors(targets, n, [x[None] for x in parts])
-        value = _require_tensor(apply(f[None], own))
+        value = require_tensor(apply(f[None], own))
         if value.numel() != 1:
             raise InvalidInput(_describe_not_scalar(function, value))
         return value.reshape(())

@@ -1,6 +1,7 @@
 """Figures of scores. Each function returns a matplotlib `Figure`, opens no window and changes no setting."""
 
 from .bars import plot_bars
+from .inputs import plot_input_influence
 from .query import plot_agreement, plot_damping_curve, plot_influences
 from .summaries import plot_class_matrix, plot_convergence, plot_self_influence
 
@@ -11,6 +12,7 @@ __all__ = [
     "plot_convergence",
     "plot_damping_curve",
     "plot_influences",
+    "plot_input_influence",
     "plot_self_influence",
 ]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput, require
 from ..core.text import printable
 from ..problem.data import Source
-from ..scores.scores import Scores
+from ..scores.scores import MEAN, Scores
 from . import style
 from .examples import Denormalize, ExampleView, example_target, share_scale, view_example, wrap_text
 from .point_names import name_points
@@ -81,10 +81,17 @@ def plot_influences(
     """
     with style.plot_style():
         train_source = _require_data(train if train is not None else scores.train_source, scores.n_train, "train")
-        query_source = _require_data(queries if queries is not None else scores.query_source, None, "queries")
         if class_names is not None:
             scores = replace(scores, class_names=list(class_names))
+        # A row of several queries (a mean, a group) has no example to show: its name stands there.
+        has_example = int(scores[q].query_ids[0]) != MEAN
+        query_source: Source | None = None
+        if has_example or tokens is not None:
+            query_source = _require_data(queries if queries is not None else scores.query_source, None, "queries")
         if tokens is not None:
+            if not has_example:
+                raise InvalidInput("A row of several queries has no text of its own to colour; plot one query.")
+            assert query_source is not None
             return plot_tokens(scores, q, k, train_source, query_source, tokens, pieces, path)
         helpful, harmful = scores.helpful(q, k), scores.harmful(q, k)
         tiles, note = _make_tiles(scores, q, helpful + harmful, train_source, query_source, denormalize)
@@ -112,20 +119,12 @@ def _make_tiles(
     q: int,
     ranked: list[tuple[int, float]],
     train: Source,
-    queries: Source,
+    queries: Source | None,
     denormalize: Denormalize,
 ) -> tuple[list[_Tile], str]:
     """The tile of the query, then those of the ranked training examples; and a note on the scale of pictures."""
-    query_scores = scores[q]
-    query = int(query_scores.query_ids[0])
-    if query < 0:
-        raise InvalidInput("A mean over queries has no example to show; plot one query.")
-    if query >= len(queries):
-        raise InvalidInput(f"queries= has {len(queries)} examples and the scores are of query {query}; pass theirs.")
-    item = queries.item(query)
-    label = example_target(item) if query_scores.query_labels is None else query_scores.query_labels[0]
-    views = [view_example(item, query, denormalize)]
-    captions = [(query_scores.describe_query(0), (scores.label_name(label), ""))]
+    asked = _query_tile(scores[q], queries, denormalize)
+    views, captions = [asked.view], [(asked.above, asked.below)]
     for index, score in ranked:
         item = train.item(index)
         label = example_target(item) if scores.train_labels is None else scores.train_labels[index]
@@ -134,6 +133,18 @@ def _make_tiles(
         captions.append((style.format_signed(score), (scores.label_name(label), f"#{index}{name}")))
     views, note = share_scale(views)
     return [_Tile(view, above, below) for view, (above, below) in zip(views, captions, strict=True)], note
+
+
+def _query_tile(row: Scores, queries: Source | None, denormalize: Denormalize) -> _Tile:
+    """The query's example and label; of a row of several queries its name on a card."""
+    query, name = int(row.query_ids[0]), row.describe_query(0)
+    if queries is None:
+        return _Tile(ExampleView(card=name), "asked together", ("", ""))
+    if query >= len(queries):
+        raise InvalidInput(f"queries= has {len(queries)} examples and the scores are of query {query}; pass theirs.")
+    item = queries.item(query)
+    label = example_target(item) if row.query_labels is None else row.query_labels[0]
+    return _Tile(view_example(item, query, denormalize), name, (row.label_name(label), ""))
 
 
 def _lay_out(scores: Scores, query: _Tile, helpful: list[_Tile], harmful: list[_Tile], note: str) -> Figure:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, first_line, nearest
 from ..core.files import kind_of, read_tensors
+from .adapters import FILES as ADAPTER_FILES
+from .adapters import adapter_state
 from .model_and_loss import ModelAndLoss
 
 Checkpoint: TypeAlias = Mapping[str, Tensor] | str | PathLike[str]
@@ -55,8 +57,8 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> d
 
     Args:
         checkpoint: a state dict, or the path of a `.safetensors` or torch file, or of a folder that holds a model in
-            several of them with an index; a dictionary that keeps the state dict under "state_dict",
-            "model_state_dict" or "model" is opened.
+            one or several of them, or adapters of PEFT alone; a dictionary that keeps the state dict under
+            "state_dict", "model_state_dict" or "model" is opened.
         model: if given, the names and shapes must be the model's.
 
     Raises:
@@ -86,6 +88,9 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module | None = None) -> d
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InvalidInput(f"{what} is no state dict (tensors by name) but {type(state).__name__}.")
     if model is not None:
+        adapters = adapter_state(what, state, model, named_tensors(model, persistent_only=True))
+        if adapters is not None:
+            return adapters
         state = _without_wrappers(state, named_tensors(model))
         _check_fits(what, state, model)
     return dict(state)
@@ -117,10 +122,15 @@ def _read_file(path: str) -> Any:
 
 def _read_folder(path: Path) -> dict[str, Tensor]:
     """The tensors of a model that lies in several files, by its index."""
+    file = next((path / name for name in (*_SHARDED, *ADAPTER_FILES) if (path / name).exists()), None)
+    if file is not None:
+        state: dict[str, Tensor] = _read_file(fspath(file))
+        return state
     index = next((path / f"{name}.index.json" for name in _SHARDED if (path / f"{name}.index.json").exists()), None)
     if index is None:
         raise InvalidInput(
-            f"The checkpoint {fspath(path)!r} is a folder without an index of weights; give the path of a file."
+            f"The checkpoint {fspath(path)!r} is a folder without weights ({', '.join(_SHARDED)}, the index of "
+            f"several such files, or {ADAPTER_FILES[0]}); give the path of a file."
         )
     files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     # Names, not paths: an index from elsewhere must not point out of its folder.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core.errors import InvalidInput, first_line
-from ..objectives.base import LABELS
+from ..objectives.base import label_key
 
 
 @final
@@ -45,6 +45,24 @@ class EditedExamples(Dataset[Any]):
         return with_label(item, self.labels[index]) if index in self.labels else item
 
 
+def label_of(item: Any) -> Any:
+    """The label of an example.
+
+    Args:
+        item: one example as the dataset gives it.
+
+    Raises:
+        InvalidInput: it has none.
+    """
+    if isinstance(item, Mapping):
+        return item[_label_key(item)]
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise InvalidInput(
+            f"An example of type {type(item).__name__} has no target to relabel; expected (inputs, target)."
+        )
+    return item[-1]
+
+
 def with_label(item: Any, label: Any) -> Any:
     """An example with another label, of the type of its old one.
 
@@ -55,16 +73,15 @@ def with_label(item: Any, label: Any) -> Any:
     Raises:
         InvalidInput: the example has no label.
     """
-    if isinstance(item, Mapping):
-        name = next((k for k in LABELS if k in item), None)
-        if name is None:
-            raise InvalidInput("An example without 'labels' or 'label' cannot be relabelled; rename its target.")
-        return {**item, name: _like(item[name], label)}
-    if not isinstance(item, (tuple, list)) or len(item) < 2:
-        raise InvalidInput(
-            f"An example of type {type(item).__name__} has no target to relabel; expected (inputs, target)."
-        )
-    return type(item)([*item[:-1], _like(item[-1], label)])
+    new = _like(label_of(item), label)
+    return {**item, _label_key(item): new} if isinstance(item, Mapping) else type(item)([*item[:-1], new])
+
+
+def _label_key(item: Mapping[str, Any]) -> str:
+    name = label_key(item)
+    if name is None:
+        raise InvalidInput("An example without 'labels' or 'label' cannot be relabelled; rename its target.")
+    return name
 
 
 def with_inputs(item: Any, inputs: Any) -> Any:
@@ -119,4 +136,7 @@ def _of_shape(old: Any, new: Any, name: str) -> Any:
 
 
 def _like(old: Any, label: Any) -> Any:
-    return torch.as_tensor(label, dtype=old.dtype) if isinstance(old, Tensor) else label
+    if not isinstance(old, Tensor):
+        return label
+    new = torch.as_tensor(label, dtype=old.dtype)
+    return new.reshape(old.shape) if new.numel() == old.numel() else new

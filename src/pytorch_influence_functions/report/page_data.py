@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ..core.text import printable
 from ..scores import indexing
 from ..scores.scores import Scores
-from .effects import Moved, moved_queries
+from .effects import Moved, choose_summed, effects_on_queries, moved_queries
 from .predictions import Given, Prediction
 from .ranking import Classes, Sums, extremes, four_digits, histogram, score_row
 from .suspects import close_pairs, label_queue
@@ -40,6 +42,8 @@ class Contents:
         examples: the training indices that appear anywhere, ascending.
         given: what was handed in beside the scores.
         moved: for each of `examples` the queries that it helps and harms most.
+        mean: [N], mean score over all queries.
+        effects: for as many of `examples` as there is room for, the scores on all queries, to be summed by the page.
     """
 
     scores: Scores
@@ -48,6 +52,8 @@ class Contents:
     examples: list[int]
     given: Given
     moved: dict[int, tuple[Moved, Moved]]
+    mean: Float[Tensor, " N"]
+    effects: dict[int, tuple[float, str]]
 
 
 def collect_contents(scores: Scores, classes: Classes | None, train: ExampleReader, k: int, given: Given) -> Contents:
@@ -58,7 +64,8 @@ def collect_contents(scores: Scores, classes: Classes | None, train: ExampleRead
     queue_length = min(QUEUE, max(SHORTEST_QUEUE, scores.n_train // QUEUE_SHARE))
     errors = given.training_errors
     doubt = given.training_losses if given.doubt is None else given.doubt
-    queue = label_queue(scores, classes, sums, given.self_influence, queue_length, errors, doubt)
+    said = given.train_predictions
+    queue = label_queue(scores, classes, sums, given.self_influence, queue_length, errors, doubt, said)
     labels = (
         [given.target.text(scores, x) for x in indexing.plain_values(scores.train_labels)]
         if scores.train_labels is not None
@@ -66,15 +73,22 @@ def collect_contents(scores: Scores, classes: Classes | None, train: ExampleRead
     )
     for entry in queue:
         entry |= _train_words(scores, labels, entry["i"])
-        entry |= {} if given.train_predictions is None else _said(given.train_predictions[entry["i"]])
+        entry |= {} if said is None else _said(said[entry["i"]])
     compared = min(COMPARED, scores.n_train)
     pairs: dict[str, list[dict[str, Any]]] = {"same": [], "other": []}
     if train.source is not None:
         pairs = close_pairs(scores, train, sums, labels or [""] * scores.n_train, compared, PAIRS)
+    # Examples without any stored score are not ranked among those that have one.
+    ranked = None if scores.indices is None else torch.unique(scores.indices)
     mean = replace(
-        scores, values=sums.mean[None], indices=None, query_ids=torch.tensor([-1]), query_labels=None, query_names=None
+        scores,
+        values=(sums.mean if ranked is None else sums.mean[ranked])[None],
+        indices=None if ranked is None else ranked[None],
+        query_ids=torch.tensor([-1]),
+        query_labels=None,
+        query_names=None,
     )
-    helpful, harmful = extremes(mean, 0, min(TOP, scores.n_train))
+    helpful, harmful = extremes(mean, 0, min(TOP, mean.shape[1]))
     index = {
         "n": scores.n_train,
         "loss": scores.lower_is_better,
@@ -84,6 +98,7 @@ def collect_contents(scores: Scores, classes: Classes | None, train: ExampleRead
         "queries": _query_columns(scores, given.target, predictions),
         "queue": queue,
         "queueBy": _queue_order(given),
+        "suggestedBy": "harm" if said is None else "model",
         "pairs": pairs,
         "compared": compared if train.source is not None else 0,
         "top": {"help": _rounded(helpful), "harm": _rounded(harmful)},
@@ -94,7 +109,10 @@ def collect_contents(scores: Scores, classes: Classes | None, train: ExampleRead
     shown |= {entry["i"] for entry in queue} | {i for i, _ in helpful + harmful}
     shown |= {pair[side] for kind in pairs.values() for pair in kind for side in ("a", "b")}
     examples = sorted(shown)
-    return Contents(scores, index, lists, examples, given, moved_queries(scores, examples))
+    summed = choose_summed(scores, [entry["i"] for entry in queue], examples)
+    index["summed"] = "all" if len(summed) == len(examples) else "queue"
+    moved, effects = moved_queries(scores, examples), effects_on_queries(scores, summed)
+    return Contents(scores, index, lists, examples, given, moved, sums.mean, effects)
 
 
 def _train_words(scores: Scores, labels: list[str], index: int) -> dict[str, Any]:
@@ -189,7 +207,8 @@ class Writer:
 
     def example(self, index: int) -> dict[str, Any]:
         """One training example: the record of its input, and `i` index, `l` label, `n` name, `o` self-influence, what
-        the model says of it, and `help`, `harm`: the queries that it helps and harms most.
+        the model says of it, `help`, `harm`: the queries that it helps and harms most, `e` its mean score, and `w` its
+        score on every query, where there was room for it.
         """
         scores, given = self.contents.scores, self.contents.given
         record, own_label = self.train.record(index, self.detail)
@@ -204,6 +223,9 @@ class Writer:
             record |= _said(prediction)
             record |= {"likely": prediction.likeliest} if prediction.likeliest else {}
         record["help"], record["harm"] = self.contents.moved[index]
+        record["all"] = four_digits(float(self.contents.mean[index]))
+        if index in self.contents.effects:
+            record["each"] = self.contents.effects[index]
         return record
 
     def query(self, q: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..scores.scores import Scores
+from .predictions import Prediction
 from .ranking import Classes, Sums, four_digits, harm_sign, score_columns
 from .thumbnails import ExampleReader, comparison_vector
 
@@ -27,6 +28,7 @@ def label_queue(
     size: int,
     errors: Float[Tensor, " N"] | None = None,
     doubt: Float[Tensor, " N"] | None = None,
+    said: list[Prediction] | None = None,
 ) -> list[dict[str, Any]]:
     """The `size` training examples whose labels look most doubtful, worst first, each with its evidence.
 
@@ -34,8 +36,9 @@ def label_queue(
     how far the model is from the number of every example, that order and the largest errors give an example by turns.
 
     Keys: `i` index, `o` self-influence, `p` share of examples with a smaller one, `h` mean harm to all queries,
-    `g` suggested class, `gh` harm that a tenth of its queries suffer at least, `q` opponents: (query row, score) of
-    the queries of other classes that the example harms most.
+    `g` suggested class, by what the model `said` of each example where that is known; `gh` harm that a tenth of its
+    queries suffer at least, where there is any; `q` opponents: (query row, score) of the queries of other classes that
+    the example harms most.
     """
     harm = harm_sign(scores) * sums.mean
     suspicion = next(values for values in (doubt, self_influence, harm) if values is not None)
@@ -45,7 +48,7 @@ def label_queue(
     order = order[:size]
     columns = score_columns(scores, order)
     opponents = _opponents(scores, columns, classes, order)
-    suggested = _suggestions(scores, columns, classes, order)
+    suggested = _suggestions(scores, columns, classes, order, said)
     ascending = None if self_influence is None else self_influence.sort().values
     queue: list[dict[str, Any]] = []
     for place, i in enumerate(order.tolist()):
@@ -64,24 +67,39 @@ def _take_turns(first: Int[Tensor, " n"], second: Int[Tensor, " n"]) -> Int[Tens
 
 
 def _suggestions(
-    scores: Scores, columns: Float[Tensor, "Q n"], classes: Classes | None, ids: Int[Tensor, " n"]
+    scores: Scores,
+    columns: Float[Tensor, "Q n"],
+    classes: Classes | None,
+    ids: Int[Tensor, " n"],
+    said: list[Prediction] | None,
 ) -> list[dict[str, Any]]:
-    """For each of `ids` the other class whose queries it harms most: a wrong label harms queries of the right class.
+    """For each of `ids` the class it may be of: the model's likeliest but for its label, else the one it harms most.
 
-    A class is measured by the harm that at least a tenth of its queries suffer. Only queries that look like the example
-    are harmed much: a mean over the class would hide them, and a maximum would depend on a single one.
+    A wrong label harms queries of the right class. A class is measured by the harm that at least a tenth of its queries
+    suffer. Only queries that look like the example are harmed much: a mean over the class would hide them, and a
+    maximum would depend on a single one. What the model says is right more often.
     """
     if classes is None or len(classes.names) < 2:
         return [{} for _ in range(len(ids))]
     harm = torch.full((len(classes.names), len(ids)), -torch.inf, dtype=torch.float64)
     for c in sorted(set(classes.query.tolist())):
         harm[c] = (harm_sign(scores) * columns[classes.query == c]).quantile(0.9, dim=0)
-    harm[classes.train[ids], torch.arange(len(ids))] = -torch.inf
-    worst, suggested = harm.max(0)
-    return [
-        {"g": classes.names[c], "gh": four_digits(h)} if h > 0 else {}
-        for c, h in zip(suggested.tolist(), worst.tolist(), strict=True)
-    ]
+    own = classes.train[ids]
+    harm[own, torch.arange(len(ids))] = -torch.inf
+    suggestions: list[dict[str, Any]] = []
+    for place, (i, label) in enumerate(zip(ids.tolist(), own.tolist(), strict=True)):
+        likely = None if said is None else _likeliest_other(said[i], classes.names, label)
+        c = int(harm[:, place].argmax()) if likely is None else likely
+        suffered = float(harm[c, place])
+        words = {"g": classes.names[c]} if likely is not None or suffered > 0 else {}
+        suggestions.append(words | ({"gh": four_digits(suffered)} if suffered > 0 else {}))
+    return suggestions
+
+
+def _likeliest_other(prediction: Prediction, names: list[str], label: int) -> int | None:
+    """The likeliest class but for the label; None where it is none of the names."""
+    likely = next((name for name, _ in prediction.likeliest if name != names[label]), None)
+    return names.index(likely) if likely in names else None
 
 
 def _opponents(

@@ -2,7 +2,7 @@
 
 from .base import AbstractScaling, Raw
 from .leverage import Leverage
-from .relative import Cosine, RelatIF
+from .relative import Cosine, RelatIF, Whitened
 
 __all__ = [
     "AbstractScaling",
@@ -10,6 +10,7 @@ __all__ = [
     "Leverage",
     "Raw",
     "RelatIF",
+    "Whitened",
 ]
 
 

@@ -13,23 +13,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.records import Record
 from ..gradients.per_example import Derivatives, GradientBatch
+from ..linalg.dual_solution import DualSolution
 from ..linalg.rows import Rows
 from ..solvers.base import Solution
 
 
 @dataclass(frozen=True, eq=False)
 class Solving:
-    """What a scaling may ask of a fitted model: `solve` gives (C + D)^-1 of rows, `count` is N."""
+    """What a scaling may ask of a fitted model: `solve` gives (C + D)^-1 of rows, `count` is N.
+
+    `ids` are the training examples that are scored, None: all.
+    """
 
     solve: Callable[[Rows], Solution]
     quadratic: Callable[[Rows], Tensor]
     """b^T (C + D)^-1 b for every row."""
     count: int
+    ids: Int[Tensor, " n"] | None = None
 
 
 class AbstractScaling(Record, ABC):
@@ -40,7 +45,7 @@ class AbstractScaling(Record, ABC):
 
     @abstractmethod
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        """The training rows, batch by batch in dataset order.
+        """The training rows of `solving.ids`, batch by batch in that order.
 
         Args:
             derivatives: the source of the plain training rows.
@@ -51,8 +56,13 @@ class AbstractScaling(Record, ABC):
         """Right-hand sides that are solved for every training example of so many `outputs`."""
         return 0
 
-    def query_factors(self, rows: Rows) -> Float[Tensor, " q"] | None:
-        """One number per query that its scores are multiplied by; `rows` are the unsolved query gradients."""
+    def query_factors(self, rows: Rows, solved: Rows | DualSolution) -> Float[Tensor, " q"] | None:
+        """One number per query that its scores are multiplied by.
+
+        Args:
+            rows: the query gradients.
+            solved: (C + D)^-1 of them.
+        """
         return None
 
     @property
@@ -69,4 +79,4 @@ class Raw(AbstractScaling):
     first_order: ClassVar[bool] = True
 
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        return derivatives.stream(label="scoring")
+        return derivatives.stream(ids=solving.ids, label="scoring")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from ..gradients.output_rows import OutputRows
 from ..gradients.per_example import Derivatives, GradientBatch
@@ -34,14 +36,17 @@ class Leverage(AbstractScaling):
         return outputs
 
     def rows(self, derivatives: Derivatives, solving: Solving) -> Iterator[GradientBatch]:
-        return leverage_corrected(derivatives, solving.solve, solving.count)
+        return leverage_corrected(derivatives, solving.solve, solving.count, solving.ids)
 
 
 def leverage_corrected(
-    derivatives: Derivatives, solve: Callable[[Rows], Solution], count: int
+    derivatives: Derivatives,
+    solve: Callable[[Rows], Solution],
+    count: int,
+    only: Int[Tensor, " n"] | None = None,
 ) -> Iterator[GradientBatch]:
     """Training rows in which each example's slope is corrected for its own leverage."""
-    for ids, batch in sweep(derivatives.problem, label="leverages"):
+    for ids, batch in sweep(derivatives.problem, ids=only, label="leverages"):
         examples = OutputRows.of(derivatives, ids, batch)
         solutions = [solve(r).unwrap() for r in examples.rows]
         a = torch.stack([torch.stack([x.rowwise(r) for x in solutions], 1) for r in examples.rows], 1)

@@ -88,6 +88,7 @@ class Diagnostics:
         objective: the training loss that was taken, as it would be written.
         inferred: whether the loss was inferred from outputs and targets rather than given.
         reading: how a loader's sampler was read, in words; empty where the whole dataset is the training set.
+        rows: how the rows were made of the queries, in words; empty where each query is a row of its own.
         needs_minimum: whether the method assumes that training had ended at a minimum (unrolled ones do not).
         effective_dimension: tr(C (C + D)^-1), how many directions the data decide rather than the damping.
         lost_to_damping: median over queries of `<g, D (C + D)^-1 g> / |g|^2`, the share of a query's squared gradient
@@ -133,6 +134,7 @@ class Diagnostics:
     reading: str = ""
     weight_decay: float = 0.0
     weight_decay_most: float = 0.0
+    rows: str = ""
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
@@ -175,6 +177,7 @@ class Diagnostics:
         facts = [("method", self.method or "not recorded")]
         facts += [("why", self.why)] if self.why else []
         facts += [("size", _describe_size(self))] if self.n_train else []
+        facts += [("rows", self.rows)] if self.rows else []
         facts += [("time", f"{self.seconds:.3g} s")] if not math.isnan(self.seconds) else []
         facts += [("routes", _describe_routes(self.routes))] if set(self.routes.values()) - {"rule"} else []
         facts += [("blocks", _describe_largest(self.gradient_shares))] if self.gradient_shares else []
@@ -364,7 +367,9 @@ def _loss(d: Diagnostics) -> Check:
 
 
 def _describe_size(d: Diagnostics) -> str:
-    queries = f"{d.n_queries:,} quer{'y' if d.n_queries == 1 else 'ies'} x {d.n_train:,} training examples"
+    queries = f"{d.n_queries:,} quer{'y' if d.n_queries == 1 else 'ies'}"
+    queries = f"{d.n_queries:,} row{'' if d.n_queries == 1 else 's'}" if d.rows else queries
+    queries += f" x {d.n_train:,} training examples"
     return queries + (f", mean over {d.members} checkpoints" if d.members > 1 else "")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput, NonFinite, name_ids, require
 from ..core.files import read_tensors, write_bytes, write_tensors
 from ..core.text import printable
-from . import export, indexing
+from . import difference, export, indexing
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ else:
 Labels: TypeAlias = Tensor | NDArray[Any] | Sequence[Any] | None
 
 MEAN = -1
-"""The query index of a row that is a mean over queries and belongs to no single one."""
+"""The query index of a row that belongs to no single query: a mean, a group, a function of the model."""
 _KIND = "scores"
 _TENSORS = ("values", "indices", "query_ids", "train_labels", "query_labels")
 _RECORD = ("lower_is_better", "n_train", "train_names", "query_names", "class_names", "provenance")
@@ -59,7 +59,7 @@ class Scores:
         query_labels: one per query.
         train_names, query_names: what to call them.
         class_names: what to call integer labels.
-        query_ids: [Q] positions in the query dataset, by default 0 to Q - 1; -1 for a mean over queries.
+        query_ids: [Q] positions in the query dataset, by default 0 to Q - 1; -1 for a row of several queries.
         indices: [Q, m] positions in the training dataset, each once per row, or None: all in order.
         n_train: N, by default the number of columns; needed with `indices`.
         diagnostics: how the scores came about and how far to trust them.
@@ -209,6 +209,19 @@ class Scores:
             query_names=[f"mean over {len(self)} quer{'y' if len(self) == 1 else 'ies'}"],
         )
 
+    def __sub__(self, other: Scores) -> Scores:
+        """What each training example does to the difference of two questions: of two models, for instance.
+
+        `scores_a - scores_b` is the predicted change of m_a(q) - m_b(q) when example i is left out of the training of
+        both. Names, labels and sources are those of the first.
+
+        Raises:
+            InvalidInput: queries, training examples or the direction of the measures differ.
+        """
+        difference.check_comparable(self, other)
+        record = difference.of_diagnostics(self.diagnostics, other.diagnostics)
+        return replace(self, values=self.values - other.values, diagnostics=record)
+
     def top(self, k: int) -> Scores:
         """Only the `k` most helpful and `k` most harmful examples of each query, most helpful first.
 
@@ -344,7 +357,7 @@ class Scores:
         return np.array(self.values.numpy(), dtype=dtype)
 
     def to_dict(self, top_k: int | None = 500) -> dict[str, dict[str, Any]]:
-        """The layout of version 0.1, one entry per query under its index as a string (`"mean"` for a mean).
+        """The layout of version 0.1, one entry per query under its index (`"mean"` for a mean, of several their names).
 
         Each entry: `label`, `num_in_dataset`, `time_calc_influence_s` (the query's share of the seconds), `influence`
         (scores in training order), `harmful`, `helpful` (indices, at most `top_k` each). Where not all examples are
@@ -364,7 +377,8 @@ class Scores:
             }
             if self.indices is not None:
                 entry["influence_indices"] = self.indices[row].tolist()
-            entries["mean" if number == MEAN else str(number)] = entry
+            named = "mean" if len(self) == 1 else self.describe_query(row)
+            entries[named if number == MEAN else str(number)] = entry
         return entries
 
     def to_json(self, path: str | os.PathLike[str] | None = None, top_k: int | None = 500) -> str:

@@ -21,6 +21,7 @@ from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import DOUBLE, Cost, ProblemSize
 from ..damping.rules import AbstractDamping, Relative
 from ..gradients.per_example import Derivatives
+from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.dual_solution import DualSolution
 from ..linalg.operator import AbstractOperator, AbstractSymmetric, apply_flat, diagonal_vector
 from ..linalg.rows import Rows
@@ -359,17 +360,24 @@ def combined_residual(operator: AbstractOperator, shift: Shift, rows: Rows, valu
     """
     n = len(rows)
     norms = rows.squared_norms().double().sqrt()
-    some, solved = rows, value
+    weights: Tensor | None = None
     if n > _COMBINED:
         weights = torch.randn(_COMBINED, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         weights = weights.to(norms.device) * torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-        some, solved = rows.combine(weights), value.combine(weights)
-    there = operator.apply(solved)
-    errors = torch.zeros(len(some), dtype=torch.float64, device=norms.device)
+    errors = torch.zeros(min(n, _COMBINED), dtype=torch.float64, device=norms.device)
     for name, d in shift.over(rows.blocks).items():
-        left = there.blocks[name].dense() + d * solved.blocks[name].dense().reshape_as(there.blocks[name].dense())
-        errors += (left - some.blocks[name].dense().reshape_as(left)).flatten(1).double().square().sum(1)
+        # Block by block: a language model's vectors written out all at once would be several times its size.
+        some, solved = (_written_out(x.blocks[name], weights) for x in (rows, value))
+        product = operator.apply(Rows({name: Dense(solved)})).blocks[name].dense().flatten(1)
+        # Not in place: the identity's product is what it was given.
+        error = torch.add(product, solved.flatten(1), alpha=d).sub_(some.flatten(1))
+        errors += torch.linalg.vector_norm(error, dim=1, dtype=torch.float64).square()
     return relative(errors.sqrt(), norms) if n <= _COMBINED else errors.mean().sqrt().expand(n).clone()
+
+
+def _written_out(block: AbstractBlock, weights: Float[Tensor, "m n"] | None) -> Tensor:
+    """The rows of a block, or combinations of them, written out."""
+    return block.dense() if weights is None else block.combine(weights.to(block.reference))
 
 
 def nonfinite_rows(rows: Float[Tensor, "n *p"]) -> tuple[int, ...]:

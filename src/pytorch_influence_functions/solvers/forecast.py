@@ -25,6 +25,8 @@ from .preconditioner import Preconditioner
 
 # Share of the memory budget that solved queries, with what the solver holds beside each, may take.
 QUERY_SHARE = 1 / 4
+# And what of the memory that the curvature leaves, if that is more: the rest is for the batches.
+_LEFT_SHARE = 0.9
 # The most numbers that the vectors of a timed product take.
 _TIMED_NUMBERS = 1 << 24
 # The first product pays for what is paid once.
@@ -97,10 +99,22 @@ class Forecast(Printable):
         )
 
 
-def queries_at_once(solver: AbstractSolver[Any], parameters: int, number_bytes: int, budget: Budget) -> int:
-    """How many queries are solved together, with what the solver holds beside each answer."""
-    each = parameters * number_bytes * (1 + solver.vectors_held)
-    return max(1, int(budget.bytes * QUERY_SHARE / each))
+def queries_at_once(
+    solver: AbstractSolver[Any], numbers: float, number_bytes: int, budget: Budget, held: float = 0.0
+) -> int:
+    """How many queries are solved together, with what the solver holds beside each answer.
+
+    Args:
+        solver: solves them.
+        numbers: of one answer.
+        number_bytes: of each.
+        budget: of the whole method.
+        held: bytes that the fitted curvature takes of it; what is left is for the queries.
+    """
+    each = numbers * number_bytes * (1 + solver.vectors_held)
+    # What an iterative solver holds is an estimate, which leaves room for error.
+    left = _LEFT_SHARE * (budget.bytes - held) if solver.vectors_held == 0 else 0.0
+    return max(1, int(max(budget.bytes * QUERY_SHARE, left) / each))
 
 
 def estimate_cost(
@@ -127,12 +141,14 @@ def estimate_cost(
     share = (damping or choice.default_damping).expected_share
     size = replace(size, damping_share=share or size.damping_share)
     fitting = choice.cost(size.for_queries(q + solves_per_example * n))
-    at_once = queries_at_once(choice.solver, p, size.number_bytes, budget)
-    groups = math.ceil(q / at_once)
+    factored = choice.solver.solves_in_dual or choice.curvature.keeps_factors
+    numbers = size.row_numbers if factored else p
+    at_once = queries_at_once(choice.solver, numbers, size.number_bytes, budget, fitting.bytes)
+    # More queries than that lie on disk, and share the pass.
+    groups = 1 if q else 0
     # Training gradients that the curvature keeps are not taken again.
     kept = choice.curvature.holds_gradients and choice.solver.form(choice.curvature) is Form.GRAM
     again = 0 if kept and choice.solver.solves_in_dual and not solves_per_example else groups
-    factored = choice.solver.solves_in_dual or choice.curvature.keeps_factors
     pairs, written = (size.pair_flops, 0.0) if factored else (_PIECES * 2.0 * p, _PER_NUMBER * p)
     scoring = Cost(
         (looked_at + q) / n + again,

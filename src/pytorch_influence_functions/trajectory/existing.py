@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ..core.errors import InvalidInput, first_line
+from ..problem.adapters import FILES as ADAPTER_FILES
 from .recorded_step import GroupState, RecordedStep
 
 _TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)")
-_WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", *ADAPTER_FILES)
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -32,13 +33,13 @@ def read_trainer(folder: Path) -> Iterator[RecordedStep]:
     """The checkpoints of a Trainer's output folder, with the learning rates of its log.
 
     Raises:
-        InvalidInput: a checkpoint holds no weights of the whole model.
+        InvalidInput: a checkpoint holds weights neither of the whole model nor of adapters.
     """
     for step, path in trainer_folders(folder):
         file = next((path / name for name in _WEIGHTS_FILES if (path / name).exists()), None)
         if file is None and not any((path / name).exists() for name in _SHARDED):
             raise InvalidInput(
-                f"{os.fspath(path)!r} holds no weights of the whole model ({' or '.join(_WEIGHTS_FILES)}); give the "
+                f"{os.fspath(path)!r} holds no weights ({' or '.join(_WEIGHTS_FILES)}); give the "
                 "folder of a training that saves them, or a list of state dicts."
             )
         state = _read_trainer_state(path)

@@ -10,7 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
 from ..core.files import read_tensors
@@ -190,12 +191,29 @@ class Recording:
         parts = split_evenly(run.checkpoints, run.learning_rates, run.stretches, count, momentum)
         if not groups or groups[0].beta2 is None:
             return parts
-        last = list(parts)
-        end = 0
-        for k, part in enumerate(parts):
-            end += len(part.checkpoint_tuple)
-            last[k] = replace(part, momentum=0.0, adam=_adam_state(run.recorded[end - 1]))
-        return tuple(last)
+        with_adam, start = [], 0
+        for part in parts:
+            end = start + len(part.checkpoint_tuple)
+            with_adam.append(replace(part, momentum=0.0, adam=_adam_state(run.recorded[start:end])))
+            start = end
+        return tuple(with_adam)
+
+    def adam_state(self, position: int = -1) -> AdamState:
+        """Adam's second moments, eps and decoupled decay at one of the checkpoints.
+
+        Args:
+            position: which one; the last by default.
+
+        Raises:
+            InvalidInput: the run was not Adam's, or its second moments were not recorded.
+        """
+        recorded = self.recorded[position]
+        if not recorded.groups or recorded.groups[0].beta2 is None:
+            raise InvalidInput(
+                f"The run was not trained by Adam as far as is known ({self.origin or 'no origin'}), and its second "
+                "moments are needed; record an Adam or AdamW training with ptif.Recorder."
+            )
+        return _adam_state([recorded])
 
     def describe(self) -> str:
         """The run in words, for the notes of a result."""
@@ -266,20 +284,25 @@ def _named(recorded: list[RecordedStep], path: Path, kind: str) -> Recording:
     return Recording(tuple(recorded), origin=f"{kind} {os.fspath(path)!r}")
 
 
-def _adam_state(recorded: RecordedStep) -> AdamState:
-    if recorded.second_moments is None:
-        raise InvalidInput(
-            f"Adam's second moments at step {recorded.step:,} were not recorded, and SOURCE needs them; record the run "
-            "with ptif.Recorder(second_moments=True)."
-        )
-    moments, _ = read_tensors(recorded.second_moments, MOMENTS_FILE, cure="record the run anew")
-    decays = {g.weight_decay for g in recorded.groups if g.decoupled}
-    epsilons = {g.eps for g in recorded.groups}
+def _adam_state(stretch: Sequence[RecordedStep]) -> AdamState:
+    """Adam's state over a stretch of training: the mean of the second moments at its checkpoints."""
+    total: dict[str, Tensor] = {}
+    for recorded in stretch:
+        if recorded.second_moments is None:
+            raise InvalidInput(
+                f"Adam's second moments at step {recorded.step:,} were not recorded, and they are needed; record the "
+                "run with ptif.Recorder(second_moments=True)."
+            )
+        moments, _ = read_tensors(recorded.second_moments, MOMENTS_FILE, cure="record the run anew")
+        for name, moment in moments.items():
+            share = moment.to(torch.promote_types(moment.dtype, torch.float32)) / len(stretch)
+            total[name] = share if name not in total else total[name] + share
+    groups = [g for recorded in stretch for g in recorded.groups]
+    decays = {g.weight_decay for g in groups if g.decoupled}
+    epsilons = {g.eps for g in groups}
     if len(decays) > 1 or len(epsilons) > 1:
         raise InvalidInput(
-            f"The parameter groups differ in weight decay or eps at step {recorded.step:,}, and one AdamState has one; "
-            "build the segments by hand."
+            f"The parameter groups differ in weight decay or eps up to step {stretch[-1].step:,}, and one AdamState "
+            "has one; build the segments by hand."
         )
-    decay = decays.pop() if decays else 0.0
-    whole = {k: v.float() if v.element_size() < 4 else v for k, v in moments.items()}
-    return AdamState(whole, epsilons.pop() or 0.0, decay)
+    return AdamState(total, epsilons.pop() or 0.0, decays.pop() if decays else 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, nearest
 from ..core.validate import finite_number, whole_number
+from ..linalg.rows import Rows
 from ..linalg.space import Space
 from ..problem.checkpoints import Checkpoint, as_checkpoints, load_checkpoint
 from ..problem.wrappers import unwrap
@@ -110,6 +111,17 @@ class AdamState:
         Raises:
             InvalidInput: a parameter of the space has no moment, one of another shape, or a denominator of zero.
         """
+        return self.denominators(space).flat()[0].rsqrt()
+
+    def denominators(self, space: Space) -> Rows:
+        """What Adam divides by, `sqrt(v) + eps`, over a space: one row in float64.
+
+        Args:
+            space: the parameters that take part.
+
+        Raises:
+            InvalidInput: a parameter of the space has no moment, one of another shape, or a denominator of zero.
+        """
         values = {}
         for name in space.names:
             if name not in self.second_moments:
@@ -126,8 +138,8 @@ class AdamState:
             denominator = v.detach().double().sqrt() + self.eps
             if not bool((denominator > 0).all()):
                 raise InvalidInput(f"sqrt(v) + eps is 0 for an entry of {name!r}; use Adam's own eps, e.g. 1e-8.")
-            values[name] = denominator.rsqrt()[None]
-        return space.from_parameters(values).flat()[0]
+            values[name] = denominator[None]
+        return space.from_parameters(values)
 
     def decays(self, space: Space) -> Tensor:
         """Decoupled decay over the flattened space, [P] in float64.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, final, overload
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from ..gradients.per_example import Derivatives
 from ..influence.assumptions import StationarityCheck
 from ..influence.checks import check_problem
 from ..influence.method import AbstractMethod
+from ..influence.parts import By, Parts
 from ..influence.question import Question
 from ..influence.run_log import RunLog
 from ..influence.scoring import (
@@ -48,9 +49,11 @@ from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..problem.working_precision import in_working_precision
 from ..scores.diagnostics import Diagnostics
+from ..scores.parts import PartScores
 from ..scores.scores import Scores
+from .preconditioner import preconditioner_of
 from .segments import Segment, copy_if_live, refuse_shared, split_evenly
-from .unrolling import FittedSegment, form_of, preconditioned, refuse_overflow
+from .unrolling import FittedSegment, form_of, refuse_overflow
 
 
 @final
@@ -65,7 +68,8 @@ class SOURCE(AbstractMethod):
     is the predicted change of `m(q)` when example i is removed: positive = helpful, for a loss. No damping is needed:
     (1 - exp(-eta K lam)) / lam is finite for every lam, is about 1 / (lam + 1 / (eta K)), and tends to 1 / lam, the
     influence function, as eta K grows. (That gives the damping rule `FromTraining(lr, steps)`.) L2 weight decay is part
-    of H; under `AdamState` H becomes P H, P being Adam's diagonal preconditioner.
+    of H; under `AdamState` H becomes P H, P being Adam's diagonal preconditioner: exactly with a dense curvature, and
+    with a Kronecker-factored one as a diagonal in its eigenbasis, from the second moments along its eigenvectors.
 
     Args:
         segments: `Segment(checkpoints, lr, steps, momentum, adam)` in the order of training; see also `source`.
@@ -169,16 +173,13 @@ class SOURCE(AbstractMethod):
         form = form_of(self.curvature, segment.adam is not None)
         operator = self.curvature.mean_of(members, form, Budget.of(self.memory))
         assert isinstance(operator, AbstractSpectral)
-        root = None
         if any(problem.space.decay.values()):
             operator = operator.shifted(problem.space.decay)
-        if segment.adam is not None:
-            root = segment.adam.root(problem.space)
-            operator = preconditioned(operator, root, segment.adam.decays(problem.space))
+        preconditioner = None if segment.adam is None else preconditioner_of(operator, segment.adam)
+        operator = operator if preconditioner is None else preconditioner.curvature
         # The eigenvectors say it all: the matrix itself need not be kept beside them.
-        return FittedSegment(
-            segment, tuple(members), operator.eigen() if isinstance(operator, Matrix) else operator, root
-        )
+        operator = operator.eigen() if isinstance(operator, Matrix) else operator
+        return FittedSegment(segment, tuple(members), operator, preconditioner)
 
     def _check_room(self, problem: Problem) -> None:
         if form_of(self.curvature, any(s.adam is not None for s in self.parts)) is not Form.MATRIX:
@@ -246,28 +247,62 @@ class SourceAttribution(OldNames):
         """The composition in use, as it would be written."""
         return repr(self.spec)
 
+    # fmt: off
+    @overload
+    def score(
+        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
+        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: None = None,
+    ) -> Scores: ...
+    @overload
+    def score(
+        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
+        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: By,
+    ) -> PartScores: ...
+    # fmt: on
     @plain_autograd()
-    def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
+    def score(
+        self,
+        queries: Any,
+        measure: Any = None,
+        top: int | None = None,
+        batch_size: int | None = None,
+        *,
+        aggregate: Any = None,
+        contrast: Any = None,
+        ids: Any = None,
+        by: By | None = None,
+    ) -> Scores | PartScores:
         """Predicted change of the measure on every query had each training example been absent.
 
         Args:
-            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
-            measure: what is measured on a query, an objective or loss; `None`: the training objective.
+            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`; or `FromModel(f)`, or a list of those.
+            measure: what is measured on a query, an objective or loss, or several; `None`: the training objective.
             top: keep only the k most helpful and k most harmful examples per query.
             batch_size: queries read at once; `None`: the problem's.
+            aggregate, contrast, ids, by: as for `Attribution.score`.
 
         Returns:
-            `Scores` of shape (queries, N).
+            `Scores` of shape (queries, N); with `by`, `PartScores`, which add up to them.
 
         Raises:
             NonFinite: a gradient or score is NaN or infinite; the indices are named.
         """
         model, everyone = self.problem.model, torch.arange(len(self.problem))
         with at_checkpoint(model, self.spec.final):
-            question = Question.of(self.problem, self.derivatives.objective, queries, measure, top, batch_size)
-            scoring = ScoringPass(self.problem, question)
+            asked = (queries, measure, top, batch_size, aggregate, contrast, ids)
+            question = Question.of(self.problem, self.derivatives.objective, *asked)
+            parts = None if by is None else Parts.of(by, self.derivatives)
+            scoring = ScoringPass(self.problem, question, parts=parts, whole=parts is not None)
             for query_ids, rows in scoring.query_groups(self.derivatives, self._room()):
-                scoring.add(query_ids, everyone, current().all_sum(self._block(query_ids, rows, scoring.log)))
+                if parts is not None or question.candidates is not None:
+                    self._add_shares(scoring, query_ids, rows)
+                else:
+                    scoring.add(query_ids, everyone, current().all_sum(self._block(query_ids, rows, scoring.log)))
+            if parts is not None:
+                scoring.gather()
+                return scoring.part_scores(self._diagnostics, self.fit_seconds)
+            if question.candidates is not None:
+                scoring.gather()
             return scoring.scores(self._diagnostics, self.fit_seconds)
 
     @plain_autograd()
@@ -318,15 +353,36 @@ class SourceAttribution(OldNames):
 
     def _block(self, query_ids: Tensor, rows: Rows, log: RunLog) -> Tensor:
         """Scores [q, N] of a group of queries: the training data pass once per checkpoint."""
-        route = Route.of(self.spec.route)
         total = torch.zeros(len(query_ids), len(self.problem), dtype=torch.float64)
+        for stream, share in self._streams(rows, log):
+            for ids, values in stream.blocks():
+                refuse_nonfinite(values, query_ids, ids)
+                total[:, ids] += values.double().cpu() * share
+        return total
+
+    def _add_shares(self, scoring: ScoringPass, query_ids: Tensor, rows: Rows) -> None:
+        """Add what every checkpoint contributes to the scores of a group of queries."""
+        candidates, parts = scoring.question.candidates, scoring.parts
+        wanted = None if candidates is None else candidates.union
+        for stream, share in self._streams(rows, scoring.log, wanted, parts):
+            if parts is None:
+                for ids, values in stream.blocks():
+                    scoring.add(query_ids, ids, values.double() * share)
+            else:
+                for ids, by_part in stream.part_blocks():
+                    for part, values in enumerate(by_part):
+                        scoring.add(query_ids, ids, values.double() * share, part)
+
+    def _streams(
+        self, rows: Rows, log: RunLog, ids: Tensor | None = None, parts: Parts | None = None
+    ) -> Iterator[tuple[TrainingStream, float]]:
+        """The training data of every checkpoint, at its weights, and its share in its segment."""
+        route = Route.of(self.spec.route)
         for segment, solved in zip(self.segments, self._propagated(rows, log), strict=True):
             for checkpoint, derivatives in segment.members:
                 with at_checkpoint(self.problem.model, checkpoint):
-                    for ids, values in TrainingStream(derivatives, solved, route).blocks():
-                        refuse_nonfinite(values, query_ids, ids)
-                        total[:, ids] += values.double().cpu() / len(segment.members)
-        return total
+                    stream = TrainingStream(derivatives, solved, route, ids=ids, parts=parts)
+                    yield stream, 1.0 / len(segment.members)
 
     def _diagnostics(self, log: RunLog) -> Diagnostics:
         spans = [s.segment.span for s in self.segments]

@@ -8,28 +8,27 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..curvature.base import AbstractCurvature, Form
 from ..gradients.per_example import Derivatives
-from ..linalg.dense import Eigen, Matrix
 from ..linalg.operator import AbstractSpectral
 from ..linalg.rows import Rows
 from ..problem.checkpoints import Checkpoint
 from ..problem.problem import Problem
+from .preconditioner import AbstractPreconditioner
 from .segments import Segment
 
 
 @dataclass(frozen=True, eq=False)
 class FittedSegment:
-    """A fitted segment: H over its checkpoints (P^(1/2) H P^(1/2) under Adam, with `root` = P^(1/2))."""
+    """A fitted segment: H over its checkpoints (P^(1/2) H P^(1/2) under Adam, with P as `preconditioner`)."""
 
     segment: Segment
     members: tuple[tuple[Checkpoint, Derivatives], ...]
     operator: AbstractSpectral
-    root: Float[Tensor, " p"] | None = None
+    preconditioner: AbstractPreconditioner | None = None
 
     @cached_property
     def extremes(self) -> tuple[float, float]:
@@ -62,22 +61,22 @@ class FittedSegment:
         Relative to |u| alone, long training would look badly solved in float32: x may be `span` times as large as u.
         """
         x, flat = self.responds(u), u.flat()
-        error = self._between(x, self.operator, into=-1, out=-1).flat() + self.survives(u).flat() - flat
-        root = torch.ones_like(flat[0]) if self.root is None else self.root.to(flat)
+        error = self.operator.space.rows(
+            self._between(x, self.operator, into=-1, out=-1).flat() + self.survives(u).flat() - flat
+        )
         # Norms in the coordinates in which the operator is symmetric.
         high = max(abs(v) for v in self.extremes)
-        scale = high * float((x.flat() / root).norm()) + float((flat * root).norm())
-        return float((error * root).norm()) / scale if scale > 0 else 0.0
+        scale = high * float(self._scaled(x, -1).norm()) + float(self._scaled(u, 1).norm())
+        return float(self._scaled(error, 1).norm()) / scale if scale > 0 else 0.0
+
+    def _scaled(self, rows: Rows, power: int) -> Tensor:
+        return rows.flat() if self.preconditioner is None else self.preconditioner.scaled(rows, power)
 
     def _between(self, rows: Rows, operator: AbstractSpectral, into: int, out: int) -> Rows:
         """The operator in Adam's coordinates P^(-1/2) theta, or itself where there is no Adam."""
-        if self.root is None:
+        if self.preconditioner is None:
             return operator.apply(rows)
-        space, flat = operator.space, rows.flat()
-        root = self.root.to(flat.device)
-        inside = (flat.double() * root**into).to(flat)
-        product = operator.apply(space.rows(inside)).flat().double() * root**out
-        return space.rows(product.to(flat))
+        return self.preconditioner.between(operator, rows, into, out)
 
 
 def survival(values: Tensor, span: float) -> Tensor:
@@ -93,13 +92,13 @@ def response(values: Tensor, span: float) -> Tensor:
 
 
 def form_of(curvature: AbstractCurvature, adam: bool) -> Form:
-    """The form with known eigenvalues; Adam's diagonal needs every entry."""
-    if adam and Form.MATRIX not in curvature.forms:
+    """The form with known eigenvalues; Adam's diagonal needs every entry, or an eigenbasis in which to be diagonal."""
+    if adam and Form.MATRIX not in curvature.forms and not curvature.kronecker:
         raise InvalidInput(
-            f"SOURCE's Adam form multiplies the curvature by a diagonal, and {curvature!r} has no dense matrix to "
-            "multiply; use GGN() or Hessian() on a small model, or leave adam out."
+            f"SOURCE's Adam form multiplies the curvature by a diagonal, and {curvature!r} has neither a dense matrix "
+            "nor a Kronecker eigenbasis to multiply it in; use EKFAC(), or GGN() on a small model."
         )
-    if Form.SPECTRAL in curvature.forms and not adam:
+    if Form.SPECTRAL in curvature.forms and not (adam and Form.MATRIX in curvature.forms):
         return Form.SPECTRAL
     if Form.MATRIX in curvature.forms:
         return Form.MATRIX
@@ -107,16 +106,6 @@ def form_of(curvature: AbstractCurvature, adam: bool) -> Form:
         f"SOURCE needs all eigenvalues of the curvature and {curvature!r} gives none; use GGN(), Hessian() or a "
         "Kronecker-factored curvature."
     )
-
-
-def preconditioned(operator: AbstractSpectral, root: Tensor, decay: Tensor) -> Matrix:
-    """P^(1/2) H P^(1/2) + decoupled decay, which has the eigenvalues of P H + decay."""
-    dense = operator.matrix if isinstance(operator, Matrix) else None
-    if isinstance(operator, Eigen):
-        dense = (operator.vectors * operator.values) @ operator.vectors.T
-    assert dense is not None
-    root = root.to(dense)
-    return Matrix(operator.space, root[:, None] * dense * root[None] + decay.to(dense).diag())
 
 
 def refuse_overflow(segments: Sequence[FittedSegment], problem: Problem) -> None:

@@ -17,10 +17,12 @@ from ...core.cache_folder import CacheFolder
 from ...core.errors import InvalidInput
 from ...core.files import read_tensors, write_tensors
 from ...core.fingerprint import Fingerprint
+from ...core.temporary_folder import TemporaryFolder
 from ...gradients.per_example import Derivatives
 from ...linalg.kronecker import KroneckerBlock
 from ...problem.checkpoints import Checkpoint
 from ...problem.ingredients import describe_model, digest_data
+from ..base import Budget
 
 _KIND: Final = "curvature factors"
 _SIDES: Final = ("left_values", "right_values")
@@ -52,6 +54,25 @@ class FactorCache:
     place: CacheFolder
     names: tuple[str, ...]
     device: torch.device
+    own: TemporaryFolder | None = None
+    """The temporary folder that the blocks lie in, where no other was asked for; it goes when nobody needs it."""
+    notes: tuple[str, ...] = ()
+    """Sentences that belong to the result."""
+
+    @staticmethod
+    def temporary(size: int, budget: Budget, names: tuple[str, ...], device: torch.device) -> FactorCache:
+        """A place for blocks of so many bytes in all, which are more than the budget: until the fit is let go.
+
+        Raises:
+            TooLarge: the disk has no room for them.
+        """
+        way_out = "give folder=path on a larger disk, select fewer parameters, or raise the bound with memory="
+        own = TemporaryFolder(size, "The Kronecker factors", way_out)
+        note = (
+            f"the Kronecker factors take {size / 2**30:.2g} GiB, above the bound of {budget.bytes / 2**30:.2g} GiB: "
+            "they were fitted in turn and lie in a temporary folder (give folder=path to keep them, or raise memory=)"
+        )
+        return FactorCache(CacheFolder(own.path, "temporary"), names, device, own, (note,))
 
     @staticmethod
     def of(
@@ -62,7 +83,8 @@ class FactorCache:
         Raises:
             InvalidInput: the folder cannot be made.
         """
-        return FactorCache(CacheFolder.of(folder, fingerprint), names, device)
+        place = CacheFolder.of(folder, fingerprint)
+        return FactorCache(place, names, device, notes=place.notes)
 
     def path(self, name: str) -> Path:
         """The file of one block."""

@@ -14,7 +14,7 @@ from ...core.distributed import World, current
 from ...core.errors import NonFinite
 from ...core.indexing import spread_sample
 from ...gradients.per_example import Derivatives, Tape
-from ...linalg.blocks import AbstractBlock, Conv, Outer, matrix_shape
+from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
 from ...linalg.kronecker import Kronecker, KroneckerBlock
 from ...linalg.rows import Rows
 from ...problem.checkpoints import Checkpoint, at_checkpoint
@@ -26,7 +26,7 @@ from ..exact import ENUMERATED_OUTPUTS, GGN, Fisher, finite_outputs
 from ..fisher import AbstractFisher
 from ..own_losses import require_output_curvature
 from .cache import FactorCache, fingerprint_factors
-from .moments import BlockFactors, Moments, Sharing, unified
+from .moments import BlockFactors, Moments, Sharing, teaching_terms, unified
 
 # Share of the memory budget that rows kept for a second look may take.
 _KEPT_SHARE = 1 / 16
@@ -87,31 +87,47 @@ class Fit:
         self.columns = columns
         self.ids, self.more = self._ids(look)
         self.wide = first.batched(first.problem.data)
-        size = sum(numbers_of(b.shape, self.plan.largest) for b in look.blocks.values()) * look.dtype.itemsize
-        cache = self._cache()
+        shapes = [b.shape for b in look.blocks.values()]
+        numbers = sum(numbers_of(shape, self.plan) for shape in shapes)
+        # With what decomposing the largest takes, while all are held.
+        size = (numbers + max(_workspace(shape, self.plan.largest) for shape in shapes)) * look.dtype.itemsize
+        cache = self._cache(size)
         # Read and verified; kept in memory where all blocks have room there.
         stored = {} if cache is None else {k: b if size <= self.budget.bytes else None for k, b in cache.finished()}
         fitted: dict[str, KroneckerBlock] = {}
-        for group in self._groups([k for k in look.blocks if k not in stored], look, cache is not None):
-            fitted |= self._fit({name: look.blocks[name] for name in group}, cache)
+        for group in self._groups([k for k in look.blocks if k not in stored], look):
+            finished = self._fit({name: look.blocks[name] for name in group}, cache)
+            # What is on disk and has no room in memory is not kept there.
+            fitted |= finished if size <= self.budget.bytes else {}
+            del finished
         blocks: Mapping[str, KroneckerBlock] = fitted
         if cache is not None and size > self.budget.bytes:
             blocks = cache.blocks()
         elif cache is not None:
             present = fitted | {k: b for k, b in stored.items() if b is not None}
             blocks = {name: present[name] for name in look.blocks}
-        notes = () if cache is None else cache.place.notes
+        notes = () if cache is None else cache.notes
         return Kronecker(first.space, blocks, (*notes, *self._notes(look, blocks)))
 
     def _notes(self, look: Rows, blocks: Mapping[str, KroneckerBlock]) -> tuple[str, ...]:
         """What should be read with the result: layers without gradient, and bases measured on too little."""
-        notes, short = [], []
+        notes, short, long = [], [], []
         for name, block in look.blocks.items():
-            count = len(self.ids) * len(self.members) * terms_of(block) * (self.columns if terms_of(block) == 1 else 1)
+            terms = teaching_terms(block)
+            count = int(len(self.ids) * len(self.members) * terms * (self.columns if terms_of(block) == 1 else 1))
             if float(blocks[name].values.abs().max()) == 0.0:
                 notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
             elif isinstance(block, (Outer, Conv)) and count < self._side(block):
                 short.append(f"{name!r} ({count:,} gradients, side {self._side(block):,})")
+            # An embedding's own side is one-hot, and so a diagonal without any loss.
+            if not isinstance(block, Indexed) and max(matrix_shape(block.shape)) > self.plan.largest:
+                long.append(f"{name!r} is {max(matrix_shape(block.shape)):,} long")
+        if long:
+            notes.append(
+                f"a side of {', '.join(long[:3])}{f' and {len(long) - 3} more' if len(long) > 3 else ''}, above "
+                f"largest={self.plan.largest:,}: it keeps its coordinates as basis (its second moment is taken as "
+                "diagonal), with eigenvalues measured in them"
+            )
         if short:
             notes.append(
                 f"fewer gradients than a factor's side is long at {', '.join(short[:3])}"
@@ -149,39 +165,40 @@ class Fit:
         are known to a few per cent.
         """
         n = len(self.members[0][1].problem)
-        basis, values = needed_examples(self.plan, [BlockSize.of(b) for b in look.blocks.values()])
+        # Padding teaches nothing, and must not decide on how many examples the basis is measured.
+        sizes = [replace(BlockSize.of(b), terms=max(1, round(teaching_terms(b)))) for b in look.blocks.values()]
+        basis, values = needed_examples(self.plan, sizes)
         return spread_sample(n, basis), spread_sample(n, values)
 
     def _side(self, block: AbstractBlock) -> int:
         """The longest side that is decomposed."""
         return max((d for d in matrix_shape(block.shape) if d <= self.plan.largest), default=0)
 
-    def _cache(self) -> FactorCache | None:
-        if self.plan.folder is None:
-            return None
+    def _cache(self, size: int) -> FactorCache | None:
+        """Where finished blocks go: the folder that was asked for, or a temporary one where memory is too small."""
         first = self.members[0][1]
+        names, device = tuple(first.space.blocks), first.problem.device
+        if self.plan.folder is None:
+            return FactorCache.temporary(size, self.budget, names, device) if size > self.budget.bytes else None
         every = torch.tensor(sorted({*self.ids.tolist(), *self.more.tolist()}))
         checkpoints = [checkpoint for checkpoint, _ in self.members]
         fingerprint = fingerprint_factors(self.plan.settings, first, checkpoints, every)
-        return FactorCache.of(self.plan.folder, fingerprint, tuple(first.space.blocks), first.problem.device)
+        return FactorCache.of(self.plan.folder, fingerprint, names, device)
 
-    def _groups(self, names: list[str], look: Rows, stored: bool) -> Iterator[list[str]]:
-        """Blocks that are fitted together: all of them, or as many as the budget holds where a folder takes them."""
-        size = look.dtype.itemsize
-        largest, shapes = self.plan.largest, {k: look.blocks[k].shape for k in names}
-        bytes_held = {
-            k: (numbers_of(shape, largest) + _workspace(shape, largest)) * size for k, shape in shapes.items()
-        }
-        worst = max(bytes_held.values(), default=0)
-        if not stored:
-            self.budget.check(sum(bytes_held.values()), "Fitting the Kronecker factors", "give them folder=path")
-        self.budget.check(worst, "The Kronecker factors of one layer", "lower `largest`, or leave the layer out")
+    def _groups(self, names: list[str], look: Rows) -> Iterator[list[str]]:
+        """Blocks that are fitted together: as many as the budget holds, with what decomposing one of them takes."""
+        shapes, size = {k: look.blocks[k].shape for k in names}, look.dtype.itemsize
+        check_layers(shapes, self.plan, size, self.budget)
+        room = self.budget.bytes / size - max((_workspace(s, self.plan.largest) for s in shapes.values()), default=0)
         group: list[str] = []
-        for name in names:
-            if group and sum(bytes_held[k] for k in [*group, name]) > self.budget.bytes:
+        filled = 0
+        for name, shape in shapes.items():
+            numbers = numbers_of(shape, self.plan)
+            if group and filled + numbers > room:
                 yield group
-                group = []
+                group, filled = [], 0
             group.append(name)
+            filled += numbers
         if group:
             yield group
 
@@ -190,7 +207,8 @@ class Fit:
     def _fit(self, blocks: Mapping[str, AbstractBlock], cache: FactorCache | None) -> dict[str, KroneckerBlock]:
         plan = self.plan
         factors = {
-            k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, len(self.ids)) for k, b in blocks.items()
+            k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, int(teaching_terms(b) * len(self.ids)))
+            for k, b in blocks.items()
         }
         keep = plan.corrected and len(self.ids) == len(self.more) and self._fits(blocks)
         kept: list[Columns] = []
@@ -210,7 +228,7 @@ class Fit:
                     factor.see_squares(columns[name])
         for name, factor in factors.items():
             block = self._finished(factor, len(self.more) * weight)
-            if cache is not None and self.world.rank == 0:
+            if cache is not None and (self.world.rank == 0 or cache.own is not None):
                 cache.write(name, block)
             fitted[name] = block
         return fitted
@@ -254,6 +272,8 @@ class Fit:
         Both are the same where nothing is drawn.
         """
         for checkpoint, derivatives in self.members:
+            if derivatives.projector is None and len(names) < len(derivatives.space.blocks):
+                derivatives = derivatives.restricted(names)  # nothing is recorded of the other layers
             with at_checkpoint(derivatives.problem.model, checkpoint):
                 for ids, batch in sweep(derivatives.problem, self.wide, over, "curvature factors", self.world):
                     tape, cotangents = self._cotangents(derivatives, ids, batch, draws)
@@ -301,10 +321,24 @@ def columns_by_default(columns: int, blocks: Sequence[BlockSize]) -> int | None:
     return columns if columns <= ENUMERATED_OUTPUTS and all(block.terms == 1 for block in blocks) else None
 
 
-def numbers_of(shape: tuple[int, ...], largest: int) -> int:
-    """What a finished block holds: two bases, and eigenvalues in float64."""
+def numbers_of(shape: tuple[int, ...], plan: Plan) -> int:
+    """What a finished block holds: two bases and eigenvalues, which are float64 where they are products."""
     o, i = matrix_shape(shape)
-    return sum(d * d for d in (o, i) if d <= largest) + 2 * o * i
+    return sum(d * d for d in (o, i) if d <= plan.largest) + (1 if plan.corrected else 2) * o * i
+
+
+def check_layers(shapes: Mapping[str, tuple[int, ...]], plan: Plan, number_bytes: int, budget: Budget) -> None:
+    """Refuse a layer whose factors alone, with what their decomposition takes, are above the budget.
+
+    Raises:
+        TooLarge: there is one; it is named.
+    """
+    sizes = {k: (numbers_of(s, plan) + _workspace(s, plan.largest)) * number_bytes for k, s in shapes.items()}
+    if sizes:
+        worst = max(sizes, key=lambda k: sizes[k])
+        budget.check(
+            sizes[worst], f"The Kronecker factors of one layer, {worst!r},", "lower `largest`, or leave the layer out"
+        )
 
 
 def _workspace(shape: tuple[int, ...], largest: int) -> int:

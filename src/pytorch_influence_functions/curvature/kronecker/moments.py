@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
+from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum, matrix_shape
 from ...linalg.chunks import chunks
 from ...linalg.eigh import eigh_shared
 from ...linalg.kronecker import KroneckerBlock
+from ..cost import terms_of
 
 # Moments at least this long are added up in so many panels, to leave out most of the lower triangle.
 _PANELLED, _PANELS = 256, 4
@@ -87,9 +89,18 @@ class BlockFactors:
 
     @staticmethod
     def of(
-        name: str, block: AbstractBlock, moments: Moments, sharing: Sharing, largest: int, examples: int
+        name: str, block: AbstractBlock, moments: Moments, sharing: Sharing, largest: int, uses: int
     ) -> BlockFactors:
-        """Room for one block; axes longer than `largest`, and a vocabulary, keep their coordinates as basis."""
+        """Room for one block; axes longer than `largest`, and a vocabulary, keep their coordinates as basis.
+
+        Args:
+            name: of the block.
+            block: a few of its rows.
+            moments: which second moments give the basis.
+            sharing: how the uses of a shared weight enter it.
+            largest: the longest axis that is decomposed.
+            uses: how often the weight is used, over all examples that will be seen.
+        """
         o, i = matrix_shape(block.shape)
         one_hot = isinstance(block, Indexed)
         left = Axis.of(o, 1 < o <= largest and not one_hot, block.reference)
@@ -97,7 +108,7 @@ class BlockFactors:
         known = moments if isinstance(block, (Outer, Conv, Indexed)) else Moments.GRADIENTS
         stride = 1
         if isinstance(block, (Outer, Conv)) and sharing is Sharing.EXPAND:
-            stride = max(1, min(block.terms, block.terms * examples // (_USES_PER_SIDE * max(o, i))))
+            stride = max(1, min(block.terms, uses // (_USES_PER_SIDE * max(o, i))))
         return BlockFactors(name, left, right, known, sharing, stride)
 
     def see(self, columns: Sequence[AbstractBlock]) -> None:
@@ -105,35 +116,48 @@ class BlockFactors:
         first = columns[0]
         if isinstance(first, (Outer, Conv)) and self.moments is Moments.FACTORS:
             for chunk in chunks(len(first), first.terms * (self.left.size + self.right.size)):
-                self._see_outers(_outers(columns, chunk))
+                self._see_outers(_outers(columns, chunk), isinstance(first, Outer))
+            return
+        if isinstance(first, Indexed):
+            self._see_indexed([column for column in columns if isinstance(column, Indexed)])
             return
         for column in columns:
-            if isinstance(column, Indexed):
-                self._see_indexed(column)
-                continue
             for chunk in chunks(len(column), self.left.size * self.right.size):
                 self._see_gradients(column.take(chunk))
 
-    def _see_outers(self, columns: list[Outer]) -> None:
-        """A layer's input is the same for every column, and is looked at once."""
-        lefts, rights = _distinct([c.left for c in columns]), _distinct([c.right for c in columns])
-        if self.sharing is Sharing.REDUCE:
-            lefts, rights = [x.sum(1, keepdim=True) for x in lefts], [x.mean(1, keepdim=True) for x in rights]
-        # What stands for several positions counts for as many; terms are counted likewise.
-        every = slice(self.stride // 2, None, self.stride)
-        for axis, several in ((self.left, lefts), (self.right, rights)):
-            for x in several:
-                axis.add(x[:, every].flatten(0, 1), float(self.stride))
-        self.terms += (
-            self.stride * lefts[0][:, every].shape[0] * lefts[0][:, every].shape[1] * min(len(lefts), len(rights))
-        )
+    def _see_outers(self, columns: list[Outer], sequences: bool) -> None:
+        """A layer's input is the same for every column, and is looked at once.
 
-    def _see_indexed(self, block: Indexed) -> None:
-        """The input is one-hot: its second moment is how often each row of the table is used."""
-        flat = block.index.flatten()
-        self.left.moment.index_add_(0, flat, torch.ones_like(flat, dtype=self.left.moment.dtype))
-        self.right.add(block.values.flatten(0, 1))
-        self.terms += len(flat)
+        Of `sequences`, the uses without any gradient (padding, what comes after the last label) leave both sides:
+        their inputs would make the factors depend on how texts are padded. Patches of a convolution all stay.
+        """
+        lefts, rights = _distinct([c.left for c in columns]), _distinct([c.right for c in columns])
+        teaches = teaching_uses(columns) if sequences and columns[0].terms > 1 else None
+        if teaches is None:
+            teaches = torch.ones(lefts[0].shape[:2], dtype=torch.bool, device=lefts[0].device)
+        stride, several = self.stride, min(len(lefts), len(rights))
+        if self.sharing is Sharing.REDUCE:
+            some = teaches.any(1)
+            shares = teaches[:, None].to(rights[0]) / teaches.sum(1).clamp_min(1)[:, None, None]
+            lefts, rights = [x.sum(1)[some] for x in lefts], [torch.bmm(shares, x)[some, 0] for x in rights]
+            stride, self.terms = 1, self.terms + several * int(some.sum())
+        else:
+            # What stands for several uses counts for as many.
+            chosen = _every(teaches, stride)
+            lefts, rights = [_choose(x, chosen) for x in lefts], [_choose(x, chosen) for x in rights]
+            self.terms += stride * several * len(lefts[0])
+        for axis, parts in ((self.left, lefts), (self.right, rights)):
+            for x in parts:
+                axis.add(x, float(stride))
+
+    def _see_indexed(self, columns: list[Indexed]) -> None:
+        """The input is one-hot: its second moment is how often each row of the table is used, exactly a diagonal."""
+        teaches = torch.stack([_nonzero(column.values) for column in columns]).any(0)
+        used = columns[0].index[teaches]
+        self.left.moment.index_add_(0, used, torch.ones_like(used, dtype=self.left.moment.dtype))
+        for column in columns:
+            self.right.add(column.values.flatten(0, 1))
+        self.terms += len(used)
 
     def _see_gradients(self, block: AbstractBlock) -> None:
         if isinstance(block, Outer) and block.terms == 1:
@@ -141,9 +165,29 @@ class BlockFactors:
             self.left.add(left * right.norm(dim=1, keepdim=True))
             self.right.add(right * left.norm(dim=1, keepdim=True))
             return
+        pair = block.table_and_outer() if isinstance(block, Sum) and not self.left.full else None
+        if pair is not None:
+            for row in range(len(block)):
+                one = slice(row, row + 1)
+                self._see_tied(pair[0].take(one), pair[1].take(one))
+            return
         dense = block.dense().reshape(len(block), self.left.size, self.right.size)
         self.left.add(dense.transpose(1, 2).flatten(0, 1))
         self.right.add(dense.flatten(0, 1))
+
+    def _see_tied(self, table: Indexed, outer: Outer) -> None:
+        """One gradient G = E^T V + L^T R of a tied embedding and head, E one-hot: the diagonal of G G^T, and G^T G.
+
+        Both follow from the Gram matrices of the terms; G itself, as long as the vocabulary, is not written out.
+        """
+        index, v, left, right = table.index[0], table.values[0], outer.left[0], outer.right[0]
+        there, same = left[:, index], (index[:, None] == index[None]).to(v)
+        cross = there * (right @ v.T)
+        squares = torch.einsum("to,to->o", (right @ right.T) @ left, left)
+        squares.index_add_(0, index, 2 * cross.sum(0) + (same * (v @ v.T)).sum(1))
+        self.left.moment.add_(squares)
+        product = right.T @ (there @ v)
+        self.right.moment.add_(v.T @ (same @ v)).add_(right.T @ (left @ left.T @ right)).add_(product).add_(product.T)
 
     def decompose(self, count: int) -> None:
         """Turn the moments into a basis and K-FAC's eigenvalues of the mean over `count`; the moments are let go."""
@@ -216,7 +260,45 @@ class BlockFactors:
     def corrected(self, count: int) -> KroneckerBlock:
         """The basis with the measured eigenvalues E[(Q^T G Q)^2]."""
         assert self.basis is not None and self.squares is not None
-        return KroneckerBlock(self.basis.left, self.basis.right, self.squares.double() / count)
+        return KroneckerBlock(self.basis.left, self.basis.right, self.squares.div_(count))
+
+
+def teaching_uses(columns: Sequence[Outer]) -> Bool[Tensor, "n t"] | None:
+    """Which uses of a weight any column has a gradient for; None: all."""
+    lefts, rights = _distinct([c.left for c in columns]), _distinct([c.right for c in columns])
+    either = [torch.stack([_nonzero(x) for x in several]).any(0) for several in (lefts, rights)]
+    teaches = either[0] & either[1]
+    return None if bool(teaches.all()) else teaches
+
+
+def teaching_terms(block: AbstractBlock) -> float:
+    """How many terms of an example's gradient are not zero, on average: padding is not counted."""
+    if isinstance(block, Outer):
+        teaches = teaching_uses([block])
+        return float(block.terms) if teaches is None else float(teaches.sum(1).double().mean())
+    if isinstance(block, Indexed):
+        return float(_nonzero(block.values).sum(1).double().mean())
+    if isinstance(block, Sum):
+        return max(teaching_terms(part) for part in block.parts)
+    return float(terms_of(block))
+
+
+def _nonzero(x: Float[Tensor, "n t d"]) -> Bool[Tensor, "n t"]:
+    """Whether any number of a term differs from zero. The largest, as squares of small numbers would vanish."""
+    largest: Tensor = torch.linalg.vector_norm(x, math.inf, -1)
+    return largest.bool()
+
+
+def _every(teaches: Bool[Tensor, "n t"], stride: int) -> Bool[Tensor, "n t"] | slice:
+    """Every `stride`-th of the uses that teach, counted within each example; a slice where all do."""
+    if bool(teaches.all()):
+        return slice(stride // 2, None, stride)
+    return teaches & ((teaches.cumsum(1) - 1) % stride == stride // 2)
+
+
+def _choose(x: Float[Tensor, "n t d"], chosen: Tensor | slice) -> Float[Tensor, "m d"]:
+    """The chosen uses of all examples, one after the other."""
+    return x[:, chosen].flatten(0, 1) if isinstance(chosen, slice) else x[chosen]
 
 
 def _turn(x: Tensor, basis: Tensor | None) -> Tensor:

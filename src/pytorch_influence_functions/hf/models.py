@@ -1,0 +1,143 @@
+"""What a Hugging Face object is: a Trainer, an adapter, a causal model; asked without importing transformers."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+
+from ..core.errors import InvalidInput, require
+
+# The library's own names of losses that are means over tokens, and whether outputs predict the next token.
+_TOKEN_LOSSES: Final = {"ForCausalLM": True, "ForMaskedLM": False, "ForTokenClassification": False}
+_CLASS_LOSSES: Final = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
+# Classes that are older than the names of losses.
+_CAUSAL_CLASSES: Final = ("ForCausalLM", "LMHeadModel", "ForCausalLMWithValueHead")
+ADAPTER_CONFIG: Final = "adapter_config.json"
+
+
+def is_trainer(thing: Any) -> bool:
+    """Whether it is a Trainer of transformers, or of a library that builds on it."""
+    kinds = type(thing).__mro__
+    return any(kind.__name__ == "Trainer" and kind.__module__.startswith("transformers") for kind in kinds)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that adapters of PEFT were put into; the model itself where there are none."""
+    inside = getattr(model, "get_base_model", None)
+    return inside() if callable(inside) and hasattr(model, "peft_config") else model
+
+
+def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of forward."""
+    return tuple(inspect.signature(base_model(model).forward).parameters)
+
+
+def accepts_positions(model: nn.Module) -> bool:
+    """Whether forward can be told the place of every token, and does not count it by the padding token itself."""
+    counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+    return "position_ids" in accepted_arguments(model) and not counts
+
+
+def is_seq2seq(model: nn.Module) -> bool:
+    """Whether labels are the text of a decoder that reads them shifted by one."""
+    return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether outputs at a token predict the next one."""
+    return not is_seq2seq(model) and bool(token_shift(model))
+
+
+def token_shift(model: nn.Module) -> bool | None:
+    """Whether outputs predict the next token (True) or their own (False); None where the loss is not one of tokens."""
+    inside = base_model(model)
+    if is_seq2seq(inside):
+        return None if _is_classifier(inside) else False
+    name = type(inside).__name__
+    if name.endswith(_CAUSAL_CLASSES):
+        return True
+    kind = getattr(inside, "loss_type", None)
+    if kind in _TOKEN_LOSSES:
+        return _TOKEN_LOSSES[kind]
+    return next((shift for loss, shift in _TOKEN_LOSSES.items() if name.endswith(loss)), None)
+
+
+def _is_classifier(model: nn.Module) -> bool:
+    return type(model).__name__.endswith(_CLASS_LOSSES)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether the loss is the one that transformers chooses by `num_labels` and the type of the labels."""
+    inside = base_model(model)
+    return _is_classifier(inside) or getattr(inside, "loss_type", None) in _CLASS_LOSSES
+
+
+def adapter_parameters(model: nn.Module) -> list[str] | None:
+    """The parameters of the active adapters, where a model was loaded with adapters and all of it is frozen.
+
+    None: the model has no adapters, or some of it is trainable, which then takes part.
+    """
+    if not hasattr(model, "peft_config") or any(p.requires_grad for p in model.parameters()):
+        return None
+    active: Any = getattr(model, "active_adapters", None) or getattr(model, "active_adapter", None) or []
+    adapters = [active] if isinstance(active, str) else list(active)
+    prefix = str(getattr(getattr(model, "base_model", None), "prefix", "lora_"))
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if any(f".{adapter}" in f"{name}." for adapter in adapters) and (prefix in name or ".modules_to_save." in name)
+    ]
+    if not names:
+        raise InvalidInput(
+            "No parameter of the model is trainable and its adapters have none of their own; load it with "
+            "PeftModel.from_pretrained(model, path, is_trainable=True), or name them with parameters=."
+        )
+    return names
+
+
+def load_model(path: str | os.PathLike[str]) -> nn.Module:
+    """A model from a folder or a name on the hub; with its adapters, where the folder holds those alone.
+
+    Raises:
+        MissingExtra: transformers (or, for adapters, peft) is not installed.
+        InvalidInput: there is no model of a class that transformers knows.
+    """
+    transformers = require("transformers", "hf")
+    if (Path(path) / ADAPTER_CONFIG).exists():
+        peft = require("peft", "hf")
+        adapted: nn.Module = peft.AutoPeftModelForCausalLM.from_pretrained(os.fspath(path), is_trainable=True)
+        return adapted
+    config = transformers.AutoConfig.from_pretrained(os.fspath(path))
+    kinds: Iterable[str] = getattr(config, "architectures", None) or ("AutoModelForCausalLM",)
+    kind = getattr(transformers, next(iter(kinds)), None)
+    if kind is None:
+        raise InvalidInput(
+            f"{os.fspath(path)!r} holds a model of the class {next(iter(kinds))}, which transformers does not have; "
+            "load it yourself and pass the model."
+        )
+    loaded: nn.Module = kind.from_pretrained(os.fspath(path))
+    return loaded
+
+
+def find_tokenizer(model: nn.Module, given: Any = None) -> Any:
+    """The tokenizer that was given, or the one that lies beside the model.
+
+    Raises:
+        InvalidInput: none was given and none lies where the model was loaded from.
+    """
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        return given
+    transformers = require("transformers", "hf")
+    place = os.fspath(given) if given is not None else str(getattr(base_model(model), "name_or_path", "") or "")
+    try:
+        if not place:
+            raise OSError("the model was not loaded from anywhere")
+        return transformers.AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as cause:
+        where = f"at {place!r}" if place else "beside the model, which was not loaded from a folder or the hub"
+        raise InvalidInput(f"There is no tokenizer {where}; pass tokenizer=, the one that training used.") from cause

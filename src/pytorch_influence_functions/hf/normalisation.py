@@ -1,0 +1,82 @@
+"""How much each text counts: by its tokens, or each alike; read from a Trainer, and said."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from torch import nn
+
+from ..core.errors import InvalidInput
+from ..core.validate import choice
+from ..objectives.base import AbstractObjective
+from ..objectives.bernoulli import Bernoulli
+from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
+from .models import base_model, is_classifier, token_shift
+
+NORMALISATIONS: Final = ("trainer", "sum", "mean")
+
+
+def token_objective(model: nn.Module, normalisation: str) -> TokenCrossEntropy:
+    """The loss of a text: the sum over its tokens (`"trainer"`, `"sum"`), or their mean (`"mean"`).
+
+    A Trainer divides the sum of all tokens' losses in a batch by their number, which is about the same for every batch:
+    each text counts with the sum over its tokens, times one factor for all. The factor cancels in a score.
+
+    Raises:
+        InvalidInput: another normalisation, or a model whose loss is not one of tokens.
+    """
+    choice("normalisation", normalisation, NORMALISATIONS)
+    shift = token_shift(model)
+    if shift is None:
+        raise InvalidInput(
+            f"{type(base_model(model)).__name__} is no model that predicts tokens; pass loss=, the loss of its head."
+        )
+    return TokenCrossEntropy(average=normalisation == "mean", shift=shift)
+
+
+def describe(normalisation: str, tokens: float | None) -> str:
+    """How texts are weighed, in words."""
+    each = "" if tokens is None else f", {tokens:.4g} of them on average"
+    if normalisation == "mean":
+        return f"every text counts alike, with the mean over its predicted tokens{each}"
+    why = ", as in a Trainer's mean over the tokens of a batch" if normalisation == "trainer" else ""
+    return f"a text counts with the sum over its predicted tokens{each}{why}"
+
+
+def trainers_normalisation(trainer: Any) -> str:
+    """`"trainer"` where it averages over the tokens of a batch; `"mean"` where its batches are single texts.
+
+    Raises:
+        InvalidInput: the Trainer computes another loss than the model's.
+    """
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        raise InvalidInput(
+            "The Trainer has a compute_loss_func, whose loss is not the model's; pass loss=, an objective or a "
+            "function of (outputs, targets) that computes it for each example."
+        )
+    if token_shift(trainer.model) is not None and getattr(trainer, "label_smoother", None) is not None:
+        raise InvalidInput(
+            "The Trainer smooths the labels of tokens (label_smoothing_factor), which has no objective of ours; pass "
+            "loss=ptif.TokenCrossEntropy(average=False, shift=True) to leave the smoothing out."
+        )
+    single = getattr(trainer.args, "per_device_train_batch_size", None) == 1
+    return "mean" if single and not getattr(trainer, "model_accepts_loss_kwargs", True) else "trainer"
+
+
+def class_objective(model: nn.Module, trainer: Any = None) -> AbstractObjective | None:
+    """The loss of a classifier of transformers, by its configuration; None where that does not say.
+
+    Args:
+        model: the model.
+        trainer: the Trainer, whose label smoothing is taken.
+    """
+    if not is_classifier(model):
+        return None
+    config: Any = base_model(model).config
+    kind, count = getattr(config, "problem_type", None), int(getattr(config, "num_labels", 0))
+    if kind == "regression" or (kind is None and count == 1):
+        return SquaredError(average=True, half=False)
+    if kind == "multi_label_classification":
+        return Bernoulli(average=True)
+    smoothing = 0.0 if trainer is None else float(getattr(trainer.args, "label_smoothing_factor", 0.0) or 0.0)
+    return CrossEntropy(label_smoothing=smoothing) if kind == "single_label_classification" or smoothing else None

@@ -1,0 +1,156 @@
+"""Texts of unequal length put into one batch, so that none of them notices the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from ..core.errors import InvalidInput
+from .encoding import IGNORED
+from .models import accepted_arguments, accepts_positions, base_model, is_seq2seq
+
+Shift = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How texts are put into a batch for one model.
+
+    Args:
+        pad: the token number of padding.
+        side: where padding stands.
+        positions: whether the model is told the place of every token, which then do not count the padding before them.
+        shift: labels of a decoder -> what it reads; None for other models.
+        mask: whether the model takes an attention mask.
+    """
+
+    pad: int = 0
+    side: str = "right"
+    positions: bool = False
+    shift: Shift | None = None
+    mask: bool = True
+
+    @staticmethod
+    def of(model: nn.Module, tokenizer: Any = None, side: str | None = None) -> Padding:
+        """What suits a model; any token serves as padding, because no loss and no attention sees it."""
+        if side not in (None, "left", "right"):
+            raise InvalidInput(f"padding_side={side!r} is none; expected 'left' or 'right'.")
+        number = getattr(tokenizer, "pad_token_id", None)
+        number = getattr(tokenizer, "eos_token_id", None) if number is None else number
+        return Padding(
+            0 if number is None else int(number),
+            side or "right",
+            accepts_positions(model) and not is_seq2seq(model),
+            shift_of(model) if is_seq2seq(model) else None,
+            "attention_mask" in accepted_arguments(model),
+        )
+
+    def __call__(self, items: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Items with `input_ids` [T] and `labels` [L] as one batch."""
+        batch = {"input_ids": self._pad([item["input_ids"] for item in items], self.pad)}
+        mask = self._pad([torch.ones_like(item["input_ids"]) for item in items], 0)
+        if self.mask:
+            batch["attention_mask"] = mask
+        if self.positions:
+            batch["position_ids"] = positions_of(mask)
+        labels = self._pad([item["labels"] for item in items], IGNORED)
+        if self.shift is not None:
+            batch["decoder_input_ids"] = self.shift(labels)
+        return batch | {"labels": labels}
+
+    def _pad(self, rows: Sequence[Tensor], value: int) -> Int[Tensor, "n t"]:
+        side = self.side if self.shift is None else "right"
+        length = max(len(row) for row in rows)
+        padded = torch.full((len(rows), length), value, dtype=torch.long)
+        for row, values in zip(padded, rows, strict=True):
+            row[slice(length - len(values), None) if side == "left" else slice(0, len(values))] = values
+        return padded
+
+
+def positions_of(mask: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
+    """The place of every token among its text's own; 0 at padding.
+
+    >>> positions_of(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]))
+    tensor([[0, 0, 0, 1],
+            [0, 1, 2, 0]])
+    """
+    return (mask.long().cumsum(1) - 1).clamp_min(0) * (mask != 0)
+
+
+def shift_of(model: nn.Module) -> Shift:
+    """What turns labels into what the decoder reads: the model's own, else the start token and the labels before.
+
+    Raises:
+        InvalidInput: the model does not say with which token a decoder starts.
+    """
+    inside = base_model(model)
+    own = getattr(inside, "prepare_decoder_input_ids_from_labels", None)
+    if callable(own):
+        return Shifted(own)
+    config: Any = getattr(inside, "config", None)
+    start = getattr(config, "decoder_start_token_id", None)
+    start = (
+        getattr(getattr(inside, "generation_config", None), "decoder_start_token_id", None) if start is None else start
+    )
+    if start is None:
+        raise InvalidInput(
+            f"{type(inside).__name__} does not say with which token its decoder starts; set "
+            "model.config.decoder_start_token_id."
+        )
+    return StartThenLabels(int(start), int(getattr(config, "pad_token_id", None) or 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """The model's own way to shift labels."""
+
+    own: Callable[..., Tensor]
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        return self.own(labels=labels)
+
+
+@dataclass(frozen=True)
+class StartThenLabels:
+    """The start token, then all labels but the last."""
+
+    start: int
+    pad: int
+
+    def __call__(self, labels: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
+        shifted = torch.cat([torch.full_like(labels[:, :1], self.start), labels[:, :-1]], 1)
+        return torch.where(shifted == IGNORED, torch.full_like(shifted, self.pad), shifted)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainersCollate:
+    """A Trainer's own collate function, with what a model must be told when it is called without labels.
+
+    Args:
+        collate: the Trainer's.
+        accepted: the columns that it is given; None: all of them.
+        padding: adds positions to left-padded texts and the decoder's inputs to labels.
+    """
+
+    collate: Callable[[list[Any]], Any]
+    accepted: tuple[str, ...] | None
+    padding: Padding
+
+    def __call__(self, items: list[Any]) -> Any:
+        if self.accepted is not None and isinstance(items[0], Mapping):
+            items = [{key: item[key] for key in item if key in self.accepted} for item in items]
+        batch = self.collate(items)
+        if not isinstance(batch, Mapping):
+            return batch
+        batch = dict(batch)
+        mask, labels = batch.get("attention_mask"), batch.get("labels")
+        if self.padding.positions and "position_ids" not in batch and isinstance(mask, Tensor) and mask.dim() == 2:
+            batch["position_ids"] = positions_of(mask)
+        if self.padding.shift is not None and "decoder_input_ids" not in batch and isinstance(labels, Tensor):
+            batch["decoder_input_ids"] = self.padding.shift(labels)
+        return batch

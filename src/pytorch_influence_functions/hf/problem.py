@@ -1,0 +1,243 @@
+"""A problem from a language model and texts, or from a Trainer; text queries; and scores of packed texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from torch import nn
+
+from ..core.errors import InvalidInput, UnknownName, nearest
+from ..problem.data import BATCH_SIZE, Source
+from ..problem.infer_loss import infer_objective
+from ..problem.problem import Problem, check_model
+from ..problem.weight_decay import WeightDecay
+from .columns import choose_columns, rows_of
+from .models import (
+    adapter_parameters,
+    find_tokenizer,
+    is_trainer,
+    load_model,
+    token_shift,
+)
+from .normalisation import class_objective, describe, token_objective, trainers_normalisation
+from .packing import pack
+from .padding import Padding
+from .texts import Texts, encode_rows
+from .trainers import trainers_data, trainers_model, trainers_tokenizer
+
+_OPTIONS: Final = ("parameters", "weight_decay", "checkpoints", "batch_size", "deterministic", "device")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become texts: columns, and what of them is taught. See `problem`."""
+
+    messages_column: str | None = None
+    text_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    source_column: str | None = None
+    completion_only: bool = True
+    add_eos: bool | None = None
+    max_length: int | None = None
+    packing: int | None = None
+    padding_side: str | None = None
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether a column was named, so that texts are encoded here and not by a Trainer."""
+        return any((self.messages_column, self.text_column, self.prompt_column, self.completion_column))
+
+    def texts(self, data: Any, tokenizer: Any, model: nn.Module) -> Texts:
+        """Encode the rows of a dataset."""
+        rows, names = rows_of(data)
+        columns = choose_columns(
+            names, self.messages_column, self.text_column, self.prompt_column, self.completion_column
+        )
+        if self.source_column is not None and self.source_column not in names:
+            raise UnknownName(
+                f"source_column={self.source_column!r} is not a column.{nearest(self.source_column, names)}"
+            )
+        texts = encode_rows(
+            rows,
+            columns,
+            tokenizer,
+            model,
+            completion_only=self.completion_only,
+            end=self.add_eos,
+            max_length=self.max_length,
+            kind_column=self.source_column,
+        )
+        return texts if self.packing is None else pack(texts, self.packing)
+
+
+def problem(
+    model: Any,
+    tokenizer: Any = None,
+    dataset: Any = None,
+    *,
+    messages_column: str | None = None,
+    text_column: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    source_column: str | None = None,
+    completion_only: bool = True,
+    add_eos: bool | None = None,
+    max_length: int | None = None,
+    packing: int | None = None,
+    padding_side: str | None = None,
+    normalisation: str | None = None,
+    loss: Any = None,
+    **options: Any,
+) -> Problem:
+    """A `Problem` of a language model and the texts it was trained on, or of a Trainer.
+
+    Scores do not depend on padding, on the batch or on the attention's implementation: texts are padded where no loss
+    and no attention sees it, and a causal model is told each token's place. `ptif.hf.doctor` measures it.
+
+    **How much a text counts.** A Trainer minimises the sum of all tokens' losses in a batch over their number, so that
+    every token counts alike and a long text counts more: the loss of a text is then the sum over its predicted tokens
+    (up to one factor for all texts, which cancels in a score), and a query's measure is its -log p, in nats. That is
+    `"trainer"`, the default. `"sum"` is the same for a loop that sums; `"mean"` is for training in which every text
+    counted alike, such as batches of one text averaged over their tokens. `scores.diagnostics` says which was taken.
+
+    Args:
+        model: a model of transformers (with adapters of PEFT: they alone take part), a Trainer, or the path of either's
+            folder.
+        tokenizer: the tokenizer of training; None: the Trainer's, or the one that lies beside the model.
+        dataset: the texts: a `datasets.Dataset` in any format, or a list of texts, chats or rows. None: the Trainer's.
+        messages_column: chats: lists of `{"role", "content"}`, written out by the chat template.
+        text_column: texts.
+        prompt_column: what the model was given; with `completion_column`. An encoder-decoder reads it.
+        completion_column: what it was taught to answer.
+        source_column: where each text comes from: a name that the report page shows.
+        completion_only: whether answers alone are taught, as chats and completions are usually trained; False: all
+            tokens.
+        add_eos: whether texts end with the tokenizer's end token; None: completions do, texts do not.
+        max_length: the most tokens of a text; None: the most that model and tokenizer were made for. What is cut is
+            told in one warning.
+        packing: train on blocks of so many tokens, the texts put end to end; `ptif.hf.document_scores` gives scores of
+            texts. None: every text by itself, also right where packing kept texts apart (by positions, as in TRL).
+        padding_side: where padding stands; it does not matter. None: at the right.
+        normalisation: `"trainer"`, `"sum"` or `"mean"`, see above; None: read from the Trainer, else `"trainer"`.
+        loss: the training loss, where it is not the one of the model's head.
+        options: those of `ptif.Problem`: parameters, weight_decay (in units of the Trainer's loss), checkpoints (also
+            `checkpoint-*` folders, and adapters alone), batch_size, deterministic, device.
+
+    Raises:
+        MissingExtra: transformers is needed and not installed.
+        InvalidInput: columns, texts or the model's loss cannot be read; the message says what to give.
+
+    Example:
+        ```python
+        problem = ptif.hf.problem(model, tokenizer, dataset, messages_column="messages")
+        scores = ptif.ekfac().fit(problem).score(ptif.hf.query(model, tokenizer, "Who wrote Emma?"))
+        ```
+    """
+    reading = Reading(
+        messages_column,
+        text_column,
+        prompt_column,
+        completion_column,
+        source_column,
+        completion_only,
+        add_eos,
+        max_length,
+        packing,
+        padding_side,
+    )
+    for name in options:
+        if name not in _OPTIONS:
+            known = [*Reading.__annotations__, "normalisation", "loss", *_OPTIONS]
+            raise UnknownName(f"hf.problem() has no argument {name!r}.{nearest(name, known)}")
+    trainer = model if is_trainer(model) else None
+    whole = _load(model) if trainer is None else trainers_model(trainer)
+    check_model(whole)
+    if options.get("parameters") is None:
+        options["parameters"] = adapter_parameters(whole)
+    if normalisation is None:
+        normalisation = "trainer" if trainer is None or loss is not None else trainers_normalisation(trainer)
+    data = _training_data(trainer, whole, tokenizer, dataset, reading, normalisation, options.pop("batch_size", None))
+    objective = _objective(whole, trainer, data, normalisation, options.get("device")) if loss is None else loss
+    made = Problem(whole, objective, data, **options)
+    return _with_decay_of_batches(made, normalisation) if loss is None and token_shift(whole) is not None else made
+
+
+def _load(model: Any) -> Any:
+    return load_model(model) if isinstance(model, (str, os.PathLike)) else model
+
+
+def _training_data(
+    trainer: Any,
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Any,
+    reading: Reading,
+    normalisation: str,
+    batch_size: int | None,
+) -> Source:
+    given = trainers_tokenizer(trainer) if trainer is not None and tokenizer is None else tokenizer
+    padding = Padding.of(model, given, reading.padding_side)
+    weighed = describe(normalisation, None) if token_shift(model) is not None else ""
+    if trainer is not None and not reading.names_columns:
+        return trainers_data(trainer, dataset, padding, batch_size, weighed)
+    if dataset is None and trainer is not None:
+        dataset = trainer.train_dataset
+    if dataset is None:
+        raise InvalidInput("hf.problem() needs dataset=, the texts that the model was trained on.")
+    return texts_source(model, find_tokenizer(model, given), dataset, reading, normalisation, batch_size)
+
+
+def texts_source(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Any,
+    reading: Reading,
+    normalisation: str = "trainer",
+    batch_size: int | None = None,
+) -> Source:
+    """Texts as data by index, padded for a model."""
+    texts = reading.texts(dataset, tokenizer, model)
+    again = partial(replace(reading, packing=None, source_column=None).texts, tokenizer=tokenizer, model=model)
+    texts = replace(texts, encode=again)
+    cut = sum(bool(row.cut) for row in texts.encoded)
+    words = describe(normalisation, float(texts.taught.double().mean()))
+    words += f"; {cut:,} of {len(texts):,} were cut at {texts.limit:,} tokens" if cut else ""
+    return Source(
+        texts,
+        Padding.of(model, tokenizer, reading.padding_side),
+        batch_size=batch_size or BATCH_SIZE,
+        fixed=batch_size is not None,
+        reading=words,
+    )
+
+
+def _objective(model: nn.Module, trainer: Any, data: Source, normalisation: str, device: Any) -> Any:
+    if token_shift(model) is not None:
+        return token_objective(model, normalisation)
+    known = class_objective(model, trainer)
+    return infer_objective(model, data, device) if known is None else known
+
+
+def _with_decay_of_batches(made: Problem, normalisation: str) -> Problem:
+    """The decay beside a sum over tokens: beside their mean it is the number that was given, so that times as large."""
+    decay = made.weight_decay
+    if normalisation != "trainer" or decay.is_zero:
+        return made
+    tokens = _mean_tokens(made)
+    strength: Any = decay.strength
+    scaled = {k: v * tokens for k, v in strength.items()} if isinstance(strength, Mapping) else strength * tokens
+    return made.with_(weight_decay=WeightDecay(scaled, decay.per_example))
+
+
+def _mean_tokens(made: Problem) -> float:
+    """How many tokens of a text are predicted, on average over the training data."""
+    if isinstance(made.data.dataset, Texts):
+        return float(made.data.dataset.taught.double().mean())
+    shift = bool(token_shift(made.model))
+    counts = [int((batch["labels"][:, int(shift) :] != -100).sum()) for _, batch in made.data.batches()]
+    return sum(counts) / len(made)

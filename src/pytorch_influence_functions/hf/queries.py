@@ -1,0 +1,252 @@
+"""Questions to a language model as queries: a prompt with the answer it gave, or an answer rather than another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import InvalidInput
+from ..problem.data import BATCH_SIZE, Source
+from ..problem.model_state import preserved
+from ..problem.reading import Collate
+from ..scores.scores import Scores
+from .columns import is_chat
+from .encoding import Encoded, encode_chat, encode_chat_prompt, encode_pair, encode_prompt, encode_text
+from .models import find_tokenizer, is_seq2seq
+from .padding import Padding
+from .texts import Texts, longest
+
+Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class TextQueries(Source):
+    """Queries of texts, as data by index, with their words.
+
+    With `against`, the second half are the answers that the first half is held against: `contrast` takes the scores of
+    all of them and gives those of the pairs.
+
+    Args:
+        dataset: the encoded queries.
+        collate: puts them into a batch.
+        batch_size: the most queries of a batch.
+        num_workers: processes that read; 0: this one.
+        worker_options: of those processes.
+        fixed: whether the batch size was asked for.
+        any_precision: whether the type of real numbers says nothing; texts have none.
+        reading: how they were read, in words.
+        pairs: how many pairs of answers they are; 0: they are no pairs.
+    """
+
+    pairs: int = 0
+
+    @property
+    def texts(self) -> Texts:
+        """The encoded queries."""
+        encoded: Texts = self.dataset
+        return encoded
+
+    @property
+    def names(self) -> list[str]:
+        """What to call each query: the beginning of the answer."""
+        if not self.pairs:
+            return [self.texts.name(i) for i in range(len(self))]
+        return [f"{self.texts.name(i)} / {self.texts.name(self.pairs + i)}" for i in range(self.pairs)]
+
+    @property
+    def sides(self) -> tuple[TextQueries, TextQueries | None]:
+        """The answers, and those that they are held against: `score(answers, contrast=others)` solves for pairs."""
+        if not self.pairs:
+            return self, None
+        return self._part(slice(0, self.pairs)), self._part(slice(self.pairs, None))
+
+    def _part(self, which: slice) -> TextQueries:
+        texts = self.texts
+        targets = None if texts.targets is None else texts.targets[which]
+        some = replace(texts, encoded=texts.encoded[which], targets=targets, kinds=None)
+        return replace(self, dataset=some, pairs=0, _determinism={})
+
+    def contrast(self, scores: Scores) -> Scores:
+        """Scores of each answer rather than the one it is held against: the difference of their losses is measured.
+
+        Positive means that the training text helped the first answer more than the second. Queries without `against`
+        are given back as they are, with their names.
+
+        Args:
+            scores: all training examples for all of these queries, in their order.
+
+        Raises:
+            InvalidInput: the scores are of other queries, or hold some training examples only.
+        """
+        if len(scores) != len(self):
+            raise InvalidInput(f"There are {len(scores)} rows of scores and {len(self)} queries; score these queries.")
+        if not self.pairs:
+            return replace(scores, query_names=self.names)
+        if scores.indices is not None:
+            raise InvalidInput("Pairs of answers need the scores of all examples; score without top=, then top(k).")
+        n = self.pairs
+        return replace(
+            scores,
+            values=scores.values[:n] - scores.values[n:],
+            query_ids=scores.query_ids[:n],
+            query_labels=None,
+            query_names=self.names,
+        )
+
+
+def query(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Any,
+    completion: Any = None,
+    *,
+    against: Any = None,
+    max_new_tokens: int = 64,
+    add_eos: bool = False,
+    padding_side: str | None = None,
+) -> TextQueries:
+    """What a model answers, as a query: the loss is that of the answer's tokens, given the prompt.
+
+    Args:
+        model: the model; a text that it generates is its most likely one, token by token (greedy).
+        tokenizer: its tokenizer; None: the one that lies beside the model.
+        prompt: a text or a chat, or a list of texts or chats. A chat that ends with the assistant's turn holds the
+            answer itself.
+        completion: the answer, or one per prompt; None: the model generates it.
+        against: another answer, or one per prompt: what is measured is the loss of the answer minus that of the other.
+            Scores of both come out one below the other, and `queries.contrast(scores)` subtracts them; `ptif.attribute`
+            does.
+        max_new_tokens: the longest answer that is generated.
+        add_eos: whether the end of the answer is part of what is asked.
+        padding_side: as for `problem`; it does not matter.
+
+    Returns:
+        queries that `score`, `token_scores` and `ptif.attribute` take.
+
+    Raises:
+        InvalidInput: a prompt is neither a text nor a chat, or there is another number of answers than prompts.
+
+    Example:
+        ```python
+        queries = ptif.hf.query(model, tokenizer, "The capital of France is", " Paris", against=" London")
+        ```
+    """
+    tokenizer = find_tokenizer(model, tokenizer)
+    prompts: list[Any] = [prompt] if isinstance(prompt, str) or is_chat(prompt) else list(prompt)
+    if not prompts:
+        raise InvalidInput("There is no prompt; give a text or a chat.")
+    answers = _one_each("completion", completion, len(prompts))
+    others = _one_each("against", against, len(prompts))
+    asked = [_ask(model, tokenizer, p, a, max_new_tokens, add_eos) for p, a in zip(prompts, answers, strict=True)]
+    if against is not None:
+        asked += [_ask(model, tokenizer, _open(p), o, 0, add_eos) for p, o in zip(prompts, others, strict=True)]
+    texts = Texts(
+        tuple(encoded for encoded, _ in asked),
+        tokenizer,
+        tuple(target for _, target in asked if target is not None) if is_seq2seq(model) else None,
+    )
+    texts.check_taught("query")
+    return as_queries(texts, Padding.of(model, tokenizer, padding_side), 0 if against is None else len(prompts))
+
+
+def as_queries(texts: Texts, padding: Collate, pairs: int = 0) -> TextQueries:
+    """Encoded texts as queries."""
+    return TextQueries(texts, padding, batch_size=BATCH_SIZE, pairs=pairs)
+
+
+def _one_each(name: str, given: Any, count: int) -> list[Any]:
+    answers = [given] * count if given is None or isinstance(given, str) else list(given)
+    if len(answers) != count or (isinstance(given, str) and count > 1):
+        raise InvalidInput(
+            f"{name}= holds {1 if isinstance(given, str) else len(answers)} for {count} prompts; give one each."
+        )
+    return answers
+
+
+def _open(prompt: Prompt) -> Prompt:
+    """A chat without the answer it ends with."""
+    return prompt if isinstance(prompt, str) or prompt[-1]["role"] != "assistant" else prompt[:-1]
+
+
+def _ask(
+    model: nn.Module, tokenizer: Any, prompt: Any, answer: Any, most: int, end: bool
+) -> tuple[Encoded, Encoded | None]:
+    """The prompt with its answer; for an encoder-decoder the prompt, and the answer beside it."""
+    if not isinstance(prompt, str) and not is_chat(prompt):
+        raise InvalidInput(
+            f"A prompt is of type {type(prompt).__name__}; expected a text, or a chat as a list of messages with role "
+            "and content."
+        )
+    if is_seq2seq(model):
+        return _ask_seq2seq(model, tokenizer, prompt, answer, most)
+    if isinstance(prompt, str):
+        if answer is not None:
+            return encode_pair(tokenizer, prompt, answer, end), None
+        given = encode_prompt(tokenizer, prompt)
+    else:
+        if answer is None and prompt[-1]["role"] == "assistant":
+            return _last_answer(encode_chat(tokenizer, prompt)), None
+        if answer is not None:
+            chat = [*_open(prompt), {"role": "assistant", "content": answer}]
+            return _last_answer(encode_chat(tokenizer, chat)), None
+        given = encode_chat_prompt(tokenizer, prompt)
+    written = generate(model, tokenizer, given, most)
+    return Encoded((*given, *written), (False,) * len(given) + (True,) * len(written)), None
+
+
+def _ask_seq2seq(model: nn.Module, tokenizer: Any, prompt: Any, answer: Any, most: int) -> tuple[Encoded, Encoded]:
+    source = encode_text(tokenizer, prompt)
+    if answer is not None:
+        return source, encode_text(tokenizer, answer)
+    written = generate(model, tokenizer, list(source.ids), most)
+    return source, Encoded(tuple(written), (True,) * len(written))
+
+
+def _last_answer(chat: Encoded) -> Encoded:
+    """The chat with its last answer alone taught."""
+    taught, inside = list(chat.taught), False
+    for place in reversed(range(len(taught))):
+        if inside and not taught[place]:
+            return replace(chat, taught=tuple([False] * (place + 1) + taught[place + 1 :]))
+        inside = inside or taught[place]
+    return chat
+
+
+def generate(model: nn.Module, tokenizer: Any, ids: Sequence[int], most: int) -> list[int]:
+    """The most likely continuation, token by token; the model is left as it was.
+
+    Args:
+        model: a model with `generate`.
+        tokenizer: its tokenizer.
+        ids: the prompt's token numbers.
+        most: the longest answer.
+
+    Raises:
+        InvalidInput: the model cannot generate.
+    """
+    if not callable(getattr(model, "generate", None)):
+        raise InvalidInput(f"{type(model).__name__} cannot generate an answer; pass completion=.")
+    writing: Any = model
+    room = longest(model, tokenizer)
+    most = most if room is None else min(most, room - (0 if is_seq2seq(model) else len(ids)))
+    if most < 1:
+        raise InvalidInput(f"A prompt of {len(ids)} tokens leaves no room for an answer within {room}; shorten it.")
+    device = next(model.parameters()).device
+    given = torch.tensor([list(ids)], device=device)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = getattr(tokenizer, "eos_token_id", None) if pad is None else pad
+    with preserved(model), torch.no_grad():
+        written: Tensor = writing.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=most,
+            pad_token_id=0 if pad is None else pad,
+        )[0]
+    # An encoder-decoder gives what its decoder read, the start token first.
+    return written[1 if is_seq2seq(model) else len(ids) :].tolist()

@@ -1,0 +1,192 @@
+"""Texts as a dataset: token numbers by index, in dataset order, with the words they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from ..core.errors import InvalidInput, TrainingDataWarning, name_ids
+from ..core.warn import warn_caller
+from .columns import Columns, read_cell
+from .encoding import IGNORED, Encoded, encode_chat, encode_pair, encode_text
+from .models import base_model, is_seq2seq, token_shift
+
+Item: TypeAlias = dict[str, Tensor]
+
+# Tokenizers say "no limit" by a number like 1e30.
+_NO_LIMIT: Final = 10**7
+_SHOWN: Final = 60
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Encoded texts; item i is `{"input_ids": [T], "labels": [T]}`, with `IGNORED` where a token is not taught.
+
+    Args:
+        encoded: one per text.
+        tokenizer: the tokenizer.
+        targets: for a decoder that reads another text than it writes: what it writes, one per text; None for others.
+        kinds: where each text comes from, in words; None where that is not known.
+        limit: the most tokens of a text.
+        shift: whether a token is predicted at the one before it, so that the first is not predicted.
+        encode: what makes texts of other rows in the same way, for queries.
+    """
+
+    encoded: tuple[Encoded, ...]
+    tokenizer: Any
+    targets: tuple[Encoded, ...] | None = None
+    kinds: tuple[str, ...] | None = None
+    limit: int | None = None
+    shift: bool = True
+    encode: Callable[[Any], Texts] | None = None
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index: int) -> Item:
+        labels = (self.encoded if self.targets is None else self.targets)[index].labels
+        return {"input_ids": torch.tensor(self.encoded[index].ids), "labels": torch.tensor(labels)}
+
+    def text(self, index: int) -> str:
+        """A text as the tokenizer writes its tokens.
+
+        Args:
+            index: which text.
+        """
+        return str(self.tokenizer.decode(list(self.encoded[index].ids)))
+
+    def pieces(self, index: int) -> list[str]:
+        """The tokens of a text, each as a string.
+
+        Args:
+            index: which text.
+        """
+        return [str(self.tokenizer.decode([token])) for token in self.encoded[index].ids]
+
+    def name(self, index: int) -> str:
+        """The beginning of a text, or of what is taught of it, for lists and titles.
+
+        Args:
+            index: which text.
+        """
+        row = self.encoded[index] if self.targets is None else self.targets[index]
+        first = row.taught.index(True) if True in row.taught else 0
+        words = " ".join(str(self.tokenizer.decode(list(row.ids[first : first + _SHOWN]))).split())
+        return words if len(words) <= _SHOWN else words[: _SHOWN - 1] + "…"
+
+    @property
+    def taught(self) -> Int[Tensor, " n"]:
+        """How many tokens of each text are predicted; the first of a text that a causal model reads never is."""
+        first = 1 if self.targets is None and self.shift else 0
+        rows = self.encoded if self.targets is None else self.targets
+        return torch.tensor([sum(row.taught[first:]) for row in rows])
+
+    def check_taught(self, what: str = "text") -> None:
+        """Refuse texts of which nothing is predicted.
+
+        Args:
+            what: what to call them in the message.
+
+        Raises:
+            InvalidInput: names them.
+        """
+        empty = (self.taught == 0).nonzero()[:, 0].tolist()
+        if empty:
+            cut = any(self.encoded[i].cut for i in empty)
+            why = "what they teach was cut off; give a larger max_length=" if cut else "leave them out"
+            raise InvalidInput(f"No token is taught by {what} {name_ids(empty)}: {why}.")
+
+
+def encode_rows(
+    rows: Sequence[Any],
+    columns: Columns,
+    tokenizer: Any,
+    model: nn.Module,
+    *,
+    completion_only: bool = True,
+    end: bool | None = None,
+    max_length: int | None = None,
+    kind_column: str | None = None,
+) -> Texts:
+    """Encode rows, cut them to the longest text allowed, and warn once with how much was cut.
+
+    Raises:
+        InvalidInput: a cell is empty or of the wrong type, or a text teaches nothing.
+    """
+    encode = _encoder(columns, tokenizer, completion_only, end)
+    limit = longest(model, tokenizer) if max_length is None else max_length
+    side = str(getattr(tokenizer, "truncation_side", "right"))
+    targets: tuple[Encoded, ...] | None = None
+    if is_seq2seq(model):
+        source, written = _source_and_written(columns)
+        whole = tuple(encode_text(tokenizer, read_cell(rows[i], source, i)) for i in range(len(rows)))
+        targets = tuple(encode_text(tokenizer, read_cell(rows[i], written, i)) for i in range(len(rows)))
+        targets = tuple(row if limit is None else row.shortened(limit) for row in targets)
+    else:
+        whole = tuple(encode(rows[i], i) for i in range(len(rows)))
+    encoded = tuple(row if limit is None else row.shortened(limit, side) for row in whole)
+    kinds = None if kind_column is None else tuple(str(read_cell(rows[i], kind_column, i)) for i in range(len(rows)))
+    texts = Texts(encoded, tokenizer, targets, kinds, limit, token_shift(model) is not False)
+    texts.check_taught()
+    warn_of_cut(texts, max_length is not None)
+    return texts
+
+
+def _source_and_written(columns: Columns) -> tuple[str, str]:
+    if columns.prompt is None or columns.completion is None:
+        raise InvalidInput(
+            "A model with an encoder and a decoder reads one text and writes another; name both with prompt_column= "
+            "and completion_column=."
+        )
+    return columns.prompt, columns.completion
+
+
+def _encoder(
+    columns: Columns, tokenizer: Any, completion_only: bool, end: bool | None
+) -> Callable[[Any, int], Encoded]:
+    def encode(row: Any, index: int) -> Encoded:
+        if columns.messages is not None:
+            return encode_chat(tokenizer, read_cell(row, columns.messages, index), not completion_only)
+        if columns.prompt is not None and columns.completion is not None:
+            given, written = (read_cell(row, name, index) for name in (columns.prompt, columns.completion))
+            return encode_pair(tokenizer, given, written, end is not False, not completion_only)
+        if columns.ids is not None:
+            ids = [int(token) for token in read_cell(row, columns.ids, index)]
+            labels = ids if columns.labels is None else [int(token) for token in read_cell(row, columns.labels, index)]
+            if len(labels) != len(ids):
+                raise InvalidInput(
+                    f"Example {index} has {len(ids)} token numbers and {len(labels)} labels; give as many."
+                )
+            return Encoded(tuple(ids), tuple(label != IGNORED for label in labels), own_labels=tuple(labels))
+        return encode_text(tokenizer, read_cell(row, columns.text or "text", index), bool(end))
+
+    return encode
+
+
+def longest(model: nn.Module, tokenizer: Any) -> int | None:
+    """The most tokens that model and tokenizer were made for; None where neither says."""
+    config: Any = getattr(base_model(model), "config", None)
+    sizes = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    sizes.append(getattr(tokenizer, "model_max_length", None))
+    known = [int(size) for size in sizes if isinstance(size, (int, float)) and 0 < size < _NO_LIMIT]
+    return min(known) if known else None
+
+
+def warn_of_cut(texts: Texts, asked: bool) -> None:
+    """Say once how many texts, and how much of them, were cut off."""
+    rows = (*texts.encoded, *(texts.targets or ()))
+    cut = [row for row in rows if row.cut]
+    if not cut:
+        return
+    lost, total = sum(row.cut for row in cut), sum(len(row.ids) + row.cut for row in rows)
+    source = "max_length" if asked else "the most that model and tokenizer were made for"
+    warn_caller(
+        f"{len(cut):,} of {len(rows):,} texts are longer than {texts.limit:,} tokens ({source}) and were cut: "
+        f"{lost:,} of {total:,} tokens take no part; give max_length= as training did.",
+        TrainingDataWarning,
+    )

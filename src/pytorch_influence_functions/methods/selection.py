@@ -1,0 +1,289 @@
+"""Methods made for choosing data: they follow what the optimiser does with a gradient, and rank by direction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.distributed import World
+from ..core.errors import InvalidInput
+from ..core.renames import OldNames
+from ..curvature.base import Budget
+from ..curvature.exact import EmpiricalFisher
+from ..damping.rules import AbstractDamping
+from ..gradients.per_example import Derivatives
+from ..gradients.projections import Gaussian, Rescaled
+from ..influence.agreement import Units
+from ..influence.assumptions import StationarityCheck
+from ..influence.attribution import Influence
+from ..influence.averaging import CheckpointAverage
+from ..influence.checks import check_problem
+from ..influence.method import AbstractMethod
+from ..influence.question import Question
+from ..influence.run_log import RunLog
+from ..influence.scoring import QUERY_SHARE, ScoringPass, grouped, self_influence_rows
+from ..problem.checkpoints import at_checkpoint
+from ..problem.model_state import plain_autograd
+from ..problem.problem import Problem
+from ..problem.working_precision import in_working_precision
+from ..scaling.relative import Whitened, invert
+from ..scores.diagnostics import Diagnostics
+from ..scores.scores import Scores
+from ..solvers.blockwise import Blockwise
+from ..solvers.direct import Spectral
+from ..trajectory.recording import Recording, RunLike
+from ..trajectory.segments import AdamState
+
+
+def trackstar(
+    adam: AdamState | RunLike,
+    k: int = 2048,
+    per_layer: bool = True,
+    damping: AbstractDamping | float | None = None,
+    seed: int = 0,
+) -> Influence:
+    r"""TrackStar: the cosine of gradients that Adam rescaled, a projection shortened and their second moment whitened.
+
+    phi = P^T (grad / (sqrt(v) + eps)) with Adam's second moments v and a random P; R = mean of phi_i phi_i^T + lambda;
+
+        score[q, i] = (1/N) phi_q^T R^-1 phi_i / (|R^-1/2 phi_q| |R^-1/2 phi_i|)
+
+    A ranking between -1/N and 1/N. The original mixes the second moment of a task's gradients into R; here R is that of
+    the training data alone.
+
+    Args:
+        adam: `trajectory.AdamState`, or a recorded run of Adam, whose last second moments are taken.
+        k: dimensions of the projection.
+        per_layer: give every layer its own k dimensions and its own R, as in the paper; then sizes of queries and
+            examples are measured over all layers together.
+        damping: lambda: `Relative(share)` of the mean eigenvalue, `Absolute(value)` or a number; `None`:
+            `Relative(0.1)`, and `Relative(3.0)` with `per_layer`.
+        seed: of the projection.
+
+    Cost: as `trak()`, and one solve per training example.
+    Reference: Chang et al. (2024), "Scalable Influence and Fact Tracing for Large Language Model Pretraining".
+    Identity: equals the dense formula in float64.
+    """
+    state = adam if isinstance(adam, AdamState) else Recording.open(adam).adam_state()
+    # A weight that never had a gradient has nothing to say of any example, and would weigh 1 / eps.
+    scales = {
+        name: torch.where(v > 0, 1.0 / (v.double().sqrt() + state.eps), 0.0).detach()
+        for name, v in state.second_moments.items()
+    }
+    solver = Blockwise(Spectral()) if per_layer else Spectral()
+    projection = Rescaled(Gaussian(k, per_layer=per_layer, seed=seed), scales)
+    return Influence(EmpiricalFisher(), solver, damping, projection=projection, scaling=Whitened())
+
+
+def less(run: RunLike, memory: Budget | int | str | None = None) -> Less:
+    r"""LESS: the cosine between a query's gradient and the step that Adam would take on a training example alone.
+
+        score[q, i] = sum_c eta_c cos(grad m(q), Gamma_i)  at checkpoint c,
+        Gamma_i = grad loss(i) / (sqrt(v_i) + eps),   v_i = (beta2 v + (1 - beta2) (grad loss(i))^2) / correction
+
+    eta_c is the mean learning rate of the stretch that checkpoint c ends. A ranking for choosing training data that
+    help the queries, not a prediction of changes: positive = helpful for a loss. The first moments, which are the same
+    for all examples, are left out; the original keeps them, and projects both sides to 8,192 numbers to store them.
+
+    Args:
+        run: a recorded run of Adam or AdamW, as `along` takes it.
+        memory: the most that queries may take: bytes or words such as `"8GB"`; `None`: 4 GiB.
+
+    Cost: one epoch per checkpoint, with all gradients written out.
+    Reference: Xia et al. (2024), "LESS: Selecting Influential Data for Targeted Instruction Tuning".
+    Identity: equals the formula on one-example autograd gradients in float64.
+    """
+    return Less(Recording.open(run), Budget() if memory is None else memory)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Less(AbstractMethod):
+    """See `less`.
+
+    Args:
+        run: the recorded run.
+        memory: the most that queries may take.
+    """
+
+    run: Recording
+    memory: Budget | int | str = field(default_factory=Budget)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "memory", Budget.of(self.memory))
+        for position in range(len(self.run)):
+            group = self.run.recorded[position].groups[:1]
+            if not group or group[0].beta2 is None or self.run.recorded[position].second_moments is None:
+                raise InvalidInput(
+                    f"LESS follows Adam's steps, and at step {self.run.steps[position]:,} no second moments were "
+                    "recorded; record an Adam or AdamW training with ptif.Recorder, or use ptif.methods.grad_cos()."
+                )
+
+    def __repr__(self) -> str:
+        return f"less({self.run!r})"
+
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        """What results depend on."""
+        return (self.run.recorded,)
+
+    @plain_autograd()
+    def fit(self, problem: Problem, n_queries: int = 1) -> FittedLess:
+        """Look at the model; nothing else is done before there are queries.
+
+        Args:
+            problem: model, loss and training data.
+            n_queries: not used.
+
+        Raises:
+            InvalidInput: the problem has checkpoints of its own, or learning rates differ between parameter groups.
+        """
+        start = time.perf_counter()
+        check_problem(problem)
+        problem = in_working_precision(problem)
+        if problem.checkpoints:
+            raise InvalidInput(
+                f"less() takes its checkpoints from the run and the problem has {len(problem.checkpoints)} of its own; "
+                "leave checkpoints= out."
+            )
+        with at_checkpoint(problem.model, self.run.checkpoints[-1]):
+            derivatives = Derivatives.of(problem)
+            stationarity = StationarityCheck.of(derivatives)
+        return FittedLess(
+            self, problem, derivatives, stationarity, self.run.learning_rates, time.perf_counter() - start
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FittedLess(OldNames):
+    """`less` with a problem.
+
+    Attributes:
+        spec: the method.
+        problem: model, loss and training data.
+        derivatives: how gradients are taken.
+        stationarity: how the last checkpoint's weights stand.
+        rates: eta by checkpoint.
+        fit_seconds: how long the fit took.
+    """
+
+    spec: Less
+    problem: Problem
+    derivatives: Derivatives
+    stationarity: StationarityCheck
+    rates: tuple[float, ...]
+    fit_seconds: float = 0.0
+
+    @property
+    def why(self) -> str:
+        """Why this method."""
+        return "asked for"
+
+    @property
+    def method(self) -> str:
+        """The method, as it would be written."""
+        return repr(self.spec)
+
+    @plain_autograd()
+    def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
+        """A number for every query and training example, positive where a step on the example lowers the measure.
+
+        Args:
+            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
+            measure: what is measured on a query, an objective or loss; `None`: the training objective.
+            top: keep only the k most helpful and k most harmful examples per query.
+            batch_size: queries read at once; `None`: the problem's.
+        """
+        question = Question.of(self.problem, self.derivatives.objective, queries, measure, top, batch_size)
+        scoring = ScoringPass(self.problem, question)
+        n, everyone = len(self.problem), torch.arange(len(self.problem))
+        average = CheckpointAverage(Units.RAW, self.rates, len(question), n, World())
+        for moments in self._checkpoints():
+            for query_ids, rows in scoring.query_groups(self.derivatives, self._room()):
+                unit = _unit(rows.flat())
+                for ids, steps in self._steps(moments):
+                    average.add(query_ids, ids, unit @ steps.T)
+            average.end_checkpoint()
+        scoring.add(torch.arange(len(question)), everyone, average.result())
+        return scoring.scores(self._diagnostics, self.fit_seconds)
+
+    @plain_autograd()
+    def self_influence(self) -> Float[Tensor, " n"]:
+        """Every training example's number on itself, shape [N]."""
+        own = torch.zeros(len(self.problem), dtype=torch.float64)
+        for rate, moments in zip(self.rates, self._checkpoints(), strict=True):
+            for ids, rows in grouped(self_influence_rows(self.derivatives, self._room()), self._room()):
+                flat = rows.flat()
+                own[ids] += rate * (_unit(flat) * _unit(moments.direction(flat))).sum(1).double().cpu()
+        return self.problem.data.spread(own)
+
+    # ---------------------------------------------------------------- inner workings
+
+    def _checkpoints(self) -> Iterator[_Moments]:
+        """Adam's moments at every checkpoint, the model holding its weights."""
+        for position, recorded in enumerate(self.spec.run.recorded):
+            with at_checkpoint(self.problem.model, recorded.weights):
+                yield _Moments.of(self.spec.run, position, self.derivatives)
+
+    def _steps(self, moments: _Moments) -> Iterator[tuple[Tensor, Float[Tensor, "n p"]]]:
+        """(training ids, unit directions of Adam's steps on each alone)."""
+        for gradients in self.derivatives.stream(label="scoring", world=World()):
+            yield gradients.ids, _unit(moments.direction(gradients.rows.flat()))
+
+    def _room(self) -> int:
+        each = self.derivatives.space.size * 8
+        return max(1, int(Budget.of(self.spec.memory).bytes * QUERY_SHARE / each))
+
+    def _diagnostics(self, log: RunLog) -> Diagnostics:
+        return log.diagnostics(
+            self.problem,
+            self.stationarity,
+            self.derivatives.routes,
+            method=self.method,
+            why=self.why,
+            members=len(self.rates),
+            needs_minimum=False,
+            approximation="cosines with Adam's steps",
+            notes=(
+                f"asked along the training run: {self.spec.run.describe()}",
+                "gradients and Adam's steps are divided by their length (LESS): a ranking, not predicted changes",
+            ),
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """What Adam divides a gradient by at one checkpoint."""
+
+    second: Float[Tensor, " p"]
+    beta2: float
+    correction: float
+    eps: float
+
+    @staticmethod
+    def of(run: Recording, position: int, derivatives: Derivatives) -> _Moments:
+        recorded, state = run.recorded[position], run.adam_state(position)
+        beta2 = recorded.groups[0].beta2
+        assert beta2 is not None, "seen when the method was made"
+        space = derivatives.space
+        # Recorded corrected for their start at 0; here as Adam holds them.
+        second = (state.denominators(space).flat()[0] - state.eps).square() * (1.0 - beta2**recorded.step)
+        like = next(iter(space.values(derivatives.problem.model).values()))
+        return _Moments(second.to(like), beta2, 1.0 - beta2 ** (recorded.step + 1), float(state.eps))
+
+    def direction(self, gradients: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """Adam's step on each gradient alone, without the first moments."""
+        second = (self.beta2 * self.second + (1.0 - self.beta2) * gradients.square()) / self.correction
+        return gradients / (second.sqrt() + self.eps)
+
+
+def _unit(flat: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+    """Every row divided by its length; a row of zeros stays one."""
+    return flat * invert(flat.double().norm(dim=1)).to(flat)[:, None]

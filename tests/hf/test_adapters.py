@@ -1,0 +1,116 @@
+"""Adapters of PEFT: they alone take part, the model that they were put into is left as it is."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pytorch_influence_functions as ptif
+from tests.hf.tiny import gpt2, gradient, llama, own_loss, products, texts, tokenizer
+from tests.tolerance import gap
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def with_adapters(kind: str = "lora", seed: int = 0) -> Any:
+    base = llama()
+    layers = ["q_proj", "v_proj", "down_proj"]
+    config = {
+        "lora": lambda: peft.LoraConfig(r=2, target_modules=layers, lora_alpha=4),
+        "dora": lambda: peft.LoraConfig(r=2, target_modules=layers, use_dora=True),
+        "ia3": lambda: peft.IA3Config(target_modules=layers, feedforward_modules=["down_proj"]),
+        "head too": lambda: peft.LoraConfig(r=2, target_modules=layers, modules_to_save=["lm_head"]),
+    }[kind]()
+    config.task_type = "CAUSAL_LM"
+    model = peft.get_peft_model(base, config).double()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "head too"])
+def test_adapters_alone_take_part(kind: str) -> None:
+    model, words = with_adapters(kind), tokenizer()
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    problem = ptif.hf.problem(model, words, texts(5))
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(problem.space.names) == trainable
+    scores = ptif.attribute(problem, queries=texts(2, seed=1), method="grad_dot")
+    training, asked = (
+        [gradient(model, own_loss(model, words(text)["input_ids"])) for text in part]
+        for part in (texts(5), texts(2, seed=1))
+    )
+    assert gap(scores.values.double(), products(model, asked, training)) < 1e-6
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
+    own = dict(model.named_parameters())
+    assert all(torch.equal(own[n], value) and own[n].grad is None for n, value in frozen.items())
+
+
+def test_adapters_that_were_loaded_frozen_take_part_all_the_same(tmp_path: Path) -> None:
+    trained, words = with_adapters("head too"), tokenizer()
+    trained.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path).double().eval()
+    assert not any(p.requires_grad for p in loaded.parameters())
+    values = [
+        ptif.attribute(ptif.hf.problem(model, words, texts(4)), queries="who wrote this book", method="grad_dot").values
+        for model in (trained, loaded)
+    ]
+    assert gap(*values) < 1e-6
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "head too"])
+def test_adapters_in_files_are_checkpoints(kind: str, tmp_path: Path) -> None:
+    words, states = tokenizer(), [with_adapters(kind, seed) for seed in (1, 2)]
+    for step, model in enumerate(states, 1):
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+    model = with_adapters(kind, 2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def ask(model: Any, **options: Any) -> torch.Tensor:
+        problem = ptif.hf.problem(model, words, texts(4), **options)
+        return ptif.attribute(problem, queries="who wrote this book", method="grad_dot").values
+
+    folders = [tmp_path / f"checkpoint-{step}" for step in (1, 2)]
+    mean = (ask(states[0]) + ask(states[1])) / 2
+    assert gap(ask(model, checkpoints=folders), mean) < 1e-6
+    assert gap(ask(model, checkpoints=[folder / "adapter_model.safetensors" for folder in folders]), mean) < 1e-6
+    run = ptif.Recording.open(tmp_path)
+    assert run.steps == (1, 2) and run.ends_at(model)
+    assert gap(ask(model, checkpoints=run.checkpoints), mean) < 1e-6
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    along = ptif.attribute(
+        ptif.hf.problem(model, words, texts(4)), queries="who wrote this book", method="grad_dot", run=tmp_path
+    )
+    assert along.values.shape == (1, 4)
+
+
+def test_an_adapter_of_other_settings_is_refused(tmp_path: Path) -> None:
+    with_adapters("lora").save_pretrained(tmp_path)
+    model = with_adapters("head too")
+    problem = ptif.hf.problem(model, tokenizer(), texts(3), checkpoints=tmp_path)
+    with pytest.raises(ptif.errors.InvalidInput, match=r"lacks '.*lm_head.*', which the model's adapter 'default' has"):
+        ptif.methods.grad_dot().fit(problem)
+
+
+def test_a_folder_of_adapters_is_loaded_with_its_model(tmp_path: Path) -> None:
+    base, words = gpt2(dtype=torch.float32), tokenizer()
+    base.save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "adapters")
+    base = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", init_lora_weights=False)
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapters")
+    problem = ptif.hf.problem(tmp_path / "adapters", words, texts(3))
+    assert problem.space.names and all("lora_" in name for name in problem.space.names)
+    assert ptif.attribute(problem, queries="who wrote this book", method="grad_dot").values.abs().max() > 0

@@ -1,0 +1,118 @@
+"""`ptif.hf.query`: answers as queries, generated ones too, and one answer rather than another."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import pytorch_influence_functions as ptif
+from tests.hf.tiny import gpt2, gradient, llama, own_loss, products, texts, tokenizer
+from tests.tolerance import gap
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def answer_loss(model: Any, words: Any, prompt: str, answer: str) -> torch.Tensor:
+    given, whole = words(prompt)["input_ids"], words(prompt + answer)["input_ids"]
+    return own_loss(model, whole, [-100] * len(given) + whole[len(given) :])
+
+
+def test_an_answer_rather_than_another_is_the_difference_of_their_losses() -> None:
+    model, words = llama(), tokenizer()
+    training = [gradient(model, own_loss(model, words(text)["input_ids"])) for text in texts(5)]
+    problem = ptif.hf.problem(model, words, texts(5))
+    queries = ptif.hf.query(model, words, "who wrote", " this book", against=" the moon")
+    asked = gradient(
+        model,
+        answer_loss(model, words, "who wrote", " this book") - answer_loss(model, words, "who wrote", " the moon"),
+    )
+    scores = ptif.attribute(problem, queries=queries, method="grad_dot")
+    assert scores.values.shape == (1, 5) and scores.query_names == ["this book / the moon"]
+    assert gap(scores.values.double(), products(model, [asked], training)) < 1e-6
+    row = {"prompt": "who wrote", "completion": " this book", "against": " the moon"}
+    assert gap(ptif.attribute(problem, queries=row, method="grad_dot").values, scores.values) < 1e-7
+    top = ptif.attribute(problem, queries=queries, method="grad_dot", top=1)
+    assert top.helpful(0, 1)[0][0] == scores.helpful(0, 1)[0][0] and top.shape == (1, 2)
+    fitted = ptif.methods.grad_dot().fit(problem)
+    assert gap(queries.contrast(fitted.score(queries)).values, scores.values) < 1e-7
+    with pytest.raises(ptif.errors.InvalidInput, match="score without top="):
+        queries.contrast(fitted.score(queries, top=1))
+    with pytest.raises(ptif.errors.InvalidInput, match="There are 1 rows of scores and 2 queries"):
+        queries.contrast(scores)
+    with pytest.raises(ptif.errors.InvalidInput, match="not for a pair"):
+        ptif.attribute(problem, queries=queries, verify=lambda data, seed: model)
+
+
+def test_the_models_own_answer_is_generated_and_nothing_is_changed() -> None:
+    model, words = gpt2(), tokenizer()
+    model.train()
+    state = torch.get_rng_state()
+    queries = ptif.hf.query(model, words, ["who wrote this", "the cat sat on a mat"], max_new_tokens=5)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    ids = words("the cat sat on a mat")["input_ids"]
+    model.eval()
+    for _ in range(5):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    row = queries.texts[1]
+    assert row["input_ids"].tolist() == ids[: len(row["input_ids"])]
+    assert row["labels"].tolist()[:6] == [-100] * 6 and -100 not in row["labels"].tolist()[6:]
+
+
+def test_of_a_chat_the_last_answer_is_asked() -> None:
+    model, words = llama(), tokenizer()
+    chat = [
+        {"role": "user", "content": "who"},
+        {"role": "assistant", "content": "the cat"},
+        {"role": "user", "content": "and who"},
+        {"role": "assistant", "content": "the dog"},
+    ]
+
+    def asked(queries: Any) -> str:
+        labels = queries.texts[0]["labels"]
+        return str(words.decode(labels[labels != -100])).strip()
+
+    assert asked(ptif.hf.query(model, words, chat)) == "the dog <eos>"
+    assert asked(ptif.hf.query(model, words, chat[:3], "moon")) == "moon <eos>"
+    pair = ptif.hf.query(model, words, chat, against="moon")
+    assert pair.names == ["the dog <eos> / moon <eos>"] and len(pair) == 2
+    generated = ptif.hf.query(model, words, chat[:3], max_new_tokens=4)
+    assert len(generated.texts[0]["labels"]) > 0
+    problem = ptif.hf.problem(model, words, texts(4))
+    by_call = ptif.attribute(problem, queries=chat, method="grad_dot")
+    assert (
+        gap(
+            by_call.values, ptif.attribute(problem, queries=ptif.hf.query(model, words, chat), method="grad_dot").values
+        )
+        < 1e-7
+    )
+
+
+def test_what_is_no_question_is_refused() -> None:
+    model, words = gpt2(), tokenizer()
+    for message, arguments in (
+        ("There is no prompt", ([],)),
+        ("A prompt is of type int", ([3],)),
+        ("completion= holds 1 for 2 prompts", (["the", "cat"], "sat")),
+        ("No token is taught by query 0", ("the cat", "")),
+    ):
+        with pytest.raises(ptif.errors.InvalidInput, match=re.escape(message)):
+            ptif.hf.query(model, words, *arguments)
+    with pytest.raises(ptif.errors.InvalidInput, match="leaves no room for an answer within 64"):
+        ptif.hf.query(model, words, " ".join(["cat"] * 64))
+    with pytest.raises(ptif.errors.InvalidInput, match="cannot generate an answer; pass completion="):
+        ptif.hf.query(torch.nn.Linear(1, 1), words, "the cat")
+
+
+def test_token_scores_of_texts_add_up() -> None:
+    model, words = llama(), tokenizer()
+    fitted = ptif.methods.grad_dot().fit(ptif.hf.problem(model, words, texts(4)))
+    queries = ptif.hf.query(model, words, "who wrote", " this book")
+    shares = fitted.token_scores(queries, [0, 2])
+    scores = fitted.score(queries)
+    for i, values in shares.items():
+        assert values.shape == (1, len(words(texts(4)[i])["input_ids"]))
+        assert gap(values.sum(1), scores.values[:, i].double()) < 1e-6

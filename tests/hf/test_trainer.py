@@ -1,0 +1,140 @@
+"""`ptif.attribute(trainer, queries=...)`: the Trainer's data, columns, collate function and loss are read from it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pytorch_influence_functions as ptif
+from tests.hf.tiny import build, gpt2, gradient, llama, own_loss, products, settings, texts, tokenizer
+from tests.tolerance import gap
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+datasets = pytest.importorskip("datasets")
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+def trainer(model: Any, data: Any, folder: Path, collator: Any = None, **options: Any) -> Any:
+    arguments = {"max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    extra = {"compute_loss_func": options.pop("compute_loss_func", None), "callbacks": options.pop("callbacks", None)}
+    words = tokenizer()
+    return transformers.Trainer(
+        model,
+        transformers.TrainingArguments(output_dir=str(folder), **(arguments | options)),
+        train_dataset=data,
+        processing_class=words,
+        data_collator=collator or transformers.DataCollatorForLanguageModeling(words, mlm=False),
+        **extra,
+    )
+
+
+def tokens(n: int = 5) -> Any:
+    words = tokenizer()
+    rows = [words(text) | {"book": f"book {i}"} for i, text in enumerate(texts(n))]
+    return datasets.Dataset.from_list([{k: list(v) if k != "book" else v for k, v in row.items()} for row in rows])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_trainer_is_asked_about_a_text(side: str, tmp_path: Path) -> None:
+    model, words = gpt2(), tokenizer()
+    asked = trainer(model, tokens(), tmp_path)
+    asked.processing_class.padding_side = asked.data_collator.tokenizer.padding_side = side
+    columns = asked._signature_columns
+    scores = ptif.attribute(asked, queries="who wrote this book", method="grad_dot")
+    training = [gradient(model, own_loss(model, words(text)["input_ids"])) for text in texts(5)]
+    query = gradient(model, own_loss(model, words("who wrote this book")["input_ids"]))
+    assert gap(scores.values.double(), products(model, [query], training)) < 1e-6
+    assert "as in a Trainer's mean over the tokens of a batch" in str(scores.diagnostics)
+    assert asked._signature_columns is columns
+    rows = ptif.attribute(asked, queries=tokens().select([1, 2]), method="grad_dot")
+    assert rows.shape == (2, 5)
+    assert gap(rows.values[1].double(), products(model, [training[2]], training)[0]) < 1e-6
+
+
+def test_the_trainers_loss_is_a_sum_over_tokens_up_to_one_factor(tmp_path: Path) -> None:
+    """The gradient of its loss of a batch is that of our objective over the same texts."""
+    model = llama()
+    asked = trainer(model, tokens(6), tmp_path, per_device_train_batch_size=6)
+    problem = ptif.hf.problem(asked)
+    items = [{k: v for k, v in row.items() if k != "book"} for row in tokens(6)]
+    batch = asked.data_collator(items)
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    theirs = gradient(model, asked.compute_loss(model, dict(batch), num_items_in_batch=count))
+    _, own = next(iter(problem.data.batches()))
+    losses = problem.objective.losses(problem.objective.outputs(model, own), own)
+    assert gap(gradient(model, losses.sum()) / count, theirs) < 1e-6
+
+
+def test_batches_of_one_text_without_their_count_are_means(tmp_path: Path) -> None:
+    asked = trainer(gpt2(), tokens(), tmp_path, per_device_train_batch_size=1)
+    asked.model_accepts_loss_kwargs = False
+    assert ptif.hf.problem(asked).objective == ptif.TokenCrossEntropy(average=True, shift=True)
+    assert "every text counts alike" in ptif.hf.problem(asked).data.reading
+    asked.model_accepts_loss_kwargs = True
+    assert ptif.hf.problem(asked).objective == ptif.TokenCrossEntropy(average=False, shift=True)
+
+
+def test_a_loss_that_is_not_the_models_is_refused_or_given(tmp_path: Path) -> None:
+    own = trainer(gpt2(), tokens(), tmp_path, compute_loss_func=lambda outputs, labels, **_: outputs.logits.mean())
+    with pytest.raises(ptif.errors.InvalidInput, match="has a compute_loss_func"):
+        ptif.attribute(own, queries="the cat sat")
+    loss = ptif.TokenCrossEntropy(average=True, shift=True)
+    assert ptif.attribute(own, queries="the cat sat", loss=loss, method="grad_dot").values.shape == (1, 5)
+    smooth = trainer(gpt2(), tokens(), tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ptif.errors.InvalidInput, match="smooths the labels of tokens"):
+        ptif.attribute(smooth, queries="the cat sat")
+
+
+def test_texts_of_a_trainer_are_read_by_their_column(tmp_path: Path) -> None:
+    words, model = tokenizer(), gpt2()
+    raw = datasets.Dataset.from_list([{"text": text} for text in texts(4)])
+    asked = trainer(model, raw, tmp_path)
+    scores = ptif.attribute(ptif.hf.problem(asked, text_column="text"), queries="the cat sat", method="grad_dot")
+    direct = ptif.attribute(ptif.hf.problem(model, words, texts(4)), queries="the cat sat", method="grad_dot")
+    assert gap(scores.values, direct.values) < 1e-6
+
+
+def test_what_a_trainer_does_not_have_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ptif.errors.InvalidInput, match="The Trainer has no train_dataset"):
+        ptif.attribute(trainer(gpt2(), None, tmp_path), queries="the cat sat")
+    stream = trainer(gpt2(), tokens().to_iterable_dataset(), tmp_path)
+    with pytest.raises(ptif.errors.InvalidInput, match="can only be iterated, but examples are named by index"):
+        ptif.attribute(stream, queries="the cat sat")
+    with pytest.raises(ptif.errors.InvalidInput, match="Nothing is asked"):
+        ptif.attribute(trainer(gpt2(), tokens(), tmp_path))
+
+
+def test_a_classifiers_trainer_has_its_own_loss(tmp_path: Path) -> None:
+    config, words = transformers.BertConfig(**settings(num_labels=3)), tokenizer()
+    model = build("BertForSequenceClassification", config)
+    rows = [{**{k: list(v) for k, v in words(text).items()}, "label": i % 3} for i, text in enumerate(texts(5))]
+    data = datasets.Dataset.from_list(rows)
+    asked = trainer(model, data, tmp_path, transformers.DataCollatorWithPadding(words), label_smoothing_factor=0.2)
+    scores = ptif.attribute(asked, queries=data.select([0, 3]), method="grad_dot")
+
+    def loss(row: dict[str, Any]) -> torch.Tensor:
+        inputs = {k: torch.tensor([v]) for k, v in row.items() if k not in ("label", "token_type_ids")}
+        logits = model(**inputs).logits
+        return torch.nn.functional.cross_entropy(logits, torch.tensor([row["label"]]), label_smoothing=0.2)
+
+    training = [gradient(model, loss(row)) for row in rows]
+    assert gap(scores.values.double(), products(model, [training[0], training[3]], training)) < 1e-6
+    with pytest.raises(ptif.errors.InvalidInput, match=re.escape("predicts no tokens, so a text alone asks nothing")):
+        ptif.attribute(asked, queries="the cat sat")
+
+
+@pytest.mark.slow
+def test_a_run_is_recorded_and_asked_along(tmp_path: Path) -> None:
+    model = llama(dtype=torch.float32)
+    recorded = trainer(
+        model, tokens(8), tmp_path / "out", callbacks=[ptif.hf.PtifCallback(tmp_path / "run")], max_steps=6,
+        learning_rate=1e-3, per_device_train_batch_size=4,
+    )  # fmt: skip
+    recorded.train()
+    scores = ptif.attribute(recorded, queries="who wrote this book", method="grad_dot", run=tmp_path / "run")
+    assert scores.shape == (1, 8) and scores.diagnostics.members > 1

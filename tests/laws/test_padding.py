@@ -1,0 +1,95 @@
+"""The same texts give the same scores, however they are padded and whatever shares their batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.curvature import EKFAC, GGN, KFAC, EmpiricalFisher, Fisher, Shampoo
+from pytorch_influence_functions.curvature.kronecker import moments
+from pytorch_influence_functions.curvature.kronecker.moments import Sharing
+from pytorch_influence_functions.solvers import Factored
+from tests.tiny_lm import TinyLM, loader, padding, texts
+
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "to 64": {"length": 64},
+    "left": {"left": True},
+    "left to 20": {"left": True, "length": 20},
+    "in twos": {"batch_size": 2},
+    "alone": {"batch_size": 1},
+}
+CURVATURES = {
+    "kfac": ptif.Influence(KFAC(), damping=1e-3),
+    "kfac, factored": ptif.Influence(KFAC(), Factored(), 1e-3),
+    "kfac, summed": ptif.Influence(KFAC(sharing=Sharing.REDUCE), damping=1e-3),
+    "ekfac, two draws": ptif.Influence(EKFAC(Fisher(samples=2)), damping=1e-3),
+    "ekfac, given labels": ptif.Influence(EKFAC(EmpiricalFisher()), damping=1e-3),
+    "shampoo": ptif.Influence(Shampoo(), damping=1e-3),
+}
+
+
+EVERYTHING = {"left": True, "length": 20, "batch_size": 2}
+
+
+def scores(method: Any, model: TinyLM, options: dict[str, Any], prompt: int = 0) -> torch.Tensor:
+    options = {"prompt": prompt, **options}
+    problem = ptif.Problem(model, ptif.TokenCrossEntropy(shift=True), loader(texts(8), **options))
+    return method.fit(problem).score(loader(texts(3, seed=1), **options)).values
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_scores_do_not_depend_on_padding(arrangement: str) -> None:
+    torch.manual_seed(0)
+    model = TinyLM().double()
+    want = scores(ptif.ekfac(), model, {})
+    torch.testing.assert_close(scores(ptif.ekfac(), model, ARRANGEMENTS[arrangement]), want, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+def test_no_factored_curvature_depends_on_padding(name: str) -> None:
+    torch.manual_seed(0)
+    model = TinyLM().double()
+    want = scores(CURVATURES[name], model, {})
+    torch.testing.assert_close(scores(CURVATURES[name], model, EVERYTHING), want, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scores_do_not_depend_on_padding_where_prompts_are_ignored(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = TinyLM(tied=tied).double()
+    method = ptif.Influence(EKFAC(), damping=1e-3)
+    want = scores(method, model, {}, prompt=2)
+    torch.testing.assert_close(scores(method, model, EVERYTHING, 2), want, rtol=1e-8, atol=1e-12)
+
+
+def test_uses_that_are_left_out_do_not_depend_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many uses of a weight only some are looked at: which, is counted over those that teach."""
+    monkeypatch.setattr(moments, "_USES_PER_SIDE", 1)
+    torch.manual_seed(0)
+    model = TinyLM().double()
+    method = ptif.Influence(EKFAC(), damping=1e-3)
+    want = scores(method, model, {})
+    torch.testing.assert_close(scores(method, model, EVERYTHING), want, rtol=1e-8, atol=1e-12)
+
+
+def test_enumerated_labels_do_not_depend_on_padding() -> None:
+    torch.manual_seed(0)
+    model = TinyLM(vocabulary=3).double()
+    found = []
+    for options in ({}, {"length": 7, "left": True}):
+        few = [loader(texts(n, seed, 3, longest=5), **options) for n, seed in ((4, 0), (2, 1))]
+        problem = ptif.Problem(model, ptif.TokenCrossEntropy(shift=True), few[0])
+        found.append(ptif.Influence(EKFAC(GGN()), damping=1e-3).fit(problem).score(few[1]).values)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-12)
+
+
+def test_a_label_that_padding_would_predict_does_not_count() -> None:
+    """Padded on the left, the last padding position predicts the first token; padded on the right nothing does."""
+    torch.manual_seed(0)
+    model, objective, items = TinyLM().double(), ptif.TokenCrossEntropy(shift=True), texts(4)
+    right, left = ({**padding(20, side)(items)} for side in (False, True))
+    losses = [objective.losses(objective.outputs(model, batch), batch) for batch in (right, left)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-10, atol=0)
