@@ -27,7 +27,6 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
     scores, real, link = make_scores(), tmp_path / "disk" / "real.safetensors", tmp_path / "latest.safetensors"
     scores.save(real)
     link.symlink_to(real)
-    (2.0 * scores.values).size()
     scores.top(2).save(link)
     assert link.is_symlink()
     assert ptif.Scores.load(real).shape == (2, 4)
@@ -53,3 +52,10 @@ def test_half_a_letter_in_a_label_is_written_as_a_question_mark(tmp_path: Path) 
     scores = make_scores(["a" + chr(0xD800), "bee"] * 4)
     scores.to_csv(tmp_path / "scores.csv")
     assert ",a?," in (tmp_path / "scores.csv").read_text(encoding="utf-8").replace("\n", ",\n")
+
+
+def test_half_a_letter_in_the_name_of_a_class_can_be_printed() -> None:
+    names = ["a" + chr(0xD800), "bee"] * 4
+    torch.manual_seed(0)
+    issues = ptif.find_label_issues(ptif.Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(), (torch.randn(8, 3), names)))
+    assert "a?" in str(issues).encode("utf-8").decode("utf-8")

@@ -96,7 +96,7 @@ class Relative(AbstractDamping):
         if not math.isfinite(mean):
             raise NonFinite(f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data.")
         if mean <= 0:
-            # Of a curvature that cannot be negative it is 0 where the model is so sure of all examples that none counts.
+            # Exactly 0 where the model is so sure of every example that its loss is flat.
             fisher = "EmpiricalFisher() for a loss that has no GGN()"
             way_out = "train with weight decay" if mean == 0 else f"take GGN() instead of Hessian() ({fisher})"
             raise InvalidInput(

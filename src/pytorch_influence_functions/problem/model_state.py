@@ -249,7 +249,7 @@ class _Snapshot:
     modes: list[tuple[nn.Module, bool]]
     attributes: list[tuple[nn.Module, dict[str, Any]]]
     """What a forward may keep: a weight that pruning computes, the last features, counts, and copies of small lists."""
-    normalised: list[tuple[nn.Parameter, Tensor]]
+    normalised: list[tuple[Tensor, Tensor]]
     """Embeddings with `max_norm`, whose forward changes the weight itself."""
     stand_ins: list[_StandIn]
     parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
@@ -266,7 +266,11 @@ class _Snapshot:
         return cls(
             modes=[(m, m.training) for m in modules],
             attributes=[(m, {name: _copied(value) for name, value in _kept(m).items()}) for m in modules],
-            normalised=[(m.weight, m.weight.detach().clone()) for m in modules if _normalises(m)],
+            normalised=[
+                (m.weight, m.weight.detach().clone())
+                for m in modules
+                if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+            ],
             stand_ins=stand_ins,
             parameters=[(p, p.requires_grad, p.grad) for p in [*own, *copies.values()]],
             buffers=[
@@ -351,10 +355,6 @@ def _put_back(module: nn.Module, name: str, before: Any) -> None:
             return
     container.clear()
     container.extend(members) if type(container) is list else container.update(members)
-
-
-def _normalises(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
 
 
 _active: WeakKeyDictionary[nn.Module, _Snapshot] = WeakKeyDictionary()
