@@ -131,6 +131,75 @@ def test_a_collate_function_that_draws_noise_stands_in_the_diagnostics() -> None
     assert "[bad]  data: an example reads differently twice" in str(scores.diagnostics)
 
 
+class Squeezed(nn.Module):
+    """Loses the batch axis where there is one example."""
+
+    def __init__(self, *axis: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.axis = nn.Linear(4, 1), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).squeeze(*self.axis)
+
+
+def test_an_output_that_is_squeezed_away() -> None:
+    train, query = (X, X[:, 0]), (X[:1], X[:1, 0])
+    with pytest.raises(InvalidInput, match=r"outputs of shape \(\) for 1 example; .* with \.squeeze\(-1\) in place"):
+        ptif.attribute(Squeezed(), train, query, loss=nn.MSELoss(), method="grad_dot")
+    assert ptif.attribute(Squeezed(-1), train, query, loss=nn.MSELoss(), method="grad_dot").shape == (1, 24)
+
+
+class Overwrites(nn.Module):
+    """Changes in place what its backward pass needs: it cannot be trained."""
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.copied = nn.Linear(4, 5), nn.Linear(5, 3), copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        hidden = hidden.clone() if self.copied else hidden
+        hidden[:, 0] *= 2
+        return self.second(hidden)
+
+
+def test_a_forward_that_overwrites_what_its_backward_needs() -> None:
+    with pytest.raises(InvalidInput, match=r"backward pass of Overwrites failed \(.*in-?place operation.*as it would"):
+        ptif.attribute(Overwrites(copied=False), TRAIN, QUERIES, loss=LOSS, method="grad_dot")
+    assert ptif.attribute(Overwrites(copied=True), TRAIN, QUERIES, loss=LOSS, method="grad_dot").shape == (2, 24)
+
+
+class Scales(nn.Module):
+    """Scales what it is given, in place."""
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.copied = nn.Linear(4, 3), copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone() if self.copied else x
+        return self.layer(x.mul_(2.0))
+
+
+def test_a_forward_that_overwrites_its_input() -> None:
+    before = X.clone()
+    with pytest.raises(InvalidInput, match=r"forward changes its input in place; begin it with x = x\.clone"):
+        ptif.attribute(Scales(copied=False), TRAIN, QUERIES, loss=LOSS, method="grad_dot")
+    assert ptif.attribute(Scales(copied=True), TRAIN, QUERIES, loss=LOSS, method="grad_dot").shape == (2, 24)
+    assert torch.equal(X, before)
+
+
+@pytest.mark.parametrize("kind", [">f8", "<f8"])
+def test_numbers_of_another_byte_order(kind: str) -> None:
+    array = X.numpy().astype(kind)
+    scores = ptif.attribute(net(), (array, Y), (array[:2], Y[:2]), loss=LOSS, method="grad_dot")
+    expected = ptif.attribute(net(), TRAIN, QUERIES, loss=LOSS, method="grad_dot")
+    torch.testing.assert_close(scores.values, expected.values, rtol=1e-5, atol=1e-7)
+
+
 SLIPS: dict[str, tuple[Callable[[], Any], str]] = {
     "a query by a word": (
         lambda: ptif.attribute(net(), TRAIN, QUERIES, loss=LOSS, method="grad_dot").helpful("a"),  # type: ignore[arg-type]

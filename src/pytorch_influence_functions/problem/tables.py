@@ -95,7 +95,9 @@ def holds_double_arrays(data: Any) -> bool:
         data: what was given.
     """
     columns = data if isinstance(data, (tuple, list)) else data.values() if isinstance(data, Mapping) else [data]
-    return any(isinstance(column, np.ndarray) and column.dtype == np.float64 for column in columns)
+    # By kind and size: numbers of the other byte order are another type to NumPy.
+    kinds = [column.dtype for column in columns if isinstance(column, np.ndarray)]
+    return any(kind.kind == "f" and kind.itemsize == 8 for kind in kinds)
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
