@@ -145,7 +145,7 @@ class Squeezed(nn.Module):
 
 def test_an_output_that_is_squeezed_away() -> None:
     train, query = (X, X[:, 0]), (X[:1], X[:1, 0])
-    with pytest.raises(InvalidInput, match=r"outputs of shape \(\) for 1 example; .* with \.squeeze\(-1\) in place"):
+    with pytest.raises(InvalidInput, match=r"outputs of shape \(\) for 1 example; .* with \.squeeze\(-1\) instead"):
         ptif.attribute(Squeezed(), train, query, loss=nn.MSELoss(), method="grad_dot")
     assert ptif.attribute(Squeezed(-1), train, query, loss=nn.MSELoss(), method="grad_dot").shape == (1, 24)
 

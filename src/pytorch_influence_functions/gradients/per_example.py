@@ -180,7 +180,7 @@ class Derivatives:
         if outputs.dim() == 0 or outputs.shape[0] != n:
             raise InvalidInput(
                 f"The model gave outputs of shape {tuple(outputs.shape)} for {n} example{'' if n == 1 else 's'}; the "
-                "first axis must run over the examples, so return one output per example, with .squeeze(-1) in place of "
+                "first axis must run over the examples, so return one output per example, with .squeeze(-1) instead of "
                 ".squeeze()."
             )
         return Tape(outputs, capture, self, batch, objective)
