@@ -45,6 +45,18 @@ else:  # torch brings it along
     from typing_extensions import Unpack
 
 
+# What the same things are called elsewhere.
+_SYNONYMS = (
+    dict.fromkeys(("criterion", "loss_fn", "loss_function", "loss_func", "objective", "task"), "loss")
+    | dict.fromkeys(("params", "layers", "layer", "modules", "parameter_names"), "parameters")
+    | dict.fromkeys(("k", "top_k", "topk", "n", "num"), "top")
+    | dict.fromkeys(("damp", "lambda_", "lam", "regularization"), "damping")
+    | dict.fromkeys(("l2", "wd", "l2_reg", "optimizer", "optimiser"), "weight_decay")
+    | dict.fromkeys(("ckpt", "checkpoint", "ckpts"), "checkpoints")
+    | dict.fromkeys(("target", "metric", "measurement"), "measure")
+)
+
+
 class ProblemOptions(TypedDict, total=False):
     """The keyword arguments of `attribute` and `forecast` that are handed to `Problem`."""
 
@@ -343,6 +355,8 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             raise InvalidInput("dry_run= became a function: write ptif.forecast(model, train, queries, ...).")
         if option in rest:
             raise InvalidInput(f"{name}() takes no {option}=, which does not change what is forecast; leave it out.")
+        if option in _SYNONYMS:
+            raise UnknownName(f"{name}() has no argument {option!r}; write {_SYNONYMS[option]}=.")
         if option in parts:
             raise InvalidInput(
                 f"{name}() speaks of whole scores of all training examples and takes no {option}=; leave it out."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput, SolveFailed, TooLarge, require
+from ..core.text import printable
 from ..evaluation.recipe import Recipe
 from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution
@@ -136,7 +137,7 @@ class LabelIssues:
         first = ", ".join(
             f"{i} ({self.name(int(self.given[i]))} -> {self.name(int(self.suggested[i]))})" for i in self.ids(3)
         )
-        return f"LabelIssues({int(self.is_issue.sum())} of {len(self)} labels in doubt, first {first})"
+        return printable(f"LabelIssues({int(self.is_issue.sum())} of {len(self)} labels in doubt, first {first})")
 
 
 @plain_autograd()

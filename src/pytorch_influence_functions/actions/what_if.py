@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -26,6 +25,7 @@ from ..linalg.space import Space
 from ..problem.checkpoints import at_checkpoint
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
+from ..problem.working_precision import deep_copy, own_model
 from ..solvers.cg import CG
 from ..solvers.preconditioner import Inverse
 from .edits import Edit
@@ -111,7 +111,10 @@ class WhatIf:
         return {name: value[0] for name, value in space.to_parameters(space.rows(flat)).items()}
 
     def model(self) -> nn.Module:
-        """A copy of the model with the predicted change added, in the mode of the original, which is left alone.
+        """A copy of the model with the predicted change added, in mode and types of the original, which is left alone.
+
+        Weights in half precision are rounded to it, and a small change may vanish there; `parameter_change` has it all,
+        and that of a loss's own weights too.
 
         Raises:
             InvalidInput: the prediction is over several checkpoints, which are several models.
@@ -122,12 +125,12 @@ class WhatIf:
                 "checkpoints= out to edit one."
             )
         problem, member = self.attribution.problem, self.attribution.members[0]
-        with at_checkpoint(problem.model, member.checkpoint):
-            edited = copy.deepcopy(problem.model)
-        named = dict(edited.named_parameters())
-        with torch.no_grad():
-            for name, change in self.parameter_change.items():
-                named[name].add_(change.to(named[name]))
+        change = self.parameter_change
+        with at_checkpoint(problem.model, member.checkpoint), torch.no_grad():
+            edited = deep_copy(own_model(problem.model))
+            values = dict([*problem.model.named_parameters(), *problem.model.named_buffers()])
+            for name, tensor in [*edited.named_parameters(), *edited.named_buffers()]:
+                tensor.copy_(values[name] + change[name].to(values[name]) if name in change else values[name])
         return edited
 
     def __repr__(self) -> str:

@@ -164,7 +164,7 @@ class AttributionRun:
             part = replace(
                 part,
                 query_ids=torch.tensor(self.ids[first:last]),
-                diagnostics=replace(part.diagnostics, seconds=seconds),
+                diagnostics=replace(part.diagnostics, seconds=seconds, inferred=self.task.inferred),
             )
             folder.write_block(first, last, part)
             parts[first, last] = part

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.distributed import World
 from ..core.errors import InvalidInput
 from ..core.files import read_tensors, write_bytes, write_tensors
+from ..core.text import printable
 from ..problem.ingredients import CODE, OUTPUTS, WEIGHTS
 from ..problem.problem import Problem, sweep
 from ..scores.indexing import plain_value
@@ -35,7 +36,7 @@ def write_files(folder: Path, values: Tensor, labels: Sequence[str] | None, meth
     for rank, i in enumerate(most_suspicious_first(values).tolist(), 1):
         label = [] if labels is None else [_text_cell(labels[i])]
         writer.writerow([rank, i, *label, repr(float(values[i]))])
-    write_bytes(folder / TABLE, table.getvalue().encode())
+    write_bytes(folder / TABLE, printable(table.getvalue()).encode())
 
 
 def most_suspicious_first(values: Tensor) -> Tensor:

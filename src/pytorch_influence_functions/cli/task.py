@@ -37,6 +37,8 @@ class Task:
     queries: Source | None
     measure: Any = None
     method: AbstractMethod | None = None
+    inferred: bool = False
+    """Whether the loss was told from outputs and targets."""
 
     @property
     def query_source(self) -> Source:
@@ -87,7 +89,8 @@ def load_task(path: Path, overrides: Overrides | None = None) -> Task:
         move_model(problem.model, flags.device)
     problem = problem.with_(**changes) if changes else problem
     source = None if queries is None else Source.of(queries, flags.batch_size)
-    return Task(path, problem, source, options.get("measure"), _read_method(path, options.get("method")))
+    method, inferred = _read_method(path, options.get("method")), "problem" not in names and options.get("loss") is None
+    return Task(path, problem, source, options.get("measure"), method, inferred)
 
 
 def _execute(path: Path) -> ModuleType:

@@ -78,16 +78,21 @@ def replacing(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]
     """Yield a path to write to; when that has gone well the new file takes the place of the one at `path`.
 
     A reader finds the old file or the whole new one, never a part. Missing folders are made. On any failure what was
-    written is removed and the old file kept; what a killed process left is removed by `remove_leftovers`.
+    written is removed and the old file kept; what a killed process left is removed by `remove_leftovers`. A symbolic
+    link stays, and the file that it points to is replaced.
 
     Args:
         path: the file.
         sync: wait until the disk has it, so that a power cut leaves one or the other too.
 
     Raises:
-        InvalidInput: a full disk, a read-only folder and the like, in one sentence.
+        InvalidInput: a full disk, a read-only folder and the like, in one sentence; or a device or pipe.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if _is_device(target):
+        raise InvalidInput(
+            f"{os.fspath(path)!r} is a device or a pipe, and a file would take its place; give the path of a file."
+        )
     try:
         with _workspace(target) as aside:
             aside.touch()
@@ -104,8 +109,19 @@ def replacing(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]
         raise cannot_write(path, cause) from cause
 
 
+def _is_device(path: Path) -> bool:
+    """Whether something is there that is neither a file nor a folder, such as `/dev/stdout`."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Put `content` at `path`, whole or not at all; see `replacing`."""
+    """Put `content` at `path`, whole or not at all; see `replacing`. A device or pipe is written to as it is."""
+    if _is_device(Path(path)):
+        try:
+            Path(path).write_bytes(content)
+        except OSError as cause:
+            raise cannot_write(path, cause) from cause
+        return
     with replacing(path) as aside:
         aside.write_bytes(content)
 

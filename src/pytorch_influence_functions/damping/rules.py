@@ -96,9 +96,12 @@ class Relative(AbstractDamping):
         if not math.isfinite(mean):
             raise NonFinite(f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data.")
         if mean <= 0:
+            # Exactly 0 where the model is so sure of every example that its loss is flat.
+            fisher = "EmpiricalFisher() for a loss that has no GGN()"
+            way_out = "train with weight decay" if mean == 0 else f"take GGN() instead of Hessian() ({fisher})"
             raise InvalidInput(
                 f"Relative() scales the mean eigenvalue of the curvature, which is {mean:.3g} here; "
-                "use Absolute(value), or GGN() instead of Hessian() (EmpiricalFisher() for a loss that has no GGN())."
+                f"use Absolute(value), or {way_out}."
             )
         return self.share * mean
 

@@ -171,6 +171,11 @@ def evaluate(
     >>> round(evaluate(values, truth)["scores"].value, 6)
     1.0
     """
+    if not isinstance(truth, Truth):
+        raise InvalidInput(
+            f"evaluate() compares with a truth from retraining, got {type(truth).__name__}; make one with "
+            "ptif.evaluation.retrain(recipe, subsets, train=..., queries=...)."
+        )
     shape = (truth.measured.shape[2], truth.subsets.n)
     scored, left_out = contenders(methods, shape, problem, queries, measure)
     rows = [Row(c.name, evaluate_one(c.scores, truth, resamples), c.seconds, c.models) for c in scored]

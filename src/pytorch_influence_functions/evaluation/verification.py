@@ -133,11 +133,13 @@ def verify(
         size: examples in a group; `None`: 2 % of them.
         seeds: how many, or which; changes are means over seeds.
         train, queries: the data, where the scores do not carry them (loaded from a file).
-        measure, folder, workers: as in `retrain`.
+        measure: what the scores are of; `None`: what they carry, or the training loss where they were loaded.
+        folder, workers: as in `retrain`.
 
     Raises:
         InvalidInput: settings or scores that cannot be verified.
     """
+    measure = scores.measure if measure is None else measure
     source = scores.train_source if train is None else train
     query_source = scores.query_source if queries is None else queries
     if source is None or query_source is None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core.batches import batch_slice, tensors_of
 from ..core.distributed import World, current
-from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..core.errors import InvalidInput, NonFinite, first_line, name_ids
 from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.rows import Route, Rows
@@ -179,8 +179,9 @@ class Derivatives:
             outputs = objective.outputs(self.problem.model, batch)
         if outputs.dim() == 0 or outputs.shape[0] != n:
             raise InvalidInput(
-                f"The model gave outputs of shape {tuple(outputs.shape)} for a batch of {n} examples; the first axis "
-                "must run over the examples, so return one output per example."
+                f"The model gave outputs of shape {tuple(outputs.shape)} for {n} example{'' if n == 1 else 's'}; the "
+                "first axis must run over the examples, so return one output per example, with .squeeze(-1) instead of "
+                ".squeeze()."
             )
         return Tape(outputs, capture, self, batch, objective)
 
@@ -298,7 +299,15 @@ def rows_one_by_one(
                     f"{tuple(cotangent.shape)} for {n} together; each example needs an output of its own."
                 )
             _refuse_detached(outputs, model, names)
-            gradients = weighted_gradient(outputs, parameters, cotangent[e].reshape(outputs.shape))
+            try:
+                gradients = weighted_gradient(outputs, parameters, cotangent[e].reshape(outputs.shape))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as cause:
+                raise InvalidInput(
+                    f"The backward pass of {type(model).__name__} failed ({first_line(cause)}), as it would in "
+                    "training; correct its forward, where an operation in place is the usual cause."
+                ) from cause
         for k, g in zip(names, gradients, strict=True):
             rows[k].append(g)
     return {k: torch.stack(v) for k, v in rows.items()}

@@ -160,8 +160,8 @@ class Products:
             def outputs(p: Tree) -> Tensor:
                 return objective.outputs(as_function(self._model, p), batch)
 
-            if self.mode is PushforwardMode.FORWARD:
-                f, pull = vjp(outputs, current)  # type: ignore[misc]
+            if self.mode is PushforwardMode.FORWARD and (pair := self._linearise(outputs)) is not None:
+                f, pull = pair
                 curve = curvature.hessian_map(f, batch)
 
                 def product(v: Tree) -> Tree:
@@ -175,6 +175,18 @@ class Products:
                 by_reverse = by_reverse or curvature.hessian_map(f, batch)
                 products.append(_pull(outputs, current, by_reverse(pushed)))
             return self._rows(_stack(products))
+
+    def _linearise(self, outputs: Callable[[Tree], Tensor]) -> tuple[Tensor, Callable[[Tensor], Any]] | None:
+        """(outputs, u -> J^T u), or None where torch.func cannot pull through forward, as through a checkpoint."""
+        if "vjp" in self.unusable:
+            return None
+        try:
+            f, pull = vjp(outputs, self._current)  # type: ignore[misc]
+        except (RuntimeError, NotImplementedError, InvalidInput) as reason:
+            log.info("No torch.func.vjp for this model: %s", first_line(reason))
+            self.unusable.add("vjp")
+            return None
+        return f, pull
 
     def hessian_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
         """sum over the batch of (d^2 loss) v, for every direction."""

@@ -105,7 +105,7 @@ class AbstractProjection(AbstractReduction):
         if self.k >= space.size:
             raise InvalidInput(
                 f"{type(self).__name__}(k={self.k}) is no smaller than the {space.size:,} parameters, where projecting "
-                "only adds noise; leave the projection out."
+                f"only adds noise; take a k below {space.size:,}, or leave the projection out."
             )
         factors = self.factors(space)
         # What is rescaled has no uniform decay any more, and takes none.

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import Collated, batch_slice
+from ..core.batches import Collated, batch_slice, tensors_of
 from ..core.distributed import World
 from ..core.errors import InvalidInput, first_line, name_ids
 from ..core.indexing import spread_sample
@@ -37,9 +37,16 @@ def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, ou
     """
     outputs = outputs.detach()  # forward may have enabled gradients again
     n, room = len(outputs), allowed * (float(outputs.abs().max()) + 1e-6)
+    versions = [tensor._version for _, tensor in tensors_of(batch)]
     with torch.no_grad():
         first, second = (objective.outputs(model, batch).detach() for _ in range(2))
+    overwritten = versions != [tensor._version for _, tensor in tensors_of(batch)]
     if (gap := float((first - second).abs().max())) > room:
+        if overwritten:
+            raise InvalidInput(
+                f"The model gave different outputs for the same batch twice, by {gap:.2g}, because its forward changes "
+                "its input in place; begin it with x = x.clone(), or write the operation without the underscore."
+            )
         raise InvalidInput(
             f"The model gave different outputs for the same batch twice, by {gap:.2g}, although it is in eval mode: "
             "its forward draws random numbers, so a score would belong to one draw; draw the noise once per example in "
@@ -151,7 +158,8 @@ def _refuse_group(objective: FromFunction, value: Tensor, alone: Tensor, ids: li
         f"The loss {_name(objective)} of examples {name_ids(ids)} together is {whole:.4g}, and theirs alone have mean "
         f"{mean:.4g} and sum {total:.4g}: it depends on which examples share a batch, as contrastive losses and means "
         "weighted over a batch do, so no example has a loss of its own; make one item of the dataset a whole group, "
-        "use CrossEntropy(weight=...) for class weights, or return one number per example."
+        "use TokenCrossEntropy() for a mean over tokens, CrossEntropy(weight=...) for class weights, or return one "
+        "number per example."
     )
 
 

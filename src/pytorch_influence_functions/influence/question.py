@@ -42,6 +42,7 @@ class Question:
         description: how the rows are made of the queries, in words; empty where each query is a row.
         labels: of the queries.
         candidates: the training examples that are scored; None: all.
+        measure: what is measured, where every row is one query's own; None: rows are made otherwise.
     """
 
     asks: tuple[AbstractAsk, ...]
@@ -53,6 +54,7 @@ class Question:
     description: str
     labels: Labels
     candidates: Candidates | None = None
+    measure: AbstractObjective | None = None
 
     @staticmethod
     def of(
@@ -86,6 +88,8 @@ class Question:
                 name: resolve_measure(problem, objective, one, source) for name, one in _several(measure).items()
             }
             question = _about_data(source, against, measures, aggregate, top)
+            if len(measures) == 1 and aggregate is None and contrast is None:
+                question = replace(question, measure=next(iter(measures.values())))
         if ids is None:
             return question
         return replace(question, candidates=Candidates.of(ids, problem.data, len(question)))

@@ -146,6 +146,7 @@ class ScoringPass:
             diagnostics=diagnostics,
             train_source=data.whole,
             query_source=None if queries is None else queries.whole,
+            measure=question.measure,
         )
         return scores.top(question.top) if question.top is not None and matrix.holds_all else scores
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, final
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.batches import Collated, whole_batch
 from ..core.errors import InvalidInput, name_ids
 from ..core.records import describe_record, settings_of
 from .draws import Randomness
-from .failure import model_failed
-from .outputs import main_output, without_weights
+from .failure import lacks_graph, model_failed
+from .outputs import main_output, map_outputs, without_weights
 
 #: Where a batch that is a mapping keeps its target.
 LABELS = ("labels", "label")
@@ -124,16 +126,34 @@ def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Whatever the model returns.
 
+    Where gradients are not recorded and forward differentiates by itself, it runs with a graph that is cut afterwards.
+
     Raises:
         InvalidInput: the model failed.
     """
     try:
+        if model in _differentiating and not torch.is_grad_enabled():
+            return _run_with_graph(model, args, kwargs)
         return model(*args, **kwargs)
     except Exception as cause:
+        if isinstance(model, nn.Module) and not torch.is_grad_enabled() and lacks_graph(cause):
+            with suppress(RuntimeError):
+                returned = _run_with_graph(model, args, kwargs)
+                _differentiating.add(model)
+                return returned
         error = model_failed(cause, args, kwargs)
         if error is cause:
             raise
         raise error from cause
+
+
+# Models whose forward needs a graph, as one that returns forces does.
+_differentiating: WeakSet[Any] = WeakSet()
+
+
+def _run_with_graph(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    with torch.enable_grad():
+        return map_outputs(model(*args, **kwargs), Tensor.detach)
 
 
 def widen(outputs: Tensor) -> Tensor:
@@ -348,3 +368,32 @@ class AbstractLikelihood(AbstractObjective, AbstractOutputCurvature):
     @final
     def hessian_map(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Callable[[Tensor], Tensor]:
         return lambda v: self.hessian_product(outputs, batch, v)
+
+
+def require_tensor(value: Any) -> Tensor:
+    """What a loss returned, refused unless it is a tensor.
+
+    Args:
+        value: that.
+    """
+    if not isinstance(value, Tensor):
+        raise InvalidInput(
+            f"The loss returned {type(value).__name__}, expected a tensor that can be differentiated; "
+            "leave out .item(), float() and numpy."
+        )
+    return value
+
+
+def require_one_per_example(value: Tensor, n: int) -> Tensor:
+    """What a loss of reduction "none" returned, refused unless it is one number per example.
+
+    Args:
+        value: that.
+        n: how many examples there are.
+    """
+    if value.dim() == 0 or value.shape[0] != n or value.numel() != n:
+        raise InvalidInput(
+            f"The loss with reduction 'none' returned shape {tuple(value.shape)} for {n} examples; expected "
+            "one number per example, so reduce over everything but the first axis."
+        )
+    return value.reshape(n)

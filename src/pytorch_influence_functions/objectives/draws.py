@@ -1,4 +1,4 @@
-"""Random numbers for sampling labels: from a generator, or fixed by each example's index."""
+"""Random numbers for sampling labels: from a generator, or fixed by each example's index. A loss may draw none."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TypeAlias, final
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from ..core.errors import InvalidInput
 
 # Multipliers of the SplitMix64 generator (Steele, Lea & Flood 2014), as signed 64-bit numbers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -66,3 +68,19 @@ def draw(like: Tensor, source: Randomness, normal: bool = False) -> Tensor:
     device = like.device if source is None else source.device
     sample = torch.randn if normal else torch.rand
     return sample(like.shape, generator=source, dtype=dtype, device=device).to(like.device)
+
+
+def refuse_draws(name: str, once: Tensor, again: Tensor) -> None:
+    """Refuse a loss whose two values for the same outputs and targets differ.
+
+    Raises:
+        InvalidInput: they do.
+    """
+    once, again = once.detach(), again.detach()
+    if once.shape != again.shape or torch.allclose(once, again, rtol=1e-4, atol=0.0, equal_nan=True):
+        return
+    raise InvalidInput(
+        f"The loss {name} gave {float(once.sum()):.4g} and {float(again.sum()):.4g} for the same outputs and targets: "
+        "it draws random numbers, so a score would belong to one draw; draw them once per example in the dataset and "
+        "give them as part of the target."
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.batches import tensors_of
 from ..core.errors import InfluenceError, InvalidInput, first_line
 
 # What torch writes when numbers of two types meet.
@@ -44,6 +45,15 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
     )
 
 
+def lacks_graph(cause: Exception) -> bool:
+    """Whether forward differentiated something that has no graph.
+
+    Args:
+        cause: what was raised.
+    """
+    return isinstance(cause, RuntimeError) and "does not require grad" in str(cause)
+
+
 def _way_out(cause: Exception, layer: nn.Module | None) -> str:
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return (
@@ -55,9 +65,9 @@ def _way_out(cause: Exception, layer: nn.Module | None) -> str:
     if isinstance(cause, TypeError) and ("argument" in str(cause) or "keyword" in str(cause)):
         return (
             "a batch (a, ..., y) is used as model(a, ...) and a mapping as model(**batch) without its labels, so let "
-            "the dataset give what forward takes"
+            "the dataset give what forward takes, and several targets as one, (x, (y1, y2))"
         )
-    if "does not require grad" in str(cause):
+    if lacks_graph(cause):
         return (
             "forward differentiates by itself (forces, gradient penalties), so let it do so under `with "
             "torch.enable_grad():`, or by torch.func.grad"
@@ -100,8 +110,16 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple
 
 
 def _describe_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    shapes = [f"{name}{tuple(value.shape)}" for name, value in _tensors(args, kwargs)]
+    named = [*(("", value) for value in args), *((f"{name} ", value) for name, value in kwargs.items())]
+    shapes = [f"{name}{_describe(value)}" for name, value in named if any(True for _ in tensors_of(value))]
     return ", ".join(shapes) if shapes else "none (no tensor)"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    first = next(tensor for _, tensor in tensors_of(value))
+    return f"a {type(value).__name__} that holds {tuple(first.shape)}"
 
 
 _METHODS = {torch.float64: "double", torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
@@ -114,6 +132,8 @@ def _to(dtype: torch.dtype) -> str:
 def _suggest_conversion(data: torch.dtype, model: torch.dtype) -> str:
     """Which side to convert: weights cannot be whole numbers."""
     if not data.is_floating_point:
-        return f"convert the data with {_to(model)} in the dataset"
+        kind = str(model).removeprefix("torch.")
+        array = f" (an array or frame with .astype({kind!r}))" if model != torch.bfloat16 else ""
+        return f"convert the data with {_to(model)} in the dataset{array}"
     array = f" (an array with .astype({str(model).removeprefix('torch.')!r}))" if model != torch.bfloat16 else ""
     return f"convert one of them: the data with {_to(model)} in the dataset{array}, or the model with model{_to(data)}"

@@ -284,6 +284,8 @@ def attention_mask_of(batch: Batch) -> Tensor | None:
 
 
 def check_weight(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise InvalidInput(f"A {name} weight lies on the meta device, which holds no values; give numbers.")
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
         raise InvalidInput(f"A {name} weight is negative or not finite; weights must be 0 or more.")
 

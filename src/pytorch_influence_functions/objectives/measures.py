@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from ..core.batches import Collated, batch_slice, count_examples, example_tensors, with_example_tensors
@@ -25,11 +26,15 @@ from .base import (
     inputs_and_targets,
     is_integer,
     offenders,
+    require_one_per_example,
+    require_tensor,
     run_model,
     tensor_targets,
     widen,
 )
+from .draws import refuse_draws
 from .loss_weights import TrainedLoss, refuse_hidden_weights
+from .networks import in_eval_mode, networks_of
 from .outputs import (
     OutputLayouts,
     describe_outputs,
@@ -252,7 +257,7 @@ class FromFunction(AbstractObjective):
             return outputs
         targets = inputs_and_targets(batch)[2]
         if self.reduction == "none" and not self.layouts.has_shared(outputs):
-            return _require_one_per_example(_require_tensor(self.apply(outputs, targets)), len(outputs))
+            return require_one_per_example(require_tensor(self.apply(outputs, targets)), len(outputs))
         if _has_rows(targets, batch, len(outputs)):
             return _evaluate_one_by_one(self.apply, self.function, outputs, targets)
         return torch.stack([self.evaluate(outputs, batch, [e]).reshape(()) for e in range(len(outputs))])
@@ -266,13 +271,13 @@ class FromFunction(AbstractObjective):
         """
         returned = self.layouts.restore(outputs)
         if self.takes_one:
-            return self.function(with_main(returned), targets)
+            return self._call(with_main(returned), targets)
         if self.takes_one is None and has_main(returned):
             try:
-                return self.function(returned, targets)
+                return self._call(returned, targets)
             except Exception:  # it was written for the logits of an output object: a fault of its own shows again
-                return self.function(with_main(returned), targets)
-        return self.function(returned, targets)
+                return self._call(with_main(returned), targets)
+        return self._call(returned, targets)
 
     def evaluate(self, outputs: Tensor, batch: Batch, examples: Sequence[int]) -> Tensor:
         """The function of some examples of a batch together.
@@ -288,7 +293,15 @@ class FromFunction(AbstractObjective):
         return _evaluate(self.apply, self.function, outputs[index], _targets_of(batch, len(outputs), index))
 
     def _value(self, returned: Any, targets: Any) -> Tensor:
-        return _evaluate(self.function, self.function, returned, targets)
+        return _evaluate(self._call, self.function, returned, targets)
+
+    def _call(self, returned: Any, targets: Any) -> Any:
+        with in_eval_mode(self._networks):
+            return self.function(returned, targets)
+
+    @cached_property
+    def _networks(self) -> tuple[nn.Module, ...]:
+        return networks_of(self.function)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         targets = inputs_and_targets(batch)[2]
@@ -346,6 +359,7 @@ class FromFunction(AbstractObjective):
     def _detect(self, outputs: Tensor, batch: Batch) -> Reduction:
         n = min(2, len(outputs))
         together = self.evaluate(outputs, batch, range(n))
+        refuse_draws(_name(self.function), together, self.evaluate(outputs, batch, range(n)))
         return self._reduction_of(together, [self.evaluate(outputs, batch, [e]).detach() for e in range(n)])
 
     def _reduction_of(self, together: Tensor, alone: Any) -> Reduction:
@@ -453,25 +467,7 @@ def _evaluate(apply: Callable[[Any, Any], Any], function: Any, outputs: Any, tar
             f"{shape} ({first_line(cause)}); write it as a function of (outputs, targets) that takes any number of "
             "examples."
         ) from cause
-    return _require_tensor(value)
-
-
-def _require_tensor(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise InvalidInput(
-            f"The loss returned {type(value).__name__}, expected a tensor that can be differentiated; "
-            "leave out .item(), float() and numpy."
-        )
-    return value
-
-
-def _require_one_per_example(value: Tensor, n: int) -> Tensor:
-    if value.dim() == 0 or value.shape[0] != n or value.numel() != n:
-        raise InvalidInput(
-            f"The loss with reduction 'none' returned shape {tuple(value.shape)} for {n} examples; expected "
-            "one number per example, so reduce over everything but the first axis."
-        )
-    return value.reshape(n)
+    return require_tensor(value)
 
 
 def _evaluate_one_by_one(apply: Callable[[Any, Any], Any], function: Any, outputs: Tensor, targets: Any) -> Tensor:
@@ -480,7 +476,7 @@ def _evaluate_one_by_one(apply: Callable[[Any, Any], Any], function: Any, output
 
     def evaluate_one(f: Tensor, *parts: Tensor) -> Tensor:
         own = with_example_tensors(targets, n, [x[None] for x in parts])
-        value = _require_tensor(apply(f[None], own))
+        value = require_tensor(apply(f[None], own))
         if value.numel() != 1:
             raise InvalidInput(_describe_not_scalar(function, value))
         return value.reshape(())

@@ -350,7 +350,7 @@ class Source:
         """`"yes"`, `"no"` or `"not checked"`: whether the items that were read twice came out the same."""
         if "differs" not in self._determinism:
             return "not checked"
-        return "yes" if self._determinism["differs"] is None else "no"
+        return "yes" if self._determinism["differs"] is None and not self._collate_draws else "no"
 
     def check_deterministic(self, policy: str = "warn") -> None:
         """Read item 0 twice, and for transforms that act only sometimes also a middle and the last item.

@@ -38,7 +38,10 @@ class EditedExamples(Dataset[Any]):
         index = self.indices[position]
         item = self.dataset[index]
         if index in self.inputs:
-            item = with_inputs(item, self.inputs[index])
+            try:
+                item = with_inputs(item, self.inputs[index])
+            except InvalidInput as cause:
+                raise InvalidInput(f"At index {index}: {cause}") from cause
         return with_label(item, self.labels[index]) if index in self.labels else item
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -153,6 +154,24 @@ def _no_switch_left_on(stack: ExitStack) -> None:
     torch.set_autocast_cache_enabled(False)
 
 
+class _Recorded:
+    """Runs a checkpointed function with its graph recorded, in place of torch's `CheckpointFunction`."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _no_reentrant_checkpoint(stack: ExitStack) -> None:
+    # It refuses `torch.autograd.grad`; checkpoints with use_reentrant=False do not.
+    module: Any = torch.utils.checkpoint
+    stack.callback(setattr, module, "CheckpointFunction", module.CheckpointFunction)
+    module.CheckpointFunction = _Recorded
+
+
+_checkpoints = _Switch(_no_reentrant_checkpoint)
+
+
 def _eager(stack: ExitStack) -> None:
     stack.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -168,6 +187,9 @@ def _switches_off() -> Iterator[None]:
         switch = _threads.switch = _Switch(_no_switch_left_on)
     with ExitStack() as stack:
         stack.enter_context(switch.on())
+        # The fused path of `nn.TransformerEncoder` gives its layers nested tensors, or runs without calling them.
+        stack.enter_context(_fastpath.on())
+        stack.enter_context(_checkpoints.on())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it takes seconds
             stack.enter_context(_compiled.on())
         yield
@@ -225,6 +247,10 @@ class _Snapshot:
     """Everything of a model that a pass can change, with the values from before it."""
 
     modes: list[tuple[nn.Module, bool]]
+    attributes: list[tuple[nn.Module, dict[str, Any]]]
+    """What a forward may keep: a weight that pruning computes, the last features, counts, and copies of small lists."""
+    normalised: list[tuple[Tensor, Tensor]]
+    """Embeddings with `max_norm`, whose forward changes the weight itself."""
     stand_ins: list[_StandIn]
     parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
@@ -239,6 +265,8 @@ class _Snapshot:
         own = [p for p in model.parameters() if not p.is_inference()]
         return cls(
             modes=[(m, m.training) for m in modules],
+            attributes=[(m, {name: _copied(value) for name, value in _kept(m).items()}) for m in modules],
+            normalised=[(weight, weight.detach().clone()) for m in modules for weight in _normalised_by(m)],
             stand_ins=stand_ins,
             parameters=[(p, p.requires_grad, p.grad) for p in [*own, *copies.values()]],
             buffers=[
@@ -278,9 +306,58 @@ class _Snapshot:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+            for weight, value in self.normalised:
+                if not torch.equal(weight, value):
+                    weight.copy_(value)
         for stand_in in self.stand_ins:
             setattr(stand_in.module, stand_in.name, stand_in.tensor)
+        for module, before in self.attributes:
+            for name in _kept(module).keys() - before.keys():
+                del module.__dict__[name]
+            for name, value in before.items():
+                _put_back(module, name, value)
         _set_rng_state(self.rng)
+
+
+# A list or dictionary of more members is data, and no forward fills it in a call.
+_SMALL: Final = 1000
+
+
+def _kept(module: nn.Module) -> dict[str, Any]:
+    """Attributes of the user's own that a forward may set: tensors, numbers, small lists and dictionaries."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name != "training"
+        and (not name.startswith("_") or isinstance(value, Tensor))
+        and (isinstance(value, (Tensor, int, float)) or (type(value) in (list, dict) and len(value) <= _SMALL))
+    }
+
+
+def _copied(value: Any) -> Any:
+    """A list or dictionary with its members of now; anything else itself."""
+    return (value, value.copy()) if type(value) in (list, dict) else value
+
+
+def _put_back(module: nn.Module, name: str, before: Any) -> None:
+    if type(before) is not tuple:
+        module.__dict__[name] = before
+        return
+    container, members = before
+    module.__dict__[name] = container
+    if len(container) == len(members) and all(a is b for a, b in zip(container, members, strict=True)):
+        same = type(container) is list or all(container[key] is members[key] for key in members)
+        if same:
+            return
+    container.clear()
+    container.extend(members) if type(container) is list else container.update(members)
+
+
+def _normalised_by(module: nn.Module) -> list[Tensor]:
+    """The weight that forward of this module changes in place."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        return [module.weight]
+    return []
 
 
 _active: WeakKeyDictionary[nn.Module, _Snapshot] = WeakKeyDictionary()
@@ -293,8 +370,8 @@ def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Itera
     Inside, every module is in eval mode, `.grad` is empty, and exactly the parameters named by `trainable`
     have `requires_grad` (`None`: as they were); the switches are those of `plain_autograd`, and copies stand in for
     parameters and buffers made in inference mode. Afterwards, also after an exception, the mode of each module,
-    `requires_grad`, `.grad` (the same tensors), the values of buffers and all random generators are as
-    before.
+    `requires_grad`, `.grad` (the same tensors), the values of buffers, tensors that a layer computed (the weight of
+    pruning and of the old `weight_norm`) and all random generators are as before.
 
     Nested use on one model costs nothing and may end in any order (generators do): the state is taken when the first
     begins and restored when the last ends. Weights and hooks are not restored; whoever changes them restores them.

@@ -239,6 +239,10 @@ def check_weights(model: nn.Module) -> None:
             raise InvalidInput(
                 f"Parameter {name!r} is not initialised yet (a lazy module); run the model once on a batch first."
             )
+        if weight.is_meta:
+            raise InvalidInput(
+                f"Parameter {name!r} lies on the meta device, which holds no values; load the model's weights first."
+            )
     bad = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # The sum is one cheap pass; a sum that is not finite may also be an overflow, hence the second check.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..core.batches import Collated, map_tensors, tensors_of
-from ..core.errors import InvalidInput, first_line
+from ..core.errors import InfluenceError, InvalidInput, first_line
 from .samplers import SampledSubset
 from .session import open_session
 
@@ -37,6 +37,8 @@ class NamingDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         try:
             return self.dataset[index]
+        except InfluenceError:  # a sentence already
+            raise
         except Exception as cause:
             reason = f"{type(cause).__name__}: {first_line(cause)}"
             raise InvalidInput(f"Reading item {self._name(index)} of the dataset failed with {reason}.") from cause

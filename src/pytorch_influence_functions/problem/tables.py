@@ -95,7 +95,9 @@ def holds_double_arrays(data: Any) -> bool:
         data: what was given.
     """
     columns = data if isinstance(data, (tuple, list)) else data.values() if isinstance(data, Mapping) else [data]
-    return any(isinstance(column, np.ndarray) and column.dtype == np.float64 for column in columns)
+    # By kind and size: numbers of the other byte order are another type to NumPy.
+    kinds = [column.dtype for column in columns if isinstance(column, np.ndarray)]
+    return any(kind.kind == "f" and kind.itemsize == 8 for kind in kinds)
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
@@ -109,14 +111,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
     else:
         array = value.to_numpy() if _is_frame(value) else np.asarray(value)
         if array.dtype == object and _is_frame(value):
-            # A frame of columns of several types; booleans and whole numbers become real ones.
-            try:
-                array = array.astype(np.float64)
-            except (TypeError, ValueError):
-                raise InvalidInput(
-                    f"Array {name} is a table with columns that are not numeric; encode them as numbers first, e.g. "
-                    "with pandas.get_dummies(frame)."
-                ) from None
+            array = _as_real(value, array, name)
         if array.dtype.kind not in "biuf":
             raise InvalidInput(
                 f"Array {name} has dtype {array.dtype}, which is not numeric; "
@@ -130,8 +125,49 @@ def as_tensor(value: Any, name: str) -> Tensor:
             # Frames and lists know one real type only; it says nothing about the model.
             tensor = tensor.to(torch.get_default_dtype())
     if tensor.ndim == 0:
-        raise InvalidInput(f"Array {name} is a single number; expected one entry per example.")
+        raise InvalidInput(
+            f"Array {name} is a single number; expected one entry per example, and a single example is written as a "
+            "list of one, [(x, y)]."
+        )
     return tensor
+
+
+def _as_real(frame: Any, array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    """A frame of columns of several types as real numbers: booleans and whole numbers too, what is missing as NaN."""
+    try:
+        return array.astype(np.float64)
+    except (TypeError, ValueError):
+        pass
+    try:
+        # pandas' own numbers that may be missing; polars has NaN there already.
+        missing = np.vectorize(lambda entry: type(entry).__name__ in ("NAType", "NoneType"), otypes=[bool])(array)
+        return np.where(missing, np.nan, array).astype(np.float64)
+    except (TypeError, ValueError):
+        pass
+    if len(frame.shape) == 1:
+        entry = min((e for e in array.tolist() if not isinstance(e, (int, float))), key=lambda e: isinstance(e, str))
+        raise InvalidInput(
+            f"Array {name} holds {entry!r}, which is no number, and not words alone; leave out examples without a "
+            "label, and give numbers, or words for all."
+        )
+    where, way_out = "", "encode them as numbers first, e.g. with pandas.get_dummies(frame)"
+    if len(frame.shape) == 2:
+        arrays = {str(column): frame[column].to_numpy() for column in list(frame.columns)}
+        odd = [repr(column) for column, entries in arrays.items() if not _is_numeric(entries)]
+        where = f" ({', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''})"
+        if any(entries.dtype.kind in "mM" for entries in arrays.values()):
+            way_out = "drop dates or count days in them, and encode words, e.g. with pandas.get_dummies(frame)"
+    raise InvalidInput(f"Array {name} is a table with columns that are not numeric{where}; {way_out}.")
+
+
+def _is_numeric(array: np.ndarray[Any, Any]) -> bool:
+    if array.dtype.kind != "O":
+        return array.dtype.kind in "biuf"
+    try:
+        array.astype(np.float64)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _dataset_of_columns(data: Sequence[Any], classes: Sequence[str] | None) -> Any:
@@ -152,7 +188,10 @@ def _check_lengths(columns: dict[str, Any]) -> dict[str, Any]:
     sizes = {name: column.shape[0] if _is_sparse(column) else len(column) for name, column in columns.items()}
     if len(set(sizes.values())) > 1:
         lengths = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        raise InvalidInput(f"The arrays have different lengths ({lengths}); each needs one entry per example.")
+        raise InvalidInput(
+            f"The arrays have different lengths ({lengths}); each needs one entry per example, and a single example is "
+            "written as a list of one, [(x, y)]."
+        )
     return columns
 
 

@@ -56,7 +56,12 @@ def parse_positions(selection: Any, size: int, what: str, twice: bool = False) -
     if isinstance(selection, slice):
         positions = torch.tensor(range(size)[selection], dtype=torch.long)
     else:
-        positions = torch.as_tensor(selection).cpu()
+        try:
+            positions = torch.as_tensor(selection).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise InvalidInput(
+                f"A {what} is picked by whole numbers, a slice or a mask of {size}; got {selection!r}."
+            ) from None
         if positions.dtype == torch.bool and positions.shape == (size,):
             positions = positions.nonzero()[:, 0]
         if positions.dtype == torch.bool or (positions.is_floating_point() and positions.numel()) or positions.ndim > 1:

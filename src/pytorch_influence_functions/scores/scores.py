@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids, require
 from ..core.files import read_tensors, write_bytes, write_tensors
+from ..core.text import printable
 from . import difference, export, indexing
 from .diagnostics import Diagnostics
 
@@ -64,6 +65,7 @@ class Scores:
         diagnostics: how the scores came about and how far to trust them.
         provenance: the method as it would be written, with versions; by default the diagnostics' method.
         train_source, query_source: the data, for pictures; not saved.
+        measure: what was measured on the queries, an objective, for `verify`; not saved.
 
     Raises:
         NonFinite: a score is NaN or infinite; queries and training examples are named.
@@ -89,6 +91,7 @@ class Scores:
     provenance: str = ""
     train_source: Any = None
     query_source: Any = None
+    measure: Any = None
 
     def __post_init__(self) -> None:
         def set_field(name: str, value: Any) -> None:
@@ -347,7 +350,7 @@ class Scores:
         Args:
             path: the file; one that is there is replaced, whole or not at all.
         """
-        write_bytes(path, export.as_csv(export.long_table(self)).encode())
+        write_bytes(path, printable(export.as_csv(export.long_table(self))).encode())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """`values` for `numpy.asarray(scores)`: [queries, scores per query]; a copy."""
@@ -482,7 +485,7 @@ class Scores:
         ranking is distinguishable from noise, in one sentence.
 
         Args:
-            recipe: a `ptif.evaluation.Recipe`, or a function `(dataset, seed) -> trained model` (then with `measure=`).
+            recipe: a `ptif.evaluation.Recipe`, or a function `(dataset, seed) -> trained model`.
             n: how many groups are removed.
             size: how many examples are in a group; `None`: 2 % of them.
             seeds: how many trainings, or which, each group is measured on.
