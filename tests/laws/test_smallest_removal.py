@@ -157,21 +157,22 @@ def test_a_metric_crosses_its_threshold_when_trained_again(metric: str) -> None:
     statistic: Callable[[nn.Module], Tensor] = AccuracyStatistic(xq, yq)
     before = float(statistic(model).detach())
     assert before == pytest.approx(float((model(xq).argmax(1) == yq).double().mean()))
-    threshold = before - 0.05
+    threshold, slack = before - 0.03, 1 / 90  # an accuracy moves in steps of one answer
     if metric == "mean loss":
         statistic = lambda m: nn.functional.cross_entropy(m(xq), yq)  # noqa: E731
         before = float(statistic(model).detach())
-        threshold = 1.05 * before
+        threshold, slack = 1.05 * before, 0.0
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=0.02)
     outcome = smallest_removal(problem, statistic, threshold, method=ptif.exact(damping=0.0))
     assert outcome.found and 1 <= len(outcome.ids) <= 40
     kept = [i for i in range(150) if i not in outcome.ids]
     after = float(statistic(softmax_regression(x[kept], y[kept], len(kept) / 150)).detach())
-    assert (after - threshold) * (before - threshold) < 0
+    side = 1.0 if before > threshold else -1.0
+    assert side * (after - threshold) < slack
     for seed in range(5):
         kept = torch.randperm(150, generator=torch.Generator().manual_seed(seed))[len(outcome.ids) :].tolist()
         chance = float(statistic(softmax_regression(x[kept], y[kept], len(kept) / 150)).detach())
-        assert (chance - threshold) * (before - threshold) > 0, "as many at random do not pass it"
+        assert side * (chance - threshold) > slack, "as many at random do not come to it"
 
 
 def test_the_slope_of_accuracy_is_that_of_the_smooth_one() -> None:
