@@ -212,6 +212,7 @@ READ_ONLY = {
     "Edit.of": "describes an edit of the data",
     "get_dataset_sample_ids": "reads labels only",
     "get_dataset_sample_ids_per_class": "reads labels only",
+    "doctor": "of language models; tests/hf/test_left_as_it_was.py",
     "quanda_explainer": "fits and scores as Influence does; tests/interface/test_interop.py",
 }
 TAKES_A_MODEL = {"model", "problem", "train_loader", "test_loader", "recipe"}

@@ -166,6 +166,11 @@ ENTRIES |= {
     "forecast": lambda model, train, queries, folder: (
         ptif.Influence().forecast(ptif.Problem(model, nn.CrossEntropyLoss(), train), 3).passes
     ),
+    "an index": lambda model, train, queries, folder: (
+        ptif.Index.build(ptif.Problem(model, nn.CrossEntropyLoss(), train), folder / "index", ptif.ekfac())
+        .score(queries)
+        .values
+    ),
     "own loss and measure": lambda model, train, queries, folder: (
         fitted(model, train, ptif.dual(), lambda outputs, targets: (outputs[:, 0] - targets).square())
         .score(queries, lambda outputs, targets: outputs[:, 1])
