@@ -21,7 +21,7 @@ SAID = {
     "fashion_mnist": "Wrong labels found by looking",
     "digits": "noise ceiling",
     "breast_cancer": "after 45 were looked at",
-    "curation": "predicted change of the mean validation loss",
+    "curation": "Without looking",
     "diabetes": "Leave-one-out correlation over 6 patients",
     "shakespeare": "are of the same play",
 }
