@@ -273,7 +273,8 @@ class BlockFactors:
         if turned.terms == 1 or self.squares.numel() < _IN_TURN or turned.left.device.type != "cpu":
             self._add_squares(turned.dense())
             return
-        panels = chunks(*self.squares.shape, most=_CACHED)
+        rows, width = self.squares.shape
+        panels = chunks(rows, width, most=_CACHED)
         gradient = torch.empty_like(self.squares[panels[0]])
         for left, right in zip(turned.left, turned.right, strict=True):
             for panel in panels:
