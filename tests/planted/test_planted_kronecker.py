@@ -13,7 +13,7 @@ from pytorch_influence_functions.curvature import GGN
 from pytorch_influence_functions.curvature import exact as exact_curvatures
 from pytorch_influence_functions.curvature.kronecker import moments as factors
 from pytorch_influence_functions.linalg import kronecker
-from pytorch_influence_functions.objectives import likelihoods
+from pytorch_influence_functions.objectives import softmax
 from pytorch_influence_functions.solvers import Spectral
 from pytorch_influence_functions.solvers.preconditioner_trial import PreconditionerTrial
 from pytorch_influence_functions.solvers.truncation import Truncated
@@ -142,7 +142,7 @@ BUGS = [
     ),
     Bug(
         "labels drawn by place",
-        swap(likelihoods, "_softmax_sample", lambda f, p, counts, numbers: f(p, torch.ones_like(counts), numbers)),
+        swap(softmax, "_of_counting", lambda f, numbers, counts: f(numbers, torch.ones_like(counts))),
         lambda: test_padding.test_scores_do_not_depend_on_padding("left to 20"),
     ),
     Bug("every guide pays", swap(PreconditionerTrial, "pays", lambda f, self: True), trial_law),

@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..core.batches import batch_slice, tensors_of
+from ..core.batches import batch_slice, tensors_of, whole_batch
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, first_line, name_ids
 from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Dense
+from ..linalg.chunks import chunks
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
 from ..objectives.base import AbstractObjective, check_outputs
@@ -245,7 +246,24 @@ class Derivatives:
 
 
 def slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [n] and their derivative in the outputs; NaNs are named by dataset index."""
+    """Losses [n] and their derivative in the outputs; NaNs are named by dataset index.
+
+    Large outputs are taken a few examples at a time: a loss holds as many numbers several times over, and the logits of
+    a language model, one per token and word of its vocabulary, are most of what a batch takes.
+    """
+    n, outputs, tensors = len(ids), outputs.detach(), [t for _, t in tensors_of(batch)]
+    parts = chunks(n, outputs.numel() // max(1, n))
+    # Padded texts are cut as they are: collated again they would be padded otherwise than the outputs.
+    if len(parts) == 1 or not tensors or not all(t.dim() == 0 or len(t) == n for t in tensors):
+        return _slopes(objective, outputs, batch, ids)
+    losses, slope = [], torch.empty_like(outputs)
+    for part in parts:
+        loss, slope[part] = _slopes(objective, outputs[part], batch_slice(whole_batch(batch), n, part), ids[part])
+        losses.append(loss)
+    return torch.cat(losses), slope
+
+
+def _slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad():
         losses = objective.losses(leaf, batch)

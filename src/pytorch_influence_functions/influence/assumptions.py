@@ -17,8 +17,9 @@ from ..scores.diagnostics import FROZEN, LEFT_OUT
 
 # The most examples that are looked at: at a minimum the standard error is then about 1 %.
 _MOST = 2048
-# All of the data are looked at while their rows take no more numbers than this; beyond it a quarter at most.
-_CHEAP = 1 << 27
+# All of the data are looked at while their rows take no more numbers than this; beyond it a quarter at most, so that
+# a look costs less than half a pass.
+_CHEAP = 1 << 24
 # The numbers in the rows of a large model's sample, and the fewest examples.
 _AFFORDABLE, _FEWEST = 1 << 30, 16
 

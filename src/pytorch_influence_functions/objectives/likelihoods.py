@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from ..core.batches import whole_batch
@@ -28,48 +28,7 @@ from .base import (
     tensor_targets,
 )
 from .draws import Randomness, draw
-
-# ----------------------------------------------------------------- the softmax, position by position
-# z [n, l, c]: logits; s [n, l]: the factor of each position. H = s (diag p - p pᵀ), zero between positions.
-
-
-def _softmax_root(z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"]) -> Float[Tensor, "k n l c"]:
-    """sqrt(s p_c) (e_c - p) for every position and class: Σ_c p_c (e_c - p)(e_c - p)ᵀ = diag p - p pᵀ."""
-    p = z.softmax(-1)
-    n, length, classes = z.shape
-    unit = torch.eye(classes, dtype=z.dtype, device=z.device)
-    columns = (s[..., None] * p).sqrt()[..., None] * (unit - p[..., None, :])  # n l k c
-    place = torch.eye(length, dtype=z.dtype, device=z.device)
-    spread = torch.einsum("nakc,ab->aknbc", columns, place)
-    return spread.reshape(length * classes, n, length, classes)
-
-
-def _softmax_product(
-    z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"], v: Float[Tensor, "n l c"]
-) -> Float[Tensor, "n l c"]:
-    p = z.softmax(-1)
-    return s[..., None] * p * (v - (p * v).sum(-1, keepdim=True))
-
-
-def _softmax_sample(
-    p: Float[Tensor, "n l c"], counts: Bool[Tensor, "n l"], generator: Randomness
-) -> Int[Tensor, "n l"]:
-    """Classes drawn with probabilities p by inverting their distribution function: one uniform number per position.
-
-    The k-th position that counts takes the example's k-th number, so that what is drawn does not depend on padding.
-    """
-    summed = p.to(torch.promote_types(p.dtype, torch.float32)).cumsum(-1)
-    numbers = draw(p[..., 0], generator).to(summed).gather(1, (counts.cumsum(1) - 1).clamp_min(0))
-    level = numbers[..., None] * summed[..., -1:]
-    return torch.searchsorted(summed, level)[..., 0].clamp_max(p.shape[-1] - 1)
-
-
-def _softmax_cotangent(
-    z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"], generator: Randomness
-) -> Float[Tensor, "n l c"]:
-    p, root = z.softmax(-1), s.sqrt()[..., None]
-    return (root * p).scatter_add(-1, _softmax_sample(p, s > 0, generator)[..., None], -root)
-
+from .softmax import softmax_cotangent, softmax_product, softmax_root
 
 # --------------------------------------------------------------------------- classes
 
@@ -183,11 +142,11 @@ class CrossEntropy(AbstractLikelihood):
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
-        cotangent = _softmax_cotangent(_classes_last(outputs), self._factor(outputs, batch), generator)
+        cotangent = softmax_cotangent(_classes_last(outputs), self._factor(outputs, batch), generator)
         return cotangent.movedim(-1, 1).reshape(outputs.shape)
 
     def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
-        root = _softmax_root(_classes_last(outputs), self._factor(outputs, batch))
+        root = softmax_root(_classes_last(outputs), self._factor(outputs, batch))
         return root.movedim(-1, 2).reshape(-1, *outputs.shape)
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
@@ -196,7 +155,7 @@ class CrossEntropy(AbstractLikelihood):
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
     ) -> Float[Tensor, "n *out"]:
-        product = _softmax_product(_classes_last(outputs), self._factor(outputs, batch), _classes_last(v))
+        product = softmax_product(_classes_last(outputs), self._factor(outputs, batch), _classes_last(v))
         return product.movedim(-1, 1).reshape(outputs.shape)
 
     def _weight(self, outputs: Tensor) -> Tensor | None:
@@ -366,10 +325,10 @@ class TokenCrossEntropy(AbstractLikelihood):
     def sample_cotangent(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
     ) -> Float[Tensor, "n *out"]:
-        return _softmax_cotangent(outputs, self._labels(outputs, batch)[1], generator)
+        return softmax_cotangent(outputs, self._labels(outputs, batch)[1], generator)
 
     def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
-        return _softmax_root(outputs, self._labels(outputs, batch)[1])
+        return softmax_root(outputs, self._labels(outputs, batch)[1])
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
         return math.prod(outputs.shape[1:])
@@ -377,7 +336,7 @@ class TokenCrossEntropy(AbstractLikelihood):
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
     ) -> Float[Tensor, "n *out"]:
-        return _softmax_product(outputs, self._labels(outputs, batch)[1], v)
+        return softmax_product(outputs, self._labels(outputs, batch)[1], v)
 
     def _split(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         batch = whole_batch(batch)

@@ -289,21 +289,21 @@ class Fit:
                 derivatives = derivatives.restricted(names)  # nothing is recorded of the other layers
             with at_checkpoint(derivatives.problem.model, checkpoint):
                 for ids, batch in sweep(derivatives.problem, self.wide, over, "curvature factors", self.world):
-                    tape, cotangents = self._cotangents(derivatives, ids, batch, draws)
-                    left = sum(len(c) for c in cotangents)
+                    tape, several = self._cotangents(derivatives, ids, batch, draws)
                     column_sets: list[Columns] = []
-                    for several in cotangents:
+                    for last, cotangents in several:
                         columns = []
-                        for cotangent in several:
-                            left -= 1
-                            columns.append(tape.rows(cotangent, keep_graph=left > 0))
+                        while cotangents:  # none is kept after its use: it is as large as the outputs
+                            cotangent = cotangents.pop(0)
+                            columns.append(tape.rows(cotangent, keep_graph=bool(cotangents) or not last))
                         column_sets.append({k: unified([r.blocks[k] for r in columns]) for k in names})
                     yield column_sets[0], column_sets[-1]
 
     def _cotangents(
         self, derivatives: Derivatives, ids: Tensor, batch: Any, draws: tuple[int, ...]
-    ) -> tuple[Tape, list[list[Tensor]]]:
-        """A forward pass, and per draw the columns c of the Fisher matrix's root: E[sum c c^T] is the Hessian."""
+    ) -> tuple[Tape, Iterator[tuple[bool, list[Tensor]]]]:
+        """A forward pass, and per draw (made when asked for, and whether it is the last) the columns c of the Fisher
+        matrix's root: E[sum c c^T] is the Hessian."""
         fisher = self.fisher
         objective = fisher.measured_objective(derivatives)
         tape = derivatives.tape(batch, len(ids), objective)
@@ -311,7 +311,9 @@ class Fit:
         objective.check(outputs, batch, ids)
         finite_outputs(outputs, ids)
         several = draws if fisher.draws_labels else draws[:1]
-        return tape, [fisher.cotangents(derivatives, tape.outputs, batch, ids, draw) for draw in several]
+        return tape, (
+            (draw == several[-1], fisher.cotangents(derivatives, outputs, batch, ids, draw)) for draw in several
+        )
 
 
 def needed_examples(plan: Plan, blocks: Sequence[BlockSize]) -> tuple[int, int]:

@@ -21,6 +21,10 @@ from ..cost import terms_of
 _PANELLED, _PANELS = 256, 4
 # Uses of a weight beyond this many times the longer side tell nothing new about a basis: positions are then skipped.
 _USES_PER_SIDE = 64
+# Numbers of a gradient from which on its squares are added example by example.
+_IN_TURN = 1 << 13
+# Numbers that stay in a core's cache meanwhile.
+_CACHED = 1 << 18
 
 
 class Sharing(enum.Enum):
@@ -234,6 +238,10 @@ class BlockFactors:
             if isinstance(column, Indexed):
                 self._squares_of_indexed(column)
                 continue
+            pair = column.table_and_outer() if isinstance(column, Sum) and self.basis.left is None else None
+            if pair is not None:
+                self._squares_of_tied(*pair)
+                continue
             for chunk in chunks(len(column), o * i):
                 self._add_squares(self.basis.into_basis(column.take(chunk)))
 
@@ -253,8 +261,38 @@ class BlockFactors:
         known = {x.data_ptr(): _turn(x, self.basis.left) for x in lefts}
         others = {x.data_ptr(): _turn(x, self.basis.right) for x in rights}
         for column in columns:
-            turned = Outer(known[column.left.data_ptr()], others[column.right.data_ptr()])
+            self._add_outer_squares(Outer(known[column.left.data_ptr()], others[column.right.data_ptr()]))
+
+    def _add_outer_squares(self, turned: Outer) -> None:
+        """The squares of sums of outer products.
+
+        On a CPU one example after the other, some rows of the matrix at a time: it stays in the cache, which takes a
+        third of the time of writing all of them out.
+        """
+        assert self.squares is not None
+        if turned.terms == 1 or self.squares.numel() < _IN_TURN or turned.left.device.type != "cpu":
             self._add_squares(turned.dense())
+            return
+        rows, width = self.squares.shape
+        panels = chunks(rows, width, most=_CACHED)
+        gradient = torch.empty_like(self.squares[panels[0]])
+        for left, right in zip(turned.left, turned.right, strict=True):
+            for panel in panels:
+                squares = self.squares[panel]
+                some = torch.mm(left[:, panel].T, right, out=gradient[: len(squares)])
+                squares.addcmul_(some, some)
+
+    def _squares_of_tied(self, table: Indexed, outer: Outer) -> None:
+        """(G + E)^2 = G^2 + (2 G + E) E, and E, the part of the inputs, is zero in all rows but the words of a text."""
+        assert self.basis is not None and self.squares is not None
+        outer = Outer(outer.left, _turn(outer.right, self.basis.right))
+        self._add_outer_squares(outer)
+        values = _turn(table.values, self.basis.right)
+        for index, value, left, right in zip(table.index, values, outer.left, outer.right, strict=True):
+            words, which = torch.unique(index, return_inverse=True)
+            summed = value.new_zeros(len(words), value.shape[1]).index_add_(0, which, value)
+            twice = (left[:, words].T @ right).mul_(2.0).add_(summed)
+            self.squares.index_add_(0, words, twice.mul_(summed))
 
     def _add_squares(self, turned: Float[Tensor, "n o i"]) -> None:
         flat = turned.reshape(len(turned), -1)
