@@ -71,7 +71,7 @@ class ProblemOptions(TypedDict, total=False):
 # fmt: off
 @overload
 def attribute(
-    model: Any, train: Any = None, queries: Any = None, *, loss: Any = None, method: MethodLike | None = None,
+    model: Any, train: Any = None, queries: Any = None, loss: Any = None, *, method: MethodLike | None = None,
     run: RunLike | None = None, damping: AbstractDamping | float | None = None, route: Route | str | None = None,
     precision: str | None = None, measure: Any = None, top: int | None = None, aggregate: Any = None,
     contrast: Any = None, ids: Any = None, by: None = None, verify: Any = None,
@@ -79,7 +79,7 @@ def attribute(
 ) -> Scores: ...
 @overload
 def attribute(
-    model: Any, train: Any = None, queries: Any = None, *, loss: Any = None, method: MethodLike | None = None,
+    model: Any, train: Any = None, queries: Any = None, loss: Any = None, *, method: MethodLike | None = None,
     run: RunLike | None = None, damping: AbstractDamping | float | None = None, route: Route | str | None = None,
     precision: str | None = None, measure: Any = None, top: int | None = None, aggregate: Any = None,
     contrast: Any = None, ids: Any = None, by: By, verify: Any = None,
@@ -90,8 +90,8 @@ def attribute(
     model: Any,
     train: Any = None,
     queries: Any = None,
-    *,
     loss: Any = None,
+    *,
     method: MethodLike | None = None,
     run: RunLike | None = None,
     damping: AbstractDamping | float | None = None,
@@ -247,8 +247,8 @@ def forecast(
     model: Any,
     train: Any = None,
     queries: Any = None,
-    *,
     loss: Any = None,
+    *,
     method: MethodLike | None = None,
     run: RunLike | None = None,
     damping: AbstractDamping | float | None = None,

@@ -198,3 +198,11 @@ def test_forces_are_right_where_forward_differentiates_as_the_message_says() -> 
         plain.way = way
         scores = ptif.attribute(plain, train, queries, loss=nn.MSELoss(), method="grad_dot")
         assert gap(scores.values, g[N:] @ g[:N].T / N) < rounding(torch.float64, 1e3)
+
+
+def test_the_loss_may_follow_the_queries() -> None:
+    model, data = nn.Linear(4, 3), (torch.randn(12, 4), torch.arange(12) % 3)
+    queries = (data[0][:2], data[1][:2])
+    scores = ptif.attribute(model, data, queries, nn.CrossEntropyLoss())
+    torch.testing.assert_close(scores.values, ptif.attribute(model, data, queries, loss=nn.CrossEntropyLoss()).values)
+    assert ptif.forecast(model, data, queries, nn.CrossEntropyLoss()).passes > 0
