@@ -126,6 +126,19 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         aside.write_bytes(content)
 
 
+def append_scratch(path: Path, content: memoryview) -> None:
+    """Write `content` behind what a file of a temporary folder has, which nobody reads after this process.
+
+    Raises:
+        InvalidInput: it cannot be written, as on a full disk.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+    except OSError as cause:
+        raise cannot_write(path, cause) from cause
+
+
 def write_new(path: str | os.PathLike[str], content: bytes) -> bool:
     """Put `content` at `path` unless a file is there already; whether it was written.
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.files import append_scratch
 from .blocks import AbstractBlock, Dense
 from .chunks import chunks
 
@@ -77,5 +78,4 @@ class OnDisk(AbstractBlock):
 
 def append_rows(path: Path, values: Tensor) -> None:
     """Write rows [n, ...] behind those that the file has."""
-    with path.open("ab") as file:
-        file.write(values.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    append_scratch(path, values.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
