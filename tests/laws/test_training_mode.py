@@ -152,7 +152,8 @@ SETTINGS: dict[str, Callable[[nn.Module, Any], Any]] = {
 ENTRIES: dict[str, Entry] = {
     name: by_method(SETTINGS.get(name, lambda model, problem, name=name: getattr(methods, name)()))
     for name in methods.__all__
-    if name != "unrolled"  # refuses batch normalisation and dropout; has a law of its own beside its values
+    # The one refuses batch normalisation and dropout and has a law of its own beside its values; the other reads texts.
+    if name not in ("unrolled", "BM25")
 }
 ENTRIES |= {
     "attribute": lambda model, train, queries, folder: ptif.attribute(model, train, queries).values,
