@@ -191,7 +191,7 @@ ENTRIES |= {
         .values
     ),
     "means and contrasts": lambda model, train, queries, folder: (
-        fitted(model, train, ptif.dual()).score(queries, contrast=queries, aggregate=[0, 1, 1], ids=[2, 5]).values
+        fitted(model, train, ptif.dual()).score(queries, contrast=queries, aggregate={"two": [0, 1]}, ids=[2, 5]).values
     ),
     "parts": lambda model, train, queries, folder: (
         fitted(model, train, ptif.ekfac()).score(queries, by="layer").values_by_part
