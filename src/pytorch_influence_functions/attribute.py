@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -193,7 +194,8 @@ def _attribute(
     if isinstance(source, TextQueries):
         source, contrast, names = _sides(source, contrast)
     fitted: Any = spec.fit(whole, n_queries=_count_rows(source, asked["aggregate"]))
-    asked = asked | {"contrast": contrast}
+    asked = {name: value for name, value in (asked | {"contrast": contrast}).items() if value is not None}
+    _check_asked(spec, fitted, asked)
     scores: Scores | PartScores = fitted.score(source, measure, top=top if verify is None else None, **asked)
     inferred = loss is None and not isinstance(model, Problem)
     if isinstance(scores, PartScores):
@@ -332,6 +334,14 @@ def _known_queries(problem: Problem, queries: Any, known: Any, place: str = "que
     functions = model_functions(queries)
     with in_queries(place):
         return functions or queries_for(problem, queries, None if known is problem else known)
+
+
+def _check_asked(spec: AbstractMethod, fitted: Any, asked: Mapping[str, Any]) -> None:
+    """Refuse ways to ask that the fitted method does not know."""
+    known = inspect.signature(fitted.score).parameters
+    for name in asked:
+        if name not in known:
+            raise InvalidInput(f"{type(spec).__name__} takes no {name}=; leave it out, or use ptif.ekfac().")
 
 
 def _check_given(name: str, train: Any, queries: Any) -> None:

@@ -136,3 +136,14 @@ def test_a_run_without_adam_is_refused(tmp_path: Path) -> None:
         less(recorder.recording)
     with pytest.raises(InvalidInput, match=r"^The run was not trained by Adam as far as is known"):
         trackstar(recorder.recording)
+
+
+def test_less_is_asked_for_means_and_some_examples_and_refuses_parts(tmp_path: Path) -> None:
+    model, run, *_ = recorded(tmp_path)
+    x, y, xq, yq = data()
+    mean = ptif.attribute(model, (x, y), (xq, yq), method=less(run), aggregate="mean")
+    some = ptif.attribute(model, (x, y), (xq, yq), method=less(run), aggregate="mean", ids=[3, 7])
+    assert mean.values.shape == (1, 20)
+    assert gap(some.values, mean.values[:, [3, 7]]) < 1e-10
+    with pytest.raises(InvalidInput, match=r"^Less takes no by=; leave it out, or use ptif\.ekfac\(\)\.$"):
+        ptif.attribute(model, (x, y), (xq, yq), method=less(run), by="layer")

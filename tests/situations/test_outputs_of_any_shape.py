@@ -74,7 +74,7 @@ SPECS |= {
 }
 # The Hessian of these untrained nets is indefinite at the method's own damping.
 SPECS["arnoldi"] = lambda model: ptif.methods.arnoldi(5, damping=10.0)
-# TRAK projects gradients of the margin: it is for classes, and has a test of its own. Unrolling takes a run, BM25 texts.
+# TRAK projects the gradients of a margin: it is for classes, with a test of its own. Unrolling takes a run, BM25 texts.
 for other in ("trak", "unrolled", "BM25"):
     del SPECS[other]
 

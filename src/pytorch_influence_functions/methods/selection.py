@@ -191,7 +191,17 @@ class FittedLess(OldNames):
         return repr(self.spec)
 
     @plain_autograd()
-    def score(self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None) -> Scores:
+    def score(
+        self,
+        queries: Any,
+        measure: Any = None,
+        top: int | None = None,
+        batch_size: int | None = None,
+        *,
+        aggregate: Any = None,
+        contrast: Any = None,
+        ids: Any = None,
+    ) -> Scores:
         """A number for every query and training example, positive where a step on the example lowers the measure.
 
         Args:
@@ -199,8 +209,10 @@ class FittedLess(OldNames):
             measure: what is measured on a query, an objective or loss; `None`: the training objective.
             top: keep only the k most helpful and k most harmful examples per query.
             batch_size: queries read at once; `None`: the problem's.
+            aggregate, contrast, ids: as for `Attribution.score`; a row of several queries is one direction.
         """
-        question = Question.of(self.problem, self.derivatives.objective, queries, measure, top, batch_size)
+        asked = (queries, measure, top, batch_size, aggregate, contrast, ids)
+        question = Question.of(self.problem, self.derivatives.objective, *asked)
         scoring = ScoringPass(self.problem, question)
         n, everyone = len(self.problem), torch.arange(len(self.problem))
         average = CheckpointAverage(Units.RAW, self.rates, len(question), n, World())
