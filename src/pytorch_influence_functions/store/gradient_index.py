@@ -100,8 +100,9 @@ class Index:
         Example:
             >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
             >>> problem = Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(), (x, y))
-            >>> index = Index.build(problem, tmp_path / "index")
-            >>> index.score((x[:2], y[:2]), top=3).shape
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Index.build(problem, folder + "/index").score((x[:2], y[:2]), top=3).shape
             (2, 6)
         """
         flag("overwrite", overwrite)
