@@ -27,6 +27,7 @@ from ..linalg.chunks import chunks
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
 from ..objectives.base import AbstractObjective, check_outputs
+from ..objectives.likelihoods import attention_mask_of
 from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
@@ -292,8 +293,8 @@ def _refuse_nonfinite(values: Tensor, ids: Tensor, what: str, batch: Any = None)
 
 def _cure(bad: Tensor, batch: Any) -> str:
     """What to do about losses that are not finite: padding may be to blame, not the examples."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(bad) and not bool(mask[bad, 0].any()):
+    mask = attention_mask_of(batch)
+    if mask is not None and mask.ndim == 2 and len(mask) == len(bad) and not bool(mask[bad, 0].any()):
         return (
             "all of these are padded on the left, and attention over padding alone can be 0 / 0 (eager attention of "
             "float64 weights is). Load the model with attn_implementation='sdpa' or in float32, or pad on the right."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -25,6 +25,7 @@ from ..influence.method import AbstractMethod
 from ..influence.question import Question, resolve_measure
 from ..influence.scoring import ScoringPass
 from ..linalg.space import ROOT, Space
+from ..objectives.likelihoods import attention_mask_of
 from ..problem.agreement import entry
 from ..problem.checkpoints import at_checkpoint
 from ..problem.data import Source
@@ -227,8 +228,8 @@ class EmbeddingSimilarity(AbstractBaseline):
 
 def _mean_of_positions(x: Float[Tensor, "n ... d"], batch: Any) -> Float[Tensor, "n d"]:
     """The mean over an example's positions that are no padding."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or x.dim() != 3 or mask.shape != x.shape[:2]:
+    mask = attention_mask_of(batch)
+    if mask is None or x.dim() != 3 or mask.shape != x.shape[:2]:
         return x.flatten(1, -2).mean(1)
     weights = mask.to(x)[:, :, None]
     return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
