@@ -24,7 +24,7 @@ from ..problem.edited import EditedExamples, label_of
 from ..problem.labels import labels_of
 from ..problem.model_state import plain_autograd
 from ..report.decisions import Decisions, read_decisions
-from .edits import read_indices, read_label, whole_label
+from .edits import label_from_text, read_indices, read_label, whole_label
 from .label_issues import LabelIssues
 
 ReadLabel: TypeAlias = Callable[[str | float], Any]
@@ -279,7 +279,7 @@ def _read_labels(
     by_place: dict[int, Any] = {}
     for place, given in labels.items():
         old = label_of(source.item(source.index_of(place)))
-        new = _from_text(old, given, names) if read is None else read(given)
+        new = label_from_text(old, given, names) if read is None else read(given)
         label = read_label(place, old, new, names)
         number = whole_label(label)
         if number is not None and whole_label(old) is not None and most is not None and not 0 <= number < most:
@@ -288,16 +288,6 @@ def _read_labels(
             )
         by_place[place] = label.tolist() if hasattr(label, "tolist") else label
     return by_place
-
-
-def _from_text(old: Any, given: Any, names: list[str] | None) -> Any:
-    """A number that the page wrote as a text, where the data hold numbers; anything else as it is."""
-    if not isinstance(given, str) or isinstance(old, str) or (names is not None and given in names):
-        return given
-    try:
-        return int(given) if whole_label(old) is not None else float(given)
-    except ValueError:
-        return given
 
 
 def _count_classes(source: Source) -> int | None:

@@ -189,6 +189,25 @@ def class_number(names: Sequence[str] | None, label: Any) -> Any:
     return list(names).index(label)
 
 
+def label_from_text(old: Any, given: Any, names: Sequence[str] | None) -> Any:
+    """A number that came as a text, where the data hold numbers; anything else as it is.
+
+    Args:
+        old: the example's label, as the dataset holds it.
+        given: the new one, as a page or a command line has it.
+        names: of the classes, where the data know them.
+
+    >>> label_from_text(1, "2", None), label_from_text(0.5, "2", None), label_from_text(1, "cat", ["cat", "dog"])
+    (2, 2.0, 'cat')
+    """
+    if not isinstance(given, str) or isinstance(old, str) or (names is not None and given in names):
+        return given
+    try:
+        return int(given) if whole_label(old) is not None else float(given)
+    except ValueError:
+        return given
+
+
 def read_label(place: int, old: Any, given: Any, names: Sequence[str] | None) -> Any:
     """A new label of the kind of the old one.
 

@@ -102,6 +102,23 @@ class LabelIssues:
         """
         return {i: int(self.suggested[i]) for i in self.ids(k)}
 
+    def columns(self) -> dict[str, list[Any]]:
+        """The columns of `to_frame` as lists of plain values, in the order of `order`."""
+        order, n = self.order, len(self)
+        columns: dict[str, list[Any]] = {
+            "rank": list(range(n)),
+            "is_label_issue": self.is_issue[order].tolist(),
+            "label_score": [rank / n for rank in range(n)],
+            "given_label": [self.name(int(c)) for c in self.given[order]],
+            "predicted_label": [self.name(int(c)) for c in self.predicted[order]],
+            "suggested_label": [self.name(int(c)) for c in self.suggested[order]],
+            "probability_of_given": self.probability[order].tolist(),
+            "loss": self.loss[order].tolist(),
+            "left_out_loss": self.left_out_loss[order].tolist(),
+            "self_influence": self.self_influence[order].tolist(),
+        }
+        return columns if self.harm is None else columns | {"harm": self.harm[order].tolist()}
+
     def to_frame(self) -> pandas.DataFrame:
         """A table by index in the training data, the most doubtful first (extra `frame`).
 
@@ -114,24 +131,7 @@ class LabelIssues:
         require("pandas", "frame")
         import pandas
 
-        order, n = self.order, len(self)
-        score = torch.empty(n, dtype=torch.float64)
-        score[order] = torch.arange(n, dtype=torch.float64) / n
-        columns: dict[str, Any] = {
-            "rank": torch.arange(n).numpy(),
-            "is_label_issue": self.is_issue[order].numpy(),
-            "label_score": score[order].numpy(),
-            "given_label": [self.name(int(c)) for c in self.given[order]],
-            "predicted_label": [self.name(int(c)) for c in self.predicted[order]],
-            "suggested_label": [self.name(int(c)) for c in self.suggested[order]],
-            "probability_of_given": self.probability[order].numpy(),
-            "loss": self.loss[order].numpy(),
-            "left_out_loss": self.left_out_loss[order].numpy(),
-            "self_influence": self.self_influence[order].numpy(),
-        }
-        if self.harm is not None:
-            columns["harm"] = self.harm[order].numpy()
-        return pandas.DataFrame(columns, index=pandas.Index(order.numpy(), name="index"))
+        return pandas.DataFrame(self.columns(), index=pandas.Index(self.order.numpy(), name="index"))
 
     def __repr__(self) -> str:
         first = ", ".join(

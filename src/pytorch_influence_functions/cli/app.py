@@ -10,11 +10,15 @@ from .._version import __version__
 from ..demo.screen import allow_any_encoding
 from .attribute import attribute_command
 from .classic import classic_command
+from .curate import curate_command
 from .demo import demo_command
 from .doctor import doctor_command
 from .index import build_command, compact_command, info_command, query_command, remove_command
+from .label_issues import label_issues_command
 from .report import report_command
 from .self_influence import self_influence_command
+from .smallest_removal import flip_command, smallest_removal_command
+from .what_if import what_if_command
 
 HELP = "Which training examples made the model say that, and which of them are wrong?"
 INDEX_HELP = "Gradients stored once, for questions that come later."
@@ -32,6 +36,11 @@ def application() -> typer.Typer:
         ("attribute", attribute_command),
         ("self-influence", self_influence_command),
         ("report", report_command),
+        ("label-issues", label_issues_command),
+        ("what-if", what_if_command),
+        ("flip", flip_command),
+        ("smallest-removal", smallest_removal_command),
+        ("curate", curate_command),
         ("classic", classic_command),
         ("doctor", doctor_command),
     ):

@@ -55,6 +55,10 @@ SourceColumn = Annotated[
     str | None, typer.Option("--source-column", help="The column that says where a text comes from, for the page.")
 ]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="The most tokens of a text.")]
+Queries = Annotated[str | None, typer.Option("--queries", help="Positions: 0:20, 5, or 1,4,10:20. (default: all)")]
+ResultFolder = Annotated[
+    Path | None, typer.Option("--out", help="Folder for the result as a file. (default: none is written)")
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML or JSON file with any of these settings; flags win.")
 ]
@@ -166,6 +170,16 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "source_column": _TEXT,
     "max_length": _COUNT,
 }
+
+
+def missing_argument(name: str, what: str) -> InvalidInput:
+    """The error of a command without one of its arguments.
+
+    Args:
+        name: of the argument, as the usage line has it.
+        what: to give there.
+    """
+    return InvalidInput(f"{name} is missing; give {what}.")
 
 
 def merge_settings(flags: Mapping[str, Any], config: Path | None = None) -> RunSettings:

@@ -1,4 +1,7 @@
-"""Methods, dampings and ranges of queries, parsed from a command line."""
+"""Methods, dampings, ranges of queries and of examples, parsed from a command line."""
+
+from collections.abc import Sequence
+from contextlib import suppress
 
 from ..core.errors import InvalidInput
 from ..damping.rules import Absolute, AbstractDamping, FromTraining, Relative
@@ -69,32 +72,88 @@ def parse_query_positions(text: str, n: int) -> list[int]:
     >>> parse_query_positions("7, 0:6:2", 10), len(parse_query_positions("all", 10))
     ([7, 0, 2, 4], 10)
     """
-    if text.strip().lower() == "all":
-        return list(range(n))
+    return list(range(n)) if text.strip().lower() == "all" else _parse_positions(text, n, "--queries", "query")
+
+
+def parse_example_positions(text: str, n: int, flag: str) -> list[int]:
+    """Places among `n` training examples, in the order written: `0:20`, `5`, `1,4,10:20`, `0:100:10`.
+
+    Raises:
+        InvalidInput: no such example, none at all, one named twice, or text that is no range; `flag` is named.
+
+    >>> parse_example_positions("3,7", 10, "--remove")
+    [3, 7]
+    """
+    return _parse_positions(text, n, flag, "example")
+
+
+def parse_assignments(texts: Sequence[str], n: int, flag: str) -> dict[int, str]:
+    """What is given to training examples: `["20=cat", "3,7=dog"]`, by place.
+
+    Raises:
+        InvalidInput: a text without `=`, or a place that is none, or given twice; `flag` is named.
+
+    >>> parse_assignments(["20=cat", "3,7=dog"], 40, "--relabel")
+    {20: 'cat', 3: 'dog', 7: 'dog'}
+    """
+    given: dict[int, str] = {}
+    for text in texts:
+        places, mark, value = text.partition("=")
+        if not mark or not value.strip():
+            raise InvalidInput(f"{flag} {text} gives nothing to an example; write {flag} 20=VALUE, or 3,7=VALUE.")
+        for place in parse_example_positions(places, n, flag):
+            if place in given:
+                raise InvalidInput(f"{flag} names example {place} twice; name each once.")
+            given[place] = value.strip()
+    return given
+
+
+def parse_amount(text: str, flag: str) -> int | float:
+    """A number of examples, `20`, or a share of them, `0.1`.
+
+    Raises:
+        InvalidInput: it is neither; `flag` is named.
+
+    >>> parse_amount("20", "--most"), parse_amount("0.1", "--most")
+    (20, 0.1)
+    """
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        return float(text)
+    raise InvalidInput(f"{flag} {text} is no amount; write a number of examples such as 20, or a share such as 0.1.")
+
+
+def _parse_positions(text: str, n: int, flag: str, noun: str) -> list[int]:
     positions: list[int] = []
     for part in text.split(","):
-        positions += _parse_range(part.strip(), text, n)
+        positions += _parse_range(part.strip(), text, n, flag, noun)
     if len(set(positions)) < len(positions):
-        raise InvalidInput(f"--queries {text} names a query twice; name each once.")
+        raise InvalidInput(f"{flag} {text} names {_a(noun)} twice; name each once.")
     return positions
 
 
-def _parse_range(part: str, text: str, n: int) -> list[int]:
+def _parse_range(part: str, text: str, n: int, flag: str, noun: str) -> list[int]:
     pieces = part.split(":")
     if len(pieces) > 3 or not all(x.strip().isdigit() or (not x.strip() and len(pieces) > 1) for x in pieces):
+        every = ", or all" if noun == "query" else ""
         raise InvalidInput(
-            f"--queries {text} is no range of positions; write 0:20 (the first twenty), 5, 1,4,10:20, or all."
+            f"{flag} {text} is no range of positions; write 0:20 (the first twenty), 5, 1,4,10:20{every}."
         )
     numbers = [int(x) if x.strip() else None for x in pieces]
     if len(numbers) == 1:
         numbers = [numbers[0], (numbers[0] or 0) + 1]
     if len(numbers) == 3 and numbers[2] == 0:
-        raise InvalidInput(f"--queries {text} has a step of 0; a step is at least 1.")
+        raise InvalidInput(f"{flag} {text} has a step of 0; a step is at least 1.")
     start, stop = numbers[0] or 0, n if numbers[1] is None else numbers[1]
     if stop > n or start >= n:
         last = max(start, stop - 1)
-        raise InvalidInput(f"--queries {text} asks for query {last}, and there are {n:,} (0 to {n - 1}).")
+        raise InvalidInput(f"{flag} {text} asks for {noun} {last}, and there are {n:,} (0 to {n - 1}).")
     positions = list(range(n))[slice(*numbers)]
     if not positions:
-        raise InvalidInput(f"--queries {text} picks no query; the first number must be below the second.")
+        raise InvalidInput(f"{flag} {text} picks no {noun}; the first number must be below the second.")
     return positions
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput
-from ..objectives.bernoulli import Bernoulli
-from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
+from ..objectives.likelihoods import TokenCrossEntropy
 from ..problem.data import Source
 from ..problem.problem import sweep
 from ..scores.scores import Scores
@@ -19,6 +18,7 @@ from . import options, show
 from .exit import Output, exit_with_code
 from .fingerprints import QUERIES, TRAINING_DATA, fingerprint_data
 from .folder import SCORES, fingerprint_of, read_record
+from .predictions import as_predictions
 from .progress_bars import report_progress
 from .self_influence_table import find_self_influence
 from .task import Task, load_task
@@ -102,17 +102,6 @@ def predict(task: Task, source: Source, ids: list[int]) -> Tensor | None:
     for _, batch in sweep(problem, source, ids, label="the model's answers", world=World()):
         with torch.no_grad():
             outputs = problem.objective.outputs(problem.model, batch).double().cpu()
-        batches.append(_as_predictions(problem.objective, outputs))
+        batches.append(as_predictions(problem.objective, outputs))
     predictions: list[Any] = [part for part in batches if part is not None]
     return torch.cat(predictions) if len(predictions) == len(batches) else None
-
-
-def _as_predictions(objective: Any, outputs: Tensor) -> Tensor | None:
-    if isinstance(objective, CrossEntropy) and outputs.ndim == 2:
-        return outputs.softmax(1)
-    if isinstance(objective, Bernoulli) and outputs.numel() == len(outputs):
-        p = outputs.reshape(-1).sigmoid()
-        return torch.stack([1 - p, p], 1)
-    if isinstance(objective, SquaredError) and outputs.numel() == len(outputs):
-        return outputs.reshape(-1)
-    return None

@@ -34,7 +34,7 @@ def write_files(folder: Path, values: Tensor, labels: Sequence[str] | None, meth
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["rank", "index", *([] if labels is None else ["label"]), "self_influence"])
     for rank, i in enumerate(most_suspicious_first(values).tolist(), 1):
-        label = [] if labels is None else [_text_cell(labels[i])]
+        label = [] if labels is None else [text_cell(labels[i])]
         writer.writerow([rank, i, *label, repr(float(values[i]))])
     write_bytes(folder / TABLE, printable(table.getvalue()).encode())
 
@@ -93,7 +93,8 @@ def _label_name(label: Any, names: Sequence[str] | None) -> str:
     return f"{label:.4g}" if isinstance(label, float) else str(label)
 
 
-def _text_cell(text: str) -> str:
+def text_cell(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula."""
     try:
         float(text)
     except ValueError:

@@ -23,14 +23,15 @@ _MODEL_FUNCTIONS = ("get_model", "get_my_model")
 _LOADER_FUNCTIONS = ("get_dataloaders", "get_my_dataloaders")
 _QUERY_OPTIONS = ("measure", "method")
 _PROBLEM_OPTIONS = ("loss", "weight_decay", "parameters", "checkpoints")
-OPTIONS: Final = (*_PROBLEM_OPTIONS, *_QUERY_OPTIONS)
+_ACTION_OPTIONS = ("recipe", "validation", "statistic")
+OPTIONS: Final = (*_PROBLEM_OPTIONS, *_QUERY_OPTIONS, *_ACTION_OPTIONS)
 """The keys that `get_options()` may return."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The contents of a task file: the problem, the queries, and optionally a measure and a method."""
+    """The contents of a task file: the problem, the queries, and what `get_options()` may add."""
 
     path: Path
     problem: Problem
@@ -39,6 +40,12 @@ class Task:
     method: AbstractMethod | None = None
     inferred: bool = False
     """Whether the loss was told from outputs and targets."""
+    recipe: Any = None
+    """How the model is trained: a `Recipe`, or a function `(dataset, seed) -> trained model`."""
+    validation: Any = None
+    """Labelled data that neither trained the model nor are its queries."""
+    statistic: Any = None
+    """What `ptif smallest-removal` is about: a function of the model."""
 
     @property
     def query_source(self) -> Source:
@@ -90,7 +97,8 @@ def load_task(path: Path, overrides: Overrides | None = None) -> Task:
     problem = problem.with_(**changes) if changes else problem
     source = None if queries is None else Source.of(queries, flags.batch_size)
     method, inferred = _read_method(path, options.get("method")), "problem" not in names and options.get("loss") is None
-    return Task(path, problem, source, options.get("measure"), method, inferred)
+    added = [options.get(name) for name in _ACTION_OPTIONS]
+    return Task(path, problem, source, options.get("measure"), method, inferred, *added)
 
 
 def _execute(path: Path) -> ModuleType:

@@ -97,7 +97,9 @@ class Decisions:
 
 
 def read_decisions(path: str | os.PathLike[str], training_examples: int | None = None) -> Decisions:
-    """Read `decisions.json` or `decisions.csv`, as the page wrote it.
+    """Read `decisions.json` or `decisions.csv`, as the page wrote it, or the table of `ptif label-issues`.
+
+    A row of a table with an empty decision is one on which nothing is decided.
 
     Args:
         path: the file; its ending says which of the two.
@@ -154,7 +156,8 @@ def _read_csv(file: Path, text: str) -> tuple[list[Any], None, None]:
     missing = [name for name in _COLUMNS[:2] if name not in (reader.fieldnames or ())]
     if missing:
         raise InvalidInput(f"{file.name} has no column {missing[0]!r}; give what the page downloaded.")
-    return [_from_csv(row) for row in reader], None, None
+    rows = [_from_csv(row) for row in reader]
+    return [row for row in rows if row["decision"] is not None], None, None
 
 
 def _from_csv(row: Mapping[str, str | None]) -> dict[str, Any]:

@@ -281,8 +281,8 @@
     const better = (index.loss ? order : [...order].reverse()).filter((q) => sums.each[q] !== 0 && !good(sums.each[q])).slice(0, 5);
     const worse = (index.loss ? [...order].reverse() : order).filter((q) => good(sums.each[q])).slice(0, 5);
     box.append(el("h2", {}, "What if they were removed?"),
-      el("p", {}, "Without the " + whole(ids.length) + " examples ticked as " + WORDS.wrong_label.toLowerCase() + " or duplicate the mean " + measure + " over " + (size === 1 ? "the query " : "all " + whole(size) + " queries "), change(sums.mean), ". This is the sum of what each would do alone: copies of one example do more together than the sum says, and a new label does more than a removal. ",
-        el("code", {}, "ptif.what_if(problem, remove=…, relabel=…)"), " holds both; ", el("code", {}, 'ptif.actions.curate(train, "decisions.json").retrain(recipe, test)'), " trains again and compares."),
+      el("p", {}, "Without the " + (ids.length === 1 ? "example" : whole(ids.length) + " examples") + " ticked as " + WORDS.wrong_label.toLowerCase() + " or duplicate the mean " + measure + " over " + (size === 1 ? "the query " : "all " + whole(size) + " queries "), change(sums.mean), ". This is the sum of what each would do alone: copies of one example do more together than the sum says, and a new label does more than a removal. ",
+        el("code", {}, "ptif.what_if(problem, remove=…, relabel=…)"), " holds both."),
       sums.without ? el("p", { class: "faint" }, "For " + whole(sums.without) + " of them the page had no room to hold the effect on every query.")
         : el("div", { class: "moved" }, list(better, "help", "Queries that would gain most"), list(worse, "harm", "Queries that would lose most")));
   }
@@ -318,6 +318,13 @@
     link.click();
     setTimeout(() => URL.revokeObjectURL(address), 10000);
   }
+  /** What to do with the downloaded file: on the command line, and in Python. */
+  function carryOut() {
+    const code = (text) => el("code", {}, text);
+    return [el("h2", {}, "Carry them out"),
+      el("p", {}, "In a terminal, with the downloaded file: ", code("ptif what-if task.py --decisions decisions.json"), " predicts what they change; ", code("ptif curate task.py decisions.json"), " trains on the edited data and compares."),
+      el("p", {}, "In Python: ", code("ptif.what_if(problem, remove=…, relabel=…)"), " and ", code('ptif.actions.curate(train, "decisions.json").retrain(recipe, test)'), ".")];
+  }
   async function showDecisions() {
     const rows = await decided(), box = $("decisions");
     const columns = ["Example", capital(target), "Decision", numeric ? "Right value" : "Relabel as", el("span", { class: "away" }, "Take back")];
@@ -337,7 +344,7 @@
         el("button", { type: "button", class: "main", disabled: !rows.length, onclick: () => download("json") }, "Download JSON")),
       rows.length ? el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Decisions" }, el("table", { class: "data words" },
         el("thead", {}, el("tr", {}, ...columns.map((word) => el("th", { scope: "col" }, word)))), el("tbody", {}, ...body))) : "",
-      foreseen, el("h2", {}, "The format"),
+      foreseen, ...carryOut(), el("h2", {}, "The format"),
       el("p", {}, "CSV: one line per ticked example with the columns ", el("code", {}, "index,decision,label,name,suggested_label,self_influence,relabel_as"),
         ". ", el("code", {}, "index"), " is the position in the training dataset, from 0; ", el("code", {}, "decision"), " is ",
         el("code", {}, "wrong_label"), ", ", el("code", {}, "duplicate"), " or ", el("code", {}, "keep"),
