@@ -25,8 +25,7 @@ from .influence.parts import By
 from .influence.question import model_functions
 from .linalg.rows import Route
 from .linalg.space import Selection
-from .methods.names import MethodLike, as_method
-from .methods.papers import ekfac
+from .methods.names import MethodLike, along_the_run, as_method
 from .problem.agreement import entry
 from .problem.checkpoints import Checkpoint
 from .problem.data import Source
@@ -37,7 +36,6 @@ from .problem.weight_decay import WeightDecay
 from .scores.parts import PartScores
 from .scores.scores import MEAN, Scores
 from .solvers.forecast import Forecast
-from .trajectory.along import Along
 from .trajectory.recording import RunLike
 
 if sys.version_info >= (3, 11):
@@ -128,7 +126,9 @@ def attribute(
         method: a method such as `ptif.ekfac()`, its name such as `"ekfac"`, or a curvature such as
             `ptif.curvature.GGN()`; `None`: chosen by size, and `ptif.ekfac()` with `run`.
         run: how the model was trained, for more accurate scores: the folder that a `ptif.Recorder` wrote, or what else
-            `ptif.methods.along` takes. The method is asked at every checkpoint and the answers averaged.
+            `ptif.methods.along` takes. The method is asked at every checkpoint and the answers averaged. Where training
+            has one minimum (outputs affine in the parameters, a convex loss) and no method is given, the model's own
+            weights are asked instead, by what is chosen without `run`; the diagnostics say so.
         damping: `Relative(share)`, `Absolute(value)`, `FromTraining(lr, steps)` or a number; `None`: the method's own.
         route: force one route for gradients and inner products, see `Route`; `None`: the method's own.
         precision: `"bf16"` computes passes and the products of scoring in bfloat16, and sums in float32; `None`: the
@@ -297,11 +297,9 @@ def _prepare(
         _check_given(name, train, queries)
     _check_options(name, options)
     asked, run = method
-    if run is not None and asked is None:
-        asked = ekfac()
-    spec = as_method(asked).with_options(**changes)
-    if run is not None:
-        spec = Along(run, spec)
+    spec = (
+        as_method(asked).with_options(**changes) if run is None else along_the_run(run, asked).with_options(**changes)
+    )
     if known:
         return spec, *_known_problem(name, model, train, queries, loss, options)
     batch_size = options.get("batch_size")

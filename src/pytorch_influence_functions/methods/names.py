@@ -15,6 +15,8 @@ from ..influence.method import AbstractMethod, Fitted
 from ..scaling.base import AbstractScaling
 from ..solvers.auto import Auto
 from ..solvers.base import AbstractSolver
+from ..trajectory.along import Along
+from ..trajectory.recording import RunLike
 from ..trajectory.source import source
 from ..trajectory.unrolled import unrolled
 from . import papers, selection
@@ -114,6 +116,20 @@ def as_method(given: Any) -> AbstractMethod:
     if isinstance(method, AbstractMethod):
         return method
     raise InvalidInput(_refusal(given))
+
+
+def along_the_run(run: RunLike, given: Any = None) -> Along:
+    """What `run=` means: the method at every checkpoint; without one EK-FAC, but not where training has one minimum.
+
+    Args:
+        run: as for `papers.along`.
+        given: as for `as_method`; `None`: `ekfac()` at every checkpoint, and `Influence()` at the model's own weights
+            where the training objective is convex.
+
+    Raises:
+        InvalidInput: as `Along` and `as_method`.
+    """
+    return Along(run, papers.ekfac(), convex=Influence()) if given is None else Along(run, as_method(given))
 
 
 def _key(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, final
 from torch import nn
 
 from ..core.errors import InvalidInput
+from ..curvature.convexity import is_convex
 from ..influence.agreement import Units
 from ..influence.attribution import Attribution, Influence
 from ..influence.method import AbstractMethod
@@ -15,6 +16,13 @@ from ..problem.checkpoints import Checkpoint
 from ..problem.problem import Problem
 from ..solvers.forecast import Forecast
 from .recording import Recording, open_runs
+
+_ONE_MINIMUM = "the outputs are affine in the parameters and the loss is convex, so training has one minimum: "
+_NOT_FOLLOWED = (
+    f"{_ONE_MINIMUM}run= was not followed, because the model's own weights answer more accurately; "
+    "method=ptif.methods.along(run) follows it all the same"
+)
+_ADDS_NOTHING = f"{_ONE_MINIMUM}the run adds nothing to what the final weights say; ask without it"
 
 
 @final
@@ -32,6 +40,8 @@ class Along(AbstractMethod):
         run: a recording, a folder, a list of checkpoints, or a list of several runs.
         method: the method that is asked at each of them.
         units: `"spread"` as above; `"final"` with the last checkpoint's sigma as G; `"raw"`: the plain mean.
+        convex: what is asked instead, at the model's own weights, where the training objective is convex in the
+            parameters; `None`: nothing else is, and the diagnostics say that the run adds nothing there.
 
     Raises:
         InvalidInput: no run, a method that cannot be averaged, or unknown units.
@@ -40,16 +50,14 @@ class Along(AbstractMethod):
     run: Any
     method: AbstractMethod
     units: Units | str = Units.SPREAD
+    convex: Influence | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", open_runs(self.run))
         object.__setattr__(self, "units", Units.of(self.units))
         given: Any = self.method
         if not isinstance(given, Influence):
-            raise InvalidInput(
-                f"along() asks an Influence such as ptif.ekfac() at every checkpoint, got {type(given).__name__}; a "
-                "method that follows the run itself takes its parts: trajectory.SOURCE(recording.segments())."
-            )
+            raise InvalidInput(_refusal(given))
         # Settings that the units would undo are refused here.
         object.__setattr__(self, "method", replace(given, units=self.units))
 
@@ -71,10 +79,10 @@ class Along(AbstractMethod):
 
     def __fingerprint__(self) -> tuple[Any, ...]:
         """What results depend on: the weights rather than the folder they are read from."""
-        return ([run.recorded for run in self.runs], self.method, Units.of(self.units).value)
+        return ([run.recorded for run in self.runs], self.method, Units.of(self.units).value, self.convex)
 
     def fit(self, problem: Problem, n_queries: int = 1) -> Attribution:
-        """Fit the method at every checkpoint.
+        """Fit the method at every checkpoint; or what is asked of a convex problem, at the model's own weights.
 
         Args:
             problem: model, loss and training data.
@@ -83,8 +91,11 @@ class Along(AbstractMethod):
         Raises:
             InvalidInput: the problem has checkpoints of its own, or a recorded one does not fit the model.
         """
-        fitted = self._asked.fit(self._along(problem), n_queries)
-        return replace(fitted, run_notes=tuple(self._notes(problem.model)))
+        along, convex = self._along(problem), is_convex(problem)
+        if convex and self.convex is not None:
+            return replace(self.convex.fit(problem, n_queries), notes=(_NOT_FOLLOWED,))
+        fitted = self._asked.fit(along, n_queries)
+        return replace(fitted, run_notes=tuple(self._notes(problem.model)), notes=(_ADDS_NOTHING,) if convex else ())
 
     def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
         """What `fit` and `score` would cost.
@@ -93,7 +104,10 @@ class Along(AbstractMethod):
             problem: model, loss and training data.
             n_queries: how many queries there will be.
         """
-        return self._asked.forecast(self._along(problem), n_queries)
+        along = self._along(problem)
+        if self.convex is not None and is_convex(problem):
+            return self.convex.forecast(problem, n_queries)
+        return self._asked.forecast(along, n_queries)
 
     def with_options(self, **options: Any) -> Along:
         """A copy whose method has these fields changed, such as another damping.
@@ -104,7 +118,8 @@ class Along(AbstractMethod):
         Raises:
             InvalidInput: the method has no such field.
         """
-        return replace(self, method=self.method.with_options(**options))
+        convex: Any = None if self.convex is None else self.convex.with_options(**options)
+        return replace(self, method=self.method.with_options(**options), convex=convex)
 
     @property
     def _asked(self) -> Influence:
@@ -130,3 +145,16 @@ class Along(AbstractMethod):
                 "the model's own weights are not those of the run's last checkpoint: the scores speak of the run"
             )
         return notes
+
+
+def _refusal(given: Any) -> str:
+    """Why this is not asked at every checkpoint, and what to write."""
+    name = getattr(given, "__name__", given)
+    if isinstance(name, str):
+        return f"along() asks a method at every checkpoint, got {name!r}; write its call, ptif.methods.{name}()."
+    if isinstance(given, Along):
+        return "This method follows a run already; leave out along(), or run=."
+    return (
+        f"along() asks an Influence such as ptif.ekfac() at every checkpoint, got {type(given).__name__}; a method "
+        "that follows the run itself takes its parts: trajectory.SOURCE(recording.segments())."
+    )
