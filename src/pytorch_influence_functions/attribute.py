@@ -126,9 +126,7 @@ def attribute(
         method: a method such as `ptif.ekfac()`, its name such as `"ekfac"`, or a curvature such as
             `ptif.curvature.GGN()`; `None`: chosen by size, and `ptif.ekfac()` with `run`.
         run: how the model was trained, for more accurate scores: the folder that a `ptif.Recorder` wrote, or what else
-            `ptif.methods.along` takes. The method is asked at every checkpoint and the answers averaged. Where training
-            has one minimum (outputs affine in the parameters, a convex loss) and no method is given, the model's own
-            weights are asked instead, by what is chosen without `run`; the diagnostics say so.
+            `ptif.methods.along` takes. The method is asked at every checkpoint and the answers averaged.
         damping: `Relative(share)`, `Absolute(value)`, `FromTraining(lr, steps)` or a number; `None`: the method's own.
         route: force one route for gradients and inner products, see `Route`; `None`: the method's own.
         precision: `"bf16"` computes passes and the products of scoring in bfloat16, and sums in float32; `None`: the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -319,38 +318,12 @@ def test_attribute_takes_a_run() -> None:
         ptif.attribute(problem.model, (x, y), queries, checkpoints=states, **options)
 
 
-def logistic() -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[State]]:
-    """A convex problem at its minimum, and weights on the way there."""
-    torch.manual_seed(0)
-    x, y = torch.randn(40, 3).double(), torch.arange(40) % 3
-    model, states = nn.Linear(3, 3).double(), []
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y) + 0.005 * sum(p.square().sum() for p in model.parameters())
-        loss.backward()
-        return loss
-
-    for _ in range(8):
-        optimizer.step(closure)
-        states.append({k: v.clone() for k, v in model.state_dict().items()})
-    return model, (x, y), (x[:4] + 0.1, y[:4]), states
-
-
-def test_where_training_has_one_minimum_the_final_weights_answer() -> None:
-    """A method that is named follows the run all the same; the diagnostics say what was done."""
-    model, train, queries, states = logistic()
-    ask = partial(ptif.attribute, model, train, queries, weight_decay=0.01)
-    plain, chosen, named = ask(), ask(run=states), ask(run=states, method="ekfac")
-    assert gap(chosen.values, plain.values) < rounding(torch.float64)
-    assert chosen.diagnostics.method == plain.diagnostics.method and chosen.diagnostics.needs_minimum
-    assert any("run= was not followed" in note for note in chosen.diagnostics.notes)
-    want = along(states).fit(ptif.Problem(model, ptif.CrossEntropy(), train, weight_decay=0.01)).score(queries).values
-    assert gap(named.values, want) < rounding(torch.float64) < gap(named.values, plain.values)
-    assert any("the run adds nothing" in note for note in named.diagnostics.notes)
-    assert gap(ask(run=states, damping=0.5).values, ask(damping=0.5).values) < rounding(torch.float64)
-    assert ptif.forecast(model, train, queries, run=states).method == plain.diagnostics.method
+def test_the_diagnostics_say_where_training_has_one_minimum() -> None:
+    problem, queries, states = setting()
+    heads = [{k: s[k] if k.startswith("2") else states[-1][k] for k in s} for s in states]
+    for part, convex in ((None, False), ("2", True)):
+        notes = along(heads).fit(problem.with_(parameters=part)).score(queries).diagnostics.notes
+        assert any("convex in the parameters" in note for note in notes) is convex
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.errors import InfluenceError
 from ..core.indexing import spread_sample
 from ..gradients.per_example import Derivatives
 from ..problem.checkpoints import at_checkpoint, named_tensors
@@ -57,7 +58,11 @@ def _is_affine(problem: Problem) -> bool:
             with at_checkpoint(model, moved):
                 return problem.objective.outputs(model, batch).double()
 
-        here, there, back = problem.objective.outputs(model, batch), outputs(1.0), outputs(-1.0)
+        here = problem.objective.outputs(model, batch)
+        try:
+            there, back = outputs(1.0), outputs(-1.0)
+        except InfluenceError:  # a model that does not run at other weights is not affine in them
+            return False
         bend = (there + back - 2 * here.double()).abs().max()
         rounding = torch.finfo(here.dtype).eps ** 0.5 * torch.maximum(there.abs().max(), back.abs().max())
     return bool(bend <= rounding)  # not where anything is NaN

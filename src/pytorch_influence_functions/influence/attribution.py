@@ -231,7 +231,6 @@ class Attribution(OldNames):
         stationarity: how the last checkpoint's weights stand: is it a minimum?
         fit_seconds: how long the fit took.
         run_notes: what is told of the training run that the checkpoints come from, if they do.
-        notes: what else is told with every result.
     """
 
     spec: Influence
@@ -240,7 +239,6 @@ class Attribution(OldNames):
     stationarity: StationarityCheck
     fit_seconds: float = 0.0
     run_notes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
     @property
     def why(self) -> str:
@@ -475,7 +473,7 @@ class Attribution(OldNames):
 
     def _diagnostics(self, log: RunLog) -> Diagnostics:
         first, scaling, facts = self.members[0], self.spec.scaling, self.members.facts
-        notes = dict.fromkeys((*self.notes, *(note for f in facts for note in f.notes)))
+        notes = dict.fromkeys(note for f in facts for note in f.notes)
         agreement = log.agreement.notes(Units.of(self.spec.units))
         return log.diagnostics(
             self.problem,

@@ -119,17 +119,16 @@ def as_method(given: Any) -> AbstractMethod:
 
 
 def along_the_run(run: RunLike, given: Any = None) -> Along:
-    """What `run=` means: the method at every checkpoint; without one EK-FAC, but not where training has one minimum.
+    """What `run=` means: the method at every checkpoint.
 
     Args:
         run: as for `papers.along`.
-        given: as for `as_method`; `None`: `ekfac()` at every checkpoint, and `Influence()` at the model's own weights
-            where the training objective is convex.
+        given: as for `as_method`; `None`: `ekfac()`.
 
     Raises:
         InvalidInput: as `Along` and `as_method`.
     """
-    return Along(run, papers.ekfac(), convex=Influence()) if given is None else Along(run, as_method(given))
+    return Along(run, papers.ekfac() if given is None else as_method(given))
 
 
 def _key(name: str) -> str:

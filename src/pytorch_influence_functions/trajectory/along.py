@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from torch import nn
-
 from ..core.errors import InvalidInput
 from ..curvature.convexity import is_convex
 from ..influence.agreement import Units
@@ -17,12 +15,12 @@ from ..problem.problem import Problem
 from ..solvers.forecast import Forecast
 from .recording import Recording, open_runs
 
-_ONE_MINIMUM = "the outputs are affine in the parameters and the loss is convex, so training has one minimum: "
-_NOT_FOLLOWED = (
-    f"{_ONE_MINIMUM}run= was not followed, because the model's own weights answer more accurately; "
-    "method=ptif.methods.along(run) follows it all the same"
+# Measured on logistic regression over Fashion-MNIST; see docs/along.md.
+_CONVEX = (
+    "the training objective is convex in the parameters: where training came to its one minimum, the final weights "
+    "alone (without run=) predict retraining better, a linear datamodelling score of .92 against .83 in one case; "
+    "where it was stopped before, the run does, .80 against .70"
 )
-_ADDS_NOTHING = f"{_ONE_MINIMUM}the run adds nothing to what the final weights say; ask without it"
 
 
 @final
@@ -40,8 +38,6 @@ class Along(AbstractMethod):
         run: a recording, a folder, a list of checkpoints, or a list of several runs.
         method: the method that is asked at each of them.
         units: `"spread"` as above; `"final"` with the last checkpoint's sigma as G; `"raw"`: the plain mean.
-        convex: what is asked instead, at the model's own weights, where the training objective is convex in the
-            parameters; `None`: nothing else is, and the diagnostics say that the run adds nothing there.
 
     Raises:
         InvalidInput: no run, a method that cannot be averaged, or unknown units.
@@ -50,7 +46,6 @@ class Along(AbstractMethod):
     run: Any
     method: AbstractMethod
     units: Units | str = Units.SPREAD
-    convex: Influence | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", open_runs(self.run))
@@ -79,10 +74,10 @@ class Along(AbstractMethod):
 
     def __fingerprint__(self) -> tuple[Any, ...]:
         """What results depend on: the weights rather than the folder they are read from."""
-        return ([run.recorded for run in self.runs], self.method, Units.of(self.units).value, self.convex)
+        return ([run.recorded for run in self.runs], self.method, Units.of(self.units).value)
 
     def fit(self, problem: Problem, n_queries: int = 1) -> Attribution:
-        """Fit the method at every checkpoint; or what is asked of a convex problem, at the model's own weights.
+        """Fit the method at every checkpoint.
 
         Args:
             problem: model, loss and training data.
@@ -91,11 +86,8 @@ class Along(AbstractMethod):
         Raises:
             InvalidInput: the problem has checkpoints of its own, or a recorded one does not fit the model.
         """
-        along, convex = self._along(problem), is_convex(problem)
-        if convex and self.convex is not None:
-            return replace(self.convex.fit(problem, n_queries), notes=(_NOT_FOLLOWED,))
-        fitted = self._asked.fit(along, n_queries)
-        return replace(fitted, run_notes=tuple(self._notes(problem.model)), notes=(_ADDS_NOTHING,) if convex else ())
+        fitted = self._asked.fit(self._along(problem), n_queries)
+        return replace(fitted, run_notes=tuple(self._notes(problem)))
 
     def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
         """What `fit` and `score` would cost.
@@ -104,10 +96,7 @@ class Along(AbstractMethod):
             problem: model, loss and training data.
             n_queries: how many queries there will be.
         """
-        along = self._along(problem)
-        if self.convex is not None and is_convex(problem):
-            return self.convex.forecast(problem, n_queries)
-        return self._asked.forecast(along, n_queries)
+        return self._asked.forecast(self._along(problem), n_queries)
 
     def with_options(self, **options: Any) -> Along:
         """A copy whose method has these fields changed, such as another damping.
@@ -118,8 +107,7 @@ class Along(AbstractMethod):
         Raises:
             InvalidInput: the method has no such field.
         """
-        convex: Any = None if self.convex is None else self.convex.with_options(**options)
-        return replace(self, method=self.method.with_options(**options), convex=convex)
+        return replace(self, method=self.method.with_options(**options))
 
     @property
     def _asked(self) -> Influence:
@@ -136,15 +124,15 @@ class Along(AbstractMethod):
             )
         return problem.with_(checkpoints=self.checkpoints)
 
-    def _notes(self, model: nn.Module) -> list[str]:
+    def _notes(self, problem: Problem) -> list[str]:
         """What is told of the runs."""
         described = " and ".join(run.describe() for run in self.runs)
         notes = [f"asked along the training run: {described}"]
-        if not self.runs[0].ends_at(model):
+        if not self.runs[0].ends_at(problem.model):
             notes.append(
                 "the model's own weights are not those of the run's last checkpoint: the scores speak of the run"
             )
-        return notes
+        return [*notes, _CONVEX] if is_convex(problem) else notes
 
 
 def _refusal(given: Any) -> str:
