@@ -13,6 +13,7 @@ from ..core.progress import Callback
 from ..hf.texts import Texts
 from ..influence.attribution import Attribution, Influence
 from ..influence.method import AbstractMethod, Fitted
+from ..methods.names import along_the_run
 from ..problem.data import Source
 from ..scores.scores import Scores
 from ..solvers.forecast import Forecast
