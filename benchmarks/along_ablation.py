@@ -2,16 +2,19 @@
 
 Every method is asked once at each of some seventy checkpoints of one training; schedules, numbers and units are then
 put together from these matrices, as `Along` does it. Prints the tables of `docs/along.md`; some minutes per setting on
-one core.
+one core. `--write` keeps the numbers in `docs/along/ablation.json`, of which `along_figures.py` draws the figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from nets import mlp
@@ -38,6 +41,7 @@ from pytorch_influence_functions.methods import along, dual, ekfac, grad_dot, kf
 from pytorch_influence_functions.solvers import CG
 from pytorch_influence_functions.trajectory import Recording
 
+NUMBERS_FILE = Path(__file__).resolve().parents[1] / "docs" / "along" / "ablation.json"
 LOG = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 EVEN = tuple(k / 7 for k in range(1, 8))
 EARLY = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
@@ -169,46 +173,57 @@ def per_layer_equal(layers: Sequence[Asked], shares: Sequence[float]) -> Tensor:
     return torch.stack([p / p.std(1, correction=0, keepdim=True).clamp_min(1e-300) for p in parts]).sum(0)
 
 
-def table(title: str, rows: dict[str, Tensor], truth: dict[str, Truth]) -> None:
-    """One line per row, one column per truth."""
-    print(f"\n| {title} | {' | '.join(truth)} |\n| --- |{' --- |' * len(truth)}")
-    for name, scores in rows.items():
-        values = [evaluate_one(scores, t) for t in truth.values()]
-        print(f"| {name} | {' | '.join(f'{e.value:.3f} ({e.low:.3f} to {e.high:.3f})' for e in values)} |", flush=True)
+@dataclass
+class Tables:
+    """Judges scores by every kind of removal; prints what it finds, and keeps it."""
+
+    truth: dict[str, Truth]
+    kept: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    """(value, low, high) by title, row and kind of removal."""
+
+    def add(self, title: str, rows: dict[str, Tensor]) -> None:
+        """One line per row, one column per truth."""
+        print(f"\n| {title} | {' | '.join(self.truth)} |\n| --- |{' --- |' * len(self.truth)}")
+        for name, scores in rows.items():
+            values = {kind: evaluate_one(scores, t) for kind, t in self.truth.items()}
+            shown = " | ".join(f"{e.value:.3f} ({e.low:.3f} to {e.high:.3f})" for e in values.values())
+            print(f"| {name} | {shown} |", flush=True)
+            kept = {kind: [round(v, 4) for v in (e.value, e.low, e.high)] for kind, e in values.items()}
+            self.kept.setdefault(title, {})[name] = kept
 
 
-def made_of_ekfac(one: Asked, truth: dict[str, Truth]) -> None:
+def made_of_ekfac(one: Asked, tables: Tables) -> None:
     """Units, schedules and numbers of checkpoints."""
-    table("EK-FAC", {
+    tables.add("EK-FAC", {
         "final weights": one.at[1.0],
         "along the run, seven": one.average(LOG),
         "… raw mean": one.average(LOG, "raw"),
-    }, truth)  # fmt: skip
+    })  # fmt: skip
     schedules = {"log": LOG, "even": EVEN, "early": EARLY, "late": LATE}
-    table("schedule (seven)", {k: one.average(v) for k, v in schedules.items()}, truth)
-    table("number (log-spaced from 2 %)", {str(k): one.average(v) for k, v in NUMBERS.items()}, truth)
-    table("one checkpoint at", {f"{s:.0%}": one.average([s]) for s in LOG}, truth)
+    tables.add("schedule (seven)", {k: one.average(v) for k, v in schedules.items()})
+    tables.add("number (log-spaced from 2 %)", {str(k): one.average(v) for k, v in NUMBERS.items()})
+    tables.add("one checkpoint at", {f"{s:.0%}": one.average([s]) for s in LOG})
 
 
-def by_curvature(one: Asked, asked: Callable[..., Asked], truth: dict[str, Truth]) -> None:
+def by_curvature(one: Asked, asked: Callable[..., Asked], tables: Tables) -> None:
     """Every curvature at the final weights and along the run."""
     methods: dict[str, Callable[[], ptif.Influence]] = {
         "identity": grad_dot, "dual of the empirical Fisher": dual, "K-FAC": kfac, "Shampoo": shampoo,
     }  # fmt: skip
     others = {k: asked(LOG, method=make()) for k, make in methods.items()} | {"EK-FAC": one}
     finals = {f"{k}, final": a.average([1.0]) for k, a in others.items()}
-    table("curvature", finals | {f"{k}, along": a.average(LOG) for k, a in others.items()}, truth)
+    tables.add("curvature", finals | {f"{k}, along": a.average(LOG) for k, a in others.items()})
     both = torch.stack([one.average(LOG), others["Shampoo"].average(LOG)])
-    table("together", {"EK-FAC + Shampoo, along": (both / both.std(2, keepdim=True)).mean(0)}, truth)
+    tables.add("together", {"EK-FAC + Shampoo, along": (both / both.std(2, keepdim=True)).mean(0)})
 
 
-def by_damping(asked: Callable[..., Asked], truth: dict[str, Truth]) -> None:
+def by_damping(asked: Callable[..., Asked], tables: Tables) -> None:
     """EK-FAC at other shares of the mean eigenvalue, and guided conjugate gradients on a fixed batch."""
     damped = {d: asked(LOG, method=ekfac(Relative(d, per_block=True))) for d in DAMPINGS}
-    table("damping share, final · along", {
+    tables.add("damping share, final · along", {
         f"{d:g}, {where}": a.average([1.0] if where == "final" else LOG)
         for where in ("final", "along") for d, a in damped.items()
-    }, truth)  # fmt: skip
+    })  # fmt: skip
     rows = {}
     for share in (3.0, 30.0):
         guided = ptif.Influence(
@@ -216,7 +231,7 @@ def by_damping(asked: Callable[..., Asked], truth: dict[str, Truth]) -> None:
         )
         at = asked(FEW, method=guided)
         rows |= {f"share {share:g}, final": at.average([1.0]), f"share {share:g}, at 20, 40, 100 %": at.average(FEW)}
-    table("Gauss-Newton of 256 examples, guided", rows, truth)
+    tables.add("Gauss-Newton of 256 examples, guided", rows)
 
 
 def wrong_labels(this: Setting, problem: ptif.Problem, run: Recording) -> None:
@@ -240,8 +255,10 @@ def wrong_labels(this: Setting, problem: ptif.Problem, run: Recording) -> None:
         )
 
 
-def run_setting(name: str, this: Setting, quick: bool) -> None:
+def run_setting(name: str, this: Setting, quick: bool) -> dict[str, Any]:
+    """All tables of one setting, printed and given back."""
     truth = truths(this, quick)
+    tables = Tables(truth)
     shares = sorted({s for v in (LOG, EVEN, EARLY, LATE, *NUMBERS.values()) for s in v})
     with tempfile.TemporaryDirectory() as folder:
         model = train_model(this.recipe, this.train, 1000, record=folder, at=shares)
@@ -253,20 +270,28 @@ def run_setting(name: str, this: Setting, quick: bool) -> None:
         problem = ptif.Problem(model, this.objective, this.train, batch_size=500)
         asked = partial(ask, problem, run, queries=this.queries)
         one = asked(shares, method=ekfac())
-        made_of_ekfac(one, truth)
+        made_of_ekfac(one, tables)
         if this.planted is not None:
             wrong_labels(this, problem, run)
         layers = [
             ask(problem.with_(parameters=layer), run, LOG, this.queries, ekfac()) for layer in problem.space.blocks
         ]
-        table("units", {
+        tables.add("units", {
             "spread of the query's row": one.average(LOG),
             "spread by layer": per_layer(layers, LOG),
             "spread by layer, layers alike": per_layer_equal(layers, LOG),
             "raw": one.average(LOG, "raw"),
-        }, truth)  # fmt: skip
-        by_curvature(one, asked, truth)
-        by_damping(asked, truth)
+        })  # fmt: skip
+        by_curvature(one, asked, tables)
+        by_damping(asked, tables)
+    return tables.kept
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Beside the numbers of the other settings."""
+    NUMBERS_FILE.parent.mkdir(exist_ok=True)
+    known = json.loads(NUMBERS_FILE.read_text()) if NUMBERS_FILE.exists() else {}
+    NUMBERS_FILE.write_text(json.dumps(known | {name: found}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -275,11 +300,14 @@ def main() -> None:
         "--setting", action="append", choices=("fashion", "adamw", "wrong labels", "diabetes", "convex")
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--write", action="store_true", help="keep the numbers of these settings in docs/along")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name, this in settings(given.quick).items():
         if given.setting is None or name in given.setting:
-            run_setting(name, this, given.quick)
+            found = run_setting(name, this, given.quick)
+            if given.write and not given.quick:
+                keep(name, found)
 
 
 if __name__ == "__main__":

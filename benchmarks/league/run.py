@@ -1,19 +1,21 @@
 """The league table: which method predicts retraining best, and what does it cost? `make league`.
 
-    python benchmarks/league/run.py [--setting 1] [--methods "EK-FAC,dual"] [--peers] [--quick]
+    python benchmarks/league/run.py [--setting 1] [--methods "EK-FAC,dual"] [--peers] [--quick] [--resume]
 
 Models, truths and settings are made from nothing and kept; methods run with their defaults, each in a process of its
-own. Writes `docs/league.md` and its figures; `--quick` writes nothing.
+own. Writes `docs/league.md` and its figures; `--quick` writes nothing. Every row is kept as soon as it is there, under
+a hash of the code and the models it was made from; `--resume` takes those rows, and computes the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from peers import environments  # noqa: E402
 from peers.run import Limits, child, python_of  # noqa: E402
+from peers.workloads import CACHE, workload  # noqa: E402
 
 from league.ours import ALONG, ENSEMBLES, METHODS  # noqa: E402 - found through the line above
 from pytorch_influence_functions.evaluation import Evaluation, Truth, evaluate_one, noise_ceiling  # noqa: E402
@@ -58,6 +61,44 @@ def lines(setting: int, asked: argparse.Namespace) -> list[tuple[str, str, str, 
     return [line for line in found if not words or any(w in line[0] for w in words)]
 
 
+def code_of(library: str) -> list[Path]:
+    """The files whose content decides what a row says."""
+    shared = [HERE.parent / name for name in ("worker.py", "nets.py", "peers/workloads.py", "peers/recipes.py")]
+    if library != "ours":
+        return [*shared, HERE.parent / f"peers/adapters/{library}.py", environments.MODERN.requirements]
+    package = HERE.parents[1] / "src" / "pytorch_influence_functions"
+    parts = ("cli", "demo", "hf", "actions", "report", "plots", "store", "classic")
+    ours = [p for p in sorted(package.rglob("*.py")) if p.relative_to(package).parts[0] not in parts]
+    return [*shared, HERE / "ours.py", *ours]
+
+
+def kept_at(name: str, library: str, options: Cell, limits: Limits) -> Path:
+    """Where a row is kept: the path changes with code, models, data and limits."""
+    folder = workload(options["workload"], options["quick"]).folder
+    files = [*code_of(library), *sorted(folder.glob("trained*.npz"))]
+    parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    parts.append(json.dumps([options, limits.threads, limits.minutes, limits.gib], sort_keys=True))
+    made_of = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    return CACHE / "league" / "rows" / f"{options['workload']}-{re.sub('[^a-z0-9]+', '-', name.lower())}-{made_of}"
+
+
+def ask(name: str, library: str, options: Cell, limits: Limits, asked: argparse.Namespace) -> tuple[Cell, Any] | None:
+    """A method's answer and its scores [Q, N], None where it has none; kept, and taken from there when resuming."""
+    place = kept_at(name, library, options, limits)
+    answer_file, scores_file = place / "answer.json", place / "scores.npy"
+    if not (asked.resume and answer_file.exists()):
+        python = python_of(library, asked.quick)
+        if python is None:
+            return None
+        place.mkdir(parents=True, exist_ok=True)
+        answer_file.unlink(missing_ok=True)
+        module = "league.ours" if library == "ours" else f"peers.adapters.{library}"
+        answer = child(python, module, options, limits, scores_file)
+        answer_file.write_text(json.dumps(answer))  # last: a row without it has not ended
+    kept: Cell = json.loads(answer_file.read_text())
+    return kept, None if "failed" in kept else np.load(scores_file)
+
+
 def setting(number: int, asked: argparse.Namespace, limits: Limits) -> Cell:
     """One setting: its truth, then every method."""
     options: Cell = {"workload": 10 + number, "quick": asked.quick}
@@ -69,25 +110,23 @@ def setting(number: int, asked: argparse.Namespace, limits: Limits) -> Cell:
     prepared: Cell = answer["result"]
     truth = Truth.load(prepared["truth"])
     cells: list[Cell] = []
-    with tempfile.TemporaryDirectory() as folder:
-        save = Path(folder) / "scores.npy"
-        for name, library, method, models in lines(number, asked):
-            python = python_of(library, asked.quick)
-            if python is None:
-                continue
-            module = "league.ours" if library == "ours" else f"peers.adapters.{library}"
-            answer = child(python, module, options | {"method": method, "models": models}, limits, save)
-            cell: Cell = {"name": name, "library": library, "models": models}
-            if "failed" in answer:
-                cell["failed"] = answer["failed"]
-            elif not np.isfinite(scores := np.load(save)).all():
-                cell["failed"] = "scores are not finite"
-            else:
-                estimate = evaluate_one(torch.from_numpy(scores).double(), truth)
-                cell |= {"estimate": estimate, "seconds": answer["seconds"]}
-                cell["mib"] = answer["peak_mib"] - answer["start_mib"]
-            cells.append(cell)
-            print(f"  {name}: {cell.get('estimate', cell.get('failed'))}", file=sys.stderr, flush=True)
+    for name, library, method, models in lines(number, asked):
+        found = ask(name, library, options | {"method": method, "models": models}, limits, asked)
+        if found is None:
+            continue
+        answer, scores = found
+        cell: Cell = {"name": name, "library": library, "models": models}
+        if scores is None:
+            cell["failed"] = answer["failed"]
+        elif not np.isfinite(scores).all():
+            cell["failed"] = "scores are not finite"
+        else:
+            cell["scores"] = torch.from_numpy(scores).double()
+            cell["estimate"] = evaluate_one(cell["scores"], truth)
+            cell["seconds"] = answer["cpu_seconds"]
+            cell["mib"] = answer["peak_mib"] - answer["start_mib"]
+        cells.append(cell)
+        print(f"  {name}: {cell.get('estimate', cell.get('failed'))}", file=sys.stderr, flush=True)
     return {"number": number, "prepared": prepared, "truth": truth, "ceiling": noise_ceiling(truth), "cells": cells}
 
 
@@ -125,7 +164,7 @@ def markdown(results: list[Cell], facts: Cell) -> str:
             some = [c for c in r["cells"] if c["models"] == models]
             if not some:
                 continue
-            page += [f"| {title} | LDS (95 %) | of ceiling | seconds | MiB |", "| --- | --- | --- | --- | --- |"]
+            page += [f"| {title} | LDS (95 %) | of ceiling | CPU seconds | MiB |", "| --- | --- | --- | --- | --- |"]
             good = sorted((c for c in some if "estimate" in c), key=lambda c: -c["estimate"].value)
             for c in good:
                 e = c["estimate"]
@@ -139,7 +178,7 @@ def markdown(results: list[Cell], facts: Cell) -> str:
         page += [f"![{p['title']}](league/setting_{r['number']}.png)", ""]
     page.append(
         f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}, {facts['threads']} threads; "
-        f"load when started {facts['load']:.1f}. Seconds are one run each."
+        f"load when started {facts['load']:.1f}. CPU seconds are one run each."
     )
     return "\n".join(page) + "\n"
 
@@ -151,7 +190,8 @@ def main() -> int:
     parser.add_argument("--peers", action="store_true", help="other libraries too (installs them under .bench/)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no other libraries, nothing is written")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of every process (default 2)")
-    parser.add_argument("--minutes", type=float, default=10, help="the longest any method may take (default 10)")
+    parser.add_argument("--minutes", type=float, default=10, help="CPU minutes that a method may take (default 10)")
+    parser.add_argument("--resume", action="store_true", help="take the rows that are kept and were made by this code")
     parser.add_argument("--gib", type=float, default=10, help="the most memory any method may ask for (default 10)")
     asked = parser.parse_args()
     if asked.quick:

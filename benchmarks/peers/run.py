@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,7 +61,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """Of every process."""
+    """Of every process; minutes are of CPU time for each of its threads, which a loaded machine does not cut short."""
 
     threads: int
     minutes: float
@@ -70,6 +71,8 @@ class Limits:
 def child(python: str, module: str, options: Row, limits: Limits, save: Path | None = None) -> Row:
     """One run in a fresh process: its answer, or {"failed": reason}."""
     options = options | {"threads": limits.threads, "memory_gib": limits.gib}
+    options["cpu_minutes"] = limits.minutes * limits.threads
+    stopped: Row = {"failed": f"stopped after {limits.minutes:g} minutes"}
     threads = str(limits.threads)
     try:
         done = subprocess.run(
@@ -78,10 +81,12 @@ def child(python: str, module: str, options: Row, limits: Limits, save: Path | N
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TQDM_DISABLE": "1"},
-            timeout=60 * limits.minutes,
+            timeout=10 * 60 * limits.minutes,
         )
     except subprocess.TimeoutExpired:
-        return {"failed": f"stopped after {limits.minutes:g} minutes"}
+        return stopped
+    if done.returncode == -signal.SIGXCPU:
+        return stopped
     if done.returncode == 0 and done.stdout.strip():
         answer: Row = json.loads(done.stdout.splitlines()[-1])
         return answer

@@ -25,8 +25,7 @@ from .influence.parts import By
 from .influence.question import model_functions
 from .linalg.rows import Route
 from .linalg.space import Selection
-from .methods.names import MethodLike, as_method
-from .methods.papers import ekfac
+from .methods.names import MethodLike, along_the_run, as_method
 from .problem.agreement import entry
 from .problem.checkpoints import Checkpoint
 from .problem.data import Source
@@ -37,7 +36,6 @@ from .problem.weight_decay import WeightDecay
 from .scores.parts import PartScores
 from .scores.scores import MEAN, Scores
 from .solvers.forecast import Forecast
-from .trajectory.along import Along
 from .trajectory.recording import RunLike
 
 if sys.version_info >= (3, 11):
@@ -297,11 +295,9 @@ def _prepare(
         _check_given(name, train, queries)
     _check_options(name, options)
     asked, run = method
-    if run is not None and asked is None:
-        asked = ekfac()
-    spec = as_method(asked).with_options(**changes)
-    if run is not None:
-        spec = Along(run, spec)
+    spec = (
+        as_method(asked).with_options(**changes) if run is None else along_the_run(run, asked).with_options(**changes)
+    )
     if known:
         return spec, *_known_problem(name, model, train, queries, loss, options)
     batch_size = options.get("batch_size")

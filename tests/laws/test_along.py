@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.curvature import GGN, EmpiricalFisher
+from pytorch_influence_functions.curvature.convexity import is_convex
 from pytorch_influence_functions.influence import averaging
 from pytorch_influence_functions.influence.members import Members, bytes_of
 from pytorch_influence_functions.methods import along
@@ -180,6 +181,7 @@ def test_several_trainings_count_alike() -> None:
     singles = [ptif.ekfac().fit(at(problem, s)).score(queries).values for s in states]
     fitted = along(runs).fit(problem)
     assert gap(fitted.score(queries).values, formula(singles, "spread")) < 1e-10
+    assert along([states[:2], states[2:]]).checkpoints == along(runs).checkpoints
     # The first run's end is the model's: in its units the result is given.
     last_first = [singles[2], singles[3], singles[0], singles[1]]
     assert gap(along(runs, units="final").fit(problem).score(queries).values, formula(last_first, "final")) < 1e-10
@@ -278,6 +280,14 @@ def test_the_diagnostics_say_how_far_the_sizes_can_be_trusted() -> None:
             r"^along\(\) takes its checkpoints from the run and the problem has 4 of its own; leave checkpoints= out",
         ),
         (
+            lambda s: along(s, "shampoo"),
+            r"^along\(\) asks a method at every checkpoint, got 'shampoo'; write its call, ptif.methods.shampoo\(\)",
+        ),
+        (
+            lambda s: along(s, along(s)),
+            r"^This method follows a run already; leave out along\(\), or run=",
+        ),
+        (
             lambda s: along(s, ptif.tracin([0.1] * 3), units="raw").fit(setting()[0]),
             r"^There are 3 weights and the problem has 4 checkpoints",
         ),
@@ -306,6 +316,33 @@ def test_attribute_takes_a_run() -> None:
     assert costs.passes == pytest.approx(4 * once.passes)
     with pytest.raises(InvalidInput, match="leave checkpoints= out"):
         ptif.attribute(problem.model, (x, y), queries, checkpoints=states, **options)
+
+
+def test_the_diagnostics_say_where_training_has_one_minimum() -> None:
+    problem, queries, states = setting()
+    heads = [{k: s[k] if k.startswith("2") else states[-1][k] for k in s} for s in states]
+    for part, convex in ((None, False), ("2", True)):
+        notes = along(heads).fit(problem.with_(parameters=part)).score(queries).diagnostics.notes
+        assert any("convex in the parameters" in note for note in notes) is convex
+
+
+@pytest.mark.parametrize(
+    ("parameters", "loss", "convex"),
+    [
+        (None, nn.CrossEntropyLoss(), False),  # a network
+        ("0", nn.CrossEntropyLoss(), False),  # its first layer, under a bend
+        ("2", nn.CrossEntropyLoss(), True),
+        ("2.bias", nn.CrossEntropyLoss(), True),
+        ("2", lambda outputs, targets: -outputs.square().sum(1), False),
+    ],
+)
+def test_convexity_is_seen_in_the_outputs(parameters: str | None, loss: Any, convex: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), nn.Dropout())
+    before = [p.clone() for p in model.parameters()]
+    problem = ptif.Problem(model, loss, (torch.randn(20, 4), torch.arange(20) % 3), parameters=parameters)
+    assert is_convex(problem) is convex
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and model.training
 
 
 def test_a_stored_result_depends_on_the_weights_of_the_run() -> None:

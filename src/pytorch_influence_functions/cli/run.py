@@ -13,11 +13,10 @@ from ..core.progress import Callback
 from ..hf.texts import Texts
 from ..influence.attribution import Attribution, Influence
 from ..influence.method import AbstractMethod, Fitted
-from ..methods.papers import ekfac
+from ..methods.names import along_the_run
 from ..problem.data import Source
 from ..scores.scores import Scores
 from ..solvers.forecast import Forecast
-from ..trajectory.along import Along
 from . import blocks
 from .exit import Interruption
 from .fingerprints import describe_settings, fingerprint_run
@@ -180,8 +179,7 @@ def choose_method(named: AbstractMethod | None, task: Task, settings: RunSetting
     """The method that the flags name, else the task's own, else the one that `Auto` chooses; along the `--run`."""
     if settings.run is None:
         return override_damping(named or task.method or Influence(), settings.damping)
-    method: Any = override_damping(named or task.method or ekfac(), settings.damping)
-    return Along(settings.run, method)
+    return override_damping(along_the_run(settings.run, named or task.method), settings.damping)
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,8 @@ from ..influence.method import AbstractMethod, Fitted
 from ..scaling.base import AbstractScaling
 from ..solvers.auto import Auto
 from ..solvers.base import AbstractSolver
+from ..trajectory.along import Along
+from ..trajectory.recording import RunLike
 from ..trajectory.source import source
 from ..trajectory.unrolled import unrolled
 from . import papers, selection
@@ -114,6 +116,19 @@ def as_method(given: Any) -> AbstractMethod:
     if isinstance(method, AbstractMethod):
         return method
     raise InvalidInput(_refusal(given))
+
+
+def along_the_run(run: RunLike, given: Any = None) -> Along:
+    """What `run=` means: the method at every checkpoint.
+
+    Args:
+        run: as for `papers.along`.
+        given: as for `as_method`; `None`: `ekfac()`.
+
+    Raises:
+        InvalidInput: as `Along` and `as_method`.
+    """
+    return Along(run, papers.ekfac() if given is None else as_method(given))
 
 
 def _key(name: str) -> str:

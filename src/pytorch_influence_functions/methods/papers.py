@@ -229,9 +229,9 @@ def along(run: RunLike, method: Influence | None = None, units: Units | str = Un
     learnt first and no longer shows; the spread keeps the checkpoint with the largest scores from speaking alone.
 
     Args:
-        run: the folder that a `ptif.Recorder` wrote, a `Recording`, the output folder of a Hugging Face `Trainer`, a
-            Lightning `.ckpt` file or folder, or a list of state dicts or paths in the order of training; a list of
-            runs or folders for several trainings, whose checkpoints count alike.
+        run: a `ptif.Recorder`, the folder that it wrote, a `Recording`, the output folder of a Hugging Face `Trainer`,
+            a Lightning `.ckpt` file or folder, or a list of state dicts or paths in the order of training; a list of
+            any of these for several trainings, whose checkpoints count alike.
         method: what is asked at every checkpoint, such as `ekfac()`, `shampoo()`, `dual()` or `gauss_newton()`; `None`:
             `ekfac()`.
         units: `"spread"` as above; `"final"`: G is the last checkpoint's sigma; `"raw"`: the plain mean of the s_c.

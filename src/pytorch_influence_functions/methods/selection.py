@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.distributed import World
+from ..core.distributed import World, current
 from ..core.errors import InvalidInput
-from ..core.renames import OldNames
 from ..curvature.base import Budget
 from ..curvature.exact import EmpiricalFisher
 from ..damping.rules import AbstractDamping
@@ -25,16 +24,14 @@ from ..influence.attribution import Influence
 from ..influence.averaging import CheckpointAverage
 from ..influence.checks import check_problem
 from ..influence.method import AbstractMethod
-from ..influence.question import Question
-from ..influence.run_log import RunLog
+from ..influence.run_attribution import RunAttribution
 from ..influence.scoring import QUERY_SHARE, ScoringPass, grouped, self_influence_rows
+from ..problem.agreement import entry
 from ..problem.checkpoints import at_checkpoint
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..problem.working_precision import in_working_precision
 from ..scaling.relative import Whitened, invert
-from ..scores.diagnostics import Diagnostics
-from ..scores.scores import Scores
 from ..solvers.blockwise import Blockwise
 from ..solvers.direct import Spectral
 from ..trajectory.recording import Recording, RunLike
@@ -154,78 +151,42 @@ class Less(AbstractMethod):
         with at_checkpoint(problem.model, self.run.checkpoints[-1]):
             derivatives = Derivatives.of(problem)
             stationarity = StationarityCheck.of(derivatives)
-        return FittedLess(
-            self, problem, derivatives, stationarity, self.run.learning_rates, time.perf_counter() - start
-        )
+        seconds = time.perf_counter() - start
+        return FittedLess(self, problem, derivatives, stationarity, seconds, self.run.learning_rates)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class FittedLess(OldNames):
-    """`less` with a problem.
+class FittedLess(RunAttribution):
+    """`less` with a problem: a number is positive where a step on the example lowers the measure.
 
     Attributes:
-        spec: the method.
-        problem: model, loss and training data.
-        derivatives: how gradients are taken.
-        stationarity: how the last checkpoint's weights stand.
         rates: eta by checkpoint.
-        fit_seconds: how long the fit took.
     """
 
     spec: Less
-    problem: Problem
-    derivatives: Derivatives
-    stationarity: StationarityCheck
     rates: tuple[float, ...]
-    fit_seconds: float = 0.0
 
-    @property
-    def why(self) -> str:
-        """Why this method."""
-        return "asked for"
-
-    @property
-    def method(self) -> str:
-        """The method, as it would be written."""
-        return repr(self.spec)
-
-    @plain_autograd()
-    def score(
-        self,
-        queries: Any,
-        measure: Any = None,
-        top: int | None = None,
-        batch_size: int | None = None,
-        *,
-        aggregate: Any = None,
-        contrast: Any = None,
-        ids: Any = None,
-    ) -> Scores:
-        """A number for every query and training example, positive where a step on the example lowers the measure.
-
-        Args:
-            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
-            measure: what is measured on a query, an objective or loss; `None`: the training objective.
-            top: keep only the k most helpful and k most harmful examples per query.
-            batch_size: queries read at once; `None`: the problem's.
-            aggregate, contrast, ids: as for `Attribution.score`; a row of several queries is one direction.
-        """
-        asked = (queries, measure, top, batch_size, aggregate, contrast, ids)
-        question = Question.of(self.problem, self.derivatives.objective, *asked)
-        scoring = ScoringPass(self.problem, question)
-        n, everyone = len(self.problem), torch.arange(len(self.problem))
-        average = CheckpointAverage(Units.RAW, self.rates, len(question), n, World())
+    def _add_scores(self, scoring: ScoringPass) -> tuple[str, ...]:
+        """A row of several queries is one direction."""
+        n, rows_asked = len(self.problem), len(scoring.question)
+        average = CheckpointAverage(Units.RAW, self.rates, rows_asked, n, World())
         for moments in self._checkpoints():
             for query_ids, rows in scoring.query_groups(self.derivatives, self._room()):
                 unit = _unit(rows.flat())
                 for ids, steps in self._steps(moments):
                     average.add(query_ids, ids, unit @ steps.T)
             average.end_checkpoint()
-        scoring.add(torch.arange(len(question)), everyone, average.result())
-        return scoring.scores(self._diagnostics, self.fit_seconds)
+        scoring.add(torch.arange(rows_asked), torch.arange(n), average.result())
+        return (
+            f"asked along the training run: {self.spec.run.describe()}",
+            "gradients and Adam's steps are divided by their length (LESS): a ranking, not predicted changes",
+        )
 
-    @plain_autograd()
+    def _facts(self) -> dict[str, Any]:
+        return {"members": len(self.rates), "approximation": "cosines with Adam's steps"}
+
+    @entry
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's number on itself, shape [N]."""
         own = torch.zeros(len(self.problem), dtype=torch.float64)
@@ -233,7 +194,7 @@ class FittedLess(OldNames):
             for ids, rows in grouped(self_influence_rows(self.derivatives, self._room()), self._room()):
                 flat = rows.flat()
                 own[ids] += rate * (_unit(flat) * _unit(moments.direction(flat))).sum(1).double().cpu()
-        return self.problem.data.spread(own)
+        return self.problem.data.spread(current().sum_into(own))
 
     # ---------------------------------------------------------------- inner workings
 
@@ -251,22 +212,6 @@ class FittedLess(OldNames):
     def _room(self) -> int:
         each = self.derivatives.space.size * 8
         return max(1, int(Budget.of(self.spec.memory).bytes * QUERY_SHARE / each))
-
-    def _diagnostics(self, log: RunLog) -> Diagnostics:
-        return log.diagnostics(
-            self.problem,
-            self.stationarity,
-            self.derivatives.routes,
-            method=self.method,
-            why=self.why,
-            members=len(self.rates),
-            needs_minimum=False,
-            approximation="cosines with Adam's steps",
-            notes=(
-                f"asked along the training run: {self.spec.run.describe()}",
-                "gradients and Adam's steps are divided by their length (LESS): a ranking, not predicted changes",
-            ),
-        )
 
 
 @final

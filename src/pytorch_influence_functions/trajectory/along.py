@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from torch import nn
-
 from ..core.errors import InvalidInput
+from ..curvature.convexity import is_convex
 from ..influence.agreement import Units
 from ..influence.attribution import Attribution, Influence
 from ..influence.method import AbstractMethod
@@ -15,6 +14,13 @@ from ..problem.checkpoints import Checkpoint
 from ..problem.problem import Problem
 from ..solvers.forecast import Forecast
 from .recording import Recording, open_runs
+
+# Measured on logistic regression over Fashion-MNIST; see docs/along.md.
+_CONVEX = (
+    "the training objective is convex in the parameters: where training came to its one minimum, the final weights "
+    "alone (without run=) predict retraining better, a linear datamodelling score of .92 against .83 in one case; "
+    "where it was stopped before, the run does, .80 against .70"
+)
 
 
 @final
@@ -46,10 +52,7 @@ class Along(AbstractMethod):
         object.__setattr__(self, "units", Units.of(self.units))
         given: Any = self.method
         if not isinstance(given, Influence):
-            raise InvalidInput(
-                f"along() asks an Influence such as ptif.ekfac() at every checkpoint, got {type(given).__name__}; a "
-                "method that follows the run itself takes its parts: trajectory.SOURCE(recording.segments())."
-            )
+            raise InvalidInput(_refusal(given))
         # Settings that the units would undo are refused here.
         object.__setattr__(self, "method", replace(given, units=self.units))
 
@@ -84,7 +87,7 @@ class Along(AbstractMethod):
             InvalidInput: the problem has checkpoints of its own, or a recorded one does not fit the model.
         """
         fitted = self._asked.fit(self._along(problem), n_queries)
-        return replace(fitted, run_notes=tuple(self._notes(problem.model)))
+        return replace(fitted, run_notes=tuple(self._notes(problem)))
 
     def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
         """What `fit` and `score` would cost.
@@ -121,12 +124,25 @@ class Along(AbstractMethod):
             )
         return problem.with_(checkpoints=self.checkpoints)
 
-    def _notes(self, model: nn.Module) -> list[str]:
+    def _notes(self, problem: Problem) -> list[str]:
         """What is told of the runs."""
         described = " and ".join(run.describe() for run in self.runs)
         notes = [f"asked along the training run: {described}"]
-        if not self.runs[0].ends_at(model):
+        if not self.runs[0].ends_at(problem.model):
             notes.append(
                 "the model's own weights are not those of the run's last checkpoint: the scores speak of the run"
             )
-        return notes
+        return [*notes, _CONVEX] if is_convex(problem) else notes
+
+
+def _refusal(given: Any) -> str:
+    """Why this is not asked at every checkpoint, and what to write."""
+    name = getattr(given, "__name__", given)
+    if isinstance(name, str):
+        return f"along() asks a method at every checkpoint, got {name!r}; write its call, ptif.methods.{name}()."
+    if isinstance(given, Along):
+        return "This method follows a run already; leave out along(), or run=."
+    return (
+        f"along() asks an Influence such as ptif.ekfac() at every checkpoint, got {type(given).__name__}; a method "
+        "that follows the run itself takes its parts: trajectory.SOURCE(recording.segments())."
+    )

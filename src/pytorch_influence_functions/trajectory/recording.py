@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, Protocol, TypeAlias, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,18 @@ from .segments import AdamState, Segment, refuse_shared, split_evenly
 
 MOMENTS_FILE: Final = "second moments"
 
-RunLike: TypeAlias = "Recording | str | PathLike[str] | Sequence[Any]"
-"""A recording, the folder of one, a list of checkpoints in the order of training, or a list of several runs."""
+
+@runtime_checkable
+class HasRecording(Protocol):
+    """What has recorded a run: a `Recorder`."""
+
+    @property
+    def recording(self) -> Recording:
+        """What was recorded."""
+
+
+RunLike: TypeAlias = "Recording | HasRecording | str | PathLike[str] | Sequence[Any]"
+"""A recording, its recorder or folder, a list of checkpoints in the order of training, or a list of several runs."""
 
 
 @final
@@ -48,19 +58,21 @@ class Recording:
     origin: str = ""
 
     @staticmethod
-    def open(run: Recording | str | PathLike[str] | Sequence[Checkpoint]) -> Recording:
+    def open(run: Recording | HasRecording | str | PathLike[str] | Sequence[Checkpoint]) -> Recording:
         """Read a run; weights are loaded when they are used, and never by unpickling code.
 
         Args:
             run: the folder that a `Recorder` wrote; the output folder of a Hugging Face `Trainer` (its `checkpoint-*`
                 folders); a Lightning `.ckpt` file or a folder of them; a list of state dicts or of paths in the order
-                of training; or a `Recording`.
+                of training; a `Recorder`; or a `Recording`.
 
         Raises:
             InvalidInput: it is none of these, holds no checkpoint, or is damaged.
         """
         if isinstance(run, Recording):
             return run
+        if isinstance(run, HasRecording):
+            return run.recording
         if not isinstance(run, (str, PathLike)):
             return Recording.of(run)
         path = Path(run)
@@ -250,12 +262,12 @@ class Recording:
 
 
 def open_runs(run: Any) -> tuple[Recording, ...]:
-    """One run or several: a list whose items are recordings or folders of runs holds several.
+    """One run or several: a list whose items are recordings, their recorders or folders, or lists, holds several.
 
     Raises:
         InvalidInput: as `Recording.open`.
     """
-    if isinstance(run, (Recording, str, PathLike)):
+    if isinstance(run, (Recording, HasRecording, str, PathLike)):
         return (Recording.open(run),)
     if isinstance(run, Mapping) or not isinstance(run, Iterable):
         kind = "one state dict" if isinstance(run, Mapping) else type(run).__name__
@@ -264,9 +276,7 @@ def open_runs(run: Any) -> tuple[Recording, ...]:
             f"{kind}."
         )
     items = list(run)
-    whole = [
-        isinstance(item, Recording) or (isinstance(item, (str, PathLike)) and _is_run(Path(item))) for item in items
-    ]
+    whole = [_is_run(item) for item in items]
     if items and all(whole):
         return tuple(Recording.open(item) for item in items)
     if any(whole):
@@ -274,8 +284,12 @@ def open_runs(run: Any) -> tuple[Recording, ...]:
     return (Recording.of(items),)
 
 
-def _is_run(path: Path) -> bool:
-    if not path.is_dir():
+def _is_run(given: Any) -> bool:
+    """Whether it is a run of its own, and not one checkpoint."""
+    if isinstance(given, (Recording, HasRecording, list, tuple)):
+        return True
+    path = Path(given) if isinstance(given, (str, PathLike)) else None
+    if path is None or not path.is_dir():
         return False
     return (path / MANIFEST).exists() or bool(trainer_folders(path)) or bool(sorted(path.glob("*.ckpt")))
 

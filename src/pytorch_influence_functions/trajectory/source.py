@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, final, overload
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -22,15 +22,14 @@ from torch import Tensor
 
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, TooLarge
-from ..core.renames import OldNames
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.exact import GGN
 from ..gradients.per_example import Derivatives
 from ..influence.assumptions import StationarityCheck
 from ..influence.checks import check_problem
 from ..influence.method import AbstractMethod
-from ..influence.parts import By, Parts
-from ..influence.question import Question
+from ..influence.parts import Parts
+from ..influence.run_attribution import RunAttribution
 from ..influence.run_log import RunLog
 from ..influence.scoring import (
     QUERY_SHARE,
@@ -48,9 +47,6 @@ from ..problem.agreement import agree_on_problem, entry
 from ..problem.checkpoints import Checkpoint, at_checkpoint
 from ..problem.problem import Problem
 from ..problem.working_precision import in_working_precision
-from ..scores.diagnostics import Diagnostics
-from ..scores.parts import PartScores
-from ..scores.scores import Scores
 from .preconditioner import preconditioner_of
 from .segments import Segment, copy_if_live, refuse_shared, split_evenly
 from .unrolling import FittedSegment, form_of, refuse_overflow
@@ -158,7 +154,7 @@ class SOURCE(AbstractMethod):
         self._check_room(problem)
         segments = tuple(self._fit_segment(problem, number) for number in range(len(self.parts)))
         refuse_overflow(segments, problem)
-        return SourceAttribution(self, problem, derivatives, stationarity, segments, time.perf_counter() - start)
+        return SourceAttribution(self, problem, derivatives, stationarity, time.perf_counter() - start, segments)
 
     def _derivatives(self, problem: Problem) -> Derivatives:
         return Derivatives.of(problem, Route.of(self.route) if self.route in (Route.VMAP, Route.LOOP) else Route.AUTO)
@@ -227,81 +223,29 @@ def source(
 # --------------------------------------------------------------------------- the fitted run
 
 
+@final
 @dataclass(frozen=True, eq=False)
-class SourceAttribution(OldNames):
-    """A fitted `SOURCE`: every segment's curvature is ready, any number of queries may follow."""
+class SourceAttribution(RunAttribution):
+    """A fitted `SOURCE`: a score is the predicted change of the measure had the example been absent.
+
+    Attributes:
+        segments: every segment with its curvature.
+    """
 
     spec: SOURCE
-    problem: Problem
-    derivatives: Derivatives
-    stationarity: StationarityCheck
     segments: tuple[FittedSegment, ...]
-    fit_seconds: float = 0.0
 
-    @property
-    def why(self) -> str:
-        """Why this method."""
-        return "asked for"
+    shares_work: ClassVar[bool] = True
+    tells_parts: ClassVar[bool] = True
 
-    @property
-    def method(self) -> str:
-        """The composition in use, as it would be written."""
-        return repr(self.spec)
-
-    # fmt: off
-    @overload
-    def score(
-        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
-        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: None = None,
-    ) -> Scores: ...
-    @overload
-    def score(
-        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
-        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: By,
-    ) -> PartScores: ...
-    # fmt: on
-    @entry
-    def score(
-        self,
-        queries: Any,
-        measure: Any = None,
-        top: int | None = None,
-        batch_size: int | None = None,
-        *,
-        aggregate: Any = None,
-        contrast: Any = None,
-        ids: Any = None,
-        by: By | None = None,
-    ) -> Scores | PartScores:
-        """Predicted change of the measure on every query had each training example been absent.
-
-        Args:
-            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`; or `FromModel(f)`, or a list of those.
-            measure: what is measured on a query, an objective or loss, or several; `None`: the training objective.
-            top: keep only the k most helpful and k most harmful examples per query.
-            batch_size: queries read at once; `None`: the problem's.
-            aggregate, contrast, ids, by: as for `Attribution.score`.
-
-        Returns:
-            `Scores` of shape (queries, N); with `by`, `PartScores`, which add up to them.
-
-        Raises:
-            NonFinite: a gradient or score is NaN or infinite; the indices are named.
-        """
-        model = self.problem.model
-        with at_checkpoint(model, self.spec.final):
-            asked = (queries, measure, top, batch_size, aggregate, contrast, ids)
-            question = Question.of(self.problem, self.derivatives.objective, *asked)
-            parts = None if by is None else Parts.of(by, self.derivatives)
-            scoring = ScoringPass(self.problem, question, parts=parts, whole=parts is not None)
+    def _add_scores(self, scoring: ScoringPass) -> Iterator[str]:
+        with at_checkpoint(self.problem.model, self.spec.final):
             for query_ids, rows in scoring.query_groups(self.derivatives, self._room()):
-                if parts is not None or question.candidates is not None:
+                if scoring.parts is not None or scoring.question.candidates is not None:
                     self._add_shares(scoring, query_ids, rows)
                 else:
                     scoring.add(query_ids, self._columns, self._block(query_ids, rows, scoring.log))
-            if parts is not None:
-                return scoring.part_scores(self._diagnostics, self.fit_seconds)
-            return scoring.scores(self._diagnostics, self.fit_seconds)
+        return self._notes()
 
     @entry
     def self_influence(self) -> Float[Tensor, " n"]:
@@ -388,19 +332,9 @@ class SourceAttribution(OldNames):
                     stream = TrainingStream(derivatives, solved, route, ids=ids, parts=parts)
                     yield stream, 1.0 / len(segment.members)
 
-    def _diagnostics(self, log: RunLog) -> Diagnostics:
-        spans = [s.segment.span for s in self.segments]
-        return log.diagnostics(
-            self.problem,
-            self.stationarity,
-            self.derivatives.routes,
-            method=self.method,
-            why=self.why,
-            damping=1.0 / sum(spans),
-            smallest_curvature=min(s.extremes[0] for s in self.segments),
-            needs_minimum=False,
-            notes=tuple(self._notes()),
-        )
+    def _facts(self) -> dict[str, Any]:
+        damping = 1.0 / sum(s.segment.span for s in self.segments)
+        return {"damping": damping, "smallest_curvature": min(s.extremes[0] for s in self.segments)}
 
     def _notes(self) -> Iterator[str]:
         members = sum(len(s.members) for s in self.segments)

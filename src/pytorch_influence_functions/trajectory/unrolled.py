@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.distributed import current
 from ..core.errors import InvalidInput, first_line
 from ..core.progress import track
-from ..core.renames import OldNames
 from ..core.validate import finite_number, whole_number
 from ..curvature.base import Budget
 from ..gradients.per_example import Derivatives
@@ -23,14 +23,13 @@ from ..influence.assumptions import StationarityCheck
 from ..influence.checks import check_problem
 from ..influence.method import AbstractMethod
 from ..influence.question import Question
-from ..influence.run_log import RunLog
+from ..influence.run_attribution import RunAttribution
 from ..influence.scoring import QUERY_SHARE, ScoringPass, grouped, self_influence_rows
 from ..linalg.rows import Rows
+from ..problem.agreement import entry
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..problem.working_precision import in_working_precision
-from ..scores.diagnostics import Diagnostics
-from ..scores.scores import Scores
 from .metasmoothness import Metasmoothness, measure_metasmoothness
 from .replay import Replayable, Runner
 from .update_rules import Weights
@@ -115,7 +114,7 @@ class Unrolled(AbstractMethod):
                 "ptif.methods.along(run)."
             )
         seconds = time.perf_counter() - start
-        return UnrolledAttribution(self, problem, runner, stationarity, smoothness, apart, seconds)
+        return UnrolledAttribution(self, problem, derivatives, stationarity, seconds, runner, smoothness, apart)
 
 
 def unrolled(
@@ -174,82 +173,36 @@ def _do_not_use(smoothness: Metasmoothness, least: float) -> str:
     )
 
 
+@final
 @dataclass(frozen=True, eq=False)
-class UnrolledAttribution(OldNames):
-    """A run that can be gone backwards, any number of queries may follow.
+class UnrolledAttribution(RunAttribution):
+    """A run that can be gone backwards: a score is the change of the measure per unit of weight taken from an example.
 
     Attributes:
-        spec: the method.
-        problem: model, loss and training data.
         runner: the run with the problem.
-        stationarity: how the model's weights stand.
         smoothness: how smooth the run is.
         apart: how far from the model's weights it ends, as a share of its way.
-        fit_seconds: how long the trainings took.
     """
 
     spec: Unrolled
-    problem: Problem
     runner: Runner
-    stationarity: StationarityCheck
     smoothness: Metasmoothness
     apart: float
-    fit_seconds: float = 0.0
 
-    @property
-    def why(self) -> str:
-        """Why this method."""
-        return "asked for"
-
-    @property
-    def method(self) -> str:
-        """The composition in use, as it would be written."""
-        return repr(self.spec)
-
-    @plain_autograd()
-    def score(
-        self,
-        queries: Any,
-        measure: Any = None,
-        top: int | None = None,
-        batch_size: int | None = None,
-        *,
-        aggregate: Any = None,
-        contrast: Any = None,
-        ids: Any = None,
-    ) -> Scores:
-        """The change of the measure on every query per unit of weight taken from each training example.
-
-        Args:
-            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`.
-            measure: what is measured on a query, an objective or loss; `None`: the training objective.
-            top: keep only the k most helpful and k most harmful examples per query.
-            batch_size: queries read at once; `None`: the problem's.
-            aggregate, contrast, ids: as for `Attribution.score`.
-
-        Returns:
-            `Scores` of shape (queries, N).
-
-        Raises:
-            NonFinite: a gradient or score is NaN or infinite.
-        """
-        derivatives, everyone = self.runner.derivatives, torch.arange(len(self.problem))
-        asked = (queries, measure, top, batch_size, aggregate, contrast, ids)
-        question = Question.of(self.problem, derivatives.objective, *asked)
-        scoring = ScoringPass(self.problem, question)
+    def _add_scores(self, scoring: ScoringPass) -> Iterator[str]:
+        question, everyone = scoring.question, torch.arange(len(self.problem))
         with self.runner.open():
             states = _States.of(self.runner, self._states_bytes())
             self.runner.load(states.end.theta)
             predicted = torch.zeros(len(question), dtype=torch.float64)
-            for query_ids, rows in list(scoring.query_groups(derivatives, self._room())):
+            for query_ids, rows in list(scoring.query_groups(self.derivatives, self._room())):
                 values = self._backwards(states, rows)
                 predicted[query_ids] = -self.smoothness.step * (values @ self.smoothness.signs)
                 scoring.add(query_ids, everyone, values)
             change = self._measure(question, self.smoothness.perturbed) - self._measure(question, states.end.theta)
-        agreement = _correlation(predicted, change)
-        return scoring.scores(lambda log: self._diagnostics(log, agreement), self.fit_seconds)
+        return self._notes(_correlation(predicted, change))
 
-    @plain_autograd()
+    @entry
     def self_influence(self) -> Float[Tensor, " n"]:
         """Every training example's score on its own loss, shape [N]: N queries, so about 2 N trainings' time."""
         own = torch.zeros(len(self.problem), dtype=torch.float64)
@@ -257,9 +210,9 @@ class UnrolledAttribution(OldNames):
             states = _States.of(self.runner, self._states_bytes())
             self.runner.load(states.end.theta)
             room = self._room()
-            for ids, rows in list(grouped(self_influence_rows(self.runner.derivatives, room), room)):
+            for ids, rows in list(grouped(self_influence_rows(self.derivatives, room), room)):
                 own[ids] = self._backwards(states, rows)[torch.arange(len(ids)), ids]
-        return self.problem.data.spread(own)
+        return self.problem.data.spread(current().sum_into(own))
 
     # ---------------------------------------------------------------- inner workings
 
@@ -299,17 +252,8 @@ class UnrolledAttribution(OldNames):
         each = len(like) * like.element_size() * (self.runner.run.rule.moments + 4)
         return max(1, int(Budget.of(self.spec.memory).bytes * QUERY_SHARE / each))
 
-    def _diagnostics(self, log: RunLog, agreement: float | None) -> Diagnostics:
-        return log.diagnostics(
-            self.problem,
-            self.stationarity,
-            self.runner.derivatives.routes,
-            method=self.method,
-            why=self.why,
-            needs_minimum=False,
-            approximation="the derivative of one training run",
-            notes=tuple(self._notes(agreement)),
-        )
+    def _facts(self) -> dict[str, Any]:
+        return {"approximation": "the derivative of one training run"}
 
     def _notes(self, agreement: float | None) -> Iterator[str]:
         yield (
