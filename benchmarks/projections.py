@@ -1,4 +1,4 @@
-"""What a projection costs beside EK-FAC, and what it keeps: `python benchmarks/projections.py [--quick] [--truth FILE]`.
+"""What a projection costs beside EK-FAC, and what it keeps: `python benchmarks/projections.py [--truth FILE]`.
 
 TRAK with each projection on a perceptron and a convolutional network: CPU seconds of fitting and scoring
 100 queries on one thread. With `--truth`, a `Truth` of the league's first setting and the folder of its models, the
@@ -76,9 +76,8 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["PTIF_PROGRESS"] = "0"
-    print(
-        f"load when started {os.getloadavg()[0]:.1f}\n\n| network | method | CPU seconds | of EK-FAC |\n|---|---|---|---|"
-    )
+    print(f"load when started {os.getloadavg()[0]:.1f}\n")
+    print("| network | method | CPU seconds | of EK-FAC |\n|---|---|---|---|")
     for name in NETWORKS:
         price(name, asked.quick)
     if asked.truth:

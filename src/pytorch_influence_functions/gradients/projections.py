@@ -153,7 +153,11 @@ class AbstractProjection(AbstractReduction):
 
     @final
     def reduced(self, space: Space) -> Space:
-        """k numbers, or up to k for every block."""
+        """k numbers, or up to k for every block.
+
+        Args:
+            space: the parameters.
+        """
         return reduced_to(self.k, space, self.per_layer, f"{type(self).__name__}(k={self.k})", "use TwoSided(k_in)")
 
     @final
@@ -229,7 +233,11 @@ class Rescaled(AbstractReduction):
         return self.projection.keeps_layers_apart
 
     def reduced(self, space: Space) -> Space:
-        """As of the projection, without weight decay."""
+        """As of the projection, without weight decay.
+
+        Args:
+            space: the parameters.
+        """
         return self.projection.reduced(_without_decay(space))
 
     def projector(self, space: Space) -> RescaledProjector:

@@ -104,7 +104,11 @@ class TwoSided(AbstractReduction):
         return True
 
     def reduced(self, space: Space) -> Space:
-        """k_out x k_in numbers for every block, fewer where it has fewer."""
+        """k_out x k_in numbers for every block, fewer where it has fewer.
+
+        Args:
+            space: the parameters.
+        """
         return Space({n: BlockSpec(n, (), self.shape_of(b), decay=b.decay) for n, b in space.blocks.items()}, {})
 
     def projector(self, space: Space) -> TwoSidedProjector:
@@ -248,7 +252,11 @@ class Sketch(AbstractReduction):
         return self.per_layer
 
     def reduced(self, space: Space) -> Space:
-        """k numbers, or up to k for every block."""
+        """k numbers, or up to k for every block.
+
+        Args:
+            space: the parameters.
+        """
         return reduced_to(self.k, space, self.per_layer, repr(self), "use TwoSided(k_in)")
 
     def projector(self, space: Space) -> SketchProjector:
