@@ -85,7 +85,7 @@ def test_what_is_no_memory_is_refused_at_once(given: Any) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "projection": ({"projection": 5}, r"^projection= must be a projection such as Gaussian\(512\), got 5 of type int"),
+    "projection": ({"projection": 5}, r"^projection= must be a projection such as Sketch\(1024\), got 5 of type int"),
     "projection class": ({"projection": Gaussian}, r"^projection= is the class Gaussian"),
     "truncation": ({"truncation": 5}, r"^truncation= must be Truncation\(tolerance=0.01\) or .*, got 5 of type int"),
     "route": ({"route": "fast"}, r"route='fast' is not a route; choose one of"),

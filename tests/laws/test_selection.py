@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
-from pytorch_influence_functions.gradients.projections import Gaussian, Rescaled
+from pytorch_influence_functions.gradients import Rescaled, Sketch
 from pytorch_influence_functions.methods import less, trackstar
 from pytorch_influence_functions.trajectory import AdamState, Recording
 from tests.laws.test_influence import cross_entropy, relative_gap
@@ -48,24 +48,32 @@ def recorded(folder: Path) -> tuple[nn.Module, Recording, list[dict[str, Tensor]
     return model, recorder.recording, states, moments
 
 
-def test_less_is_the_cosine_with_adams_own_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", [None, Sketch(7, seed=2)], ids=repr)
+def test_less_is_the_cosine_with_adams_own_step(tmp_path: Path, projection: Sketch | None) -> None:
     model, run, states, moments = recorded(tmp_path)
     x, y, xq, yq = data()
     rates = [0.05 * (1 + 1 / 2 + 1 / 3) / 3, 0.05 * (1 / 4 + 1 / 5 + 1 / 6) / 3]
     want = torch.zeros(3, 20, dtype=torch.float64)
     own = torch.zeros(20, dtype=torch.float64)
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+
+    def unit(flat: Tensor) -> Tensor:
+        if projection is not None:
+            flat = projection.projector(problem.space).apply(rows_of(problem, flat)).flat()
+        return nn.functional.normalize(flat, dim=1)
+
     for rate, state, v, step in zip(rates, states, moments, (3, 6), strict=True):
         makes = [partial(example_gradients, loss=cross_entropy, xs=a, ys=b) for a, b in ((x, y), (xq, yq))]
         g, gq = (at(model, state, make) for make in makes)
         second = (BETA2 * v + (1 - BETA2) * g.square()) / (1 - BETA2 ** (step + 1))
-        steps = nn.functional.normalize(g / (second.sqrt() + EPS), dim=1)
-        want += rate * nn.functional.normalize(gq, dim=1) @ steps.T
-        own += rate * (nn.functional.normalize(g, dim=1) * steps).sum(1)
-    fitted = less(run).fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+        steps = unit(g / (second.sqrt() + EPS))
+        want += rate * unit(gq) @ steps.T
+        own += rate * (unit(g) * steps).sum(1)
+    fitted = less(run, projection=projection).fit(problem)
     scores = fitted.score((xq, yq))
     assert relative_gap(scores.values, want) < 1e-6  # moments are recorded through float64 files
     assert gap(fitted.self_influence(), own) < 1e-6
-    assert relative_gap(less(run, memory=400).fit(fitted.problem).score((xq, yq)).values, want) < 1e-6
+    assert relative_gap(less(run, memory=400, projection=projection).fit(problem).score((xq, yq)).values, want) < 1e-6
     assert any("a ranking, not predicted changes" in note for note in scores.diagnostics.notes)
     assert scores.values[0].argmax() == scores.helpful(0, 1)[0][0]
 
@@ -78,7 +86,7 @@ def test_trackstar_is_the_whitened_cosine_of_rescaled_projections(tmp_path: Path
     p = torch.cat([1 / (v.sqrt() + EPS).flatten() for v in (moments[k] for k, _ in model.named_parameters())])
     g, gq = (example_gradients(model, cross_entropy, a, b) * p for a, b in ((x, y), (xq, yq)))
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
-    projector = Gaussian(6, per_layer=per_layer, seed=3).projector(problem.space)
+    projector = Sketch(6, seed=3, per_layer=per_layer).projector(problem.space)
     parts = [projector.apply(rows_of(problem, v)).blocks for v in (g, gq)]
     top, left, right = 0, 0, 0
     for name in projector.space.blocks:
@@ -95,7 +103,7 @@ def test_trackstar_is_the_whitened_cosine_of_rescaled_projections(tmp_path: Path
     plain = ptif.Influence(
         ptif.curvature.EmpiricalFisher(),
         damping=0.3,
-        projection=Gaussian(6, per_layer=per_layer, seed=3),
+        projection=Sketch(6, seed=3, per_layer=per_layer),
         solver=trackstar(run, 6, per_layer).solver,
         scaling=ptif.scaling.Whitened(),
     )
@@ -125,6 +133,14 @@ def test_whitened_queries_and_examples_have_length_one() -> None:
     method = ptif.Influence(ptif.curvature.GGN(), damping=0.1, scaling=ptif.scaling.Whitened())
     scores = method.fit(ptif.Problem(model, ptif.CrossEntropy(), (x, y))).score((x, y)).values
     torch.testing.assert_close(scores.diagonal(), torch.full((20,), 1 / 20, dtype=torch.float64))
+
+
+def test_a_projection_that_is_none_is_refused(tmp_path: Path) -> None:
+    _, run, *_ = recorded(tmp_path)
+    with pytest.raises(InvalidInput, match=r"^projection= must be a projection such as Sketch\(8192\), got 8192"):
+        less(run, projection=8192)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"^per_layer=True gives every layer a kernel of its own, and proj"):
+        trackstar(run, projection=Sketch(7))
 
 
 def test_a_run_without_adam_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.tolerance import gap
 
 # SHA-256 of a thousand words.
 PINNED = "227faadd133bd0ef"
-SPARSE = [TwoSided(3), TwoSided(2, 4, seed=5), Sketch(17), Sketch(9, seed=2)]
+SPARSE = [TwoSided(3), TwoSided(2, 4, seed=5), Sketch(17), Sketch(9, seed=2), Sketch(7, per_layer=True)]
 
 
 def matrix(problem: ptif.Problem, projection: AbstractReduction) -> Tensor:
@@ -54,6 +54,23 @@ def test_rows_in_factors_are_projected_as_the_explicit_matrix_does(projection: A
     projected = projection.projector(problem.space).apply(rows)
     assert gap(projected.flat(), rows.flat() @ matrix(problem, projection)) < 1e-12
     assert projected.flat().shape[1] == sum(b.numel for b in projection.projector(problem.space).space.blocks.values())
+
+
+def test_a_sketch_is_its_definition() -> None:
+    """Coordinate by coordinate: the piece of k that it is in, that piece's shift, and its own sign."""
+    model, *_ = mlp()
+    problem, k, seed = ptif.Problem(model, ptif.CrossEntropy(), mlp()[1:3]), 9, 2
+    expected = []
+    for name, block in problem.space.blocks.items():
+        shifts = random_words(-(-block.numel // k), seed, name, "shift") % k
+        signs = random_signs(block.numel, seed, name, "sign")
+        lines = torch.zeros(block.numel, k, dtype=torch.float64)
+        for p in range(block.numel):
+            lines[p, (p + int(shifts[p // k])) % k] = signs[p]
+        expected.append(lines)
+    assert torch.equal(matrix(problem, Sketch(k, seed=seed)), torch.cat(expected))
+    apart = matrix(problem, Sketch(k, seed=seed, per_layer=True))
+    assert torch.equal(apart, torch.block_diag(*expected))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
@@ -124,7 +141,7 @@ def test_what_cannot_be_projected_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"Sketch\(k=57\) is no smaller than the 57 parameters"):
         Sketch(57).projector(problem.space)
     decaying = problem.with_(weight_decay={"0.weight": 0.1})
-    with pytest.raises(InvalidInput, match=r"Weight decay differs between parameters, and a sketch mixes them"):
+    with pytest.raises(InvalidInput, match=r"Weight decay differs between parameters, and Sketch\(k=10\) mixes them"):
         Sketch(10).projector(decaying.space)
     with pytest.raises(InvalidInput, match=r"measures its directions on the training data, which only an index does"):
         TwoSided(3, basis="eigenvectors").projector(problem.space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from torch import Tensor
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, SolveFailed
-from pytorch_influence_functions.curvature import EKFAC, GGN, Budget, EmpiricalFisher, Hessian
+from pytorch_influence_functions.curvature import EKFAC, GGN, Budget, Hessian
 from pytorch_influence_functions.curvature.base import Form
-from pytorch_influence_functions.gradients import Gaussian, projections
+from pytorch_influence_functions.gradients import AbstractReduction, Gaussian, Sketch, TwoSided, projections, sketches
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.solvers import CG, Cholesky, Spectral, Woodbury
@@ -28,7 +29,11 @@ def rows_of(problem: ptif.Problem, objective: Any = None, source: Any = None) ->
     return torch.cat([slab.rows.flat() for slab in slabs])
 
 
-def matrix(problem: ptif.Problem, projection: Gaussian) -> Tensor:
+# The default and the others, all K = 12 numbers wide here.
+PROJECTIONS = [None, Gaussian(K, seed=3), TwoSided(2, 3, seed=3), Sketch(K, seed=4)]
+
+
+def matrix(problem: ptif.Problem, projection: AbstractReduction) -> Tensor:
     """P [parameters, k]: what the identity is projected to."""
     space = problem.space
     return projection.projector(space).apply(space.rows(torch.eye(space.size, dtype=torch.float64))).flat()
@@ -43,42 +48,42 @@ def setup() -> tuple[ptif.Problem, tuple[Tensor, Tensor], Tensor, Tensor, Tensor
     return problem, (xq, yq), rows_of(problem, ptif.Margin()), rows_of(problem, ptif.Margin(), source), p
 
 
-def test_trak_equals_its_formula() -> None:
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=repr)
+def test_trak_equals_its_formula(projection: AbstractReduction | None) -> None:
     problem, queries, margins, query_margins, p = setup()
-    sketch = matrix(problem, Gaussian(K, seed=3))
+    sketch = matrix(problem, projection or Sketch(K))
     phi, phi_q = margins @ sketch, query_margins @ sketch
     lam = 1e-3
-    kernel = torch.linalg.inv(phi.T @ phi + len(phi) * lam * torch.eye(K).double())
+    kernel = torch.linalg.inv(phi.T @ phi + len(phi) * lam * torch.eye(sketch.shape[1]).double())
     trak = phi_q @ kernel @ phi.T * (1 - p)
-    got = ptif.trak(K, damping=lam, seed=3).fit(problem).score(queries, measure=ptif.Margin())
-    assert relative_gap(got.values, -trak) < 1e-8
-    assert not got.lower_is_better
+    method = ptif.trak(K, damping=lam) if projection is None else ptif.trak(projection=projection, damping=lam)
+    scores = method.fit(problem).score(queries, measure=ptif.Margin())
+    assert relative_gap(scores.values, -trak) < 1e-8
+    assert not scores.lower_is_better
     dot = -phi_q @ phi.T * (1 - p) / len(phi)
     assert relative_gap(dot, -trak) > 0.5
     for solver in (Woodbury(), Cholesky()):
-        spec = ptif.Influence(
-            EmpiricalFisher(measure=ptif.Margin()),
-            solver,
-            lam,
-            projection=Gaussian(K, seed=3),
-        )
-        other = spec.fit(problem).score(queries, measure=ptif.Margin())
+        other = replace(method, solver=solver).fit(problem).score(queries, measure=ptif.Margin())
         assert relative_gap(other.values, -trak) < 1e-8
 
 
-def test_kernels_of_single_layers_add_up() -> None:
+@pytest.mark.parametrize("projection", [None, Gaussian(K, per_layer=True, seed=1), TwoSided(2, seed=1)], ids=repr)
+def test_kernels_of_single_layers_add_up(projection: AbstractReduction | None) -> None:
     problem, queries, margins, query_margins, p = setup()
     lam, total, at = 1e-3, 0.0, 0
-    parts = matrix(problem, Gaussian(K, per_layer=True, seed=1))
-    for part in problem.space.slices.values():
-        k = min(K, part.stop - part.start)
+    reduction = projection or Sketch(K, per_layer=True)
+    parts = matrix(problem, reduction)
+    for name, part in problem.space.slices.items():
+        k = reduction.reduced(problem.space).blocks[name].numel
         sketch = parts[part, at : at + k]
         at += k
         phi, phi_q = margins[:, part] @ sketch, query_margins[:, part] @ sketch
         kernel = torch.linalg.inv(phi.T @ phi + len(phi) * lam * torch.eye(k).double())
         total = total + phi_q @ kernel @ phi.T * (1 - p)
-    got = ptif.trak(K, per_layer=True, damping=lam, seed=1).fit(problem).score(queries, measure=ptif.Margin())
-    assert relative_gap(got.values, -torch.as_tensor(total)) < 1e-8
+    k = K if projection is None else None
+    method = ptif.trak(k, per_layer=True, damping=lam, projection=projection)
+    scores = method.fit(problem).score(queries, measure=ptif.Margin())
+    assert relative_gap(scores.values, -torch.as_tensor(total)) < 1e-8
 
 
 def test_inner_products_are_kept_up_to_one_over_root_k() -> None:
@@ -93,13 +98,17 @@ def test_inner_products_are_kept_up_to_one_over_root_k() -> None:
     assert gaps[1] == pytest.approx(float((1 + (g @ g.T).square()).mean() / 32) ** 0.5, rel=0.25)
 
 
-def test_the_seed_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [Gaussian, Sketch])
+def test_the_seed_alone_decides(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither batches nor what is kept or worked on at once."""
     problem, queries, *_ = setup()
-    one = ptif.trak(K, seed=5).fit(problem).score(queries).values
+    one = ptif.trak(projection=make(K, seed=5)).fit(problem).score(queries).values
     monkeypatch.setattr(projections, "_KEPT", 0)
-    again = ptif.trak(K, seed=5).fit(problem.with_(batch_size=7)).score(queries).values
+    monkeypatch.setattr(sketches, "_STRIP", 20)
+    monkeypatch.setattr(sketches, "_NUMBERS", 60)
+    again = ptif.trak(projection=make(K, seed=5)).fit(problem.with_(batch_size=7)).score(queries).values
     torch.testing.assert_close(again, one)
-    assert relative_gap(ptif.trak(K, seed=6).fit(problem).score(queries).values, one) > 0.05
+    assert relative_gap(ptif.trak(projection=make(K, seed=6)).fit(problem).score(queries).values, one) > 0.05
 
 
 def test_self_influence_top_lists_decay_and_checkpoints() -> None:
@@ -142,6 +151,16 @@ def test_a_sketch_that_tells_every_example_apart_needs_damping() -> None:
             "cannot take a projection",
         ),
         (lambda: Gaussian(0), "at least 1"),
+        (
+            lambda: ptif.trak(K, projection=Gaussian(K)),
+            r"^trak\(\) got k=12 and projection=Gaussian\(k=12\), which",
+        ),
+        (lambda: ptif.trak(seed=3, projection=Gaussian(K)), r"^trak\(\) got seed=3 and projection="),
+        (lambda: ptif.trak(projection=512), r"^projection= must be a projection such as Sketch\(1024\), got 512"),
+        (
+            lambda: ptif.trak(per_layer=True, projection=Sketch(K)),
+            r"mixes all layers; leave per_layer out, or use",
+        ),
     ],
 )
 def test_what_cannot_be_projected_is_refused(spec: Any, words: str) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from pytorch_influence_functions.curvature import EmpiricalFisher
 from pytorch_influence_functions.gradients.products import Products
 from pytorch_influence_functions.gradients.projections import Projector
+from pytorch_influence_functions.gradients.sketches import Sketch, SketchProjector
 from pytorch_influence_functions.solvers import CG, DataInf
-from tests.laws import test_datainf, test_token_scores, test_trak
+from tests.laws import test_datainf, test_sketches, test_token_scores, test_trak
 from tests.planted.planting import Bug, must_be_noticed, swap
 
 
@@ -27,6 +28,10 @@ def not_scaled(original: Any, self: Projector, rows: Any) -> Any:
     return original(self, rows).scaled(self.projection.k**0.5)
 
 
+def without_signs(original: Any, self: SketchProjector, *args: Any) -> Any:
+    return [(*strip[:3], strip[3].abs()) for strip in original(self, *args)]
+
+
 def layers_together(original: Any, self: DataInf, *args: Any) -> Any:
     return original(replace(self, per_block=False), *args)
 
@@ -37,10 +42,13 @@ def one_place_late(original: Any, self: Products, batch: Any, directions: Any) -
 
 DATAINF = partial(test_datainf.test_scores_are_the_papers_formula, True, 0.01)
 TOKENS = partial(test_token_scores.test_every_token_has_its_own_gradients_part, CG(1e-10), False)
-TRAK, SKETCH = test_trak.test_trak_equals_its_formula, test_trak.test_inner_products_are_kept_up_to_one_over_root_k
+TRAK = partial(test_trak.test_trak_equals_its_formula, None)
+GAUSSIAN = test_trak.test_inner_products_are_kept_up_to_one_over_root_k
+PRODUCTS = partial(test_sketches.test_rows_in_factors_are_projected_as_the_explicit_matrix_does, Sketch(9, seed=2))
 BUGS = [
     Bug("TRAK's kernel of losses", swap(EmpiricalFisher, "of", kernel_of_losses), TRAK),
-    Bug("a projection not scaled", swap(Projector, "apply", not_scaled), SKETCH),
+    Bug("a projection not scaled", swap(Projector, "apply", not_scaled), GAUSSIAN),
+    Bug("a sketch of products without signs", swap(SketchProjector, "_bags", without_signs), PRODUCTS),
     Bug("DataInf over all layers together", swap(DataInf, "init", layers_together), DATAINF),
     Bug("tokens one place late", swap(Products, "token_losses_along", one_place_late), TOKENS),
 ]

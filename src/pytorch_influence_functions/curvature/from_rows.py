@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.distributed import World, alone, current
 from ..core.indexing import spread_sample
 from ..gradients.per_example import Derivatives
+from ..linalg.blocks import cat
 from ..linalg.dense import Matrix
 from ..linalg.gram import Gram
 from ..linalg.implicit import Implicit
@@ -119,7 +120,7 @@ class AbstractRowCurvature(AbstractCurvature):
                 # What the first batch takes tells what the rest will.
                 expected = kept_bytes / looked_at * n
                 budget.check(expected, "Keeping the gradient rows", "use CG() or EKFAC(), or name fewer parameters")
-        return Gram(derivatives.space, everyones_rows(Rows.cat(kept)), self.count(n))
+        return Gram(derivatives.space, everyones_rows(_joined(kept)), self.count(n))
 
     def implicit(self, derivatives: Derivatives) -> Implicit:
         """C x = mean of g <g, x> over rows that `derivatives` make anew at every product."""
@@ -168,6 +169,13 @@ class AbstractRowCurvature(AbstractCurvature):
 
     def trace_cost(self, size: ProblemSize) -> Cost:
         return Cost(passes_for_rows(self.columns(size)) * min(1.0, TRACE_EXAMPLES / size.examples))
+
+
+def _joined(kept: list[Rows]) -> Rows:
+    """Rows of several batches, one after the other; `kept` is used up, so that only one block is held twice."""
+    parts = [dict(rows.blocks) for rows in kept]
+    kept.clear()
+    return Rows({name: cat([part.pop(name) for part in parts]) for name in list(parts[0])})
 
 
 def check_dense(size: int, budget: Budget) -> None:

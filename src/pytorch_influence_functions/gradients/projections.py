@@ -6,7 +6,7 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput
 from ..core.records import Record
 from ..core.validate import whole_number
-from ..linalg.blocks import Dense
+from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.rows import Rows
 from ..linalg.space import BlockSpec, Space
 
@@ -40,7 +40,27 @@ class AbstractProjector(ABC):
 
 
 class AbstractReduction(Record, ABC):
-    """A linear map of gradients to fewer numbers, as a frozen record."""
+    """A linear map of gradients to fewer numbers, as a frozen record.
+
+    Those of this library are `Sketch` and `TwoSided`, whose signs are keyed by layer and seed and are the same for live
+    gradients and in an index, the dense `Gaussian`, and `Rescaled`.
+    """
+
+    @property
+    @abstractmethod
+    def keeps_layers_apart(self) -> bool:
+        """Whether every block of parameters has numbers of its own, so that each may have a curvature of its own."""
+
+    @abstractmethod
+    def reduced(self, space: Space) -> Space:
+        """The space of projected rows.
+
+        Args:
+            space: the parameters.
+
+        Raises:
+            InvalidInput: it cannot be projected so.
+        """
 
     @abstractmethod
     def projector(self, space: Space) -> AbstractProjector:
@@ -52,6 +72,37 @@ class AbstractReduction(Record, ABC):
         Raises:
             InvalidInput: it cannot be projected so.
         """
+
+
+def reduced_to(k: int, space: Space, per_layer: bool, described: str, instead: str) -> Space:
+    """k numbers for all parameters together, or k for every block that has more.
+
+    Args:
+        k: how many numbers.
+        space: the parameters.
+        per_layer: whether blocks stay apart.
+        described: the projection, as it would be written.
+        instead: what else can be done where parameters cannot be mixed.
+
+    Raises:
+        InvalidInput: k is no smaller than the number of parameters, or weight decay differs between parameters that are
+            mixed.
+    """
+    if k >= space.size:
+        raise InvalidInput(
+            f"{described} is no smaller than the {space.size:,} parameters, where projecting only adds noise; take a k "
+            f"below {space.size:,}, or leave the projection out."
+        )
+    if per_layer:
+        sizes = {name: (min(k, block.numel),) for name, block in space.blocks.items()}
+        return Space({name: BlockSpec(name, (), sizes[name], decay=b.decay) for name, b in space.blocks.items()}, {})
+    decays = set(space.decay.values())
+    if len(decays) > 1:
+        raise InvalidInput(
+            f"Weight decay differs between parameters, and {described} mixes them; pass one number for all, or "
+            f"{instead}."
+        )
+    return Space({JOINT: BlockSpec(JOINT, (), (k,), decay=decays.pop())}, {})
 
 
 class AbstractProjection(AbstractReduction):
@@ -95,6 +146,20 @@ class AbstractProjection(AbstractReduction):
         seed = zlib.crc32(f"{self.seed}/{block}/{number}".encode())
         return self.strip(length, torch.Generator().manual_seed(seed))
 
+    @property
+    def keeps_layers_apart(self) -> bool:
+        """As `per_layer` says."""
+        return self.per_layer
+
+    @final
+    def reduced(self, space: Space) -> Space:
+        """k numbers, or up to k for every block.
+
+        Args:
+            space: the parameters.
+        """
+        return reduced_to(self.k, space, self.per_layer, f"{type(self).__name__}(k={self.k})", "use TwoSided(k_in)")
+
     @final
     def projector(self, space: Space) -> Projector:
         """The projection of one parameter `space`.
@@ -102,34 +167,7 @@ class AbstractProjection(AbstractReduction):
         Raises:
             InvalidInput: k is no smaller than the number of parameters, or weight decay differs between parameters.
         """
-        if self.k >= space.size:
-            raise InvalidInput(
-                f"{type(self).__name__}(k={self.k}) is no smaller than the {space.size:,} parameters, where projecting "
-                f"only adds noise; take a k below {space.size:,}, or leave the projection out."
-            )
-        factors = self.factors(space)
-        # What is rescaled has no uniform decay any more, and takes none.
-        decays = set(space.decay.values()) if factors is None else {0.0}
-        if len(decays) > 1:
-            raise InvalidInput(
-                "Weight decay differs between parameters, and a projection mixes them; pass one number for all, or "
-                "leave the projection out."
-            )
-        decay = decays.pop()
-        if not self.per_layer:
-            blocks = {JOINT: BlockSpec(JOINT, (), (self.k,), decay=decay)}
-        else:
-            sizes = {name: min(self.k, block.numel) for name, block in space.blocks.items()}
-            blocks = {name: BlockSpec(name, (), (size,), decay=decay) for name, size in sizes.items()}
-        return Projector(self, Space(blocks, {}), factors)
-
-    def factors(self, space: Space) -> Rows | None:
-        """What every coordinate of a gradient is multiplied by before it is projected, as one row; None: nothing.
-
-        Args:
-            space: the parameters that take part.
-        """
-        return None
+        return Projector(self, self.reduced(space))
 
 
 @final
@@ -166,7 +204,7 @@ class Gaussian(AbstractProjection):
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Rescaled(AbstractProjection):
+class Rescaled(AbstractReduction):
     """Another projection, of gradients whose every number is multiplied by one of its own first.
 
     Args:
@@ -178,23 +216,8 @@ class Rescaled(AbstractProjection):
     Rescaled(Gaussian(k=64), 1 tensor)
     """
 
-    projection: AbstractProjection
+    projection: AbstractReduction
     scales: Mapping[str, Tensor]
-
-    @property
-    def k(self) -> int:  # type: ignore[override]
-        """As of the projection."""
-        return self.projection.k
-
-    @property
-    def per_layer(self) -> bool:  # type: ignore[override]
-        """As of the projection."""
-        return self.projection.per_layer
-
-    @property
-    def seed(self) -> int:  # type: ignore[override]
-        """As of the projection."""
-        return self.projection.seed
 
     def __repr__(self) -> str:
         n = len(self.scales)
@@ -204,20 +227,54 @@ class Rescaled(AbstractProjection):
         """What results depend on."""
         return self.projection, dict(self.scales)
 
-    def strip(self, length: int, generator: torch.Generator) -> Float[Tensor, "length k"]:
-        return self.projection.strip(length, generator)
+    @property
+    def keeps_layers_apart(self) -> bool:
+        """As the projection does."""
+        return self.projection.keeps_layers_apart
 
-    def factors(self, space: Space) -> Rows | None:
-        return space.from_parameters({name: self.scales[name][None] for name in self.scales if name in space.shapes})
+    def reduced(self, space: Space) -> Space:
+        """As of the projection, without weight decay.
+
+        Args:
+            space: the parameters.
+        """
+        return self.projection.reduced(_without_decay(space))
+
+    def projector(self, space: Space) -> RescaledProjector:
+        """The projection of one parameter `space` after the multiplication."""
+        inner = self.projection.projector(_without_decay(space))
+        scales = {name: self.scales[name][None] for name in self.scales if name in space.shapes}
+        return RescaledProjector(inner, space.from_parameters(scales), inner.space)
+
+
+def _without_decay(space: Space) -> Space:
+    """What is rescaled has no uniform decay any more, and takes none."""
+    return Space({name: replace(block, decay=0.0) for name, block in space.blocks.items()}, space.shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class RescaledProjector(AbstractProjector):
+    """A map of rows whose every number is multiplied by that of the one row `scales` first."""
+
+    inner: AbstractProjector
+    scales: Rows
+    space: Space
+
+    def apply(self, rows: Rows) -> Rows:
+        """Projected rows."""
+        scaled: dict[str, AbstractBlock] = {}
+        for name, block in rows.blocks.items():
+            dense = block.dense()
+            scaled[name] = Dense(dense * self.scales.blocks[name].dense().to(dense))
+        return self.inner.apply(Rows(scaled))
 
 
 @dataclass(frozen=True, eq=False)
 class Projector(AbstractProjector):
-    """A projection of one space; `space` is that of the projected rows, `factors` what they are multiplied by first."""
+    """A projection of one space by a dense matrix; `space` is that of the projected rows."""
 
     projection: AbstractProjection
     space: Space
-    factors: Rows | None = None
     _known: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def apply(self, rows: Rows) -> Rows:
@@ -225,8 +282,6 @@ class Projector(AbstractProjector):
         projected: dict[str, Tensor] = {}
         for name, block in rows.blocks.items():
             dense = block.dense().flatten(1)
-            if self.factors is not None:
-                dense = dense * self.factors.blocks[name].dense().flatten(1).to(dense)
             if name in self.space.blocks and self.space.blocks[name].numel == dense.shape[1]:
                 projected[name] = dense
                 continue

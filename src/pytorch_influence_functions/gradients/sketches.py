@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Final, cast, final
+from typing import Any, Final, cast, final
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum, add
 from ..linalg.chunks import chunks
 from ..linalg.rows import Rows
 from ..linalg.space import BlockSpec, Space
-from .projections import JOINT, AbstractProjector, AbstractReduction
+from .projections import JOINT, AbstractProjector, AbstractReduction, reduced_to
 
 RANDOM_SIGNS: Final = "random signs"
 EIGENVECTORS: Final = "eigenvectors"
@@ -98,7 +98,25 @@ class TwoSided(AbstractReduction):
         left, right = self.sides
         return (min(o, left * right), 1) if i == 1 else (min(o, left), min(i, right))
 
+    @property
+    def keeps_layers_apart(self) -> bool:
+        """Always: each layer is projected by itself."""
+        return True
+
+    def reduced(self, space: Space) -> Space:
+        """k_out x k_in numbers for every block, fewer where it has fewer.
+
+        Args:
+            space: the parameters.
+        """
+        return Space({n: BlockSpec(n, (), self.shape_of(b), decay=b.decay) for n, b in space.blocks.items()}, {})
+
     def projector(self, space: Space) -> TwoSidedProjector:
+        """The projection of one parameter `space`, by random signs.
+
+        Raises:
+            InvalidInput: its directions are measured, which needs data.
+        """
         if self.basis == EIGENVECTORS:
             raise InvalidInput(
                 f"{self!r} measures its directions on the training data, which only an index does; leave basis= out, "
@@ -143,11 +161,7 @@ class TwoSidedProjector(AbstractProjector):
         measured: bool = False,
     ) -> TwoSidedProjector:
         """The map with these matrices."""
-        blocks = {
-            name: BlockSpec(name, (), projection.shape_of(block), decay=block.decay)
-            for name, block in space.blocks.items()
-        }
-        return TwoSidedProjector(Space(blocks, {}), sides, measured)
+        return TwoSidedProjector(projection.reduced(space), sides, measured)
 
     def apply(self, rows: Rows) -> Rows:
         """Projected rows; layers stay in factors."""
@@ -211,8 +225,12 @@ class Sketch(AbstractReduction):
     1 / sqrt(k), for one operation per coordinate and without a matrix. A block is cut into pieces of k coordinates;
     each piece gets random signs and a random cyclic shift, so that all of its coordinates land on different numbers.
 
+    With `per_layer` each block of parameters becomes k numbers of its own, so that `Blockwise(Spectral())` gives every
+    layer its own kernel; blocks of at most k coordinates are left as they are.
+
     Args:
         k: how many numbers a gradient becomes.
+        per_layer: sketch every block of parameters by itself.
         seed: of signs and shifts; each block of parameters has its own.
 
     References: Charikar, Chen & Farach-Colton (2002); Kane & Nelson (2014); Hu et al. (2025), GraSS.
@@ -223,23 +241,37 @@ class Sketch(AbstractReduction):
 
     k: int
     seed: int = 0
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         whole_number("k", self.k, owner=self, hint="512 to 8192 are usual")
 
+    @property
+    def keeps_layers_apart(self) -> bool:
+        """As `per_layer` says."""
+        return self.per_layer
+
+    def reduced(self, space: Space) -> Space:
+        """k numbers, or up to k for every block.
+
+        Args:
+            space: the parameters.
+        """
+        return reduced_to(self.k, space, self.per_layer, repr(self), "use TwoSided(k_in)")
+
     def projector(self, space: Space) -> SketchProjector:
-        if self.k >= space.size:
-            raise InvalidInput(
-                f"{self!r} is no smaller than the {space.size:,} parameters, where projecting only adds noise; take a "
-                "smaller k, or leave it out."
-            )
-        decays = set(space.decay.values())
-        if len(decays) > 1:
-            raise InvalidInput(
-                "Weight decay differs between parameters, and a sketch mixes them; pass one number for all, or use "
-                "TwoSided(k_in)."
-            )
-        return SketchProjector(Space({JOINT: BlockSpec(JOINT, (), (self.k,), decay=decays.pop())}, {}), self)
+        """The sketch of one parameter `space`.
+
+        Raises:
+            InvalidInput: k is no smaller than the number of parameters, or weight decay differs between parameters that
+                are mixed.
+        """
+        return SketchProjector(self.reduced(space), self)
+
+
+# Coordinates that are added up at once, and numbers of all examples together: temporaries that stay in the cache.
+_STRIP = 1 << 17
+_NUMBERS = 1 << 22
 
 
 @final
@@ -249,26 +281,73 @@ class SketchProjector(AbstractProjector):
 
     space: Space
     sketch: Sketch
-    _known: dict[object, Tensor] = field(default_factory=dict, repr=False)
+    _known: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def apply(self, rows: Rows) -> Rows:
         """Projected rows, written out."""
-        k = self.sketch.k
-        total = torch.zeros(len(rows), k, dtype=rows.dtype, device=rows.device)
+        k, projected = self.sketch.k, {}
         for name, block in rows.blocks.items():
-            size = math.prod(block.shape)
-            signs = self._signs(name, size, block.reference)
-            shifts = (random_words(-(-size // k), self.sketch.seed, name, "shift") % np.uint64(k)).tolist()
-            for chunk in chunks(len(rows), size):
-                flat = block.take(chunk).dense().flatten(1) * signs
-                _fold(flat, cast("list[int]", shifts), total[chunk])
-        return Rows({JOINT: Dense(total)})
+            if self.sketch.per_layer and math.prod(block.shape) <= k:
+                projected[name] = block.dense().flatten(1)
+            elif isinstance(block, Outer) and block.terms == 1:
+                projected[name] = self._of_products(name, block)
+            else:
+                projected[name] = self._of_dense(name, block)
+        if not self.sketch.per_layer:
+            projected = {JOINT: torch.stack(list(projected.values())).sum(0)}
+        return Rows({name: Dense(projected[name]) for name in self.space.blocks})
+
+    def _of_dense(self, name: str, block: AbstractBlock) -> Float[Tensor, "n k"]:
+        """A few rows at a time written out, and each piece of k coordinates added to the totals."""
+        size, k = math.prod(block.shape), self.sketch.k
+        total = torch.zeros(len(block), k, dtype=block.reference.dtype, device=block.reference.device)
+        signs, shifts = self._signs(name, size, block.reference), self._shifts(name, size).tolist()
+        for chunk in chunks(len(block), size):
+            _fold(block.take(chunk).dense().flatten(1) * signs, cast("list[int]", shifts), total[chunk])
+        return total
+
+    def _of_products(self, name: str, block: Outer) -> Float[Tensor, "n k"]:
+        """The same for one product a row, with the examples last: each of the k numbers is a signed sum over lines."""
+        left, right = block.left[:, 0].T.contiguous(), block.right[:, 0].T.contiguous()
+        total = torch.zeros(len(block), self.sketch.k, dtype=left.dtype, device=left.device)
+        for lines, members, firsts, signs in self._bags(name, block.shape, left):
+            for some in chunks(len(block), len(members), _NUMBERS):
+                products = (left[lines, None, some] * right[None, :, some]).flatten(0, 1)
+                total[some] += F.embedding_bag(members, products, firsts, mode="sum", per_sample_weights=signs).T
+        return total
+
+    def _bags(self, name: str, shape: tuple[int, ...], like: Tensor) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
+        """A strip of the matrix at a time: its coordinates in the order of their number, where each begins, signs."""
+        key = (name, shape, like.dtype, like.device)
+        if key in self._known:
+            return cast("list[tuple[slice, Tensor, Tensor, Tensor]]", self._known[key])
+        (o, i), k = shape, self.sketch.k
+        shifts = torch.from_numpy(self._shifts(name, o * i))
+        signs = random_signs(o * i, self.sketch.seed, name, "sign")
+        strips, lines = [], max(1, _STRIP // i)
+        for start in range(0, o, lines):
+            stop = min(start + lines, o)
+            at = torch.arange(start * i, stop * i)
+            number = (at + shifts[at // k]) % k
+            members = torch.argsort(number, stable=True)
+            counts = torch.bincount(number, minlength=k)
+            firsts = (counts.cumsum(0) - counts).int().to(like.device)
+            strips.append((slice(start, stop), members.int().to(like.device), firsts, signs[at[members]].to(like)))
+        self._known[key] = strips
+        return strips
+
+    def _shifts(self, name: str, size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """How far each piece of k coordinates is moved round."""
+        k = self.sketch.k
+        words = random_words(-(-size // k), self.sketch.seed, name, "shift")
+        shifts: np.ndarray[Any, np.dtype[np.int64]] = (words % np.uint64(k)).astype(np.int64)
+        return shifts
 
     def _signs(self, name: str, size: int, like: Tensor) -> Tensor:
         key = (name, size, like.dtype, like.device)
         if key not in self._known:
             self._known[key] = random_signs(size, self.sketch.seed, name, "sign").to(like)
-        return self._known[key]
+        return cast("Tensor", self._known[key])
 
 
 def _fold(flat: Float[Tensor, "n p"], shifts: list[int], total: Float[Tensor, "n k"]) -> None:

@@ -22,7 +22,7 @@ from ..curvature.spectrum import Spectrum, spectrum_of
 from ..damping.curve import DampingCurve, FromCurve
 from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
-from ..gradients.projections import AbstractProjection
+from ..gradients.projections import AbstractReduction
 from ..linalg.eigh import Decompositions
 from ..linalg.rows import Route
 from ..problem.agreement import agree_on_problem, entry, in_common
@@ -75,7 +75,8 @@ class Influence(Record, AbstractMethod):
         memory: the most that curvature, solver and solved queries may take: bytes, or words such as `"8GB"`.
         route: force one route for inner products; see `Route`.
         truncation: keep solved queries in low rank, with a certified bound on every score's error.
-        projection: `Gaussian(k)` projects every gradient to k numbers first; `None`: none does.
+        projection: `Sketch(k)` makes k numbers of every gradient first, `TwoSided(k_in)` k_in x k_in of every layer's,
+            the dense `Gaussian(k)` k again; `None`: none does.
         precision: `"bf16"`: forward and backward passes and the products of scoring are computed in bfloat16; sums and
             products with a curvature that a solver repeats in float32, eigendecompositions in float64; `None`: float32,
             or the model's precision where that is more. Weights in half precision are computed in float32, on a copy.
@@ -100,7 +101,7 @@ class Influence(Record, AbstractMethod):
     route: Route | str | None = Route.AUTO
     truncation: Truncation | None = None
     weights: tuple[float, ...] | None = None
-    projection: AbstractProjection | None = None
+    projection: AbstractReduction | None = None
     precision: str | None = None
     units: Units | str = Units.RAW
 

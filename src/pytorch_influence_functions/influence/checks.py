@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import InvalidInput, NonFinite
 from ..core.validate import whole_number
 from ..curvature.base import AbstractCurvature
-from ..gradients.projections import AbstractProjection
+from ..gradients.projections import AbstractReduction
 from ..linalg.rows import Route
 from ..problem.problem import Problem
 from ..problem.working_precision import check_precision
@@ -29,7 +29,7 @@ def check_parts(spec: Any) -> None:
         "solver": ((AbstractSolver, Auto), "a solver such as CG() or Auto()"),
         "preconditioner": (AbstractCurvature, "a curvature such as GGN()"),
         "scaling": (AbstractScaling, "Raw() or Leverage()"),
-        "projection": (AbstractProjection, "a projection such as Gaussian(512)"),
+        "projection": (AbstractReduction, "a projection such as Sketch(1024)"),
         "truncation": (Truncation, "Truncation(tolerance=0.01) or Truncation(rank=32)"),
     }
     for name, (kinds, examples) in expected.items():

@@ -79,8 +79,7 @@ class Gram(AbstractSampled):
         for members, key in names.items():
             if members not in self._known:
                 part = Rows({k: b for k, b in self.rows.blocks.items() if k in members})
-                k = products_of(part, self.wider).double()
-                self._known[members] = (k + k.T).div_(2)
+                self._known[members] = products_of(part, self.wider)
             out[key] = self._known[members]
         return out
 

@@ -12,8 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.distributed import World, current
-from .blocks import AbstractBlock, Dense, Sum
+from .blocks import AbstractBlock, Dense, Sum, cat
 from .rows import Rows
+
+# Rows and columns of a matrix that are mirrored at once.
+_TILE = 1024
 
 
 def everyones_rows(rows: Rows) -> Rows:
@@ -29,25 +32,44 @@ def everyones_rows(rows: Rows) -> Rows:
     # Texts of different lengths may be kept in different forms: those are written out, as `Rows.cat` would.
     own = rows.map(lambda name, block: block if _same_types([f[name] for f in forms]) else _written_out(block))
     forms = [json.loads(text) for text in world.exchange(json.dumps({k: _form(b) for k, b in own.blocks.items()}))]
-    parts = [
-        Rows({name: _sent(block, forms[source][name], source, world) for name, block in own.blocks.items()})
-        for source in range(world.size)
-    ]
-    return Rows.cat(parts)
+    # Block by block: beside all rows no more than one block of them is held twice.
+    return Rows(
+        {
+            name: cat([_sent(block, forms[source][name], source, world) for source in range(world.size)])
+            for name, block in own.blocks.items()
+        }
+    )
 
 
 def products_of(rows: Rows, dtype: torch.dtype | None) -> Float[Tensor, "m m"]:
-    """All inner products of rows that every process has, each process a band of them.
+    """All inner products of rows that every process has, in float64, each process a band of them.
+
+    Beside the result no more than one band is held.
 
     Args:
         rows: the same on every process.
         dtype: as for `Rows.inner`.
     """
-    world = current()
+    world, m = current(), len(rows)
     if world.size == 1:
-        return rows.inner(rows, dtype=dtype)
-    band = rows.take(world.share(len(rows))).inner(rows, dtype=dtype)
-    return torch.cat(world.gather(band))
+        return symmetrised(rows.inner(rows, dtype=dtype).double())
+    own = rows.take(world.share(m)).inner(rows, dtype=dtype)
+    total = own.new_empty(m, m, dtype=torch.float64)
+    for source in range(world.size):
+        share = World(source, world.size).share(m)
+        band = own if source == world.rank else own.new_empty(share.stop - share.start, m)
+        total[share] = world.broadcast(band, source)
+    return symmetrised(total)
+
+
+def symmetrised(k: Float[Tensor, "m m"]) -> Float[Tensor, "m m"]:
+    """(k + k^T) / 2, in the place of k and a tile at a time."""
+    tiles = [slice(start, start + _TILE) for start in range(0, len(k), _TILE)]
+    for at, one in enumerate(tiles):
+        for other in tiles[: at + 1]:
+            mean = (k[one, other] + k[other, one].T) / 2
+            k[one, other], k[other, one] = mean, mean.T
+    return k
 
 
 def _written_out(block: AbstractBlock) -> Dense:

@@ -22,7 +22,7 @@ from ..curvature.kronecker.moments import Sharing
 from ..curvature.kronecker.records import EKFAC, KFAC, Shampoo
 from ..curvature.low_rank import Arnoldi, Nystrom
 from ..damping.rules import Absolute, AbstractDamping, Relative
-from ..gradients.projections import Gaussian
+from ..gradients.projections import AbstractReduction
 from ..influence.agreement import Units
 from ..influence.attribution import Influence
 from ..objectives.measures import Margin
@@ -37,6 +37,7 @@ from ..solvers.dual import Woodbury
 from ..solvers.neumann import Neumann
 from ..trajectory.along import Along
 from ..trajectory.recording import RunLike
+from .projected import sketched
 
 
 def grad_dot() -> Influence:
@@ -103,29 +104,32 @@ def relatif(method: Influence | None = None, parameters: bool = False) -> Influe
 
 
 def trak(
-    k: int = 2048, per_layer: bool = False, damping: AbstractDamping | float | None = None, seed: int = 0
+    k: int | None = None,
+    per_layer: bool = False,
+    damping: AbstractDamping | float | None = None,
+    seed: int = 0,
+    projection: AbstractReduction | None = None,
 ) -> Influence:
     """TRAK: margin gradients projected to k dimensions, and their second moment as curvature.
 
-    score = (1/N) phi_q^T (Phi^T Phi / N + lambda)^-1 (P^T grad loss(i)) with phi = P^T grad margin. Because
-    grad loss(i) = -(1 - p_i) grad margin(i), scores of `measure=Margin()` are TRAK's with the sign of a removal: minus
-    the original's, which are for adding. Several checkpoints are averaged score by score; the original multiplies the
-    mean kernel by the mean of 1 - p.
+    score = (1/N) phi_q^T (Phi^T Phi / N + lambda)^-1 (P^T grad loss(i)) with phi = P^T grad margin. As grad loss(i) =
+    -(1 - p_i) grad margin(i), scores of `measure=Margin()` are TRAK's with the sign of a removal, minus the original's.
+    Several checkpoints are averaged score by score; the original multiplies the mean kernel by the mean of 1 - p.
 
     Args:
-        k: dimensions of the projection. Take it well below N: the sketch must not tell every example apart, and
-            lambda = 0 is refused where it can.
+        k: dimensions of the projection; `None`: 2,048. Take it well below N: lambda = 0 is refused where k is not.
         per_layer: give every layer its own k dimensions and its own kernel; the layers' scores are added.
         damping: what is added to the kernel: `Relative(share)` of its mean eigenvalue, `Absolute(value)` or a number;
             `None`: `Relative(0.1)`, and `Relative(3.0)` with `per_layer`.
         seed: of the projection.
+        projection: in place of k and seed, which mean `ptif.gradients.Sketch(k)`: `TwoSided(k_in)` of every layer,
+            cheapest on convolutions and texts, or the dense `Gaussian(k)` of the original.
 
-    Cost: one epoch, N P k operations for the projection, k^3 for the kernel.
+    Cost: two epochs, N P operations for the sketch (N P k for `Gaussian`), k^3 for the kernel.
     Reference: Park et al. (2023). Identity: equals phi_q^T (Phi^T Phi + N lambda)^-1 phi_i (1 - p_i) in float64.
     """
-    solver = Blockwise(Spectral()) if per_layer else Spectral()
-    projection = Gaussian(k, per_layer=per_layer, seed=seed)
-    return Influence(EmpiricalFisher(measure=Margin()), solver, damping, projection=projection)
+    reduction, solver = sketched("trak", k, per_layer, seed, projection)
+    return Influence(EmpiricalFisher(measure=Margin()), solver, damping, projection=reduction)
 
 
 def koh_liang(damping: AbstractDamping | float = 0.01, rtol: float = 1e-5, max_steps: int = 500) -> Influence:

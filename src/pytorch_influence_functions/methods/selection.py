@@ -17,7 +17,7 @@ from ..curvature.base import Budget
 from ..curvature.exact import EmpiricalFisher
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives
-from ..gradients.projections import Gaussian, Rescaled
+from ..gradients.projections import AbstractReduction, Rescaled
 from ..influence.agreement import Units
 from ..influence.assumptions import StationarityCheck
 from ..influence.attribution import Influence
@@ -32,18 +32,18 @@ from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..problem.working_precision import in_working_precision
 from ..scaling.relative import Whitened, invert
-from ..solvers.blockwise import Blockwise
-from ..solvers.direct import Spectral
 from ..trajectory.recording import Recording, RunLike
 from ..trajectory.segments import AdamState
+from .projected import sketched
 
 
 def trackstar(
     adam: AdamState | RunLike,
-    k: int = 2048,
+    k: int | None = None,
     per_layer: bool = True,
     damping: AbstractDamping | float | None = None,
     seed: int = 0,
+    projection: AbstractReduction | None = None,
 ) -> Influence:
     r"""TrackStar: the cosine of gradients that Adam rescaled, a projection shortened and their second moment whitened.
 
@@ -56,12 +56,13 @@ def trackstar(
 
     Args:
         adam: `trajectory.AdamState`, or a recorded run of Adam, whose last second moments are taken.
-        k: dimensions of the projection.
+        k: dimensions of the projection; `None`: 2,048.
         per_layer: give every layer its own k dimensions and its own R, as in the paper; then sizes of queries and
             examples are measured over all layers together.
         damping: lambda: `Relative(share)` of the mean eigenvalue, `Absolute(value)` or a number; `None`:
             `Relative(0.1)`, and `Relative(3.0)` with `per_layer`.
         seed: of the projection.
+        projection: instead of k and seed, as for `trak()`.
 
     Cost: as `trak()`, and one solve per training example.
     Reference: Chang et al. (2024), "Scalable Influence and Fact Tracing for Large Language Model Pretraining".
@@ -73,12 +74,11 @@ def trackstar(
         name: torch.where(v > 0, 1.0 / (v.double().sqrt() + state.eps), 0.0).detach()
         for name, v in state.second_moments.items()
     }
-    solver = Blockwise(Spectral()) if per_layer else Spectral()
-    projection = Rescaled(Gaussian(k, per_layer=per_layer, seed=seed), scales)
-    return Influence(EmpiricalFisher(), solver, damping, projection=projection, scaling=Whitened())
+    reduction, solver = sketched("trackstar", k, per_layer, seed, projection)
+    return Influence(EmpiricalFisher(), solver, damping, projection=Rescaled(reduction, scales), scaling=Whitened())
 
 
-def less(run: RunLike, memory: Budget | int | str | None = None) -> Less:
+def less(run: RunLike, memory: Budget | int | str | None = None, projection: AbstractReduction | None = None) -> Less:
     r"""LESS: the cosine between a query's gradient and the step that Adam would take on a training example alone.
 
         score[q, i] = sum_c eta_c cos(grad m(q), Gamma_i)  at checkpoint c,
@@ -86,17 +86,19 @@ def less(run: RunLike, memory: Budget | int | str | None = None) -> Less:
 
     eta_c is the mean learning rate of the stretch that checkpoint c ends. A ranking for choosing training data that
     help the queries, not a prediction of changes: positive = helpful for a loss. The first moments, which are the same
-    for all examples, are left out; the original keeps them, and projects both sides to 8,192 numbers to store them.
+    for all examples, are left out; the original keeps them.
 
     Args:
         run: a recorded run of Adam or AdamW, as `along` takes it.
         memory: the most that queries may take: bytes or words such as `"8GB"`; `None`: 4 GiB.
+        projection: what both sides are projected with before the cosine, such as `ptif.gradients.Sketch(8192)`, as many
+            numbers as the original keeps: for many queries of a large model; `None`: the exact cosine.
 
     Cost: one epoch per checkpoint, with all gradients written out.
     Reference: Xia et al. (2024), "LESS: Selecting Influential Data for Targeted Instruction Tuning".
     Identity: equals the formula on one-example autograd gradients in float64.
     """
-    return Less(Recording.open(run), Budget() if memory is None else memory)
+    return Less(Recording.open(run), Budget() if memory is None else memory, projection)
 
 
 @final
@@ -107,12 +109,16 @@ class Less(AbstractMethod):
     Args:
         run: the recorded run.
         memory: the most that queries may take.
+        projection: what gradients and steps are projected with; None: nothing.
     """
 
     run: Recording
     memory: Budget | int | str = field(default_factory=Budget)
+    projection: AbstractReduction | None = None
 
     def __post_init__(self) -> None:
+        if self.projection is not None and not isinstance(self.projection, AbstractReduction):
+            raise InvalidInput(f"projection= must be a projection such as Sketch(8192), got {self.projection!r}.")
         object.__setattr__(self, "memory", Budget.of(self.memory))
         for position in range(len(self.run)):
             group = self.run.recorded[position].groups[:1]
@@ -123,11 +129,12 @@ class Less(AbstractMethod):
                 )
 
     def __repr__(self) -> str:
-        return f"less({self.run!r})"
+        projected = "" if self.projection is None else f", projection={self.projection!r}"
+        return f"less({self.run!r}{projected})"
 
     def __fingerprint__(self) -> tuple[Any, ...]:
         """What results depend on."""
-        return (self.run.recorded,)
+        return (self.run.recorded, self.projection)
 
     @plain_autograd()
     def fit(self, problem: Problem, n_queries: int = 1) -> FittedLess:
@@ -152,7 +159,8 @@ class Less(AbstractMethod):
             derivatives = Derivatives.of(problem)
             stationarity = StationarityCheck.of(derivatives)
         seconds = time.perf_counter() - start
-        return FittedLess(self, problem, derivatives, stationarity, seconds, self.run.learning_rates)
+        projected = derivatives if self.projection is None else derivatives.with_projection(self.projection)
+        return FittedLess(self, problem, derivatives, stationarity, seconds, projected, self.run.learning_rates)
 
 
 @final
@@ -161,10 +169,12 @@ class FittedLess(RunAttribution):
     """`less` with a problem: a number is positive where a step on the example lowers the measure.
 
     Attributes:
+        projected: the derivatives, of the rows whose cosines are taken.
         rates: eta by checkpoint.
     """
 
     spec: Less
+    projected: Derivatives
     rates: tuple[float, ...]
 
     def _add_scores(self, scoring: ScoringPass) -> tuple[str, ...]:
@@ -172,7 +182,7 @@ class FittedLess(RunAttribution):
         n, rows_asked = len(self.problem), len(scoring.question)
         average = CheckpointAverage(Units.RAW, self.rates, rows_asked, n, World())
         for moments in self._checkpoints():
-            for query_ids, rows in scoring.query_groups(self.derivatives, self._room()):
+            for query_ids, rows in scoring.query_groups(self.projected, self._room(self.projected)):
                 unit = _unit(rows.flat())
                 for ids, steps in self._steps(moments):
                     average.add(query_ids, ids, unit @ steps.T)
@@ -191,9 +201,11 @@ class FittedLess(RunAttribution):
         """Every training example's number on itself, shape [N]."""
         own = torch.zeros(len(self.problem), dtype=torch.float64)
         for rate, moments in zip(self.rates, self._checkpoints(), strict=True):
-            for ids, rows in grouped(self_influence_rows(self.derivatives, self._room()), self._room()):
+            room = self._room(self.derivatives)
+            for ids, rows in grouped(self_influence_rows(self.derivatives, room), room):
                 flat = rows.flat()
-                own[ids] += rate * (_unit(flat) * _unit(moments.direction(flat))).sum(1).double().cpu()
+                products = self._direction(flat) * self._direction(moments.direction(flat))
+                own[ids] += rate * products.sum(1).double().cpu()
         return self.problem.data.spread(current().sum_into(own))
 
     # ---------------------------------------------------------------- inner workings
@@ -207,10 +219,15 @@ class FittedLess(RunAttribution):
     def _steps(self, moments: _Moments) -> Iterator[tuple[Tensor, Float[Tensor, "n p"]]]:
         """(training ids, unit directions of Adam's steps on each alone)."""
         for gradients in self.derivatives.stream(label="scoring", world=World()):
-            yield gradients.ids, _unit(moments.direction(gradients.rows.flat()))
+            yield gradients.ids, self._direction(moments.direction(gradients.rows.flat()))
 
-    def _room(self) -> int:
-        each = self.derivatives.space.size * 8
+    def _direction(self, flat: Float[Tensor, "n p"]) -> Float[Tensor, "n k"]:
+        """Every row divided by its length, after the projection if there is one."""
+        projector = self.projected.projector
+        return _unit(flat if projector is None else projector.apply(self.derivatives.space.rows(flat)).flat())
+
+    def _room(self, derivatives: Derivatives) -> int:
+        each = derivatives.space.size * 8
         return max(1, int(Budget.of(self.spec.memory).bytes * QUERY_SHARE / each))
 
 

@@ -133,9 +133,10 @@ def _choose_by_size(dtype: Any, derivatives: Derivatives, rows: Rows, count: int
             return _because(two_sided, f"the widest projection of both sides that fits ({held})")
     numbers = derivatives.whole.size - 1
     k = min(_LARGEST_SKETCH, numbers)
-    while k >= 64:
+    # A sketch mixes all parameters, which is refused where their weight decay differs.
+    while k >= 64 and len(set(derivatives.whole.decay.values())) == 1:
         sketch = _sized(Sketch(k), dtype, derivatives, rows, "")
-        if sketch.bytes_each <= room and len(set(derivatives.whole.decay.values())) == 1:
+        if sketch.bytes_each <= room:
             return _because(sketch, f"the longest sketch that fits ({held})")
         k //= 2
     raise TooLarge(
@@ -155,11 +156,7 @@ def _sized(representation: Representation, dtype: Any, derivatives: Derivatives,
         each = sum(codec.bytes_of(b.numbers // len(b)) for b in rows.compact().blocks.values())
         return Choice(representation, codec, each + _BESIDE, why)
     codec = find_codec("float16" if dtype is None else dtype)
-    if isinstance(representation, Sketch):
-        width = representation.k
-    else:
-        shapes = (representation.shape_of(block) for block in derivatives.whole.blocks.values())
-        width = sum(torch.Size(shape).numel() for shape in shapes)
+    width = representation.reduced(derivatives.whole).size
     if isinstance(codec, Float64) and rows.dtype != torch.float64:
         raise InvalidInput("dtype='float64' keeps nothing more of a model in float32; leave it out or use 'float32'.")
     return Choice(representation, codec, codec.bytes_of(width) + _BESIDE, why)
