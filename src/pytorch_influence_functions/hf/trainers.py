@@ -9,8 +9,9 @@ from torch import nn
 
 from ..core.errors import InvalidInput
 from ..problem.data import BATCH_SIZE, Source
-from .models import accepted_arguments
+from .models import accepted_arguments, token_shift
 from .padding import Padding, TrainersCollate
+from .tokenised import TokenisedRows
 
 
 def trainers_model(trainer: Any) -> nn.Module:
@@ -52,7 +53,7 @@ def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int 
         data = data.with_format(None)
     collate = TrainersCollate(trainer.data_collator, _accepted(trainer), padding)
     return Source(
-        data,
+        TokenisedRows.of(data, trainers_tokenizer(trainer), collate, token_shift(trainer.model)),
         collate,
         batch_size=batch_size or BATCH_SIZE,
         fixed=batch_size is not None,
