@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, default=1, help="how often everything is fine-tuned")
     parser.add_argument("--out", type=Path, default=Path("language-model"), help="folder for what is written")
     asked = parser.parse_args(arguments)
-    count, epochs, rate = (24, 6, 2e-2) if asked.small else (30, 2, 1e-3) if asked.smollm2 else (144, 8, 1e-2)
+    count, epochs, rate = (24, 6, 2e-2) if asked.small else (18, 2, 1e-3) if asked.smollm2 else (144, 8, 1e-2)
     torch.manual_seed(0)
     rows = documents(count)
     if asked.smollm2:

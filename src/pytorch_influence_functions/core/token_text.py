@@ -89,12 +89,12 @@ def text_name_of(source: Any, index: int) -> str | None:
     """What to call an example in a list: the beginning of its text, where its dataset has `name` beside `token_text`.
 
     Args:
-        source: what holds the `dataset`, or None.
+        source: a dataset, what holds it as `dataset`, or None.
         index: which example.
     """
     if source is None:
         return None
-    index, dataset = _inside(index, source.dataset)
+    index, dataset = _inside(index, getattr(source, "dataset", source))
     known = getattr(dataset, "name", None) if hasattr(dataset, "token_text") else None
     return str(known(index)) if callable(known) and 0 <= index < len(dataset) else None
 
