@@ -15,7 +15,7 @@ from .core.distributed import distributed as shared_out
 from .core.errors import InvalidInput, UnknownName, nearest
 from .damping.rules import AbstractDamping
 from .hf.asking import queries_for
-from .hf.models import is_trainer
+from .hf.models import knows_texts
 from .hf.problem import problem as hf_problem
 from .hf.queries import TextQueries
 from .influence.checks import check_top, in_queries
@@ -113,8 +113,8 @@ def attribute(
     size; `print(scores.diagnostics)` says what was chosen and why.
 
     Args:
-        model: the trained model; or a Hugging Face Trainer, or a `ptif.Problem`, which know what they were trained on.
-            It is left exactly as it was.
+        model: the trained model; or a Hugging Face Trainer, or a `ptif.Problem`, which know what they were trained on;
+            or a pipeline, with texts as `train`. It is left exactly as it was.
         train: what it was trained on: a Dataset, a DataLoader (its dataset in dataset order, or the part that its
             sampler draws), a pair (x, y) of tensors, arrays, frames or lists. See `Source.of`. None: the Trainer's or
             the problem's.
@@ -187,7 +187,7 @@ def _attribute(
     spec, whole, source = _prepare("attribute", *given)
     contrast, names = asked["contrast"], None
     _refuse_to_verify(verify, asked["aggregate"], contrast, asked["ids"], asked["by"], source)
-    if contrast is not None and (isinstance(model, Problem) or is_trainer(model)):
+    if contrast is not None and (isinstance(model, Problem) or knows_texts(model)):
         contrast = _known_queries(whole, contrast, model, "contrast")
     if isinstance(source, TextQueries):
         source, contrast, names = _sides(source, contrast)
@@ -289,7 +289,7 @@ def _prepare(
     options: ProblemOptions,
 ) -> tuple[AbstractMethod, Problem, Any]:
     """The method, the problem and the queries that were asked for."""
-    known = isinstance(model, Problem) or is_trainer(model)
+    known = isinstance(model, Problem) or knows_texts(model)
     if not known:
         check_model(model)
         _check_given(name, train, queries)
@@ -313,6 +313,8 @@ def _known_problem(
     name: str, known: Any, train: Any, queries: Any, loss: Any, options: ProblemOptions
 ) -> tuple[Problem, Any]:
     """The problem of a Trainer, or the one that was given, and queries in its form."""
+    if queries is None and train is not None:
+        raise InvalidInput(f"{name}() got nothing that is asked; write queries=, as in {name}(trainer, queries=...).")
     if not isinstance(known, Problem):
         whole = hf_problem(known, dataset=train, loss=loss, **options)
         return whole, _known_queries(whole, queries, known)
@@ -347,6 +349,11 @@ def _check_given(name: str, train: Any, queries: Any) -> None:
                 f"{name}() of a model needs {argument}=: {name}(model, train, queries); a Hugging Face Trainer or a "
                 "ptif.Problem knows its training data."
             )
+    if isinstance(queries, str):
+        raise InvalidInput(
+            "A text is asked and a model alone has no tokenizer; write "
+            f"{name}(ptif.hf.problem(model, tokenizer, texts), queries=...)."
+        )
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

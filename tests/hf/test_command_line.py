@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,24 @@ def test_texts_give_the_scores_of_the_library_and_a_page(folder: Path, tmp_path:
     again = Ran("attribute", *options, *asked, "--report")
     assert again.code == 0 and "kept from before" in again.stdout and "#" in again.stdout
     assert all("v" in record for record in Page(out / "report.html").queries)
+    assert "who" in Page(out / "report.html").queries[0]["t"] and not page.index["labelled"]
+    assert printed_names(again.stdout) <= {text[:4] for text in texts(6)} != set()
+
+    (out / "report.html").unlink()
+    told = ("--hf", folder, "--dataset", file, "--source-column", "from", *asked)
+    ran = Ran("report", out, *told, "--method", "grad-dot")
+    assert ran.code == 0 and "not coloured" not in ran.stdout
+    assert Page(out / "report.html").queries == page.queries
+    ran = Ran("report", out, *told, "--method", "grad-cos")
+    assert ran.code == 0 and "made by another method" in ran.stdout
+    assert "p" in Page(out / "report.html").queries[0] and "v" not in Page(out / "report.html").queries[0]
+    ran = Ran("report", out, *told[:-1], "the cat")
+    assert ran.code == 2 and "The queries of model are not those of the run" in ran.sentence
+
+
+def printed_names(output: str) -> set[str]:
+    """The first letters of what stands behind a score in the table of a run."""
+    return {name[:4] for name in re.findall(r"#\d+ [+−][\d.e−+-]+ (\w+ \w+)", output)}
 
 
 def test_chats_are_asked_as_a_users_turn_and_prompts_as_prompts(folder: Path, tmp_path: Path) -> None:

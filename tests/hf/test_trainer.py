@@ -11,6 +11,7 @@ import torch
 
 import pytorch_influence_functions as ptif
 from tests.hf.tiny import build, gpt2, gradient, llama, own_loss, products, settings, texts, tokenizer
+from tests.interface.report_cases import Page
 from tests.tolerance import gap
 
 transformers = pytest.importorskip("transformers")
@@ -126,6 +127,31 @@ def test_a_classifiers_trainer_has_its_own_loss(tmp_path: Path) -> None:
     assert gap(scores.values.double(), products(model, [training[0], training[3]], training)) < 1e-6
     with pytest.raises(ptif.errors.InvalidInput, match=re.escape("predicts no tokens, so a text alone asks nothing")):
         ptif.attribute(asked, queries="the cat sat")
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_trainers_token_numbers_are_shown_as_texts(side: str, tmp_path: Path) -> None:
+    asked = trainer(gpt2(), tokens(), tmp_path)
+    asked.data_collator = transformers.DataCollatorForLanguageModeling(
+        asked.processing_class, mlm=False, pad_to_multiple_of=8
+    )
+    asked.processing_class.padding_side = side
+    attribution = ptif.methods.grad_dot().fit(ptif.hf.problem(asked))
+    scores = ptif.attribute(asked, queries=tokens().select([1]), method="grad_dot")
+    best = scores.helpful(0, 1)[0][0]
+    assert scores.describe_train(best) == f"#{best} {texts(5)[best]}"[:62] and texts(5)[best][:40] in repr(scores)
+    assert texts(5)[best][:40] in scores._repr_html_()
+    scores.report(tmp_path / "page.html", tokens=attribution)
+    page = Page(tmp_path / "page.html")
+    assert "".join(page.queries[0]["p"]) == texts(5)[1]
+    shares = attribution.token_scores(scores.query_source, range(5))
+    for i, text in enumerate(texts(5)):
+        record, strongest = page.examples[i], int(shares[i][0].abs().argmax())
+        assert "".join(record["p"]) == text
+        skipped = shares[i].shape[1] - len(record["p"]) if side == "left" else 0
+        assert record["g"] == [[1, len(record["p"])]]  # the first token of a text is not predicted
+        assert max(range(len(record["p"])), key=lambda t: abs(record["v"]["0"][t])) == strongest - skipped
+    assert not page.index["labelled"] and "label" not in page.words.lower()
 
 
 @pytest.mark.slow

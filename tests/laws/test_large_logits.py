@@ -17,6 +17,7 @@ from pytorch_influence_functions.gradients.per_example import Derivatives, slope
 from pytorch_influence_functions.linalg import chunks
 from pytorch_influence_functions.linalg.kronecker import Kronecker
 from pytorch_influence_functions.objectives.draws import Keyed
+from pytorch_influence_functions.objectives.softmax import _softmax_sample
 from tests.tiny_lm import VOCABULARY, TinyLM, loader, texts
 from tests.tolerance import gap
 
@@ -40,13 +41,13 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     _, outputs = one_batch()
     monkeypatch.setattr(chunks, "CHUNK_NUMBERS", 2 * outputs[0].numel())
     taken: list[int] = []
-    losses = ptif.TokenCrossEntropy.losses
+    taking = ptif.TokenCrossEntropy.losses_and_slope
 
-    def noted(self: ptif.TokenCrossEntropy, outputs: Tensor, batch: Any) -> Tensor:
+    def noted(self: ptif.TokenCrossEntropy, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         taken.append(len(outputs))
-        return losses(self, outputs, batch)
+        return taking(self, outputs, batch)
 
-    monkeypatch.setattr(ptif.TokenCrossEntropy, "losses", noted)
+    monkeypatch.setattr(ptif.TokenCrossEntropy, "losses_and_slope", noted)
     return taken
 
 
@@ -61,6 +62,29 @@ def test_slopes_of_large_logits_are_taken_a_few_examples_at_a_time(sizes: list[i
     assert sizes == [2, 2, 2]
     torch.testing.assert_close(values, expected.detach())
     torch.testing.assert_close(chunked, slope)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_the_slope_in_closed_form_is_autograds(average: bool) -> None:
+    objective = ptif.TokenCrossEntropy(average=average, shift=True)
+    batch, outputs = one_batch()
+    leaf = outputs.clone().requires_grad_()
+    expected = objective.losses(leaf, batch)
+    losses, slope = objective.losses_and_slope(outputs, batch)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(slope, torch.autograd.grad(expected.sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("classes", [1024, 1500, 4099])
+def test_of_many_classes_the_drawn_one_is_where_the_running_sum_passes_the_level(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = (3 * torch.randn(50, 8, classes, generator=generator, dtype=torch.float64)).softmax(-1)
+    p[0, 0, -40:] = 0.0  # what is left out at the end
+    level = torch.rand(50, 8, generator=generator, dtype=torch.float64)
+    level[0], level[1] = 1.0 - 1e-12, 1e-12
+    running = p.cumsum(-1)
+    expected = (running < level[..., None] * running[..., -1:]).sum(-1)
+    assert torch.equal(_softmax_sample(p, level), expected)
 
 
 def test_labels_drawn_a_few_examples_at_a_time_are_those_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:

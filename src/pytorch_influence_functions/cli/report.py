@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.text import Text
 from torch import Tensor
 
 from ..core.distributed import World
@@ -20,6 +21,7 @@ from .fingerprints import QUERIES, TRAINING_DATA, fingerprint_data
 from .folder import SCORES, fingerprint_of, read_record
 from .predictions import as_predictions
 from .progress_bars import report_progress
+from .run import AttributionRun, FinishedRun
 from .self_influence_table import find_self_influence
 from .task import Task, load_task
 
@@ -31,24 +33,58 @@ def report_command(
     task: Annotated[
         Path | None, typer.Option("--task", help="The task file: its data give pictures and texts, its model answers.")
     ] = None,
+    hf: options.LanguageModel = None,
+    dataset: options.Texts = None,
+    query: options.Query = None,
+    answer: options.Answer = None,
+    method: options.Method = None,
+    damping: options.Damping = None,
+    messages_column: options.MessagesColumn = None,
+    text_column: options.TextColumn = None,
+    prompt_column: options.PromptColumn = None,
+    completion_column: options.CompletionColumn = None,
+    source_column: options.SourceColumn = None,
+    max_length: options.MaxLength = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write report.html into a folder of results: one page to open, sort and hand on.
 
-    Without --task it shows numbers and labels only: the results do not hold the data, and a program named inside a
-    folder of results is never run unasked.
+    Without --task, or the --hf, --dataset and --query of the run, it shows numbers and labels only: the results do not
+    hold the data, and a program named inside a folder of results is never run unasked.
     """
     output = Output(json, quiet)
+    flags = {
+        "task": task,
+        "method": method,
+        "damping": damping,
+        "hf": hf,
+        "dataset": dataset,
+        "query": query or None,
+        "answer": answer or None,
+        "messages_column": messages_column,
+        "text_column": text_column,
+        "prompt_column": prompt_column,
+        "completion_column": completion_column,
+        "source_column": source_column,
+        "max_length": max_length,
+    }
+    notes: list[Text] = []
     with exit_with_code(output) as interruption:
         interruption.kept = f"the scores in {str(out)!r} are as they were"
+        settings = options.merge_settings(flags)
         with report_progress(output):
-            scores, loaded = _load_finished(out), None
-            if task is not None:
+            scores, loaded, fitted = _load_finished(out), None, None
+            if settings.texts.given:
+                run = AttributionRun.of(settings)
+                loaded = run.task
+                scores = _with_data(scores, loaded, out)
+                fitted, notes = _fitted_as_then(run, scores, out)
+            elif task is not None:
                 loaded = load_task(task)
                 scores = _with_data(scores, loaded, out)
-            page = write_page(scores, out, loaded)
-        output.print_text(show.heading("Written"), show.file_table([(page, "open it in a browser")]))
+            page = write_page(scores, out, loaded, fitted)
+        output.print_text(show.heading("Written"), show.file_table([(page, "open it in a browser")]), *notes)
         output.print_json({"status": "complete", "exit_code": 0, "command": "report", "files": {"report": str(page)}})
 
 
@@ -71,9 +107,18 @@ def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
     if names:
         raise InvalidInput(
             f"The {names[0]} of {task.path.name} are not those of the run in {str(out)!r}; give the task it was made "
-            "with, or run ptif attribute again."
+            "with (of a language model the same --dataset, columns and --query), or run ptif attribute again."
         )
     return replace(scores, train_source=task.problem.data.whole, query_source=queries)
+
+
+def _fitted_as_then(run: AttributionRun, scores: Scores, out: Path) -> tuple[Any, list[Text]]:
+    """The method that the run was made with, fitted, which colours tokens; else None, and a line that says why."""
+    then = read_record(out).get("settings", {}).get("method")
+    if then == repr(run.method):
+        return run.fitted(FinishedRun(scores, len(scores))), []
+    why = "Tokens are not coloured: the run was made by another method; give the same --method and --damping as then."
+    return None, [Text(why)]
 
 
 def write_page(scores: Scores, out: Path, task: Task | None, tokens: Any = None) -> Path:

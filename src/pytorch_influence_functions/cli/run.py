@@ -10,6 +10,7 @@ import torch
 
 from .._version import __version__
 from ..core.progress import Callback
+from ..core.token_text import text_name_of
 from ..hf.texts import Texts
 from ..influence.attribution import Attribution, Influence
 from ..influence.method import AbstractMethod, Fitted
@@ -74,8 +75,8 @@ class AttributionRun:
     @property
     def names(self) -> Callable[[int], str] | None:
         """What to call a training example, where its data know it."""
-        data = self.task.problem.data.dataset
-        return data.name if isinstance(data, Texts) else None
+        source = self.task.problem.data.whole
+        return None if text_name_of(source, 0) is None else lambda index: text_name_of(source, index) or ""
 
     def fitted(self, finished: FinishedRun) -> Fitted | None:
         """The fitted method for the colours of tokens, where the data are texts; fitted again after a resumed run."""

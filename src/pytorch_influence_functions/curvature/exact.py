@@ -448,6 +448,9 @@ def _product_rounding(derivatives: Derivatives) -> float:
 
 def finite_outputs(outputs: Tensor, ids: Tensor) -> None:
     """Refuse NaN or infinite outputs, naming the examples."""
+    # A sum is finite only where all is, and takes an eighth of the time on logits.
+    if bool(torch.isfinite(outputs.sum())):
+        return
     good = torch.isfinite(outputs.reshape(len(outputs), -1)).all(1)
     if not bool(good.all()):
         raise NonFinite(

@@ -265,6 +265,10 @@ def slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, ids: Tenso
 
 
 def _slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    closed = objective.losses_and_slope(outputs.detach(), batch)
+    if closed is not None:
+        _refuse_nonfinite(closed[0], ids, "loss", batch)
+        return closed
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad():
         losses = objective.losses(leaf, batch)

@@ -66,6 +66,26 @@ def silence_slow_batching() -> Iterator[None]:
         yield
 
 
+class _StartingFrom(torch.autograd.Function):
+    """A root whose derivative in the outputs is the cotangent itself.
+
+    The sum of their product has the same, and takes four passes over the logits of a language model to say so.
+    """
+
+    @staticmethod
+    def forward(outputs: Tensor, cotangent: Tensor) -> Tensor:
+        return outputs.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        (cotangent,) = ctx.saved_tensors
+        return cotangent, None
+
+
 def grads(
     outputs: Tensor,
     inputs: Sequence[Any],
@@ -75,7 +95,12 @@ def grads(
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` over tensors or graph edges; None where the outputs do not depend on an input."""
     # Not through grad_outputs: checking those makes torch import its symbolic shapes, a second at the first call.
-    root = outputs if cotangent is None else (outputs * cotangent).sum()
+    if cotangent is None:
+        root = outputs
+    elif create_graph or cotangent.requires_grad or cotangent.shape != outputs.shape:
+        root = (outputs * cotangent).sum()
+    else:
+        root = _StartingFrom.apply(outputs, cotangent.to(outputs.dtype))  # type: ignore[no-untyped-call]
     gradients = torch.autograd.grad(
         root, list(inputs), retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
     )

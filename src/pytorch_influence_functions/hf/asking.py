@@ -17,6 +17,7 @@ from .models import find_tokenizer, is_seq2seq, token_shift
 from .padding import Padding
 from .queries import TextQueries, as_queries, query
 from .texts import Texts
+from .tokenised import TokenisedRows
 from .trainers import trainers_tokenizer
 
 
@@ -90,5 +91,7 @@ def _in_the_form_of(data: Source, queries: Any) -> Source:
     encode = getattr(data.dataset, "encode", None)
     if encode is not None:
         return as_queries(encode(queries), data.collate)
-    plain = Source.of(queries)
-    return replace(data, dataset=plain.dataset, reading="", _determinism={})
+    rows = Source.of(queries).dataset
+    if isinstance(data.dataset, TokenisedRows):
+        rows = replace(data.dataset, rows=rows)
+    return replace(data, dataset=rows, reading="", _determinism={})

@@ -12,6 +12,9 @@ IGNORED: Final = -100
 """The label of a token that does not count, as torch and transformers write it."""
 
 
+_SHOWN: Final = 60  # letters, and tokens to find them in
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One text: its token numbers, which of them are taught, and how many were cut off.
@@ -109,6 +112,17 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], everythin
             )
         taught[len(before) : len(after)] = [True] * (len(after) - len(before))
     return Encoded(tuple(ids), tuple(taught), chat=messages)
+
+
+def begin_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The beginning of a text on one line, to call it by.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        ids: its token numbers.
+    """
+    words = " ".join(str(tokenizer.decode(list(ids[:_SHOWN]))).split())
+    return words if len(words) <= _SHOWN else words[: _SHOWN - 1] + "…"
 
 
 def find_turns(tokenizer: Any, row: Encoded) -> tuple[tuple[int, str], ...]:

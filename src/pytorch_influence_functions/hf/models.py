@@ -17,6 +17,7 @@ _TOKEN_LOSSES: Final = {"ForCausalLM": True, "ForMaskedLM": False, "ForTokenClas
 _CLASS_LOSSES: Final = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
 # Classes that are older than the names of losses.
 _CAUSAL_CLASSES: Final = ("ForCausalLM", "LMHeadModel", "ForCausalLMWithValueHead")
+_VIRTUAL_TOKENS: Final = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 ADAPTER_CONFIG: Final = "adapter_config.json"
 
 
@@ -24,6 +25,17 @@ def is_trainer(thing: Any) -> bool:
     """Whether it is a Trainer of transformers, or of a library that builds on it."""
     kinds = type(thing).__mro__
     return any(kind.__name__ == "Trainer" and kind.__module__.startswith("transformers") for kind in kinds)
+
+
+def is_pipeline(thing: Any) -> bool:
+    """Whether it is a pipeline of transformers, which holds a model and its tokenizer."""
+    kinds = type(thing).__mro__
+    return any(kind.__name__ == "Pipeline" and kind.__module__.startswith("transformers") for kind in kinds)
+
+
+def knows_texts(thing: Any) -> bool:
+    """Whether it brings what texts take beside a model: a Trainer, or a pipeline."""
+    return is_trainer(thing) or is_pipeline(thing)
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -98,6 +110,28 @@ def adapter_parameters(model: nn.Module) -> list[str] | None:
             "PeftModel.from_pretrained(model, path, is_trainable=True), or name them with parameters=."
         )
     return names
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse adapters that take no part, or that make texts longer than they are.
+
+    Raises:
+        InvalidInput: adapters were merged in place, or are virtual tokens before the text.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+        raise InvalidInput(
+            "The adapters are merged into the weights under them, so their own parameters take no part in what the "
+            "model says; call model.unmerge_adapter() first."
+        )
+    config: Any = getattr(model, "active_peft_config", None)
+    kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
+    if kind in _VIRTUAL_TOKENS:
+        raise InvalidInput(
+            f"{kind} adapters put virtual tokens before every text, whose outputs stand beside no label; adapters "
+            "inside the layers, such as LoRA, can be used."
+        )
 
 
 def load_model(path: str | os.PathLike[str]) -> nn.Module:

@@ -18,16 +18,20 @@ from ..problem.weight_decay import WeightDecay
 from .columns import choose_columns, rows_of
 from .models import (
     adapter_parameters,
+    base_model,
     find_tokenizer,
+    is_classifier,
+    is_pipeline,
     is_trainer,
     load_model,
+    refuse_adapters,
     token_shift,
 )
 from .normalisation import class_objective, describe, token_objective, trainers_normalisation
 from .packing import pack
 from .padding import Padding
 from .texts import Texts, encode_rows
-from .trainers import trainers_data, trainers_model, trainers_tokenizer
+from .trainers import check_compute_loss, trainers_data, trainers_model, trainers_tokenizer
 
 _OPTIONS: Final = ("parameters", "weight_decay", "checkpoints", "batch_size", "deterministic", "device")
 
@@ -106,8 +110,8 @@ def problem(
     counted alike, such as batches of one text averaged over their tokens. `scores.diagnostics` says which was taken.
 
     Args:
-        model: a model of transformers (with adapters of PEFT: they alone take part), a Trainer, or the path of either's
-            folder.
+        model: a model of transformers (with adapters of PEFT: they alone take part), a pipeline, a Trainer, or the path
+            of a model's folder.
         tokenizer: the tokenizer of training; None: the Trainer's, or the one that lies beside the model.
         dataset: the texts: a `datasets.Dataset` in any format, or a list of texts, chats or rows. None: the Trainer's.
         messages_column: chats: lists of `{"role", "content"}`, written out by the chat template.
@@ -154,15 +158,20 @@ def problem(
         if name not in _OPTIONS:
             known = [*Reading.__annotations__, "normalisation", "loss", *_OPTIONS]
             raise UnknownName(f"hf.problem() has no argument {name!r}.{nearest(name, known)}")
+    if is_pipeline(model):
+        model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
     trainer = model if is_trainer(model) else None
     whole = _load(model) if trainer is None else trainers_model(trainer)
     check_model(whole)
+    refuse_adapters(whole)
     if options.get("parameters") is None:
         options["parameters"] = adapter_parameters(whole)
     if normalisation is None:
         normalisation = "trainer" if trainer is None or loss is not None else trainers_normalisation(trainer)
     data = _training_data(trainer, whole, tokenizer, dataset, reading, normalisation, options.pop("batch_size", None))
     objective = _objective(whole, trainer, data, normalisation, options.get("device")) if loss is None else loss
+    if trainer is not None and loss is None:
+        check_compute_loss(trainer, data, objective)
     made = Problem(whole, objective, data, **options)
     return _with_decay_of_batches(made, normalisation) if loss is None and token_shift(whole) is not None else made
 
@@ -189,6 +198,11 @@ def _training_data(
         dataset = trainer.train_dataset
     if dataset is None:
         raise InvalidInput("hf.problem() needs dataset=, the texts that the model was trained on.")
+    if is_classifier(model):
+        raise InvalidInput(
+            f"{type(base_model(model)).__name__} predicts classes, so texts alone teach it nothing; pass its Trainer, "
+            "or ptif.attribute(model, loader, queries) with a DataLoader of tokenised rows and their labels."
+        )
     return texts_source(model, find_tokenizer(model, given), dataset, reading, normalisation, batch_size)
 
 

@@ -16,9 +16,10 @@ from ..problem.reading import Collate
 from ..scores.scores import Scores
 from .columns import is_chat
 from .encoding import Encoded, encode_chat, encode_chat_prompt, encode_pair, encode_prompt, encode_text
-from .models import find_tokenizer, is_seq2seq
+from .models import find_tokenizer, is_seq2seq, knows_texts
 from .padding import Padding
 from .texts import Texts, longest
+from .trainers import trainers_tokenizer
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 
@@ -104,9 +105,9 @@ class TextQueries(Source):
 
 
 def query(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: Any,
+    model: Any,
+    tokenizer: Any = None,
+    prompt: Any = None,
     completion: Any = None,
     *,
     against: Any = None,
@@ -117,8 +118,9 @@ def query(
     """What a model answers, as a query: the loss is that of the answer's tokens, given the prompt.
 
     Args:
-        model: the model; a text that it generates is its most likely one, token by token (greedy).
-        tokenizer: its tokenizer; None: the one that lies beside the model.
+        model: the model, or the Trainer or pipeline that holds it; a text that it generates is its most likely one,
+            token by token (greedy).
+        tokenizer: its tokenizer; None: the Trainer's or pipeline's, or the one that lies beside the model.
         prompt: a text or a chat, or a list of texts or chats. A chat that ends with the assistant's turn holds the
             answer itself.
         completion: the answer, or one per prompt; None: the model generates it.
@@ -140,7 +142,12 @@ def query(
         queries = ptif.hf.query(model, tokenizer, "The capital of France is", " Paris", against=" London")
         ```
     """
+    if knows_texts(model):
+        tokenizer = (trainers_tokenizer(model) or getattr(model, "tokenizer", None)) if tokenizer is None else tokenizer
+        model = model.model
     tokenizer = find_tokenizer(model, tokenizer)
+    if prompt is None:
+        raise InvalidInput("There is no prompt; write ptif.hf.query(model, tokenizer, prompt), a text or a chat.")
     prompts: list[Any] = [prompt] if isinstance(prompt, str) or is_chat(prompt) else list(prompt)
     if not prompts:
         raise InvalidInput("There is no prompt; give a text or a chat.")

@@ -14,14 +14,13 @@ from ..core.errors import InvalidInput, TrainingDataWarning, name_ids
 from ..core.token_text import TokenText, split_into_pieces
 from ..core.warn import warn_caller
 from .columns import Columns, read_cell
-from .encoding import IGNORED, Encoded, encode_chat, encode_pair, encode_text, find_turns
+from .encoding import IGNORED, Encoded, begin_of, encode_chat, encode_pair, encode_text, find_turns
 from .models import base_model, is_seq2seq, token_shift
 
 Item: TypeAlias = dict[str, Tensor]
 
 # Tokenizers say "no limit" by a number like 1e30.
 _NO_LIMIT: Final = 10**7
-_SHOWN: Final = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +100,7 @@ class Texts:
         """
         row = self.encoded[index] if self.targets is None else self.targets[index]
         first = row.taught.index(True) if True in row.taught else 0
-        words = " ".join(str(self.tokenizer.decode(list(row.ids[first : first + _SHOWN]))).split())
-        return words if len(words) <= _SHOWN else words[: _SHOWN - 1] + "…"
+        return begin_of(self.tokenizer, row.ids[first:])
 
     @property
     def taught(self) -> Int[Tensor, " n"]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..core.batches import to_device
 from ..core.errors import InvalidInput
+from ..objectives.base import AbstractObjective
+from ..objectives.likelihoods import TokenCrossEntropy
 from ..problem.data import BATCH_SIZE, Source
-from .models import accepted_arguments
+from ..problem.model_state import preserved
+from ..problem.problem import model_device
+from .models import accepted_arguments, token_shift
 from .padding import Padding, TrainersCollate
+from .tokenised import TokenisedRows
 
 
 def trainers_model(trainer: Any) -> nn.Module:
@@ -50,14 +60,75 @@ def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int 
         )
     if callable(getattr(data, "with_format", None)) and getattr(data, "format", {}).get("type") not in (None, "torch"):
         data = data.with_format(None)
-    collate = TrainersCollate(trainer.data_collator, _accepted(trainer), padding)
+    collate = TrainersCollate(_collator(trainer.data_collator, padding), _accepted(trainer), padding)
     return Source(
-        data,
+        TokenisedRows.of(data, trainers_tokenizer(trainer), collate, token_shift(trainer.model)),
         collate,
         batch_size=batch_size or BATCH_SIZE,
         fixed=batch_size is not None,
         reading=reading,
     )
+
+
+def _collator(collator: Any, padding: Padding) -> Any:
+    """The collate function that gives each text a row of its own, where the Trainer's puts them end to end.
+
+    Such blocks keep texts apart by their positions, so that each is trained as if it stood alone.
+
+    Raises:
+        InvalidInput: it hides other tokens in every epoch, so that no text has one loss.
+    """
+    if getattr(collator, "mlm", False):
+        raise InvalidInput(
+            "The Trainer's collate function hides other tokens in every epoch (mlm=True), so no text has one loss; "
+            "hide them once, in rows with input_ids and labels, and give the Trainer these with "
+            "DataCollatorForTokenClassification(tokenizer)."
+        )
+    if getattr(collator, "padding_free", False) and is_dataclass(collator) and not isinstance(collator, type):
+        return replace(collator, padding_free=False)
+    return OneRowEach(padding) if type(collator).__name__ == "DataCollatorWithFlattening" else collator
+
+
+@dataclass(frozen=True, eq=False)
+class OneRowEach:
+    """Texts padded beside each other, where a collate function puts them end to end.
+
+    Args:
+        padding: what suits the model.
+    """
+
+    padding: Padding
+
+    def __call__(self, items: list[Any]) -> dict[str, Tensor]:
+        rows = [
+            {name: torch.as_tensor(item[name]) for name in ("input_ids", "labels") if name in item} for item in items
+        ]
+        return self.padding([row if "labels" in row else row | {"labels": row["input_ids"]} for row in rows])
+
+
+def check_compute_loss(trainer: Any, data: Source, objective: Any) -> None:
+    """Compare a `compute_loss` of one's own with the loss that is taken for it, on the first examples alone.
+
+    Raises:
+        InvalidInput: they differ.
+    """
+    if type(trainer).compute_loss.__module__.startswith("transformers") or not isinstance(objective, AbstractObjective):
+        return
+    ours = replace(objective, average=True) if isinstance(objective, TokenCrossEntropy) else objective
+    # A copy, as some count in themselves what they have seen.
+    twin = copy.copy(trainer)
+    twin.__dict__ |= {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in ("_metrics", "_logs")}
+    with preserved(trainer.model), torch.no_grad():
+        for i in range(min(2, len(data))):
+            batch = to_device(data.collate([data.dataset[i]]), model_device(trainer.model))
+            theirs = float(twin.compute_loss(trainer.model, dict(batch)))
+            expected = float(ours.losses(ours.outputs(trainer.model, batch), batch).mean())
+            if not math.isclose(theirs, expected, rel_tol=1e-2, abs_tol=1e-4):
+                raise InvalidInput(
+                    f"{type(trainer).__name__}.compute_loss gives {theirs:.4g} for example {i} and the loss of the "
+                    f"model's head is {expected:.4g}; pass loss=, an objective or a function of (outputs, targets) "
+                    "that computes the loss of each example."
+                )
 
 
 def _accepted(trainer: Any) -> tuple[str, ...] | None:

@@ -262,6 +262,15 @@ class AbstractObjective(ABC):
             batch: the batch that the outputs came from.
         """
 
+    def losses_and_slope(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """The losses and their derivative in the outputs, where it is known in closed form; None: by autograd.
+
+        Args:
+            outputs: the model's outputs, without a graph.
+            batch: the batch that the outputs came from.
+        """
+        return None
+
     @abstractmethod
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
         """Refuse outputs and targets that do not fit this objective.

@@ -12,6 +12,9 @@ from torch import Tensor
 from ..linalg.chunks import chunks
 from .draws import Randomness, draw
 
+# From so many classes on labels are drawn block by block.
+_BLOCKED, _BLOCK = 1024, 128
+
 
 def softmax_root(z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"]) -> Float[Tensor, "k n l c"]:
     """sqrt(s p_c) (e_c - p) for every position and class: Σ_c p_c (e_c - p)(e_c - p)ᵀ = diag p - p pᵀ."""
@@ -32,9 +35,36 @@ def softmax_product(
 
 
 def _softmax_sample(p: Float[Tensor, "n l c"], level: Float[Tensor, "n l"]) -> Int[Tensor, "n l"]:
-    """Classes drawn with probabilities p by inverting their distribution function at `level`, from 0 to 1."""
+    """Classes drawn with probabilities p by inverting their distribution function at `level`, from 0 to 1.
+
+    Of many classes first a block is drawn by its sum and then a class in it: sums are a fifth of the time of running
+    sums.
+    """
+    classes = p.shape[-1]
+    if classes < _BLOCKED:
+        return _inverted(p, level)[0].clamp_max(classes - 1)
+    whole = classes // _BLOCK * _BLOCK
+    sums = p[..., :whole].unflatten(-1, (-1, _BLOCK)).sum(-1, dtype=torch.promote_types(p.dtype, torch.float32))
+    if whole < classes:
+        sums = torch.cat([sums, p[..., whole:].sum(-1, keepdim=True, dtype=sums.dtype)], -1)
+    block, left = _inverted(sums, level)
+    block = block.clamp_max(sums.shape[-1] - 1)
+    places = block[..., None] * _BLOCK + torch.arange(_BLOCK, device=p.device)
+    inside = p.gather(-1, places.clamp_max(classes - 1)) * (places < classes)
+    share = left / inside.sum(-1, dtype=sums.dtype).clamp_min(torch.finfo(sums.dtype).tiny)
+    drawn = _inverted(inside, share)[0].clamp_max(_BLOCK - 1)
+    return (block * _BLOCK + drawn).clamp_max(classes - 1)
+
+
+def _inverted(
+    p: Float[Tensor, "n l c"], level: Float[Tensor, "n l"]
+) -> tuple[Int[Tensor, "n l"], Float[Tensor, "n l"]]:
+    """The first class up to which p sums to `level` times its sum, and how much of that lies within the class."""
     summed = p.to(torch.promote_types(p.dtype, torch.float32)).cumsum(-1)
-    return torch.searchsorted(summed, level[..., None] * summed[..., -1:])[..., 0].clamp_max(p.shape[-1] - 1)
+    target = level[..., None] * summed[..., -1:]
+    drawn = torch.searchsorted(summed, target)
+    before = summed.gather(-1, (drawn - 1).clamp(0, p.shape[-1] - 1)) * (drawn > 0)
+    return drawn[..., 0], (target - before)[..., 0].clamp_min(0.0)
 
 
 def _of_counting(numbers: Float[Tensor, "n l"], counts: Bool[Tensor, "n l"]) -> Float[Tensor, "n l"]:

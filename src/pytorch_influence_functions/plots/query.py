@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, require
 from ..core.text import printable
+from ..core.token_text import token_text_of
 from ..problem.data import Source
 from ..scores.scores import MEAN, Scores
 from . import style
 from .examples import Denormalize, ExampleView, example_target, share_scale, view_example, wrap_text
 from .point_names import name_points
-from .tokens import Pieces, plot_tokens
+from .tokens import Pieces, label_text, plot_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,8 +130,8 @@ def _make_tiles(
         item = train.item(index)
         label = example_target(item) if scores.train_labels is None else scores.train_labels[index]
         name = "" if scores.train_names is None else f" {scores.train_names[index]}"
-        views.append(view_example(item, index, denormalize))
-        captions.append((style.format_signed(score), (scores.label_name(label), f"#{index}{name}")))
+        views.append(_view(train, item, index, denormalize))
+        captions.append((style.format_signed(score), (label_text(scores, label), f"#{index}{name}")))
     views, note = share_scale(views)
     return [_Tile(view, above, below) for view, (above, below) in zip(views, captions, strict=True)], note
 
@@ -144,7 +145,13 @@ def _query_tile(row: Scores, queries: Source | None, denormalize: Denormalize) -
         raise InvalidInput(f"queries= has {len(queries)} examples and the scores are of query {query}; pass theirs.")
     item = queries.item(query)
     label = example_target(item) if row.query_labels is None else row.query_labels[0]
-    return _Tile(view_example(item, query, denormalize), name, (row.label_name(label), ""))
+    return _Tile(_view(queries, item, query, denormalize), name, (label_text(row, label), ""))
+
+
+def _view(source: Source, item: Any, index: int, denormalize: Denormalize) -> ExampleView:
+    """The view of an example; of a text whose tokens are known, its text."""
+    text = None if callable(denormalize) else token_text_of(source.dataset, index)
+    return view_example(item if text is None else text.text, index, denormalize)
 
 
 def _lay_out(scores: Scores, query: _Tile, helpful: list[_Tile], harmful: list[_Tile], note: str) -> Figure:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, require
 from ..core.text import printable
+from ..core.token_text import token_text_of
 from ..problem.data import Source
 from ..scores.scores import Scores
 from . import style
@@ -98,11 +99,14 @@ def plot_tokens(
         [_scored_text(scores, train, i, score, tokens, query, sign, pieces) for i, score in side]
         for side in (scores.helpful(q, k), scores.harmful(q, k))
     ]
-    query_pieces = _split_pieces(queries.item(query), None, pieces, f"query {query}")
+    known = token_text_of(queries.dataset, query) if pieces is None else None
+    query_pieces = (
+        _split_pieces(queries.item(query), None, pieces, f"query {query}") if known is None else readable(known.pieces)
+    )
     query_labels = query_scores.query_labels
     label = query_labels[0] if query_labels is not None else example_target(queries.item(query))
     name = query_scores.describe_query(0)
-    query_text = _TokenText(query_pieces, (0.0,) * len(query_pieces), (_label_text(scores, label),))
+    query_text = _TokenText(query_pieces, (0.0,) * len(query_pieces), (label_text(scores, label),))
     with style.plot_style():
         figure = _draw_texts(query_text, texts, name, sign)
         style.save_figure(figure, path)
@@ -131,14 +135,19 @@ def _scored_text(
             "[queries, tokens], from attribution.token_scores(queries, ids)."
         )
     item = train.item(index)
-    text_pieces = _split_pieces(item, values.shape[1], pieces, f"training example {index}")
+    row: list[float] = (sign * values[query]).tolist()
+    known = token_text_of(train.dataset, index) if pieces is None else None
+    if known is not None:
+        text_pieces, row = readable(known.pieces), known.by_piece(row)
+    else:
+        text_pieces = _split_pieces(item, values.shape[1], pieces, f"training example {index}")
     label = example_target(item) if scores.train_labels is None else scores.train_labels[index]
     name = "" if scores.train_names is None else str(scores.train_names[index])
-    caption = " ".join(part for part in (f"#{index}", _label_text(scores, label), name) if part)
-    return _TokenText(text_pieces, tuple((sign * values[query]).tolist()), (style.format_signed(score), caption))
+    caption = " ".join(part for part in (f"#{index}", label_text(scores, label), name) if part)
+    return _TokenText(text_pieces, tuple(row), (style.format_signed(score), caption))
 
 
-def _label_text(scores: Scores, label: Any) -> str:
+def label_text(scores: Scores, label: Any) -> str:
     """The name of a label; empty for a text that is its own target."""
     many = label.numel() > 1 if isinstance(label, Tensor) else isinstance(label, (list, tuple))
     return "" if many else scores.label_name(label)
@@ -161,7 +170,12 @@ def _split_pieces(item: Any, count: int | None, pieces: Pieces, name: str) -> tu
         raise InvalidInput(
             f"The text of {name} has {len(tokens)} pieces and {count} token scores; pieces= has to give one per token."
         )
-    return tuple("".join(c if c.isprintable() else "·" for c in p.translate(_VISIBLE)) for p in tokens)
+    return readable(tokens)
+
+
+def readable(pieces: Sequence[str]) -> tuple[str, ...]:
+    """Pieces of a text with a tokenizer's signs for spaces and line ends made readable."""
+    return tuple("".join(c if c.isprintable() else "·" for c in p.translate(_VISIBLE)) for p in pieces)
 
 
 # --------------------------------------------------------------------------- drawing

@@ -65,6 +65,8 @@ class Contents:
         are shown token by token.
         """
         self.index["tokens"] = tokens
+        # Texts that are their own targets have no label that could be wrong.
+        self.index["labelled"] = not tokens or self.scores.train_labels is not None
         if sources is not None:
             self.index["sources"] = sources.table()
             for q, entry in enumerate(self.lists):
@@ -89,6 +91,8 @@ def collect_contents(scores: Scores, classes: Classes | None, train: ExampleRead
     )
     for entry in queue:
         entry |= _train_words(scores, labels, entry["i"])
+        text = train.token_text(entry["i"])
+        entry |= {} if text is None else {"t": clean(text.text)}
         entry |= {} if said is None else _said(said[entry["i"]])
     compared = min(COMPARED, scores.n_train)
     pairs: dict[str, list[dict[str, Any]]] = {"same": [], "other": []}

@@ -146,9 +146,8 @@ def token_record(text: TokenText, colours: Mapping[str, Any], letters: int) -> d
     A text of more letters keeps the part around its strongest tokens, else its beginning; `m` are the tokens left out
     before and behind it.
     """
-    rows = {key: [0] * text.start + list(row) for key, row in colours.get("v", {}).items()}
+    rows = {key: text.by_piece(row) for key, row in colours.get("v", {}).items()}
     count = len(text.pieces)
-    rows = {key: (row + [0] * count)[:count] for key, row in rows.items()}
     first, last = _kept(text, list(rows.values()), letters)
     taught = text.taught[first:last]
     edges = [at for at in range(len(taught) + 1) if (at < len(taught) and taught[at]) != (at > 0 and taught[at - 1])]

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..core.token_text import text_name_of
 from . import indexing
 
 Scores: TypeAlias = Any  # the class is of the file above, which imports this one
@@ -37,6 +38,9 @@ def long_table(scores: Scores) -> dict[str, Any]:
                 table[f"{side}_class"] = [class_names[i] for i in at]
         if names is not None:
             table[f"{side}_name"] = [names[i] for i in at]
+        elif side == "train" and text_name_of(scores.train_source, 0) is not None:
+            texts = {i: text_name_of(scores.train_source, i) for i in set(places)}
+            table["train_name"] = [texts[i] for i in places]
     return table
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput, NonFinite, name_ids, require
 from ..core.files import read_tensors, write_bytes, write_tensors
 from ..core.text import printable
+from ..core.token_text import text_name_of
 from . import difference, export, indexing
 from .diagnostics import Diagnostics
 
@@ -313,10 +314,10 @@ class Scores:
         return f"query {int(self.query_ids[row])}" if self.query_names is None else self.query_names[row]
 
     def describe_train(self, index: int) -> str:
-        """Training example `index` as `#index` with its label and its name, where known."""
+        """Training example `index` as `#index` with its label and its name, or the beginning of its text."""
         label = self.label_name(indexing.member_at(self.train_labels, index))
-        parts = [f"#{index}", label, indexing.member_at(self.train_names, index) or ""]
-        return " ".join(part for part in parts if part)
+        name = text_name_of(self.train_source, index) if self.train_names is None else self.train_names[index]
+        return " ".join(part for part in (f"#{index}", label, name or "") if part)
 
     def __repr__(self) -> str:
         queries, columns = self.shape
@@ -326,10 +327,13 @@ class Scores:
         facts += [f"lambda = {d.lambda_text}"] if d.lambda_text else []
         facts += ["helpful = positive" if self.lower_is_better else "helpful = negative"]
         ends = [f"\n  {self.provenance}"] if self.provenance else []
-        ends += [
-            f"\n  {self.describe_query(0)}, most {name}: " + ", ".join(f"{i} ({s:+.3g})" for i, s in find(0, 3))
-            for name, find in (("helpful", self.helpful), ("harmful", self.harmful))
-        ]
+        texts = len(self) > 0 and self.n_train > 0 and text_name_of(self.train_source, 0) is not None
+        for name, find in (("helpful", self.helpful), ("harmful", self.harmful)):
+            if texts:
+                listed = "".join(f"\n    {s:+.3g}  {printable(self.describe_train(i))}" for i, s in find(0, 3))
+            else:
+                listed = " " + ", ".join(f"{i} ({s:+.3g})" for i, s in find(0, 3))
+            ends.append(f"\n  {self.describe_query(0)}, most {name}:{listed}")
         return f"Scores({', '.join(facts)}){''.join(ends)}"
 
     def _repr_html_(self, rows: int = 10, k: int = 5) -> str:

@@ -5,8 +5,9 @@
   const meta = read("meta"), index = read("index"), Q = index.queries, size = Q.name.length;
   const measure = index.loss ? "loss" : "measure";
   const FEW = 48;
-  /** What a label is called: of classes a label, of predicted numbers a value, with the name it was given. */
-  const numeric = index.numeric, LABEL = numeric ? "value" : "label";
+  /** What a label is called: of classes a label, of predicted numbers a value, with the name it was given; texts that are
+      taught without one are doubtful as texts. */
+  const numeric = index.numeric, labelled = index.labelled, LABEL = numeric ? "value" : labelled ? "label" : "text";
   const target = (numeric && index.target.replace(/\s*\[.+\]\s*$/, "")) || LABEL, LABELLED = numeric ? target : "labelled";
   const capital = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 
@@ -157,7 +158,7 @@
       el("button", { type: "button", class: "close", onclick: () => box.close() }, "Close"),
       el("h2", {}, "Training example " + i), large(record, q), facts,
       record.likely && record.likely.length ? el("div", { class: "part" }, likely(record.likely)) : "",
-      entry ? el("div", { class: "part" }, el("h3", {}, "Evidence that its " + LABEL + " is doubtful"), ...evidence(entry, record)) : "",
+      entry ? el("div", { class: "part" }, el("h3", {}, labelled ? "Evidence that its " + LABEL + " is doubtful" : "Why it is worth a look"), ...evidence(entry, record)) : "",
       moved(record), ticks(i, true));
     box.showModal();
   }
@@ -175,7 +176,7 @@
   $("example").addEventListener("click", (event) => { if (event.target === $("example")) $("example").close(); });
 
   // ------------------------------------------------------------------ decisions
-  const WORDS = { wrong_label: "Wrong " + LABEL, duplicate: "Duplicate", keep: "Keep" };
+  const WORDS = { wrong_label: labelled ? "Wrong " + LABEL : "Take out", duplicate: "Duplicate", keep: "Keep" };
   const key = "ptif-report-" + meta.id;
   /** Index -> { word, as }: what was ticked, and the label the example should have, or null. */
   let decisions = new Map(), stored = true;
@@ -195,7 +196,7 @@
       button.dataset.word = word;
       box.append(button);
     }
-    if (full) box.append(el("label", { class: "relabel" }, el("span", {}, numeric ? "Right value" : "Relabel as"), relabelling(i)));
+    if (full && labelled) box.append(el("label", { class: "relabel" }, el("span", {}, numeric ? "Right value" : "Relabel as"), relabelling(i)));
     return box;
   }
   function relabelling(i) {
@@ -326,11 +327,13 @@
       el("p", {}, "In Python: ", code("ptif.what_if(problem, remove=…, relabel=…)"), " and ", code('ptif.actions.curate(train, "decisions.json").retrain(recipe, test)'), ".")];
   }
   async function showDecisions() {
-    const rows = await decided(), box = $("decisions");
-    const columns = ["Example", capital(target), "Decision", numeric ? "Right value" : "Relabel as", el("span", { class: "away" }, "Take back")];
+    const rows = await decided(), box = $("decisions"), begins = new Map();
+    if (!labelled) for (const row of rows) begins.set(row.index, (await example(row.index).catch(() => ({}))).t);
+    const columns = ["Example", capital(target), "Decision", ...(labelled ? [numeric ? "Right value" : "Relabel as"] : []), el("span", { class: "away" }, "Take back")];
     const body = rows.map((row) => el("tr", {},
       el("td", {}, el("button", { type: "button", onclick: () => look(row.index) }, "#" + row.index)),
-      el("td", { dir: "auto" }, brief(row.label || "")), el("td", {}, WORDS[row.decision]), el("td", { dir: "auto" }, row.relabel_as === null ? "" : brief(String(row.relabel_as))),
+      el("td", { dir: "auto" }, brief(row.label || (labelled ? "" : begins.get(row.index) || ""))), el("td", {}, WORDS[row.decision]),
+      labelled ? el("td", { dir: "auto" }, row.relabel_as === null ? "" : brief(String(row.relabel_as))) : "",
       el("td", {}, el("button", { type: "button", "aria-label": "Forget the decision for example " + row.index,
         onclick: () => { decide(row.index, null); showDecisions(); } }, "Forget"))));
     const foreseen = el("div");
@@ -378,7 +381,7 @@
   function fillFilters() {
     const form = $("filters"), labels = [...new Set(Q.label)].filter((label) => label !== "");
     form.addEventListener("submit", (event) => event.preventDefault());
-    form.append(el("label", { class: "wide" }, "Search names, labels, texts",
+    form.append(el("label", { class: "wide" }, labelled ? "Search names, labels, texts" : "Search names, texts",
       el("input", { type: "search", oninput: (event) => { filters.search = event.target.value; filtered(); } })));
     if (labels.length > 1 && labels.length <= 200 && !numeric) form.append(selected("label", [["", "all"], ...labels.map((label) => [label, label])], "Label"));
     if (Q.wrong && Q.wrong.some((wrong) => wrong !== null)) form.append(selected("wrong", [["", "all"], ["1", "wrong only"], ["0", "right only"]], "Answered"));
@@ -549,9 +552,9 @@
   }
   const BY = {
     doubt: "Ordered by the doubt that the report was given, such as that of find_label_issues().",
-    loss: "Ordered by the model's loss on the " + LABEL + "; find_label_issues() finds more wrong " + LABEL + "s.",
-    self: "Ordered by self-influence: the model leans on these " + LABEL + "s alone, which a wrong one needs.",
-    mean: "Ordered by mean harm over all queries; with train_predictions= the model's loss is taken in, which finds wrong " + LABEL + "s better.",
+    loss: "Ordered by the model's loss on the " + LABEL + (labelled ? "; find_label_issues() finds more wrong " + LABEL + "s." : "."),
+    self: "Ordered by self-influence: " + (labelled ? "the model leans on these " + LABEL + "s alone, which a wrong one needs." : "how much the model leans on a text to predict that text itself, as odd ones need."),
+    mean: "Ordered by mean harm over all queries" + (labelled ? "; with train_predictions= the model's loss is taken in, which finds wrong " + LABEL + "s better." : ": the texts without which the model would answer better."),
     turns: "Taken by turns from two orders: the largest " + (index.queue.some((entry) => entry.o !== undefined) ? "self-influence (the model leans on this " + LABEL + " alone)" : "mean harm over all queries") + ", and the largest error of the model, which typing errors have.",
   };
   const wanted = { search: "", label: "", state: "", sort: "" };
@@ -560,7 +563,7 @@
     const words = wanted.search.trim().toLowerCase();
     const entries = index.queue.filter((entry) => (!wanted.label || entry.l === wanted.label)
       && (wanted.state === "" || (wanted.state === "open" ? !decisions.has(entry.i) : wanted.state === "done" ? decisions.has(entry.i) : entry.wrong === 1))
-      && (!words || ["#" + entry.i, entry.l, entry.n, entry.said, entry.g].join("\n").toLowerCase().includes(words)));
+      && (!words || ["#" + entry.i, entry.l, entry.n, entry.t, entry.said, entry.g].join("\n").toLowerCase().includes(words)));
     const rank = { own: (e) => e.o, harm: (e) => e.h, error: (e) => Math.abs(e.err ?? -1), model: (e) => (e.wrong ? 1 + (e.sure ?? 0) : -(e.sure ?? 1)), index: (e) => -e.i }[wanted.sort];
     return rank ? entries.sort((a, b) => rank(b) - rank(a) || a.i - b.i) : entries;
   }
@@ -578,7 +581,7 @@
       form.append(el("label", {}, shown, picked));
     };
     form.addEventListener("submit", (event) => event.preventDefault());
-    form.append(el("label", { class: "wide" }, "Search " + LABEL + "s, names, #index",
+    form.append(el("label", { class: "wide" }, labelled ? "Search " + LABEL + "s, names, #index" : "Search texts, #index",
       el("input", { type: "search", value: wanted.search, oninput: (event) => { wanted.search = event.target.value; draw(); } })));
     const labels = [...new Set(index.queue.map((entry) => entry.l))].filter((label) => label).sort();
     if (labels.length > 1 && labels.length <= 200 && !numeric) choice("label", [["", "all"], ...labels.map((label) => [label, brief(label, 40)])], "Label");
@@ -589,7 +592,7 @@
     if (index.queue.some((entry) => entry.wrong !== undefined)) sorts.push(["model", "model surest of another label"]);
     if (index.queue.some((entry) => entry.o !== undefined)) sorts.push(["own", "largest self-influence"]);
     choice("sort", [...sorts, ["harm", "most harm over all queries"], ["index", "in dataset order"]], "Order");
-    box.append(el("p", {}, "The " + whole(index.queue.length) + " training examples whose " + LABEL + "s are most worth a look, worst first. " + BY[index.queueBy]), form, count, list);
+    box.append(el("p", {}, "The " + whole(index.queue.length) + (labelled ? " training examples whose " + LABEL + "s are" : " training texts") + " most worth a look, worst first. " + BY[index.queueBy]), form, count, list);
     draw();
   }
   const panels = {
@@ -598,7 +601,8 @@
       if (!index.compared) { box.append(el("p", {}, "Inputs were not compared: the training data were not at hand.")); return; }
       const among = index.compared === index.n ? "all " + whole(index.n) + " training examples" : "the " + whole(index.compared) + " most influential training examples";
       box.append(el("p", {}, "Inputs were compared among " + among + "; a pair is listed when it differs by at most a quarter of what two random examples differ by."));
-      for (const [kind, title, none] of [["other", "Conflicting: nearly the same input, another " + LABEL, "No conflicting pair was found."], ["same", "Near duplicates: nearly the same input and " + LABEL, "No near duplicates were found."]]) {
+      const conflicts = ["other", "Conflicting: nearly the same input, another " + LABEL, "No conflicting pair was found."];
+      for (const [kind, title, none] of [...(labelled ? [conflicts] : []), ["same", "Near duplicates: nearly the same " + (labelled ? "input and " : "") + LABEL, "No near duplicates were found."]]) {
         box.append(el("h2", {}, title + " (" + index.pairs[kind].length + ")"));
         if (index.pairs[kind].length) growing(box, index.pairs[kind], pair, 12); else box.append(el("p", { class: "faint" }, none));
       }
@@ -693,8 +697,8 @@
     const box = (href, number, words) => el("a", { href }, el("b", { class: "num" }, number), words);
     $("start").append(
       box("#queries", whole(size), size === 1 ? "query and what it rests on" : "queries and what each rests on" + (wrong ? "; " + whole(wrong) + " answered wrongly" : "")),
-      box("#training/labels", whole(index.queue.length), "training examples with the most doubtful " + LABEL + "s"),
-      box("#training/pairs", whole(pairs), "near-duplicate or conflicting pairs"));
+      box("#training/labels", whole(index.queue.length), labelled ? "training examples with the most doubtful " + LABEL + "s" : "training texts most worth a look"),
+      box("#training/pairs", whole(pairs), labelled ? "near-duplicate or conflicting pairs" : "near-duplicate pairs"));
   }
   let first = true;
   function route() {
