@@ -138,6 +138,7 @@ def test_names_of_files(both: tuple[Path, Result, Result], t: Toy) -> None:
     assert len(metas) == 2 and "influences_results_meta_0-1.json" in metas
     assert [x for x in made if x not in metas] == [
         "grad_z",
+        "index",
         "influence_results.json",
         "influence_results_0_1.json",
         "s_test",
@@ -198,6 +199,60 @@ def test_calc_s_test_and_calc_grad_z_round_trip(t: Toy, both: tuple[Path, Result
     )
     with pytest.raises(InvalidInput, match="start=30 lies outside"):
         calc_grad_z(t.model, t.train, start=30)
+
+
+def test_gradients_are_kept_in_an_index_that_later_runs_find(
+    t: Toy, both: tuple[Path, Result, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted, asked again, asked of other data, of another model: never computed twice, never stale."""
+    from pytorch_influence_functions.store import build
+
+    config, folder = short(tmp_path, grad_z_files=False), tmp_path / "index"
+    monkeypatch.setattr(build, "SHARD_BYTES", 500)
+    shards, encode = 0, build.encode_shard
+
+    def counting(*args: Any) -> Any:
+        nonlocal shards
+        shards += 1
+        if shards == stop:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(build, "encode_shard", counting)
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        calc_all_grad_then_test(config, t.model, t.train, t.test)
+    stop = -1
+    result = calc_all_grad_then_test(config, t.model, t.train, t.test)
+    files = sorted(folder.glob("rows-*"))
+    assert len(files) > 4 and shards == len(files) + 1  # the one it was stopped at again, no other
+    assert gap(result.scores.values, both[2].scores.values) < rounding(torch.float64, condition=1e3)
+    assert not (tmp_path / "grad_z").exists()
+    gradients = load_grad_z(folder, 30)
+    assert len(gradients[5:9]) == 4 and len(gradients) == 30
+    for a, b in zip(
+        [gradients[29], gradients[3:9][2]], [calc_grad_z(t.model, t.train)[0][i] for i in (29, 5)], strict=True
+    ):
+        assert all(v.shape == w.shape and gap(v, w) < rounding(w) for v, w in zip(a, b, strict=True))
+    with pytest.raises(InvalidInput, match="holds 30 training gradients and 31 were expected"):
+        load_grad_z(folder, 31)
+    calc_all_grad_then_test(short(tmp_path, grad_z_files=False, seed=7), t.model, t.train, t.test)
+    assert shards == len(files) + 1  # another question computes no gradient again
+    other = TensorDataset(torch.cat([t.x[:29], t.x[:1]]), t.y)
+    for data, model in ((other, t.model), (t.train, doubled(t.model))):
+        expected = calc_img_wise(short(tmp_path / "live"), model, data, t.test)
+        again = calc_all_grad_then_test(config, model, data, t.test)
+        assert gap(again.scores.values, expected.scores.values) < rounding(torch.float64, condition=1e3)
+    assert len(list(folder.glob("rows-*"))) == len(files)
+
+
+def doubled(model: nn.Module) -> nn.Module:
+    """Another model of the same shape."""
+    other = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        other.weight.copy_(2 * model.weight)  # type: ignore[operator]
+        other.bias.copy_(model.bias)
+    return other
 
 
 def test_custom_patterns_round_trip(t: Toy, tmp_path: Path) -> None:

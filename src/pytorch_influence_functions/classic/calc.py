@@ -21,10 +21,10 @@ from ..scores.scores import Scores
 from .config import Config
 from .console import log, logged_to
 from .engine import ClassicSettings, Engine, calculation, make_source
-from .files import ResultFiles, StoredVectors, load_grad_z, save_vectors, vector_file_name
+from .files import ResultFiles, StoredVectors, save_vectors, vector_file_name
+from .gradient_index import index_gradients, indexed_products, write_gradient_files
 from .results import InfluenceResult, result_entry
 from .selection import choose_test_ids
-from .vectors import inner_products, store_gradients
 
 # The file of partial results grows with every item; writing it may take this share of the time.
 _WRITING_SHARE = 0.1
@@ -248,10 +248,15 @@ def calc_all_grad_then_test(
 ) -> InfluenceResult:
     """The same influences as `calc_img_wise` by way of the disk: all training gradients, all s_test, then products.
 
-    It writes a file of the model's size per training example under `save_pth`, by default `outdir`. That is worth the
-    space if gradients are slower to compute than to read. Arguments, returned value and errors as in `calc_img_wise`.
-    `config["solver"]` must be "lissa": it is the one that makes s_test vectors. The results are written to
-    `influence_results.json`.
+    The gradients are kept in an index, the folder `index` under `save_pth`, by default `outdir`: exactly, as the inputs
+    of layers and the gradients at their outputs, which for perceptrons and heads take a hundredth of what gradients do.
+    An interrupted run goes on there, and a later one with other test items computes no gradient again; of another
+    model, loss or other data they are computed anew. `ptif.Index.open` opens it too. Each gradient is also written to
+    a file of the model's size, `grad_z/0.grad_z` and so on; `config["grad_z_files"] = False` leaves these out, and
+    `load_grad_z` then reads the folder `index`.
+
+    Arguments, returned value and errors as in `calc_img_wise`. `config["solver"]` must be "lissa": it is the one that
+    makes s_test vectors. The results are written to `influence_results.json`.
 
     Args:
         config, model, train_loader, test_loader: as in `calc_img_wise`.
@@ -264,8 +269,10 @@ def calc_all_grad_then_test(
                 "calc_all_grad_then_test stores s_test vectors, which config['solver']='auto' does not always make; "
                 "use 'lissa', or calc_img_wise."
             )
-        pattern = run.config["grad_z_pattern"]
-        store_gradients(run.engine, run.folder / "grad_z", pattern, range(len(run.engine)))
+        _ = run.engine.attribution  # how it takes gradients holds for all of them
+        stored = index_gradients(run.engine, run.folder / "index")
+        if run.config["grad_z_files"]:
+            write_gradient_files(stored, run.folder / "grad_z", run.config["grad_z_pattern"])
         labels, seconds = [], []
         for ids in track(run.engine.blocks(run.ids), len(run.ids), "s_test", len):
             start = time.perf_counter()
@@ -276,8 +283,7 @@ def calc_all_grad_then_test(
             labels += query.labels
             seconds += [(time.perf_counter() - start) / len(ids)] * len(ids)
         start = time.perf_counter()
-        gradients = load_grad_z(run.folder / "grad_z", len(run.engine), pattern=pattern)
-        values = inner_products(gradients, StoredVectors(tuple(run.s_test_path(i) for i in run.ids)))
+        values = indexed_products(run.engine, stored, StoredVectors(tuple(run.s_test_path(i) for i in run.ids)))
         share = (time.perf_counter() - start) / len(run.ids)
         scores = run.scores(values, run.ids, labels)
         influences = {

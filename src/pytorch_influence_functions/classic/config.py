@@ -55,6 +55,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "progress": True,
     "s_test_pattern": "{i}_recdep{d}_r{r}.s_test",
     "grad_z_pattern": "{i}.grad_z",
+    "grad_z_files": True,
     "deterministic": "warn",
     "num_workers": 1,
 }
@@ -76,7 +77,8 @@ class Config(dict[str, Any]):
     first read), `num_workers` (processes over test examples).
 
     Files: `outdir`, `save_pth`, `results_name` (may hold `{start}` and `{num}`), `keep_tmp`, `top_k` (length of the
-    per-example lists, `None`: all), `s_test_pattern` (fields `i d r`), `grad_z_pattern` (field `i`).
+    per-example lists, `None`: all), `s_test_pattern` (fields `i d r`), `grad_z_pattern` (field `i`),
+    `grad_z_files` (whether `calc_all_grad_then_test` writes gradients to files too, beside the index it keeps).
     Output: `log_filename`, `progress` (`False`: silent, or a callback `(label, done, total)`).
 
     The effective damping of the recursion on the Hessian is `damp * scale`: 0.25 by default.
@@ -316,6 +318,7 @@ _CHECKS: Mapping[str, _Check] = {
     "progress": (lambda v: isinstance(v, bool) or callable(v), "True, False or a callback (label, done, total)"),
     "s_test_pattern": _TEXT_I,
     "grad_z_pattern": _TEXT_I,
+    "grad_z_files": _BOOL,
     "deterministic": (lambda v: isinstance(v, bool) or v in POLICIES, "'warn', 'error', 'ignore' or True"),
     "num_workers": _COUNT,
 }

@@ -31,6 +31,7 @@ from ..gradients.products import Products
 from ..influence.attribution import Attribution, Influence
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
+from ..linalg.space import Space
 from ..objectives.base import inputs_and_targets
 from ..objectives.likelihoods import CrossEntropy
 from ..problem.data import Source
@@ -324,8 +325,7 @@ class Engine:
 
     def to_lists(self, rows: Rows) -> list[list[Tensor]]:
         """One list of tensors per row, in parameter order, on the CPU."""
-        tree = self.derivatives.space.to_parameters(rows.dense())
-        return [[tree[name][k].detach().cpu().clone() for name in self.names] for k in range(len(rows))]
+        return lists_of(rows, self.derivatives.space, self.names)
 
     def from_list(self, vectors: Sequence[Tensor]) -> Rows:
         """A row from a list of tensors in parameter order.
@@ -344,6 +344,12 @@ class Engine:
         like = parameters[self.names[0]]
         tree = {k: v.detach().to(like)[None] for k, v in zip(self.names, vectors, strict=True)}
         return self.derivatives.space.from_parameters(tree)
+
+
+def lists_of(rows: Rows, space: Space, names: Sequence[str]) -> list[list[Tensor]]:
+    """One list of tensors per row, in the order of `names`, on the CPU and each with memory of its own."""
+    tree = space.to_parameters(rows.dense())
+    return [[tree[name][k].detach().cpu().clone() for name in names] for k in range(len(rows))]
 
 
 def measure_curvature(model: nn.Module, train: Any, settings: ClassicSettings, damping: float) -> Tuning:

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, name_ids
 from ..core.files import replacing, write_bytes
+from ..store.manifest import MANIFEST
+from ..store.stored_gradients import StoredGradients
 from .config import DEFAULTS
 from .console import log
+from .engine import lists_of
 
 Vectors = list[Tensor]
 FolderPath = str | os.PathLike[str]
@@ -203,6 +206,27 @@ class StoredVectors(Sequence[Vectors]):
         return map(load_vectors, self.paths)
 
 
+@dataclass(frozen=True, eq=False)
+class IndexedVectors(Sequence[Vectors]):
+    """The gradients of an index as lists of tensors, each read when it is used."""
+
+    stored: StoredGradients
+    positions: range
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @overload
+    def __getitem__(self, index: int) -> Vectors: ...
+    @overload
+    def __getitem__(self, index: slice) -> IndexedVectors: ...
+    def __getitem__(self, index: int | slice) -> Vectors | IndexedVectors:
+        if isinstance(index, slice):
+            return IndexedVectors(self.stored, self.positions[index])
+        row = self.stored.row(self.positions[index])
+        return lists_of(row, self.stored.space, self.stored.names)[0]
+
+
 def _find_vectors(folder: FolderPath, pattern: str) -> list[tuple[dict[str, int], Path]]:
     path = Path(folder)
     if not path.is_dir():
@@ -215,17 +239,19 @@ def _find_vectors(folder: FolderPath, pattern: str) -> list[tuple[dict[str, int]
 
 def load_grad_z(
     grad_z_dir: FolderPath = "grad_z", train_dataset_size: int = -1, *, pattern: str = GRAD_Z
-) -> StoredVectors:
+) -> StoredVectors | IndexedVectors:
     """The training gradients saved in a folder, by index: a sequence of lists of tensors, each read when used.
 
     Args:
-        grad_z_dir: the folder.
+        grad_z_dir: the folder of files, or of the index that `calc_all_grad_then_test` keeps.
         train_dataset_size: how many are expected, -1 for as many as there are.
         pattern: how they are named.
 
     Raises:
         InvalidInput: no folder, no file, or missing indices (named).
     """
+    if (Path(grad_z_dir) / MANIFEST).exists():
+        return _indexed_vectors(grad_z_dir, train_dataset_size)
     by_index = {fields["i"]: path for fields, path in _find_vectors(grad_z_dir, pattern)}
     size = train_dataset_size if train_dataset_size != -1 else max(by_index, default=-1) + 1
     missing = [i for i in range(size) if i not in by_index]
@@ -233,6 +259,16 @@ def load_grad_z(
         fault = f"lacks training gradients {name_ids(missing)}" if missing else f"holds no file like {pattern!r}"
         raise InvalidInput(f"The folder {str(grad_z_dir)!r} {fault}; save them with calc_grad_z(..., save_pth=folder).")
     return StoredVectors(tuple(by_index[i] for i in range(size)))
+
+
+def _indexed_vectors(folder: FolderPath, size: int) -> IndexedVectors:
+    stored = StoredGradients.open(folder)
+    if size not in (-1, len(stored)):
+        raise InvalidInput(
+            f"The index in {os.fspath(folder)!r} holds {len(stored):,} training gradients and {size:,} were expected; "
+            "give the folder of that data set."
+        )
+    return IndexedVectors(stored, range(len(stored)))
 
 
 def load_s_test(

@@ -214,6 +214,10 @@ def _is_running(process: int) -> bool:
 # --------------------------------------------------------------------------- one writer at a time
 
 
+class InUse(InvalidInput):
+    """Another process keeps the folder for itself."""
+
+
 @contextmanager
 def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None]:
     """Keep a folder for this process; the lock ends with the process, however that ends.
@@ -222,8 +226,8 @@ def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None
     out where the file system has no locks, or where the folder can only be read. The file says who has the lock.
 
     Raises:
-        InvalidInput: another process has it (which, on which machine and since when), or the folder cannot be written
-            to.
+        InUse: another process has it (the message says which, on which machine and since when).
+        InvalidInput: the folder cannot be written to.
     """
     path = make_folder(folder) / name
     handle = _open_locked(path)
@@ -255,7 +259,7 @@ def _open_locked(path: Path) -> int | None:
         holder = _holder(handle)
         os.close(handle)
         if not alone:
-            raise InvalidInput(
+            raise InUse(
                 f"Another process is writing to {os.fspath(path.parent)!r}{holder}; wait until it ends, or give "
                 "another folder."
             )

@@ -23,6 +23,7 @@ from ..influence.assumptions import StationarityCheck
 from ..influence.attribution import Influence
 from ..influence.checks import check_problem
 from ..linalg.rows import Rows
+from ..methods.papers import grad_dot
 from ..problem.ingredients import CODE, WEIGHTS, describe_model, digest_data, digest_model
 from ..problem.labels import labels_of
 from ..problem.problem import Problem, sweep
@@ -42,6 +43,10 @@ LOSS, PARAMETERS, DATA, METHOD = "loss", "parameters", "training data", "method"
 SHARD_BYTES: Final = 128 << 20
 # Examples that stand for the data in the fingerprint; all others are compared where they are stored.
 _SAMPLED: Final = 64
+
+
+class IndexDiffers(InvalidInput):
+    """The folder holds an index of something else than what is to be stored in it."""
 
 
 @final
@@ -100,10 +105,22 @@ class Plan:
             )
         given, problem = problem, in_working_precision(problem, method.precision)
         derivatives = replace(Derivatives.of(problem), memory=Budget.of(method.memory).bytes)
-        some = torch.arange(min(4, len(problem)))
-        rows = next(iter(derivatives.stream(ids=some, label="looking at gradients", world=World()))).rows
-        choice = choose(representation, dtype, derivatives, rows, count, Budget.of(budget))
+        choice = choose(representation, dtype, derivatives, _look(derivatives), count, Budget.of(budget))
         return Plan(method, problem, given, derivatives, choice, Budget.of(shard).bytes)
+
+    @staticmethod
+    def of_gradients(derivatives: Derivatives, given: Problem) -> Plan:
+        """Keep the gradients of the loss as they are, in factors, for a caller who solves with a curvature of its own.
+
+        Args:
+            derivatives: how gradients are taken.
+            given: the problem as it was given.
+        """
+        # Weight decay is no part of an example's gradient.
+        problem, given = (p.with_(weight_decay=0.0) for p in (derivatives.problem, given))
+        derivatives = replace(derivatives, problem=problem, whole=problem.space)
+        choice = choose(Factors(), None, derivatives, _look(derivatives), None, Budget())
+        return Plan(grad_dot(), problem, given, derivatives, choice, SHARD_BYTES)
 
     def fingerprint(self) -> Fingerprint:
         """What the index is made from. The data count by a sample here; each example's digest is stored."""
@@ -141,13 +158,19 @@ class Plan:
             "shard_rows": self.shard_rows,
             "loss": repr(self.derivatives.objective),
             "model": type(self.given.model).__name__,
-            "parameters": list(self.problem.space.names),
+            "parameters": list(self.problem.space.shapes),
             "weight_decay": strength if isinstance(strength, (int, float)) else dict(strength),
             "class_names": self.problem.data.class_names,
             "stationarity": {**vars(check), "shares": dict(check.shares)},
             "routes": self.derivatives.routes,
             "precision": self.method.precision,
         }
+
+
+def _look(derivatives: Derivatives) -> Rows:
+    """The gradients of a few examples."""
+    some = torch.arange(min(4, len(derivatives.problem)))
+    return next(iter(derivatives.stream(ids=some, label="looking at gradients", world=World()))).rows
 
 
 def describe_parameters(derivatives: Derivatives) -> list[Any]:
@@ -159,8 +182,9 @@ def build(plan: Plan, folder: str | os.PathLike[str], data: Any, overwrite: bool
     """Build an index, or go on with one that was interrupted.
 
     Raises:
-        InvalidInput: the folder holds an index of something else, another process writes there, or it cannot be
-            written to.
+        IndexDiffers: the folder holds an index of something else.
+        InUse: another process writes there.
+        InvalidInput: it cannot be written to.
     """
     examples = Examples.of(data, plan.problem.data)
     with writing(folder) as path:
@@ -181,7 +205,7 @@ def _resumed(path: Path, fingerprint: Fingerprint) -> IndexFolder:
     opened = IndexFolder.open(path)
     changed = fingerprint.differences(opened.manifest.fingerprint)
     if changed:
-        raise InvalidInput(
+        raise IndexDiffers(
             f"{os.fspath(path)!r} holds an index that differs in {', '.join(changed)}; give another folder, or "
             "overwrite=True to replace it."
         )
@@ -206,7 +230,7 @@ def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Exampl
         part: which one, counted from 0.
 
     Raises:
-        InvalidInput: the data are not those that the part was begun with.
+        IndexDiffers: the data are not those that the part was begun with.
     """
     manifest = opened.manifest
     first = manifest.parts[part]
@@ -223,7 +247,7 @@ def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Exampl
             stored = opened.read(written[number].file).tensors[HASHES]
             _compare(stored, written[number].stop - written[number].first, projected, shard, place)
         elif stop is not None or manifest.complete:
-            raise InvalidInput(
+            raise IndexDiffers(
                 f"The data hold more examples than the {place - first:,} that {os.fspath(opened.path)!r} was built "
                 "from; add them with append(), or build with overwrite=True."
             )
@@ -240,7 +264,7 @@ def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Exampl
 
 def _check_length(opened: IndexFolder, given: int, stored: int) -> None:
     if given < stored:
-        raise InvalidInput(
+        raise IndexDiffers(
             f"The data end at example {given:,} and {os.fspath(opened.path)!r} holds {stored:,}; give all of the data "
             "that it was built from, or build with overwrite=True."
         )
@@ -251,7 +275,7 @@ def _compare(stored: Tensor, count: int, derivatives: Derivatives, shard: ShardS
     if len(stored) != count:
         return  # some of it was removed and compacted
     if count != len(shard.ids):
-        raise InvalidInput(
+        raise IndexDiffers(
             f"The data hold {len(shard.ids):,} examples from {place:,} on where the index has {count:,}; give the data "
             "that it was built from, or build with overwrite=True."
         )
@@ -260,7 +284,7 @@ def _compare(stored: Tensor, count: int, derivatives: Derivatives, shard: ShardS
     hashes = torch.cat([hash_examples(batch, len(ids)) for ids, batch in batches])
     differing = (hashes != stored).nonzero().flatten()
     if len(differing):
-        raise InvalidInput(
+        raise IndexDiffers(
             f"Example {place + int(differing[0]):,} is not what it was when the index was built ({len(differing):,} of "
             f"{count:,} in its shard differ); give the same data, or build with overwrite=True."
         )
