@@ -44,7 +44,7 @@ def _softmax_sample(p: Float[Tensor, "n l c"], level: Float[Tensor, "n l"]) -> I
     if classes < _BLOCKED:
         return _inverted(p, level)[0].clamp_max(classes - 1)
     whole = classes // _BLOCK * _BLOCK
-    sums = p[..., :whole].unflatten(-1, (-1, _BLOCK)).sum(-1, dtype=torch.promote_types(p.dtype, torch.float32))
+    sums = p[..., :whole].reshape(*p.shape[:-1], -1, _BLOCK).sum(-1, dtype=torch.promote_types(p.dtype, torch.float32))
     if whole < classes:
         sums = torch.cat([sums, p[..., whole:].sum(-1, keepdim=True, dtype=sums.dtype)], -1)
     block, left = _inverted(sums, level)
