@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial, wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -62,7 +62,25 @@ def checked(what: Any) -> Any:
             except BeartypeCallHintViolation as violation:
                 raise jaxtyping.TypeCheckError(str(violation)) from None
 
-    return call
+    @wraps(what)
+    def generate(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        """A generator's arguments are looked at when its first item is asked for, which is in another's call."""
+        __tracebackhide__ = True
+        items = checker(*args, **kwargs)
+        try:
+            with _ONE_CALL:
+                try:
+                    first = next(items)
+                except StopIteration as end:
+                    return end.value
+                except BeartypeCallHintViolation as violation:
+                    raise jaxtyping.TypeCheckError(str(violation)) from None
+            yield first
+            return (yield from items)
+        finally:
+            items.close()
+
+    return generate if inspect.isgeneratorfunction(what) else call
 
 
 def without_return(function: Callable[..., Any]) -> Callable[..., Any]:
