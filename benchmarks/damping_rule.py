@@ -35,7 +35,7 @@ from pytorch_influence_functions.evaluation import (
     retrain,
     train_model,
 )
-from pytorch_influence_functions.solvers import Spectral
+from pytorch_influence_functions.solvers import Spectral, Woodbury
 
 EKFAC_SHARES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 EXACT_SHARES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -108,19 +108,17 @@ SETTINGS: dict[str, Callable[[bool], Setting]] = {
 }
 
 
-def methods(exact: bool) -> dict[str, tuple[ptif.Influence, tuple[Any, ...]]]:
-    """(the method, dampings tried on its one fit) by name."""
-    relative = [Relative(s) for s in EXACT_SHARES]
+def methods(parameters: int, rows: int) -> dict[str, tuple[ptif.Influence, tuple[Any, ...]]]:
+    """(the method, dampings tried on its one fit) by name, for so many parameters and rows of the dual."""
+    relative = (*(Relative(s) for s in EXACT_SHARES), FromCurve())
     found: dict[str, tuple[ptif.Influence, tuple[Any, ...]]] = {
         "Auto": (ptif.Influence(), ()),
         "EK-FAC, per layer": (ptif.ekfac(), tuple(Relative(s, per_block=True) for s in EKFAC_SHARES)),
         "EK-FAC, overall": (ptif.ekfac(), tuple(Relative(s) for s in EKFAC_SHARES)),
     }
-    if exact:
-        found["exact GGN"] = ptif.Influence(GGN(), Spectral()), (*relative, FromCurve())
-        found["exact GGN, per layer"] = (
-            ptif.Influence(GGN(), Spectral()), tuple(Relative(s, per_block=True) for s in EKFAC_SHARES),
-        )  # fmt: skip
+    if min(parameters, rows) <= 1500:
+        solver: Any = Spectral() if parameters <= rows else Woodbury()
+        found["exact GGN"] = ptif.Influence(GGN(), solver), relative
     else:
         found["dual of the empirical Fisher"] = ptif.dual(), (FromCurve(),)
     return found
@@ -132,10 +130,10 @@ def measure(name: str, quick: bool) -> None:
     truth, model = this.truth(), this.model()
     x, y, qx, qy = this.data
     problem = ptif.Problem(model, this.objective, (x, y), weight_decay=this.weight_decay, batch_size=250)
-    ceiling = noise_ceiling(truth)
+    ceiling, outputs = noise_ceiling(truth), model(x[:1]).numel()
     print(f"\n### {name}: N = {len(x):,}, {problem.space.size:,} parameters; {truth.name}", end="")
     print("" if ceiling is None else f"; ceiling {ceiling:.3f}")
-    for title, (method, dampings) in methods(problem.space.size <= 8000).items():
+    for title, (method, dampings) in methods(problem.space.size, len(x) * outputs).items():
         fitted = method.fit(problem, len(qx))
         parts = []
         for damping in dampings or (None,):

@@ -42,6 +42,17 @@ PEERS = {
     "dattri": ("ekfac", "trak 512", "arnoldi 50", "datainf"),
     "captum": ("tracin, one checkpoint", "arnoldi 50"),
 }
+# Compared on the same resampled subsets; what a setting does not have is left out.
+PAIRS = (
+    ("EK-FAC along the run", "EK-FAC"),
+    ("Shampoo along the run", "EK-FAC along the run"),
+    ("EK-FAC along the run", "SOURCE, EK-FAC"),
+    ("EK-FAC along the run", "EK-FAC x 3"),
+    ("EK-FAC along the run x 3", "EK-FAC along the run"),
+    ("EK-FAC", "kronfluence: ekfac, own damping"),
+    ("EK-FAC along the run", "kronfluence: ekfac, own damping, along the run"),
+    ("EK-FAC", "chosen by itself"),
+)
 Cell = dict[str, Any]
 
 
@@ -146,6 +157,18 @@ def reason(failure: str) -> str:
     return said if len(said) <= 90 else said[:90].rsplit(" ", 1)[0] + " …"
 
 
+def pairs(result: Cell) -> list[str]:
+    """The paired differences, as a table."""
+    known = {c["name"]: c["estimate"] for c in result["cells"] if "estimate" in c}
+    asked = [(a, b) for a, b in PAIRS if a in known and b in known]
+    differences = [known[a].minus(known[b]) for a, b in asked]
+    rows = [
+        f"| {a} – {b} | {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f}) |"
+        for (a, b), d in zip(asked, differences, strict=True)
+    ]
+    return ["| Paired difference of LDS | (95 %) |", "| --- | --- |", *rows, ""] if rows else []
+
+
 def markdown(results: list[Cell], facts: Cell) -> str:
     """The page."""
     page = [(HERE / "head.md").read_text()]
@@ -175,7 +198,7 @@ def markdown(results: list[Cell], facts: Cell) -> str:
                 )
             page += [f"| {c['name']} | {reason(c['failed'])} | | | |" for c in some if "failed" in c]
             page.append("")
-        page += [f"![{p['title']}](league/setting_{r['number']}.png)", ""]
+        page += [*pairs(r), f"![{p['title']}](league/setting_{r['number']}.png)", ""]
     page.append(
         f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}, {facts['threads']} threads; "
         f"load when started {facts['load']:.1f}. CPU seconds are one run each."
