@@ -165,7 +165,8 @@ def _iterative_composition(curvature: AbstractCurvature, size: ProblemSize, budg
     guided = _guided_composition(curvature, size)
     if size.flops(guided.cost(size)) <= _CG_OPERATIONS:
         return guided
-    dual = Composition(curvature, Woodbury(), _why_exact(curvature, Form.GRAM, size), damping=_damping(size, curvature))
+    why = _why_exact(curvature, Form.GRAM, size)
+    dual = Composition(curvature, Woodbury(), why, damping=_damping(size, curvature))
     if Form.GRAM in curvature.forms and _fits(dual, size.for_queries(1), budget, most=6 * _AFFORDABLE):
         return dual
     return _by_batches(curvature, size)
