@@ -153,7 +153,7 @@ def programs() -> dict[str, Callable[[], Any]]:
 
 def labels_of_many() -> Tensor:
     """More examples than the look at the loss, which is not shared out, reads; -1 where none is known."""
-    x, y = torch.arange(6000, dtype=torch.float64).reshape(1000, 6).sin(), torch.arange(1000) % 3
+    x, y = torch.arange(18_000, dtype=torch.float64).reshape(3000, 6).sin(), torch.arange(3000) % 3
     scores = ptif.attribute(net(), (x, y), (x[:1], y[:1]), loss=LOSS, method=ptif.ekfac(examples=20), top=3)
     return torch.tensor([-1 if label is None else label for label in scores.train_labels])
 
