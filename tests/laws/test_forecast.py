@@ -33,6 +33,7 @@ from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives, Tape
 from pytorch_influence_functions.gradients.products import Products
 from pytorch_influence_functions.influence import attribution
+from pytorch_influence_functions.influence.members import bytes_of
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.kronecker import Kronecker
 from pytorch_influence_functions.linalg.rows import Rows
@@ -226,6 +227,22 @@ def test_solvers_keep_the_memory_bound(solver: AbstractSolver[Any], monkeypatch:
     spec = ptif.Influence(GGN(), solver, Relative(3.0), memory=memory)
     spec.fit(of).score(queries())
     assert sizes == [3, 3, 2]
+
+
+def test_memory_and_passes_count_the_checkpoints_that_are_kept_and_those_fitted_again() -> None:
+    of, count = problem(400, width=40), 100
+    states = [{k: v.clone() for k, v in of.model.state_dict().items()} for _ in range(4)]
+    of = of.with_(checkpoints=states)
+    kept = ptif.ekfac().fit(of).members
+    held = sum(bytes_of(member) for member in kept)
+    forecast = ptif.ekfac().forecast(of, count)
+    rest = 8 * count * 400 + count * of.space.size * 4
+    assert kept.kept == 4 and held + rest <= forecast.memory_bytes <= 2 * (held + rest)
+    # Room for one: another is fitted beside it, and three a second time for the scores.
+    small = ptif.ekfac().with_options(memory=int(1.2 * held / 4)).forecast(of, count)
+    assert small.memory_bytes < forecast.memory_bytes and small.passes > 1.3 * forecast.passes
+    spread = ptif.ekfac().with_options(units="spread").forecast(of, count)
+    assert spread.memory_bytes >= forecast.memory_bytes + 2 * 8 * count * 400
 
 
 def test_a_projection_by_the_recipe_is_as_good_as_gaussian() -> None:
