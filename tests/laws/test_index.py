@@ -20,7 +20,8 @@ from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.solvers import Blockwise, Spectral
-from pytorch_influence_functions.store import Factors, Sketch, TwoSided
+from pytorch_influence_functions.store import Factors, Sketch, TwoSided, integer_products
+from pytorch_influence_functions.store.codecs import CODECS
 from pytorch_influence_functions.store.fidelity import Fidelity, estimate_fidelity
 from tests.laws.test_influence import mlp
 from tests.laws.test_sketches import matrix
@@ -246,6 +247,20 @@ def test_numbers_of_every_type_are_off_by_their_rounding(
     assert gap(index.score(queries).values, exact.score(queries).values) < bound
     if dtype != "float32":
         assert index.folder.manifest.bytes < exact.folder.manifest.bytes
+
+
+@pytest.mark.parametrize("queries", [1, 3, 70])
+def test_products_of_stored_numbers_are_those_of_float64(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces that do not divide the rows, with one query and with many."""
+    monkeypatch.setattr(integer_products, "_CACHED", 4 * 40 * 9)
+    monkeypatch.setattr(integer_products, "_NUMBERS", 300)
+    generator = torch.Generator().manual_seed(0)
+    rows, q = torch.randn(100, 40, generator=generator), torch.randn(queries, 40, generator=generator)
+    for codec in CODECS.values():
+        stored = codec.encode(rows)
+        exact = q.double() @ codec.decode(stored, 40).double().T
+        products = codec.products(q.to(codec.decode(stored, 40).dtype), stored)
+        assert products.shape == (queries, 100) and gap(products, exact) < 2e-4
 
 
 def test_signs_alone_still_rank(tmp_path: Path) -> None:

@@ -229,7 +229,8 @@ class Index:
         mask = choose_examples(self.folder, ids, where, lambda: labels_of_index(self.folder))
         _check_memory(len(question), int(mask.sum()), top, budget)
         stored = StoredRows(self.folder, layout, mask)
-        ranking = Ranking(len(question), mask.nonzero().flatten(), top)
+        columns = mask.nonzero().flatten() if top is None else torch.arange(0)
+        ranking = Ranking(len(question), columns, top)
         scoring = ScoringPass(derivatives.problem, question)
         # A query's coordinates are held in float64, solved, and made ready.
         room = max(1, int(budget.bytes / 4 / (24 * fitted.basis.size)))

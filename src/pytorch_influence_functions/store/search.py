@@ -16,9 +16,9 @@ from .build import HASHES, LABELS
 from .folder import IndexFolder
 from .layouts import AbstractLayout, Stored
 
-# Rows that are looked at together, numbers that they may hold, and scores on them: enough that what is done once for
-# each piece costs little beside its products.
-_MOST: Final = 1 << 16
+# Rows that are looked at together, numbers that are made of them, and scores on them: enough that what is done once
+# for each piece costs little beside its products.
+_MOST: Final = 1 << 18
 _NUMBERS: Final = 1 << 25
 _SCORES: Final = 1 << 20
 
@@ -56,21 +56,26 @@ class StoredRows:
     layout: AbstractLayout
     mask: Bool[Tensor, " n"]
 
-    def parts(self, queries: int = 1) -> Iterator[Part]:
-        """All rows that count, in pieces that suit so many queries."""
+    def parts(self, queries: int = 1, as_stored: bool = False) -> Iterator[Part]:
+        """All rows that count, in pieces that suit so many queries.
+
+        Args:
+            queries: how many.
+            as_stored: whether they are only multiplied as they are stored.
+        """
         for shard in self.folder.manifest.shards:
             asked = self.mask[shard.first : shard.stop]
             if not bool(asked.any()):
                 continue
             file = self.folder.read(shard.file)
             ids = shard.ids
-            kept = self.mask[ids]
+            kept = asked if shard.kept is None else self.mask[ids]
             stored = {k: v for k, v in file.tensors.items() if k not in (HASHES, LABELS)}
-            yield from self._pieces(ids, stored, file.record["forms"], kept, queries)
+            numbers = 1.0 if as_stored else sum(v.numel() for v in stored.values()) / max(1, len(ids))
+            step = max(1, min(_MOST, int(_NUMBERS / max(1.0, numbers)), _SCORES // max(1, queries)))
+            yield from self._pieces(ids, stored, file.record["forms"], kept, step)
 
-    def _pieces(self, ids: Tensor, stored: Stored, forms: Any, kept: Tensor, queries: int) -> Iterator[Part]:
-        numbers = sum(v.numel() for v in stored.values()) / max(1, len(ids))
-        step = max(1, min(_MOST, int(_NUMBERS / max(1.0, numbers)), _SCORES // max(1, queries)))
+    def _pieces(self, ids: Tensor, stored: Stored, forms: Any, kept: Tensor, step: int) -> Iterator[Part]:
         everything = bool(kept.all())
         for start in range(0, len(ids), step):
             chunk = slice(start, start + step)
@@ -88,7 +93,7 @@ class StoredRows:
             queries: how many there are.
             inverse: where scores are divided by sqrt(g^T (C + D)^-1 g) of each example: 1 / (eigenvalue + damping).
         """
-        for part in self.parts(queries):
+        for part in self.parts(queries, inverse is None and self.layout.multiplies_as_stored):
             values = self.layout.products(ready, part.stored, part.forms)
             if inverse is not None:
                 norms = self._own(part, inverse).sqrt().to(values)
