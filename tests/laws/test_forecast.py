@@ -316,7 +316,17 @@ def test_what_was_cheap_and_exact_stays_so() -> None:
         choice = choose_composition(None, size, Budget())
         assert (choice.curvature, choice.solver, choice.default_damping) == (GGN(), solver, Relative(0.1))
     choice = choose_composition(None, perceptron(784, 300, hidden=64), Budget())
-    assert (choice.curvature, choice.solver, choice.default_damping) == (GGN(), Woodbury(), Relative(3.0))
+    assert (choice.curvature, choice.solver, choice.default_damping) == (GGN(), Woodbury(), Relative(30.0))
+
+
+def test_the_exact_solution_of_a_network_is_damped_more_than_that_of_an_affine_model() -> None:
+    x, y = torch.randn(60, 5), torch.arange(60) % 3
+    network = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    for part, loss, share in ((None, None, 30.0), ("2", None, 0.1), (None, ptif.FromFunction(nn.L1Loss()), 0.1)):
+        targets = y if loss is None else torch.randn(60, 3)
+        problem = ptif.Problem(network, loss or ptif.CrossEntropy(), (x, targets), parameters=part)
+        choice = choose_composition(None, ProblemSize.of(Derivatives.of(problem), 1), Budget())
+        assert choice.curvature.gauss_newton is (loss is None) and choice.default_damping == Relative(share)
 
 
 def test_a_convex_loss_is_solved_exactly_and_the_number_of_queries_decides_how() -> None:

@@ -38,11 +38,15 @@ def is_convex(problem: Problem) -> bool:
         True
     """
     problem = in_working_precision(problem)
-    return _is_affine(problem) and find_obstacle(Derivatives.of(problem)) is None
+    return is_affine(problem) and find_obstacle(Derivatives.of(problem)) is None
 
 
-def _is_affine(problem: Problem) -> bool:
-    """Whether the outputs at w + d and w - d average to those at w."""
+def is_affine(problem: Problem) -> bool:
+    """Whether the outputs at w + d and w - d average to those at w.
+
+    Args:
+        problem: model, loss and training data, in the precision that is computed in.
+    """
     model = problem.model
     parameters = dict(model.named_parameters(remove_duplicate=False))
     steps = {

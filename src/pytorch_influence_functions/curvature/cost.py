@@ -24,6 +24,7 @@ from ..linalg.space import Space
 from ..objectives.differentiated import output_curvature
 from ..problem.data import Source
 from ..problem.problem import first_batch
+from .convexity import is_affine
 from .own_losses import find_obstacle
 
 # Operations are counted as those of a float32 matrix product. Measured on one core, for a matrix of side d: an
@@ -147,6 +148,8 @@ class ProblemSize:
     """Why the loss has no Gauss-Newton matrix."""
     damping_share: Amount = 1.0
     """Damping in mean eigenvalues of the curvature, as far as it is known beforehand."""
+    affine: bool = True
+    """Whether the outputs are affine in the parameters, so that their Gauss-Newton matrix is the Hessian everywhere."""
 
     @staticmethod
     def of(derivatives: Derivatives, n_queries: int) -> ProblemSize:
@@ -169,6 +172,7 @@ class ProblemSize:
             number_bytes=next(iter(rows.blocks.values())).reference.element_size(),
             pass_numbers=one.numbers / len(one),
             seconds=_seconds_each(derivatives, some),
+            affine=is_affine(problem),
         )
 
     @property

@@ -28,8 +28,12 @@ _MOST_PASSES = 500
 _CG_OPERATIONS, _JUDGED_QUERIES = 3e12, 100
 # What takes less than this counts as free: then the dense form is taken, whose every damping is free as well.
 _INSTANT = 2e10
-# Up to this many parameters a light damping is the default: what is solved densely is mostly convex.
+# Up to this many parameters of an affine model a light damping is the default: the exact solution is what retraining
+# gives.
 _FEW_PARAMETERS = 2000
+# In mean eigenvalues, for the Gauss-Newton matrix of a network, which is that of a linearisation: chosen on the league's
+# regression, where it has a linear datamodelling score of .62 and a tenth of it .51; see docs/trust.md.
+_OF_NETWORKS = 30.0
 # Rows that a preconditioner may be made of, and their bytes.
 _GUIDE_ROWS, _GUIDE_BYTES = 5000, 1 << 30
 # Kronecker factors above this are fitted when asked for by name, with a folder to keep them.
@@ -50,6 +54,9 @@ class Auto(Record):
     | its factors are too large, and the dual of the empirical Fisher fits | nearly free, a little less faithful |
     | else | LiSSA with self-tuned step, batch and depth: cost does not grow with N |
 
+    Damping is light (`Relative(0.1)` up to 2,000 parameters, `Relative(3.0)` above) where outputs are affine in the
+    parameters; the Gauss-Newton matrix of a network gets `Relative(30.0)`.
+
     A loss that is not convex in the model's outputs, or piecewise linear in them, has no Gauss-Newton matrix: the
     empirical Fisher takes its place, and the reason is given.
 
@@ -63,8 +70,8 @@ def choose_composition(curvature: AbstractCurvature | None, size: ProblemSize, b
     """By counts alone, so that the same problem always gets the same method."""
     if curvature is not None and Form.SPECTRAL in curvature.forms:
         return Composition(curvature, Spectral(), f"{type(curvature).__name__} comes with its eigenvalues")
-    size = replace(size, damping_share=_damping(size).share)
     chosen = curvature or (GGN() if size.obstacle is None else EmpiricalFisher())
+    size = replace(size, damping_share=_damping(size, chosen).share)
     exact = _exact_composition(chosen, size, budget) or _convex_composition(chosen, size, budget)
     if exact is not None:
         return exact if curvature is not None else _explain(exact, size)
@@ -90,7 +97,7 @@ def _large_composition(chosen: AbstractCurvature, size: ProblemSize, budget: Bud
         why = f"{large}: EK-FAC takes one pass over the data for any number of queries"
         return Composition(factored, Spectral(), why)
     why = f"{large}, and {size.examples:,} examples are few enough for the dual of the empirical Fisher"
-    empirical = Composition(EmpiricalFisher(), Woodbury(), why, damping=_damping(size))
+    empirical = Composition(EmpiricalFisher(), Woodbury(), why, damping=_damping(size, EmpiricalFisher()))
     if _fits(empirical, size.for_queries(1), budget, most=6 * _AFFORDABLE):
         return empirical
     return _by_batches(chosen, size)
@@ -109,7 +116,7 @@ def _convex_composition(curvature: AbstractCurvature, size: ProblemSize, budget:
     There the exact solution is what retraining gives: for logistic regression over MNIST a linear datamodelling score
     of .97, where EK-FAC has .86.
     """
-    if len(size.blocks) > 1 or not size.used_once or not curvature.gauss_newton:
+    if len(size.blocks) > 1 or not size.used_once or not curvature.gauss_newton or not size.affine:
         return None
     guided = _guided_composition(curvature, size)
     some = size.for_queries(_JUDGED_QUERIES)
@@ -123,14 +130,16 @@ def _direct_compositions(curvature: AbstractCurvature, size: ProblemSize) -> lis
     """The curvature densely and in its dual form, as far as it has them."""
     solvers: dict[Form, AbstractSolver[Any]] = {Form.MATRIX: Spectral(), Form.GRAM: Woodbury()}
     return [
-        Composition(curvature, solver, _why_exact(curvature, form, size), damping=_damping(size))
+        Composition(curvature, solver, _why_exact(curvature, form, size), damping=_damping(size, curvature))
         for form, solver in solvers.items()
         if form in curvature.forms
     ]
 
 
-def _damping(size: ProblemSize) -> Relative:
-    """It is part of what is estimated, and so goes with the number of parameters and not with a solver."""
+def _damping(size: ProblemSize, curvature: AbstractCurvature) -> Relative:
+    """It is part of what is estimated, and so goes with the model and its size and not with a solver."""
+    if curvature.gauss_newton and not size.affine:
+        return Relative(_OF_NETWORKS)
     return Relative(0.1) if size.parameters <= _FEW_PARAMETERS else Relative(3.0)
 
 
@@ -156,7 +165,8 @@ def _iterative_composition(curvature: AbstractCurvature, size: ProblemSize, budg
     guided = _guided_composition(curvature, size)
     if size.flops(guided.cost(size)) <= _CG_OPERATIONS:
         return guided
-    dual = Composition(curvature, Woodbury(), _why_exact(curvature, Form.GRAM, size), damping=_damping(size))
+    why = _why_exact(curvature, Form.GRAM, size)
+    dual = Composition(curvature, Woodbury(), why, damping=_damping(size, curvature))
     if Form.GRAM in curvature.forms and _fits(dual, size.for_queries(1), budget, most=6 * _AFFORDABLE):
         return dual
     return _by_batches(curvature, size)
@@ -165,12 +175,12 @@ def _iterative_composition(curvature: AbstractCurvature, size: ProblemSize, budg
 def _guided_composition(curvature: AbstractCurvature, size: ProblemSize) -> Composition:
     queries = f"{size.n_queries} quer{'y' if size.n_queries == 1 else 'ies'}"
     why = f"{queries} x {size.examples:,} examples make conjugate gradients on the exact {curvature.title} affordable"
-    return Composition(curvature, CG(rtol=1e-3, max_steps=500), why, _guide(curvature, size), _damping(size))
+    return Composition(curvature, CG(rtol=1e-3, max_steps=500), why, _guide(curvature, size), _damping(size, curvature))
 
 
 def _by_batches(curvature: AbstractCurvature, size: ProblemSize) -> Composition:
     why = f"{size.examples:,} examples are too many for full products: LiSSA on mini-batches, its cost independent of N"
-    return Composition(curvature, Neumann(), why, damping=_damping(size))
+    return Composition(curvature, Neumann(), why, damping=_damping(size, curvature))
 
 
 def _guide(curvature: AbstractCurvature, size: ProblemSize) -> AbstractCurvature | None:
