@@ -239,8 +239,9 @@ def _make_group() -> None:
         dist.init_process_group()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
-    store = dist.PrefixStore(f"attempt {_restarts()}", shared)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    shared = dist.TCPStore(host, port, size, is_master=False)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"attempt {_restarts()}", shared)  # type: ignore[attr-defined]
     dist.init_process_group(store=store, rank=rank, world_size=size)
 
 
