@@ -418,7 +418,7 @@ def test_examples_can_be_removed(tmp_path: Path) -> None:
     for step in steps:
         open_index = step(smaller)
         scores = open_index.score(queries)
-        assert torch.equal(scores.indices[0], left) and scores.n_train == 60
+        assert scores.indices is not None and torch.equal(scores.indices[0], left) and scores.n_train == 60
         assert gap(scores.values, whole.values[:, left]) < 1e-12
         assert open_index.self_influence()[gone].tolist() == [0.0] * 4
         assert "4 examples were removed" in str(scores.diagnostics)
@@ -429,6 +429,31 @@ def test_examples_can_be_removed(tmp_path: Path) -> None:
         open_index.remove([99])
     again = open_index.remove([1, 2, 3, 4, 5, 6]).compact()  # a whole file
     assert again.score(queries).shape == (4, 50) and again.labels is not None
+
+
+def test_every_query_may_have_its_own_candidates(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i", representation=TwoSided(3), dtype="float64", shard=900)
+    whole = index.score(queries)
+    own = torch.stack([torch.randperm(60, generator=torch.Generator().manual_seed(q))[:5] for q in range(4)])
+    for ids in (own, own.tolist()):
+        each = index.score(queries, ids=ids)
+        assert torch.equal(each.indices, own) and each.n_train == 60
+        assert gap(each.values, whole.values.gather(1, own)) < 1e-12
+    best = index.score(queries, ids=own, top=2)
+    assert [i for i, _ in best.helpful(3, 2)] == own[3][whole.values[3, own[3]].argsort(descending=True)][:2].tolist()
+    index = index.remove([int(own[1, 2])])
+    for settings, message in (
+        ({"ids": own}, r"Example \d+ was removed from the index; leave it out of ids="),
+        ({"ids": own[:3]}, r"ids= holds 3 lists for 4 rows of scores"),
+        (
+            {"ids": [[1], [2], [3], [4]], "where": lambda y: y == 1},
+            r"where= chooses for all queries, and ids= is a list",
+        ),
+        ({"ids": [[1], [2], [3], [4]], "top": 1, "rerank": 2}, r"rerank= finds candidates, and ids= names them for"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            index.score(queries, **settings)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------- choosing

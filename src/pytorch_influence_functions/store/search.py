@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..influence.candidates import Candidates
 from ..influence.scoring import refuse_nonfinite
 from ..influence.topk import TopK
 from .build import HASHES, LABELS
@@ -117,16 +118,32 @@ class StoredRows:
 @final
 @dataclass(eq=False)
 class Ranking:
-    """Collects blocks of scores: the extremes of every query, or all of them."""
+    """Collects blocks of scores: the extremes of every query, all of them, or those of a query's own candidates.
+
+    Args:
+        queries: how many.
+        mask: which examples count.
+        top: how many of each end; None: all.
+        candidates: of every query; None: whatever counts.
+    """
 
     queries: int
-    columns: Int[Tensor, " m"]
+    mask: Bool[Tensor, " n"]
     top: int | None
+    candidates: Candidates | None = None
 
     def __post_init__(self) -> None:
-        self._extremes = None if self.top is None else TopK(self.queries, self.top)
-        shape = (self.queries, len(self.columns)) if self.top is None else (0, 0)
-        self._whole = torch.zeros(*shape, dtype=torch.float64)
+        self._extremes: TopK | None = None
+        self._columns = torch.arange(0)
+        width = 0
+        if self.candidates is not None:
+            width = self.candidates.width
+        elif self.top is not None:
+            self._extremes = TopK(self.queries, self.top)
+        else:
+            self._columns = self.mask.nonzero().flatten()
+            width = len(self._columns)
+        self._whole = torch.zeros(self.queries if width else 0, width, dtype=torch.float64)
 
     def add(self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
         """Add the scores of some queries on examples `ids`, which come in increasing order.
@@ -137,12 +154,16 @@ class Ranking:
         refuse_nonfinite(values, query_ids, ids)
         if self._extremes is not None:
             self._extremes.add(query_ids, ids, values)
+        elif self.candidates is not None:
+            self._whole[query_ids] += self.candidates.pick(query_ids, ids, values)
         else:
-            start = int(torch.searchsorted(self.columns, ids[0]))
+            start = int(torch.searchsorted(self._columns, ids[0]))
             self._whole[query_ids, start : start + len(ids)] = values.double().cpu()
 
     def result(self) -> tuple[Float[Tensor, "q m"], Int[Tensor, "q m"]]:
         """Scores, and the examples behind them."""
         if self._extremes is not None:
             return self._extremes.result()
-        return self._whole, self.columns.expand(self.queries, -1)
+        if self.candidates is not None:
+            return self._whole, self.candidates.positions.expand(self.queries, -1)
+        return self._whole, self._columns.expand(self.queries, -1)
