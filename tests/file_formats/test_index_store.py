@@ -152,8 +152,8 @@ def contents_or_none(folder: Path) -> dict[str, bytes] | None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """40 kills, or 200; every single moment between two files is gone through by the test above."""
-    kills = int(os.environ.get("PTIF_KILLS", "100" if FULL else "20"))
+    """20 kills, or 200; every single moment between two files is gone through by the test above."""
+    kills = int(os.environ.get("PTIF_KILLS", "100" if FULL else "10"))
     interrupted = survive(kills, tmp_path)
     print(f"{2 * kills} kills, {interrupted} of them while something was half done")
     assert interrupted > kills // 4
