@@ -185,13 +185,13 @@ def test_every_public_solver_and_curvature_is_forecast() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [ptif.ekfac(), ptif.gauss_newton(), ptif.Influence(GGN(), MINRES())], ids=repr)
 def test_many_queries_in_little_memory_share_a_pass(method: ptif.Influence, monkeypatch: pytest.MonkeyPatch) -> None:
-    of, asked = problem(), queries(100)
+    of, asked = problem(300), queries(40)
     held = 1 + method.solver.vectors_held  # type: ignore[union-attr]
-    memory = 4 * 10 * held * of.space.size * 4  # ten queries at once
+    memory = 4 * 4 * held * of.space.size * 4  # four queries at once
     tight = ptif.Influence(method.curvature, method.solver, memory=memory)
     counted, expected = counted_and_forecast(monkeypatch, tight, of, asked)
     assert counted / FACTOR < expected < counted * FACTOR
-    assert expected == pytest.approx(method.forecast(of, 100).passes)
+    assert expected == pytest.approx(method.forecast(of, 40).passes)
 
 
 def test_scaling_asks_for_a_solve_per_example() -> None:
@@ -213,7 +213,7 @@ def test_a_solver_by_the_recipe_equals_the_dense_solve() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", [MINRES(), CG(), Neumann()], ids=repr)
 def test_solvers_keep_the_memory_bound(solver: AbstractSolver[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    of = problem()
+    of = problem(100)
     each = of.space.size * 4 * (1 + solver.vectors_held)
     memory = 4 * 3 * each  # three queries with a quarter of the memory
     sizes: list[int] = []
