@@ -12,11 +12,11 @@ STAMP := .venv/.installed
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install demo test test-fast test-portable test-oldest crosscheck integrations test-browser lint format types layers docs bench peers quanda league paper check clean
+.PHONY: help install demo test test-fast test-full test-portable test-oldest crosscheck integrations test-browser lint format types layers docs bench peers quanda league paper check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | test-fast | test-portable | test-oldest | crosscheck | integrations | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
+	@echo "make demo | test | test-fast | test-full | test-portable | test-oldest | crosscheck | integrations | test-browser | check | lint | format | types | layers | docs | bench | peers | quanda | league | paper | clean"
 
 install: $(STAMP)
 
@@ -41,6 +41,10 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow" tests/laws $(ARGS)
 
+# Every combination where `make test` takes those that cover what can differ (tests/covering.py): before a release.
+test-full: $(STAMP)
+	PTIF_TEST_FULL=1 $(PYTEST) $(PARALLEL) $(ARGS)
+
 # The same tests under the arithmetic of other machines: more threads, older instruction sets, another order of sums.
 # Minutes for each setting.
 SETTINGS := PTIF_TEST_THREADS=2 PTIF_TEST_THREADS=4 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE
@@ -50,16 +54,22 @@ test-portable: $(STAMP)
 		env $$setting $(PYTEST) $(PARALLEL) tests/laws tests/planted tests/file_formats $(ARGS) || failed="$$failed $$setting"; \
 	done; test -z "$$failed" || { echo "Tests failed with$$failed."; exit 1; }
 
-# With the oldest version that pyproject.toml allows of every library but torch, in an environment of its own. Left out are
+# With the oldest version that pyproject.toml allows of every library but torch, in an environment of its own: what is
+# written with safetensors and read back, tables of pandas, figures, the page, the command line and its screen, the demo,
+# progress bars, and names of the public face. What calls no other library than torch is the same there. Left out are
 # pictures compared dot by dot, which are the pinned matplotlib's, and our tests' own import hook, which is for the pinned
 # jaxtyping.
 OLDEST := .venv-oldest
+OLDEST_TESTS := tests/file_formats tests/laws/test_progress.py tests/laws/test_label_issues.py \
+	tests/situations/test_data_as_people_hold_it.py tests/situations/test_results_in_a_notebook.py \
+	$(patsubst %,tests/interface/test_%.py,classic_files cli_actions cli_attribute cli_bad_input cli_commands cli_index \
+	cli_words demo demo_data demo_screen interop package_page plots public_face report_decisions report_numbers report_page \
+	report_texts token_pictures)
 test-oldest:
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[all,test]'
-	$(OLDEST)/bin/python -m pytest $(PARALLEL) tests/interface tests/file_formats \
-		--ignore tests/interface/test_figures.py --ignore tests/interface/test_shapes.py $(ARGS)
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) $(OLDEST_TESTS) $(ARGS)
 
 crosscheck: $(STAMP)
 	$(INSTALL) --no-deps --requirement tests/crosscheck/requirements.txt
@@ -70,7 +80,7 @@ crosscheck: $(STAMP)
 integrations: $(STAMP)
 	$(INSTALL) --requirement tests/integrations/requirements.txt
 	$(BIN)/python -W ignore scripts/run_snippets.py --all docs/integrations.md docs/language-models.md
-	$(PYTEST) tests/hf tests/situations/test_training_programs.py $(ARGS)
+	$(PYTEST) $(PARALLEL) tests/hf tests/situations/test_training_programs.py $(ARGS)
 
 # The report page in a real browser: Debian's chromium, fetched here where it is missing and one may.
 test-browser: $(STAMP)

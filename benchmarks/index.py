@@ -1,7 +1,9 @@
 """The index on disk: `python benchmarks/index.py [scan | build | fidelity | memory] [--examples N] [--folder PATH]`.
 
-Prints the tables of `docs/index-on-disk.md`. Seconds are those of the wall; seconds of the processor stand beside them,
-which other programs on the machine change less. All runs use one thread unless OMP_NUM_THREADS says otherwise.
+Prints the tables of `docs/index-on-disk.md`. Seconds are those of the processor, which other programs on the machine
+change less than those of the wall; what is compared is run in turns. All runs use one thread unless OMP_NUM_THREADS
+says otherwise. `--peers` adds faiss, traker and dattri, which need an environment of their own: it is made under
+`.bench/`, or PTIF_BENCH_INDEX_PYTHON names the Python of one that has them.
 """
 
 from __future__ import annotations
@@ -9,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,16 +32,42 @@ from pytorch_influence_functions.store.build import HASHES
 from pytorch_influence_functions.store.folder import IndexFolder
 
 SHARD = 100_000
+PEERS = False
 
 
-def timed(work: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
-    """The fastest of a few runs: seconds of the wall, and of the processor."""
-    best = (float("inf"), float("inf"))
+def seconds(work: Callable[[], Any]) -> float:
+    """Of the processor, the system's included."""
+    start = resource.getrusage(resource.RUSAGE_SELF)
+    work()
+    stop = resource.getrusage(resource.RUSAGE_SELF)
+    return stop.ru_utime + stop.ru_stime - start.ru_utime - start.ru_stime
+
+
+def in_turns(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, sorted; one after the other, so that all meet the same load."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        work()
-        best = min(best[0], time.perf_counter() - wall), min(best[1], time.process_time() - cpu)
-    return best
+        for name, work in works.items():
+            taken[name].append(seconds(work))
+    return {name: sorted(some) for name, some in taken.items()}
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """The median, and the smallest and largest."""
+    return f"{values[len(values) // 2]:.{digits}f} ({values[0]:.{digits}f}–{values[-1]:.{digits}f})"
+
+
+def peer(*arguments: str) -> dict[str, float] | None:
+    """What another library takes, in its own environment; None where that was not asked for."""
+    if not PEERS:
+        return None
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from peers.environments import index
+
+    worker = Path(__file__).resolve().parent / "peers" / "index_worker.py"
+    ran = subprocess.run([index(), "-W", "ignore", str(worker), *arguments], capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
+    return found
 
 
 def sketch_problem(k: int) -> tuple[ptif.Problem, tuple[Tensor, Tensor]]:
@@ -99,23 +127,28 @@ def memmap_and_matmul(place: Path, queries: Tensor, k: int, dtype: str) -> None:
 
 def scan(folder: Path, examples: int, k: int) -> None:
     """Questions against a plain read of the same files."""
-    print(f"\nscan: {examples:,} examples x {k:,}, top 100; files in the system's cache")
-    print("| dtype | GB | queries | plain read s (cpu) | index s (cpu) | share of the read | memmap + matmul s (cpu) |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\nscan: {examples:,} examples x {k:,}, top 100; files in the system's cache; seconds of the processor")
+    print("| dtype | GB | queries | plain read | index | share of the read | memmap + matmul | faiss |")
+    print("|---|---|---|---|---|---|---|---|")
     for dtype in ("float16", "int8"):
         place, model, (x, y) = made_index(folder, examples, k, dtype)
         size = sum(path.stat().st_size for path in place.glob("rows-*")) / 1e9
         index = ptif.Index.open(place, model, check=False)
-        plain = timed(lambda place=place: read_plainly(place))
         for q in (1, 64):
-            index.score((x[:q], y[:q]), top=100, ids=slice(1000))  # what is paid once
-            ours = timed(lambda q=q, index=index, x=x, y=y: index.score((x[:q], y[:q]), top=100))
-            theirs = timed(
-                lambda q=q, place=place, dtype=dtype: memmap_and_matmul(place, torch.randn(q, k), k, dtype), 1
-            )
+
+            def ask(q: int = q, index: ptif.Index = index, x: Tensor = x, y: Tensor = y) -> None:
+                index.score((x[:q], y[:q]), top=100)
+
+            def by_hand(q: int = q, place: Path = place, dtype: str = dtype) -> None:
+                memmap_and_matmul(place, torch.randn(q, k), k, dtype)
+
+            ask()  # what is paid once
+            taken = in_turns({"plain": lambda place=place: read_plainly(place), "ours": ask}, 5)
+            other = peer("faiss", str(place), dtype, str(k), str(q))
             print(
-                f"| {dtype} | {size:.2f} | {q} | {plain[0]:.2f} ({plain[1]:.2f}) | {ours[0]:.2f} ({ours[1]:.2f}) | "
-                f"{plain[1] / ours[1]:.0%} | {theirs[0]:.2f} ({theirs[1]:.2f}) |",
+                f"| {dtype} | {size:.2f} | {q} | {spread(taken['plain'])} | {spread(taken['ours'])} | "
+                f"{taken['plain'][2] / taken['ours'][2]:.0%} | {seconds(by_hand):.2f} | "
+                f"{'' if other is None else format(other['search'], '.2f')} |",
                 flush=True,
             )
 
@@ -132,8 +165,8 @@ def networks() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor]]]:
         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2048, 64), nn.ReLU(), nn.Linear(64, 10),
     )  # fmt: skip
     return {
-        "MLP 784-128-64-10": (perceptron, (torch.randn(8000, 784), torch.arange(8000) % 10)),
-        "CNN, 32² pixels": (convolution, (torch.randn(1024, 3, 32, 32), torch.arange(1024) % 10)),
+        "MLP 784-128-64-10": (perceptron, (torch.randn(40_000, 784), torch.arange(40_000) % 10)),
+        "CNN, 32² pixels": (convolution, (torch.randn(4096, 3, 32, 32), torch.arange(4096) % 10)),
     }
 
 
@@ -147,23 +180,41 @@ def epoch(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
 def build(folder: Path) -> None:
     """Examples per second against a plain epoch of forward and backward."""
     print("\nbuild: seconds of the processor; the curvature apart (grad_dot), files written and synced")
-    print("| network | keeps | bytes | plain epoch | build | epochs |")
-    print("|---|---|---|---|---|---|")
+    print("| network | keeps | dtype | bytes | plain epoch | build | epochs |")
+    print("|---|---|---|---|---|---|---|")
+    kinds: tuple[tuple[Any, str], ...] = (
+        (Factors(), "float32"), (Factors(), "int8"), (TwoSided(16), "float16"), (TwoSided(16), "int8"),
+        (TwoSided(32), "float16"), (Sketch(1024), "float16"), (Sketch(1024), "int8"),
+    )  # fmt: skip
     for name, (model, data) in networks().items():
-        problem = ptif.Problem(model, ptif.CrossEntropy(), data)
-        _, plain = timed(lambda model=model, data=data: epoch(model, data))
-        for keeps in (Factors(), TwoSided(16), TwoSided(32), Sketch(1024)):
-            place = folder / "build"
+        for keeps, dtype in kinds:
+            part = data
+            if isinstance(keeps, Sketch):  # every gradient is written out
+                part = tuple(t[: len(t) // 8] for t in data)  # type: ignore[assignment]
+            problem, place = ptif.Problem(model, ptif.CrossEntropy(), part), folder / "build"
 
-            def work(keeps: Any = keeps, place: Path = place, problem: ptif.Problem = problem) -> None:
-                ptif.Index.build(problem, place, ptif.methods.grad_dot(), keeps, overwrite=True)
+            def work(keeps: Any = keeps, dtype: str = dtype, problem: ptif.Problem = problem) -> None:
+                ptif.Index.build(problem, folder / "build", ptif.methods.grad_dot(), keeps, dtype, overwrite=True)
 
-            _, took = timed(work, 2)
+            work()
+            taken = in_turns({"epoch": lambda model=model, part=part: epoch(model, part), "build": work}, 3)
             each = ptif.Index.open(place, problem).folder.manifest.bytes / len(problem)
             print(
-                f"| {name} | {keeps!r} | {each:,.0f} | {plain:.2f} s | {took:.2f} s | {took / plain:.2f} |", flush=True
+                f"| {name} | {keeps!r} | {dtype} | {each:,.0f} | {spread(taken['epoch'])} | {spread(taken['build'])} | "
+                f"{taken['build'][1] / taken['epoch'][1]:.2f} |",
+                flush=True,
             )
             shutil.rmtree(place)
+        for library in ("traker", "dattri"):
+            few = len(data[1]) // 8
+            other = peer(library, "mlp" if "MLP" in name else "cnn", str(few))
+            if other is not None:
+                print(
+                    f"| {name} | {library}, {other['numbers']:,.0f} numbers, {few:,} examples | float32 | "
+                    f"{4 * other['numbers']:,.0f} | {other['epoch']:.2f} | {other['build']:.2f} | "
+                    f"{other['build'] / other['epoch']:.2f} |",
+                    flush=True,
+                )
 
 
 # --------------------------------------------------------------------------- fidelity
@@ -247,8 +298,6 @@ def memory(folder: Path, examples: int, k: int) -> None:
 
 def ask(folder: Path, examples: int, k: int) -> None:
     """One question, and what the process held at most."""
-    import resource
-
     place, model, (x, y) = made_index(folder, examples, k, "int8")
     ptif.Index.open(place, model).score((x[:8], y[:8]), top=100)
     print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f}")
@@ -260,7 +309,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--peers", action="store_true")
     given = parser.parse_args()
+    global PEERS
+    PEERS = given.peers
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     ptif.progress(False)
     with tempfile.TemporaryDirectory() as temporary:

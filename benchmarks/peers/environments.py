@@ -95,11 +95,17 @@ class Environment:
 MODERN = Environment("modern", ("kronfluence", "dattri", "captum"))
 NUMPY1 = Environment("numpy1", ("pydvl",))
 QUANDA = Environment("quanda", ("quanda", "jaxtyping"))
+INDEX = Environment("index", ("faiss", "trak", "dattri"))
 
 
 def kronfluence() -> str:
     """The Python that has kronfluence."""
     return os.environ.get("PTIF_BENCH_PYTHON") or MODERN.ensure()
+
+
+def index() -> str:
+    """The Python that has faiss, traker and dattri."""
+    return os.environ.get("PTIF_BENCH_INDEX_PYTHON") or INDEX.ensure()
 
 
 def data() -> None:
@@ -115,7 +121,7 @@ def data() -> None:
 
 if __name__ == "__main__":
     # With names: those only, as `make quanda` asks.
-    asked = [e for e in (MODERN, NUMPY1, QUANDA) if e.name in sys.argv[1:]]
+    asked = [e for e in (MODERN, NUMPY1, QUANDA, INDEX) if e.name in sys.argv[1:]]
     for environment in asked or (MODERN, NUMPY1):
         print(environment.ensure())
     if not asked:

@@ -16,13 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core import files
 from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.gradients.sketches import random_words
 from pytorch_influence_functions.store import Factors, TwoSided
+from pytorch_influence_functions.store.examples import hash_examples
 from pytorch_influence_functions.store.manifest import MANIFEST
+from pytorch_influence_functions.store.shard_files import map_file, write_file
+from tests.covering import FULL
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -55,13 +60,55 @@ def queries() -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------- killed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8, torch.bool, torch.bfloat16], ids=str)
+def test_digests_notice_every_change_and_nothing_else(dtype: torch.dtype) -> None:
+    """Against whole numbers of any length, and with the changes that sums of words notice least: single bits."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(6, 3, 5, generator=generator) * 2).to(dtype)
+    y = torch.arange(6)
+    digests = hash_examples((x, y), 6)
+    assert torch.equal(hash_examples((x[2:5].clone(), y[2:5]), 3), digests[2:5])  # of no neighbour
+    assert len(set(digests.tolist())) == 6
+    content = x[4].reshape(-1).view(torch.uint8).numpy().tobytes()
+    total = 0
+    for where, raw in (("[0]", content), ("[1]", y[4:5].numpy().tobytes())):
+        words = [int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw), 4)]
+        factors = random_words(len(words), "digest of an example", where).tolist()
+        total += sum(w * (f | 1) for w, f in zip(words, factors, strict=True))
+        shape, kind = ((3, 5), dtype) if where == "[0]" else ((), y.dtype)
+        total += int(random_words(1, "place", where, kind, shape)[0])
+    assert digests[4].item() % 2**64 == total % 2**64
+    assert (hash_examples((x.reshape(6, 5, 3), y), 6) != digests).all()
+    bits = x.reshape(6, -1).view(torch.uint8)
+    for flipped in ([0], [3], [3, 7], [0, 4, 8]):  # 3 and 7: the signs of two numbers in float32
+        bits[1, flipped] ^= 1 if dtype == torch.bool else 128
+        assert (hash_examples((x, y), 6) != digests).nonzero().flatten().tolist() == [1]
+        bits[1, flipped] ^= 1 if dtype == torch.bool else 128
+
+
+def test_a_file_is_one_that_the_library_reads(tmp_path: Path) -> None:
+    """Also where tensors come in parts."""
+    tensors = {
+        "a": torch.arange(12, dtype=torch.int8).reshape(4, 3),
+        "b": torch.randn(4, 2, dtype=torch.float64),
+        "empty": torch.empty(4, 0),
+        "half": torch.randn(4, 5).to(torch.bfloat16),
+    }
+    whole = write_file(tmp_path, "whole", tensors, {"x": 1})
+    parts = write_file(tmp_path, "whole", {k: [v[:1], v[1:1], v[1:]] for k, v in tensors.items()}, {"x": 1})
+    assert whole == parts and (tmp_path / whole.name).stat().st_size == whole.bytes
+    for read in (load_file(tmp_path / whole.name), map_file(tmp_path, whole, verify=True).tensors):
+        assert read.keys() == tensors.keys()
+        assert all(read[k].dtype == v.dtype and torch.equal(read[k], v) for k, v in tensors.items())
+
+
 def test_what_is_in_the_folder(tmp_path: Path) -> None:
     index = build(tmp_path)
     names = list(contents(tmp_path))
     assert names[0].startswith("basis-") and names[1] == "index.json" and len(names) > 4
     assert all(name.startswith("rows-") and name.endswith(".safetensors") for name in names[2:])
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    assert manifest["kind"] == "gradient index" and manifest["format"] == 1 and manifest["complete"]
+    assert manifest["kind"] == "gradient index" and manifest["format"] == 2 and manifest["complete"]
     assert [s["first"] for s in manifest["shards"]] == [0, *[s["stop"] for s in manifest["shards"]][:-1]]
     assert sum(len(index.folder.read(s.file).tensors["hashes"]) for s in index.folder.manifest.shards) == 40
 
@@ -148,16 +195,11 @@ def contents_or_none(folder: Path) -> dict[str, bytes] | None:
 
 
 @needs_fork
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_killed_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    survive(2, tmp_path)
-
-
-@needs_fork
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_killed_two_hundred_times(tmp_path: Path) -> None:
-    kills = int(os.environ.get("PTIF_KILLS", "100"))
+def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """20 kills, or 200; every single moment between two files is gone through by the test above."""
+    kills = int(os.environ.get("PTIF_KILLS", "100" if FULL else "10"))
     interrupted = survive(kills, tmp_path)
     print(f"{2 * kills} kills, {interrupted} of them while something was half done")
     assert interrupted > kills // 4
@@ -271,7 +313,7 @@ def test_a_file_that_was_cut_off_or_is_missing_is_noticed(tmp_path: Path) -> Non
     [
         (
             lambda m: m.update(format=99),
-            "has format 99 and this version reads 1; read it with pytorch_influence_",
+            "has format 99 and this version reads 2; read it with pytorch_influence_",
         ),
         (lambda m: m.update(kind="recipe"), "cannot be read as the record of an index .*of kind 'recipe'"),
         (lambda m: m.pop("shards"), "cannot be read as the record of an index .*'shards'"),

@@ -105,5 +105,8 @@ def test_what_cannot_work_is_said(tmp_path: Path) -> None:
         ptif.hf.problem(classifier, tokenizer(), rows)
     with pytest.raises(ptif.errors.InvalidInput, match=r"no tokenizer; write attribute\(ptif.hf.problem"):
         ptif.attribute(llama(), texts(3), "the cat sat")
+    packed = tokens().add_column("seq_lengths", [[len(row["input_ids"])] for row in tokens()])
+    with pytest.raises(ptif.errors.InvalidInput, match=r"packed from several texts .* pass the texts themselves"):
+        ptif.attribute(trainer(gpt2(), packed, tmp_path), queries="the cat sat")
     with pytest.raises(ptif.errors.InvalidInput, match=r"nothing that is asked; write queries="):
         ptif.attribute(trainer(gpt2(), tokens(), tmp_path), "the cat sat")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
+import runpy
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -213,6 +213,11 @@ def test_a_requirement_for_an_older_python_is_no_missing_one() -> None:
 
 
 @pytest.mark.parametrize("module", ["pytorch_influence_functions", "pytorch_influence_functions.cli"])
-def test_the_package_runs_as_the_command(module: str) -> None:
-    shown = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
-    assert ptif.__version__ in shown.stdout
+def test_the_package_runs_as_the_command(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `python -m` does; in a process of its own it runs in the tests of interruptions."""
+    monkeypatch.setattr(sys, "argv", [module, "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not ended.value.code and ptif.__version__ in capsys.readouterr().out

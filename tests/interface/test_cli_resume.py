@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,14 +82,21 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path: Pa
     assert not (out / "blocks").exists()
 
 
-def test_a_process_that_is_killed_outright_goes_on_too(tmp_path: Path) -> None:
-    task, out = task_file(tmp_path), tmp_path / "r"
+def test_a_process_that_is_killed_outright_goes_on_too_and_a_damaged_block_is_made_again(tmp_path: Path) -> None:
+    task, out, backup = task_file(tmp_path), tmp_path / "r", tmp_path / "backup"
     with started(task, out) as process:
         process.kill()
         process.wait()
+    shutil.copytree(out, backup)
     kept = len(list((out / "blocks").glob("*.safetensors"))) * 3
     again = Ran("attribute", task, *ARGUMENTS, out, "--json").found
     assert again["resumed_queries"] == kept >= 3 and again["n_queries"] == QUERIES
+
+    shutil.rmtree(out)
+    backup.rename(out)
+    (out / "blocks/000000-000003.safetensors").write_bytes(b"torn")
+    assert Ran("attribute", task, *ARGUMENTS, out, "--json").found["resumed_queries"] == kept - 3
+    assert ptif.Scores.load(out / "scores.safetensors").shape[0] == QUERIES
 
 
 def test_with_json_the_interruption_is_an_object_too(tmp_path: Path) -> None:
@@ -97,14 +105,3 @@ def test_with_json_the_interruption_is_an_object_too(tmp_path: Path) -> None:
         stdout, _ = process.communicate(timeout=60)
     found = json.loads(stdout)
     assert (found["status"], found["exit_code"]) == ("interrupted", 130) and "queries are kept" in found["message"]
-
-
-def test_a_damaged_block_is_made_again(tmp_path: Path) -> None:
-    task, out = task_file(tmp_path), tmp_path / "r"
-    with started(task, out) as process:
-        process.kill()
-        process.wait()
-    (out / "blocks/000000-000003.safetensors").write_bytes(b"torn")
-    kept = len(list((out / "blocks").glob("*.safetensors"))) * 3
-    assert Ran("attribute", task, *ARGUMENTS, out, "--json").found["resumed_queries"] == kept - 3
-    assert ptif.Scores.load(out / "scores.safetensors").shape[0] == QUERIES

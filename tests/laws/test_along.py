@@ -54,7 +54,7 @@ METHODS: dict[str, tuple[Callable[[], ptif.Influence], float]] = {
     "exact": (ptif.exact, 1e-10),
     "dual": (ptif.dual, 1e-8),
     "dual of all classes": (lambda: ptif.dual(GGN()), 1e-8),
-    "guided": (lambda: ptif.gauss_newton(rtol=1e-11, preconditioner=ptif.curvature.EKFAC()), 1e-8),
+    "guided": (lambda: ptif.gauss_newton(rtol=1e-9, preconditioner=ptif.curvature.EKFAC()), 1e-7),
     "gradients": (ptif.methods.grad_dot, 1e-10),
     "trak": (lambda: ptif.trak(8), 1e-10),
     "cosine": (ptif.methods.grad_cos, 1e-10),

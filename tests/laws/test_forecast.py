@@ -33,6 +33,7 @@ from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives, Tape
 from pytorch_influence_functions.gradients.products import Products
 from pytorch_influence_functions.influence import attribution
+from pytorch_influence_functions.influence.members import bytes_of
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.kronecker import Kronecker
 from pytorch_influence_functions.linalg.rows import Rows
@@ -184,13 +185,13 @@ def test_every_public_solver_and_curvature_is_forecast() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [ptif.ekfac(), ptif.gauss_newton(), ptif.Influence(GGN(), MINRES())], ids=repr)
 def test_many_queries_in_little_memory_share_a_pass(method: ptif.Influence, monkeypatch: pytest.MonkeyPatch) -> None:
-    of, asked = problem(), queries(100)
+    of, asked = problem(300), queries(40)
     held = 1 + method.solver.vectors_held  # type: ignore[union-attr]
-    memory = 4 * 10 * held * of.space.size * 4  # ten queries at once
+    memory = 4 * 4 * held * of.space.size * 4  # four queries at once
     tight = ptif.Influence(method.curvature, method.solver, memory=memory)
     counted, expected = counted_and_forecast(monkeypatch, tight, of, asked)
     assert counted / FACTOR < expected < counted * FACTOR
-    assert expected == pytest.approx(method.forecast(of, 100).passes)
+    assert expected == pytest.approx(method.forecast(of, 40).passes)
 
 
 def test_scaling_asks_for_a_solve_per_example() -> None:
@@ -212,7 +213,7 @@ def test_a_solver_by_the_recipe_equals_the_dense_solve() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", [MINRES(), CG(), Neumann()], ids=repr)
 def test_solvers_keep_the_memory_bound(solver: AbstractSolver[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    of = problem()
+    of = problem(100)
     each = of.space.size * 4 * (1 + solver.vectors_held)
     memory = 4 * 3 * each  # three queries with a quarter of the memory
     sizes: list[int] = []
@@ -226,6 +227,22 @@ def test_solvers_keep_the_memory_bound(solver: AbstractSolver[Any], monkeypatch:
     spec = ptif.Influence(GGN(), solver, Relative(3.0), memory=memory)
     spec.fit(of).score(queries())
     assert sizes == [3, 3, 2]
+
+
+def test_memory_and_passes_count_the_checkpoints_that_are_kept_and_those_fitted_again() -> None:
+    of, count = problem(400, width=40), 100
+    states = [{k: v.clone() for k, v in of.model.state_dict().items()} for _ in range(4)]
+    of = of.with_(checkpoints=states)
+    kept = ptif.ekfac().fit(of).members
+    held = sum(bytes_of(member) for member in kept)
+    forecast = ptif.ekfac().forecast(of, count)
+    rest = 8 * count * 400 + count * of.space.size * 4
+    assert kept.kept == 4 and held + rest <= forecast.memory_bytes <= 2 * (held + rest)
+    # Room for one: another is fitted beside it, and three a second time for the scores.
+    small = ptif.ekfac().with_options(memory=int(1.2 * held / 4)).forecast(of, count)
+    assert small.memory_bytes < forecast.memory_bytes and small.passes > 1.3 * forecast.passes
+    spread = ptif.ekfac().with_options(units="spread").forecast(of, count)
+    assert spread.memory_bytes >= forecast.memory_bytes + 2 * 8 * count * 400
 
 
 def test_a_projection_by_the_recipe_is_as_good_as_gaussian() -> None:

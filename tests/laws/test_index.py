@@ -20,7 +20,8 @@ from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.solvers import Blockwise, Spectral
-from pytorch_influence_functions.store import Factors, Sketch, TwoSided
+from pytorch_influence_functions.store import Factors, Sketch, TwoSided, integer_products
+from pytorch_influence_functions.store.codecs import CODECS
 from pytorch_influence_functions.store.fidelity import Fidelity, estimate_fidelity
 from tests.laws.test_influence import mlp
 from tests.laws.test_sketches import matrix
@@ -248,6 +249,20 @@ def test_numbers_of_every_type_are_off_by_their_rounding(
         assert index.folder.manifest.bytes < exact.folder.manifest.bytes
 
 
+@pytest.mark.parametrize("queries", [1, 3, 70])
+def test_products_of_stored_numbers_are_those_of_float64(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces that do not divide the rows, with one query and with many."""
+    monkeypatch.setattr(integer_products, "_CACHED", 4 * 40 * 9)
+    monkeypatch.setattr(integer_products, "_NUMBERS", 300)
+    generator = torch.Generator().manual_seed(0)
+    rows, q = torch.randn(100, 40, generator=generator), torch.randn(queries, 40, generator=generator)
+    for codec in CODECS.values():
+        stored = codec.encode(rows)
+        exact = q.double() @ codec.decode(stored, 40).double().T
+        products = codec.products(q.to(codec.decode(stored, 40).dtype), stored)
+        assert products.shape == (queries, 100) and gap(products, exact) < 2e-4
+
+
 def test_signs_alone_still_rank(tmp_path: Path) -> None:
     problem, queries = single(*problem_of())
     exact = ptif.Index.build(problem, tmp_path / "e", representation=TwoSided(6), dtype="float32").score(queries).values
@@ -403,7 +418,7 @@ def test_examples_can_be_removed(tmp_path: Path) -> None:
     for step in steps:
         open_index = step(smaller)
         scores = open_index.score(queries)
-        assert torch.equal(scores.indices[0], left) and scores.n_train == 60
+        assert scores.indices is not None and torch.equal(scores.indices[0], left) and scores.n_train == 60
         assert gap(scores.values, whole.values[:, left]) < 1e-12
         assert open_index.self_influence()[gone].tolist() == [0.0] * 4
         assert "4 examples were removed" in str(scores.diagnostics)
@@ -414,6 +429,31 @@ def test_examples_can_be_removed(tmp_path: Path) -> None:
         open_index.remove([99])
     again = open_index.remove([1, 2, 3, 4, 5, 6]).compact()  # a whole file
     assert again.score(queries).shape == (4, 50) and again.labels is not None
+
+
+def test_every_query_may_have_its_own_candidates(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i", representation=TwoSided(3), dtype="float64", shard=900)
+    whole = index.score(queries)
+    own = torch.stack([torch.randperm(60, generator=torch.Generator().manual_seed(q))[:5] for q in range(4)])
+    for ids in (own, own.tolist()):
+        each = index.score(queries, ids=ids)
+        assert torch.equal(each.indices, own) and each.n_train == 60
+        assert gap(each.values, whole.values.gather(1, own)) < 1e-12
+    best = index.score(queries, ids=own, top=2)
+    assert [i for i, _ in best.helpful(3, 2)] == own[3][whole.values[3, own[3]].argsort(descending=True)][:2].tolist()
+    index = index.remove([int(own[1, 2])])
+    for settings, message in (
+        ({"ids": own}, r"Example \d+ was removed from the index; leave it out of ids="),
+        ({"ids": own[:3]}, r"ids= holds 3 lists for 4 rows of scores"),
+        (
+            {"ids": [[1], [2], [3], [4]], "where": lambda y: y == 1},
+            r"where= chooses for all queries, and ids= is a list",
+        ),
+        ({"ids": [[1], [2], [3], [4]], "top": 1, "rerank": 2}, r"rerank= finds candidates, and ids= names them for"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            index.score(queries, **settings)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------- choosing

@@ -312,7 +312,7 @@ def test_matrix_free_products_equal_dense_curvature(name: str, curvature: str) -
     ],
 )
 def test_batch_size_does_not_matter(batch_size: int, method: ptif.Influence) -> None:
-    model, x, y, xq, yq = mlp(n=30)
+    model, x, y, xq, yq = mlp(n=16)
     want = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method, batch_size=64)
     got = ptif.attribute(model, (x, y), (xq, yq), loss=nn.CrossEntropyLoss(), method=method, batch_size=batch_size)
     assert relative_gap(got.values, want.values) < 1e-7
@@ -482,7 +482,7 @@ def test_auto_guides_conjugate_gradients_and_redamping_keeps_the_guide(monkeypat
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=200)
     fitted = ptif.Influence(GGN(), damping=Relative(0.3)).fit(problem)
     assert "CG" in fitted.method and "preconditioner=Fisher(samples=1" in fitted.method and "guides it" in fitted.why
-    want = ptif.Influence(GGN(), CG(1e-9), Relative(0.3)).fit(problem).score((x[:2], y[:2]))
+    want = ptif.Influence(GGN(), CG(1e-5), Relative(0.3)).fit(problem).score((x[:2], y[:2]))
     got = fitted.score((x[:2], y[:2]))
     assert relative_gap(got.values, want.values) < 5e-3
     alone = ptif.Influence(GGN(), CG(1e-3), Relative(0.3)).fit(problem).score((x[:2], y[:2]))

@@ -301,6 +301,26 @@ def test_without_a_group_one_is_made_from_what_torchrun_says(tmp_path: Path) -> 
     assert len({out.split()[2][:6] for out, _ in several}) == 1
 
 
+@pytest.mark.parametrize(
+    ("restarts", "words"),
+    [("0", r"open the block on every process, or"), ("1", r"start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")],
+)
+def test_a_group_that_cannot_be_made_says_what_to_do(
+    restarts: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": restarts}
+    for name, value in (environment | agent).items():
+        monkeypatch.setenv(name, value)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection refused")
+
+    monkeypatch.setattr(dist, "TCPStore", refused)
+    message = message_of(lambda: ptif.distributed().__enter__())
+    assert re.match(r"ProcessFailed: Not every process came .* in time \(Connection refused\); .*" + words, message)
+
+
 @pytest.mark.slow
 def test_a_lost_process_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
     began = time.monotonic()
@@ -310,3 +330,42 @@ def test_a_lost_process_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
     assert second.returncode == -signal.SIGKILL and first.returncode == 1 and "scores" not in out
     assert "ProcessFailed: Another of the 2 processes ended or did not answer in time (" in err
     assert time.monotonic() - began < 600  # at once, and not after the group's time-out
+
+
+RESTARTED = """
+import os, signal, sys, torch
+from torch import nn
+import pytorch_influence_functions as ptif
+
+torch.manual_seed(0)
+x, y = torch.randn(400, 8), torch.randint(3, (400,))
+model, calls = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), [0]
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+def count(*_):
+    calls[0] += 1
+
+model[0].register_forward_hook(count)
+with ptif.distributed(timeout=900) as world:
+    fitted = ptif.ekfac(folder=sys.argv[1]).fit(ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), batch_size=50))
+    print("fitted", attempt, calls[0], flush=True)
+    if attempt == "0" and world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    scores = fitted.score((x[:2], y[:2]))
+print("scored", attempt, f"{scores.values.double().norm():.6f}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_job_again_which_finds_what_was_fitted(tmp_path: Path) -> None:
+    program = tmp_path / "restarted.py"
+    program.write_text(RESTARTED)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, *launch, str(program), str(tmp_path / "factors")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    fits = {attempt: [int(n) for what, a, n in lines if (what, a) == ("fitted", attempt)] for attempt in "01"}
+    assert len(fits["1"]) == 2 and max(fits["1"]) < min(fits["0"])  # batches that were read to fit
+    scored = [(attempt, norm) for what, attempt, norm in lines if what == "scored"]
+    assert scored == [("1", scored[0][1])] * 2

@@ -220,14 +220,43 @@ def _join(timeout: float | None) -> World:
         if not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
                 return _ALONE
-            dist.init_process_group()
+            _make_group()
         rank, size = dist.get_rank(), dist.get_world_size()
         return _ALONE if size == 1 else World(rank, size, _link(rank, size, timeout))
     except (RuntimeError, ValueError) as cause:
         raise ProcessFailed(
-            f"Not every process came to ptif.distributed() in time ({first_line(cause)}); open the block on every "
-            "process, or leave it out where one computes alone, as under `if rank == 0:`."
+            f"Not every process came to ptif.distributed() in time ({first_line(cause)}); {_cure()}."
         ) from cause
+
+
+def _make_group() -> None:
+    """The process group that torchrun's variables describe.
+
+    A restart of torchrun finds the addresses of the earlier attempt in the store that its agent kept; each attempt
+    therefore has keys of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group()
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    shared = dist.TCPStore(host, port, size, is_master=False)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"attempt {_restarts()}", shared)  # type: ignore[attr-defined]
+    dist.init_process_group(store=store, rank=rank, world_size=size)
+
+
+def _restarts() -> int:
+    """How often torchrun has started this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _cure() -> str:
+    if _restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return (
+            "after a restart torchrun hands out addresses of the attempt before: let ptif.distributed() make the "
+            "process group, or start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        )
+    return "open the block on every process, or leave it out where one computes alone, as under `if rank == 0:`"
 
 
 def _link(rank: int, size: int, timeout: float | None) -> Link:

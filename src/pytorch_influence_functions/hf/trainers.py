@@ -22,6 +22,8 @@ from .models import accepted_arguments, token_shift
 from .padding import Padding, TrainersCollate
 from .tokenised import TokenisedRows
 
+_PACKED = "seq_lengths"  # the column that TRL adds
+
 
 def trainers_model(trainer: Any) -> nn.Module:
     """The model as it was trained, without what accelerate wrapped around it."""
@@ -57,6 +59,11 @@ def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int 
         raise InvalidInput(
             f"The Trainer's data, a {type(data).__name__}, can only be iterated, but examples are named by index; pass "
             "list(dataset.take(n)) of as many as fit in memory as dataset=."
+        )
+    if _PACKED in (getattr(data, "column_names", None) or ()):
+        raise InvalidInput(
+            "The Trainer's examples are packed from several texts (packing=True), which are trained as if each stood "
+            "alone; pass the texts themselves, ptif.hf.problem(trainer.model, tokenizer, texts)."
         )
     if callable(getattr(data, "with_format", None)) and getattr(data, "format", {}).get("type") not in (None, "torch"):
         data = data.with_format(None)

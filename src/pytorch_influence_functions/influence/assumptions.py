@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -46,13 +46,23 @@ class StationarityCheck:
     total: int
 
     @staticmethod
-    def of(derivatives: Derivatives) -> StationarityCheck:
-        """Look once at a random sample of the examples, or at all of them where that is cheap."""
+    def of(
+        derivatives: Derivatives, most: int = _MOST, also: Callable[[GradientBatch], None] | None = None
+    ) -> StationarityCheck:
+        """Look once at a random sample of the examples, or at all of them where that is cheap.
+
+        Args:
+            derivatives: how gradients are taken.
+            most: the most examples that are looked at.
+            also: is given the gradients too, batch by batch.
+        """
         problem, space = derivatives.problem, derivatives.space
-        sample = Sample.draw(len(problem), space.size, derivatives.numbers or space.size)
+        sample = Sample.draw(len(problem), space.size, derivatives.numbers or space.size, most)
         look = _Look(derivatives, sample)
         for gradients in derivatives.stream(ids=sample.ids, label="looking at the gradient", world=World()):
             look.add(gradients)
+            if also is not None:
+                also(gradients)
         relative, error = look.moments().relative()
         total_count = sum(p.numel() for p in problem.model.parameters())
         return StationarityCheck(relative, error, len(sample.ids), look.shares(), space.size, total_count)
@@ -68,15 +78,16 @@ class Sample:
     """How many groups there are."""
 
     @staticmethod
-    def draw(n: int, parameters: int, numbers: float) -> Sample:
+    def draw(n: int, parameters: int, numbers: float, most: int = _MOST) -> Sample:
         """A random sample, the same at every call.
 
         Args:
             n: how many examples there are.
             parameters: the length of a gradient.
             numbers: how many numbers one example's row takes.
+            most: the most examples.
         """
-        size = sample_size(n, numbers)
+        size = min(most, sample_size(n, numbers))
         if size == n:
             return Sample(torch.arange(n), torch.zeros(n, dtype=torch.long), 1)
         fewest, most = _GROUPS

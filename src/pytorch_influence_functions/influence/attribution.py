@@ -39,7 +39,7 @@ from ..solvers.forecast import Composition, Forecast, estimate_cost, time_produc
 from ..solvers.truncation import Truncation
 from .agreement import Units
 from .assumptions import StationarityCheck, sample_size
-from .averaging import CheckpointAverage
+from .averaging import CheckpointAverage, held_in_average
 from .checks import (
     as_weights,
     check_options_used,
@@ -172,9 +172,10 @@ class Influence(Record, AbstractMethod):
         times = max(1, len(problem.checkpoints))
         solves, described = self.scaling.solves_per_example(size.columns), self.describe(composition)
         looked_at = sample_size(len(problem), derivatives.numbers or problem.space.size)
-        one = estimate_cost(composition, size, described, memory, rule, solves, looked_at)
-        held = one.memory_bytes + copied_bytes(given, problem)
-        return replace(one, passes=one.passes * times, seconds=(one.seconds + preparing) * times, memory_bytes=held)
+        costs = estimate_cost(composition, size, described, memory, rule, solves, looked_at, times)
+        averaged = held_in_average(Units.of(self.units), times, n_queries, len(problem))
+        held = costs.memory_bytes + copied_bytes(given, problem) + averaged
+        return replace(costs, seconds=costs.seconds + preparing, memory_bytes=held)
 
     def _derivatives(self, problem: Problem) -> Derivatives:
         """How per-example gradients are taken, as far as the record forces that, and within its memory."""

@@ -158,6 +158,18 @@ def reciprocal(spreads: Float[Tensor, " q"]) -> Float[Tensor, " q"]:
     return torch.where(spreads > 0, 1 / torch.where(spreads > 0, spreads, 1.0), 0.0)
 
 
+def held_in_average(units: Units, checkpoints: int, n_queries: int, n_train: int) -> int:
+    """Bytes of the matrices that averaging checkpoints in units of their spread holds beside the result.
+
+    Args:
+        units: in which they are averaged.
+        checkpoints: how many there are.
+        n_queries: Q.
+        n_train: N.
+    """
+    return 0 if units is Units.RAW or checkpoints == 1 else (_MATRICES - 1) * 8 * n_queries * n_train
+
+
 def split_queries(question: Question, n_train: int, budget: Budget) -> Iterator[Int[Tensor, " q"]]:
     """The queries in parts whose scores fit the memory budget, where only the extremes are asked for.
 

@@ -35,30 +35,7 @@ class Candidates:
             InvalidInput: nothing is picked, a position is outside the data, named twice or left out by a loader's
                 sampler, or rows have candidates of different numbers.
         """
-        lists = _lists(ids)
-        if lists is None:
-            lists = [ids]
-        elif len(lists) != n_rows:
-            raise InvalidInput(
-                f"ids= holds {len(lists)} lists for {n_rows} row{'' if n_rows == 1 else 's'} of scores; give one list "
-                "for all, or one for each."
-            )
-        try:
-            rows = [parse_positions(row, len(data.whole), "training example") for row in lists]
-        except InfluenceError as error:
-            error.args = (f"In ids=, {str(error)[0].lower()}{str(error)[1:]}",)
-            raise
-        except (TypeError, ValueError, RuntimeError) as cause:
-            raise InvalidInput(
-                f"ids= must be positions in the training dataset, such as [3, 17], got {ids!r:.80}."
-            ) from cause
-        lengths = sorted({len(row) for row in rows})
-        if len(lengths) > 1:
-            raise InvalidInput(
-                f"ids= names between {lengths[0]} and {lengths[-1]} training examples per query; name the same number "
-                "for each, so that scores are one matrix."
-            )
-        positions = torch.stack(rows)
+        positions = parse_candidates(ids, len(data.whole), n_rows)
         return Candidates(_indices_of(positions, data), positions)
 
     @property
@@ -85,7 +62,39 @@ class Candidates:
         return torch.where(ids[place] == wanted, values.double().cpu().gather(1, place), 0.0)
 
 
-def _lists(ids: Any) -> list[Any] | None:
+def parse_candidates(ids: Any, size: int, n_rows: int) -> Int[Tensor, "r m"]:
+    """Positions among `size` examples: one row for all rows of scores, or one for each.
+
+    Raises:
+        InvalidInput: as for `Candidates.of`.
+    """
+    lists = lists_of(ids)
+    if lists is None:
+        lists = [ids]
+    elif len(lists) != n_rows:
+        raise InvalidInput(
+            f"ids= holds {len(lists)} lists for {n_rows} row{'' if n_rows == 1 else 's'} of scores; give one list "
+            "for all, or one for each."
+        )
+    try:
+        rows = [parse_positions(row, size, "training example") for row in lists]
+    except InfluenceError as error:
+        error.args = (f"In ids=, {str(error)[0].lower()}{str(error)[1:]}",)
+        raise
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise InvalidInput(
+            f"ids= must be positions in the training dataset, such as [3, 17], got {ids!r:.80}."
+        ) from cause
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise InvalidInput(
+            f"ids= names between {lengths[0]} and {lengths[-1]} training examples per query; name the same number "
+            "for each, so that scores are one matrix."
+        )
+    return torch.stack(rows)
+
+
+def lists_of(ids: Any) -> list[Any] | None:
     """One list per row of scores, or None where `ids` are positions for all."""
     if isinstance(ids, Tensor) or hasattr(ids, "ndim"):
         return list(ids) if ids.ndim == 2 else None

@@ -80,6 +80,11 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def _sum_of_each(x: Tensor) -> Float[Tensor, " n"]:
+    """Over all but the first axis, without the copy that flattening a transposed tensor makes."""
+    return x.sum(tuple(range(1, x.ndim)))
+
+
 def _rowwise(factor: Tensor | float, like: Tensor) -> Tensor | float:
     if isinstance(factor, Tensor) and factor.dim() == 1:
         return factor.to(like).reshape(-1, *[1] * (like.dim() - 1))
@@ -172,7 +177,7 @@ class Outer(AbstractBlock):
         return grams.sum((1, 2))
 
     def sums(self) -> Float[Tensor, " n"]:
-        return self.left.flatten(1).sum(1) + self.right.flatten(1).sum(1)
+        return self.left.sum((1, 2)) + self.right.sum((1, 2))
 
     def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
         right = self.right.flatten(0, 1)
@@ -311,7 +316,7 @@ class Conv(AbstractBlock):
         return self.outer().squared_norms()
 
     def sums(self) -> Float[Tensor, " n"]:
-        return self.left.flatten(1).sum(1) + self.x.flatten(1).sum(1)
+        return _sum_of_each(self.left) + _sum_of_each(self.x)
 
     def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
         return self.outer().combine(weights)

@@ -32,7 +32,7 @@ _INSTANT = 2e10
 # gives.
 _FEW_PARAMETERS = 2000
 # In mean eigenvalues, for the Gauss-Newton matrix of a network, which is that of a linearisation: chosen on the
-# regression of the league, where it has a linear datamodelling score of .62 and a tenth of it .51; see docs/trust.md.
+# league's regression, where it has a linear datamodelling score of .62 and a tenth of it .51; see docs/trust.md.
 _OF_NETWORKS = 30.0
 # Rows that a preconditioner may be made of, and their bytes.
 _GUIDE_ROWS, _GUIDE_BYTES = 5000, 1 << 30

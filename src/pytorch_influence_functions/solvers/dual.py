@@ -183,9 +183,11 @@ class Woodbury(AbstractSolver[DualState]):
 
 
 def _factor(k: Tensor, count: int) -> Tensor | None:
-    """Cholesky factor of N + K, or None where rounding has left K too negative. Overwrites k."""
+    """Cholesky factor of N + K, or None where rounding has left K too negative. Takes the place of k."""
     k.diagonal().add_(count)
-    factor, info = torch.linalg.cholesky_ex(k)
+    # Transposed, a symmetric matrix lies as the factor is wanted, so that none other is made.
+    factor, info = k.mT, torch.empty((), dtype=torch.int32, device=k.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     return None if int(info) else factor
 
 

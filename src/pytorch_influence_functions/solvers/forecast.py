@@ -125,6 +125,7 @@ def estimate_cost(
     damping: AbstractDamping | None = None,
     solves_per_example: Amount = 0,
     looked_at: int = 0,
+    checkpoints: int = 1,
 ) -> Forecast:
     """Passes, memory and seconds of a choice: counted, with one batch and one product measured for the seconds.
 
@@ -136,6 +137,8 @@ def estimate_cost(
         damping: the damping in use; None: the choice's own.
         solves_per_example: right-hand sides that scaling asks for, for every training example.
         looked_at: examples whose gradients tell how the trained weights stand, whatever the method.
+        checkpoints: how many are fitted and scored. As many stay fitted as the budget has room for; the others are
+            fitted a second time for the scores, and one of them is held beside.
     """
     n, p, q = size.examples, size.parameters, size.n_queries
     share = (damping or choice.default_damping).expected_share
@@ -155,7 +158,11 @@ def estimate_cost(
         q * n * (_PER_SCORE + (pairs if again else 0.0)) + (again * n * written if q > 1 else 0.0),
         _held_bytes(choice.solver, size, min(q, at_once)) + _SCORE_BYTES * q * n,
     )
-    total = fitting + scoring
+    kept_fits = min(checkpoints, max(1, int(budget.bytes / max(1.0, float(fitting.bytes)))))
+    again_fits = checkpoints - kept_fits
+    held = (kept_fits + (1 if again_fits else 0)) * fitting.bytes + scoring.bytes
+    fits, scored = fitting.repeated(checkpoints + again_fits), scoring.repeated(checkpoints)
+    total = replace(fits + scored, bytes=held)
     each = size.seconds if size.product_seconds is None else size.product_seconds
     reading = (total.passes - total.products) * n * size.seconds + total.products * n * each
     seconds = reading + total.flops / operations_per_second()

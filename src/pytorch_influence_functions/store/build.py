@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -43,6 +43,23 @@ LOSS, PARAMETERS, DATA, METHOD = "loss", "parameters", "training data", "method"
 SHARD_BYTES: Final = 128 << 20
 # Examples that stand for the data in the fingerprint; all others are compared where they are stored.
 _SAMPLED: Final = 64
+# Examples that are looked at before any is stored, and the share of the memory that their gradients may take.
+_LOOKED_AT: Final = 512
+_KEPT_SHARE: Final = 1 / 8
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What some examples tell.
+
+    Args:
+        check: whether the weights are at a minimum.
+        rows: their gradients, in factors, as far as there is room for them.
+    """
+
+    check: StationarityCheck
+    rows: Sequence[Rows]
 
 
 class IndexDiffers(InvalidInput):
@@ -140,12 +157,23 @@ class Plan:
         }
         return Fingerprint.of(ingredients, probes)
 
-    def facts(self) -> dict[str, Any]:
+    def look(self) -> Look:
+        """Take the gradients of some examples once, for all that is told of the data before they are stored."""
+        room = self.derivatives.memory * _KEPT_SHARE / 8
+        kept: list[Rows] = []
+
+        def keep(gradients: GradientBatch) -> None:
+            if sum(rows.numbers for rows in kept) + gradients.rows.numbers <= room:
+                kept.append(gradients.rows)
+
+        return Look(StationarityCheck.of(self.derivatives, _LOOKED_AT, keep), kept)
+
+    def facts(self, look: Look) -> dict[str, Any]:
         """What is needed to read the index, and to tell about it, as plain values."""
-        representation, check = self.choice.representation, StationarityCheck.of(self.derivatives)
+        representation, check = self.choice.representation, look.check
         composition, rule = composition_of(self.method)
         described = self.method.describe(replace(composition, damping=rule))
-        fidelity = estimate_fidelity(representation, self.derivatives)
+        fidelity = estimate_fidelity(representation, self.derivatives, look.rows)
         strength = self.problem.weight_decay.strength
         return {
             "method": described,
@@ -213,9 +241,10 @@ def _resumed(path: Path, fingerprint: Fingerprint) -> IndexFolder:
 
 
 def _begun(path: Path, plan: Plan, fingerprint: Fingerprint) -> IndexFolder:
-    fitted = fit_basis(plan.method, plan.choice.representation, plan.choice.codec, plan.derivatives)
+    look = plan.look()
+    fitted = fit_basis(plan.method, plan.choice.representation, plan.choice.codec, plan.derivatives, look.rows)
     stored = write_basis(path, *fitted.to_file())
-    manifest = Manifest(fingerprint, plan.facts(), stored)
+    manifest = Manifest(fingerprint, plan.facts(look), stored)
     manifest.write(path)
     return IndexFolder(path, manifest)
 
@@ -292,31 +321,28 @@ def _compare(stored: Tensor, count: int, derivatives: Derivatives, shard: ShardS
 
 def encode_shard(
     layout: AbstractLayout, derivatives: Derivatives, shard: ShardSource
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the record of one shard: rows, digests of the examples, and their labels."""
-    coded: list[dict[str, Tensor]] = []
+) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
+    """The tensors of one shard, batch by batch, and its record: rows, digests of the examples, and their labels."""
+    coded: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
     rows: list[Rows] = []
     hashes: list[Tensor] = []
     labels: list[Tensor | None] = []
-    forms: dict[str, Any] = {}
     for gradients in _stream(derivatives, shard):
         hashes.append(hash_examples(gradients.batch, len(gradients.ids)))
         labels.append(labels_of(whole_batch(gradients.batch), len(gradients.ids)))
+        coded.append(layout.encode(gradients.rows))
         if isinstance(layout, FactorLayout):
-            # Batches may differ in their number of terms, so the form is that of all together.
             rows.append(gradients.rows)
-        else:
-            tensors, forms = layout.encode(gradients.rows)
-            coded.append(tensors)
-    if rows:
-        joined, forms = layout.encode(join_rows(rows))
-        coded.append(joined)
-    together = {name: torch.cat([part[name] for part in coded]) for name in coded[0]}
-    together[HASHES] = torch.cat(hashes)
+    if rows and any(forms != coded[0][1] for _, forms in coded):
+        # Batches differ in their number of terms, as padded texts do; the form is that of all together.
+        coded = [layout.encode(join_rows(rows))]
+    together = {name: [tensors[name] for tensors, _ in coded] for name in coded[0][0]}
+    together[HASHES] = hashes
     known = [label for label in labels if label is not None]
     if len(known) == len(labels):
-        together[LABELS] = torch.cat(known)
-    return together, {"forms": forms}
+        # Batches of other types: the type that holds all of them.
+        together[LABELS] = known if len({label.dtype for label in known}) == 1 else [torch.cat(known)]
+    return together, {"forms": coded[0][1]}
 
 
 def _stream(derivatives: Derivatives, shard: ShardSource) -> Iterator[GradientBatch]:

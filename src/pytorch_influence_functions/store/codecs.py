@@ -31,6 +31,8 @@ class AbstractCodec(ABC):
     name: ClassVar[str]
     scales_columns: ClassVar[bool] = True
     """Whether columns are divided by their size before they are stored."""
+    multiplies_as_stored: ClassVar[bool] = True
+    """Whether products need little memory beside what is stored."""
 
     @abstractmethod
     def encode(self, rows: Float[Tensor, "n k"]) -> dict[str, Tensor]:
@@ -139,6 +141,7 @@ class Bit(AbstractCodec):
     """The sign of every number, eight to a byte, and one scale per row."""
 
     name: ClassVar[str] = "1bit"
+    multiplies_as_stored: ClassVar[bool] = False
 
     def encode(self, rows: Float[Tensor, "n k"]) -> dict[str, Tensor]:
         signs = np.packbits((rows > 0).cpu().numpy(), axis=1, bitorder="little")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
-from typing import Any, final
+from typing import Any, Final, cast, final
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -16,7 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..core.batches import Collated, tensors_of
 from ..core.digest import digest, tensor_bytes
 from ..core.errors import InvalidInput
+from ..gradients.sketches import random_words
 from ..problem.data import Source
+
+# Bytes of the words that digests are made from.
+_WORD: Final = 4
 
 
 @final
@@ -97,18 +103,35 @@ class Examples:
 def hash_examples(batch: Any, n: int) -> Int[Tensor, " n"]:
     """A digest of 64 bits of every example of a batch: of what the model is given of it."""
     if isinstance(batch, Collated):
-        hashes = [hashlib.blake2b(digest(item).encode(), digest_size=8) for item in batch.items]
-    else:
-        hashes = [hashlib.blake2b(digest_size=8) for _ in range(n)]
-        for where, tensor in tensors_of(batch):
-            if tensor.shape[:1] != (n,):
-                continue
-            rows = tensor.detach().cpu().contiguous()
-            name = f"{where} {rows.dtype} {tuple(rows.shape[1:])};".encode()
-            content = memoryview(tensor_bytes(rows))
-            step = len(content) // n
-            for e, hashing in enumerate(hashes):
-                hashing.update(name)
-                hashing.update(content[e * step : (e + 1) * step])
-    values = [int.from_bytes(hashing.digest(), "little", signed=True) for hashing in hashes]
-    return torch.tensor(values, dtype=torch.long)
+        hashes = [hashlib.blake2b(digest(item).encode(), digest_size=8).digest() for item in batch.items]
+        return torch.tensor([int.from_bytes(h, "little", signed=True) for h in hashes], dtype=torch.long)
+    total = np.zeros(n, np.uint64)
+    for where, tensor in tensors_of(batch):
+        if tensor.shape[:1] == (n,) and tensor.numel():
+            total += _hash_rows(where, tensor.detach())
+    return torch.from_numpy(total.view(np.int64))
+
+
+def _hash_rows(where: str, rows: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """sum_k r_k w_k mod 2^64 over the words w_k of 32 bits of every row, with odd random numbers r_k.
+
+    Another value of any one word is always noticed, of several with a chance of 1 - 2^-32 at least (multilinear
+    hashing, Lemire & Kaser 2014). One product per word: digests made for cryptography would take longer than the
+    gradients of a perceptron.
+    """
+    content = np.frombuffer(tensor_bytes(rows), np.uint8).reshape(len(rows), -1)
+    short = -content.shape[1] % _WORD
+    if short:
+        content = np.pad(content, ((0, 0), (0, short)))
+    words = content.view("<u4")
+    start = random_words(1, "place", where, rows.dtype, tuple(rows.shape[1:]))
+    factors = _factors(where, words.shape[1])
+    total = np.einsum("nk,k->n", words, factors, dtype=np.uint64, casting="unsafe") + start
+    return cast("np.ndarray[tuple[int], np.dtype[np.uint64]]", total)
+
+
+@lru_cache(maxsize=16)
+def _factors(where: str, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    factors = random_words(count, "digest of an example", where)
+    factors |= np.uint64(1)
+    return factors

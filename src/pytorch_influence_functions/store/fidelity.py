@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..core.distributed import World
 from ..core.indexing import spread_sample
 from ..gradients.per_example import Derivatives
 from ..gradients.sketches import EIGENVECTORS, Sketch, TwoSided
+from ..linalg.rows import Rows
 from .representation import Representation
 
 _SAMPLED: Final = 256
@@ -58,34 +61,41 @@ class Fidelity:
         )
 
 
-def estimate_fidelity(representation: Representation, derivatives: Derivatives) -> Fidelity | None:
+def estimate_fidelity(
+    representation: Representation, derivatives: Derivatives, rows: Sequence[Rows] = ()
+) -> Fidelity | None:
     """What a random projection keeps; None for what is not random.
 
     Args:
         representation: what is kept of a gradient.
         derivatives: how gradients are taken, not projected.
-
-    Cost: two passes over 256 examples.
+        rows: gradients of some examples drawn at random; none: those of 256 are taken.
     """
     if not isinstance(representation, (Sketch, TwoSided)):
         return None
     if isinstance(representation, TwoSided) and representation.basis == EIGENVECTORS:
         return None
-    ids = spread_sample(len(derivatives.problem), _SAMPLED)
-    if len(ids) < 3:
-        return None
+    if not rows:
+        ids = spread_sample(len(derivatives.problem), _SAMPLED)
+        batches = derivatives.stream(ids=ids, label="how true the projection is", world=World())
     seeds = (representation, replace(representation, seed=representation.seed + 1))
-    pair = torch.stack([_cosines(derivatives, one, ids) for one in seeds])
+    projectors = [one.projector(derivatives.whole) for one in seeds]
+    projected: list[list[Tensor]] = [[], []]
+    for some in rows or (gradients.rows for gradients in batches):
+        for projector, parts in zip(projectors, projected, strict=True):
+            parts.append(projector.apply(some).flat().double().cpu())
+    vectors = [torch.cat(parts)[:_SAMPLED] for parts in projected]
+    if len(vectors[0]) < 3:
+        return None
+    pair = torch.stack([_cosines(v) for v in vectors])
     if not bool((pair.std(1) > 0).all()):
         return None
     k = representation.k if isinstance(representation, Sketch) else representation.k_in
-    return Fidelity(min(1.0, float(torch.corrcoef(pair)[0, 1])), k, len(ids))
+    return Fidelity(min(1.0, float(torch.corrcoef(pair)[0, 1])), k, len(vectors[0]))
 
 
-def _cosines(derivatives: Derivatives, representation: Sketch | TwoSided, ids: Tensor) -> Tensor:
-    projected = replace(derivatives, projector=representation.projector(derivatives.whole))
-    batches = projected.stream(ids=ids, label="how true the projection is", world=World())
-    rows = torch.cat([gradients.rows.flat().double().cpu() for gradients in batches])
+def _cosines(rows: Float[Tensor, "n k"]) -> Float[Tensor, " m"]:
+    """Of every pair."""
     norms = rows.norm(dim=1, keepdim=True)
     rows = rows / torch.where(norms > 0, norms, torch.ones_like(norms))
     above = torch.triu_indices(len(rows), len(rows), 1)

@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..core.errors import InvalidInput, first_line, name_ids
+from ..influence.candidates import Candidates, lists_of, parse_candidates
 from .folder import IndexFolder
 
 
@@ -40,6 +41,29 @@ def choose_examples(
     if not bool(mask.any()):
         raise InvalidInput("No example is left to score; ids= and where= together choose none.")
     return mask
+
+
+def candidates_of(ids: Any, where: Any, n_rows: int, size: int) -> Candidates | None:
+    """The examples of every row of scores, where `ids` are a list for each; None for anything else.
+
+    Args:
+        ids: as for `choose_examples`, or a list of positions for every row.
+        where: a function of the labels, or None.
+        n_rows: how many rows of scores there are.
+        size: how many examples have been given.
+
+    Raises:
+        InvalidInput: the lists do not fit the rows or the examples, or `where` is given too.
+    """
+    if lists_of(ids) is None:
+        return None
+    if where is not None:
+        raise InvalidInput(
+            "where= chooses for all queries, and ids= is a list for each; leave where= out, and these examples out of "
+            "the lists."
+        )
+    positions = parse_candidates(ids, size, n_rows)
+    return Candidates(positions, positions)
 
 
 def _as_mask(ids: Any, n: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
@@ -23,6 +23,7 @@ from ..influence.attribution import Influence
 from ..linalg.eigenbasis import Eigenbasis, EigenPart
 from ..linalg.kronecker import Kronecker
 from ..linalg.kronecker_block import KroneckerBlock
+from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from ..linalg.space import BlockSpec, Space
 from ..scaling.base import Raw
@@ -37,6 +38,7 @@ from .shard_files import MappedFile
 
 # Examples whose coordinates tell the sizes of the columns.
 _SAMPLED: Final = 512
+_FEWEST: Final = 256
 _SIDES: Final = ("left", "right")
 
 
@@ -224,7 +226,11 @@ def _read_space(stored: Mapping[str, Any]) -> Space:
 
 
 def fit_basis(
-    method: Influence, representation: Representation, codec: AbstractCodec, derivatives: Derivatives
+    method: Influence,
+    representation: Representation,
+    codec: AbstractCodec,
+    derivatives: Derivatives,
+    rows: Sequence[Rows] = (),
 ) -> FittedBasis:
     """Fit the curvature of the (projected) gradients and decompose it.
 
@@ -233,6 +239,8 @@ def fit_basis(
         representation: what is kept of a gradient.
         codec: how its numbers are stored.
         derivatives: how gradients are taken, not projected.
+        rows: gradients of some examples drawn at random, which tell the sizes of the columns; of too few: others are
+            taken.
 
     Raises:
         InvalidInput: the curvature has no eigenbasis.
@@ -264,14 +272,17 @@ def fit_basis(
     shift = composition.solver.damped(operator, Shift(rule.of(scale), blocks=rule.blocks(scale)))
     columns = torch.ones(0)
     if not isinstance(representation, Factors):
-        columns = _measure_columns(basis, projected) if codec.scales_columns else torch.ones(basis.size)
+        columns = _measure_columns(basis, projected, rows) if codec.scales_columns else torch.ones(basis.size)
     notes = tuple(getattr(operator, "notes", ()))
     fitted = FittedBasis(derivatives.whole, basis, projector, columns, scale, shift.over(space.blocks), notes)
     fitted.inverse(None)
     return fitted
 
 
-def _measure_columns(basis: Eigenbasis, projected: Derivatives) -> Tensor:
+def _measure_columns(basis: Eigenbasis, projected: Derivatives, rows: Sequence[Rows]) -> Tensor:
+    projector = projected.projector
+    if projector is not None and sum(map(len, rows)) >= min(_FEWEST, len(projected.problem)):
+        return column_sizes(torch.cat([basis.coordinates(projector.apply(some)) for some in rows]))
     ids = spread_sample(len(projected.problem), _SAMPLED)
     batches = projected.stream(ids=ids, label="sizes of the columns", world=World())
     return column_sizes(torch.cat([basis.coordinates(g.rows) for g in batches]))

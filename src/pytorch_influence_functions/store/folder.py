@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,7 +59,9 @@ class IndexFolder:
         """One of the files, of which little will be read: its contents are not verified for that."""
         return map_file(self.path, stored, verify=False)
 
-    def add_shard(self, first: int, stop: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    def add_shard(
+        self, first: int, stop: int, tensors: Mapping[str, Tensor | Sequence[Tensor]], record: Mapping[str, Any]
+    ) -> None:
         """Write a shard, then list it: killed in between, the file does not count and is written again."""
         stored = write_file(self.path, f"{_ROWS}-{first:012d}-{stop:012d}", tensors, record)
         self._verified.add(stored.name)

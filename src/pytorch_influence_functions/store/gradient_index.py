@@ -18,6 +18,7 @@ from ..curvature.base import Budget
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives
 from ..influence.attribution import Attribution
+from ..influence.candidates import lists_of
 from ..influence.checks import check_top
 from ..influence.question import Question
 from ..influence.scoring import ScoringPass
@@ -31,7 +32,7 @@ from .build import Plan, add_examples, build, layout_of, representation_of
 from .compaction import compact, remove
 from .describe import IndexForecast, diagnostics_of, labels_of_index
 from .examples import Examples
-from .filters import choose_examples
+from .filters import candidates_of, choose_examples
 from .fitted_basis import FittedBasis
 from .folder import IndexFolder, writing
 from .layouts import AbstractLayout
@@ -184,7 +185,8 @@ class Index:
                 `"sum"`, a group for every query (the mean over each), or by name positions, a mask (their mean) or
                 weights.
             contrast: what each query is compared with, as many or one: the measure on the query less that on this.
-            ids: the examples that are scored, as positions, a slice or a mask; `None`: all.
+            ids: the examples that are scored, as positions, a slice or a mask, or a list of positions for every query;
+                `None`: all.
             where: a function of the labels (a tensor with one per example) that says which are scored.
             normalised: divide every score by sqrt(g^T (C + lambda)^-1 g) of its example, as RelatIF does.
             damping: `Relative(share)`, `Absolute(value)` or a number; `None`: that of the method. Any other costs
@@ -209,10 +211,15 @@ class Index:
         check_top(top)
         flag("normalised", normalised)
         if rerank is not None:
+            if lists_of(ids) is not None:
+                raise InvalidInput(
+                    "rerank= finds candidates, and ids= names them for every query; leave rerank= out, or have the "
+                    "live method compute them: ptif.ekfac().fit(problem).score(queries, ids=ids)."
+                )
             exact = self._attribution(top, rerank, normalised, by, damping, audit)
             asked: dict[str, Any] = {"aggregate": aggregate, "contrast": contrast, "batch_size": batch_size}
-            some: dict[str, Any] = {"ids": ids, "where": where, "damping": damping, "memory": memory}
-            first = self.score(queries, measure, rerank, **asked, **some)
+            chosen_by: dict[str, Any] = {"ids": ids, "where": where, "damping": damping, "memory": memory}
+            first = self.score(queries, measure, rerank, **asked, **chosen_by)
             mask = choose_examples(self.folder, ids, where, lambda: self.labels)
             return rescore(
                 first, lambda chosen: exact.score(queries, measure, ids=chosen, **asked), mask, int(top or 0), audit
@@ -226,10 +233,13 @@ class Index:
         )
         inverse, shift = fitted.inverse(damping)
         layout = self._layout(fitted)
-        mask = choose_examples(self.folder, ids, where, lambda: labels_of_index(self.folder))
-        _check_memory(len(question), int(mask.sum()), top, budget)
+        own = candidates_of(ids, where, len(question), len(self))
+        some = ids if own is None else own.union
+        mask = choose_examples(self.folder, some, where, lambda: labels_of_index(self.folder))
+        width = int(mask.sum()) if own is None else own.width
+        _check_memory(len(question), width, top, budget)
         stored = StoredRows(self.folder, layout, mask)
-        ranking = Ranking(len(question), mask.nonzero().flatten(), top)
+        ranking = Ranking(len(question), mask, top, own)
         scoring = ScoringPass(derivatives.problem, question)
         # A query's coordinates are held in float64, solved, and made ready.
         room = max(1, int(budget.bytes / 4 / (24 * fitted.basis.size)))
@@ -242,11 +252,11 @@ class Index:
         values, indices = ranking.result()
         dtype = next(iter(derivatives.whole.values(derivatives.problem.model).values())).dtype
         decay = derivatives.whole.decay
-        return Scores(
+        scores = Scores(
             values.to(torch.float64 if dtype == torch.float64 else torch.float32),
             lower_is_better=question.lower_is_better,
             n_train=len(self),
-            indices=None if top is None and bool(mask.all()) else indices,
+            indices=None if top is None and own is None and bool(mask.all()) else indices,
             train_labels=labels_of_index(self.folder),
             query_labels=question.query_labels(),
             query_names=question.names,
@@ -259,6 +269,7 @@ class Index:
             train_source=self.asker.train,
             query_source=None if question.source is None else question.source.whole,
         )
+        return scores if top is None or own is None else scores.top(top)
 
     def self_influence(self, damping: AbstractDamping | float | None = None) -> Float[Tensor, " n"]:
         """Self-influence of every example, (1/N) g^T (C + lambda)^-1 g, shape [N]; 0 for those that were removed.

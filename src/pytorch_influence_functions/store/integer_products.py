@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-# Bytes of rows that are multiplied at once: they stay in a core's cache.
-_CACHED: Final = 1 << 20
+# Bytes of rows in float32 that are made at once, and products in 32 bits: they stay in a core's cache.
+_CACHED: Final = 1 << 19
+_NUMBERS: Final = 1 << 18
 # Products of up to so many pairs of numbers from -127 to 127 fit into 32 bits.
 _LONGEST: Final = (2**31 - 1) // 127**2
 # The library's products of fewer columns are slower than of so many.
@@ -28,7 +29,6 @@ def integer_products(rows: Int8[Tensor, "n k"], queries: Float[Tensor, "q k"]) -
         queries: float32.
     """
     n, k = rows.shape
-    step = max(1, _CACHED // max(1, k))
     if rows.device.type != "cpu" or k > _LONGEST or not has_integer_products():
         return float_products(rows, queries)
     scales = queries.abs().amax(1) / 127
@@ -40,12 +40,15 @@ def integer_products(rows: Int8[Tensor, "n k"], queries: Float[Tensor, "q k"]) -
     if len(columns) < _FEWEST_COLUMNS:
         columns = torch.cat([columns, columns.new_zeros(_FEWEST_COLUMNS - len(columns), k)])
     columns = columns.T.contiguous()
-    whole = torch.empty(n, columns.shape[1], dtype=torch.int32)
-    for start in range(0, n, step):
-        torch._int_mm(rows[start : start + step], columns, out=whole[start : start + step])
-    q = len(queries)
-    products = whole[:, :q].float().mul_(scales)
-    return products.addcmul_(whole[:, q : 2 * q].float(), scales, value=1 / 254).T
+    q, step = len(queries), max(1, _NUMBERS // columns.shape[1])
+    whole = torch.empty(min(step, n), columns.shape[1], dtype=torch.int32)
+    out = torch.empty(n, q)
+    for some, products in zip(torch.split(rows, step), torch.split(out, step), strict=True):
+        piece = whole[: len(some)]
+        torch._int_mm(some, columns, out=piece)
+        torch.mul(piece[:, :q], scales, out=products)
+        products.addcmul_(piece[:, q : 2 * q].float(), scales, value=1 / 254)
+    return out.T
 
 
 def float_products(rows: Tensor, queries: Float[Tensor, "q k"]) -> Float[Tensor, "q n"]:
@@ -59,10 +62,18 @@ def float_products(rows: Tensor, queries: Float[Tensor, "q k"]) -> Float[Tensor,
         return queries @ rows.to(queries.dtype).T
     n, k = rows.shape
     step = max(1, _CACHED // (4 * max(1, k)))
-    out, columns = torch.empty(n, len(queries)), queries.T.contiguous()
-    for start in range(0, n, step):
-        torch.mm(rows[start : start + step].float(), columns, out=out[start : start + step])
-    return out.T
+    # One place for all pieces, which stays in the cache: fresh memory for each takes as long as the products do.
+    wide = torch.empty(step, k)
+    single = len(queries) == 1
+    factor = queries[0].contiguous() if single else queries.T.contiguous()
+    out = torch.empty(n) if single else torch.empty(n, len(queries))
+    multiply = torch.mv if single else torch.mm
+    last = wide[: n % step]
+    # Thousands of pieces: what is done for each in Python counts.
+    for some, products in zip(torch.split(rows, step), torch.split(out, step), strict=True):
+        piece = wide if some.shape[0] == step else last
+        multiply(piece.copy_(some), factor, out=products)
+    return out[None] if single else out.T
 
 
 @lru_cache(maxsize=1)

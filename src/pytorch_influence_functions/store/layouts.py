@@ -34,6 +34,11 @@ class AbstractLayout(ABC):
     basis: Eigenbasis
     codec: AbstractCodec
 
+    @property
+    def multiplies_as_stored(self) -> bool:
+        """Whether products need little memory beside what is stored."""
+        return False
+
     @abstractmethod
     def encode(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The stored form of gradient rows, and what else is needed to read it, as plain values."""
@@ -63,6 +68,10 @@ class ColumnLayout(AbstractLayout):
     basis: Eigenbasis
     codec: AbstractCodec
     columns: Float[Tensor, " k"]
+
+    @property
+    def multiplies_as_stored(self) -> bool:
+        return self.codec.multiplies_as_stored
 
     def encode(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
         coordinates = self.basis.coordinates(rows)

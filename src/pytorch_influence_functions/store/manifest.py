@@ -20,7 +20,7 @@ from ..core.fingerprint import Fingerprint
 
 MANIFEST: Final = "index.json"
 KIND: Final = "gradient index"
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Version of the layout of the folder. A reader refuses folders of another one."""
 
 

@@ -10,15 +10,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..influence.candidates import Candidates
 from ..influence.scoring import refuse_nonfinite
 from ..influence.topk import TopK
 from .build import HASHES, LABELS
 from .folder import IndexFolder
 from .layouts import AbstractLayout, Stored
 
-# Rows that are looked at together, numbers that they may hold, and scores on them: enough that what is done once for
-# each piece costs little beside its products.
-_MOST: Final = 1 << 16
+# Rows that are looked at together, numbers that are made of them, and scores on them: enough that what is done once
+# for each piece costs little beside its products.
+_MOST: Final = 1 << 18
 _NUMBERS: Final = 1 << 25
 _SCORES: Final = 1 << 20
 
@@ -56,21 +57,26 @@ class StoredRows:
     layout: AbstractLayout
     mask: Bool[Tensor, " n"]
 
-    def parts(self, queries: int = 1) -> Iterator[Part]:
-        """All rows that count, in pieces that suit so many queries."""
+    def parts(self, queries: int = 1, as_stored: bool = False) -> Iterator[Part]:
+        """All rows that count, in pieces that suit so many queries.
+
+        Args:
+            queries: how many.
+            as_stored: whether they are only multiplied as they are stored.
+        """
         for shard in self.folder.manifest.shards:
             asked = self.mask[shard.first : shard.stop]
             if not bool(asked.any()):
                 continue
             file = self.folder.read(shard.file)
             ids = shard.ids
-            kept = self.mask[ids]
+            kept = asked if shard.kept is None else self.mask[ids]
             stored = {k: v for k, v in file.tensors.items() if k not in (HASHES, LABELS)}
-            yield from self._pieces(ids, stored, file.record["forms"], kept, queries)
+            numbers = 1.0 if as_stored else sum(v.numel() for v in stored.values()) / max(1, len(ids))
+            step = max(1, min(_MOST, int(_NUMBERS / max(1.0, numbers)), _SCORES // max(1, queries)))
+            yield from self._pieces(ids, stored, file.record["forms"], kept, step)
 
-    def _pieces(self, ids: Tensor, stored: Stored, forms: Any, kept: Tensor, queries: int) -> Iterator[Part]:
-        numbers = sum(v.numel() for v in stored.values()) / max(1, len(ids))
-        step = max(1, min(_MOST, int(_NUMBERS / max(1.0, numbers)), _SCORES // max(1, queries)))
+    def _pieces(self, ids: Tensor, stored: Stored, forms: Any, kept: Tensor, step: int) -> Iterator[Part]:
         everything = bool(kept.all())
         for start in range(0, len(ids), step):
             chunk = slice(start, start + step)
@@ -88,7 +94,7 @@ class StoredRows:
             queries: how many there are.
             inverse: where scores are divided by sqrt(g^T (C + D)^-1 g) of each example: 1 / (eigenvalue + damping).
         """
-        for part in self.parts(queries):
+        for part in self.parts(queries, inverse is None and self.layout.multiplies_as_stored):
             values = self.layout.products(ready, part.stored, part.forms)
             if inverse is not None:
                 norms = self._own(part, inverse).sqrt().to(values)
@@ -112,16 +118,32 @@ class StoredRows:
 @final
 @dataclass(eq=False)
 class Ranking:
-    """Collects blocks of scores: the extremes of every query, or all of them."""
+    """Collects blocks of scores: the extremes of every query, all of them, or those of a query's own candidates.
+
+    Args:
+        queries: how many.
+        mask: which examples count.
+        top: how many of each end; None: all.
+        candidates: of every query; None: whatever counts.
+    """
 
     queries: int
-    columns: Int[Tensor, " m"]
+    mask: Bool[Tensor, " n"]
     top: int | None
+    candidates: Candidates | None = None
 
     def __post_init__(self) -> None:
-        self._extremes = None if self.top is None else TopK(self.queries, self.top)
-        shape = (self.queries, len(self.columns)) if self.top is None else (0, 0)
-        self._whole = torch.zeros(*shape, dtype=torch.float64)
+        self._extremes: TopK | None = None
+        self._columns = torch.arange(0)
+        width = 0
+        if self.candidates is not None:
+            width = self.candidates.width
+        elif self.top is not None:
+            self._extremes = TopK(self.queries, self.top)
+        else:
+            self._columns = self.mask.nonzero().flatten()
+            width = len(self._columns)
+        self._whole = torch.zeros(self.queries if width else 0, width, dtype=torch.float64)
 
     def add(self, query_ids: Int[Tensor, " q"], ids: Int[Tensor, " n"], values: Float[Tensor, "q n"]) -> None:
         """Add the scores of some queries on examples `ids`, which come in increasing order.
@@ -132,12 +154,16 @@ class Ranking:
         refuse_nonfinite(values, query_ids, ids)
         if self._extremes is not None:
             self._extremes.add(query_ids, ids, values)
+        elif self.candidates is not None:
+            self._whole[query_ids] += self.candidates.pick(query_ids, ids, values)
         else:
-            start = int(torch.searchsorted(self.columns, ids[0]))
+            start = int(torch.searchsorted(self._columns, ids[0]))
             self._whole[query_ids, start : start + len(ids)] = values.double().cpu()
 
     def result(self) -> tuple[Float[Tensor, "q m"], Int[Tensor, "q m"]]:
         """Scores, and the examples behind them."""
         if self._extremes is not None:
             return self._extremes.result()
-        return self._whole, self.columns.expand(self.queries, -1)
+        if self.candidates is not None:
+            return self._whole, self.candidates.positions.expand(self.queries, -1)
+        return self._whole, self._columns.expand(self.queries, -1)

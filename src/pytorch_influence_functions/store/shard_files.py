@@ -7,20 +7,19 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
+from ..core.digest import tensor_bytes
 from ..core.errors import InvalidInput
-from ..core.files import write_bytes
+from ..core.files import replacing
 from .manifest import StoredFile
 
-# One key only: the library writes several keys in random order, and equal results must be equal bytes.
 _KEY: Final = "pytorch_influence_functions"
 _DTYPES: Final = {
     "F64": torch.float64,
@@ -32,6 +31,7 @@ _DTYPES: Final = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @final
@@ -43,20 +43,44 @@ class MappedFile:
     record: Mapping[str, Any]
 
 
-def write_file(folder: Path, stem: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> StoredFile:
+def write_file(
+    folder: Path, stem: str, tensors: Mapping[str, Tensor | Sequence[Tensor]], record: Mapping[str, Any]
+) -> StoredFile:
     """Write tensors and a record of plain values as a safetensors file, whole or not at all.
 
     Equal contents are equal bytes under an equal name, which ends with a part of their digest.
 
+    Args:
+        folder: where to.
+        stem: how its name begins.
+        tensors: by name; several of one name are put together along their first axis, as they are written.
+        record: plain values.
+
     Raises:
         InvalidInput: a full disk, a read-only folder and the like, in one sentence.
     """
-    copies = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    content = save(copies, {_KEY: json.dumps(record, sort_keys=True)})
-    digest = hashlib.sha256(content).hexdigest()
-    name = f"{stem}-{digest[:8]}.safetensors"
-    write_bytes(folder / name, content)
-    return StoredFile(name, len(content), digest)
+    parts = {name: [value] if isinstance(value, Tensor) else list(value) for name, value in tensors.items()}
+    # The widest types first, so that every tensor begins at a multiple of its own.
+    names = sorted(parts, key=lambda name: (-parts[name][0].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(record, sort_keys=True)}}
+    stop = 0
+    for name in names:
+        first = parts[name][0]
+        shape = [sum(len(part) for part in parts[name]), *first.shape[1:]] if first.ndim else []
+        start, stop = stop, stop + sum(part.numel() for part in parts[name]) * first.element_size()
+        header[name] = {"dtype": _NAMES[first.dtype], "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    pieces: list[bytes | memoryview] = [struct.pack("<Q", len(text)), text]
+    pieces += [tensor_bytes(part) for name in names for part in parts[name] if part.numel()]
+    sha256 = hashlib.sha256()
+    for piece in pieces:
+        sha256.update(piece)
+    name = f"{stem}-{sha256.hexdigest()[:8]}.safetensors"
+    with replacing(folder / name) as aside, open(aside, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+    return StoredFile(name, 8 + len(text) + stop, sha256.hexdigest())
 
 
 def map_file(folder: Path, stored: StoredFile, verify: bool) -> MappedFile:
