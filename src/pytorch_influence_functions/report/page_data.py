@@ -89,6 +89,8 @@ def collect_contents(scores: Scores, classes: Classes | None, train: ExampleRead
         if scores.train_labels is not None
         else []
     )
+    if train.token_text(0) is not None and all(x is None for x in (scores.train_labels, doubt, given.self_influence)):
+        queue = [entry for entry in queue if entry["h"] > 0]  # in a text that helps is nothing to doubt
     for entry in queue:
         entry |= _train_words(scores, labels, entry["i"])
         text = train.token_text(entry["i"])

@@ -7,7 +7,7 @@
   const FEW = 48;
   /** What a label is called: of classes a label, of predicted numbers a value, with the name it was given; texts that are
       taught without one are doubtful as texts. */
-  const numeric = index.numeric, labelled = index.labelled, LABEL = numeric ? "value" : labelled ? "label" : "text";
+  const numeric = index.numeric, labelled = index.labelled, things = labelled ? "examples" : "texts", LABEL = numeric ? "value" : labelled ? "label" : "text";
   const target = (numeric && index.target.replace(/\s*\[.+\]\s*$/, "")) || LABEL, LABELLED = numeric ? target : "labelled";
   const capital = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 
@@ -571,9 +571,9 @@
     const list = el("div"), count = el("p", { class: "faint", role: "status" }), form = el("form", { class: "filters", role: "search" });
     const draw = () => {
       const entries = wantedSuspects(), all = index.queue.length;
-      count.textContent = entries.length === all ? whole(all) + " training examples" : whole(entries.length) + " of " + whole(all) + " training examples";
+      count.textContent = entries.length === all ? whole(all) + " training " + things : whole(entries.length) + " of " + whole(all) + " training " + things;
       list.replaceChildren();
-      growing(list, entries, suspect);
+      if (all) growing(list, entries, suspect); else list.append(el("p", { class: "faint" }, "No text harms these queries on average."));
     };
     const choice = (name, options, shown) => {
       const picked = el("select", { onchange: (event) => { wanted[name] = event.target.value; draw(); } }, ...options.map(([value, text]) => el("option", { value }, text)));
