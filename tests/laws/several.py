@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ import torch.multiprocessing as mp
 def run_on(size: int, program: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """What `program(rank, *arguments)` returned on each of `size` processes of a gloo group, by rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_process, args=(size, program, folder, arguments), nprocs=size)
+    # A copy of this process has everything imported, which takes a fresh one five seconds; where it may have threads
+    # (of sums in parallel, of a GPU's autograd) a copy could wait for them for ever.
+    copies = sys.platform == "linux" and torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    method = "fork" if copies else "spawn"
+    mp.start_processes(_process, args=(size, program, folder, arguments), nprocs=size, start_method=method)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
