@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.actions import LabelIssueFinder, find_label_issues
+from pytorch_influence_functions.actions import LabelIssueFinder, find_label_issues, label_votes
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.evaluation import Recipe
 from pytorch_influence_functions.scores.doubt import harm_reliability
+from pytorch_influence_functions.scores.votes import RIDGES
 
 
 def trained(x: Tensor, y: Tensor, classes: int, steps: int = 400) -> nn.Module:
@@ -36,35 +37,102 @@ def blobs(n: int = 90) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 4) + 2 * nn.functional.one_hot(y, 4), y
 
 
+def ridge_votes(kernel: Tensor, one_hot: Tensor, voting: Tensor, ridge: float) -> Tensor:
+    """Votes of those who vote, fitted anew without each one in turn; their mean is that of all of them."""
+    votes, mean = torch.zeros_like(one_hot), one_hot[voting].mean(0)
+    for i in range(len(kernel)):
+        others = voting.clone()
+        others[i] = False
+        k = kernel[others][:, others]
+        weights = torch.linalg.solve(k + ridge * torch.eye(len(k), dtype=k.dtype), one_hot[others] - mean)
+        votes[i] = mean + kernel[i, others] @ weights
+    return votes
+
+
+def best_votes(kernel: Tensor, one_hot: Tensor, voting: Tensor) -> Tensor:
+    unit = float(kernel[voting][:, voting].diagonal().mean())
+    tried = [ridge_votes(kernel, one_hot, voting, r * unit) for r in RIDGES]
+    return min(tried, key=lambda v: float((v - one_hot)[voting].square().mean()))
+
+
 def test_the_order_is_that_of_its_definition() -> None:
-    x, y = blobs()
-    xv, yv = blobs(30)
+    x, y = blobs(48)
+    y = y.clone()
+    y[:6] = (y[:6] + 1) % 3
+    xv, yv = blobs(12)
     model = trained(x, y, 3, steps=50)
     problem = ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), batch_size=7)
-    issues = find_label_issues(problem, (xv, yv))
-    with torch.no_grad():
-        loss = nn.functional.cross_entropy(model(x), y, reduction="none").double()
-    harms = -ptif.ekfac().fit(problem).score((xv, yv)).values.double().numpy()
-    harm = torch.from_numpy(harms.mean(0))
-    r = np.corrcoef(harms[::2].mean(0), harms[1::2].mean(0))[0, 1]
-    weight = 2 * r / (1 + r)
-    assert 0.05 < weight < 1 and issues.harm_reliability == pytest.approx(weight, rel=1e-4)
-    own = ptif.dual().fit(problem).self_influence().double()
-    left_out = loss + own / (1 - own)
-    torch.testing.assert_close(issues.left_out_loss, left_out, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        issues.doubt, left_out / left_out.std() + weight * harm / harm.std(), rtol=1e-4, atol=1e-5
-    )
-    assert issues.ids(5) == issues.doubt.argsort(descending=True)[:5].tolist()
-    alone = find_label_issues(problem)
-    assert alone.harm is None and alone.ids(20) == left_out.argsort(descending=True, stable=True)[:20].tolist()
-    # One probability and one class for each, and the suggestion is never the given class.
+    people, classes = torch.cat([x, xv]), torch.cat([y, yv])
+    parameters = dict(model.named_parameters())
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (people,)))(parameters)
+    flat = torch.cat([j.detach().reshape(60, 3, -1) for j in jacobian.values()], 2).double()
+    whole = torch.einsum("ikp,jkp->ij", flat, flat)
+    # Without validation data the examples vote alone; then those in doubt lose their vote.
+    for m, validation in ((48, None), (60, (xv, yv))):
+        issues = find_label_issues(problem, validation)
+        kernel, one_hot = whole[:m, :m], nn.functional.one_hot(classes[:m], 3).double()
+        voting = torch.ones(m, dtype=torch.bool)
+        first = best_votes(kernel, one_hot, voting)
+        given = nn.functional.one_hot(y, 3).bool()
+        voting[:48] = first[:48].masked_fill(given, -9).amax(1) <= first[:48][given]
+        votes = best_votes(kernel, one_hot, voting)[:48]
+        assert 0 < int((~voting).sum()) < 24
+        torch.testing.assert_close(issues.votes, votes, rtol=1e-4, atol=1e-4)
+        doubt = votes.masked_fill(given, -9).amax(1) - votes[given]
+        torch.testing.assert_close(issues.doubt, doubt, rtol=1e-4, atol=2e-4)
+        assert issues.ids(5) == issues.doubt.argsort(descending=True, stable=True)[:5].tolist()
+        assert issues.is_issue.tolist() == (issues.doubt > 0).tolist()
+        assert bool((issues.suggested == votes.masked_fill(given, -9).argmax(1)).all())
     with torch.no_grad():
         probabilities = model(x).softmax(1).double()
-    torch.testing.assert_close(issues.probability, probabilities[torch.arange(90), y], rtol=1e-5, atol=1e-6)
-    assert bool((issues.suggested != y).all())
-    agree = issues.predicted == y
-    assert bool((issues.suggested[~agree] == issues.predicted[~agree]).all())
+    torch.testing.assert_close(issues.probability, probabilities[torch.arange(48), y], rtol=1e-5, atol=1e-6)
+    harms = -ptif.ekfac().fit(problem).score((xv, yv)).values.double()
+    assert issues.harm is not None and find_label_issues(problem).harm is None
+    torch.testing.assert_close(issues.harm, harms.mean(0), rtol=1e-4, atol=1e-7)
+    r = np.corrcoef(harms[::2].mean(0), harms[1::2].mean(0))[0, 1]
+    assert issues.harm_reliability == pytest.approx(2 * r / (1 + r), rel=1e-3)
+
+
+def test_a_memorised_wrong_label_is_voted_down() -> None:
+    x, y = blobs()
+    wrong = torch.arange(90) % 15 == 0
+    given = torch.where(wrong, (y + 1) % 3, y)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(600):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x), given).backward()
+        optimiser.step()
+    issues = find_label_issues(ptif.Problem(model, nn.CrossEntropyLoss(), (x, given)))
+    # The model gives every label it was given, so that neither its loss nor its prediction says anything.
+    assert int((issues.predicted != given).sum()) == 0
+    average = sklearn.metrics.average_precision_score(wrong.numpy(), issues.doubt.numpy())
+    by_loss = sklearn.metrics.average_precision_score(wrong.numpy(), issues.loss.numpy())
+    assert average > by_loss + 0.1, (average, by_loss)
+
+
+def test_groups_and_sketches_say_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs()
+    problem = ptif.Problem(trained(x, y, 3, steps=50), nn.CrossEntropyLoss(), (x, y))
+    whole = find_label_issues(problem)
+    monkeypatch.setattr(label_votes, "_TOGETHER", 45)
+    groups = find_label_issues(problem, blobs(30))
+    assert np.corrcoef(whole.doubt, groups.doubt)[0, 1] > 0.7
+    monkeypatch.setattr(label_votes, "_TOGETHER", 4000)
+    full = label_votes._affordable
+    monkeypatch.setattr(label_votes, "_affordable", lambda derivatives, n, room: full(derivatives, n, 1.0))
+    assert np.corrcoef(whole.doubt, find_label_issues(problem).doubt)[0, 1] > 0.7
+
+
+def test_a_model_that_ends_in_a_softmax_is_read_like_one_with_logits() -> None:
+    x, y = blobs()
+    model = trained(x, y, 3, steps=50)
+    logits = find_label_issues(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+    with_softmax = ptif.Problem(nn.Sequential(model, nn.Softmax(1)), ptif.CrossEntropy(from_probabilities=True), (x, y))
+    issues = find_label_issues(with_softmax)
+    torch.testing.assert_close(issues.probability, logits.probability, rtol=1e-4, atol=1e-5)
+    assert issues.predicted.tolist() == logits.predicted.tolist()
 
 
 def test_harm_counts_as_far_as_two_halves_of_the_validation_data_agree() -> None:
@@ -130,6 +198,13 @@ def test_in_the_manner_of_scikit_learn() -> None:
     with pytest.raises(InvalidInput, match=r"has not been fitted; call fit\(x, y\) first"):
         _ = finder.ranked_label_issues_
     assert sorted(finder.fit(x, y).ranked_label_issues_.tolist()) == list(range(90))
+
+
+def test_validation_labels_that_the_model_does_not_know() -> None:
+    x, y = blobs()
+    problem = ptif.Problem(nn.Linear(4, 3), nn.CrossEntropyLoss(ignore_index=7), (x, y))
+    with pytest.raises(InvalidInput, match=r"name the classes \[7\] and the model knows 0 to 2"):
+        find_label_issues(problem, (x[:2], torch.tensor([7, 2])))
 
 
 BAD: dict[str, tuple[Any, str]] = {

@@ -10,25 +10,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.distributed import World
-from ..core.errors import InvalidInput, SolveFailed, TooLarge, require
+from ..core.errors import InvalidInput, require
 from ..core.text import printable
 from ..evaluation.recipe import Recipe
 from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution
-from ..methods.papers import dual, ekfac
-from ..objectives.base import tensor_targets
+from ..methods.papers import ekfac
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, sweep
-from ..scores.doubt import harm_reliability, label_doubt, left_out_loss
+from ..scores.doubt import harm_reliability, label_doubt
 from .fitted_system import fit_system
+from .label_votes import class_labels, label_votes
 
 if TYPE_CHECKING:
     import pandas
-
-# Up to so many examples the Gram matrix of all gradients is taken: it costs their number squared.
-_DUAL = 10_000
 
 
 @final
@@ -37,24 +34,23 @@ class LabelIssues:
     """Every training example with how doubtful its label is. `find_label_issues(...)` makes it.
 
     Attributes:
-        doubt: larger is more doubtful, [N]: the left-out loss in units of its spread, plus the harm in units of its
-            own, times how reliable the harm is.
+        doubt: larger is more doubtful, [N]: the votes of all others for the likeliest other class, less those for the
+            given one; above 0 they would give another class.
+        votes: what all others say of each class, about 0 to 1, [N, C].
         loss: the model's loss on the given label, [N].
-        left_out_loss: the loss that a model would have which never saw the example, predicted, [N]; the loss itself
-            where that is too dear to know.
         harm: how much better the mean loss on the validation data would be without the example, [N]; None without any.
         self_influence: the example's score on itself, [N].
         given: the given class, [N].
         predicted: the class the model predicts, [N].
         probability: the model's probability of the given class, [N].
-        suggested: the most probable class other than the given one, [N].
+        suggested: the class other than the given one that the others vote for, [N].
         class_names: where the data have them.
         harm_reliability: how far other validation data would give the same harm, from 0 to 1; None without any.
     """
 
     doubt: Float[Tensor, " n"]
+    votes: Float[Tensor, "n c"]
     loss: Float[Tensor, " n"]
-    left_out_loss: Float[Tensor, " n"]
     harm: Float[Tensor, " n"] | None
     self_influence: Float[Tensor, " n"]
     given: Int[Tensor, " n"]
@@ -82,9 +78,8 @@ class LabelIssues:
 
     @property
     def is_issue(self) -> Tensor:
-        """Whether the model disagrees with the label, and the example does harm where that was measured; bool [N]."""
-        disagrees = self.predicted != self.given
-        return disagrees if self.harm is None else disagrees & (self.harm > 0)
+        """Whether the others would give another class; bool [N]."""
+        return self.doubt > 0
 
     def name(self, label: int) -> str | int:
         """A class by its name, where the data have names.
@@ -114,7 +109,7 @@ class LabelIssues:
             "suggested_label": [self.name(int(c)) for c in self.suggested[order]],
             "probability_of_given": self.probability[order].tolist(),
             "loss": self.loss[order].tolist(),
-            "left_out_loss": self.left_out_loss[order].tolist(),
+            "doubt": self.doubt[order].tolist(),
             "self_influence": self.self_influence[order].tolist(),
         }
         return columns if self.harm is None else columns | {"harm": self.harm[order].tolist()}
@@ -144,22 +139,25 @@ class LabelIssues:
 def find_label_issues(problem: Problem | Attribution, validation: Any = None, method: Any = None) -> LabelIssues:
     """Order the training examples by how doubtful their labels are.
 
-    doubt = left-out loss / its standard deviation + reliability x harm / its standard deviation. The left-out loss is
-    the loss that a model would have which never saw the example, by the closed form `loss + s / (1 - s)` with s its
-    self-influence under `dual()` (up to 10,000 examples; beyond, the loss itself). The harm is how much the mean loss
-    on the validation data would fall without the example; without validation data it is left out. Its reliability is
-    how well the harms to two halves of the validation data agree: where these are few, or the task is mostly noise,
-    harm weighs little. A wrong label has a high left-out loss, and harms those it should have helped; an example that
-    is merely hard has the loss alone. Figures against the highest loss and confident learning: the page What if?.
+    All other examples vote on each label: ridge regression of the classes on the gradients of the model's outputs, each
+    example left out in closed form, which is the model, linearised around its weights and fitted again without it. A
+    model that has memorised a wrong label gives it no loss, but the others still vote against it. Those in doubt then
+    lose their vote, and the rest vote again. Validation data vote too and are never doubted.
+
+    The harm, where validation data are given, is how much their mean loss would fall without the example: no part of
+    the order, and the queue to take if the loss matters more than the labels. Figures against the highest loss and
+    confident learning: the page What if?.
 
     Args:
         problem: model, loss and training data; or what a method's `fit(problem)` gave.
         validation: labelled data that the model did not train on and that will not judge the result: not the test set,
             whose labels would leak into the choice.
-        method: an `Influence` by name or made; `None`: `ekfac()`.
+        method: of self-influence and harm, an `Influence` by name or made; `None`: `ekfac()`.
 
     Raises:
         InvalidInput: the labels are no class numbers, or the model gives no score for each class.
+
+    References: Jacot et al. (2018), Neural Tangent Kernel; Cook & Weisberg (1982) for leaving one out.
 
     Example:
         >>> x, y = torch.randn(40, 3), torch.arange(40) % 2
@@ -171,27 +169,22 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
     fitted = fit_system(problem, given_method, "find_label_issues")
     given, probabilities, loss = _look(fitted.problem)
     rows = torch.arange(len(given))
-    others = probabilities.clone()
-    others[rows, given] = -1.0
     harms = None if validation is None else -fitted.score(validation).values.double()
-    harm = None if harms is None else harms.mean(0)
-    reliability = None if harms is None else harm_reliability(harms)
-    own = _leverages(fitted.problem)
-    left_out = loss if own is None else left_out_loss(loss, own)
-    doubt = label_doubt(left_out, harm, reliability or 0.0)
+    votes = label_votes(fitted, given, probabilities.shape[1], validation)
+    others = votes.scatter(1, given[:, None], -torch.inf)
     spread = fitted.problem.data.spread
     return LabelIssues(
-        _outside(spread(doubt), fitted.problem, -torch.inf),
+        _outside(spread(label_doubt(votes, given)), fitted.problem, -torch.inf),
+        spread(votes),
         spread(loss),
-        spread(left_out),
-        None if harm is None else spread(harm),
-        fitted.self_influence() if own is None else spread(own),
+        None if harms is None else spread(harms.mean(0)),
+        fitted.self_influence(),
         spread(given),
         spread(probabilities.argmax(1)),
         spread(probabilities[rows, given]),
         spread(others.argmax(1)),
         fitted.problem.data.class_names,
-        reliability,
+        None if harms is None else harm_reliability(harms),
     )
 
 
@@ -204,39 +197,22 @@ def _look(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             outputs = objective.outputs(problem.model, batch)
             objective.check(outputs, batch, ids)
             losses.append(objective.losses(outputs, batch).double().cpu())
-        targets = tensor_targets(batch).reshape(len(ids), -1)
-        if targets.shape[1] != 1 or (targets.is_floating_point() and bool((targets != targets.round()).any())):
-            raise InvalidInput(
-                f"The labels have shape {tuple(tensor_targets(batch).shape)} and type {targets.dtype}, which are no "
-                "class numbers; find_label_issues() is about classes, for numbers look at the residuals."
-            )
-        labels.append(targets[:, 0].long().cpu())
-        probabilities.append(_probabilities(outputs.double().cpu(), getattr(objective, "from_probabilities", False)))
+        labels.append(class_labels(batch, len(ids)))
+        probabilities.append(_probabilities(outputs.double().cpu()))
     return torch.cat(labels), torch.cat(probabilities), torch.cat(losses)
 
 
-def _probabilities(outputs: Tensor, already: bool) -> Tensor:
+def _probabilities(outputs: Tensor) -> Tensor:
+    """Of logits or log-probabilities, which an objective's outputs are even where the model's are probabilities."""
     if outputs[0].numel() == 1:
-        one = outputs.reshape(-1) if already else outputs.reshape(-1).sigmoid()
+        one = outputs.reshape(-1).sigmoid()
         return torch.stack([1 - one, one], 1)
     if outputs.dim() != 2:
         raise InvalidInput(
             f"The model's outputs have shape {tuple(outputs.shape)}, which are no score for each class; "
             "find_label_issues() is about one class for each example."
         )
-    return outputs if already else outputs.softmax(1)
-
-
-def _leverages(problem: Problem) -> Tensor | None:
-    """Self-influence under the empirical Fisher, [n] in float64; None where that is too dear or too ill-conditioned."""
-    if len(problem) > _DUAL:
-        return None
-    try:
-        own = dual().fit(problem).self_influence()
-    except (TooLarge, SolveFailed):
-        return None
-    positions = problem.data.positions
-    return own.double() if positions is None else own.double()[positions]
+    return outputs.softmax(1)
 
 
 def _outside(values: Tensor, problem: Problem, filler: float) -> Tensor:

@@ -41,8 +41,8 @@ def label_issues_command(
 ) -> None:
     """Which training labels are wrong? The most doubtful first.
 
-    With validation in get_options() (labelled data that neither trained the model nor will judge it) the harm that each
-    example does is counted too. ptif curate carries out what you decide in the table.
+    With validation in get_options() (labelled data that neither trained the model nor will judge it) these vote too,
+    and the harm that each example does is told. ptif curate carries out what you decide in the table.
     """
     output = Output(json, quiet or csv)
     flags = {
@@ -109,19 +109,19 @@ def _print_result(
     output: Output, run: ActionRun, issues: LabelIssues, rows: Sequence[Mapping[str, Any]], path: Path
 ) -> None:
     harmed = "harm" in rows[0]
-    evidence = "the loss without the example"
+    evidence = "what all other examples say of the label"
     if issues.harm_reliability is not None:
-        evidence += f", and the harm to validation data (reliability {issues.harm_reliability:.2f})"
+        evidence += f", and validation data (reliability of the harm: {issues.harm_reliability:.2f})"
     columns = [("rank", "right"), ("example", "right"), ("given", "left"), ("suggested", "left")]
-    columns += [("p given", "right"), ("loss", "right"), ("without it", "right")] + ([("harm", "right")] * harmed)
+    columns += [("p given", "right"), ("loss", "right"), ("doubt", "right")] + ([("harm", "right")] * harmed)
     table = show.borderless_table(columns)
     for rank, one in enumerate(rows, 1):
         cells = [f"{rank}{' *' if one['is_label_issue'] else '  '}", f"#{one['index']}"]
         cells += [show.printable(str(one[name]), 12) for name in ("given_label", "suggested_label")]
-        cells += [f"{one['probability_of_given']:.2g}", f"{one['loss']:.3g}", f"{one['left_out_loss']:.3g}"]
+        cells += [f"{one['probability_of_given']:.2g}", f"{one['loss']:.3g}", f"{one['doubt']:.3g}"]
         table.add_row(*map(Text, [*cells, *([show.format_score(one["harm"])] if harmed else [])]))
     count = int(issues.is_issue.sum())
-    agreed = "the model gives another class" + (", and they do harm" if harmed else "")
+    agreed = "the others would give another class"
     output.print_text(
         show.heading(f"{count:,} of {len(issues):,} labels in doubt (*: {agreed})"),
         show.fact_table([("evidence", evidence)]),

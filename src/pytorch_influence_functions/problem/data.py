@@ -234,10 +234,12 @@ class Source:
         return int(index[0])
 
     def spread(self, values: Tensor) -> Tensor:
-        """Numbers [n] of the examples as [N] over the whole dataset, 0 for what is not part of this source."""
+        """Numbers [n, ...] of the examples as [N, ...] over the whole dataset, 0 for what is not in this source."""
         if self.positions is None:
             return values
-        return values.new_zeros(len(self.whole)).index_copy(0, self.positions.to(values.device), values)
+        return values.new_zeros(len(self.whole), *values.shape[1:]).index_copy(
+            0, self.positions.to(values.device), values
+        )
 
     @cached_property
     def _fast(self) -> tuple[Any, Tensor | None] | None:

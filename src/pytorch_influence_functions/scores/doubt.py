@@ -1,4 +1,4 @@
-"""How doubtful a training label is: one rule, wherever labels are ordered."""
+"""How doubtful a training label is."""
 
 from __future__ import annotations
 
@@ -43,21 +43,12 @@ def harm_reliability(harm: Float[Tensor, "v n"]) -> float:
     return min(1.0, 2.0 * r / (1.0 + r))
 
 
-def label_doubt(
-    loss: Float[Tensor, " n"], harm: Float[Tensor, " n"] | None, reliability: float = 1.0
-) -> Float[Tensor, " n"]:
-    """The loss in units of its standard deviation, plus the harm in units of its own; larger is more doubtful.
+def label_doubt(votes: Float[Tensor, "n c"], given: Tensor) -> Float[Tensor, " n"]:
+    """The most votes for a class other than the given one, less those for the given one; above 0 is doubtful.
 
     Args:
-        loss: of each training example, left out where that is known.
-        harm: how much better others would be without it; None: the loss alone.
-        reliability: of the harm, from 0 to 1: its weight.
+        votes: for every class, [n, C].
+        given: the classes as the data have them, [n].
     """
-    doubt = loss.double() / _deviation(loss)
-    return doubt if harm is None else doubt + reliability * harm.double() / _deviation(harm)
-
-
-def _deviation(values: Tensor) -> float:
-    """The standard deviation, or 1 where all values are the same."""
-    deviation = float(values.double().std()) if len(values) > 1 else 0.0
-    return deviation if deviation > 0 else 1.0
+    others = votes.scatter(1, given[:, None], -torch.inf).amax(1)
+    return others - votes.gather(1, given[:, None])[:, 0]
