@@ -1,4 +1,4 @@
-"""`ptif what-if`, `flip`, `smallest-removal`, `label-issues`, `curate`: what they print and write is the library's."""
+"""`ptif what-if`, `flip`, `smallest-removal`, `input-influence`, `attack`, `label-issues`, `curate`: what they print and write is the library's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import pytorch_influence_functions as ptif
@@ -120,6 +121,80 @@ def test_a_conclusion_of_the_task_file_has_its_smallest_removal(task: Path, tmp_
     assert fits(told) and "Predicted to pass" in told.stdout and f"#{expected.ids[0]}" in told.stdout
 
 
+def test_a_recipe_that_does_not_lead_back_to_the_model_is_told(task: Path) -> None:
+    loaded = load_task(task)
+    now = float(loaded.statistic(loaded.problem.model).detach())
+    arguments = ("smallest-removal", task, "--threshold", now - 0.05 * (1 if now > 0 else -1), "--confirm")
+    found = Ran(*arguments, "--json").found
+    again = ptif.evaluation.train_model(loaded.recipe, loaded.problem.data, 0)
+    assert found["retrained"] == pytest.approx(float(loaded.statistic(again).detach()))
+    assert abs(found["retrained"] - now) > 0.05 and found["measured"] is not None
+    told = Ran(*arguments)
+    assert fits(told) and "does not lead back to this model" in told.stdout and "measured" in told.stdout
+
+
+# --------------------------------------------------------------------------- input-influence, attack
+
+
+def test_input_influence_is_the_librarys(task: Path, tmp_path: Path) -> None:
+    out, chosen = tmp_path / "r", [3, 8, 9, 21]
+    arguments = ("input-influence", task, "--queries", "2,5", "--examples", "3,8:10,21", "--top", "2", "--out", out)
+    found = Ran(*arguments, "--method", "exact", "--json").found
+    loaded = load_task(task)
+    queries = loaded.query_source.subset([2, 5])
+    slopes = ptif.actions.input_influence(loaded.problem, queries, chosen, method="exact")
+    tensors = load_file(out / "input_influence.safetensors")
+    torch.testing.assert_close(tensors["slopes"], slopes)
+    assert tensors["queries"].tolist() == [2, 5] and tensors["examples"].tolist() == chosen
+    sizes = slopes[1].abs().sum(1)
+    first, second = sizes.argsort(descending=True)[:2].tolist()
+    one = found["queries"][1]
+    assert [example["index"] for example in one["examples"]] == [chosen[first], chosen[second]]
+    assert one["examples"][0]["size"] == pytest.approx(float(sizes[first])) and found["method"].startswith("Influence")
+    column = int(slopes[1, first].abs().argmax())
+    assert one["examples"][0]["steepest"] == [column]
+    assert one["examples"][0]["slope"] == pytest.approx(float(slopes[1, first, column]))
+    assert json.loads((out / "input_influence.json").read_text()) == found
+    told = Ran(*arguments)
+    assert fits(told) and f"#{chosen[first]}" in told.stdout and "input_influence.safetensors" in told.stdout
+
+
+def test_the_slopes_of_one_query_are_drawn(task: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "heat.png"
+    told = Ran("input-influence", task, "--queries", "5", "--plot", picture, "--quiet")
+    assert told.code == 0 and told.stdout == "" and picture.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".png" or "part" in path.name] == ["heat.png"]
+
+
+def test_an_attack_is_the_librarys_beside_an_unchanged_training(task: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    arguments = ("attack", task, "--queries", "5,8", "--count", "3", "--size", "1/2", "--rounds", "2", "--out", out)
+    found = Ran(*arguments, "--json").found
+    loaded = load_task(task)
+    steps = ptif.actions.SignSteps(0.5, rounds=2, bounds=None)
+    queries = loaded.query_source.subset([5, 8])
+    attack = ptif.actions.attack_training_set(loaded.problem, queries, loaded.recipe, 3, steps)
+    assert [one["index"] for one in found["examples"]] == list(attack.ids)
+    assert [one["after"] for one in found["queries"]] == pytest.approx(attack.after.tolist())
+    assert found["random_signs"] == pytest.approx(attack.control) and found["rounds"] == pytest.approx(attack.path)
+    x, y = (torch.stack(part) for part in zip(*(loaded.query_source.dataset[i] for i in (5, 8)), strict=True))
+    unchanged = ptif.evaluation.train_model(loaded.recipe, loaded.problem.data, 0)
+    for model, loss, answer in ((unchanged, "unchanged", "answer_unchanged"), (attack.model, "after", "answer_after")):
+        outputs = model(x).detach()
+        expected = nn.functional.cross_entropy(outputs, y, reduction="none").tolist()
+        assert [one[loss] for one in found["queries"]] == pytest.approx(expected, rel=1e-4)
+        assert [one[answer] for one in found["queries"]] == [["low", "high"][c] for c in outputs.argmax(1)]
+    tensors = load_file(out / "attack.safetensors")
+    torch.testing.assert_close(tensors["inputs"], attack.inputs)
+    moved = tensors["inputs"] - torch.stack([loaded.problem.data.item(i)[0] for i in attack.ids])
+    assert [one["largest_change"] for one in found["examples"]] == pytest.approx(moved.abs().amax(1).tolist())
+    assert moved.abs().max() == pytest.approx(0.5)
+    told = Ran(*arguments)
+    assert fits(told) and "3 of 40 training inputs changed by at most 0.5" in told.stdout
+    assert "attack.safetensors" in told.stdout
+
+
 # --------------------------------------------------------------------------- label-issues, curate
 
 
@@ -198,6 +273,17 @@ def test_an_interrupted_curation_keeps_its_trainings(
         ),
         (("flip", "--queries", "1", "--confirm"), r"^bare.py gives no recipe; let get_options\(\) return \{'recipe': "),
         (("smallest-removal",), r"^bare.py gives no statistic; let get_options\(\) return \{'statistic': lambda model"),
+        (("input-influence",), r"^Say which predictions: --queries 5, 0:20, or all, each of which is a pass"),
+        (("input-influence", "--queries", "1:3", "--plot", "h.png"), r"^--plot draws one query, and 2 are asked about"),
+        (("input-influence", "--queries", "1", "--plot", "h.txt"), r"^--plot h.txt must end in .png, .pdf or .svg\.$"),
+        (("input-influence", "--queries", "1", "--examples", "40"), r"^--examples 40 asks for example 40"),
+        (("attack",), r"^Say which predictions: --queries 5, 0:20, or all; they are attacked at once\.$"),
+        (("attack", "--size", "big"), r"^--size big is no number; write one such as 0.3, or 2/255\.$"),
+        (
+            ("attack", "--bounds", "1:0"),
+            r"^--bounds 1:0 is no pair of bounds; write the smallest",
+        ),
+        (("attack", "--queries", "1"), r"^bare.py gives no recipe; let get_options\(\) return \{'recipe': "),
         (("label-issues", "--method", "grad_dotty"), r"There is no method 'grad_dotty'"),
         (("curate",), r"^DECISIONS is missing; give decisions.json of the report page, or label_issues.csv"),
         (("curate", "no.csv"), r"^bare.py gives no recipe; let get_options\(\) return \{'recipe': "),
@@ -208,6 +294,14 @@ def test_bad_input_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], w
     verb, *rest = arguments
     ran = Ran(verb, bare, *rest)
     assert ran.code == 2 and ran.stdout == "" and re.search(words, ran.sentence), ran.sentence
+
+
+def test_a_wrong_answer_is_not_attacked_and_goes_by_its_place(task: Path) -> None:
+    task.write_text(
+        task.read_text().replace("> 0).long()", "> 0).long()\n        if n == 12:\n            self.y[7] ^= 1")
+    )
+    ran = Ran("attack", task, "--queries", "5:8")
+    assert ran.code == 2 and ran.sentence == "Query 7 is already answered wrongly; attack queries that are right."
 
 
 def test_several_measures_and_a_place_that_is_a_file(tmp_path: Path, task: Path) -> None:

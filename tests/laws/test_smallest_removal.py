@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,31 @@ def test_nothing_is_found_where_nothing_would_do() -> None:
     outcome = smallest_removal(problem, lambda m: m.weight[0, 0], most=5, method=ptif.exact(damping=0.0))
     assert not outcome.found and outcome.confirmed is None and len(outcome.ids) <= 5
     assert "none found" in repr(outcome)
+
+
+def test_a_confirmation_is_beside_training_again_with_all_of_the_data() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 1).double()
+    y = 0.1 * x + torch.randn(50, 1).double()
+    problem = ptif.Problem(fitted_line(x, y), nn.MSELoss(), (x, y))
+
+    def refit(dataset: Any, seed: int) -> nn.Module:
+        return fitted_line(*(torch.stack(part) for part in zip(*dataset, strict=True)))
+
+    def moved(dataset: Any, seed: int) -> nn.Module:
+        line = refit(dataset, seed)
+        with torch.no_grad():
+            line.weight.mul_(-1)  # on the other side whether the set is in or out
+        return line
+
+    def slope(model: nn.Module) -> Tensor:
+        return model.weight[0, 0]
+
+    outcome = smallest_removal(problem, slope, method=ptif.exact(damping=0.0), recipe=refit)
+    assert outcome.retrained == pytest.approx(outcome.before) and outcome.confirmed
+    assert outcome.measured == pytest.approx(outcome.predicted)
+    outcome = smallest_removal(problem, slope, method=ptif.exact(damping=0.0), recipe=moved)
+    assert outcome.retrained == pytest.approx(-outcome.before) and not outcome.confirmed
 
 
 def t_by_hand(x: Tensor, y: Tensor) -> float:

@@ -135,6 +135,14 @@ def test_candidates_samplers_and_recipes() -> None:
     torch.testing.assert_close((outcome.inputs - x[list(outcome.ids)]).abs(), torch.full((2, 3), 0.1))
 
 
+def test_bounds_do_not_pull_an_input_in_that_lies_outside() -> None:
+    original = torch.tensor([-2.0, 0.0, 0.5, 1.0, 3.0])
+    steps = SignSteps(0.1)
+    up, down = (steps.moved(original, original, sign * torch.ones(5), 0) for sign in (1, -1))
+    torch.testing.assert_close(up, torch.tensor([-1.9, 0.1, 0.6, 1.0, 3.0]))
+    torch.testing.assert_close(down, torch.tensor([-2.0, 0.0, 0.4, 0.9, 2.9]))
+
+
 def test_bad_input_in_one_sentence() -> None:
     x, y = examples()
     problem = problem_of(x, y)

@@ -37,7 +37,8 @@ class SignSteps:
         size: the largest change of any number, such as 2 / 255 for pictures from 0 to 1.
         rounds: how many times the slope is taken; the model is trained again after each step.
         step: how far one step goes; `None`: the full size at first, half of it later.
-        bounds: the smallest and largest value that an input may have; `None`: any.
+        bounds: the smallest and largest value that an input may have; `None`: any. One that lies outside already is
+            moved inwards only.
 
     Example:
         >>> SignSteps(2 / 255).rounds
@@ -66,7 +67,10 @@ class SignSteps:
         """
         step = (self.size if at == 0 else self.size / 2) if self.step is None else self.step
         moved = torch.minimum(torch.maximum(now + step * direction, original - self.size), original + self.size)
-        return moved if self.bounds is None else moved.clamp(*self.bounds)
+        if self.bounds is None:
+            return moved
+        low, high = self.bounds
+        return torch.minimum(torch.maximum(moved, original.clamp(max=low)), original.clamp(min=high))
 
 
 @final

@@ -16,6 +16,7 @@ from ..core.files import write_bytes
 from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod
 from ..influence.question import resolve_measure
+from ..plots.examples import example_target
 from ..problem.labels import labels_of
 from ..problem.problem import Problem, sweep
 from ..scores.indexing import plain_value
@@ -80,6 +81,14 @@ class ActionRun:
             raise InvalidInput(f"{self.task.path.name} gives no {name}; let get_options() return {{{name!r}: {use}}}.")
         return value
 
+    def example_label(self, place: int) -> str | None:
+        """The label of a training example as it is shown; None where its target is no single number or word."""
+        data = self.task.problem.data
+        label = plain_value(example_target(data.item(data.index_of(place))))
+        while isinstance(label, list) and len(label) == 1:
+            (label,) = label
+        return None if label is None or isinstance(label, (list, dict)) else self.label_name(label)
+
     def label_name(self, label: Any) -> str:
         """A class by its name, where the data have names; else the number."""
         names, value = self.task.problem.data.class_names, plain_value(label)
@@ -137,6 +146,21 @@ class QueryLook:
             torch.cat(values),
             torch.cat(classes) if len(classes) == len(answers) else None,
         )
+
+
+def require_queries(queries: str | None, settings: RunSettings, use: str) -> None:
+    """Refuse a command that would take long over all queries, where nobody asked for all.
+
+    Args:
+        queries: what the flag says.
+        settings: of the command, which a file may give too.
+        use: what is done for each query, as the end of the sentence.
+
+    Raises:
+        InvalidInput: neither the flag nor the file names queries.
+    """
+    if queries is None and settings.queries == "all":
+        raise InvalidInput(f"Say which predictions: --queries 5, 0:20, or all{use}.")
 
 
 def write_result(out: Path, name: str, result: Mapping[str, Any]) -> Path:

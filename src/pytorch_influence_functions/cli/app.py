@@ -8,12 +8,14 @@ import typer
 
 from .._version import __version__
 from ..demo.screen import allow_any_encoding
+from .attack import attack_command
 from .attribute import attribute_command
 from .classic import classic_command
 from .curate import curate_command
 from .demo import demo_command
 from .doctor import doctor_command
 from .index import build_command, compact_command, info_command, query_command, remove_command
+from .input_influence import input_influence_command
 from .label_issues import label_issues_command
 from .report import report_command
 from .self_influence import self_influence_command
@@ -40,6 +42,8 @@ def application() -> typer.Typer:
         ("what-if", what_if_command),
         ("flip", flip_command),
         ("smallest-removal", smallest_removal_command),
+        ("input-influence", input_influence_command),
+        ("attack", attack_command),
         ("curate", curate_command),
         ("classic", classic_command),
         ("doctor", doctor_command),

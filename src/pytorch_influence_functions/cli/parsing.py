@@ -124,6 +124,39 @@ def parse_amount(text: str, flag: str) -> int | float:
     raise InvalidInput(f"{flag} {text} is no amount; write a number of examples such as 20, or a share such as 0.1.")
 
 
+def parse_fraction(text: str, flag: str) -> float:
+    """A number, also as a fraction: `0.3`, `2/255`.
+
+    Raises:
+        InvalidInput: it is neither; `flag` is named.
+
+    >>> parse_fraction("0.3", "--size"), parse_fraction("1/4", "--size")
+    (0.3, 0.25)
+    """
+    over, mark, under = text.partition("/")
+    with suppress(ValueError, ZeroDivisionError):
+        return float(over) / float(under) if mark else float(over)
+    raise InvalidInput(f"{flag} {text} is no number; write one such as 0.3, or 2/255.")
+
+
+def parse_bounds(text: str | None, flag: str) -> tuple[float, float] | None:
+    """The smallest and the largest value, `0:1`; `None` stays so.
+
+    Raises:
+        InvalidInput: it is no such pair; `flag` is named.
+
+    >>> parse_bounds("-1:1", "--bounds")
+    (-1.0, 1.0)
+    """
+    if text is None:
+        return None
+    with suppress(ValueError):
+        low, high = map(float, text.split(":"))
+        if low < high:
+            return low, high
+    raise InvalidInput(f"{flag} {text} is no pair of bounds; write the smallest and the largest value, such as 0:1.")
+
+
 def _parse_positions(text: str, n: int, flag: str, noun: str) -> list[int]:
     positions: list[int] = []
     for part in text.split(","):

@@ -8,9 +8,8 @@ import typer
 from rich.text import Text
 
 from ..actions.smallest_removal import SmallestRemoval, flip_prediction, smallest_removal
-from ..core.errors import InvalidInput
 from . import options, show
-from .action_run import ActionRun, QueryLook, write_result
+from .action_run import ActionRun, QueryLook, require_queries, write_result
 from .exit import Output, exit_with_code
 from .folder import check_folder
 from .parsing import parse_amount
@@ -18,9 +17,11 @@ from .progress_bars import QUERIES, report_progress
 
 FLIPS, REMOVAL = "flip.json", "smallest_removal.json"
 _LISTED = 6
+# From this share of the predicted difference on, what training again does by itself is told.
+_DRIFT = 0.25
 Most = Annotated[str, typer.Option("--most", help="The largest set to try: 20 examples, or a share such as 0.1.")]
 Confirm = Annotated[
-    bool, typer.Option("--confirm", help="Train again without the set, by the task's recipe, and look.")
+    bool, typer.Option("--confirm", help="Train again without the set and with all, by the task's recipe.")
 ]
 
 
@@ -61,8 +62,7 @@ def flip_command(
         if out is not None:
             check_folder(out)
         largest = parse_amount(most, "--most")
-        if queries is None and settings.queries == "all":
-            raise InvalidInput("Say which predictions: --queries 5, 0:20, or all, each of which is a search.")
+        require_queries(queries, settings, ", each of which is a search")
         with report_progress(output) as report_queries:
             run = ActionRun.of(settings)
             recipe = _recipe(run) if confirm else None
@@ -138,6 +138,7 @@ def _describe(run: ActionRun, removal: SmallestRemoval) -> dict[str, Any]:
         "predicted": removal.predicted,
         "threshold": removal.threshold,
         "measured": removal.measured,
+        "retrained": removal.retrained,
         "confirmed": removal.confirmed,
     }
 
@@ -161,7 +162,7 @@ def _print_flips(output: Output, run: ActionRun, rows: Sequence[dict[str, Any]],
     for one in rows:
         count = f"{len(one['ids']):,}" if one["found"] else "none found"
         cells = [str(one["query"]), show.printable(one["label"] or "", 12), show.printable(one["answer"] or "", 12)]
-        cells += [count, _moved(one), _listed(one["ids"]) if one["found"] else ""]
+        cells += [count, _moved(one), _listed(one["ids"], 3 if tried else _LISTED) if one["found"] else ""]
         table.add_row(*map(Text, cells))
     output.print_text(
         show.heading(title),
@@ -177,9 +178,9 @@ def _moved(one: dict[str, Any]) -> str:
     return text if one["measured"] is None else f"{text} ({one['measured']:.3g})"
 
 
-def _listed(ids: Sequence[int]) -> str:
-    more = f" … {len(ids) - _LISTED:,} more" if len(ids) > _LISTED else ""
-    return " ".join(f"#{i}" for i in ids[:_LISTED]) + more
+def _listed(ids: Sequence[int], most: int) -> str:
+    more = f" +{len(ids) - most:,}" if len(ids) > most else ""
+    return " ".join(f"#{i}" for i in ids[:most]) + more
 
 
 def _print_removal(output: Output, run: ActionRun, removal: SmallestRemoval, file: Path | None) -> None:
@@ -189,13 +190,37 @@ def _print_removal(output: Output, run: ActionRun, removal: SmallestRemoval, fil
     if not removal.found:
         title = f"None found: {without} it is not past {removal.threshold:.4g}"
     facts = [("statistic", f"{removal.before:.4g} now, {removal.predicted:.4g} predicted without them")]
-    if removal.measured is not None:
-        told = f"{'' if removal.confirmed else 'not '}past {removal.threshold:.4g}"
-        facts.append(("trained again", f"{removal.measured:.4g}, {told}"))
+    facts += _trained_again(removal)
     facts.append(("examples", " ".join(f"#{i}" for i in removal.ids[:40]) + (" …" if k > 40 else "")))
     output.print_text(
         show.heading(title), show.fact_table(facts), *_end(file, removal.found and removal.measured is None)
     )
+
+
+def _trained_again(removal: SmallestRemoval) -> list[tuple[str, str]]:
+    """What training again says of the set, beside training again with all of the data."""
+    if removal.measured is None or removal.retrained is None:
+        return []
+    predicted, drift = removal.predicted - removal.before, removal.retrained - removal.before
+    facts = [
+        (
+            "trained again",
+            f"{removal.measured:.4g} without them, {removal.retrained:.4g} with all: "
+            f"{'confirmed' if removal.confirmed else 'not confirmed'}",
+        ),
+        (
+            "difference",
+            f"{show.format_score(predicted)} predicted, "
+            f"{show.format_score(removal.measured - removal.retrained)} measured",
+        ),
+    ]
+    if abs(drift) > _DRIFT * abs(predicted):
+        told = (
+            f"training again with all of the data moves the statistic by {show.format_score(drift)} already: the "
+            "recipe does not lead back to this model, so compare the differences"
+        )
+        facts.append(("recipe", told))
+    return facts
 
 
 def _end(file: Path | None, untried: bool) -> list[Any]:
