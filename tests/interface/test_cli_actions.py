@@ -1,4 +1,4 @@
-"""`ptif what-if`, `flip`, `smallest-removal`, `input-influence`, `attack`, `label-issues`, `curate`: what they print and write is the library's."""
+"""The commands of actions, from `what-if` to `attack` and `curate`: what they print and write is the library's."""
 
 from __future__ import annotations
 

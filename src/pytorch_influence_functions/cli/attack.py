@@ -180,7 +180,6 @@ def _write(
 def _print_result(output: Output, result: dict[str, Any], files: Sequence[tuple[Path, str]]) -> None:
     changed, rows, tries = result["examples"], result["queries"], result["random_signs"]
     largest = max(one["largest_change"] for one in changed)
-    inputs = "input" if len(changed) == 1 else "inputs"
     q = len(rows)
     facts = [
         ("mean loss", f"{result['mean_before']:.4g} now; the rest after training again"),
@@ -191,7 +190,7 @@ def _print_result(output: Output, result: dict[str, Any], files: Sequence[tuple[
     ]
     output.print_text(
         show.heading(
-            f"{len(changed):,} of {result['n_train']:,} training {inputs} changed by at most {largest:.3g}: "
+            f"{len(changed):,} of {result['n_train']:,} training inputs changed by at most {largest:.3g}: "
             f"{result['wrong']:,} of {q:,} {'answer' if q == 1 else 'answers'} wrong"
         ),
         show.fact_table(facts),
