@@ -12,7 +12,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.gradients.projections import AbstractReduction
-from pytorch_influence_functions.gradients.sketches import Sketch, TwoSided, project_sides, random_signs, random_words
+from pytorch_influence_functions.gradients.sketches import Sketch, TwoSided, random_signs, random_words
 from pytorch_influence_functions.linalg.blocks import Dense, Indexed, Outer, Sum
 from tests.laws.test_influence import mlp
 from tests.laws.zoo import CASES, Case, build
@@ -91,9 +91,9 @@ def test_other_forms_of_blocks() -> None:
         for a, b in ((left, right), (None, right), (left, None), (None, None)):
             dense = block.dense()
             expected = (dense if a is None else a.T @ dense) if b is None else (dense if a is None else a.T @ dense) @ b
-            projected = project_sides(block, a, b)
+            projected = block.project(a, b)
             assert gap(projected.dense(), expected) < 1e-12
-    assert isinstance(project_sides(table, left, right), Outer)
+    assert isinstance(table.project(left, right), Outer)
 
 
 def test_a_convolution_is_projected_without_its_patches(float64: None) -> None:

@@ -19,7 +19,7 @@ rule that is wrong for a particular module is not used for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -204,22 +204,3 @@ def layout_of(two: tuple[int, ...], three: tuple[int, ...]) -> Layout | None:
 def rows_first(a: Tensor, layout: Layout) -> Tensor:
     """The examples' axis (or the axis folded with it) moved to the front."""
     return a.transpose(0, 1) if layout == "second" else a
-
-
-def fold(block: AbstractBlock, n: int) -> AbstractBlock:
-    """Several rows per example (positions folded into the batch axis) become terms of one row."""
-    if len(block) == n:
-        return block
-    if isinstance(block, Conv):
-        block = block.outer()
-    if isinstance(block, Outer):
-        return Outer(*(_refold(a, n) for a in (block.left, block.right)))
-    if isinstance(block, Indexed):
-        index = block.index.reshape(n, -1)
-        return Indexed(index, _refold(block.values, n), block.size)
-    values = cast(Dense, block).values
-    return Dense(values.reshape(n, -1, *values.shape[1:]).sum(1))
-
-
-def _refold(a: Tensor, n: int) -> Tensor:
-    return a.reshape(n, -1, a.shape[-1])

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.errors import InfluenceError
 from ..linalg.blocks import AbstractBlock, add
-from .layer_rules import Layout, ParameterPart, Rule, fold, rows_first
+from .layer_rules import Layout, ParameterPart, Rule, rows_first
 from .vjp import grads
 
 
@@ -78,7 +78,8 @@ class Capture:
             if call.layout == "shared":
                 x = x.expand(self.n, *x.shape[1:])
             for block, part in call.layer.parts.items():
-                rows = fold(call.layer.rule(call.layer.module, x, g, part), self.n)
+                rows = call.layer.rule(call.layer.module, x, g, part)
+                rows = rows if len(rows) == self.n else rows.fold(self.n)
                 blocks[block] = add(blocks[block], rows) if block in blocks else rows
         return blocks
 

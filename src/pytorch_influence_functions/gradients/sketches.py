@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any, Final, cast, final
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..core.validate import choice, whole_number
-from ..linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum, add, matrix_shape
+from ..linalg.blocks import AbstractBlock, Dense, Outer, matrix_shape
 from ..linalg.chunks import chunks
 from ..linalg.rows import Rows
 from ..linalg.space import BlockSpec, Space
@@ -165,7 +164,7 @@ class TwoSidedProjector(AbstractProjector):
 
     def apply(self, rows: Rows) -> Rows:
         """Projected rows; layers stay in factors."""
-        return rows.map(lambda name, block: project_sides(block, *self._sides_for(name, block.reference)))
+        return rows.map(lambda name, block: block.project(*self._sides_for(name, block.reference)))
 
     def _sides_for(self, name: str, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         key = (name, like.dtype, like.device)
@@ -173,44 +172,6 @@ class TwoSidedProjector(AbstractProjector):
             left, right = (None if side is None else side.to(like) for side in self.sides[name])
             self._known[key] = left, right
         return self._known[key]
-
-
-def project_sides(block: AbstractBlock, left: Tensor | None, right: Tensor | None) -> AbstractBlock:
-    """left^T G right of every row, in factors where the row has some.
-
-    Args:
-        block: rows over a block seen as a matrix [o, i].
-        left: [o, k_out]; None leaves the side as it is.
-        right: [i, k_in]; None leaves the side as it is.
-    """
-    if isinstance(block, Sum):
-        return reduce(add, (project_sides(part, left, right) for part in block.parts))
-    if isinstance(block, Conv):
-        return Outer(_times(block.left.flatten(2).mT, left), _project_patches(block, right))
-    if isinstance(block, Outer):
-        return Outer(_times(block.left, left), _times(block.right, right))
-    if isinstance(block, Indexed) and left is not None:
-        return Outer(left[block.index], _times(block.values, right))
-    dense = block.dense().reshape(len(block), *matrix_shape(block.shape))
-    if left is not None:
-        dense = left.T @ dense
-    return Dense(_times(dense, right))
-
-
-def _times(x: Tensor, side: Tensor | None) -> Tensor:
-    return x if side is None else x @ side
-
-
-def _project_patches(block: Conv, right: Tensor | None) -> Float[Tensor, "n t k"]:
-    """Every patch times the matrix, by convolving the input with it: no patch is written out."""
-    if right is None:
-        return block.window.patches(block.x)
-    window, channels = block.window, block.x.shape[1]
-    weight = right[:-1] if window.bias else right
-    kernels = weight.T.reshape(right.shape[1], channels, *window.kernel)
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(window.kernel) - 1]
-    pushed = convolve(block.x, kernels, right[-1] if window.bias else None, window.stride, 0, window.dilation)
-    return pushed.flatten(2).mT
 
 
 # --------------------------------------------------------------------------- sketch

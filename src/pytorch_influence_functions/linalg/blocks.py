@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,21 @@ class AbstractBlock(ABC):
             total.addmm_(weights[:, chunk], self.take(chunk).dense().flatten(1))
         return total.reshape(-1, *self.shape)
 
+    def project(self, left: Tensor | None, right: Tensor | None) -> AbstractBlock:
+        """left^T G right of every row, in factors where the row has some; by default through written-out rows.
+
+        Args:
+            left: [o, k_out], for G as a matrix [o, i]; None leaves the side as it is.
+            right: [i, k_in]; None leaves the side as it is.
+        """
+        dense = self.dense().reshape(len(self), *matrix_shape(self.shape))
+        return Dense(_times(dense if left is None else left.T @ dense, right))
+
+    def fold(self, n: int) -> AbstractBlock:
+        """n rows, each the sum of so many neighbours: positions that were folded into the axis of examples."""
+        rows = self.dense()
+        return Dense(rows.reshape(n, -1, *rows.shape[1:]).sum(1))
+
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """A block's shape as a matrix: the first axis against all others."""
@@ -83,6 +99,14 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def _sum_of_each(x: Tensor) -> Float[Tensor, " n"]:
     """Over all but the first axis, without the copy that flattening a transposed tensor makes."""
     return x.sum(tuple(range(1, x.ndim)))
+
+
+def _times(x: Tensor, side: Tensor | None) -> Tensor:
+    return x if side is None else x @ side
+
+
+def _refold(a: Tensor, n: int) -> Tensor:
+    return a.reshape(n, -1, a.shape[-1])
 
 
 def _rowwise(factor: Tensor | float, like: Tensor) -> Tensor | float:
@@ -168,6 +192,12 @@ class Outer(AbstractBlock):
     def to(self, dtype: torch.dtype) -> Outer:
         return Outer(self.left.to(dtype), self.right.to(dtype))
 
+    def project(self, left: Tensor | None, right: Tensor | None) -> Outer:
+        return Outer(_times(self.left, left), _times(self.right, right))
+
+    def fold(self, n: int) -> Outer:
+        return Outer(_refold(self.left, n), _refold(self.right, n))
+
     def squared_norms(self) -> Float[Tensor, " n"]:
         t, (o, i) = self.terms, self.shape
         if t * (o + i) > o * i:
@@ -223,6 +253,12 @@ class Indexed(AbstractBlock):
     def to(self, dtype: torch.dtype) -> Indexed:
         return Indexed(self.index, self.values.to(dtype), self.size)
 
+    def project(self, left: Tensor | None, right: Tensor | None) -> AbstractBlock:
+        return super().project(left, right) if left is None else Outer(left[self.index], _times(self.values, right))
+
+    def fold(self, n: int) -> Indexed:
+        return Indexed(self.index.reshape(n, -1), _refold(self.values, n), self.size)
+
     def squared_norms(self) -> Float[Tensor, " n"]:
         same = self.index[:, :, None] == self.index[:, None, :]
         return (torch.bmm(self.values, self.values.mT) * same).sum((1, 2))
@@ -264,6 +300,16 @@ class Window:
         if self.bias:
             out[width] = 1.0
         return out.permute(1, 2, 0)
+
+    def patches_times(self, x: Float[Tensor, "n i *space"], side: Tensor | None) -> Float[Tensor, "n t k"]:
+        """Every patch times a matrix, by convolving the input with it: no patch is written out; None: the patches."""
+        if side is None:
+            return self.patches(x)
+        weight = side[:-1] if self.bias else side
+        kernels = weight.T.reshape(side.shape[1], x.shape[1], *self.kernel)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        pushed = convolve(x, kernels, side[-1] if self.bias else None, self.stride, 0, self.dilation)
+        return pushed.flatten(2).mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,6 +357,12 @@ class Conv(AbstractBlock):
 
     def to(self, dtype: torch.dtype) -> Conv:
         return Conv(self.left.to(dtype), self.x.to(dtype), self.window)
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Outer:
+        return Outer(_times(self.left.flatten(2).mT, left), self.window.patches_times(self.x, right))
+
+    def fold(self, n: int) -> Outer:
+        return self.outer().fold(n)
 
     def squared_norms(self) -> Float[Tensor, " n"]:
         return self.outer().squared_norms()
@@ -370,6 +422,9 @@ class Sum(AbstractBlock):
 
     def to(self, dtype: torch.dtype) -> Sum:
         return Sum(tuple(p.to(dtype) for p in self.parts))
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> AbstractBlock:
+        return reduce(add, (p.project(left, right) for p in self.parts))
 
     def sums(self) -> Float[Tensor, " n"]:
         return torch.stack([p.sums() for p in self.parts]).sum(0)
