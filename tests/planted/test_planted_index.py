@@ -83,7 +83,7 @@ def all_hashes_equal(original: Any, batch: Any, n: int) -> Any:
 def in_the_first_place(original: Any, self: Any, first: int, stop: int, tensors: Any, record: Any) -> Any:
     length = stop - first
     before = self.manifest.examples if len(self.manifest.parts) < 2 else 0
-    original(self, before, before + length, tensors, record)
+    return original(self, before, before + length, tensors, record)
 
 
 def first_for_all(original: Any, self: Any) -> Any:
@@ -117,7 +117,7 @@ BUGS = [
     Bug("scores one row late", swap(Ranking, "add", one_row_late), formula),
     Bug("one too few at each end", swap(Ranking, "result", lambda f, self: tuple(t[:, 1:] for t in f(self))), extremes),
     Bug("removed examples still count", swap(Manifest, "mask", lambda f, self: torch.ones(self.examples) > 0), removed),
-    Bug("appended under the numbers of others", swap(IndexFolder, "add_shard", in_the_first_place), appended),
+    Bug("appended under the numbers of others", swap(IndexFolder, "write_shard", in_the_first_place), appended),
     Bug("every query gets the first one's candidates", swap(Ranking, "result", first_for_all), own),
     Bug("digests that are all equal", swap(build, "hash_examples", all_hashes_equal), in_a_folder(compared)),
     Bug("a fingerprint that sees no change", swap(Fingerprint, "differences", lambda f, *some, **more: []), changed),

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.distributed import alone
 from ..core.files import InUse
 from ..core.progress import track
 from ..linalg.blocks import Dense
@@ -36,7 +37,8 @@ def index_gradients(engine: Engine, folder: Path) -> StoredGradients:
     waits = False
     while True:
         try:
-            return _indexed(plan, folder, len(engine))
+            with alone():  # whoever comes first writes, and the others wait
+                return _indexed(plan, folder, len(engine))
         except InUse as cause:
             if not waits:
                 log.info("%s This run waits.", cause)

@@ -73,6 +73,20 @@ def agree_on_question(source: Source, against: Source | None, given: Mapping[str
     current().agree(facts)
 
 
+def agree_on_given(given: Mapping[str, Any], source: Source | None = None) -> None:
+    """Make sure that every process gives the same arguments, by name, and the same examples to be stored.
+
+    Raises:
+        InvalidInput: they do not.
+    """
+
+    def facts() -> Mapping[str, str]:
+        stored = {} if source is None else _looks(source, "stored example")
+        return {**{name: _short(in_common(value)) for name, value in given.items()}, **stored}
+
+    current().agree(facts)
+
+
 def in_common(value: Any) -> str:
     """How a value is written, without what is a process's own."""
     return _OWN.sub("", str(value))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.batches import whole_batch
-from ..core.distributed import World
+from ..core.distributed import World, current
 from ..core.errors import InvalidInput
 from ..core.fingerprint import Fingerprint
 from ..core.indexing import spread_sample
@@ -33,9 +33,9 @@ from .codecs import CODECS
 from .examples import Examples, ShardSource, hash_examples
 from .fidelity import estimate_fidelity
 from .fitted_basis import FittedBasis, check_method, composition_of, fit_basis
-from .folder import IndexFolder, check_room, clear, write_basis, writing
+from .folder import IndexFolder, by_first, check_room, clear, write_basis, writing
 from .layouts import AbstractLayout, FactorLayout
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest, Shard
 from .representation import Choice, Factors, Representation, choose
 
 HASHES, LABELS = "hashes", "labels"
@@ -209,6 +209,9 @@ def describe_parameters(derivatives: Derivatives) -> list[Any]:
 def build(plan: Plan, folder: str | os.PathLike[str], data: Any, overwrite: bool) -> Manifest:
     """Build an index, or go on with one that was interrupted.
 
+    Processes that share the work fit the basis together and write shards in turn, see `add_examples`; the first one
+    keeps the folder and writes all else.
+
     Raises:
         IndexDiffers: the folder holds an index of something else.
         InUse: another process writes there.
@@ -216,20 +219,19 @@ def build(plan: Plan, folder: str | os.PathLike[str], data: Any, overwrite: bool
     """
     examples = Examples.of(data, plan.problem.data)
     with writing(folder) as path:
-        if overwrite:
-            clear(path)
-        fingerprint = plan.fingerprint()
-        if (path / MANIFEST).exists():
-            opened = _resumed(path, fingerprint)
-        else:
-            check_room(path, int((examples.count or 0) * plan.choice.bytes_each))
-            opened = _begun(path, plan, fingerprint)
-        opened.drop_unlisted()
+        opened = by_first(path, True, lambda: _resumed(path, plan, examples, overwrite)) or _begun(path, plan)
         add_examples(opened, plan.derivatives, examples, part=0)
     return opened.manifest
 
 
-def _resumed(path: Path, fingerprint: Fingerprint) -> IndexFolder:
+def _resumed(path: Path, plan: Plan, examples: Examples, overwrite: bool) -> IndexFolder | None:
+    """The index that lies in the folder, if there is one that is to stay."""
+    if overwrite:
+        clear(path)
+    if not (path / MANIFEST).exists():
+        check_room(path, int((examples.count or 0) * plan.choice.bytes_each))
+        return None
+    fingerprint = plan.fingerprint()
     opened = IndexFolder.open(path)
     changed = fingerprint.differences(opened.manifest.fingerprint)
     if changed:
@@ -237,20 +239,31 @@ def _resumed(path: Path, fingerprint: Fingerprint) -> IndexFolder:
             f"{os.fspath(path)!r} holds an index that differs in {', '.join(changed)}; give another folder, or "
             "overwrite=True to replace it."
         )
+    opened.drop_unlisted()
     return opened
 
 
-def _begun(path: Path, plan: Plan, fingerprint: Fingerprint) -> IndexFolder:
+def _begun(path: Path, plan: Plan) -> IndexFolder:
     look = plan.look()
     fitted = fit_basis(plan.method, plan.choice.representation, plan.choice.codec, plan.derivatives, look.rows)
-    stored = write_basis(path, *fitted.to_file())
-    manifest = Manifest(fingerprint, plan.facts(look), stored)
-    manifest.write(path)
-    return IndexFolder(path, manifest)
+
+    def begin() -> IndexFolder:
+        manifest = Manifest(plan.fingerprint(), plan.facts(look), write_basis(path, *fitted.to_file()))
+        manifest.write(path)
+        opened = IndexFolder(path, manifest)
+        opened.drop_unlisted()
+        return opened
+
+    opened = by_first(path, True, begin)
+    assert opened is not None
+    return opened
 
 
 def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Examples, part: int) -> None:
     """Store what is not stored yet of one part of the data; what is stored is compared with the data first.
+
+    Of W processes that share the work, process r takes the shards r, r + W, ... After every W shards the first process
+    lists them in the record, so that what is listed has no gap and any other number of processes can go on from there.
 
     Args:
         opened: the folder, kept for this process.
@@ -261,7 +274,8 @@ def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Exampl
     Raises:
         IndexDiffers: the data are not those that the part was begun with.
     """
-    manifest = opened.manifest
+    manifest, world = opened.manifest, current()
+    opened.check_shared()
     first = manifest.parts[part]
     stop = manifest.parts[part + 1] if part + 1 < len(manifest.parts) else None
     representation = representation_of(manifest)
@@ -270,25 +284,38 @@ def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Exampl
     projected = derivatives if fitted.projector is None else replace(derivatives, projector=fitted.projector)
     written = [s for s in manifest.shards if s.first >= first and (stop is None or s.first < stop)]
     place = first
+    fresh: list[Shard] = []
     for number, shard in enumerate(examples.shards(int(manifest.facts["shard_rows"]))):
-        n = len(shard.ids)
+        n, own = len(shard.ids), number % world.size == world.rank
         if number < len(written):
-            stored = opened.read(written[number].file).tensors[HASHES]
-            _compare(stored, written[number].stop - written[number].first, projected, shard, place)
+            if own:
+                stored = opened.read(written[number].file).tensors[HASHES]
+                _compare(stored, written[number].stop - written[number].first, projected, shard, place)
         elif stop is not None or manifest.complete:
             raise IndexDiffers(
                 f"The data hold more examples than the {place - first:,} that {os.fspath(opened.path)!r} was built "
                 "from; add them with append(), or build with overwrite=True."
             )
-        else:
+        elif own:
             tensors, record = encode_shard(layout, projected, shard)
-            opened.add_shard(place, place + n, tensors, record)
+            fresh.append(opened.write_shard(place, place + n, tensors, record))
         place += n
+        if (number + 1) % world.size == 0:
+            _list(opened, fresh, place)
+            fresh = []
+    _list(opened, fresh, place)
     if place == first:
         raise InvalidInput("The data hold no example; at least one is needed.")
     _check_length(opened, place, written[-1].stop if written else first)
     if not opened.manifest.complete and part == len(manifest.parts) - 1:
         opened.write(replace(opened.manifest, complete=True))
+
+
+def _list(opened: IndexFolder, fresh: list[Shard], place: int) -> None:
+    """Let the shards that were written since the last time count, of all processes that share the work."""
+    # A stream may give one process other examples than another.
+    current().agree(lambda: {"the number of examples that were read": f"{place:,}"})
+    opened.list_shards(fresh)
 
 
 def _check_length(opened: IndexFolder, given: int, stored: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from ..core.distributed import alone, current
 from ..core.errors import InvalidInput
 from ..core.files import cannot_write, locked, make_folder, remove_leftovers
 from .manifest import MANIFEST, Manifest, Shard, StoredFile
@@ -59,18 +61,46 @@ class IndexFolder:
         """One of the files, of which little will be read: its contents are not verified for that."""
         return map_file(self.path, stored, verify=False)
 
-    def add_shard(
+    def write_shard(
         self, first: int, stop: int, tensors: Mapping[str, Tensor | Sequence[Tensor]], record: Mapping[str, Any]
-    ) -> None:
-        """Write a shard, then list it: killed in between, the file does not count and is written again."""
+    ) -> Shard:
+        """Write a shard, which is to be listed next: killed in between, it does not count and is written again."""
         stored = write_file(self.path, f"{_ROWS}-{first:012d}-{stop:012d}", tensors, record)
         self._verified.add(stored.name)
-        self.write(replace(self.manifest, shards=(*self.manifest.shards, Shard(stored, first, stop))))
+        return Shard(stored, first, stop)
+
+    def list_shards(self, written: Sequence[Shard]) -> None:
+        """Let shards count that follow those that are listed.
+
+        Args:
+            written: those of this process; under `distributed()` the others' belong in between.
+        """
+        world = current()
+        if world.size > 1:
+            told = world.exchange(json.dumps([shard.to_dict() for shard in written]))
+            everyones = (Shard.from_dict(entry) for text in told for entry in json.loads(text))
+            written = sorted(everyones, key=lambda shard: shard.first)
+        if written:
+            self.write(replace(self.manifest, shards=(*self.manifest.shards, *written)))
 
     def write(self, manifest: Manifest) -> None:
-        """Make another record count."""
-        manifest.write(self.path)
+        """Make another record count; of processes that share the work, the first one writes it."""
+        if current().rank == 0:
+            manifest.write(self.path)
         self.manifest = manifest
+
+    def check_shared(self) -> None:
+        """Make sure that this process sees what the first one wrote.
+
+        Raises:
+            InvalidInput: its folder is another one.
+        """
+        world = current()
+        if world.size > 1 and not (self.path / self.manifest.basis.name).exists():
+            raise InvalidInput(
+                f"Process {world.rank} does not find in {os.fspath(self.path)!r} what process 0 has written there; "
+                "give every process the same folder, on a disk that all of them see."
+            )
 
     def check_all(self) -> None:
         """Read every file and compare its digest.
@@ -100,9 +130,14 @@ def write_basis(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, 
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Keep the folder for this process while it writes; it is made if it is not there.
 
+    Of processes that share the work the first one keeps it, for all of them.
+
     Raises:
         InvalidInput: another process writes there, or the folder cannot be written to.
     """
+    if current().rank > 0:
+        yield Path(path)
+        return
     folder = make_folder(path)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise cannot_write(folder, PermissionError(13, "Permission denied"))
@@ -133,3 +168,24 @@ def check_room(folder: Path, wanted: int) -> None:
             f"The index would take {wanted / 1e9:.3g} GB and the disk of {os.fspath(folder)!r} has {free / 1e9:.3g} GB "
             "free; give another folder, or a smaller representation= or dtype=."
         )
+
+
+def by_first(path: Path, check: bool, work: Callable[[], IndexFolder | None]) -> IndexFolder | None:
+    """What the first of the processes that share the work does alone; its record travels to the others.
+
+    Args:
+        path: the folder.
+        check: compare the digest of every file when it is first read.
+        work: gives the index after it; None where there is none.
+    """
+    world = current()
+    if world.size == 1:
+        return work()
+    opened = None
+    if world.rank == 0:
+        with alone():
+            opened = work()
+    text = world.exchange("" if opened is None else opened.manifest.text())[0]
+    if world.rank == 0 or not text:
+        return opened
+    return IndexFolder(path, Manifest.parse(text, path / MANIFEST), check)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..core.digest import digest
+from ..core.distributed import current
 from ..core.errors import InvalidInput, TooLarge
 from ..core.validate import flag, whole_number
 from ..curvature.base import Budget
@@ -24,7 +27,7 @@ from ..influence.question import Question
 from ..influence.scoring import ScoringPass
 from ..methods.names import MethodLike, as_method
 from ..methods.papers import ekfac
-from ..problem.model_state import plain_autograd
+from ..problem.agreement import agree_on_given, agree_on_problem, entry
 from ..problem.problem import Problem
 from ..scores.scores import Scores
 from .asking import Asker
@@ -34,7 +37,7 @@ from .describe import IndexForecast, diagnostics_of, labels_of_index
 from .examples import Examples
 from .filters import candidates_of, choose_examples
 from .fitted_basis import FittedBasis
-from .folder import IndexFolder, writing
+from .folder import IndexFolder, by_first, writing
 from .layouts import AbstractLayout
 from .rerank import rerank as rescore
 from .search import Ranking, StoredRows
@@ -59,7 +62,7 @@ class Index:
     # ---------------------------------------------------------------- making one
 
     @staticmethod
-    @plain_autograd()
+    @entry
     def build(
         problem: Problem,
         folder: str | os.PathLike[str],
@@ -74,7 +77,9 @@ class Index:
     ) -> Index:
         """Store the gradient of every training example, in one pass over the data.
 
-        Killed at any moment, the same call goes on after the last whole shard, and ends with the same bytes.
+        Killed at any moment, the same call goes on after the last whole shard, and ends with the same bytes. Under
+        `ptif.distributed()` the processes write shards in turn into one folder that all of them see; the call that goes
+        on may have another number of processes.
 
         Args:
             problem: model, loss and training data.
@@ -108,11 +113,13 @@ class Index:
         """
         flag("overwrite", overwrite)
         plan = _plan(problem, method, representation, dtype, budget, data, shard)
-        build(plan, folder, data, overwrite)
-        return Index(IndexFolder.open(folder), Asker.of(problem))
+        agree_on_problem(problem, plan.method)
+        kept = {"what is kept": f"{plan.choice.representation!r} in {plan.choice.codec.name}, {plan.shard_rows} a file"}
+        agree_on_given({**kept, "overwrite=": overwrite}, Examples.of(data, problem.data).source)
+        return Index(IndexFolder(Path(folder), build(plan, folder, data, overwrite)), Asker.of(problem))
 
     @staticmethod
-    @plain_autograd()
+    @entry
     def forecast(
         problem: Problem,
         method: MethodLike | None = None,
@@ -156,7 +163,7 @@ class Index:
 
     # ---------------------------------------------------------------- asking
 
-    @plain_autograd()
+    @entry
     def score(
         self,
         queries: Any,
@@ -210,6 +217,8 @@ class Index:
         start = time.perf_counter()
         check_top(top)
         flag("normalised", normalised)
+        given = {"ids=": ids, "where=": where, "normalised=": normalised, "damping=": damping, "rerank=": rerank}
+        agree_on_given({**given, "by=": by, "audit=": audit, "the index": self._contents()})
         if rerank is not None:
             if lists_of(ids) is not None:
                 raise InvalidInput(
@@ -238,7 +247,7 @@ class Index:
         mask = choose_examples(self.folder, some, where, lambda: labels_of_index(self.folder))
         width = int(mask.sum()) if own is None else own.width
         _check_memory(len(question), width, top, budget)
-        stored = StoredRows(self.folder, layout, mask)
+        stored = StoredRows(self.folder, layout, mask, current())
         ranking = Ranking(len(question), mask, top, own)
         scoring = ScoringPass(derivatives.problem, question)
         # A query's coordinates are held in float64, solved, and made ready.
@@ -249,7 +258,7 @@ class Index:
             del rows, solved
             for train_ids, values in stored.scores(ready, len(query_ids), inverse if normalised else None):
                 ranking.add(query_ids, train_ids, values / len(self))
-        values, indices = ranking.result()
+        values, indices = ranking.everyones(current()).result()
         dtype = next(iter(derivatives.whole.values(derivatives.problem.model).values())).dtype
         decay = derivatives.whole.decay
         scores = Scores(
@@ -271,6 +280,7 @@ class Index:
         )
         return scores if top is None or own is None else scores.top(top)
 
+    @entry
     def self_influence(self, damping: AbstractDamping | float | None = None) -> Float[Tensor, " n"]:
         """Self-influence of every example, (1/N) g^T (C + lambda)^-1 g, shape [N]; 0 for those that were removed.
 
@@ -280,10 +290,11 @@ class Index:
         fitted = self._fitted()
         inverse, _ = fitted.inverse(damping)
         own = torch.zeros(len(self), dtype=torch.float64)
-        stored = StoredRows(self.folder, self._layout(fitted), self.folder.manifest.mask())
+        agree_on_given({"damping=": damping, "the index": self._contents()})
+        stored = StoredRows(self.folder, self._layout(fitted), self.folder.manifest.mask(), current())
         for ids, values in stored.self_influence(inverse):
             own[ids] = values.cpu() / len(self)
-        return own
+        return current().sum_into(own)
 
     def _attribution(
         self, top: int | None, candidates: int, normalised: bool, by: Any, damping: Any, audit: int
@@ -309,7 +320,7 @@ class Index:
 
     # ---------------------------------------------------------------- changing what is stored
 
-    @plain_autograd()
+    @entry
     def append(self, data: Any) -> Index:
         """Store more examples after those that are there; interrupted, the same call goes on.
 
@@ -332,9 +343,11 @@ class Index:
             )
         derivatives = self.asker.derivatives(None, self._where, self.folder.manifest.fingerprint)
         examples = Examples.of(data, problem.data)
+        agree_on_given({}, examples.source)
         with writing(self.folder.path):
-            opened = IndexFolder.open(self.folder.path, self.folder.check)
-            opened.drop_unlisted()
+            opened = self._changed(lambda: IndexFolder.open(self.folder.path, self.folder.check))
+            if current().rank == 0:
+                opened.drop_unlisted()
             manifest = opened.manifest
             if not manifest.complete and len(manifest.parts) == 1:
                 raise InvalidInput(
@@ -345,8 +358,9 @@ class Index:
                 # Listed with the first shard of the part, so that an append of nothing changes nothing.
                 opened.manifest = replace(manifest, parts=(*manifest.parts, manifest.examples), complete=False)
             add_examples(opened, derivatives, examples, len(opened.manifest.parts) - 1)
-        return replace(self, folder=IndexFolder.open(self.folder.path, self.folder.check))
+        return replace(self, folder=IndexFolder(opened.path, opened.manifest, opened.check))
 
+    @entry
     def remove(self, ids: Iterable[int]) -> Index:
         """Let examples count no longer: they have no score and are in no ranking. Others keep their numbers.
 
@@ -358,15 +372,24 @@ class Index:
         Returns:
             The index without them.
         """
-        return replace(self, folder=remove(self.folder, ids))
+        chosen = list(ids)
+        agree_on_given({"ids=": chosen, "the index": self._contents()})
+        return replace(self, folder=self._changed(lambda: remove(self.folder, chosen)))
 
+    @entry
     def compact(self) -> Index:
         """Write shards anew without the rows of removed examples.
 
         Returns:
             The index, with fewer bytes.
         """
-        return replace(self, folder=compact(self.folder))
+        return replace(self, folder=self._changed(lambda: compact(self.folder)))
+
+    def _changed(self, work: Callable[[], IndexFolder]) -> IndexFolder:
+        """The index after what the first of the processes that share the work does to it."""
+        opened = by_first(self.folder.path, self.folder.check, work)
+        assert opened is not None
+        return opened
 
     # ---------------------------------------------------------------- looking at it
 
@@ -382,6 +405,13 @@ class Index:
     def labels(self) -> Tensor | None:
         """One label per example, where all of them have one."""
         return labels_of_index(self.folder)
+
+    def _contents(self) -> str:
+        """What is stored, in words; of equal indices the same."""
+        manifest = self.folder.manifest
+        files = "".join(shard.file.sha256 for shard in manifest.shards)
+        contents = digest(files, manifest.basis.sha256, manifest.removed)
+        return f"of {manifest.examples:,} examples with contents {contents[:12]}"
 
     @property
     def _where(self) -> str:

@@ -68,6 +68,16 @@ class Shard:
         ranges = ((self.first, self.stop),) if self.kept is None else self.kept
         return torch.cat([torch.arange(0), *(torch.arange(first, stop) for first, stop in ranges)])
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**vars(self.file), "first": self.first, "stop": self.stop, "kept": self.kept}
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> Shard:
+        """What `to_dict` gave."""
+        kept = None if stored["kept"] is None else tuple((int(first), int(stop)) for first, stop in stored["kept"])
+        return Shard(StoredFile.from_dict(stored), int(stored["first"]), int(stored["stop"]), kept)
+
 
 @final
 @dataclass(frozen=True)
@@ -130,13 +140,30 @@ class Manifest:
                 f"{os.fspath(folder)!r} holds no index ({MANIFEST} is missing); build one there with ptif.Index.build."
             )
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as cause:
+            raise _unreadable(path, cause) from cause
+        return Manifest.parse(text, path)
+
+    @staticmethod
+    def parse(text: str, path: Path) -> Manifest:
+        """What `text` gave.
+
+        Args:
+            text: the content of the file.
+            path: where it lies, for messages.
+
+        Raises:
+            InvalidInput: it is damaged, or another version wrote it.
+        """
+        try:
+            stored = json.loads(text)
             kind, version = stored["kind"], stored["format"]
             if kind == KIND and version != FORMAT:
                 raise InvalidInput(
-                    f"The index in {os.fspath(folder)!r} has format {version} and this version reads {FORMAT}; read it "
-                    f"with pytorch_influence_functions {stored['versions']['pytorch_influence_functions']}, or build "
-                    "it anew."
+                    f"The index in {os.fspath(path.parent)!r} has format {version} and this version reads {FORMAT}; "
+                    f"read it with pytorch_influence_functions {stored['versions']['pytorch_influence_functions']}, or "
+                    "build it anew."
                 )
             fingerprint = Fingerprint.from_dict(stored["fingerprint"])
             if kind != KIND or fingerprint is None:
@@ -145,22 +172,23 @@ class Manifest:
                 fingerprint,
                 dict(stored["facts"]),
                 StoredFile.from_dict(stored["basis"]),
-                tuple(_read_shard(entry) for entry in stored["shards"]),
+                tuple(Shard.from_dict(entry) for entry in stored["shards"]),
                 tuple(int(first) for first in stored["parts"]),
                 tuple((int(first), int(stop)) for first, stop in stored["removed"]),
                 bool(stored["complete"]),
                 tuple(map(str, stored["notes"])),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        except (ValueError, KeyError, TypeError, AttributeError) as cause:
             if isinstance(cause, InvalidInput):
                 raise
-            reason = " ".join(str(cause).split()) or type(cause).__name__
-            raise InvalidInput(
-                f"{os.fspath(path)!r} cannot be read as the record of an index ({reason}); build the index anew."
-            ) from cause
+            raise _unreadable(path, cause) from cause
 
     def write(self, folder: Path) -> None:
         """Put it in its place, whole or not at all."""
+        write_bytes(folder / MANIFEST, self.text().encode())
+
+    def text(self) -> str:
+        """The content of its file."""
         content = {
             "kind": KIND,
             "format": FORMAT,
@@ -168,18 +196,20 @@ class Manifest:
             "fingerprint": self.fingerprint.to_dict(),
             "facts": self.facts,
             "basis": vars(self.basis),
-            "shards": [{**vars(s.file), "first": s.first, "stop": s.stop, "kept": s.kept} for s in self.shards],
+            "shards": [shard.to_dict() for shard in self.shards],
             "parts": self.parts,
             "removed": self.removed,
             "complete": self.complete,
             "notes": self.notes,
         }
-        write_bytes(folder / MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
-def _read_shard(entry: Mapping[str, Any]) -> Shard:
-    kept = None if entry["kept"] is None else tuple((int(first), int(stop)) for first, stop in entry["kept"])
-    return Shard(StoredFile.from_dict(entry), int(entry["first"]), int(entry["stop"]), kept)
+def _unreadable(path: Path, cause: Exception) -> InvalidInput:
+    reason = " ".join(str(cause).split()) or type(cause).__name__
+    return InvalidInput(
+        f"{os.fspath(path)!r} cannot be read as the record of an index ({reason}); build the index anew."
+    )
 
 
 def ranges_of(ids: Sequence[int]) -> tuple[tuple[int, int], ...]:

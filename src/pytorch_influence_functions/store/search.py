@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..core.distributed import World
 from ..influence.candidates import Candidates
 from ..influence.scoring import refuse_nonfinite
 from ..influence.topk import TopK
@@ -51,11 +52,13 @@ class StoredRows:
         folder: the index.
         layout: how its rows are stored.
         mask: which examples count, of all that were given.
+        world: whose share of the shards is read.
     """
 
     folder: IndexFolder
     layout: AbstractLayout
     mask: Bool[Tensor, " n"]
+    world: World = World()
 
     def parts(self, queries: int = 1, as_stored: bool = False) -> Iterator[Part]:
         """All rows that count, in pieces that suit so many queries.
@@ -64,7 +67,8 @@ class StoredRows:
             queries: how many.
             as_stored: whether they are only multiplied as they are stored.
         """
-        for shard in self.folder.manifest.shards:
+        shards = self.folder.manifest.shards
+        for shard in shards[self.world.share(len(shards))]:
             asked = self.mask[shard.first : shard.stop]
             if not bool(asked.any()):
                 continue
@@ -159,6 +163,14 @@ class Ranking:
         else:
             start = int(torch.searchsorted(self._columns, ids[0]))
             self._whole[query_ids, start : start + len(ids)] = values.double().cpu()
+
+    def everyones(self, world: World) -> Ranking:
+        """What all processes have collected together, each of its own examples; on every process."""
+        if self._extremes is not None:
+            self._extremes = self._extremes.everyones(world)
+        else:
+            world.sum_into(self._whole)
+        return self
 
     def result(self) -> tuple[Float[Tensor, "q m"], Int[Tensor, "q m"]]:
         """Scores, and the examples behind them."""
