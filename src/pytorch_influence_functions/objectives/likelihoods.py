@@ -310,7 +310,7 @@ class TokenCrossEntropy(AbstractLikelihood):
         return _counted(logp, factor)
 
     def losses_and_slope(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `losses`, and softmax minus the label: a third of autograd's passes over the logits."""
+        # Softmax minus the label takes a third of autograd's passes over the logits.
         label, factor = self._labels(outputs, batch)
         slope = outputs.log_softmax(-1)
         losses = _counted(slope.gather(-1, label[..., None])[..., 0], factor).sum(1)
