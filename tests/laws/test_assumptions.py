@@ -114,7 +114,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, problem: ptif.Problem, size: int, tim
     derivatives, looks = Derivatives.of(problem), []
     for seed in range(times):
 
-        def draw(n: int, parameters: int, numbers: float, seed: int = seed) -> Sample:
+        def draw(n: int, parameters: int, numbers: float, most: int | None = None, seed: int = seed) -> Sample:
             ids, order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:size].sort()
             return Sample(ids, order % 16, 16)
 

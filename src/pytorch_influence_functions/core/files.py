@@ -12,7 +12,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -114,16 +114,27 @@ def _is_device(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Put `content` at `path`, whole or not at all; see `replacing`. A device or pipe is written to as it is."""
+def write_bytes(path: str | os.PathLike[str], *content: bytes | memoryview) -> None:
+    """Put `content` at `path`, whole or not at all; see `replacing`. A device or pipe is written to as it is.
+
+    Args:
+        path: the file.
+        content: what it holds, in pieces that are not put together in memory.
+    """
     if _is_device(Path(path)):
         try:
-            Path(path).write_bytes(content)
+            _write_pieces(Path(path), content)
         except OSError as cause:
             raise cannot_write(path, cause) from cause
         return
     with replacing(path) as aside:
-        aside.write_bytes(content)
+        _write_pieces(aside, content)
+
+
+def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
 
 
 def append_scratch(path: Path, content: memoryview) -> None:

@@ -83,7 +83,8 @@ class _StartingFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
         (cotangent,) = ctx.saved_tensors
-        return cotangent, None
+        # Complex numbers are seen as pairs, which only what begins at an even place can be.
+        return cotangent.clone() if cotangent.storage_offset() else cotangent, None
 
 
 def grads(

@@ -47,13 +47,13 @@ class StationarityCheck:
 
     @staticmethod
     def of(
-        derivatives: Derivatives, most: int = _MOST, also: Callable[[GradientBatch], None] | None = None
+        derivatives: Derivatives, most: int | None = None, also: Callable[[GradientBatch], None] | None = None
     ) -> StationarityCheck:
         """Look once at a random sample of the examples, or at all of them where that is cheap.
 
         Args:
             derivatives: how gradients are taken.
-            most: the most examples that are looked at.
+            most: the most examples that are looked at; None: as many as are worth it.
             also: is given the gradients too, batch by batch.
         """
         problem, space = derivatives.problem, derivatives.space
@@ -78,20 +78,21 @@ class Sample:
     """How many groups there are."""
 
     @staticmethod
-    def draw(n: int, parameters: int, numbers: float, most: int = _MOST) -> Sample:
+    def draw(n: int, parameters: int, numbers: float, most: int | None = None) -> Sample:
         """A random sample, the same at every call.
 
         Args:
             n: how many examples there are.
             parameters: the length of a gradient.
             numbers: how many numbers one example's row takes.
-            most: the most examples.
+            most: the most examples; None: as `sample_size` says.
         """
-        size = min(most, sample_size(n, numbers))
+        size = sample_size(n, numbers)
+        size = size if most is None else min(most, size)
         if size == n:
             return Sample(torch.arange(n), torch.zeros(n, dtype=torch.long), 1)
-        fewest, most = _GROUPS
-        count = min(max(fewest, min(most, _GROUP_NUMBERS // max(1, parameters))), size)
+        fewest_groups, most_groups = _GROUPS
+        count = min(max(fewest_groups, min(most_groups, _GROUP_NUMBERS // max(1, parameters))), size)
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:size]
         ids, order = chosen.sort()
         return Sample(ids, order % count, count)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.digest import tensor_bytes
 from ..core.errors import InvalidInput
-from ..core.files import replacing
+from ..core.files import write_bytes
 from .manifest import StoredFile
 
 _KEY: Final = "pytorch_influence_functions"
@@ -77,9 +77,7 @@ def write_file(
     for piece in pieces:
         sha256.update(piece)
     name = f"{stem}-{sha256.hexdigest()[:8]}.safetensors"
-    with replacing(folder / name) as aside, open(aside, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
+    write_bytes(folder / name, *pieces)
     return StoredFile(name, 8 + len(text) + stop, sha256.hexdigest())
 
 
