@@ -269,3 +269,22 @@ def test_a_loss_without_a_gauss_newton_matrix_is_first_order_and_says_so() -> No
     problem = problem_of(x, y).with_(objective=nn.L1Loss())
     fitted = ptif.Influence(ptif.curvature.Identity(), ptif.solvers.Spectral(), 0.5).fit(problem)
     assert "first order, because the loss has no Gauss-Newton matrix" in what_if(fitted, remove=[1]).how
+
+
+def test_kronecker_factors_that_do_not_hold_the_examples_stay_at_first_order() -> None:
+    """EK-FAC of a network that fits its data: ten examples taken out have more curvature than the factors hold."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(120) % 3
+    x = torch.randn(120, 10, generator=generator) + nn.functional.one_hot(y, 10)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    fitted = ptif.ekfac(ptif.damping.Relative(0.01)).fit(ptif.Problem(model, nn.CrossEntropyLoss(), (x, y)))
+    outcome = ptif.what_if(fitted, remove=list(range(10)))
+    assert "first order" in outcome.how and outcome.correction == 0
+    summed = fitted.score((x[:4], y[:4])).values[:, :10].sum(1).double()
+    torch.testing.assert_close(outcome.change((x[:4], y[:4])), summed, rtol=1e-4, atol=1e-7)
