@@ -27,9 +27,9 @@ def left_out_votes(gram: Float[Tensor, "m m"], classes: Int[Tensor, " m"], width
         n: how many examples are voted on; the classes of those after them are taken to be right.
 
     Example:
-        >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.1]])
-        >>> left_out_votes(x @ x.T, torch.tensor([0, 0, 1, 1, 1]), 2, 5).argmax(1).tolist()
-        [0, 0, 1, 1, 0]
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, 0.0], [0.0, 1.0], [0.1, 1.0], [0.0, 0.9], [1.0, 0.1]])
+        >>> left_out_votes(x @ x.T, torch.tensor([0, 0, 0, 1, 1, 1, 1]), 2, 7).argmax(1).tolist()  # the last is wrong
+        [0, 0, 0, 1, 1, 1, 0]
     """
     gram = gram.double()
     one_hot = torch.nn.functional.one_hot(classes, width).to(gram)
