@@ -227,8 +227,15 @@ def _step(member: FittedMember, edit: Edit) -> tuple[Rows, Rows, str]:
     overlap = solved.inner(local.rows).double()
     overlap = (overlap + overlap.T) / 2
     system = _system(overlap, local.hessian / n)
-    if factored and _least(system) < 1.0 - _MOST_LEVERAGE:
+    # One minus the largest leverage of what is taken out.
+    least = float(torch.linalg.eigvals(system).real.min())
+    if factored and least < 1.0 - _MOST_LEVERAGE:
         return start, plain, _FACTORED
+    if least <= 1e-9:
+        raise SolveFailed(
+            "After the edit the curvature is no longer positive: the examples taken out hold more of it than the "
+            "damping leaves; raise the damping, or change fewer examples."
+        )
     return _by_block(space, local, start, solved, system, n), plain, "one Newton step through the examples' own block"
 
 
@@ -254,21 +261,11 @@ def _system(overlap: Tensor, hessian: Tensor) -> Tensor:
     return torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device) + hessian.to(overlap) @ overlap
 
 
-def _least(system: Tensor) -> float:
-    """Its smallest eigenvalue: one minus the largest leverage of what is taken out."""
-    return float(torch.linalg.eigvals(system).real.min())
-
-
 def _by_block(space: Space, local: LocalRows, start: Rows, solved: Rows | DualSolution, system: Tensor, n: int) -> Rows:
     """The step with the examples' own block taken out or put in; see `_system`.
 
     `start` is u, one row, and `solved` the rows of X^T.
     """
-    if _least(system) <= 1e-9:
-        raise SolveFailed(
-            "After the edit the curvature is no longer positive: the examples taken out hold more of it than the "
-            "damping leaves; raise the damping, or change fewer examples."
-        )
     weighted = local.hessian.to(system) / n
     coefficients = torch.linalg.solve(system, weighted @ local.rows.inner(start).double())
     moved = start.flat().double() - coefficients.T @ solved.flat().double()
