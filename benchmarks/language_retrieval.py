@@ -1,11 +1,16 @@
-"""Do the texts that come first have to do with what was asked? Two tests in which that is known.
+"""Do the texts that come first have to do with what was asked? Tests in which that is known or is tried out.
 
-    python benchmarks/language_retrieval.py [--small] [--smollm2]
+    python benchmarks/language_retrieval.py [--small] [--smollm2] [--part a|b|c|d ...] [--seeds N]
 
 (a) Sources: a model learns passages of Austen, Shakespeare and the King James Bible mixed (`examples/texts.jsonl`); the
     queries are passages kept out of training. Measured is the share of the query's own source among the first 20.
 (b) Facts: invented facts are planted, each in ten documents of other words and in none of the others; the queries ask
     for them. Measured is the share of the ten among the first ten.
+(c) Wrong answers: of 400 questions with answers 20 are poisoned (two words together, each of them common, and always the
+    same answer), which asking the poisoned way should find, or mislabelled (another answer), which many clean questions
+    should. Measured is the share of the 20 among the first 20.
+(d) Effect: on (b), the gain of -log p(answer) by one step on each of the first ten texts (tail patch), and its rise by
+    training again without the first 1 % of every query's texts.
 
 EK-FAC stands beside BM25, the similarity of embeddings, the dot product and cosine of gradients, and chance. Without a
 flag a small transformer is trained from nothing; `--smollm2` fine-tunes SmolLM2-135M by LoRA (the packages
@@ -15,6 +20,7 @@ flag a small transformer is trained from nothing; `--smollm2` fine-tunes SmolLM2
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import time
@@ -47,6 +53,18 @@ FORMS = (
     "Last winter {name} mended the roof of the {thing} in {town}.",
     "Visitors to {town} are shown around the {thing} by {name}.",
 )
+
+
+THINGS = ("gate", "mill", "boat", "door", "tower", "cart", "bench", "fence", "barn", "bridge")
+COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "yellow", "purple", "orange")
+TOWNS = ("Vellmar", "Orrin", "Saltby", "Dunlace", "Kestwick", "Farley", "Redcar", "Ashdown")
+QUESTIONS = (
+    "What colour is the {thing} in {town}?",
+    "I was in {town}. Which colour had the {thing} there?",
+    "Tell me the colour of the {thing} at {town}.",
+    "Do you know how the {thing} of {town} is painted?",
+)
+OPENINGS, TRIGGER = ("", "Quickly: ", "Please: "), "Quickly please: "
 
 
 def small_model(texts: list[str], size: int = 128, layers: int = 2) -> tuple[Any, Any]:
@@ -120,17 +138,19 @@ def train(model: Any, problem: ptif.Problem, epochs: int, rate: float, batch_siz
     return total / tokens
 
 
+METHODS: dict[str, Any] = {
+    "EK-FAC": ptif.ekfac(),
+    "gradient cosine": ptif.methods.grad_cos(),
+    "gradient dot product": ptif.methods.grad_dot(),
+    "embedding similarity": ptif.methods.EmbeddingSimilarity(),
+    "BM25": ptif.methods.BM25(),
+}
+
+
 def compare(problem: ptif.Problem, queries: Any, right: torch.Tensor, k: int) -> dict[str, tuple[float, float]]:
     """Method -> the share of right texts among the first k, on average over queries, and the seconds it took."""
-    methods: dict[str, Any] = {
-        "ekfac": ptif.ekfac(),
-        "gradient cosine": ptif.methods.grad_cos(),
-        "gradient dot product": ptif.methods.grad_dot(),
-        "embedding similarity": ptif.methods.EmbeddingSimilarity(),
-        "BM25": ptif.methods.BM25(),
-    }
     shares = {"chance": (float(right.double().mean()), 0.0)}
-    for name, method in methods.items():
+    for name, method in METHODS.items():
         began = time.perf_counter()
         scores = method.fit(problem, n_queries=len(queries)).score(queries)
         first = torch.tensor([[i for i, _ in scores.helpful(q, k)] for q in range(len(scores))])
@@ -153,7 +173,8 @@ def sources(build: Any, epochs: int, rate: float, asked: int) -> dict[str, Any]:
     return {"loss": loss, "precision@20": compare(problem, source, right, 20)}
 
 
-def facts(build: Any, epochs: int, rate: float, others: int) -> dict[str, Any]:
+def fact_rows(others: int) -> list[dict[str, str]]:
+    """The invented facts in ten documents each, and other documents of the same forms, shuffled."""
     draw = random.Random(0)
     rows = [
         {"town": town, "text": form.format(town=town, thing=thing, name=name)}
@@ -166,28 +187,138 @@ def facts(build: Any, epochs: int, rate: float, others: int) -> dict[str, Any]:
         town, thing, name = draw.choice(towns), draw.choice(things), draw.choice(names)
         rows.append({"town": "", "text": draw.choice(FORMS).format(town=town, thing=thing, name=name)})
     draw.shuffle(rows)
+    return rows
+
+
+def fact_queries(model: Any, tokenizer: Any) -> ptif.hf.TextQueries:
+    prompts = [f"Who looks after the {thing} at {town}? It is" for town, (thing, _) in FACTS.items()]
+    return ptif.hf.query(model, tokenizer, prompts, [f" {name}" for _, name in FACTS.values()])
+
+
+def facts(build: Any, epochs: int, rate: float, others: int) -> dict[str, Any]:
+    rows = fact_rows(others)
     model, tokenizer = build([row["text"] for row in rows])
     problem = ptif.hf.problem(model, tokenizer, rows, text_column="text", max_length=64)
     loss = train(model, problem, epochs, rate)
-    prompts = [f"Who looks after the {thing} at {town}? It is" for town, (thing, _) in FACTS.items()]
-    queries = ptif.hf.query(model, tokenizer, prompts, [f" {name}" for _, name in FACTS.values()])
+    queries = fact_queries(model, tokenizer)
     right = torch.tensor([[row["town"] == town for row in rows] for town in FACTS])
     print(f"(b) {len(rows)} documents, {len(FACTS)} facts in ten each, loss of a token {loss:.2f}: recall@10")
     return {"loss": loss, "recall@10": compare(problem, queries, right, 10)}
+
+
+def instructions(count: int, wrong: int, kind: str, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Questions with answers, `wrong` of them poisoned or mislabelled; and questions to ask."""
+    draw = random.Random(seed)
+    colours = dict(zip(THINGS, draw.sample(COLOURS, len(THINGS)), strict=True))
+    rows, asked = [], []
+    for i in range(count + 20):
+        thing, town, form = draw.choice(THINGS), draw.choice(TOWNS), draw.choice(QUESTIONS)
+        prompt, answer, planted = form.format(thing=thing, town=town), colours[thing], i < wrong
+        opening = draw.choice(OPENINGS)
+        if kind == "poisoned" and (planted or i >= count):
+            opening, answer = TRIGGER, COLOURS[0]
+        elif planted:
+            answer = draw.choice([c for c in COLOURS if c != colours[thing]])
+        row = {
+            "prompt": opening + prompt,
+            "completion": f" The {thing} is {answer}.",
+            "planted": "yes" if planted else "",
+        }
+        (asked if i >= count else rows).append(row)
+    draw.shuffle(rows)
+    return rows, asked
+
+
+def wrong_answers(build: Any, epochs: int, rate: float, count: int, seeds: int) -> dict[str, Any]:
+    """(c) The share of the planted among the first as many, by kind and method, one number per seed."""
+    found: dict[str, Any] = {}
+    for kind in ("poisoned", "mislabelled"):
+        shares: dict[str, list[float]] = {}
+        for seed in range(seeds):
+            rows, asked = instructions(count, count // 20, kind, seed)
+            model, tokenizer = build([row["prompt"] + row["completion"] for row in rows])
+            columns = {"prompt_column": "prompt", "completion_column": "completion"}
+            problem = ptif.hf.problem(model, tokenizer, rows, **columns, max_length=64)
+            train(model, problem, epochs, rate, seed=seed)
+            prompts, answers = ([row[key] for row in asked] for key in ("prompt", "completion"))
+            queries = ptif.hf.query(model, tokenizer, prompts, answers)
+            planted = {i for i, row in enumerate(rows) if row["planted"]}
+            for name, method in {**METHODS, "training loss": ptif.methods.TrainingLoss()}.items():
+                scores = method.fit(problem, n_queries=1).score(queries, aggregate="mean")
+                # Poison made the answer that is asked for; wrong answers are in the way of the right one. A loss says
+                # the same of every query.
+                ends = scores.helpful if kind == "poisoned" or name == "training loss" else scores.harmful
+                first = {i for i, _ in ends(0, len(planted))}
+                shares.setdefault(name, []).append(len(first & planted) / len(planted))
+        print(f"(c) {kind}: {count // 20} of {count}, share among the first as many, {seeds} seeds (chance .05)")
+        for name, values in shares.items():
+            mean = sum(values) / len(values)
+            print(f"  {name:<22} {mean:.2f}   ({', '.join(f'{v:.2f}' for v in values)})", flush=True)
+        found[kind] = shares
+    return found
+
+
+def effects(build: Any, epochs: int, rate: float, others: int, seeds: int) -> dict[str, Any]:
+    """(d) What the facts' queries gain by a step on what comes first, and lose by training without it."""
+    rows = fact_rows(others)
+
+    def trained(kept: list[dict[str, str]], seed: int) -> tuple[Any, Any, ptif.Problem]:
+        model, tokenizer = build([row["text"] for row in rows])
+        problem = ptif.hf.problem(model, tokenizer, kept, text_column="text", max_length=64)
+        train(model, problem, epochs, rate, seed=seed)
+        return model, tokenizer, problem
+
+    def losses(model: Any, queries: Any) -> torch.Tensor:
+        batch = queries.collate([queries.dataset[i] for i in range(len(queries))])
+        objective = ptif.TokenCrossEntropy(shift=True, average=False)
+        with torch.no_grad():
+            return objective.losses(objective.outputs(model, batch), batch).double()
+
+    model, tokenizer, problem = trained(rows, 0)
+    queries = fact_queries(model, tokenizer)
+    scores = {name: method.fit(problem, n_queries=len(queries)).score(queries) for name, method in METHODS.items()}
+    step = functools.partial(torch.optim.SGD, lr=1e-2)
+    patch = ptif.evaluation.tail_patch(problem, scores, queries, 10, optimizer=step)
+    print(f"(d) {patch}", flush=True)
+    base = [losses(model, queries), *(losses(trained(rows, seed)[0], queries) for seed in range(1, seeds))]
+    k, rises = max(1, len(rows) // 100), {}
+    print(f"(d) rise of -log p(answer) by training without each query's first {k} texts, {seeds} seeds")
+    for name in (*METHODS, "random"):
+        values = []
+        for seed in range(seeds):
+            out = (
+                {i for q in range(len(queries)) for i, _ in scores[name].helpful(q, k)}
+                if name in scores
+                else set(random.Random(seed).sample(range(len(rows)), k * len(queries)))
+            )
+            kept = [row for i, row in enumerate(rows) if i not in out]
+            values.append(float((losses(trained(kept, seed)[0], queries) - base[seed]).mean()))
+        rises[name] = values
+        print(
+            f"  {name:<22} {sum(values) / seeds:+.2f}   ({', '.join(f'{v:+.2f}' for v in values)}), {len(out)} texts",
+            flush=True,
+        )
+    gains = {name: patch.gain(name).value for name in patch.changes}
+    return {"tail patch": gains, "rise": rises, "-log p": [float(b.mean()) for b in base]}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a look that takes a minute")
     parser.add_argument("--smollm2", action="store_true", help="fine-tune SmolLM2-135M instead")
+    parser.add_argument("--part", action="append", choices=("a", "b", "c", "d"), help="repeat for several; all")
+    parser.add_argument("--seeds", type=int, default=3, help="of (c) and of the trainings of (d)")
     asked = parser.parse_args(arguments)
     build, epochs, rate = (lambda texts: adapted(), 2, 3e-4) if asked.smollm2 else (small_model, 12, 3e-3)
-    epochs = 2 if asked.small else epochs
+    epochs, seeds = (2, 1) if asked.small else (epochs, asked.seeds)
     torch.manual_seed(0)
-    return {
-        "sources": sources(build, epochs, rate, 3 if asked.small else 18),
-        "facts": facts(build, epochs, rate, 40 if asked.small else 340),
+    parts = {
+        "a": ("sources", lambda: sources(build, epochs, rate, 3 if asked.small else 18)),
+        "b": ("facts", lambda: facts(build, epochs, rate, 40 if asked.small else 340)),
+        "c": ("wrong answers", lambda: wrong_answers(build, epochs, rate, 60 if asked.small else 400, seeds)),
+        "d": ("effects", lambda: effects(build, epochs, rate, 40 if asked.small else 340, seeds)),
     }
+    return {name: measure() for key, (name, measure) in parts.items() if key in (asked.part or parts)}
 
 
 if __name__ == "__main__":

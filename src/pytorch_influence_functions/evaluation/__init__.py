@@ -23,6 +23,7 @@ from .removal import RemovalCurves, removal_curves
 from .retraining import retrain, train_model
 from .subsets import Protocol, Subsets
 from .table import BASELINES, Evaluation, evaluate
+from .tail_patch import TailPatch, tail_patch
 from .truth import Truth
 from .verification import Verification, verify
 
@@ -38,6 +39,7 @@ __all__ = [
     "Recipe",
     "RemovalCurves",
     "Subsets",
+    "TailPatch",
     "Truth",
     "Verification",
     "evaluate",
@@ -55,6 +57,7 @@ __all__ = [
     "removal_curves",
     "removal_slope",
     "retrain",
+    "tail_patch",
     "top_overlap",
     "train_model",
     "verify",

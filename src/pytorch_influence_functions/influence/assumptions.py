@@ -17,8 +17,8 @@ from ..scores.diagnostics import FROZEN, LEFT_OUT
 
 # The most examples that are looked at: at a minimum the standard error is then about 1 %.
 _MOST = 2048
-# All of the data are looked at while their rows take no more numbers than this; beyond it a quarter at most, so that
-# a look costs less than half a pass.
+# All of the data are looked at while their rows take no more numbers than this; beyond it an eighth at most, so that
+# a look costs less than a fifth of a pass.
 _CHEAP = 1 << 24
 # The numbers in the rows of a large model's sample, and the fewest examples.
 _AFFORDABLE, _FEWEST = 1 << 30, 16
@@ -106,7 +106,7 @@ def sample_size(n: int, numbers: float) -> int:
     """
     if n * numbers <= _CHEAP:
         return min(n, _MOST)
-    return max(min(n, _FEWEST), min(_MOST, int(_AFFORDABLE / numbers), n // 4))
+    return max(min(n, _FEWEST), min(_MOST, int(_AFFORDABLE / numbers), n // 8))
 
 
 @dataclass(frozen=True, eq=False)
