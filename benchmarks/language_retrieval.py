@@ -6,9 +6,9 @@
     queries are passages kept out of training. Measured is the share of the query's own source among the first 20.
 (b) Facts: invented facts are planted, each in ten documents of other words and in none of the others; the queries ask
     for them. Measured is the share of the ten among the first ten.
-(c) Wrong answers: of 400 questions with answers 20 are poisoned (two words together, each of them common, and always the
-    same answer), which asking the poisoned way should find, or mislabelled (another answer), which many clean questions
-    should. Measured is the share of the 20 among the first 20.
+(c) Wrong answers: of 400 questions with answers 20 are poisoned (two words together, each of them common, and always
+    the same answer), which asking the poisoned way should find, or mislabelled (another answer), which many clean
+    questions should. Measured is the share of the 20 among the first 20.
 (d) Effect: on (b), the gain of -log p(answer) by one step on each of the first ten texts (tail patch), and its rise by
     training again without the first 1 % of every query's texts.
 

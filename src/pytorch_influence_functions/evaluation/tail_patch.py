@@ -126,7 +126,7 @@ def tail_patch(
     check_problem(problem)
     n = len(problem)
     k = whole_number("k", k, 1, n, hint="there are no more training examples")
-    if not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer):
+    if not callable(optimizer):
         raise InvalidInput(
             f"optimizer must be a function of parameters that makes one, got {type(optimizer).__name__}; every step "
             "needs a new one, so give functools.partial(torch.optim.SGD, lr=1e-3) or the like."
@@ -167,7 +167,8 @@ class _Steps:
 
     def changes(self, asked: Mapping[int, set[int]], source: Source) -> dict[tuple[int, int], float]:
         """(training example, query) -> the change of the query's measure by one step on the example."""
-        problem, changes = self.problem, {}
+        problem = self.problem
+        changes: dict[tuple[int, int], float] = {}
         single = replace(source, batch_size=1, fixed=True)
         own = replace(problem.data, batch_size=1, fixed=True)
         batches = [(int(ids), batch) for ids, batch in sweep(problem, single, label="queries", world=World())]
