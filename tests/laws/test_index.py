@@ -334,6 +334,7 @@ def test_only_what_was_asked_for_is_scored(tmp_path: Path) -> None:
         some = index.score(queries, **settings)
         assert torch.equal(some.indices[0], chosen)
         assert gap(some.values, whole.values[:, chosen]) < 1e-12
+    assert index.score(queries, top=10**9).shape == (4, 60)
     few = index.score(queries, top=2, ids=slice(20))
     assert int(few.indices.max()) < 20 and few.helpful(0, 1)[0][0] == int(whole.values[0, :20].argmax())
 
@@ -546,7 +547,9 @@ def test_examples_can_be_removed(tmp_path: Path) -> None:
         open_index.score(queries, ids=[6, 7])
     with pytest.raises(InvalidInput, match=r"Example 99 is outside the index"):
         open_index.remove([99])
-    again = open_index.remove([1, 2, 3, 4, 5, 6]).compact()  # a whole file
+    # A mask is one, and not the positions 0 and 1.
+    mask = torch.zeros(60, dtype=torch.bool).index_fill_(0, torch.tensor([1, 2, 3, 4, 5]), True)
+    again = open_index.remove(mask).remove(6).compact()  # a whole file
     assert again.score(queries).shape == (4, 50) and again.labels is not None
 
 

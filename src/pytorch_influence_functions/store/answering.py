@@ -76,7 +76,7 @@ class Search:
         """
         columns = int(self.stored.mask.sum()) if self.own is None else self.own.width
         queries, top, parts = len(self.question), self.question.top, 1 if self.parts is None else len(self.parts)
-        wanted = parts * (8 * queries * columns if top is None else 24 * queries * top)
+        wanted = parts * (8 * queries * columns if top is None else 24 * queries * min(top, columns))
         if wanted > self.budget.bytes:
             told = "" if self.parts is None else f"{parts} parts x "
             raise TooLarge(

@@ -81,19 +81,15 @@ class Column:
         return chosen
 
     def _equal(self, value: Any) -> Array:
-        if self.texts is not None:
-            if value is None:
-                return self.values == _NONE
-            if isinstance(value, str):
-                if value not in self.texts:
-                    raise UnknownName(
-                        f"No example has {value!r} in the column {self.name!r}.{nearest(value, self.texts)}"
-                    )
-                return self.values == self.texts.index(value)
-        elif value is None:
-            return np.isnan(self.values.astype(float))
-        elif isinstance(value, (bool, int, float)):
-            return self.values == value
+        chosen: Array
+        if self.texts is not None and (value is None or isinstance(value, str)):
+            if value is not None and value not in self.texts:
+                raise UnknownName(f"No example has {value!r} in the column {self.name!r}.{nearest(value, self.texts)}")
+            chosen = self.values == (_NONE if value is None else self.texts.index(value))
+            return chosen
+        if self.texts is None and (value is None or isinstance(value, (bool, int, float))):
+            chosen = np.isnan(self.values.astype(float)) if value is None else self.values == value
+            return chosen
         kind = "numbers" if self.texts is None else "texts"
         raise InvalidInput(
             f"The column {self.name!r} of where= holds {kind}, and {value!r:.60} was asked for; give a value of that "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final, overload
@@ -393,20 +393,19 @@ class Index:
         return replace(self, folder=self._changed(lambda: annotate(self.folder, table, anew=True)))
 
     @entry
-    def remove(self, ids: Iterable[int]) -> Index:
+    def remove(self, ids: Any) -> Index:
         """Let examples count no longer: they have no score and are in no ranking. Others keep their numbers.
 
         N stays: it is the number of examples that the model was trained on.
 
         Args:
-            ids: positions of the examples.
+            ids: positions of the examples, one position, a slice, or a mask over all of them.
 
         Returns:
             The index without them.
         """
-        chosen = list(ids)
-        agree_on_given({"ids=": chosen, "the index": self._contents()})
-        return replace(self, folder=self._changed(lambda: remove(self.folder, chosen)))
+        agree_on_given({"ids=": ids, "the index": self._contents()})
+        return replace(self, folder=self._changed(lambda: remove(self.folder, ids)))
 
     @entry
     def compact(self) -> Index:
@@ -469,7 +468,7 @@ class Index:
         if not manifest.complete:
             raise InvalidInput(
                 f"The index in {self._where!r} was not built to its end: {manifest.examples:,} examples are stored; "
-                "call Index.build(...) or append(...) again, which goes on."
+                "call Index.build(...) or append(...) again, which goes on, or wait for the process that is at it."
             )
         return layout_of(manifest, fitted, representation_of(manifest))
 
