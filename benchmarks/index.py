@@ -33,6 +33,8 @@ from pytorch_influence_functions.store.folder import IndexFolder
 
 SHARD = 100_000
 PEERS = False
+# What `memory` runs, each in a process of its own.
+WORKS = ("build-small", "top", "own")
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -247,7 +249,7 @@ def kept_at_top(a: Tensor, b: Tensor, k: int = 20, wide: int = 100) -> float:
     return float((best[:, :, None] == near[:, None]).any(2).double().mean())
 
 
-def fidelity(folder: Path, examples: int) -> None:
+def fidelity(folder: Path, examples: int, picture: Path | None = None) -> None:
     """Bytes per example and agreement with the method's own scores, for every representation and type."""
     problem, queries = trained(min(examples, 2000))
     print(
@@ -256,6 +258,7 @@ def fidelity(folder: Path, examples: int) -> None:
     exact = ptif.ekfac().fit(problem).score(queries).values
     print("| keeps | dtype | bytes | rank agreement | exact top 20 in the top 100 |")
     print("|---|---|---|---|---|")
+    points: list[tuple[str, str, float, float, float]] = []
     kinds: list[tuple[Any, tuple[str, ...]]] = [
         (Factors(), ("float32", "float16", "bfloat16", "int8")),
         (TwoSided(8), ("float16", "int8")),
@@ -273,42 +276,99 @@ def fidelity(folder: Path, examples: int) -> None:
             each = sum(s.file.bytes for s in index.folder.manifest.shards) / len(problem)
             agreement, top = rank_agreement(exact, scores), kept_at_top(exact, scores)
             print(f"| {keeps!r} | {dtype} | {each:,.0f} | {agreement:.3f} | {top:.2f} |", flush=True)
+            points.append((repr(keeps), dtype, each, agreement, top))
     shutil.rmtree(folder / "fidelity")
+    if picture is not None:
+        draw_fidelity(points, picture)
+
+
+def draw_fidelity(points: list[tuple[str, str, float, float, float]], picture: Path) -> None:
+    """Bytes of an example against agreement, one line for every representation; one mark for every type."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    marks = {"float32": "o", "float16": "s", "bfloat16": "D", "int8": "^", "1bit": "x"}
+    colours = {
+        name: f"C{number}" for number, name in enumerate(dict.fromkeys(name.split("(")[0] for name, *_ in points))
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharex=True, constrained_layout=True)
+    for axis, column, title in zip(axes, (3, 4), ("rank agreement", "exact top 20 in the top 100"), strict=True):
+        for name in dict.fromkeys(name for name, *_ in points):
+            own = sorted((p for p in points if p[0] == name), key=lambda p: p[2])
+            style = "--" if "eigenvectors" in name else "-"
+            colour = colours[name.split("(")[0]]
+            axis.plot([p[2] for p in own], [p[column] for p in own], style, color=colour, lw=1, alpha=0.6)
+            for point in own:
+                axis.plot(point[2], point[column], marks[point[1]], color=colour, ms=5, mfc="none")
+        axis.set(xscale="log", xlabel="bytes of an example", ylabel=title, ylim=(0, 1.04))
+        axis.grid(alpha=0.25)
+    handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    handles += [plt.Line2D([], [], color="gray", ls="--", label="along eigenvectors")]
+    handles += [plt.Line2D([], [], color="k", marker=m, ls="", mfc="none", label=name) for name, m in marks.items()]
+    axes[0].legend(handles=handles, fontsize=7, ncol=2, loc="upper left", bbox_to_anchor=(0.0, 0.98))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=130)
 
 
 # --------------------------------------------------------------------------- memory
 
 
-def memory(folder: Path, examples: int, k: int) -> None:
-    """The most memory of a process that asks one question with top=100, for growing indexes."""
-    print(f"\nmemory: int8, {k} numbers each, 8 queries, top 100; the most that the process ever held")
-    print("| examples | on disk | most memory |")
-    print("|---|---|---|")
+def small_rows(examples: int) -> tuple[ptif.Problem, tuple[Tensor, Tensor]]:
+    """Many examples of few numbers each, so that nothing but their number can grow."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4))
+    x, y = torch.randn(examples, 16), torch.arange(examples) % 4
+    return ptif.Problem(model, ptif.CrossEntropy(), (x, y)), (torch.randn(8, 16), torch.arange(8) % 4)
+
+
+def memory(folder: Path, examples: int) -> None:
+    """The most memory of a process that builds, asks or takes self-influence, for growing indexes."""
+    print("\nmemory: MLP 16-8-4, EK-FAC, factors in float32; 8 queries; the most that a process ever held, and the")
+    print("same less the training data, which the program holds as tensors; seconds of the processor")
+    print("| examples | data | on disk | work | most memory | less the data | seconds | us an example |")
+    print("|---|---|---|---|---|---|---|---|")
     n = 10_000
     while n <= examples:
-        place, _, _ = made_index(folder, n, k, "int8")
-        size = sum(path.stat().st_size for path in place.glob("rows-*")) / 1e6
-        ran = subprocess.run(
-            [sys.executable, __file__, "ask", "--examples", str(n), "--width", str(k), "--folder", str(folder)],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        print(f"| {n:,} | {size:,.0f} MB | {ran.stdout.strip()} MB |", flush=True)
+        for work in WORKS:
+            ran = subprocess.run(
+                [sys.executable, __file__, work, "--examples", str(n), "--folder", str(folder)],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            told = json.loads(ran.stdout.splitlines()[-1])
+            data = n * (16 * 4 + 8) / 2**20 if work == WORKS[0] else 0.0
+            name = {WORKS[0]: "build", "top": "score, top=100", "own": "self_influence"}[work]
+            print(
+                f"| {n:,} | {data:,.0f} MiB | {told['disk'] / 2**20:,.0f} MiB | {name} | {told['most']:,.0f} MiB | "
+                f"{told['most'] - data:,.0f} MiB | {told['seconds']:.2f} | {1e6 * told['seconds'] / n:.1f} |",
+                flush=True,
+            )
+        shutil.rmtree(folder / f"small-{n}")
         n *= 10
 
 
-def ask(folder: Path, examples: int, k: int) -> None:
-    """One question, and what the process held at most."""
-    place, model, (x, y) = made_index(folder, examples, k, "int8")
-    ptif.Index.open(place, model).score((x[:8], y[:8]), top=100)
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f}")
+def one_work(folder: Path, work: str, examples: int) -> None:
+    """One of the works of `memory`, and what the process held at most."""
+    place = folder / f"small-{examples}"
+    problem, queries = small_rows(examples if work == WORKS[0] else 8)
+    if work == WORKS[0]:
+        taken = seconds(lambda: ptif.Index.build(problem, place))
+    else:
+        index = ptif.Index.open(place, problem.model)
+        taken = seconds(lambda: index.score(queries, top=100) if work == "top" else index.self_influence())
+    disk = sum(path.stat().st_size for path in place.iterdir())
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"most": most, "seconds": taken, "disk": disk}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=["scan", "build", "fidelity", "memory", "ask"])
+    parser.add_argument("part", nargs="?", choices=["scan", "build", "fidelity", "memory", *WORKS])
     parser.add_argument("--examples", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--picture", type=Path, default=None, help="where the plot of `fidelity` goes")
     parser.add_argument("--peers", action="store_true")
     given = parser.parse_args()
     global PEERS
@@ -323,11 +383,11 @@ def main() -> None:
         if given.part in (None, "build"):
             build(folder)
         if given.part in (None, "fidelity"):
-            fidelity(folder, given.examples)
+            fidelity(folder, given.examples, given.picture)
         if given.part in (None, "memory"):
-            memory(folder, given.examples, given.width if given.part == "memory" else 256)
-        if given.part == "ask":
-            ask(folder, given.examples, given.width)
+            memory(folder, given.examples)
+        if given.part in WORKS:
+            one_work(folder, given.part, given.examples)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -454,3 +454,14 @@ def test_a_forecast_reads_few_examples() -> None:
     for method in (ptif.gauss_newton(), ptif.ekfac()):
         method.forecast(ptif.Problem(of.model, ptif.CrossEntropy(), Watched()), 10)
     assert len(read) < 600
+
+
+def test_a_named_curvature_with_eigenvalues_is_not_asked_whether_outputs_are_affine() -> None:
+    asked: list[bool] = []
+    model, x, y, *_ = mlp(20)
+    size = ProblemSize.of(Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y))), 2)
+    size = replace(size, asks_affine=lambda: bool(asked.append(True)))
+    choose_composition(EKFAC(), size, Budget())
+    assert not asked
+    choose_composition(None, size, Budget())
+    assert asked

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, SolveFailed, TooLarge
-from pytorch_influence_functions.curvature import GGN, EmpiricalFisher
+from pytorch_influence_functions.curvature import EKFAC, GGN, EmpiricalFisher
 from pytorch_influence_functions.damping import Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.problem.data import Source
@@ -334,8 +334,119 @@ def test_only_what_was_asked_for_is_scored(tmp_path: Path) -> None:
         some = index.score(queries, **settings)
         assert torch.equal(some.indices[0], chosen)
         assert gap(some.values, whole.values[:, chosen]) < 1e-12
+    assert index.score(queries, top=10**9).shape == (4, 60)
     few = index.score(queries, top=2, ids=slice(20))
     assert int(few.indices.max()) < 20 and few.helpful(0, 1)[0][0] == int(whole.values[0, :20].argmax())
+
+
+# --------------------------------------------------------------------------- parts of the model
+
+
+@pytest.mark.parametrize("method", [ptif.ekfac(), ptif.exact(damping=1e-3)], ids=["ekfac", "exact"])
+@pytest.mark.parametrize("dtype", ["float64", "int8"])
+def test_scores_of_every_layer_are_those_of_the_live_method(method: Any, dtype: str, tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i", method, Factors(), dtype, shard=2000)
+    live = method.fit(problem).score(queries, by="layer")
+    for batch_size, memory in ((None, "1GB"), (1, 20_000)):
+        stored = index.score(queries, by="layer", batch_size=batch_size, memory=memory)
+        assert list(stored) == list(live) and stored.values_by_part.shape == (len(live), 4, 60)
+        assert gap(stored.values_by_part, live.values_by_part) < (1e-10 if dtype == "float64" else 3e-2)
+    first = next(iter(live))
+    few = index.score(queries, by={"head": first}, top=2, where={"label": [0, 1]})
+    labels = torch.as_tensor(few["head"].train_labels)
+    allowed = (labels != 2).nonzero().flatten().tolist()
+    best = max(allowed, key=lambda i: float(stored[first].values[0, i]))
+    assert few["head"].helpful(0, 1)[0][0] == best
+    lists = index.score(queries, by="layer", ids=[[0, 3], [1, 2], [5, 4], [9, 7]], normalised=True)
+    whole = index.score(queries, ids=[[0, 3], [1, 2], [5, 4], [9, 7]], normalised=True)
+    assert gap(lists.total().values, whole.values) < 1e-5
+
+
+@pytest.mark.parametrize("representation", [TwoSided(3), Sketch(20, per_layer=True)], ids=repr)
+@pytest.mark.parametrize("curvature", [EmpiricalFisher(), EKFAC()], ids=repr)
+def test_projected_scores_of_every_layer(representation: Any, curvature: Any, tmp_path: Path) -> None:
+    """Rows of one layer of the projection: the explicit formula where the eigenbasis mixes layers and where not."""
+    problem, queries = problem_of()
+    if isinstance(curvature, EKFAC) and isinstance(representation, Sketch):
+        pytest.skip("a sketch has no Kronecker factors")
+    method = ptif.Influence(curvature, damping=LAMBDA)
+    index = ptif.Index.build(problem, tmp_path / "i", method, representation, "float64")
+    parts, whole = index.score(queries, by="layer"), index.score(queries)
+    assert gap(parts.total().values, whole.values) < 1e-10
+    if isinstance(curvature, EmpiricalFisher):
+        p = matrix(problem, representation)
+        g, m = gradients(problem) @ p, gradients(problem, queries) @ p
+        solved = torch.linalg.solve(g.T @ g / len(g) + LAMBDA * torch.eye(g.shape[1]), m.T).T
+        start = 0
+        for name, block in representation.reduced(problem.space).blocks.items():
+            own = slice(start, start := start + torch.Size(block.shape).numel())
+            assert gap(parts[name].values, solved[:, own] @ g[:, own].T / len(g)) < 1e-8
+
+
+def test_layers_that_are_mixed_are_not_told_apart(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i", ptif.dual(), Sketch(20))
+    with pytest.raises(InvalidInput, match=r"Sketch\(k=20\) mixes all of them .* Sketch\(k, per_layer=True\)"):
+        index.score(queries, by="layer")
+    with pytest.raises(TooLarge, match="parts x 4 queries x 60 scores would take"):
+        ptif.Index.build(problem, tmp_path / "j").score(queries, by="layer", memory=2000)
+
+
+# --------------------------------------------------------------------------- columns
+
+
+def test_examples_are_chosen_by_columns(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    source = [("web", "book", None)[i % 3] for i in range(60)]
+    columns = {"source": source, "year": torch.arange(60) % 7 + 2000, "weight": [i / 60 for i in range(60)]}
+    columns["clean"] = [i % 2 == 0 for i in range(60)]
+    index = ptif.Index.build(problem, tmp_path / "i", columns=columns, shard=2000)
+    index = ptif.Index.open(tmp_path / "i", problem)
+    whole, number = index.score(queries), torch.arange(60)
+    y = torch.as_tensor(whole.train_labels)
+    for where, chosen in (
+        ({"source": "web"}, number % 3 == 0),
+        ({"source": ["web", "book"]}, number % 3 < 2),
+        ({"source": None, "year": 2001}, (number % 3 == 2) & (number % 7 == 1)),
+        ({"year": lambda year: year >= 2004}, number % 7 >= 4),
+        ({"clean": True, "weight": lambda w: w < 0.5}, (number % 2 == 0) & (number < 30)),
+        ({"label": 1}, y == 1),
+    ):
+        some = index.score(queries, where=where)
+        assert torch.equal(some.indices[0], chosen.nonzero().flatten())
+        assert gap(some.values, whole.values[:, chosen]) < 1e-12
+    assert index.columns["source"].tolist() == source and index.columns["clean"].dtype == bool
+    some = index.score(queries, ids=(index.columns["year"] > 2003) | (index.columns["source"] == "web"))
+    assert torch.equal(some.indices[0], ((number % 7 > 3) | (number % 3 == 0)).nonzero().flatten())
+    # More examples bring their own; removal keeps the numbers.
+    x, y = problem.data.dataset.tensors
+    with pytest.raises(InvalidInput, match=r"'year' .* and the appended examples have no columns; give columns="):
+        index.append((x[:2], y[:2]))
+    more = [{"source": s, "year": 2001, "weight": 0.5, "clean": False} for s in ("film", "web")]
+    index = index.append((x[:2], y[:2]), columns=more).remove([0]).compact()
+    assert index.score(queries, where={"source": "film"}).indices[0].tolist() == [60]
+    assert index.score(queries, where={"source": "web"}).indices[0].tolist() == [*range(3, 60, 3), 61]
+    index = index.annotate({"kept": [*number.tolist(), 60, 61]})
+    assert list(index.columns) == ["kept"] and index.score(queries, where={"kept": [5, 61]}).shape == (4, 2)
+    index.folder.check_all()
+    assert len(list((tmp_path / "i").glob("columns-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"a": [1, 2]}, "Column 'a' has 2 values for 60 examples"),
+        ({"a": [[1, 2]] * 60}, r"Column 'a' holds int64 of shape \(60, 2\)"),
+        ({"a": [object()] * 60}, "Column 'a' holds object; a column has one text, number"),
+        (["a"] * 60, r"columns= must be columns by name such as .*, got list"),
+    ],
+)
+def test_columns_that_cannot_be_stored(columns: Any, message: str, tmp_path: Path) -> None:
+    problem, _ = problem_of()
+    with pytest.raises(InvalidInput, match=message):
+        ptif.Index.build(problem, tmp_path / "i", columns=columns)
+    assert not (tmp_path / "i").exists()
 
 
 @pytest.mark.parametrize(
@@ -346,7 +457,15 @@ def test_only_what_was_asked_for_is_scored(tmp_path: Path) -> None:
         ({"ids": [0.5]}, "ids= must be whole numbers in one row"),
         ({"ids": "all"}, "ids= must be positions such as"),
         ({"ids": torch.ones(3, dtype=torch.bool)}, r"The mask ids= has shape \(3,\); the index holds 60 examples"),
-        ({"where": 3}, "where= must be a function of the labels such as"),
+        ({"where": 3}, "where= must be values by the name of a column such as"),
+        ({"where": {}}, "names no column"),
+        ({"where": {"sorce": "web"}}, "The index has no column 'sorce'; its columns are 'source', 'year'.*'source'"),
+        ({"where": {"source": "wbe"}}, "No example has 'wbe' in the column 'source'.*'web'"),
+        ({"where": {"source": 3}}, "The column 'source' of where= holds texts, and 3 was asked for"),
+        ({"where": {"year": "2001"}}, "The column 'year' of where= holds numbers, and '2001' was asked for"),
+        ({"where": {"year": lambda v: v.nonsense}}, "The function of the column 'year' in where= failed with Attr"),
+        ({"where": {"year": lambda v: v}}, "it must give True or False for each"),
+        ({"ids": ["web-3"]}, "names of examples are a column: where="),
         ({"where": lambda y: y.nonsense}, "where= failed on the labels with AttributeError"),
         ({"where": lambda y: y}, "it must give True or False for each"),
         ({"where": lambda y: y > 99}, "No example is left to score"),
@@ -358,7 +477,8 @@ def test_only_what_was_asked_for_is_scored(tmp_path: Path) -> None:
 )
 def test_questions_that_cannot_be_answered(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     problem, queries = problem_of()
-    index = ptif.Index.build(problem, tmp_path / "i", ptif.exact(), representation=Factors())
+    columns = {"source": ["web"] * 60, "year": [2001] * 60}
+    index = ptif.Index.build(problem, tmp_path / "i", ptif.exact(), representation=Factors(), columns=columns)
     with pytest.raises((InvalidInput, TooLarge, SolveFailed), match=message):
         index.score(queries, **settings)
 
@@ -427,7 +547,9 @@ def test_examples_can_be_removed(tmp_path: Path) -> None:
         open_index.score(queries, ids=[6, 7])
     with pytest.raises(InvalidInput, match=r"Example 99 is outside the index"):
         open_index.remove([99])
-    again = open_index.remove([1, 2, 3, 4, 5, 6]).compact()  # a whole file
+    # A mask is one, and not the positions 0 and 1.
+    mask = torch.zeros(60, dtype=torch.bool).index_fill_(0, torch.tensor([1, 2, 3, 4, 5]), True)
+    again = open_index.remove(mask).remove(6).compact()  # a whole file
     assert again.score(queries).shape == (4, 50) and again.labels is not None
 
 
@@ -537,7 +659,7 @@ def test_candidates_are_ranked_by_exact_scores(tmp_path: Path) -> None:
     for q in range(4):
         best = named[q][exact.values[q, named[q]].argsort(descending=True)]
         assert [i for i, _ in some.helpful(q, 3)] == best[:3].tolist()
-    other = index.score(queries, top=3, rerank=8, by=ptif.gauss_newton(), audit=0)
+    other = index.score(queries, top=3, rerank=8, method=ptif.gauss_newton(), audit=0)
     assert gap(other.values, ptif.gauss_newton().fit(problem).score(queries).values.gather(1, other.indices)) < 1e-2
 
 
@@ -567,10 +689,11 @@ def test_what_the_first_stage_missed_is_bounded(tmp_path: Path) -> None:
         ({"rerank": 10, "top": 3, "normalised": True}, r"and normalised=True was asked for; write top=10, rerank=10"),
         ({"rerank": 2, "top": 3}, r"rerank=2 must be a whole number of at least 3; it is how many candidates"),
         ({"rerank": 3, "top": 3, "audit": -1}, r"audit=-1 must be a whole number of at least 0"),
-        ({"top": 3, "by": "ekfac"}, r"by= is the method of rerank=, which is not given"),
+        ({"top": 3, "method": "ekfac"}, r"method= is that of rerank=, which is not given"),
+        ({"top": 3, "rerank": 5, "by": "layer"}, "by= tells the index's own scores apart, and rerank= replaces them"),
         (
-            {"rerank": 3, "top": 3, "by": ptif.methods.Random()},
-            r"rerank= needs an Influence\(...\) such as by=ptif.ekf",
+            {"rerank": 3, "top": 3, "method": ptif.methods.Random()},
+            r"rerank= needs an Influence\(...\) such as method=ptif.ekf",
         ),
     ],
 )
@@ -588,8 +711,8 @@ def test_reranking_needs_the_data_and_the_method(tmp_path: Path) -> None:
     index = ptif.Index.build(problem, tmp_path / "i", method, representation=TwoSided(2))
     with pytest.raises(InvalidInput, match=r"rerank= needs the 60 training examples of the index, and none are given"):
         ptif.Index.open(tmp_path / "i", problem.model).score(queries, top=3, rerank=5)
-    with pytest.raises(InvalidInput, match=r"and the index was built with a method of your own; give by="):
+    with pytest.raises(InvalidInput, match=r"and the index was built with a method of your own; give method="):
         index.score(queries, top=3, rerank=5)
-    assert index.score(queries, top=3, rerank=5, by=method).shape == (4, 6)
+    assert index.score(queries, top=3, rerank=5, method=method).shape == (4, 6)
     with pytest.raises(InvalidInput, match=r"and this index has appended ones; build an index of all data"):
-        index.append((x, y)).score(queries, top=3, rerank=5, by=method)
+        index.append((x, y)).score(queries, top=3, rerank=5, method=method)

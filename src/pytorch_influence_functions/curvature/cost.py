@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TypeAlias
 
 import torch
@@ -148,8 +149,8 @@ class ProblemSize:
     """Why the loss has no Gauss-Newton matrix."""
     damping_share: Amount = 1.0
     """Damping in mean eigenvalues of the curvature, as far as it is known beforehand."""
-    affine: bool = True
-    """Whether the outputs are affine in the parameters, so that their Gauss-Newton matrix is the Hessian everywhere."""
+    asks_affine: Callable[[], bool] = lambda: True
+    """Looks whether the outputs are affine in the parameters; it costs passes, so that only who needs to know asks."""
 
     @staticmethod
     def of(derivatives: Derivatives, n_queries: int) -> ProblemSize:
@@ -172,8 +173,13 @@ class ProblemSize:
             number_bytes=next(iter(rows.blocks.values())).reference.element_size(),
             pass_numbers=one.numbers / len(one),
             seconds=_seconds_each(derivatives, some),
-            affine=is_affine(problem),
+            asks_affine=cache(partial(is_affine, problem)),
         )
+
+    @property
+    def affine(self) -> bool:
+        """Whether the outputs are affine in the parameters: their Gauss-Newton matrix is the Hessian everywhere."""
+        return self.asks_affine()
 
     @property
     def parameters(self) -> int:

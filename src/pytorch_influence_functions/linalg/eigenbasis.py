@@ -69,6 +69,12 @@ class Eigenbasis:
         return sum(part.size for part in self.parts)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the eigenvectors; float32 where there are none to speak of."""
+        sides = (side for part in self.parts for side in (part.basis.left, part.basis.right))
+        return next((side.dtype for side in sides if side is not None), torch.float32)
+
+    @property
     def values(self) -> Float[Tensor, " k"]:
         """The eigenvalues, in the order of the coordinates, float64 on the CPU."""
         return torch.cat([part.basis.values.flatten().double().cpu() for part in self.parts])

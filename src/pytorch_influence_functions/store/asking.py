@@ -118,7 +118,9 @@ class Asker:
         method = known_method(fingerprint) if by is None else as_method(by)
         if not isinstance(method, Influence):
             given = "the index was built with a method of your own" if method is None else repr(method)
-            raise InvalidInput(f"rerank= needs an Influence(...) such as by=ptif.ekfac(), and {given}; give by=.")
+            raise InvalidInput(
+                f"rerank= needs an Influence(...) such as method=ptif.ekfac(), and {given}; give method=."
+            )
         method = method if damping is None else replace(method, damping=damping)
         key = repr(method)
         if key not in self._fitted:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .filters import choose_examples
 from .folder import IndexFolder, writing
@@ -13,17 +15,19 @@ from .manifest import Shard, ranges_of
 from .shard_files import write_file
 
 
-def remove(folder: IndexFolder, ids: Iterable[int]) -> IndexFolder:
+def remove(folder: IndexFolder, ids: Any) -> IndexFolder:
     """Let examples count no longer.
 
     Args:
         folder: the index.
-        ids: positions of the examples.
+        ids: positions of the examples, one position, a slice, or a mask over all of them.
 
     Raises:
         InvalidInput: none is given, or one is outside or was removed before.
     """
-    chosen = choose_examples(folder, torch.as_tensor(list(ids), dtype=torch.long), None, lambda: None)
+    if not isinstance(ids, (slice, Tensor)):
+        ids = [ids] if isinstance(ids, int) else list(ids) if isinstance(ids, Iterable) else ids
+    chosen = choose_examples(folder, ids, None, lambda: None)
     with writing(folder.path):
         opened = IndexFolder.open(folder.path, folder.check)
         opened.write(opened.manifest.without(chosen.nonzero().flatten().tolist()))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from ..core.errors import InvalidInput, first_line, name_ids
 from ..influence.candidates import Candidates, lists_of, parse_candidates
+from .columns import Columns
 from .folder import IndexFolder
 
 
@@ -22,7 +24,7 @@ def choose_examples(
     Args:
         folder: the index.
         ids: positions, a slice, a mask or None.
-        where: a function of the labels, or None.
+        where: values by the name of a column, a function of the labels, or None.
         labels: gives the labels, one per example.
 
     Raises:
@@ -37,7 +39,10 @@ def choose_examples(
             raise InvalidInput(f"Example {name_ids(gone)} was removed from the index; leave it out of ids=.")
         mask = mask & asked
     if where is not None:
-        mask = mask & _matching(where, labels(), len(alive))
+        if isinstance(where, Mapping):
+            mask = mask & Columns.stored(folder).matching(where, labels)
+        else:
+            mask = mask & _matching(where, labels(), len(alive))
     if not bool(mask.any()):
         raise InvalidInput("No example is left to score; ids= and where= together choose none.")
     return mask
@@ -72,9 +77,12 @@ def _as_mask(ids: Any, n: int) -> Tensor:
         mask[ids] = True
         return mask
     try:
-        positions = torch.as_tensor(ids)
+        positions = torch.as_tensor(ids if isinstance(ids, Tensor) else np.asarray(ids))
     except (TypeError, ValueError, RuntimeError) as cause:
-        raise InvalidInput(f"ids= must be positions such as [3, 17], a slice or a mask, got {ids!r:.80}.") from cause
+        named = '; names of examples are a column: where={"name": [...]}' if _names_examples(ids) else ""
+        raise InvalidInput(
+            f"ids= must be positions such as [3, 17], a slice or a mask, got {ids!r:.80}{named}."
+        ) from cause
     if not positions.numel():
         return mask
     if positions.dtype == torch.bool:
@@ -90,9 +98,16 @@ def _as_mask(ids: Any, n: int) -> Tensor:
     return mask
 
 
+def _names_examples(ids: Any) -> bool:
+    return isinstance(ids, str) or (isinstance(ids, Iterable) and any(isinstance(name, str) for name in ids))
+
+
 def _matching(where: Any, labels: Tensor | None, n: int) -> Tensor:
     if not callable(where):
-        raise InvalidInput(f"where= must be a function of the labels such as lambda y: y == 3, got {where!r:.80}.")
+        raise InvalidInput(
+            'where= must be values by the name of a column such as {"source": "web"}, or a function of the labels '
+            f"such as lambda y: y == 3, got {where!r:.80}."
+        )
     if labels is None:
         raise InvalidInput("The examples of this index have no labels, so where= cannot choose by them; use ids=.")
     try:

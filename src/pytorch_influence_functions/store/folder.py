@@ -19,7 +19,7 @@ from ..core.files import cannot_write, locked, make_folder, remove_leftovers
 from .manifest import MANIFEST, Manifest, Shard, StoredFile
 from .shard_files import MappedFile, map_file, write_file
 
-_BASIS, _ROWS = "basis", "rows"
+_BASIS, _ROWS, _COLUMNS = "basis", "rows", "columns"
 
 
 @final
@@ -108,15 +108,15 @@ class IndexFolder:
         Raises:
             InvalidInput: one is missing, cut off or damaged.
         """
-        for stored in (self.manifest.basis, *(shard.file for shard in self.manifest.shards)):
+        for stored in self.manifest.files:
             map_file(self.path, stored, verify=True)
             self._verified.add(stored.name)
 
     def drop_unlisted(self) -> None:
         """Remove files of an index that do not count: a killed process left them, or they were replaced."""
-        listed = {self.manifest.basis.name, *(shard.file.name for shard in self.manifest.shards)}
+        listed = {file.name for file in self.manifest.files}
         for path in self.path.glob("*.safetensors"):
-            if path.name.startswith((f"{_BASIS}-", f"{_ROWS}-")) and path.name not in listed:
+            if path.name.startswith((f"{_BASIS}-", f"{_ROWS}-", f"{_COLUMNS}-")) and path.name not in listed:
                 with suppress(OSError):
                     path.unlink()
 
@@ -124,6 +124,11 @@ class IndexFolder:
 def write_basis(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> StoredFile:
     """The file with eigenbasis and projection, which is written before any row."""
     return write_file(path, _BASIS, tensors, record)
+
+
+def write_columns(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> StoredFile:
+    """A file with what else is known of some examples."""
+    return write_file(path, _COLUMNS, tensors, record)
 
 
 @contextmanager
@@ -150,7 +155,7 @@ def clear(folder: Path) -> None:
     """Remove an index: its record first, so that what is left does not count."""
     with suppress(OSError):
         (folder / MANIFEST).unlink()
-    for stem in (_BASIS, _ROWS):
+    for stem in (_BASIS, _ROWS, _COLUMNS):
         for path in folder.glob(f"{stem}-*.safetensors"):
             with suppress(OSError):
                 path.unlink()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, final, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.digest import digest
 from ..core.distributed import current
-from ..core.errors import InvalidInput, TooLarge
+from ..core.errors import InvalidInput
 from ..core.validate import flag, whole_number
 from ..curvature.base import Budget
 from ..damping.rules import AbstractDamping
@@ -23,15 +24,18 @@ from ..gradients.per_example import Derivatives
 from ..influence.attribution import Attribution
 from ..influence.candidates import lists_of
 from ..influence.checks import check_top
+from ..influence.parts import By
 from ..influence.question import Question
-from ..influence.scoring import ScoringPass
 from ..methods.names import MethodLike, as_method
 from ..methods.papers import ekfac
 from ..problem.agreement import agree_on_given, agree_on_problem, entry
 from ..problem.problem import Problem
+from ..scores.parts import PartScores
 from ..scores.scores import Scores
+from .answering import Search, parts_of
 from .asking import Asker
 from .build import Plan, add_examples, build, layout_of, representation_of
+from .columns import Columns, annotate, further_columns
 from .compaction import compact, remove
 from .describe import IndexForecast, diagnostics_of, labels_of_index
 from .examples import Examples
@@ -40,7 +44,7 @@ from .fitted_basis import FittedBasis
 from .folder import IndexFolder, by_first, writing
 from .layouts import AbstractLayout
 from .rerank import rerank as rescore
-from .search import Ranking, StoredRows
+from .search import StoredRows
 
 
 @final
@@ -72,6 +76,7 @@ class Index:
         budget: Budget | int | str = "20GB",
         *,
         data: Any = None,
+        columns: Any = None,
         shard: Budget | int | str = "128MB",
         overwrite: bool = False,
     ) -> Index:
@@ -92,6 +97,8 @@ class Index:
             budget: what the index may take on the disk, bytes or words such as `"20GB"`.
             data: the examples that are stored, also such as can only be iterated (an `IterableDataset`, a generator);
                 they are named by their place. `None`: the problem's. The curvature is always that of the problem's.
+            columns: what else is known of every example, for `where=`: texts, numbers or True and False by the name of
+                the column, as a dictionary of columns, a table of pandas, or a list with one dictionary per example.
             shard: the size of one file.
             overwrite: replace another index that lies in the folder.
 
@@ -114,9 +121,11 @@ class Index:
         flag("overwrite", overwrite)
         plan = _plan(problem, method, representation, dtype, budget, data, shard)
         agree_on_problem(problem, plan.method)
+        table = None if columns is None else Columns.of(columns, Examples.of(data, problem.data).count)
         kept = {"what is kept": f"{plan.choice.representation!r} in {plan.choice.codec.name}, {plan.shard_rows} a file"}
         agree_on_given({**kept, "overwrite=": overwrite}, Examples.of(data, problem.data).source)
-        return Index(IndexFolder(Path(folder), build(plan, folder, data, overwrite)), Asker.of(problem))
+        index = Index(IndexFolder(Path(folder), build(plan, folder, data, overwrite)), Asker.of(problem))
+        return index if table is None else index.annotate(columns)
 
     @staticmethod
     @entry
@@ -163,6 +172,22 @@ class Index:
 
     # ---------------------------------------------------------------- asking
 
+    # fmt: off
+    @overload
+    def score(
+        self, queries: Any, measure: Any = None, top: int | None = None, *, aggregate: Any = None, contrast: Any = None,
+        ids: Any = None, where: Any = None, normalised: bool = False, damping: AbstractDamping | float | None = None,
+        rerank: int | None = None, method: MethodLike | None = None, audit: int = 256, by: None = None,
+        memory: Budget | int | str = "1GB", batch_size: int | None = None,
+    ) -> Scores: ...
+    @overload
+    def score(
+        self, queries: Any, measure: Any = None, top: int | None = None, *, aggregate: Any = None, contrast: Any = None,
+        ids: Any = None, where: Any = None, normalised: bool = False, damping: AbstractDamping | float | None = None,
+        rerank: int | None = None, method: MethodLike | None = None, audit: int = 256, by: By,
+        memory: Budget | int | str = "1GB", batch_size: int | None = None,
+    ) -> PartScores: ...
+    # fmt: on
     @entry
     def score(
         self,
@@ -177,11 +202,12 @@ class Index:
         normalised: bool = False,
         damping: AbstractDamping | float | None = None,
         rerank: int | None = None,
-        by: MethodLike | None = None,
+        method: MethodLike | None = None,
         audit: int = 256,
+        by: By | None = None,
         memory: Budget | int | str = "1GB",
         batch_size: int | None = None,
-    ) -> Scores:
+    ) -> Scores | PartScores:
         """Predicted change of the measure on every query when each training example is removed.
 
         Args:
@@ -194,20 +220,24 @@ class Index:
             contrast: what each query is compared with, as many or one: the measure on the query less that on this.
             ids: the examples that are scored, as positions, a slice or a mask, or a list of positions for every query;
                 `None`: all.
-            where: a function of the labels (a tensor with one per example) that says which are scored.
+            where: which examples are scored: values by the name of a column, such as `{"source": "web"}`, or a function
+                of the labels (a tensor with one per example). A column may have one value, a list of values, or a
+                function of the column (an array); `"label"` is the label where no column has that name.
             normalised: divide every score by sqrt(g^T (C + lambda)^-1 g) of its example, as RelatIF does.
             damping: `Relative(share)`, `Absolute(value)` or a number; `None`: that of the method. Any other costs
                 nothing.
             rerank: take so many candidates from each end of the index's ranking, and rank them by exact scores, which
                 a method computes on the training data; `top` of them are kept. `None`: the index's scores.
-            by: that method; `None`: the one that the index was built with, whose gradients are not projected then.
+            method: that method; `None`: the one that the index was built with, whose gradients are not projected then.
             audit: how many other examples, drawn at random, get exact scores too: what the index missed among them
                 bounds what it missed among all, and stands in the diagnostics.
+            by: `"layer"`, patterns of names, or patterns by the name of the part: the scores of every part, which add
+                up to the whole. With `top` each part has its own extremes.
             memory: what scores and solved queries may take.
             batch_size: queries read at once.
 
         Returns:
-            `Scores` of shape (queries, examples that count), or (queries, 2 top).
+            `Scores` of shape (queries, examples that count), or (queries, 2 top); with `by`, `PartScores`.
 
         Raises:
             InvalidInput: a setting cannot be used, or a file of the index is damaged.
@@ -218,14 +248,19 @@ class Index:
         check_top(top)
         flag("normalised", normalised)
         given = {"ids=": ids, "where=": where, "normalised=": normalised, "damping=": damping, "rerank=": rerank}
-        agree_on_given({**given, "by=": by, "audit=": audit, "the index": self._contents()})
+        agree_on_given({**given, "method=": method, "by=": by, "audit=": audit, "the index": self._contents()})
         if rerank is not None:
             if lists_of(ids) is not None:
                 raise InvalidInput(
                     "rerank= finds candidates, and ids= names them for every query; leave rerank= out, or have the "
                     "live method compute them: ptif.ekfac().fit(problem).score(queries, ids=ids)."
                 )
-            exact = self._attribution(top, rerank, normalised, by, damping, audit)
+            if by is not None:
+                raise InvalidInput(
+                    "by= tells the index's own scores apart, and rerank= replaces them by exact ones; leave one out, "
+                    "or have the live method tell them apart: ptif.ekfac().fit(problem).score(queries, ids=ids, by=by)."
+                )
+            exact = self._attribution(top, rerank, normalised, method, damping, audit)
             asked: dict[str, Any] = {"aggregate": aggregate, "contrast": contrast, "batch_size": batch_size}
             chosen_by: dict[str, Any] = {"ids": ids, "where": where, "damping": damping, "memory": memory}
             first = self.score(queries, measure, rerank, **asked, **chosen_by)
@@ -233,52 +268,30 @@ class Index:
             return rescore(
                 first, lambda chosen: exact.score(queries, measure, ids=chosen, **asked), mask, int(top or 0), audit
             )
-        if by is not None:
-            raise InvalidInput("by= is the method of rerank=, which is not given; add rerank=, or leave by= out.")
+        if method is not None:
+            raise InvalidInput("method= is that of rerank=, which is not given; add rerank=, or leave method= out.")
         budget = Budget.of(memory)
         derivatives, fitted = self._derivatives(queries)
         question = Question.of(
             derivatives.problem, derivatives.objective, queries, measure, top, batch_size, aggregate, contrast
         )
+        parts = None if by is None else parts_of(by, self.folder.manifest, derivatives)
         inverse, shift = fitted.inverse(damping)
         layout = self._layout(fitted)
         own = candidates_of(ids, where, len(question), len(self))
         some = ids if own is None else own.union
         mask = choose_examples(self.folder, some, where, lambda: labels_of_index(self.folder))
-        width = int(mask.sum()) if own is None else own.width
-        _check_memory(len(question), width, top, budget)
         stored = StoredRows(self.folder, layout, mask, current())
-        ranking = Ranking(len(question), mask, top, own)
-        scoring = ScoringPass(derivatives.problem, question)
-        # A query's coordinates are held in float64, solved, and made ready.
-        room = max(1, int(budget.bytes / 4 / (24 * fitted.basis.size)))
-        for query_ids, rows in scoring.query_groups(derivatives, room):
-            solved = fitted.basis.coordinates(rows).double().cpu() * inverse
-            ready = layout.ready(solved)
-            del rows, solved
-            for train_ids, values in stored.scores(ready, len(query_ids), inverse if normalised else None):
-                ranking.add(query_ids, train_ids, values / len(self))
-        values, indices = ranking.everyones(current()).result()
-        dtype = next(iter(derivatives.whole.values(derivatives.problem.model).values())).dtype
+        search = Search(question, stored, own, parts, inverse, normalised, budget)
+        search.check_memory()
         decay = derivatives.whole.decay
-        scores = Scores(
-            values.to(torch.float64 if dtype == torch.float64 else torch.float32),
-            lower_is_better=question.lower_is_better,
-            n_train=len(self),
-            indices=None if top is None and own is None and bool(mask.all()) else indices,
-            train_labels=labels_of_index(self.folder),
-            query_labels=question.query_labels(),
-            query_names=question.names,
-            query_ids=question.query_ids,
-            class_names=self.folder.manifest.facts["class_names"] or _class_names(question),
-            diagnostics=replace(
-                diagnostics_of(self.folder.manifest, derivatives.problem, shift, decay, len(question), start),
-                rows=question.description,
-            ),
-            train_source=self.asker.train,
-            query_source=None if question.source is None else question.source.whole,
-        )
-        return scores if top is None or own is None else scores.top(top)
+        record = diagnostics_of(self.folder.manifest, derivatives.problem, shift, decay, len(question), start)
+        told = {
+            "train_labels": labels_of_index(self.folder),
+            "class_names": self.folder.manifest.facts["class_names"] or _class_names(question),
+            "train_source": self.asker.train,
+        }
+        return search.scores(derivatives, fitted.basis, replace(record, rows=question.description), told)
 
     @entry
     def self_influence(self, damping: AbstractDamping | float | None = None) -> Float[Tensor, " n"]:
@@ -297,7 +310,7 @@ class Index:
         return current().sum_into(own)
 
     def _attribution(
-        self, top: int | None, candidates: int, normalised: bool, by: Any, damping: Any, audit: int
+        self, top: int | None, candidates: int, normalised: bool, method: Any, damping: Any, audit: int
     ) -> Attribution:
         """The method that computes exact scores, fitted once."""
         whole_number(
@@ -316,18 +329,19 @@ class Index:
                 "rerank= reads examples from the training data by their place, and this index has appended ones; build "
                 "an index of all data, or leave rerank= out."
             )
-        return self.asker.attribution(by, damping, manifest.fingerprint, len(self))
+        return self.asker.attribution(method, damping, manifest.fingerprint, len(self))
 
     # ---------------------------------------------------------------- changing what is stored
 
     @entry
-    def append(self, data: Any) -> Index:
+    def append(self, data: Any, columns: Any = None) -> Index:
         """Store more examples after those that are there; interrupted, the same call goes on.
 
         Curvature and damping stay those of the data that the index was built from.
 
         Args:
             data: as for `build`.
+            columns: as for `build`, of these examples: the columns that the index has.
 
         Returns:
             The index with them.
@@ -344,6 +358,7 @@ class Index:
         derivatives = self.asker.derivatives(None, self._where, self.folder.manifest.fingerprint)
         examples = Examples.of(data, problem.data)
         agree_on_given({}, examples.source)
+        table = further_columns(self.folder, columns, examples.count)
         with writing(self.folder.path):
             opened = self._changed(lambda: IndexFolder.open(self.folder.path, self.folder.check))
             if current().rank == 0:
@@ -358,23 +373,39 @@ class Index:
                 # Listed with the first shard of the part, so that an append of nothing changes nothing.
                 opened.manifest = replace(manifest, parts=(*manifest.parts, manifest.examples), complete=False)
             add_examples(opened, derivatives, examples, len(opened.manifest.parts) - 1)
-        return replace(self, folder=IndexFolder(opened.path, opened.manifest, opened.check))
+        index = replace(self, folder=IndexFolder(opened.path, opened.manifest, opened.check))
+        return index if table is None else replace(index, folder=index._changed(lambda: annotate(index.folder, table)))
 
     @entry
-    def remove(self, ids: Iterable[int]) -> Index:
+    def annotate(self, columns: Any) -> Index:
+        """Give every example columns for `where=`, in place of those that the index has.
+
+        Args:
+            columns: as for `build`, of all examples that were given, removed ones included.
+
+        Returns:
+            The index with them.
+
+        Raises:
+            InvalidInput: they are of another length, or hold neither texts nor numbers.
+        """
+        table = Columns.of(columns, len(self))
+        return replace(self, folder=self._changed(lambda: annotate(self.folder, table, anew=True)))
+
+    @entry
+    def remove(self, ids: Any) -> Index:
         """Let examples count no longer: they have no score and are in no ranking. Others keep their numbers.
 
         N stays: it is the number of examples that the model was trained on.
 
         Args:
-            ids: positions of the examples.
+            ids: positions of the examples, one position, a slice, or a mask over all of them.
 
         Returns:
             The index without them.
         """
-        chosen = list(ids)
-        agree_on_given({"ids=": chosen, "the index": self._contents()})
-        return replace(self, folder=self._changed(lambda: remove(self.folder, chosen)))
+        agree_on_given({"ids=": ids, "the index": self._contents()})
+        return replace(self, folder=self._changed(lambda: remove(self.folder, ids)))
 
     @entry
     def compact(self) -> Index:
@@ -406,10 +437,15 @@ class Index:
         """One label per example, where all of them have one."""
         return labels_of_index(self.folder)
 
+    @property
+    def columns(self) -> dict[str, np.ndarray[Any, Any]]:
+        """What `where=` chooses by: every column as an array, one value per example."""
+        return Columns.stored(self.folder).arrays()
+
     def _contents(self) -> str:
         """What is stored, in words; of equal indices the same."""
         manifest = self.folder.manifest
-        files = "".join(shard.file.sha256 for shard in manifest.shards)
+        files = "".join(file.sha256 for file in (*(shard.file for shard in manifest.shards), *manifest.columns))
         contents = digest(files, manifest.basis.sha256, manifest.removed)
         return f"of {manifest.examples:,} examples with contents {contents[:12]}"
 
@@ -432,7 +468,7 @@ class Index:
         if not manifest.complete:
             raise InvalidInput(
                 f"The index in {self._where!r} was not built to its end: {manifest.examples:,} examples are stored; "
-                "call Index.build(...) or append(...) again, which goes on."
+                "call Index.build(...) or append(...) again, which goes on, or wait for the process that is at it."
             )
         return layout_of(manifest, fitted, representation_of(manifest))
 
@@ -450,13 +486,3 @@ def _plan(problem: Problem, method: Any, representation: Any, dtype: Any, budget
 
 def _class_names(question: Question) -> list[str] | None:
     return None if question.source is None else question.source.class_names
-
-
-def _check_memory(queries: int, columns: int, top: int | None, budget: Budget) -> None:
-    """Refuse to hold all scores where they do not fit."""
-    wanted = 8 * queries * columns if top is None else 24 * queries * top
-    if wanted > budget.bytes:
-        raise TooLarge(
-            f"{queries:,} queries x {columns:,} scores would take {wanted / 1e9:.3g} GB and the bound is "
-            f"{budget.bytes / 1e9:.3g} GB; ask for fewer with top=, ask in parts, or raise memory=."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -48,6 +48,10 @@ class AbstractLayout(ABC):
         """Solved queries, given by their coordinates (float64), in the form in which they meet stored rows."""
 
     @abstractmethod
+    def ready_by_part(self, solved: Float[Tensor, "q k"], parts: Iterable[Sequence[str]]) -> list[Any]:
+        """For each part what `ready` gives, of the blocks of that part alone: products with all of them add up."""
+
+    @abstractmethod
     def products(self, ready: Any, stored: Stored, forms: Mapping[str, Any]) -> Float[Tensor, "q n"]:
         """<solved query, gradient> for all pairs."""
 
@@ -83,6 +87,13 @@ class ColumnLayout(AbstractLayout):
         if self.codec.scales_columns:
             solved = solved * self.columns.double()
         return solved.to(torch.float64 if isinstance(self.codec, Float64) else torch.float32)
+
+    def ready_by_part(self, solved: Float[Tensor, "q k"], parts: Iterable[Sequence[str]]) -> list[Any]:
+        # <P s, g> of a part's blocks alone is <Q^T P Q s, Q^T g>: coordinates of the query restricted to them.
+        basis = self.basis.to(torch.float64, solved.device)
+        rows = basis.rows_of(solved.double())
+        kept = ({name: float(name in names) for name in rows.blocks} for names in parts)
+        return [self.ready(basis.coordinates(rows.scaled(factors))) for factors in kept]
 
     def products(self, ready: Any, stored: Stored, forms: Mapping[str, Any]) -> Float[Tensor, "q n"]:
         return self.codec.products(ready, stored)
@@ -135,10 +146,10 @@ class FactorLayout(AbstractLayout):
             coded[f"{key}.{_PEAKS}"] = peaks.cpu()
         return coded | {f"{key}.{part}": tensor for part, tensor in self.codec.encode(flat).items()}
 
-    def rows(self, stored: Stored, forms: Mapping[str, Any]) -> Rows:
-        """The stored gradients."""
+    def rows(self, stored: Stored, forms: Mapping[str, Any], names: Iterable[str] | None = None) -> Rows:
+        """The stored gradients: of some blocks, or of all."""
         blocks = {}
-        for name in self.basis.space.blocks:
+        for name in self.basis.space.blocks if names is None else names:
             form = forms[name]
             own = f"{form['number']}."
             tensors = {k: v for k, v in stored.items() if k.startswith(own) and k.endswith(".index")}
@@ -155,18 +166,22 @@ class FactorLayout(AbstractLayout):
         return flat.reshape(len(flat), *shape)
 
     def ready(self, solved: Float[Tensor, "q k"]) -> Rows:
-        return self.basis.rows_of(solved.to(self._dtype))
+        return self.basis.rows_of(solved.to(self.basis.dtype)).to(self._dtype)
+
+    def ready_by_part(self, solved: Float[Tensor, "q k"], parts: Iterable[Sequence[str]]) -> list[Rows]:
+        rows = self.ready(solved)
+        return [rows.only(names) for names in parts]
 
     @property
     def _dtype(self) -> torch.dtype:
         return torch.float64 if isinstance(self.codec, Float64) else torch.float32
 
     def products(self, ready: Any, stored: Stored, forms: Mapping[str, Any]) -> Float[Tensor, "q n"]:
-        products: Tensor = ready.against(self.rows(stored, forms))
+        products: Tensor = ready.against(self.rows(stored, forms, ready.blocks))
         return products
 
     def coordinates(self, stored: Stored, forms: Mapping[str, Any]) -> Float[Tensor, "n k"]:
-        return self.basis.coordinates(self.rows(stored, forms))
+        return self.basis.coordinates(self.rows(stored, forms).to(self.basis.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         return {}

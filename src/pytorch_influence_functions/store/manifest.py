@@ -93,6 +93,7 @@ class Manifest:
             part holds; the last one may not be whole yet.
         removed: examples that do not count, as ranges (first, one after the last).
         complete: whether the last build or append came to its end.
+        columns: files of what else is known of the examples, one part of them after the other.
     """
 
     fingerprint: Fingerprint
@@ -103,6 +104,7 @@ class Manifest:
     removed: tuple[tuple[int, int], ...] = ()
     complete: bool = False
     notes: tuple[str, ...] = field(default=())
+    columns: tuple[StoredFile, ...] = ()
 
     @property
     def examples(self) -> int:
@@ -112,7 +114,12 @@ class Manifest:
     @property
     def bytes(self) -> int:
         """Of all files together."""
-        return self.basis.bytes + sum(shard.file.bytes for shard in self.shards)
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """All files that count."""
+        return (self.basis, *(shard.file for shard in self.shards), *self.columns)
 
     def mask(self) -> Bool[Tensor, " n"]:
         """Which examples count."""
@@ -177,6 +184,7 @@ class Manifest:
                 tuple((int(first), int(stop)) for first, stop in stored["removed"]),
                 bool(stored["complete"]),
                 tuple(map(str, stored["notes"])),
+                tuple(StoredFile.from_dict(entry) for entry in stored.get("columns", [])),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as cause:
             if isinstance(cause, InvalidInput):
@@ -201,6 +209,7 @@ class Manifest:
             "removed": self.removed,
             "complete": self.complete,
             "notes": self.notes,
+            "columns": [vars(file) for file in self.columns],
         }
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -90,23 +90,25 @@ class StoredRows:
             elif bool(some.any()):
                 yield Part(ids[chunk], {k: v[chunk] for k, v in stored.items()}, forms, some)
 
-    def scores(self, ready: Any, queries: int, inverse: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(training ids, scores of all queries on them) before they are divided by N.
+    def scores(
+        self, ready: Sequence[Any], queries: int, inverse: Tensor | None
+    ) -> Iterator[tuple[Int[Tensor, " n"], list[Float[Tensor, "q n"]]]]:
+        """(training ids, scores of all queries on them by part) before they are divided by N.
 
         Args:
-            ready: solved queries, as `AbstractLayout.ready` gives them.
+            ready: solved queries for each part, as `AbstractLayout.ready` gives them.
             queries: how many there are.
             inverse: where scores are divided by sqrt(g^T (C + D)^-1 g) of each example: 1 / (eigenvalue + damping).
         """
         for part in self.parts(queries, inverse is None and self.layout.multiplies_as_stored):
-            values = self.layout.products(ready, part.stored, part.forms)
+            several = [self.layout.products(some, part.stored, part.forms) for some in ready]
             if inverse is not None:
-                norms = self._own(part, inverse).sqrt().to(values)
-                values = values / torch.where(norms > 0, norms, torch.ones_like(norms))
+                norms = self._own(part, inverse).sqrt().to(several[0])
+                several = [values / torch.where(norms > 0, norms, torch.ones_like(norms)) for values in several]
             if part.kept is None:
-                yield part.ids, values
+                yield part.ids, several
             else:
-                yield part.ids[part.kept], values[:, part.kept.to(values.device)]
+                yield part.ids[part.kept], [values[:, part.kept.to(values.device)] for values in several]
 
     def self_influence(self, inverse: Float[Tensor, " k"]) -> Iterator[tuple[Tensor, Tensor]]:
         """(training ids, g^T (C + D)^-1 g of each)."""
