@@ -28,6 +28,8 @@ class Term:
     """Their indices in `source`."""
     weights: Float[Tensor, " n"]
     """By how much each one's weight changes: -1 removes it, +1 adds it."""
+    repeats: bool = False
+    """The inputs are those of the term before, in its order, with other labels."""
 
 
 @final
@@ -83,11 +85,12 @@ class Edit:
             terms.append(_term(problem.data, removed, -1.0))
             parts.append(f"{_count(removed)} removed")
         if labels or inputs:
-            changed = sorted({*labels, *inputs})
             # All examples, so that messages name them by their own indices.
             edited = EditedExamples(problem.data.dataset, range(len(problem.data)), labels, inputs)
-            terms.append(_term(problem.data, changed, -1.0))
-            terms.append(_term(replace_fields(problem.data, dataset=edited), changed, 1.0))
+            changed = replace_fields(problem.data, dataset=edited)
+            for ids, repeats in ((sorted({*labels} - {*inputs}), True), (sorted(inputs), False)):
+                if ids:
+                    terms += [_term(problem.data, ids, -1.0), _term(changed, ids, 1.0, repeats)]
             parts += [f"{_count(labels)} relabelled"] if labels else []
             parts += [f"{_count(inputs)} replaced"] if inputs else []
         if add is not None:
@@ -106,6 +109,11 @@ class Edit:
         return edit
 
     @property
+    def adds(self) -> bool:
+        """Whether any loss gets more weight than it has: a new label, new inputs, an added example, a larger weight."""
+        return any(bool((term.weights > 0).any()) for term in self.terms)
+
+    @property
     def weight(self) -> float:
         """The sum of all changes of weight: -k where k examples are removed."""
         return float(sum(term.weights.sum() for term in self.terms))
@@ -114,9 +122,9 @@ class Edit:
         return sum(len(term.ids) for term in self.terms)
 
 
-def _term(source: Source, ids: Iterable[int], weight: float) -> Term:
+def _term(source: Source, ids: Iterable[int], weight: float, repeats: bool = False) -> Term:
     indices = torch.tensor(list(ids), dtype=torch.long)
-    return Term(source, indices, torch.full((len(indices),), weight, dtype=torch.float64))
+    return Term(source, indices, torch.full((len(indices),), weight, dtype=torch.float64), repeats)
 
 
 def _count(examples: Any) -> str:
