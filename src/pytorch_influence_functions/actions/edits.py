@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -69,6 +70,10 @@ class Edit:
         Raises:
             InvalidInput: nothing is changed, everything is removed, or an index or label cannot be used.
         """
+        # A column of a pandas table is no mapping and becomes one.
+        relabel, replace, reweight = (
+            given.to_dict() if hasattr(given, "to_dict") else given for given in (relabel, replace, reweight)
+        )
         removed = read_indices(problem.data, remove, "remove")
         names = problem.data.class_names
         labels = {
@@ -144,8 +149,13 @@ def read_indices(source: Source, given: Any, name: str) -> list[int]:
     """
     if given is None:
         return []
+    if isinstance(given, Set):
+        given = sorted(given)
+    elif hasattr(given, "__array__") and not isinstance(given, Tensor):
+        given = np.array(given)  # a copy: a column of a table may not be written to
+    single = hasattr(given, "__index__") and not hasattr(given, "__len__")
     try:
-        values = torch.as_tensor(given if hasattr(given, "__len__") or isinstance(given, int) else list(given))
+        values = torch.as_tensor(int(given) if single else given if hasattr(given, "__len__") else list(given))
     except (TypeError, ValueError, RuntimeError) as cause:
         raise InvalidInput(f"{name}= takes indices of training examples, such as [3, 7], got {given!r}.") from cause
     whole = len(source.whole)
@@ -229,6 +239,8 @@ def read_label(place: int, old: Any, given: Any, names: Sequence[str] | None) ->
         InvalidInput: no class has this name, or it is no class number where the old label is one.
     """
     label = given if isinstance(old, str) else class_number(names, given)
+    if whole_label(old) is not None and isinstance(label, float) and label.is_integer():
+        label = int(label)
     if whole_label(old) is not None and whole_label(label) is None:
         raise InvalidInput(f"The new label {given!r} of example {place} is no class number, as {old!r} is; give one.")
     if label is None:

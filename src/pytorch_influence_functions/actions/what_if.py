@@ -315,7 +315,9 @@ class _Block:
         least = EditedMinimum.of(local, self.overlap, moves, n, precision)
         if not least.converged:
             return None
-        return self._moved(least.coefficients - linear), f"{least.steps} Newton steps with {how}"
+        return self._moved(
+            least.coefficients - linear
+        ), f"{least.steps} Newton step{'' if least.steps == 1 else 's'} with {how}"
 
     def _start_moves(self) -> Float[Tensor, "m 1"]:
         return self.local.rows.inner(self.start).double()
