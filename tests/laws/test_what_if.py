@@ -134,7 +134,9 @@ def test_large_groups_by_conjugate_gradients_are_the_same(monkeypatch: pytest.Mo
     wanted = what_if(problem_of(x, y), remove=range(15), method=ptif.exact(damping=0.0))
     monkeypatch.setattr(module, "_DENSE_ROWS", 3)
     outcome = what_if(problem_of(x, y), remove=range(15), method=ptif.exact(damping=0.0))
-    assert "conjugate gradients" in outcome.how
+    assert "conjugate gradients" in outcome.how and "quadratics" not in outcome.how
+    more = what_if(problem_of(x, y), remove=range(15), add=MORE, method=ptif.exact(damping=0.0))
+    assert "conjugate gradients, with the new losses as quadratics because there are 18 outputs" in more.how
     torch.testing.assert_close(outcome.corrected[0].flat(), wanted.corrected[0].flat(), rtol=1e-5, atol=1e-8)
 
 
@@ -183,6 +185,93 @@ def test_groups_of_logistic_regression_against_refits(size: int) -> None:
     assert abs(float(slope) - 1) < 0.05
     assert abs(float(plain) - 1) > abs(float(slope) - 1), "first order is not the better one"
     assert float(torch.corrcoef(torch.stack([p, m]))[0, 1]) > 0.99
+
+
+def softmax_problem(n: int) -> tuple[ptif.Problem, Tensor, Tensor]:
+    torch.manual_seed(0)
+    y = torch.arange(n) % 3
+    x = torch.randn(n, 8).double() + nn.functional.one_hot(y, 8)
+    model = softmax_fit(x, y, torch.ones(n, dtype=torch.float64), 0.01)
+    return ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), weight_decay=0.01), x, y
+
+
+EDITS_OF_CLASSES: dict[str, dict[str, Any]] = {
+    "relabel": {"relabel": {i: (i + 1) % 3 for i in range(30)}},
+    "replace and add": {
+        "replace": {3: torch.full((8,), 2.0), 4: torch.full((8,), -2.0)},
+        "add": (torch.linspace(-3, 3, 48, dtype=torch.float64).reshape(6, 8), torch.arange(6) % 3),
+    },
+    "everything": {
+        "relabel": {0: 2, 1: 2},
+        "replace": {0: torch.ones(8)},
+        "remove": [5, 6],
+        "reweight": {7: 9, 8: 0.1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", EDITS_OF_CLASSES)
+def test_new_losses_are_themselves_and_old_ones_their_quadratics(name: str) -> None:
+    """The edited objective in all of the parameters, dense in float64, is convex: least where it has no slope."""
+    problem, x, y = softmax_problem(90)
+    edit = EDITS_OF_CLASSES[name]
+    outcome = what_if(problem, **edit, method=ptif.exact(damping=0.0))
+    new_x, new_y = x.clone(), y.clone()
+    weights = torch.ones(90, dtype=torch.float64)
+    for i, label in edit.get("relabel", {}).items():
+        new_y[i] = label
+    for i, inputs in edit.get("replace", {}).items():
+        new_x[i] = inputs
+    weights[edit.get("remove", [])] = 0.0
+    for i, w in edit.get("reweight", {}).items():
+        weights[i] = w
+    changed = (new_y != y) | (new_x != x).any(1)
+    more_x, more_y = edit.get("add", (x[:0], y[:0]))
+
+    def losses(flat: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        outputs = inputs @ flat[:24].reshape(3, 8).T + flat[24:]
+        return nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+    at = torch.cat([problem.model.weight.flatten(), problem.model.bias]).detach()
+    lost = torch.where(changed, -1.0, (weights - 1).clamp_max(0.0))
+    gained = torch.where(changed, 1.0, (weights - 1).clamp_min(0.0))
+    objective = lambda t: losses(t, x, y).mean() + 0.005 * t.square().sum()  # noqa: E731
+    old = lambda t: (lost * losses(t, x, y)).sum() / 90  # noqa: E731
+    new = lambda t: ((gained * losses(t, new_x, new_y)).sum() + losses(t, more_x, more_y).sum()) / 90  # noqa: E731
+    hessian, slope = torch.func.hessian, torch.func.grad
+    kept, pull = hessian(objective)(at) + hessian(old)(at), slope(old)(at)
+    change = outcome.parameter_change
+    moved = torch.cat([change["weight"].flatten(), change["bias"]])
+    assert "Newton steps with the new losses themselves" in outcome.how
+    left = kept @ moved + pull + slope(new)(at + moved)
+    before = pull + slope(new)(at)
+    assert float(left.norm()) < 1e-9 * float(before.norm()), "the edited objective has a slope there"
+
+
+@pytest.mark.parametrize("size", [1, 10, 100])
+def test_relabelled_groups_of_logistic_regression_against_refits(size: int) -> None:
+    problem, x, y = softmax_problem(1000)
+    fitted = ptif.exact(damping=0.0).fit(problem)
+    xq, yq = x[:40] + 0.1, y[:40]
+
+    def losses(model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(xq), yq, reduction="none").detach()
+
+    predicted, first, measured = [], [], []
+    for seed in range(2):
+        group = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:size]
+        labels = y.clone()
+        labels[group] = (y[group] + 1) % 3
+        outcome = what_if(fitted, relabel={int(i): int(labels[i]) for i in group})
+        predicted.append(outcome.change((xq, yq)))
+        first.append(outcome.change((xq, yq), order="first"))
+        refitted = softmax_fit(x, labels, torch.ones(len(x), dtype=torch.float64), 0.01)
+        measured.append(losses(refitted) - losses(problem.model))
+    p, f, m = (torch.cat(parts) for parts in (predicted, first, measured))
+    slope, plain = (float((a * m).sum() / (a * a).sum()) for a in (p, f))
+    # Those left have curved losses too: a tenth of all labels moves them out of their quadratics.
+    assert abs(slope - 1) < (0.05 if size < 100 else 0.15)
+    assert abs(plain - 1) > abs(slope - 1)
 
 
 def test_a_duplicated_pair_is_not_underestimated() -> None:
@@ -288,3 +377,12 @@ def test_kronecker_factors_that_do_not_hold_the_examples_stay_at_first_order() -
     assert "first order" in outcome.how and outcome.correction == 0
     summed = fitted.score((x[:4], y[:4])).values[:, :10].sum(1).double()
     torch.testing.assert_close(outcome.change((x[:4], y[:4])), summed, rtol=1e-4, atol=1e-7)
+    # New labels are put in as they are: to first order they would move the model many times too far.
+    relabelled = ptif.what_if(fitted, relabel={i: (i + 1) % 3 for i in range(10)})
+    assert "new losses themselves and the old ones to first order" in relabelled.how
+    assert float(relabelled.corrected[0].flat().norm()) < 0.5 * float(relabelled.first_order[0].flat().norm())
+    with torch.no_grad():
+        before, after = (
+            torch.nn.functional.cross_entropy(m(x[:10]), (y[:10] + 1) % 3) for m in (model, relabelled.model())
+        )
+    assert float(after) < float(before)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -28,6 +29,8 @@ class Term:
     """Their indices in `source`."""
     weights: Float[Tensor, " n"]
     """By how much each one's weight changes: -1 removes it, +1 adds it."""
+    repeats: bool = False
+    """The inputs are those of the term before, in its order, with other labels."""
 
 
 @final
@@ -67,6 +70,10 @@ class Edit:
         Raises:
             InvalidInput: nothing is changed, everything is removed, or an index or label cannot be used.
         """
+        # A column of a pandas table is no mapping and becomes one.
+        relabel, replace, reweight = (
+            given.to_dict() if hasattr(given, "to_dict") else given for given in (relabel, replace, reweight)
+        )
         removed = read_indices(problem.data, remove, "remove")
         names = problem.data.class_names
         labels = {
@@ -83,11 +90,12 @@ class Edit:
             terms.append(_term(problem.data, removed, -1.0))
             parts.append(f"{_count(removed)} removed")
         if labels or inputs:
-            changed = sorted({*labels, *inputs})
             # All examples, so that messages name them by their own indices.
             edited = EditedExamples(problem.data.dataset, range(len(problem.data)), labels, inputs)
-            terms.append(_term(problem.data, changed, -1.0))
-            terms.append(_term(replace_fields(problem.data, dataset=edited), changed, 1.0))
+            changed = replace_fields(problem.data, dataset=edited)
+            for ids, repeats in ((sorted({*labels} - {*inputs}), True), (sorted(inputs), False)):
+                if ids:
+                    terms += [_term(problem.data, ids, -1.0), _term(changed, ids, 1.0, repeats)]
             parts += [f"{_count(labels)} relabelled"] if labels else []
             parts += [f"{_count(inputs)} replaced"] if inputs else []
         if add is not None:
@@ -106,6 +114,11 @@ class Edit:
         return edit
 
     @property
+    def adds(self) -> bool:
+        """Whether any loss gets more weight than it has: a new label, new inputs, an added example, a larger weight."""
+        return any(bool((term.weights > 0).any()) for term in self.terms)
+
+    @property
     def weight(self) -> float:
         """The sum of all changes of weight: -k where k examples are removed."""
         return float(sum(term.weights.sum() for term in self.terms))
@@ -114,9 +127,9 @@ class Edit:
         return sum(len(term.ids) for term in self.terms)
 
 
-def _term(source: Source, ids: Iterable[int], weight: float) -> Term:
+def _term(source: Source, ids: Iterable[int], weight: float, repeats: bool = False) -> Term:
     indices = torch.tensor(list(ids), dtype=torch.long)
-    return Term(source, indices, torch.full((len(indices),), weight, dtype=torch.float64))
+    return Term(source, indices, torch.full((len(indices),), weight, dtype=torch.float64), repeats)
 
 
 def _count(examples: Any) -> str:
@@ -136,8 +149,13 @@ def read_indices(source: Source, given: Any, name: str) -> list[int]:
     """
     if given is None:
         return []
+    if isinstance(given, Set):
+        given = sorted(given)
+    elif hasattr(given, "__array__") and not isinstance(given, Tensor):
+        given = np.array(given)  # a copy: a column of a table may not be written to
+    single = hasattr(given, "__index__") and not hasattr(given, "__len__")
     try:
-        values = torch.as_tensor(given if hasattr(given, "__len__") or isinstance(given, int) else list(given))
+        values = torch.as_tensor(int(given) if single else given if hasattr(given, "__len__") else list(given))
     except (TypeError, ValueError, RuntimeError) as cause:
         raise InvalidInput(f"{name}= takes indices of training examples, such as [3, 7], got {given!r}.") from cause
     whole = len(source.whole)
@@ -221,6 +239,8 @@ def read_label(place: int, old: Any, given: Any, names: Sequence[str] | None) ->
         InvalidInput: no class has this name, or it is no class number where the old label is one.
     """
     label = given if isinstance(old, str) else class_number(names, given)
+    if whole_label(old) is not None and isinstance(label, float) and label.is_integer():
+        label = int(label)
     if whole_label(old) is not None and whole_label(label) is None:
         raise InvalidInput(f"The new label {given!r} of example {place} is no class number, as {old!r} is; give one.")
     if label is None:

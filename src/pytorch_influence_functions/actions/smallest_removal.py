@@ -17,6 +17,7 @@ from ..influence.attribution import Attribution, Influence
 from ..methods.names import as_method
 from ..objectives.likelihoods import SquaredError
 from ..problem.data import Source
+from ..problem.edited import label_of
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, first_batch
 from ..problem.weight_decay import WeightDecay
@@ -178,7 +179,8 @@ def flip_prediction(
 
     Args:
         problem, most, method, recipe, seed: as for `smallest_removal`.
-        query: one query, as data: `(x[None], y[None])`, or a dataset of one example. Its label is not used.
+        query: one query, as data: `(x[None], y[None])`, or a dataset of one example. Its label is not used, so the
+            inputs alone, `x[None]`, will do.
 
     Raises:
         InvalidInput: more than one query, or a model that gives no class scores (a regression).
@@ -189,6 +191,9 @@ def flip_prediction(
         >>> flip_prediction(problem, (x[:1], y[:1]), most=5).threshold
         0.0
     """
+    if isinstance(query, Tensor):
+        label = torch.as_tensor(label_of(problem.data.item(0)))
+        query = (query, label.expand(len(query), *label.shape))
     source = Source.of(query, problem.batch_size, problem.data.class_names or ())
     if len(source) != 1:
         raise InvalidInput(f"flip_prediction() is about one query, and {len(source)} were given; pick one.")

@@ -75,9 +75,14 @@ class DataStatistic:
         with preserved(model, ()):
             value = self._call(model, self._weights(kept))
         if not isinstance(value, Tensor) or value.numel() != 1:
-            kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            if not isinstance(value, Tensor):
+                raise InvalidInput(
+                    f"The statistic gave {type(value).__name__}, expected one number as a tensor; write it with "
+                    "tensors, without .item(), float() or numpy."
+                )
             raise InvalidInput(
-                f"The statistic gave {kind}, expected one number as a tensor; reduce it, with .mean() say."
+                f"The statistic gave a tensor of shape {tuple(value.shape)}, expected one number as a tensor; reduce "
+                "it, with .mean() say."
             )
         return finite_number("The statistic", float(value.detach()))
 

@@ -24,10 +24,11 @@ from ..linalg.shift import Shift
 from ..linalg.space import Space
 from ..problem.checkpoints import at_checkpoint
 from ..problem.model_state import plain_autograd
-from ..problem.problem import Problem
+from ..problem.problem import Problem, first_batch
 from ..problem.working_precision import deep_copy, own_model
 from ..solvers.cg import CG
 from ..solvers.preconditioner import Inverse
+from .edited_minimum import EditedMinimum, least_share_left
 from .edits import Edit
 from .fitted_system import fit_system
 from .local_rows import LocalRows
@@ -49,7 +50,7 @@ class WhatIf:
     Attributes:
         attribution: the fitted method it was predicted with.
         edit: what is changed.
-        corrected: the change of the parameters after one Newton step of the edited objective, a row per checkpoint.
+        corrected: the change of the parameters to the minimum of the edited objective, a row per checkpoint.
         first_order: the same to first order: the sum of single influences, which underestimates duplicates.
         solved_by: how the step was solved, in words.
     """
@@ -154,15 +155,17 @@ def what_if(
 ) -> WhatIf:
     """Predict what an edit of the training data does to the model, without training again.
 
-    One Newton step of the edited objective from the trained weights. With the edited examples' Jacobian rows J, slopes
-    s and Hessians H in the outputs, and their changes of weight w (-1 removes, +1 adds),
+    The minimum of the edited objective around the trained weights, where old losses are their quadratics and new ones
+    themselves. With H = C + D, the edited examples' Jacobian rows J, A = J H^-1 J^T, their outputs f and changes of
+    weight w (-1 takes out, +1 puts in),
 
-        step = -(C + D + J^T w H J / N)^-1 J^T w s / N,
+        step = -H^-1 J^T c,   c = (1/N) sum w loss'(f - A c),
 
-    solved through the few rows of J. For one removal this divides the influence by one minus the leverage; for groups
-    it holds how their members overlap, so duplicates are not underestimated as in the sum of single influences. Exact
-    for ridge regression without damping. Where Kronecker factors (EK-FAC) do not hold the curvature of what is taken
-    out, the step stays at first order, and `.how` says so.
+    solved through the few rows of J. Where nothing is put in, or all losses are quadratic, it is one Newton step: for
+    one removal the influence divided by one minus the leverage; for groups it holds how their members overlap, so
+    duplicates are not underestimated as in the sum of single influences. Exact for ridge regression without damping.
+    Where Kronecker factors (EK-FAC) do not hold the curvature of what is taken out, that leaves to first order; with
+    more than 4,096 outputs the new losses are quadratics too: `.how` says what was done.
 
     Args:
         problem: model, loss and training data; or what a method's `fit(problem)` gave, which is then used again.
@@ -199,11 +202,9 @@ def what_if(
 
 
 def _step(member: FittedMember, edit: Edit) -> tuple[Rows, Rows, str]:
-    """(one Newton step, the first-order step, how it was solved), each step as one row."""
+    """(the step, the first-order step, how it was solved), each step as one row."""
     derivatives, n = member.derivatives, len(member.derivatives.problem)
-    by_gradient = member.composition.curvature.holds_gradients
-    curved = not by_gradient and find_obstacle(derivatives) is None
-    local = LocalRows.of(derivatives, edit, per_output=curved)
+    by_gradient, curved, local = _look(member, edit)
     pull = (local.slopes / n)[None].to(local.rows.dtype)
     right = local.rows.combine(pull).flat().double()
     shift, decay = _edited_shift(member, edit)
@@ -218,17 +219,19 @@ def _step(member: FittedMember, edit: Edit) -> tuple[Rows, Rows, str]:
     if len(local) > _DENSE_ROWS:
         if factored and bool((local.hessian.diagonal() < 0).any()):
             return plain, plain, _FACTORED
-        return _by_cg(member, local, right_rows, shift), plain, "one Newton step by conjugate gradients"
+        quadratic = f", with the new losses as quadratics because there are {len(local):,} outputs"
+        by_cg = f"one Newton step by conjugate gradients{quadratic if edit.adds else ''}"
+        return _by_cg(member, local, right_rows, shift), plain, by_cg
     solver, state, start = member.composition.solver, member.state, plain
     if shift != member.shift:
         state = solver.init(member.operator, shift)
         start = space.rows(solver.solve(state, right_rows).unwrap().flat())
-    solved = solver.solve(state, local.rows).unwrap()
-    overlap = solved.inner(local.rows).double()
-    overlap = (overlap + overlap.T) / 2
-    system = _system(overlap, local.hessian / n)
-    # One minus the largest leverage of what is taken out.
-    least = float(torch.linalg.eigvals(system).real.min())
+    block = _Block.of(space, local, start, solver.solve(state, local.rows).unwrap(), n)
+    if edit.adds and local.losses:
+        step = block.to_minimum(factored)
+        if step is not None:
+            return step[0], plain, step[1]
+    least = least_share_left(block.overlap, local.hessian / n)
     if factored and least < 1.0 - _MOST_LEVERAGE:
         return start, plain, _FACTORED
     if least <= 1e-9:
@@ -236,7 +239,25 @@ def _step(member: FittedMember, edit: Edit) -> tuple[Rows, Rows, str]:
             "After the edit the curvature is no longer positive: the examples taken out hold more of it than the "
             "damping leaves; raise the damping, or change fewer examples."
         )
-    return _by_block(space, local, start, solved, system, n), plain, "one Newton step through the examples' own block"
+    return block.one_step(), plain, "one Newton step through the examples' own block"
+
+
+def _look(member: FittedMember, edit: Edit) -> tuple[bool, bool, LocalRows]:
+    """(whether the curvature holds gradients, whether the loss has a Hessian in the outputs, the edited examples)."""
+    derivatives = member.derivatives
+    by_gradient = member.composition.curvature.holds_gradients
+    # A row for every output is needed for the loss's Hessian, and for what a new loss does further away.
+    wanted = edit.adds and _outputs(derivatives.problem) * len(edit) <= _DENSE_ROWS if by_gradient else True
+    curved = wanted and find_obstacle(derivatives) is None
+    if curved:
+        return by_gradient, True, LocalRows.per_output(derivatives, edit, by_gradient)
+    return by_gradient, False, LocalRows.per_example(derivatives, edit)
+
+
+def _outputs(problem: Problem) -> int:
+    """How many outputs an example has."""
+    with first_batch(problem, ids=[0]) as (_, batch), torch.no_grad():
+        return problem.objective.outputs(problem.model, batch)[0].numel()
 
 
 def _edited_shift(member: FittedMember, edit: Edit) -> tuple[Shift, Tensor | None]:
@@ -251,25 +272,59 @@ def _edited_shift(member: FittedMember, edit: Edit) -> tuple[Shift, Tensor | Non
     return replace(shift, decay={k: d * (1.0 + share) for k, d in shift.decay.items()}), pull
 
 
-def _system(overlap: Tensor, hessian: Tensor) -> Tensor:
-    """I + B A for (C' + J^T B J)^-1 b = u - X (I + B A)^-1 B J u, with X = C'^-1 J^T, A = J X and u = C'^-1 b.
+@final
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """The system in the few rows J of the edited examples, with X = H^-1 J^T, A = J X and N examples."""
 
-    Args:
-        overlap: A, [m, m].
-        hessian: B, [m, m].
-    """
-    return torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device) + hessian.to(overlap) @ overlap
+    space: Space
+    local: LocalRows
+    start: Rows
+    """u = H^-1 b, the step to first order with the weight decay of what is left, one row."""
+    solved: Rows | DualSolution
+    """The rows of X^T."""
+    overlap: Float[Tensor, "m m"]
+    """A."""
+    n: int
 
+    @staticmethod
+    def of(space: Space, local: LocalRows, start: Rows, solved: Rows | DualSolution, n: int) -> _Block:
+        overlap = solved.inner(local.rows).double()
+        return _Block(space, local, start, solved, (overlap + overlap.T) / 2, n)
 
-def _by_block(space: Space, local: LocalRows, start: Rows, solved: Rows | DualSolution, system: Tensor, n: int) -> Rows:
-    """The step with the examples' own block taken out or put in; see `_system`.
+    def one_step(self) -> Rows:
+        """(H + J^T B J)^-1 b = u - X (I + B A)^-1 B J u, with B the change of the losses' Hessians over N."""
+        weighted = self.local.hessian / self.n
+        system = torch.eye(len(weighted), dtype=weighted.dtype, device=weighted.device) + weighted @ self.overlap
+        return self._moved(torch.linalg.solve(system, weighted @ self._start_moves())[:, 0])
 
-    `start` is u, one row, and `solved` the rows of X^T.
-    """
-    weighted = local.hessian.to(system) / n
-    coefficients = torch.linalg.solve(system, weighted @ local.rows.inner(start).double())
-    moved = start.flat().double() - coefficients.T @ solved.flat().double()
-    return space.rows(moved.to(start.dtype))
+    def to_minimum(self, factored: bool) -> tuple[Rows, str] | None:
+        """The step with the new losses themselves, and how; None where the objective need not be convex."""
+        local, n = self.local, self.n
+        how = "the new losses themselves"
+        left = least_share_left(self.overlap, local.removed_hessian / n)
+        if factored and left < 1.0 - _MOST_LEVERAGE:
+            # What the factors do not hold cannot be taken out of them.
+            local = local.with_flat_removals()
+            how += " and the old ones to first order, because Kronecker factors do not hold their curvature"
+        elif left <= 1e-9:
+            return None
+        linear = self.local.slopes / n
+        moves = self._start_moves()[:, 0] + self.overlap @ linear
+        precision = float(torch.finfo(local.rows.dtype).eps)
+        least = EditedMinimum.of(local, self.overlap, moves, n, precision)
+        if not least.converged:
+            return None
+        return self._moved(
+            least.coefficients - linear
+        ), f"{least.steps} Newton step{'' if least.steps == 1 else 's'} with {how}"
+
+    def _start_moves(self) -> Float[Tensor, "m 1"]:
+        return self.local.rows.inner(self.start).double()
+
+    def _moved(self, coefficients: Float[Tensor, " m"]) -> Rows:
+        moved = self.start.flat().double() - coefficients[None] @ self.solved.flat().double()
+        return self.space.rows(moved.to(self.start.dtype))
 
 
 def _by_cg(member: FittedMember, local: LocalRows, right: Rows, shift: Shift) -> Rows:

@@ -52,7 +52,7 @@ def what_if_command(
 ) -> None:
     """What would change if training examples were removed, relabelled or weighted otherwise?
 
-    One Newton step from the trained weights; nothing is trained. ptif curate trains again, to know.
+    Predicted around the trained weights; nothing is trained. ptif curate trains again, to know.
     """
     output = Output(json, quiet)
     flags = {
