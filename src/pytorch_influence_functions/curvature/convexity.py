@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.cut_up import part_like, whole
 from ..core.errors import InfluenceError
 from ..core.indexing import spread_sample
 from ..gradients.per_example import Derivatives

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..core.batches import batch_slice, tensors_of, whole_batch
+from ..core.cut_up import cut_modules, whole
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, first_line, name_ids
 from ..linalg.block_diagonal import subspace
@@ -70,6 +72,8 @@ class Tape:
     def rows(self, cotangent: Tensor, keep_graph: bool = False) -> Rows:
         """Rows J_n^T c_n. `cotangent` has the shape of `outputs`; `keep_graph` allows another call."""
         d = self._derivatives
+        if d.problem.is_cut_up:  # a process that failed since the forward pass is heard of here, and not waited for
+            current().meet("a backward pass")
         blocks = self._capture.rows(self.outputs, cotangent, keep_graph)
         if d.vmapped:
             blocks |= d._by_vmap(self._batch, cotangent, self._objective)
@@ -80,8 +84,8 @@ class Tape:
         return rows if d.projector is None else d.projector.apply(rows)
 
     def _zeros(self, n: int, block: str) -> Dense:
-        like = next(iter(self._derivatives.whole.values(self._derivatives.problem.model).values()))
-        return Dense(like.detach().new_zeros(1).expand(n, *self._derivatives.whole.blocks[block].shape))
+        like = self._derivatives.whole.like(self._derivatives.problem.model)
+        return Dense(like.new_zeros(1).expand(n, *self._derivatives.whole.blocks[block].shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +121,8 @@ class Derivatives:
             probe = _Probe.take(problem)
             every = tuple(space.blocks)
             start = Derivatives(problem, probe.objective, space, {}, held=probe.held, precision=probe.precision)
+            if problem.is_cut_up and route in (Route.LOOP, Route.VMAP, Route.FORWARD):
+                refuse_fallback(every[:1], f"route={route.value!r} was asked for")
             if route is Route.LOOP:
                 return replace(start, looped=every, held=max(probe.held, space.size))
             if route is Route.VMAP:
@@ -134,6 +140,8 @@ class Derivatives:
             unusable = [b for b in every if b not in covered] + wrong
             layers = {k: _drop_blocks(s, unusable) for k, s in layers.items() if set(s.parts) - set(unusable)}
             plan = replace(plan, layers=layers)
+            if unusable and problem.is_cut_up:
+                refuse_fallback(unusable, "its layer has no rule that agrees with its gradient")
             plan = _add_fallbacks(plan, probe, tuple(b for b in every if b in unusable), space.blocks)
             rows = plan.pullback(probe.batch, probe.n, probe.cotangent)
             numbers = rows.numbers / probe.n
@@ -177,6 +185,7 @@ class Derivatives:
             preserved(self.problem.model, self.whole.names),
             torch.enable_grad(),
             record_calls(self.layers, n) as capture,
+            current().unheard() if self.problem.is_cut_up else nullcontext(),
         ):
             outputs = objective.outputs(self.problem.model, batch)
         if outputs.dim() == 0 or outputs.shape[0] != n:
@@ -310,9 +319,17 @@ def rows_one_by_one(
     model: nn.Module, objective: AbstractObjective, names: list[str], batch: Any, cotangent: Tensor
 ) -> dict[str, Tensor]:
     """Rows J_n^T c_n by one forward and backward pass per example: the definition, and the slowest route."""
+    each = list(gradients_one_by_one(model, objective, names, batch, cotangent))
+    return {k: torch.stack([gradients[k] for gradients in each]) for k in names}
+
+
+def gradients_one_by_one(
+    model: nn.Module, objective: AbstractObjective, names: list[str], batch: Any, cotangent: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """For every example J_n^T c_n by parameter; of a model that is cut up, this process's part of it."""
     by_name = dict(model.named_parameters())
     parameters, n = [by_name[k] for k in names], cotangent.shape[0]
-    rows: dict[str, list[Tensor]] = {k: [] for k in names}
+    take = _gradient_in_parts if cut_modules(model) else weighted_gradient
     for e in range(n):
         with torch.enable_grad():
             outputs = objective.outputs(model, batch_slice(batch, n, slice(e, e + 1)))
@@ -323,7 +340,7 @@ def rows_one_by_one(
                 )
             _refuse_detached(outputs, model, names)
             try:
-                gradients = weighted_gradient(outputs, parameters, cotangent[e].reshape(outputs.shape))
+                gradients = take(outputs, parameters, cotangent[e].reshape(outputs.shape))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as cause:
@@ -331,9 +348,56 @@ def rows_one_by_one(
                     f"The backward pass of {type(model).__name__} failed ({first_line(cause)}), as it would in "
                     "training; correct its forward, where an operation in place is the usual cause."
                 ) from cause
-        for k, g in zip(names, gradients, strict=True):
-            rows[k].append(g)
-    return {k: torch.stack(v) for k, v in rows.items()}
+        yield dict(zip(names, gradients, strict=True))
+
+
+def _gradient_in_parts(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """J^T c as `fully_shard` leaves it in `.grad`: the mean of all processes, which all have the same example here."""
+    outputs.backward(cotangent.to(outputs.dtype))  # type: ignore[no-untyped-call]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return [gradient.detach() for gradient in gradients]
+
+
+def refuse_fallback(blocks: Sequence[str], why: str) -> None:
+    """Refuse gradients that need all weights in one place.
+
+    Raises:
+        InvalidInput: always.
+    """
+    raise InvalidInput(
+        f"Gradients of {', '.join(map(repr, blocks[:3]))}{' and others' if len(blocks) > 3 else ''} cannot be taken in "
+        f"a model that fully_shard has cut up ({why}); leave it out with parameters=, or put the model together first."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Gathered:
+    """One example's row by definition, of which each process has a part: a block is gathered when it is asked for."""
+
+    space: Space
+    parts: Mapping[str, Tensor]
+
+    def squared_norms(self) -> Float[Tensor, " 1"]:
+        return torch.stack([whole(g).double().square().sum() for g in self.parts.values()]).sum()[None]
+
+    def dense(self, block: str) -> Tensor:
+        own = {name: whole(self.parts[name])[None] for name in self.space.blocks[block].parameters}
+        return self.space.block(block, own).dense()
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """Rows by definition."""
+
+    rows: Rows
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        return self.rows.squared_norms()
+
+    def dense(self, block: str) -> Tensor:
+        return self.rows.blocks[block].dense()
 
 
 def _refuse_detached(outputs: Tensor, model: nn.Module, names: list[str]) -> None:
@@ -387,23 +451,27 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         reference = None
-        if 3 * space.size <= _PROBE_NUMBERS:
+        if 3 * space.size <= _PROBE_NUMBERS and not problem.is_cut_up:
             rows = rows_one_by_one(model, objective, list(space.names), batch, cotangent)
             reference = space.from_parameters(rows)
         held = (narrowest.numbers + sum(tensor.numel() for _, tensor in tensors_of(batch))) / 3
         return _Probe(problem, objective, batch, 3, outputs, cotangent, reference, precision, held)
 
-    def _references(self) -> Iterator[tuple[slice, Rows]]:
+    def _references(self) -> Iterator[tuple[slice, _Known | _Gathered]]:
         """Rows by definition, with which examples they belong to."""
         if self.reference is not None:
-            yield slice(0, self.n), self.reference
+            yield slice(0, self.n), _Known(self.reference)
             return
-        space = self.problem.space
+        space, model, names = self.problem.space, self.problem.model, list(self.problem.space.names)
+        if self.problem.is_cut_up:
+            several = gradients_one_by_one(model, self.objective, names, self.batch, self.cotangent)
+            yield from ((slice(e, e + 1), _Gathered(space, parts)) for e, parts in enumerate(several))
+            return
         for e in range(self.n):
             part = slice(e, e + 1)
             one = batch_slice(self.batch, self.n, part)
-            rows = rows_one_by_one(self.problem.model, self.objective, list(space.names), one, self.cotangent[part])
-            yield part, space.from_parameters(rows)
+            rows = rows_one_by_one(model, self.objective, names, one, self.cotangent[part])
+            yield part, _Known(space.from_parameters(rows))
 
     def disagreeing(self, plan: Derivatives, blocks: Any) -> list[str]:
         """The blocks on which `plan` differs from the definition."""
@@ -418,7 +486,7 @@ class _Probe:
             for name in plan.whole.blocks:
                 if name not in blocks or name in differing:
                     continue
-                expected = reference.blocks[name].dense().flatten(1)
+                expected = reference.dense(name).flatten(1)
                 gap = (some.blocks[name].dense().flatten(1) - expected).norm(dim=1)
                 if bool((gap > tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)).any()):
                     differing.add(name)

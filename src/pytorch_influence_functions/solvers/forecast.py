@@ -181,7 +181,7 @@ def time_product(
     curvature = choice.curvature.multiplied
     if curvature is None or not choice.cost(size).products:
         return size
-    like = next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
+    like = derivatives.space.like(derivatives.problem.model)
     count = timed_examples(derivatives.batched(derivatives.problem.data, times=DIRECTIONS))
     vectors = max(1, min(size.n_queries, DIRECTIONS, _TIMED_NUMBERS // size.parameters))
     source = derivatives.problem.data.subset(range(count))
