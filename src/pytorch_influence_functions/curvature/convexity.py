@@ -51,7 +51,8 @@ def is_affine(problem: Problem) -> bool:
     model = problem.model
     parameters = dict(model.named_parameters(remove_duplicate=False))
     steps = {
-        id(parameters[name]): _random_step(parameters[name].detach(), k) for k, name in enumerate(problem.space.names)
+        id(parameters[name]): part_like(_random_step(whole(parameters[name]).detach(), k), parameters[name])
+        for k, name in enumerate(problem.space.names)
     }
     tensors = named_tensors(model, persistent_only=True)
     with first_batch(problem, ids=spread_sample(len(problem), _EXAMPLES)) as (_, batch), torch.no_grad():

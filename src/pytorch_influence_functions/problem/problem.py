@@ -301,6 +301,8 @@ def sweep(
     plan = source.plan(chosen[world.share(len(chosen))])
     plan = in_step(plan, world) if problem.is_cut_up else plan
     check_weights(problem.model)
+    if problem.is_cut_up:
+        current().meet(f"a sweep of {len(plan)} batches")
     with ExitStack() as stack:
         stack.enter_context(preserved(problem.model, problem.space.names))
         stack.enter_context(derivative_safe(problem.model))

@@ -31,7 +31,7 @@ from ..problem.agreement import agree_on_given, agree_on_problem, entry
 from ..problem.problem import Problem
 from ..scores.scores import Scores
 from .asking import Asker
-from .build import Plan, add_examples, build, layout_of, representation_of
+from .build import Plan, add_examples, build, layout_of, refuse_cut_up, representation_of
 from .compaction import compact, remove
 from .describe import IndexForecast, diagnostics_of, labels_of_index
 from .examples import Examples
@@ -114,6 +114,7 @@ class Index:
         flag("overwrite", overwrite)
         plan = _plan(problem, method, representation, dtype, budget, data, shard)
         agree_on_problem(problem, plan.method)
+        refuse_cut_up(problem)
         kept = {"what is kept": f"{plan.choice.representation!r} in {plan.choice.codec.name}, {plan.shard_rows} a file"}
         agree_on_given({**kept, "overwrite=": overwrite}, Examples.of(data, problem.data).source)
         return Index(IndexFolder(Path(folder), build(plan, folder, data, overwrite)), Asker.of(problem))
@@ -344,6 +345,7 @@ class Index:
         derivatives = self.asker.derivatives(None, self._where, self.folder.manifest.fingerprint)
         examples = Examples.of(data, problem.data)
         agree_on_given({}, examples.source)
+        refuse_cut_up(problem)
         with writing(self.folder.path):
             opened = self._changed(lambda: IndexFolder.open(self.folder.path, self.folder.check))
             if current().rank == 0:
