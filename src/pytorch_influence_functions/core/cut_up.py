@@ -1,4 +1,4 @@
-"""Models that `fully_shard` (FSDP2) has cut up: each process keeps a part of every weight, and gathers a layer to use it.
+"""Models that `fully_shard` (FSDP2) has cut up: a process keeps a part of every weight, and gathers a layer to use it.
 
 A forward and a backward pass are then exchanges of all processes, layer by layer; so every process has to make the same
 number of passes. Nothing here imports torch's distributed tensors, which takes a second.

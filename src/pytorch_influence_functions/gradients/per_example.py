@@ -20,9 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..core.batches import batch_slice, tensors_of, whole_batch
-from ..core.cut_up import cut_modules, whole
 from ..core.distributed import World, current
-from ..core.errors import InvalidInput, NonFinite, first_line, name_ids
+from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.chunks import chunks
@@ -35,10 +34,11 @@ from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
 from .layer_rules import Layout, ParameterPart, find_rule, layout_of
+from .one_by_one import Gathered, Known, gradients_one_by_one, rows_one_by_one
 from .projections import AbstractProjector, AbstractReduction
 from .recording import Capture, HookedLayer, NarrowestType, record_calls
 from .separability import refuse_batch_loss, refuse_mixing, refuse_shared_losses
-from .vjp import detach_parameters, per_example_vjp, weighted_gradient
+from .vjp import detach_parameters, per_example_vjp
 
 log = logging.getLogger("pytorch_influence_functions")
 
@@ -141,7 +141,7 @@ class Derivatives:
             layers = {k: _drop_blocks(s, unusable) for k, s in layers.items() if set(s.parts) - set(unusable)}
             plan = replace(plan, layers=layers)
             if unusable and problem.is_cut_up:
-                refuse_fallback(unusable, "its layer has no rule that agrees with its gradient")
+                refuse_fallback(unusable, "no rule gives them: the layer is of another kind, or is not called")
             plan = _add_fallbacks(plan, probe, tuple(b for b in every if b in unusable), space.blocks)
             rows = plan.pullback(probe.batch, probe.n, probe.cotangent)
             numbers = rows.numbers / probe.n
@@ -315,51 +315,6 @@ def _cure(bad: Tensor, batch: Any) -> str:
     return "look at these examples, or remove them with torch.utils.data.Subset."
 
 
-def rows_one_by_one(
-    model: nn.Module, objective: AbstractObjective, names: list[str], batch: Any, cotangent: Tensor
-) -> dict[str, Tensor]:
-    """Rows J_n^T c_n by one forward and backward pass per example: the definition, and the slowest route."""
-    each = list(gradients_one_by_one(model, objective, names, batch, cotangent))
-    return {k: torch.stack([gradients[k] for gradients in each]) for k in names}
-
-
-def gradients_one_by_one(
-    model: nn.Module, objective: AbstractObjective, names: list[str], batch: Any, cotangent: Tensor
-) -> Iterator[dict[str, Tensor]]:
-    """For every example J_n^T c_n by parameter; of a model that is cut up, this process's part of it."""
-    by_name = dict(model.named_parameters())
-    parameters, n = [by_name[k] for k in names], cotangent.shape[0]
-    take = _gradient_in_parts if cut_modules(model) else weighted_gradient
-    for e in range(n):
-        with torch.enable_grad():
-            outputs = objective.outputs(model, batch_slice(batch, n, slice(e, e + 1)))
-            if outputs.numel() != cotangent[e].numel():
-                raise InvalidInput(
-                    f"The model gave outputs of shape {tuple(outputs.shape)} for one example alone, but "
-                    f"{tuple(cotangent.shape)} for {n} together; each example needs an output of its own."
-                )
-            _refuse_detached(outputs, model, names)
-            try:
-                gradients = take(outputs, parameters, cotangent[e].reshape(outputs.shape))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as cause:
-                raise InvalidInput(
-                    f"The backward pass of {type(model).__name__} failed ({first_line(cause)}), as it would in "
-                    "training; correct its forward, where an operation in place is the usual cause."
-                ) from cause
-        yield dict(zip(names, gradients, strict=True))
-
-
-def _gradient_in_parts(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
-    """J^T c as `fully_shard` leaves it in `.grad`: the mean of all processes, which all have the same example here."""
-    outputs.backward(cotangent.to(outputs.dtype))  # type: ignore[no-untyped-call]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    return [gradient.detach() for gradient in gradients]
-
-
 def refuse_fallback(blocks: Sequence[str], why: str) -> None:
     """Refuse gradients that need all weights in one place.
 
@@ -369,46 +324,6 @@ def refuse_fallback(blocks: Sequence[str], why: str) -> None:
     raise InvalidInput(
         f"Gradients of {', '.join(map(repr, blocks[:3]))}{' and others' if len(blocks) > 3 else ''} cannot be taken in "
         f"a model that fully_shard has cut up ({why}); leave it out with parameters=, or put the model together first."
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Gathered:
-    """One example's row by definition, of which each process has a part: a block is gathered when it is asked for."""
-
-    space: Space
-    parts: Mapping[str, Tensor]
-
-    def squared_norms(self) -> Float[Tensor, " 1"]:
-        return torch.stack([whole(g).double().square().sum() for g in self.parts.values()]).sum()[None]
-
-    def dense(self, block: str) -> Tensor:
-        own = {name: whole(self.parts[name])[None] for name in self.space.blocks[block].parameters}
-        return self.space.block(block, own).dense()
-
-
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """Rows by definition."""
-
-    rows: Rows
-
-    def squared_norms(self) -> Float[Tensor, " n"]:
-        return self.rows.squared_norms()
-
-    def dense(self, block: str) -> Tensor:
-        return self.rows.blocks[block].dense()
-
-
-def _refuse_detached(outputs: Tensor, model: nn.Module, names: list[str]) -> None:
-    """Refuse outputs that have no derivative in the parameters."""
-    if outputs.requires_grad:
-        return
-    few = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    raise InvalidInput(
-        f"The outputs of {type(model).__name__} have no derivative in the parameters {few}: forward detaches them, "
-        "runs under torch.no_grad() or numpy, or does not use these parameters; make it differentiable, or select "
-        "others with parameters=."
     )
 
 
@@ -457,21 +372,21 @@ class _Probe:
         held = (narrowest.numbers + sum(tensor.numel() for _, tensor in tensors_of(batch))) / 3
         return _Probe(problem, objective, batch, 3, outputs, cotangent, reference, precision, held)
 
-    def _references(self) -> Iterator[tuple[slice, _Known | _Gathered]]:
+    def _references(self) -> Iterator[tuple[slice, Known | Gathered]]:
         """Rows by definition, with which examples they belong to."""
         if self.reference is not None:
-            yield slice(0, self.n), _Known(self.reference)
+            yield slice(0, self.n), Known(self.reference)
             return
         space, model, names = self.problem.space, self.problem.model, list(self.problem.space.names)
         if self.problem.is_cut_up:
             several = gradients_one_by_one(model, self.objective, names, self.batch, self.cotangent)
-            yield from ((slice(e, e + 1), _Gathered(space, parts)) for e, parts in enumerate(several))
+            yield from ((slice(e, e + 1), Gathered(space, parts)) for e, parts in enumerate(several))
             return
         for e in range(self.n):
             part = slice(e, e + 1)
             one = batch_slice(self.batch, self.n, part)
             rows = rows_one_by_one(model, self.objective, names, one, self.cotangent[part])
-            yield part, _Known(space.from_parameters(rows))
+            yield part, Known(space.from_parameters(rows))
 
     def disagreeing(self, plan: Derivatives, blocks: Any) -> list[str]:
         """The blocks on which `plan` differs from the definition."""

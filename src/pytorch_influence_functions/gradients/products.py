@@ -226,8 +226,8 @@ class Products:
         space = self.derivatives.space
         if self.derivatives.problem.is_cut_up:
             raise InvalidInput(
-                "Hessian() needs second derivatives, which a model that fully_shard has cut up does not give; use GGN() "
-                "or EmpiricalFisher(), or ptif.ekfac()."
+                "Hessian() needs second derivatives, which a model that fully_shard has cut up does not give; use "
+                "GGN() or EmpiricalFisher(), or ptif.ekfac()."
             )
         like = space.like(self._model)
         flat = torch.randn(2, space.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(like)

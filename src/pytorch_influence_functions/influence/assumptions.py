@@ -12,7 +12,8 @@ from torch import Tensor
 from ..core.batches import batch_slice
 from ..core.cut_up import whole
 from ..core.distributed import World
-from ..gradients.per_example import Derivatives, GradientBatch, gradients_one_by_one, slopes
+from ..gradients.one_by_one import gradients_one_by_one
+from ..gradients.per_example import Derivatives, GradientBatch, slopes
 from ..problem.model_state import preserved
 from ..scores.diagnostics import FROZEN, LEFT_OUT
 

@@ -214,5 +214,5 @@ def at_checkpoint(model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[N
 
 
 def _writing(model: nn.Module) -> AbstractContextManager[Any]:
-    """Where weights may be written: parts of a cut-up model are views, which inference mode would take out of autograd."""
+    """Where weights may be written: parts of a cut-up model are views, which inference mode takes out of autograd."""
     return torch.no_grad() if cut_modules(model) else torch.inference_mode()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..core.cut_up import cut_modules, free_gathered, own_part
 from ..core.batches import map_tensors, tensors_of, to_device
+from ..core.cut_up import cut_modules, free_gathered, own_part
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, nearest
 from ..core.notebook import html_table
