@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.distributed import World, current, process_rank
@@ -236,8 +237,7 @@ def test_kept_factors_are_used_by_all_wherever_they_lie(
 
 def cut_up(rank: int) -> tuple[str, Tensor]:
     model = net()
-    for layer in (model[0], model[2], model):  # type: ignore[index]
-        fully_shard(layer)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
     message = message_of(lambda: ask(model, distributed=True))
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     whole = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -246,10 +246,10 @@ def cut_up(rank: int) -> tuple[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_sharded_model_is_refused_and_the_advice_works(messages: list[dict[str, Any]]) -> None:
+def test_a_model_that_no_pass_has_whole_is_refused_and_the_advice_works(messages: list[dict[str, Any]]) -> None:
     for told in messages:
         message, values = told["cut up"]
-        assert message.startswith("InvalidInput: The model is cut up over processes (fully_shard or parallelize_module")
+        assert message.startswith("InvalidInput: The model is cut up over processes (parallelize_module: '0.")
         torch.testing.assert_close(values, ask().values)
 
 

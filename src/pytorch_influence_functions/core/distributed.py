@@ -34,6 +34,8 @@ class World:
         rank: which one this is, counted from 0.
         size: how many there are.
         link: how they talk to each other; `None`: not at all, as for one alone.
+        among: how many processes are at the same work, each by itself; those that share it out are `size`.
+        apart: whether what this one does differs from what the others do.
 
     Example:
         >>> [World(rank, 3).share(7) for rank in range(3)]
@@ -43,6 +45,8 @@ class World:
     rank: int = 0
     size: int = 1
     link: Link | None = field(default=None, repr=False, compare=False)
+    among: int = field(default=1, repr=False)
+    apart: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -106,6 +110,24 @@ class World:
         Raises: as `sum_into`.
         """
         return [text] if self.size == 1 else self._joined.exchange(text)
+
+    def meet(self, doing: str) -> None:
+        """Wait until every process is about to do this: one that failed before is heard of here.
+
+        Raises: as `sum_into`.
+        """
+        if self.link is not None:
+            self.link.meet(doing)
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """What fails inside ends this process at once: the others are in exchanges of the model's own, and cannot
+        be told."""
+        try:
+            yield
+        except Exception as error:
+            error._told = self.link  # type: ignore[attr-defined]
+            raise
 
     def agree(self, facts: Callable[[], Mapping[str, str]]) -> None:
         """Make sure that every process has the same `facts`, by name; they are worked out only if there are several.
@@ -189,9 +211,14 @@ def distributed(timeout: float | None = None) -> Iterator[World]:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Within this block the process computes everything itself: for work that differs from process to process."""
-    token = _world.set(_ALONE)
+def alone(apart: bool = True) -> Iterator[None]:
+    """Within this block the process computes everything itself.
+
+    Args:
+        apart: whether the work differs from process to process.
+    """
+    among = current().size if current().link is not None else current().among
+    token = _world.set(World(among=among, apart=apart and among > 1))
     try:
         yield
     finally:
@@ -222,7 +249,7 @@ def _join(timeout: float | None) -> World:
                 return _ALONE
             _make_group()
         rank, size = dist.get_rank(), dist.get_world_size()
-        return _ALONE if size == 1 else World(rank, size, _link(rank, size, timeout))
+        return _ALONE if size == 1 else World(rank, size, _link(rank, size, timeout), size)
     except (RuntimeError, ValueError) as cause:
         raise ProcessFailed(
             f"Not every process came to ptif.distributed() in time ({first_line(cause)}); {_cure()}."

@@ -66,7 +66,7 @@ def _from_one_pass(
     kept: dict[str, list[Rows]] = {name: [] for name in parts if name not in matrices}
     kept_bytes, looked_at, n = 0.0, 0, len(derivatives.problem)
     if n < current().size:
-        with alone():
+        with alone(apart=False):
             return _from_one_pass(curvature, parts, derivatives, budget)
     for batch in curvature.batches(chosen):
         so_far = looked_at

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.cut_up import part_like, whole
 from ..core.errors import InfluenceError
 from ..core.indexing import spread_sample
 from ..gradients.per_example import Derivatives
@@ -50,7 +51,8 @@ def is_affine(problem: Problem) -> bool:
     model = problem.model
     parameters = dict(model.named_parameters(remove_duplicate=False))
     steps = {
-        id(parameters[name]): _random_step(parameters[name].detach(), k) for k, name in enumerate(problem.space.names)
+        id(parameters[name]): part_like(_random_step(whole(parameters[name]).detach(), k), parameters[name])
+        for k, name in enumerate(problem.space.names)
     }
     tensors = named_tensors(model, persistent_only=True)
     with first_batch(problem, ids=spread_sample(len(problem), _EXAMPLES)) as (_, batch), torch.no_grad():

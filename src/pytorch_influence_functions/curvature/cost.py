@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 
-from ..core.distributed import World
+from ..core.distributed import World, current
 from ..core.errors import NotLikelihood
 from ..gradients.per_example import Derivatives
 from ..linalg.block_diagonal import subspace
@@ -250,7 +250,8 @@ def _seconds_each(derivatives: Derivatives, some: torch.Tensor) -> float:
         start, done = time.perf_counter(), 0
         for batch in derivatives.stream(ids=some, label="timing", world=World()):
             done += len(batch.ids)
-        spent = time.perf_counter() - start
+        # Of the slowest process: all have to go on, and to choose, alike.
+        spent = float(current().all_max(torch.tensor(time.perf_counter() - start)))
         fastest = min(fastest, spent / done)
         if spent > _SHORT:
             break

@@ -98,7 +98,7 @@ class Hessian(AbstractCurvature):
             space = derivatives.space
             if find_obstacle(derivatives) is None:
                 return GGN().block_means(derivatives)  # of its positive part, the Gauss-Newton matrix
-            like = next(iter(space.values(derivatives.problem.model).values()))
+            like = space.like(derivatives.problem.model)
             traces = hutchinson_block_traces(
                 operator, samples=_TRACE_PRODUCTS, seed=0, dtype=like.dtype, device=like.device
             )
@@ -433,7 +433,7 @@ def _densify(operator: Implicit, derivatives: Derivatives, budget: Budget) -> Ma
     """The matrix of an operator, from its products with the columns of the identity."""
     space = derivatives.space
     check_dense(space.size, budget)
-    reference = next(iter(space.values(derivatives.problem.model).values())).detach()
+    reference = space.like(derivatives.problem.model)
     eye = torch.eye(space.size, dtype=reference.dtype, device=reference.device)
     columns = [operator.apply(space.rows(part)).flat().double() for part in torch.split(eye, _COLUMNS)]
     matrix = torch.cat(columns)

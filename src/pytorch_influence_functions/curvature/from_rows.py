@@ -109,7 +109,7 @@ class AbstractRowCurvature(AbstractCurvature):
         kept: list[Rows] = []
         kept_bytes, looked_at, n = 0.0, 0, len(derivatives.problem)
         if n < current().size:
-            with alone():
+            with alone(apart=False):  # all of them do all of it
                 return self.stored(derivatives, budget)
         for batch in self.batches(derivatives):
             so_far = looked_at

@@ -76,7 +76,7 @@ class AbstractLowRank(AbstractCurvature):
         """Refuse a form, rank or memory that cannot be; give a tensor of the model's type and device."""
         self.require(form)
         size, name = derivatives.space.size, type(self).__name__
-        like = next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
+        like = derivatives.space.like(derivatives.problem.model)
         if self.rank > size:
             raise InvalidInput(
                 f"{name}(rank={self.rank}) asks for more directions than there are parameters ({size:,}); "

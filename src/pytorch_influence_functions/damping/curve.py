@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.cut_up import whole
 from ..core.distributed import World
 from ..core.errors import InvalidInput, NonFinite
 from ..core.notebook import Printable
@@ -325,7 +326,7 @@ def _leave_one_out(
 def _refit(operator: AbstractSymmetric, derivatives: Derivatives) -> tuple[Rows, Rows]:
     """The trained weights, and C theta - mean gradient, each as one row in float64."""
     space, problem = derivatives.space, derivatives.problem
-    theta = space.from_parameters({k: v.detach()[None] for k, v in space.values(problem.model).items()})
+    theta = space.from_parameters({k: whole(v).detach()[None] for k, v in space.values(problem.model).items()})
     total = torch.zeros(1, space.size, dtype=torch.float64, device=problem.device)
     for gradients in derivatives.stream(label="mean gradient", world=World()):
         rows = gradients.rows

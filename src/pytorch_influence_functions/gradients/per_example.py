@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.batches import batch_slice, tensors_of, whole_batch
 from ..core.distributed import World, current
-from ..core.errors import InvalidInput, NonFinite, first_line, name_ids
+from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.chunks import chunks
@@ -33,10 +34,11 @@ from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
 from .layer_rules import Layout, ParameterPart, find_rule, layout_of
+from .one_by_one import Gathered, Known, gradients_one_by_one, rows_one_by_one
 from .projections import AbstractProjector, AbstractReduction
 from .recording import Capture, HookedLayer, NarrowestType, record_calls
 from .separability import refuse_batch_loss, refuse_mixing, refuse_shared_losses
-from .vjp import detach_parameters, per_example_vjp, weighted_gradient
+from .vjp import detach_parameters, per_example_vjp
 
 log = logging.getLogger("pytorch_influence_functions")
 
@@ -70,6 +72,8 @@ class Tape:
     def rows(self, cotangent: Tensor, keep_graph: bool = False) -> Rows:
         """Rows J_n^T c_n. `cotangent` has the shape of `outputs`; `keep_graph` allows another call."""
         d = self._derivatives
+        if d.problem.is_cut_up:  # a process that failed since the forward pass is heard of here, and not waited for
+            current().meet("a backward pass")
         blocks = self._capture.rows(self.outputs, cotangent, keep_graph)
         if d.vmapped:
             blocks |= d._by_vmap(self._batch, cotangent, self._objective)
@@ -80,8 +84,8 @@ class Tape:
         return rows if d.projector is None else d.projector.apply(rows)
 
     def _zeros(self, n: int, block: str) -> Dense:
-        like = next(iter(self._derivatives.whole.values(self._derivatives.problem.model).values()))
-        return Dense(like.detach().new_zeros(1).expand(n, *self._derivatives.whole.blocks[block].shape))
+        like = self._derivatives.whole.like(self._derivatives.problem.model)
+        return Dense(like.new_zeros(1).expand(n, *self._derivatives.whole.blocks[block].shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +121,8 @@ class Derivatives:
             probe = _Probe.take(problem)
             every = tuple(space.blocks)
             start = Derivatives(problem, probe.objective, space, {}, held=probe.held, precision=probe.precision)
+            if problem.is_cut_up and route in (Route.LOOP, Route.VMAP, Route.FORWARD):
+                refuse_fallback(every[:1], f"route={route.value!r} was asked for")
             if route is Route.LOOP:
                 return replace(start, looped=every, held=max(probe.held, space.size))
             if route is Route.VMAP:
@@ -134,6 +140,8 @@ class Derivatives:
             unusable = [b for b in every if b not in covered] + wrong
             layers = {k: _drop_blocks(s, unusable) for k, s in layers.items() if set(s.parts) - set(unusable)}
             plan = replace(plan, layers=layers)
+            if unusable and problem.is_cut_up:
+                refuse_fallback(unusable, "no rule gives them: the layer is of another kind, or is not called")
             plan = _add_fallbacks(plan, probe, tuple(b for b in every if b in unusable), space.blocks)
             rows = plan.pullback(probe.batch, probe.n, probe.cotangent)
             numbers = rows.numbers / probe.n
@@ -177,6 +185,7 @@ class Derivatives:
             preserved(self.problem.model, self.whole.names),
             torch.enable_grad(),
             record_calls(self.layers, n) as capture,
+            current().unheard() if self.problem.is_cut_up else nullcontext(),
         ):
             outputs = objective.outputs(self.problem.model, batch)
         if outputs.dim() == 0 or outputs.shape[0] != n:
@@ -306,45 +315,15 @@ def _cure(bad: Tensor, batch: Any) -> str:
     return "look at these examples, or remove them with torch.utils.data.Subset."
 
 
-def rows_one_by_one(
-    model: nn.Module, objective: AbstractObjective, names: list[str], batch: Any, cotangent: Tensor
-) -> dict[str, Tensor]:
-    """Rows J_n^T c_n by one forward and backward pass per example: the definition, and the slowest route."""
-    by_name = dict(model.named_parameters())
-    parameters, n = [by_name[k] for k in names], cotangent.shape[0]
-    rows: dict[str, list[Tensor]] = {k: [] for k in names}
-    for e in range(n):
-        with torch.enable_grad():
-            outputs = objective.outputs(model, batch_slice(batch, n, slice(e, e + 1)))
-            if outputs.numel() != cotangent[e].numel():
-                raise InvalidInput(
-                    f"The model gave outputs of shape {tuple(outputs.shape)} for one example alone, but "
-                    f"{tuple(cotangent.shape)} for {n} together; each example needs an output of its own."
-                )
-            _refuse_detached(outputs, model, names)
-            try:
-                gradients = weighted_gradient(outputs, parameters, cotangent[e].reshape(outputs.shape))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as cause:
-                raise InvalidInput(
-                    f"The backward pass of {type(model).__name__} failed ({first_line(cause)}), as it would in "
-                    "training; correct its forward, where an operation in place is the usual cause."
-                ) from cause
-        for k, g in zip(names, gradients, strict=True):
-            rows[k].append(g)
-    return {k: torch.stack(v) for k, v in rows.items()}
+def refuse_fallback(blocks: Sequence[str], why: str) -> None:
+    """Refuse gradients that need all weights in one place.
 
-
-def _refuse_detached(outputs: Tensor, model: nn.Module, names: list[str]) -> None:
-    """Refuse outputs that have no derivative in the parameters."""
-    if outputs.requires_grad:
-        return
-    few = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    Raises:
+        InvalidInput: always.
+    """
     raise InvalidInput(
-        f"The outputs of {type(model).__name__} have no derivative in the parameters {few}: forward detaches them, "
-        "runs under torch.no_grad() or numpy, or does not use these parameters; make it differentiable, or select "
-        "others with parameters=."
+        f"Gradients of {', '.join(map(repr, blocks[:3]))}{' and others' if len(blocks) > 3 else ''} cannot be taken in "
+        f"a model that fully_shard has cut up ({why}); leave it out with parameters=, or put the model together first."
     )
 
 
@@ -387,23 +366,27 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         reference = None
-        if 3 * space.size <= _PROBE_NUMBERS:
+        if 3 * space.size <= _PROBE_NUMBERS and not problem.is_cut_up:
             rows = rows_one_by_one(model, objective, list(space.names), batch, cotangent)
             reference = space.from_parameters(rows)
         held = (narrowest.numbers + sum(tensor.numel() for _, tensor in tensors_of(batch))) / 3
         return _Probe(problem, objective, batch, 3, outputs, cotangent, reference, precision, held)
 
-    def _references(self) -> Iterator[tuple[slice, Rows]]:
+    def _references(self) -> Iterator[tuple[slice, Known | Gathered]]:
         """Rows by definition, with which examples they belong to."""
         if self.reference is not None:
-            yield slice(0, self.n), self.reference
+            yield slice(0, self.n), Known(self.reference)
             return
-        space = self.problem.space
+        space, model, names = self.problem.space, self.problem.model, list(self.problem.space.names)
+        if self.problem.is_cut_up:
+            several = gradients_one_by_one(model, self.objective, names, self.batch, self.cotangent)
+            yield from ((slice(e, e + 1), Gathered(space, parts)) for e, parts in enumerate(several))
+            return
         for e in range(self.n):
             part = slice(e, e + 1)
             one = batch_slice(self.batch, self.n, part)
-            rows = rows_one_by_one(self.problem.model, self.objective, list(space.names), one, self.cotangent[part])
-            yield part, space.from_parameters(rows)
+            rows = rows_one_by_one(model, self.objective, names, one, self.cotangent[part])
+            yield part, Known(space.from_parameters(rows))
 
     def disagreeing(self, plan: Derivatives, blocks: Any) -> list[str]:
         """The blocks on which `plan` differs from the definition."""
@@ -418,7 +401,7 @@ class _Probe:
             for name in plan.whole.blocks:
                 if name not in blocks or name in differing:
                     continue
-                expected = reference.blocks[name].dense().flatten(1)
+                expected = reference.dense(name).flatten(1)
                 gap = (some.blocks[name].dense().flatten(1) - expected).norm(dim=1)
                 if bool((gap > tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)).any()):
                     differing.add(name)

@@ -64,7 +64,9 @@ class Products:
         """
         space = derivatives.space
         generator = torch.Generator().manual_seed(0)
-        like = next(iter(space.values(derivatives.problem.model).values()))
+        if derivatives.problem.is_cut_up:
+            return Products(derivatives, PushforwardMode.ROWS)  # no function of weights that are not here
+        like = space.like(derivatives.problem.model)
         v = space.rows(torch.randn(1, space.size, generator=generator, dtype=torch.float64).to(like))
         tape = derivatives.tape(batch, n)
         c = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
@@ -127,6 +129,11 @@ class Products:
         """
         objective = self.derivatives.objective
         assert isinstance(objective, TokenCrossEntropy), "token_scores() says so in a sentence first"
+        if self.derivatives.problem.is_cut_up:
+            raise InvalidInput(
+                "Tokens cannot be told apart in a model that fully_shard has cut up: it takes derivatives along "
+                "directions of all weights at once; use score()."
+            )
         if self.mode is PushforwardMode.ROWS:
             raise InvalidInput(
                 "Tokens cannot be told apart in this model: an operation of it has no forward derivative and no "
@@ -217,7 +224,12 @@ class Products:
         on the CPU, by 45 %). Where <u, H v> differs from <v, H u> it is wrong; the check costs one product.
         """
         space = self.derivatives.space
-        like = next(iter(space.values(self._model).values()))
+        if self.derivatives.problem.is_cut_up:
+            raise InvalidInput(
+                "Hessian() needs second derivatives, which a model that fully_shard has cut up does not give; use "
+                "GGN() or EmpiricalFisher(), or ptif.ekfac()."
+            )
+        like = space.like(self._model)
         flat = torch.randn(2, space.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(like)
         try:
             products = self.hessian_product(ids, batch, space.rows(flat)).flat()

@@ -188,6 +188,11 @@ class ModelAsk(AbstractAsk):
     def _gradient(self, derivatives: Derivatives) -> Rows:
         model, space = derivatives.problem.model, derivatives.whole
         check_weights(model)
+        if derivatives.problem.is_cut_up:
+            raise InvalidInput(
+                "FromModel is differentiated in all weights at once, of which fully_shard leaves each process a part; "
+                "ask with examples and a measure, or put the model together first."
+            )
         with preserved(model, space.names), derivative_safe(model), torch.enable_grad():
             parameters = space.values(model)
             value = self.function.value(model.inner if isinstance(model, ModelAndLoss) else model)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.batches import batch_slice
+from ..core.cut_up import whole
 from ..core.distributed import World
-from ..gradients.per_example import Derivatives, GradientBatch, rows_one_by_one, slopes
+from ..gradients.one_by_one import gradients_one_by_one
+from ..gradients.per_example import Derivatives, GradientBatch, slopes
 from ..problem.model_state import preserved
 from ..scores.diagnostics import FROZEN, LEFT_OUT
 
@@ -180,7 +182,7 @@ class _Look:
         named = self.derivatives.problem.model.named_parameters()
         # Noted before the pass, which makes exactly the chosen parameters trainable.
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)
-        like = next(iter(space.values(self.derivatives.problem.model).values()))
+        like = space.like(self.derivatives.problem.model)
         wide = torch.promote_types(like.dtype, torch.float32)
         shape = self.sample.count
         self.sums = {k: torch.zeros(shape, b.numel, dtype=wide, device=like.device) for k, b in space.blocks.items()}
@@ -211,19 +213,20 @@ class _Look:
                 with torch.no_grad():
                     outputs = objective.outputs(problem.model, one)
                 _, slope = slopes(objective, outputs, one, gradients.ids[e : e + 1])
-                rows = rows_one_by_one(problem.model, objective, names, one, slope)
-            for name, value in rows.items():
-                key = "used" if name in space.names else FROZEN if name in self.frozen else LEFT_OUT
-                self.few[key] = self.few.get(key, 0.0) + float(value.double().square().sum())
+                rows = gradients_one_by_one(problem.model, objective, names, one, slope)
+                for name, value in next(rows).items():
+                    key = "used" if name in space.names else FROZEN if name in self.frozen else LEFT_OUT
+                    self.few[key] = self.few.get(key, 0.0) + float(whole(value).double().square().sum())
 
     def moments(self) -> Moments:
         """The inner products of what was added up."""
         problem, space = self.derivatives.problem, self.derivatives.space
-        weights = {k: v.detach()[None] for k, v in space.values(problem.model).items()}
+        weights = space.values(problem.model)
         products = torch.zeros(self.sample.count + 1, self.sample.count + 1, dtype=torch.float64)
         square = 0.0
         for name, sums in self.sums.items():
-            decay = space.block(name, weights).dense().flatten(1).to(sums) * space.decay[name]
+            own = {part: whole(weights[part]).detach()[None] for part in space.blocks[name].parameters}
+            decay = space.block(name, own).dense().flatten(1).to(sums) * space.decay[name]
             cross = (sums @ decay.T).double().cpu()
             products[:-1, :-1] += (sums @ sums.T).double().cpu()
             products[:-1, -1:] += cross

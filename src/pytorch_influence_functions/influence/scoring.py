@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.cut_up import whole
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..gradients.per_example import Derivatives, GradientBatch
@@ -376,7 +377,7 @@ def decay_term(
     decay, space = derivatives.problem.weight_decay, derivatives.space
     if not decay.per_example or decay.is_zero:
         return None
-    values = {k: v.detach()[None] for k, v in space.values(derivatives.problem.model).items()}
+    values = {k: whole(v).detach()[None] for k, v in space.values(derivatives.problem.model).items()}
     own = space.from_parameters(values).scaled(space.decay)
     return solved.inner(own if names is None else own.only(names))[:, 0]
 

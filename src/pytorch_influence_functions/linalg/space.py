@@ -147,6 +147,11 @@ class Space:
             raise UnknownName(f"The model has no parameter {missing[0]!r}.{nearest(missing[0], parameters)}")
         return {name: parameters[name] for name in self.names}
 
+    def like(self, model: nn.Module) -> Tensor:
+        """An empty tensor with the type and on the device of the first parameter."""
+        first = next(iter(self.values(model).values()))
+        return torch.empty(0, dtype=first.dtype, device=first.device)
+
     def rows(self, flat: Float[Tensor, "_ _"]) -> Rows:
         """Rows whose dense blocks are views onto `flat` `[n, P]`; writing to one writes to the other."""
         if flat.ndim != 2 or flat.shape[1] != self.size:

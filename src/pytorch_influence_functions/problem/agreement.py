@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.batches import tensors_of
+from ..core.cut_up import is_part
 from ..core.digest import digest
 from ..core.distributed import current, process_count, together
 from ..core.indexing import spread_sample
@@ -121,6 +122,8 @@ def _short(text: str) -> str:
 
 def _bits(tensor: Tensor) -> str:
     """The sum of a tensor's bits as whole numbers: the same in every order of summing, so on every device."""
+    if is_part(tensor):
+        return f"of shape {tuple(tensor.shape)}, of which each process has a part"
     whole = tensor.detach()
     whole = torch.view_as_real(whole) if whole.is_complex() else whole
     if whole.is_floating_point():

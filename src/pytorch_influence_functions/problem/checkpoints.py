@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..core.cut_up import cut_modules, part_like
 from ..core.errors import InvalidInput, first_line, nearest
 from ..core.files import kind_of, read_tensors
 from .adapters import FILES as ADAPTER_FILES
@@ -202,11 +203,16 @@ def at_checkpoint(model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[N
     before = {id(tensor): (tensor, tensor.detach().clone()) for tensor in own.values()}
     try:
         # Weights made in inference mode may be written in it only; others may too.
-        with torch.inference_mode():
+        with _writing(model):
             for name, value in state.items():
-                own[name].copy_(value)
+                own[name].copy_(part_like(value, own[name]))
         yield
     finally:
-        with torch.inference_mode():
+        with _writing(model):
             for tensor, value in before.values():
                 tensor.copy_(value)
+
+
+def _writing(model: nn.Module) -> AbstractContextManager[Any]:
+    """Where weights may be written: parts of a cut-up model are views, which inference mode takes out of autograd."""
+    return torch.no_grad() if cut_modules(model) else torch.inference_mode()

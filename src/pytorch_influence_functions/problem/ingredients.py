@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import Collated
+from ..core.cut_up import cut_modules, whole
 from ..core.digest import digest, tensor_bytes
 from ..core.distributed import World
 from ..core.fingerprint import Probe
@@ -65,7 +66,7 @@ def describe_model(
     numbers: list[tuple[float, float]] = []
     for checkpoint in checkpoints or problem.checkpoints or (None,):
         with nullcontext() if checkpoint is None else at_checkpoint(problem.model, checkpoint):
-            weights.append(digest(named_tensors(problem.model)))
+            weights.append(_digest_weights(problem.model))
             numbers += _probe(problem)
     dtype = next(iter(problem.space.values(problem.model).values())).dtype
     probe = Probe.of(numbers, rtol=torch.finfo(dtype).eps ** 0.5)
@@ -74,7 +75,14 @@ def describe_model(
 
 def digest_model(problem: Problem) -> dict[str, Any]:
     """The ingredients of `describe_model` that need no data: the model's present weights, and its code."""
-    return {WEIGHTS: [digest(named_tensors(problem.model))], CODE: _code(problem.model)}
+    return {WEIGHTS: [_digest_weights(problem.model)], CODE: _code(problem.model)}
+
+
+def _digest_weights(model: nn.Module) -> str:
+    tensors = named_tensors(model)
+    if not cut_modules(model):
+        return digest(tensors)
+    return digest({name: digest(whole(tensor)) for name, tensor in tensors.items()})  # one at a time is gathered
 
 
 def _code(model: nn.Module) -> list[Any]:
@@ -101,6 +109,8 @@ def _probe(problem: Problem) -> list[tuple[float, float]]:
             numbers += zip(sizes, sizes, strict=True)
             for k in range(_DIRECTIONS):
                 numbers += zip((each @ _direction(each.shape[1], k, each)).tolist(), sizes, strict=True)
+            if problem.is_cut_up:
+                continue  # whose derivatives in the weights are in parts
             numbers += _derivatives(outputs, [own[name] for name in problem.space.names])
     return numbers
 

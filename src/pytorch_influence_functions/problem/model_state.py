@@ -18,6 +18,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..core.cut_up import cut_modules, free_gathered
 from ..core.errors import UnknownName, nearest
 from .session import session
 
@@ -256,9 +257,13 @@ class _Snapshot:
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
     rng: dict[str, Any]
     frames: list[tuple[object, frozenset[int] | None]] = field(default_factory=list)
+    cut: list[Any] = field(default_factory=list)
+    """Modules that gather their weights for a pass; the outermost would keep them until the backward pass."""
+    hooks: list[Any] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> _Snapshot:
+        free_gathered(model)
         modules = list(model.modules())
         stand_ins = _StandIn.all_of(modules)
         copies = {id(s.copy): s.copy for s in stand_ins if isinstance(s.copy, nn.Parameter)}
@@ -276,6 +281,7 @@ class _Snapshot:
                 if buffer is not None and not buffer.is_inference()
             ],
             rng=_rng_state(),
+            cut=cut_modules(model),
         )
 
     def enter(self) -> None:
@@ -286,6 +292,7 @@ class _Snapshot:
             setattr(stand_in.module, stand_in.name, stand_in.copy)
         for parameter, _, _ in self.parameters:
             parameter.grad = None
+        self.hooks += [module.register_forward_hook(_let_go) for module in self.cut]
 
     def apply_latest(self) -> None:
         """Make exactly the parameters of the innermost frame differentiable."""
@@ -296,6 +303,10 @@ class _Snapshot:
                 parameter.requires_grad_(requires_grad)
 
     def restore(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for module in self.cut:
+            module.reshard()
         for module, training in self.modes:
             module.training = training
         for parameter, requires_grad, grad in self.parameters:
@@ -317,6 +328,10 @@ class _Snapshot:
             for name, value in before.items():
                 _put_back(module, name, value)
         _set_rng_state(self.rng)
+
+
+def _let_go(module: Any, *_: Any) -> None:
+    module.reshard()
 
 
 # A list or dictionary of more members is data, and no forward fills it in a call.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.batches import map_tensors, tensors_of, to_device
+from ..core.cut_up import cut_modules, free_gathered, own_part
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, nearest
 from ..core.notebook import html_table
@@ -26,7 +27,7 @@ from .labels import Labels
 from .model_and_loss import ModelAndLoss, join_loss
 from .model_state import derivative_safe, preserved
 from .weight_decay import WeightDecay, as_weight_decay
-from .wrappers import refuse_sharded, unwrap
+from .wrappers import refuse_sharded, require_company, unwrap
 
 # --------------------------------------------------------------------------- problem
 
@@ -122,6 +123,11 @@ class Problem:
         return Space.of(self.model, self.parameters, self.weight_decay.strength)
 
     @cached_property
+    def is_cut_up(self) -> bool:
+        """Whether `fully_shard` has cut the model up, so that every pass is one of all processes."""
+        return bool(cut_modules(self.model))
+
+    @cached_property
     def labels(self) -> Labels:
         """The labels of the training examples that passes over them have seen so far."""
         return Labels(len(self))
@@ -172,6 +178,7 @@ def check_model(model: Any) -> None:
         itself = "pass the trained module itself, the model before the data"
         advice = "the module that it trained is its .module_" if inside else itself
         raise InvalidInput(f"The model must be a torch.nn.Module, got {what}; {advice}.")
+    free_gathered(model)
     refuse_sharded(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidInput(
@@ -232,8 +239,9 @@ def check_weights(model: nn.Module) -> None:
 
     Raises:
         NonFinite: names the parameters or buffers that hold NaN or infinity.
-        InvalidInput: a parameter has no values yet.
+        InvalidInput: a parameter has no values yet, or the processes that a model is cut up over are not all here.
     """
+    require_company(model)
     for name, weight in model.named_parameters():
         if is_lazy(weight):
             raise InvalidInput(
@@ -243,11 +251,12 @@ def check_weights(model: nn.Module) -> None:
             raise InvalidInput(
                 f"Parameter {name!r} lies on the meta device, which holds no values; load the model's weights first."
             )
-    bad = []
+    bad, parameters = [], {name for name, _ in model.named_parameters()}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor = own_part(tensor)
         # The sum is one cheap pass; a sum that is not finite may also be an overflow, hence the second check.
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum()):
-            parameter = isinstance(tensor, nn.Parameter)
+            parameter = name in parameters
             # A buffer may hold -inf, as masks do, but never NaN.
             wrong = ~torch.isfinite(tensor) if parameter else torch.isnan(tensor)
             if wrong.any():
@@ -290,7 +299,10 @@ def sweep(
     # By index and not by batch: batches may be as wide as the data, and every process has its part of them.
     chosen = source.indices(ids)
     plan = source.plan(chosen[world.share(len(chosen))])
+    plan = in_step(plan, world) if problem.is_cut_up else plan
     check_weights(problem.model)
+    if problem.is_cut_up:
+        current().meet(f"a sweep of {len(plan)} batches")
     with ExitStack() as stack:
         stack.enter_context(preserved(problem.model, problem.space.names))
         stack.enter_context(derivative_safe(problem.model))
@@ -301,7 +313,37 @@ def sweep(
             if source_is_training:
                 problem.labels.add(batch_ids, batch)
             batch = source.in_precision_of(to_device(batch, problem.device), problem.model)
+            if problem.is_cut_up:
+                current().meet("a pass over a batch")
             yield batch_ids, _differentiable(batch)
+
+
+def in_step(plan: list[Tensor], world: World) -> list[Tensor]:
+    """The same examples in as many batches as every other process has: each pass is one of all of them.
+
+    Args:
+        plan: the indices of each batch of this process.
+        world: the processes.
+
+    Raises:
+        InvalidInput: a process has fewer examples than that.
+
+    Example:
+        >>> [part.tolist() for part in in_step([torch.arange(5)], World())]
+        [[0, 1, 2, 3, 4]]
+    """
+    if world.size == 1:
+        return plan
+    examples = torch.cat([*plan, torch.arange(0)])
+    most = int(world.all_max(torch.tensor([len(plan)])))
+    fewest = -int(world.all_max(torch.tensor([-len(examples)])))
+    if fewest < most:
+        raise InvalidInput(
+            f"A process has {fewest} of the examples and another {most} batches, and the passes of a model that "
+            "fully_shard has cut up are made together; give batches of at least 2 examples (batch_size=), and at least "
+            f"one example for each of the {world.size} processes."
+        )
+    return plan if len(plan) == most else list(torch.tensor_split(examples, most))
 
 
 def _differentiable(batch: Any) -> Any:

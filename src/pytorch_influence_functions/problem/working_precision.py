@@ -52,6 +52,13 @@ def in_working_precision(problem: Problem, precision: str | None = None) -> Prob
         InvalidInput: the model cannot be copied, and bfloat16 was asked for.
     """
     check_precision(precision)
+    if problem.is_cut_up:
+        if precision is None:
+            return problem
+        raise InvalidInput(
+            f"precision={precision!r} works on a copy of the model, and this one is cut up by fully_shard; give "
+            "fully_shard a MixedPrecisionPolicy instead."
+        )
     types = {p.dtype for p in problem.space.values(problem.model).values()}
     if types.isdisjoint(HALF) and len(types) == 1 and precision is None:
         return problem

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..core.distributed import World
+from ..core.distributed import World, current
 from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize, timed_examples
@@ -181,7 +181,7 @@ def time_product(
     curvature = choice.curvature.multiplied
     if curvature is None or not choice.cost(size).products:
         return size
-    like = next(iter(derivatives.space.values(derivatives.problem.model).values())).detach()
+    like = derivatives.space.like(derivatives.problem.model)
     count = timed_examples(derivatives.batched(derivatives.problem.data, times=DIRECTIONS))
     vectors = max(1, min(size.n_queries, DIRECTIONS, _TIMED_NUMBERS // size.parameters))
     source = derivatives.problem.data.subset(range(count))
@@ -193,7 +193,7 @@ def time_product(
     for _ in range(_REPEATS):
         start = time.perf_counter()
         operator.apply(derivatives.space.rows(flat))
-        spent = min(spent, time.perf_counter() - start)
+        spent = min(spent, float(current().all_max(torch.tensor(time.perf_counter() - start))))
     part = replace(size, examples=count)
     size = replace(size, product_seconds=spent / count / curvature.product_cost(part, vectors).passes)
     if choice.preconditioner is not None:

@@ -389,6 +389,19 @@ def layout_of(manifest: Manifest, fitted: FittedBasis, representation: Represent
     return fitted.layout(representation, CODECS[manifest.facts["dtype"]])
 
 
+def refuse_cut_up(problem: Problem) -> None:
+    """Refuse to store gradients of a model whose passes all processes make together: each writes files of its own.
+
+    Raises:
+        InvalidInput: `fully_shard` has cut the model up.
+    """
+    if problem.is_cut_up:
+        raise InvalidInput(
+            "The model is cut up by fully_shard, whose passes all processes make together, and in an index each writes "
+            "files of its own; put the model together first, or ask with ptif.attribute(..., distributed=True)."
+        )
+
+
 def check_model_is_same(manifest: Manifest, problem: Problem, where: str) -> None:
     """Refuse a model with other weights or code, before anything is computed with it.
 

@@ -34,7 +34,7 @@ from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from .answering import Search, parts_of
 from .asking import Asker
-from .build import Plan, add_examples, build, layout_of, representation_of
+from .build import Plan, add_examples, build, layout_of, refuse_cut_up, representation_of
 from .columns import Columns, annotate, further_columns
 from .compaction import compact, remove
 from .describe import IndexForecast, diagnostics_of, labels_of_index
@@ -121,6 +121,7 @@ class Index:
         flag("overwrite", overwrite)
         plan = _plan(problem, method, representation, dtype, budget, data, shard)
         agree_on_problem(problem, plan.method)
+        refuse_cut_up(problem)
         table = None if columns is None else Columns.of(columns, Examples.of(data, problem.data).count)
         kept = {"what is kept": f"{plan.choice.representation!r} in {plan.choice.codec.name}, {plan.shard_rows} a file"}
         agree_on_given({**kept, "overwrite=": overwrite}, Examples.of(data, problem.data).source)
@@ -358,6 +359,7 @@ class Index:
         derivatives = self.asker.derivatives(None, self._where, self.folder.manifest.fingerprint)
         examples = Examples.of(data, problem.data)
         agree_on_given({}, examples.source)
+        refuse_cut_up(problem)
         table = further_columns(self.folder, columns, examples.count)
         with writing(self.folder.path):
             opened = self._changed(lambda: IndexFolder.open(self.folder.path, self.folder.check))
