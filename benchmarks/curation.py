@@ -13,6 +13,7 @@ interval over draws of the data.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -48,7 +49,10 @@ ACTIONS = (
     "all labels right",
     "useful half",
     "useful half of each class",
+    "… scored again half-way",
+    "issues out, then random half",
     "random half",
+    "random half of each class",
 )
 
 
@@ -62,13 +66,13 @@ def make_recipe(setting: Setting, width: int, classes: int) -> Recipe:
     return Recipe(network, optimizer, setting.epochs, 64, ConstantRate(), nn.CrossEntropyLoss())
 
 
-def best_half(usefulness: Tensor, groups: Tensor) -> Tensor:
-    """The half of each group that is most useful, as a mask."""
+def best_part(usefulness: Tensor, groups: Tensor, share: float = 0.5) -> Tensor:
+    """The share of each group that is most useful, as a mask: of 5, with a half, 3."""
     kept = torch.zeros(len(usefulness), dtype=torch.bool)
     for group in groups.unique():
         members = (groups == group).nonzero()[:, 0]
         order = usefulness[members].argsort(descending=True)
-        kept[members[order[: -(-len(members) // 2)]]] = True
+        kept[members[order[: math.ceil(share * len(members))]]] = True
     return kept
 
 
@@ -90,11 +94,21 @@ def compare(setting: Setting, draw: int, seeds: int) -> list[float]:
     y, planted = spoil(true, setting, classes, draw)
     n, k = len(x), int(planted.sum())
     recipe = make_recipe(setting, x.shape[1], classes)
-    fitted = ptif.ekfac().fit(ptif.Problem(train_model(recipe, (x, y), 1000 + draw), nn.CrossEntropyLoss(), (x, y)))
+
+    def fit(kept: Tensor) -> Any:
+        data = (x[kept], y[kept])
+        return ptif.ekfac().fit(ptif.Problem(train_model(recipe, data, 1000 + draw), nn.CrossEntropyLoss(), data))
+
+    fitted = fit(torch.ones(n, dtype=torch.bool))
     alone, helped = ptif.find_label_issues(fitted), ptif.find_label_issues(fitted, helper)
     usefulness = fitted.score(helper).values.double().mean(0)
+    # The most harmful quarter of each class goes; what is left is trained on and scored, and a third of it goes.
+    half_way = best_part(usefulness, y, 3 / 4)
+    again = torch.full((n,), -torch.inf, dtype=torch.float64)
+    again[half_way] = fit(half_way).score(helper).values.double().mean(0)
     generator = torch.Generator().manual_seed(draw)
     shuffled = torch.randperm(n, generator=generator)
+    chance = torch.rand(n, generator=generator)
     everything = torch.ones(n, dtype=torch.bool)
     edits: Sequence[tuple[Tensor, Mapping[int, int]]] = [
         (without(n, alone.ids(k)), {}),
@@ -105,9 +119,12 @@ def compare(setting: Setting, draw: int, seeds: int) -> list[float]:
         (without(n, alone.loss.argsort(descending=True)[:k]), {}),
         (without(n, shuffled[:k]), {}),
         (everything, {int(i): int(true[i]) for i in planted.nonzero()[:, 0]}),
-        (best_half(usefulness, torch.zeros(n)), {}),
-        (best_half(usefulness, y), {}),
+        (best_part(usefulness, torch.zeros(n)), {}),
+        (best_part(usefulness, y), {}),
+        (best_part(again, y), {}),
+        (best_part(chance.masked_fill(helped.is_issue, -1.0), y), {}),
         (without(n, shuffled[: n // 2]), {}),
+        (best_part(chance, y), {}),
     ]
     kept, labels = torch.stack([mask for mask, _ in edits]), tuple(change for _, change in edits)
     subsets = Subsets(kept, Protocol.OWN, "curated", labels)
@@ -132,7 +149,11 @@ def main() -> None:
         for name, gains in zip(ACTIONS, table[:, 1:].unbind(1), strict=True):
             if gains.abs().sum() > 0:
                 gain = Estimate.over_seeds(gains, "draws")
-                print(f"  {name:<32}{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})", flush=True)
+                beyond = ""
+                if "half" in name:
+                    paired = Estimate.over_seeds(gains - table[:, -1], "draws")
+                    beyond = f"  less random: {paired.value:+.4f} ({paired.low:+.4f} to {paired.high:+.4f})"
+                print(f"  {name:<32}{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}){beyond}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,11 @@
     python benchmarks/label_issues.py --only MNIST    # settings whose name holds this
 
 Average precision for labels that were made wrong on purpose, and the precision among the first k of the queue, where k
-is how many labels were made wrong. Two queues are confident learning's (Northcutt et al. 2021), on out-of-sample
+is how many labels were made wrong. Then, of the labels made wrong, for how many the true class is suggested (the
+likeliest class other than the given one), and for how many it is predicted (the likeliest of all): by the model, by the
+same model out of sample, and by the votes.
+
+Two queues are confident learning's (Northcutt et al. 2021), on out-of-sample
 probabilities of the same model, trained five times more: the normalised margin, and what cleanlab flags first, the
 least self-confident first, then the others in the same order. The others use the one model. The rule was fixed on
 digits and breast cancer, with Fashion-MNIST and MNIST at 5 % in view; the other settings judge it.
@@ -39,6 +43,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.demo.data import load
 
 QUEUES = ("highest loss", "margin, 5 folds", "cleanlab, 5 folds", "find_label_issues", "… with validation")
+FIGURES = ("average precision", "precision among as many", "true class suggested", "true class predicted")
 # Of the larger data sets so many examples are drawn anew for every seed.
 MOST = 2500
 
@@ -146,7 +151,7 @@ def train(x: Tensor, y: Tensor, classes: int, setting: Setting, seed: int) -> nn
 
 
 def compare(setting: Setting, seed: int) -> list[list[float]]:
-    """Average precision and precision among as many as are wrong, of every queue."""
+    """Of every queue, the four figures."""
     from cleanlab.filter import find_label_issues as flagged_by_cleanlab
 
     x, true = examples(setting.data)
@@ -171,9 +176,16 @@ def compare(setting: Setting, seed: int) -> list[list[float]]:
     alone, with_validation = ptif.find_label_issues(problem), ptif.find_label_issues(problem, validation)
     queues = (alone.loss, margin, flagged.double() - given, alone.doubt, with_validation.doubt)
     first = [planted[queue.argsort(descending=True)[: int(planted.sum())]].double().mean() for queue in queues]
+    with torch.no_grad():
+        own = model(x).softmax(1)
+    beliefs = [b[planted] for b in (own, probabilities, probabilities, alone.votes, with_validation.votes)]
+    likeliest_other = [b.scatter(1, y[planted, None], -torch.inf).argmax(1) for b in beliefs]
+    right = true[held_out:][planted]
     return [
         [float(average_precision_score(planted.numpy(), queue.numpy())) for queue in queues],
         [float(precision) for precision in first],
+        [float((other == right).double().mean()) for other in likeliest_other],
+        [float((b.argmax(1) == right).double().mean()) for b in beliefs],
     ]
 
 
@@ -190,7 +202,7 @@ def main() -> None:
         began = time.perf_counter()
         measured = np.array([compare(setting, seed) for seed in range(options.seeds)])
         print(f"<!-- {time.perf_counter() - began:.0f} s -->")
-        for what, values in zip(("average precision", "precision"), measured.swapaxes(0, 1), strict=True):
+        for what, values in zip(FIGURES, measured.swapaxes(0, 1), strict=True):
             cells = [f"{mean:.3f} ± {spread:.3f}" for mean, spread in zip(values.mean(0), values.std(0), strict=True)]
             print(f"| {setting} | {what} | {' | '.join(cells)} |", flush=True)
 

@@ -20,7 +20,7 @@ from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, sweep
-from ..scores.doubt import harm_reliability, label_doubt
+from ..scores.doubt import harm_reliability, label_doubt, likeliest_other
 from .fitted_system import fit_system
 from .label_votes import class_labels, label_votes
 
@@ -171,7 +171,6 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
     rows = torch.arange(len(given))
     harms = None if validation is None else -fitted.score(validation).values.double()
     votes = label_votes(fitted, given, probabilities.shape[1], validation)
-    others = votes.scatter(1, given[:, None], -torch.inf)
     spread = fitted.problem.data.spread
     return LabelIssues(
         _outside(spread(label_doubt(votes, given)), fitted.problem, -torch.inf),
@@ -182,7 +181,7 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
         spread(given),
         spread(probabilities.argmax(1)),
         spread(probabilities[rows, given]),
-        spread(others.argmax(1)),
+        spread(likeliest_other(votes, given)[1]),
         fitted.problem.data.class_names,
         None if harms is None else harm_reliability(harms),
     )

@@ -120,6 +120,7 @@ class _Electorate:
     def of(derivatives: Derivatives, people: list[tuple[Source, Tensor]]) -> _Electorate:
         """Sum over directions r in the outputs of <J_i^T r, J_j^T r>, which is the tangent kernel on average."""
         gram, classes, k, directions = None, [], 0, 1
+        # A sweep for each direction: the rows of one, and not of four, are in memory together.
         while k < directions:
             kept = []
             for source, chosen in people:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -43,12 +43,28 @@ def harm_reliability(harm: Float[Tensor, "v n"]) -> float:
     return min(1.0, 2.0 * r / (1.0 + r))
 
 
-def label_doubt(votes: Float[Tensor, "n c"], given: Tensor) -> Float[Tensor, " n"]:
+def likeliest_other(
+    votes: Float[Tensor, "n c"], given: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """The most votes for a class other than the given one, and which class that is.
+
+    Args:
+        votes: for every class, [n, C].
+        given: the classes as the data have them, [n].
+
+    Example:
+        >>> likeliest_other(torch.tensor([[0.7, 0.1, 0.2]]), torch.tensor([0]))
+        (tensor([0.2000]), tensor([2]))
+    """
+    most = votes.scatter(1, given[:, None], -torch.inf).max(1)
+    return most.values, most.indices
+
+
+def label_doubt(votes: Float[Tensor, "n c"], given: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The most votes for a class other than the given one, less those for the given one; above 0 is doubtful.
 
     Args:
         votes: for every class, [n, C].
         given: the classes as the data have them, [n].
     """
-    others = votes.scatter(1, given[:, None], -torch.inf).amax(1)
-    return others - votes.gather(1, given[:, None])[:, 0]
+    return likeliest_other(votes, given)[0] - votes.gather(1, given[:, None])[:, 0]
