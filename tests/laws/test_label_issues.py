@@ -174,6 +174,10 @@ def test_a_table_for_cleanlab_with_names() -> None:
     assert {"is_label_issue", "label_score", "given_label", "predicted_label", "harm"} <= set(frame.columns)
     assert frame["label_score"].is_monotonic_increasing and set(frame["given_label"]) == {"ant", "bee", "cow"}
     assert "labels in doubt, first" in repr(issues)
+    with pytest.raises(InvalidInput, match="got a table, which does not say what becomes of its rows"):
+        ptif.actions.curate((x, y), frame)
+    rows = frame.index[frame["label_score"] < 0.1]
+    assert ptif.actions.curate((x, y), rows).removed == tuple(sorted(issues.ids(9)))
     outcome = ptif.what_if(problem, relabel=issues.relabelling(3))
     assert outcome.edit.description == "3 examples relabelled"
 
@@ -198,6 +202,8 @@ def test_in_the_manner_of_scikit_learn() -> None:
     with pytest.raises(InvalidInput, match=r"has not been fitted; call fit\(x, y\) first"):
         _ = finder.ranked_label_issues_
     assert sorted(finder.fit(x, y).ranked_label_issues_.tolist()) == list(range(90))
+    with pytest.raises(InvalidInput, match="trains by a Recipe, got Linear; write"):
+        LabelIssueFinder(nn.Linear(4, 3)).fit(x, y)  # type: ignore[arg-type]
 
 
 def test_validation_labels_that_the_model_does_not_know() -> None:
@@ -211,6 +217,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "numbers": (
         lambda x, y: ptif.Problem(nn.Linear(4, 1), nn.MSELoss(), (x, x[:, :1])),
         "which are no class numbers; find_label_issues",
+    ),
+    "one-hot labels": (
+        lambda x, y: ptif.Problem(nn.Linear(4, 3), nn.CrossEntropyLoss(), (x, nn.functional.one_hot(y, 3).float())),
+        r"give one-hot labels as y.argmax\(1\)",
+    ),
+    "a model instead of a problem": (
+        lambda x, y: nn.Linear(4, 3),
+        r"got Linear; write find_label_issues\(Problem\(model, loss, train\)",
     ),
     "a method without a system": (
         lambda x, y: ptif.Problem(nn.Linear(4, 3), nn.CrossEntropyLoss(), (x, y)),

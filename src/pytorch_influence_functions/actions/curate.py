@@ -237,7 +237,9 @@ def curate(
     labels = _read_labels(source, relabelled, names, as_label)
     removed = tuple(sorted(i for i in places if i not in relabelled))
     if not positions:
-        raise InvalidInput(f"These decisions change nothing ({decisions!r}); decide on at least one example.")
+        raise InvalidInput(
+            f"These decisions change nothing ({_in_one_line(decisions)}); decide on at least one example."
+        )
     if len(removed) == len(source):
         raise InvalidInput(f"Of the {len(source)} training examples nothing would be left; leave some in.")
     return CuratedData(source, removed, labels)
@@ -264,9 +266,18 @@ def _read_choice(source: Source, decisions: Any) -> dict[int, Any]:
         return dict.fromkeys(decisions.is_issue.nonzero()[:, 0].tolist())
     if isinstance(decisions, Mapping):
         return dict(decisions)
+    if hasattr(decisions, "columns"):
+        raise InvalidInput(
+            "decisions= got a table, which does not say what becomes of its rows; give the indices of those to remove, "
+            "such as table.index[table.is_label_issue], or {index: new label}."
+        )
     indices = read_indices(source, decisions, "decisions")
     positions = source.positions
     return dict.fromkeys(indices if positions is None else positions[indices].tolist())
+
+
+def _in_one_line(decisions: Any) -> str:
+    return " ".join(repr(decisions).split())[:100]
 
 
 def _read_labels(

@@ -20,8 +20,13 @@ def fit_system(problem: Problem | Attribution, method: Any, asking: str) -> Attr
         asking: the function that needs it, for messages.
 
     Raises:
-        InvalidInput: the method solves no linear system, or does not say where in the parameters.
+        InvalidInput: the problem is none, the method solves no linear system, or does not say where in the parameters.
     """
+    if not isinstance(problem, (Problem, Attribution)):
+        raise InvalidInput(
+            f"{asking}() takes a Problem, or what fit() gave for one, got {type(problem).__name__}; write "
+            f"{asking}(Problem(model, loss, train), ...)."
+        )
     if isinstance(problem, Attribution):
         if method is not None:
             raise InvalidInput(

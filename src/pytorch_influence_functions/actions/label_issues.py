@@ -260,7 +260,16 @@ class LabelIssueFinder:
         Args:
             x: inputs, as `ptif.attribute` takes them.
             y: given labels.
+
+        Raises:
+            InvalidInput: `recipe` is none; and as `find_label_issues`.
         """
+        if not isinstance(self.recipe, Recipe):
+            raise InvalidInput(
+                f"LabelIssueFinder trains by a Recipe, got {type(self.recipe).__name__}; write "
+                "Recipe(lambda: model, epochs=...) with a function that builds the model, or ask find_label_issues() "
+                "about a model that is trained already."
+            )
         self.model_ = train_model(self.recipe, (x, y), self.seed)
         source = Source.of((x, y))
         loss = infer_objective(self.model_, source) if self.recipe.loss is None else self.recipe.loss

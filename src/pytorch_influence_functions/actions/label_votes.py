@@ -93,7 +93,8 @@ def class_labels(batch: Any, n: int) -> Int[Tensor, " n"]:
     if targets.shape[1] != 1 or (targets.is_floating_point() and bool((targets != targets.round()).any())):
         raise InvalidInput(
             f"The labels have shape {tuple(tensor_targets(batch).shape)} and type {targets.dtype}, which are no "
-            "class numbers; find_label_issues() is about classes, for numbers look at the residuals."
+            "class numbers; find_label_issues() is about one class for each example: give one-hot labels as "
+            "y.argmax(1), ask about several labels one by one, and for numbers look at the residuals."
         )
     return targets[:, 0].long().cpu()
 
