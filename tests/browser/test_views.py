@@ -219,3 +219,10 @@ def test_tables_sort_by_their_columns(look: Callable[..., Looks]) -> None:
     assert names == sorted(names)
     column.get_by_role("button", name="Class ↕", exact=True).click()
     assert column.locator("tbody th").all_inner_texts() == names[::-1]
+
+
+def test_a_query_leads_to_the_verbs_that_say_more_of_it(look: Callable[..., Looks]) -> None:
+    commands = look("pictures", "q/1").page.locator("#view-query .further code").all_inner_texts()
+    assert [command.split()[1] for command in commands] == ["input-influence", "flip", "attack"]
+    assert all(command.startswith(f"ptif {command.split()[1]} task.py --queries 1") for command in commands)
+    assert not look("texts", "q/1").page.locator("#view-query .further").count(), "texts have no slopes"

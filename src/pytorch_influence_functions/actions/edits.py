@@ -70,10 +70,7 @@ class Edit:
         Raises:
             InvalidInput: nothing is changed, everything is removed, or an index or label cannot be used.
         """
-        # A column of a pandas table is no mapping and becomes one.
-        relabel, replace, reweight = (
-            given.to_dict() if hasattr(given, "to_dict") else given for given in (relabel, replace, reweight)
-        )
+        relabel, replace, reweight = _as_mapping(relabel), _as_mapping(replace), _as_mapping(reweight)
         removed = read_indices(problem.data, remove, "remove")
         names = problem.data.class_names
         labels = {
@@ -178,6 +175,11 @@ def read_indices(source: Source, given: Any, name: str) -> list[int]:
     if twice:
         raise InvalidInput(f"{name}= names index {name_ids(twice)} more than once; give each once.")
     return [source.index_of(i) for i in chosen]
+
+
+def _as_mapping(given: Any) -> Any:
+    """A column of a pandas table as the mapping that it stands for; anything else as it is."""
+    return given.to_dict() if hasattr(given, "to_dict") else given
 
 
 def _by_index(source: Source, given: Any, name: str) -> dict[int, Any]:

@@ -55,16 +55,7 @@ def attack_command(
     Beside it: training on unchanged data, and on random signs of the same size. Trains up to --rounds + 5 times.
     """
     output = Output(json, quiet)
-    flags = {
-        "task": task,
-        "queries": queries,
-        "out": out,
-        "method": method,
-        "damping": damping,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "device": device,
-    }
+    flags = options.settings_among(locals())
     with exit_with_code(output):
         settings = options.merge_settings(flags, config)
         if out is not None:

@@ -55,30 +55,7 @@ def attribute_command(
     Finished blocks of queries are kept in --out: after Ctrl-C the same command goes on from there.
     """
     output = Output(json, quiet)
-    flags = {
-        "task": task,
-        "method": method,
-        "queries": queries,
-        "out": out,
-        "top": top,
-        "report": report,
-        "run": run,
-        "damping": damping,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "block": block,
-        "device": device,
-        "hf": hf,
-        "dataset": dataset,
-        "query": query or None,
-        "answer": answer or None,
-        "messages_column": messages_column,
-        "text_column": text_column,
-        "prompt_column": prompt_column,
-        "completion_column": completion_column,
-        "source_column": source_column,
-        "max_length": max_length,
-    }
+    flags = options.settings_among(locals()) | {"query": query or None, "answer": answer or None}
     with exit_with_code(output) as interruption:
         settings = options.merge_settings(flags, config)
         if dry_run:

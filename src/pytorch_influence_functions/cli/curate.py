@@ -38,7 +38,7 @@ def curate_command(
     get_options(). Finished trainings are kept in --out: after Ctrl-C the same command goes on from there.
     """
     output = Output(json, quiet)
-    flags = {"task": task, "out": out, "batch_size": batch_size, "device": device}
+    flags = options.settings_among(locals())
     with exit_with_code(output) as interruption:
         settings = options.merge_settings(flags)
         if decisions is None:

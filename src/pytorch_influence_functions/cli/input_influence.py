@@ -59,17 +59,7 @@ def input_influence_command(
     trained again: one backward pass over the examples for each query.
     """
     output = Output(json, quiet)
-    flags = {
-        "task": task,
-        "queries": queries,
-        "out": out,
-        "top": top,
-        "method": method,
-        "damping": damping,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "device": device,
-    }
+    flags = options.settings_among(locals())
     with exit_with_code(output):
         settings = options.merge_settings(flags, config)
         if out is not None:

@@ -45,16 +45,7 @@ def label_issues_command(
     and the harm that each example does is told. ptif curate carries out what you decide in the table.
     """
     output = Output(json, quiet or csv)
-    flags = {
-        "task": task,
-        "out": out,
-        "top": top,
-        "method": method,
-        "damping": damping,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "device": device,
-    }
+    flags = options.settings_among(locals())
     with exit_with_code(output):
         settings = options.merge_settings(flags, config)
         if not csv:

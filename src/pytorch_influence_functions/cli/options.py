@@ -182,6 +182,15 @@ def missing_argument(name: str, what: str) -> InvalidInput:
     return InvalidInput(f"{name} is missing; give {what}.")
 
 
+def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of a command that are settings, which the file of `--config` may hold as well.
+
+    Args:
+        arguments: all of the command's, by name: its `locals()`.
+    """
+    return {name: value for name, value in arguments.items() if name in _KINDS}
+
+
 def merge_settings(flags: Mapping[str, Any], config: Path | None = None) -> RunSettings:
     """Merge the settings of the file with the flags, which win; `None` among the flags means not given.
 

@@ -44,17 +44,7 @@ def self_influence_command(
     The predicted rise of an example's own loss when it is removed. Wrong labels stand out: nothing else supports them.
     """
     output = Output(json, quiet)
-    flags = {
-        "task": task,
-        "method": method,
-        "out": out,
-        "top": top,
-        "run": run,
-        "damping": damping,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "device": device,
-    }
+    flags = options.settings_among(locals())
     with exit_with_code(output) as interruption:
         settings = options.merge_settings(flags, config)
         named = None if settings.method is None else parse_method(settings.method)

@@ -47,16 +47,7 @@ def flip_command(
     Found by one Newton step after another; --confirm trains again without them.
     """
     output = Output(json, quiet)
-    flags = {
-        "task": task,
-        "queries": queries,
-        "out": out,
-        "method": method,
-        "damping": damping,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "device": device,
-    }
+    flags = options.settings_among(locals())
     with exit_with_code(output):
         settings = options.merge_settings(flags, config)
         if out is not None:
@@ -100,15 +91,7 @@ def smallest_removal_command(
     The statistic is an entry of get_options(): a function of the model, such as lambda m: m.weight[0, 0].
     """
     output = Output(json, quiet)
-    flags = {
-        "task": task,
-        "out": out,
-        "method": method,
-        "damping": damping,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "device": device,
-    }
+    flags = options.settings_among(locals())
     with exit_with_code(output):
         settings = options.merge_settings(flags, config)
         if out is not None:

@@ -55,17 +55,7 @@ def what_if_command(
     Predicted around the trained weights; nothing is trained. ptif curate trains again, to know.
     """
     output = Output(json, quiet)
-    flags = {
-        "task": task,
-        "queries": queries,
-        "out": out,
-        "top": top,
-        "method": method,
-        "damping": damping,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "device": device,
-    }
+    flags = options.settings_among(locals())
     with exit_with_code(output):
         settings = options.merge_settings(flags, config)
         if out is not None:

@@ -459,8 +459,19 @@
           el("div", {}, Q.label[q] ? el("p", {}, capital(target) + ": ", isolated(brief(Q.label[q], 160), "label")) : "", answer(q) || ""),
           record.likely && record.likely.length ? likely(record.likely) : "", texts.bySource(record), histogram(record)),
         el("div", {}, ...(index.tokens ? texts.lists(q, record, asked.colour, heads) : [heads.help, cards(record.help, "help"), heads.harm, cards(record.harm, "harm")]))),
-      record.k === "table" && record.t.length + record.m > 5 ? sideBySide(q, record) : "");
+      record.k === "table" && record.t.length + record.m > 5 ? sideBySide(q, record) : "", askFurther(q, record));
     $("live").textContent = Q.name[q] + ", " + (at + 1) + " of " + visible.length;
+  }
+  /** What else the command line says about this query, where its data allow it. */
+  function askFurther(q, record) {
+    if (!["image", "table"].includes(record.k) || Q.id[q] < 0) return "";
+    const first = record.help.slice(0, 3).map(([i]) => i).join(","), asked = " task.py --queries " + Q.id[q];
+    const line = (text, verb, flags) => el("li", {}, text, ": ", el("code", {}, "ptif " + verb + asked + flags));
+    const kind = record.k === "image" ? "pixels" : "columns";
+    return el("section", { class: "further" }, el("h2", {}, "Ask further", el("small", {}, "In a terminal, with a task file that says which model and data.")),
+      el("ul", {}, line("Which " + kind + " of the training examples matter to it", "input-influence", first ? " --examples " + first + " --plot heat.png" : ""),
+        ...(numeric ? [] : [line("Without which few examples the answer flips", "flip", ""),
+          line("Whether small changes of training inputs flip it", "attack", " --count 10" + (record.k === "image" ? " --size 2/255 --bounds 0:1" : " --size 0.1"))])));
   }
   /** All columns of a table row beside those of its first helpful and harmful examples. */
   function sideBySide(q, record) {
