@@ -325,8 +325,8 @@ def small_rows(examples: int) -> tuple[ptif.Problem, tuple[Tensor, Tensor]]:
 
 def memory(folder: Path, examples: int) -> None:
     """The most memory of a process that builds, asks or takes self-influence, for growing indexes."""
-    print("\nmemory: MLP 16-8-4, EK-FAC, factors in float32; 8 queries; the most that a process ever held, and the")
-    print("same less the training data, which the program holds as tensors; seconds of the processor")
+    print("\nmemory: MLP 16-8-4, EK-FAC, factors in float32, files of 16 MB; 8 queries; the most that a process ever")
+    print("held, and the same less the training data, which the program holds as tensors; seconds of the processor")
     print("| examples | data | on disk | work | most memory | less the data | seconds | us an example |")
     print("|---|---|---|---|---|---|---|---|")
     n = 10_000
@@ -353,7 +353,7 @@ def one_work(folder: Path, work: str, examples: int) -> None:
     place = folder / f"small-{examples}"
     problem, queries = small_rows(examples if work == WORKS[0] else 8)
     if work == WORKS[0]:
-        taken = seconds(lambda: ptif.Index.build(problem, place))
+        taken = seconds(lambda: ptif.Index.build(problem, place, shard="16MB"))
     else:
         index = ptif.Index.open(place, problem.model)
         taken = seconds(lambda: index.score(queries, top=100) if work == "top" else index.self_influence())

@@ -458,8 +458,8 @@ def test_a_forecast_reads_few_examples() -> None:
 
 def test_a_named_curvature_with_eigenvalues_is_not_asked_whether_outputs_are_affine() -> None:
     asked: list[bool] = []
-    model, x, y, *_ = mlp(20)
-    size = ProblemSize.of(Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y))), 2)
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    size = ProblemSize.of(Derivatives.of(ptif.Problem(nn.Linear(3, 2), ptif.CrossEntropy(), (x, y))), 2)
     size = replace(size, asks_affine=lambda: bool(asked.append(True)))
     choose_composition(EKFAC(), size, Budget())
     assert not asked

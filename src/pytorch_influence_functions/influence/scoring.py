@@ -171,7 +171,7 @@ class ScoreMatrix:
     def __post_init__(self) -> None:
         top = self.question.top
         if top is not None and self.question.candidates is None and not self.whole:
-            self._extremes = TopK(len(self.question), top)
+            self._extremes = TopK(len(self.question), min(top, self.n_train))
 
     @property
     def holds_all(self) -> bool:

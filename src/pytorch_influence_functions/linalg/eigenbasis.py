@@ -69,10 +69,10 @@ class Eigenbasis:
         return sum(part.size for part in self.parts)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the eigenvectors; float32 where there are none to speak of."""
+    def dtype(self) -> torch.dtype | None:
+        """Of the eigenvectors; None where there are none, and rows of any kind have coordinates."""
         sides = (side for part in self.parts for side in (part.basis.left, part.basis.right))
-        return next((side.dtype for side in sides if side is not None), torch.float32)
+        return next((side.dtype for side in sides if side is not None), None)
 
     @property
     def values(self) -> Float[Tensor, " k"]:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..linalg.chunks import chunks
 from ..linalg.eigenbasis import Eigenbasis
 from ..linalg.rows import Rows
 from .block_forms import build_block, split_block
@@ -21,6 +22,8 @@ Stored = Mapping[str, Tensor]
 """Tensors of some rows; the first axis of each runs over them."""
 
 _PEAKS: Final = "peaks"
+# Coordinates that are made and stored at once.
+_CACHED: Final = 1 << 19
 
 
 class AbstractLayout(ABC):
@@ -78,10 +81,15 @@ class ColumnLayout(AbstractLayout):
         return self.codec.multiplies_as_stored
 
     def encode(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        # A few rows at a time stay in the cache on their way to what is stored.
+        pieces = [self._encode(rows.take(some)) for some in chunks(len(rows), self.basis.size, _CACHED)]
+        return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}, {}
+
+    def _encode(self, rows: Rows) -> dict[str, Tensor]:
         coordinates = self.basis.coordinates(rows)
         if self.codec.scales_columns:
-            coordinates = coordinates / self.columns.to(coordinates)
-        return self.codec.encode(coordinates), {}
+            coordinates = coordinates.div_(self.columns.to(coordinates))
+        return self.codec.encode(coordinates)
 
     def ready(self, solved: Float[Tensor, "q k"]) -> Float[Tensor, "q k"]:
         if self.codec.scales_columns:
@@ -166,7 +174,7 @@ class FactorLayout(AbstractLayout):
         return flat.reshape(len(flat), *shape)
 
     def ready(self, solved: Float[Tensor, "q k"]) -> Rows:
-        return self.basis.rows_of(solved.to(self.basis.dtype)).to(self._dtype)
+        return self.basis.rows_of(solved.to(self.basis.dtype or self._dtype)).to(self._dtype)
 
     def ready_by_part(self, solved: Float[Tensor, "q k"], parts: Iterable[Sequence[str]]) -> list[Rows]:
         rows = self.ready(solved)
@@ -181,7 +189,7 @@ class FactorLayout(AbstractLayout):
         return products
 
     def coordinates(self, stored: Stored, forms: Mapping[str, Any]) -> Float[Tensor, "n k"]:
-        return self.basis.coordinates(self.rows(stored, forms).to(self.basis.dtype))
+        return self.basis.coordinates(self.rows(stored, forms).to(self.basis.dtype or self._dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         return {}

@@ -21,7 +21,7 @@ from .layouts import AbstractLayout, Stored
 # Rows that are looked at together, numbers that are made of them, and scores on them: enough that what is done once
 # for each piece costs little beside its products.
 _MOST: Final = 1 << 18
-_NUMBERS: Final = 1 << 25
+_NUMBERS: Final = 1 << 23
 _SCORES: Final = 1 << 20
 
 
@@ -60,12 +60,13 @@ class StoredRows:
     mask: Bool[Tensor, " n"]
     world: World = World()
 
-    def parts(self, queries: int = 1, as_stored: bool = False) -> Iterator[Part]:
+    def parts(self, queries: int = 1, as_stored: bool = False, width: int = 0) -> Iterator[Part]:
         """All rows that count, in pieces that suit so many queries.
 
         Args:
             queries: how many.
             as_stored: whether they are only multiplied as they are stored.
+            width: numbers that are made of each row.
         """
         shards = self.folder.manifest.shards
         for shard in shards[self.world.share(len(shards))]:
@@ -76,7 +77,7 @@ class StoredRows:
             ids = shard.ids
             kept = asked if shard.kept is None else self.mask[ids]
             stored = {k: v for k, v in file.tensors.items() if k not in (HASHES, LABELS)}
-            numbers = 1.0 if as_stored else sum(v.numel() for v in stored.values()) / max(1, len(ids))
+            numbers = 1.0 if as_stored else max(width, sum(v.numel() for v in stored.values()) / max(1, len(ids)))
             step = max(1, min(_MOST, int(_NUMBERS / max(1.0, numbers)), _SCORES // max(1, queries)))
             yield from self._pieces(ids, stored, file.record["forms"], kept, step)
 
@@ -100,7 +101,8 @@ class StoredRows:
             queries: how many there are.
             inverse: where scores are divided by sqrt(g^T (C + D)^-1 g) of each example: 1 / (eigenvalue + damping).
         """
-        for part in self.parts(queries, inverse is None and self.layout.multiplies_as_stored):
+        as_stored = inverse is None and self.layout.multiplies_as_stored
+        for part in self.parts(queries, as_stored, 0 if inverse is None else 2 * len(inverse)):
             several = [self.layout.products(some, part.stored, part.forms) for some in ready]
             if inverse is not None:
                 norms = self._own(part, inverse).sqrt().to(several[0])
@@ -112,7 +114,7 @@ class StoredRows:
 
     def self_influence(self, inverse: Float[Tensor, " k"]) -> Iterator[tuple[Tensor, Tensor]]:
         """(training ids, g^T (C + D)^-1 g of each)."""
-        for part in self.parts():
+        for part in self.parts(width=2 * len(inverse)):
             own = self._own(part, inverse)
             yield (part.ids, own) if part.kept is None else (part.ids[part.kept], own[part.kept])
 
@@ -145,7 +147,7 @@ class Ranking:
         if self.candidates is not None:
             width = self.candidates.width
         elif self.top is not None:
-            self._extremes = TopK(self.queries, self.top)
+            self._extremes = TopK(self.queries, min(self.top, int(self.mask.sum())))
         else:
             self._columns = self.mask.nonzero().flatten()
             width = len(self._columns)
