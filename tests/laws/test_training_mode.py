@@ -314,6 +314,12 @@ def removed(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
     return torch.stack([curves.measured[name] for name in sorted(curves.measured)])
 
 
+def patched(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
+    problem = ptif.Problem(model, nn.CrossEntropyLoss(), train)
+    patch = ptif.evaluation.tail_patch(problem, {"dual": ptif.dual()}, queries, k=2)
+    return torch.stack([patch.changes[name] for name in sorted(patch.changes)])
+
+
 def retrained_from(model: nn.Module, train: Any, queries: Any, folder: Path) -> Any:
     """A training function of the user's own that begins with a copy of the model at hand."""
 
@@ -330,6 +336,7 @@ RETRAINING: dict[str, Entry] = {
     "retraining by a function": retrained_from,
     "table": table,
     "removal curves": removed,
+    "tail patch": patched,
     "verification": lambda model, train, queries, folder: torch.tensor(
         [
             removal.actual
