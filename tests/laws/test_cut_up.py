@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions import curvature, methods, solvers
+from pytorch_influence_functions import curvature, solvers
 from pytorch_influence_functions.core.distributed import World
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.problem.problem import in_step
@@ -126,19 +126,13 @@ def half_frozen() -> Tensor:
 CG = ptif.Influence(curvature.GGN(), solvers.CG(rtol=1e-10), damping=0.1)
 PROGRAMS: dict[str, Callable[[], Tensor]] = {
     "chosen by itself": lambda: ask(None).values,
-    "ekfac": lambda: ask().values,
-    "ekfac, top": lambda: ask(top=2).values,
     "ekfac, by layer": lambda: torch.stack([part.values for part in ask(by="layer").values()]),
-    "ekfac, batches of two": lambda: ask(batch_size=2).values,
     "ekfac, some parameters": lambda: ask(parameters=["blocks.1.*", "head"]).values,
-    "ekfac, weight decay": lambda: ask(weight_decay=0.01).values,
     "ekfac, tied": lambda: ask(model=net(tied=True)).values,
     "ekfac, of itself": lambda: ptif.ekfac().fit(ptif.Problem(net(), LOSS, data()[0])).self_influence(),
     "along the run": lambda: ask(checkpoints=checkpoints()).values,
-    "source": lambda: ask(ptif.source(checkpoints(), lr=0.1, steps=9, segments=2)).values,
     "dual": lambda: ask("dual").values,
     "conjugate gradients": lambda: ask(CG).values,
-    "grad dot": lambda: ask(methods.grad_dot()).values,
     "in training": in_training,
     "half frozen": half_frozen,
 }

@@ -23,13 +23,19 @@ def is_part(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with all of its numbers; of a part all processes have to ask together."""
-    gathered: Tensor = tensor.detach().full_tensor() if is_part(tensor) else tensor  # type: ignore[operator]
+    if not is_part(tensor):
+        return tensor
+    part: Any = tensor.detach()
+    gathered: Tensor = part.full_tensor()
     return gathered
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of the tensor."""
-    part: Tensor = tensor.detach().to_local() if is_part(tensor) else tensor  # type: ignore[operator]
+    if not is_part(tensor):
+        return tensor
+    cut: Any = tensor.detach()
+    part: Tensor = cut.to_local()
     return part
 
 

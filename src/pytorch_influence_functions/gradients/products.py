@@ -129,11 +129,6 @@ class Products:
         """
         objective = self.derivatives.objective
         assert isinstance(objective, TokenCrossEntropy), "token_scores() says so in a sentence first"
-        if self.derivatives.problem.is_cut_up:
-            raise InvalidInput(
-                "Tokens cannot be told apart in a model that fully_shard has cut up: it takes derivatives along "
-                "directions of all weights at once; use score()."
-            )
         if self.mode is PushforwardMode.ROWS:
             raise InvalidInput(
                 "Tokens cannot be told apart in this model: an operation of it has no forward derivative and no "
