@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..core.batches import batch_slice
 from ..core.distributed import World
-from ..gradients.per_example import Derivatives, GradientBatch, rows_one_by_one, slopes
+from ..gradients.per_example import Derivatives, GradientBatch, slopes
+from ..gradients.vjp import squared_gradient_norms
 from ..problem.model_state import preserved
 from ..scores.diagnostics import FROZEN, LEFT_OUT
 
@@ -202,19 +203,20 @@ class _Look:
     def _add_left_out(self, gradients: GradientBatch, count: int) -> None:
         """Squared norms over all floating-point parameters, where some take no part."""
         problem, space, objective = self.derivatives.problem, self.derivatives.space, self.derivatives.objective
-        names = [k for k, p in problem.model.named_parameters() if p.is_floating_point()]
+        named = dict(problem.model.named_parameters())
+        names = [k for k, p in named.items() if p.is_floating_point()]
         if count <= 0 or not set(names) - set(space.names):
             return
-        for e in range(count):  # one at a time: a row over all parameters is as large as the model
+        for e in range(count):  # one at a time, and of its gradient one parameter's: all are as large as the model
             one = batch_slice(gradients.batch, len(gradients.ids), slice(e, e + 1))
             with preserved(problem.model, names):
-                with torch.no_grad():
+                with torch.enable_grad():
                     outputs = objective.outputs(problem.model, one)
                 _, slope = slopes(objective, outputs, one, gradients.ids[e : e + 1])
-                rows = rows_one_by_one(problem.model, objective, names, one, slope)
-            for name, value in rows.items():
+                squares = squared_gradient_norms(outputs, {name: named[name] for name in names}, slope)
+            for name, square in squares.items():
                 key = "used" if name in space.names else FROZEN if name in self.frozen else LEFT_OUT
-                self.few[key] = self.few.get(key, 0.0) + float(value.double().square().sum())
+                self.few[key] = self.few.get(key, 0.0) + square
 
     def moments(self) -> Moments:
         """The inner products of what was added up."""
