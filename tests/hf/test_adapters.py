@@ -11,6 +11,7 @@ import torch
 
 import pytorch_influence_functions as ptif
 from tests.hf.tiny import gpt2, gradient, llama, own_loss, products, texts, tokenizer
+from tests.laws.test_frozen_weights import NewTensors
 from tests.tolerance import gap
 
 transformers = pytest.importorskip("transformers")
@@ -114,3 +115,32 @@ def test_a_folder_of_adapters_is_loaded_with_its_model(tmp_path: Path) -> None:
     problem = ptif.hf.problem(tmp_path / "adapters", words, texts(3))
     assert problem.space.names and all("lora_" in name for name in problem.space.names)
     assert ptif.attribute(problem, queries="who wrote this book", method="grad_dot").values.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", ["ekfac", "grad_dot"])
+@pytest.mark.parametrize("where", ["as they are", "checkpoints"])
+def test_no_second_copy_of_the_model_under_adapters_is_made(where: str, method: str, tmp_path: Path) -> None:
+    model, words = with_adapters("lora").float(), tokenizer()
+    model.save_pretrained(tmp_path)
+    expected = ptif.attribute(ptif.hf.problem(model, words, texts(5)), queries=texts(2, seed=1), method=method)
+    checkpoints = {"checkpoints": [tmp_path]} if where == "checkpoints" else {}
+    problem = ptif.hf.problem(model, words, texts(5), **checkpoints)
+    frozen = {tuple(p.shape) for p in model.parameters() if not p.requires_grad and p.dim() == 2}
+    trained = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
+    largest = max(frozen - trained, key=lambda shape: shape[0] * shape[1])
+    assert largest == (41, 16)  # the embedding and the head: nothing else has this shape
+    with NewTensors(largest) as made:
+        scores = ptif.attribute(problem, queries=texts(2, seed=1), method=method)
+    # The share of the gradient that frozen weights have is measured on a few texts, one weight after the other.
+    assert {operation.split(".")[1] for operation in made.operations} == {"mm", "embedding_dense_backward"}
+    assert made.at_once == 1
+    assert gap(scores.values, expected.values) < 1e-5
+
+
+def test_a_model_that_accelerate_offloads_is_refused(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.disk_offload(llama(dtype=torch.float32), str(tmp_path), execution_device=torch.device("cpu"))
+    with pytest.raises(
+        ptif.errors.InvalidInput, match=r"offloaded by accelerate \('.*' is brought in for each forward"
+    ):
+        ptif.hf.problem(model, tokenizer(), texts(3))

@@ -112,3 +112,29 @@ def weighted_gradient(outputs: Tensor, parameters: Sequence[Tensor], cotangent: 
     """J^T c over the parameters; zeros where the outputs do not depend on a parameter."""
     gradients = grads(outputs, parameters, cotangent)
     return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradients, strict=True)]
+
+
+def squared_gradient_norms(outputs: Tensor, parameters: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, float]:
+    """|J^T c|^2 by parameter, of which each part is let go as soon as it is known: together they are a second model.
+
+    Args:
+        outputs: computed with a graph from the parameters.
+        parameters: leaves of that graph, by name.
+        cotangent: c, in the shape of the outputs.
+    """
+    squares: dict[str, Tensor] = {}
+
+    def measure(name: str) -> Callable[[Tensor], Tensor]:
+        def hook(gradient: Tensor) -> Tensor:
+            squares[name] = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        return hook
+
+    handles = [p.register_hook(measure(name)) for name, p in parameters.items()]
+    try:
+        grads(outputs, list(parameters.values()), cotangent)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: float(norm) ** 2 for name, norm in squares.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..core.cut_up import whole
 from ..core.distributed import World
 from ..gradients.one_by_one import gradients_one_by_one
 from ..gradients.per_example import Derivatives, GradientBatch, slopes
+from ..gradients.vjp import squared_gradient_norms
 from ..problem.model_state import preserved
 from ..scores.diagnostics import FROZEN, LEFT_OUT
 
@@ -203,20 +205,30 @@ class _Look:
 
     def _add_left_out(self, gradients: GradientBatch, count: int) -> None:
         """Squared norms over all floating-point parameters, where some take no part."""
-        problem, space, objective = self.derivatives.problem, self.derivatives.space, self.derivatives.objective
-        names = [k for k, p in problem.model.named_parameters() if p.is_floating_point()]
+        problem, space = self.derivatives.problem, self.derivatives.space
+        named = dict(problem.model.named_parameters())
+        names = [k for k, p in named.items() if p.is_floating_point()]
         if count <= 0 or not set(names) - set(space.names):
             return
-        for e in range(count):  # one at a time: a row over all parameters is as large as the model
+        for e in range(count):  # one at a time, and of its gradient one parameter's: all are as large as the model
             one = batch_slice(gradients.batch, len(gradients.ids), slice(e, e + 1))
             with preserved(problem.model, names):
-                with torch.no_grad():
-                    outputs = objective.outputs(problem.model, one)
-                _, slope = slopes(objective, outputs, one, gradients.ids[e : e + 1])
-                rows = gradients_one_by_one(problem.model, objective, names, one, slope)
-                for name, value in next(rows).items():
-                    key = "used" if name in space.names else FROZEN if name in self.frozen else LEFT_OUT
-                    self.few[key] = self.few.get(key, 0.0) + float(whole(value).double().square().sum())
+                squares = self._squares_of(one, gradients.ids[e : e + 1], {name: named[name] for name in names})
+            for name, square in squares.items():
+                key = "used" if name in space.names else FROZEN if name in self.frozen else LEFT_OUT
+                self.few[key] = self.few.get(key, 0.0) + square
+
+    def _squares_of(self, one: Any, ids: Tensor, parameters: dict[str, Tensor]) -> dict[str, float]:
+        """Squared norm of one example's gradient in each parameter."""
+        model, objective = self.derivatives.problem.model, self.derivatives.objective
+        cut_up = self.derivatives.problem.is_cut_up
+        with torch.set_grad_enabled(not cut_up):
+            outputs = objective.outputs(model, one)
+        _, slope = slopes(objective, outputs, one, ids)
+        if not cut_up:
+            return squared_gradient_norms(outputs, parameters, slope)
+        rows = gradients_one_by_one(model, objective, list(parameters), one, slope)
+        return {name: float(whole(value).double().square().sum()) for name, value in next(rows).items()}
 
     def moments(self) -> Moments:
         """The inner products of what was added up."""

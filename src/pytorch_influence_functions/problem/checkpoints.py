@@ -200,7 +200,8 @@ def at_checkpoint(model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[N
         return
     state = load_checkpoint(checkpoint, model)
     own = named_tensors(model)
-    before = {id(tensor): (tensor, tensor.detach().clone()) for tensor in own.values()}
+    # Of what is written alone: a checkpoint of adapters leaves the model under them where it is.
+    before = {id(own[name]): (own[name], own[name].detach().clone()) for name in state}
     try:
         # Weights made in inference mode may be written in it only; others may too.
         with _writing(model):

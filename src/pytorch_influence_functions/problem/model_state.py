@@ -255,6 +255,7 @@ class _Snapshot:
     stand_ins: list[_StandIn]
     parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
+    """With a copy of each; of packed weights the buffer itself, see `_is_packed`."""
     rng: dict[str, Any]
     frames: list[tuple[object, frozenset[int] | None]] = field(default_factory=list)
     cut: list[Any] = field(default_factory=list)
@@ -275,7 +276,7 @@ class _Snapshot:
             stand_ins=stand_ins,
             parameters=[(p, p.requires_grad, p.grad) for p in [*own, *copies.values()]],
             buffers=[
-                (m, name, buffer, buffer.detach().clone())
+                (m, name, buffer, buffer if _is_packed(buffer) else buffer.detach().clone())
                 for m in modules
                 for name, buffer in m._buffers.items()
                 if buffer is not None and not buffer.is_inference()
@@ -315,7 +316,7 @@ class _Snapshot:
         with torch.no_grad():
             for module, name, buffer, value in self.buffers:
                 module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
+                if buffer is not value and not torch.equal(buffer, value):
                     buffer.copy_(value)
             for weight, value in self.normalised:
                 if not torch.equal(weight, value):
@@ -336,6 +337,16 @@ def _let_go(module: Any, *_: Any) -> None:
 
 # A list or dictionary of more members is data, and no forward fills it in a call.
 _SMALL: Final = 1000
+# A buffer of so many integers is packed weights.
+_PACKED: Final = 1 << 16
+
+
+def _is_packed(buffer: Tensor) -> bool:
+    """Whether a buffer holds weights in few bits (int8, or packed in int32): most of a model, which no forward changes.
+
+    What a forward does change, counters, running statistics and memories of features, is small or real numbers.
+    """
+    return not (buffer.is_floating_point() or buffer.is_complex()) and buffer.numel() >= _PACKED
 
 
 def _kept(module: nn.Module) -> dict[str, Any]:

@@ -198,6 +198,17 @@ def _without_prefix(selection: Selection, prefix: str) -> Selection:
     return tuple(s.removeprefix(prefix) if isinstance(s, str) else s for s in selection)
 
 
+def _refuse_offloaded(model: nn.Module, devices: Mapping[torch.device, str]) -> None:
+    """Refuse weights that accelerate brings in when a layer runs, and takes away after it."""
+    name = next((name for device, name in devices.items() if device.type == "meta"), None)
+    if name is not None and any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise InvalidInput(
+            f"The model is offloaded by accelerate ({name!r} is brought in for each forward pass and taken away "
+            "after it), and gradients need weights that stay; load it whole, with device_map=None, in bfloat16 or four "
+            "bits where it is too large, and let adapters or parameters= choose what takes part."
+        )
+
+
 def _device(asked: Any) -> torch.device:
     try:
         return torch.device(asked)
@@ -217,6 +228,7 @@ def model_device(model: nn.Module, asked: torch.device | str | None = None) -> t
     devices: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
         devices.setdefault(parameter.device, name)
+    _refuse_offloaded(model, devices)
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise InvalidInput(f"The model's parameters lie on several devices ({where}); move it to one with .to().")
