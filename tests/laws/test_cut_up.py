@@ -236,7 +236,7 @@ def everything(_: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on(2, everything, tmp_path_factory.mktemp("cut up"))
+    return run_on(2, everything, tmp_path_factory.mktemp("cut_up"))
 
 
 @pytest.mark.slow

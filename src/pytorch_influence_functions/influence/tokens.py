@@ -70,7 +70,7 @@ def check_tokens(d: Derivatives, scaling: AbstractScaling) -> None:
         )
     if d.problem.is_cut_up:
         raise InvalidInput(
-            "Tokens cannot be told apart in a model that fully_shard has cut up: that takes derivatives along directions "
+            "Tokens cannot be told apart in a model that fully_shard has cut up: it takes derivatives along directions "
             "of all weights at once; use score()."
         )
     if d.projector is not None:
