@@ -196,7 +196,6 @@ def gathered_at_most() -> tuple[int, int]:
 
     for layer in (model.embed, model.head, model.blocks[0].q, model.blocks[1].out):
         layer.register_forward_hook(look)
-        layer.register_full_backward_pre_hook(look)
     ask(model=model)
     assert all(hasattr(p, "full_tensor") for p in model.parameters())
     outside = model.embed.weight.numel() + model.head.weight.numel()
