@@ -196,7 +196,6 @@ def gathered_at_most() -> tuple[int, int]:
 
     for layer in (model.embed, model.head, model.blocks[0].q, model.blocks[1].out):
         layer.register_forward_hook(look)
-        layer.register_full_backward_pre_hook(look)
     ask(model=model)
     assert all(hasattr(p, "full_tensor") for p in model.parameters())
     outside = model.embed.weight.numel() + model.head.weight.numel()
@@ -236,7 +235,7 @@ def everything(_: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on(2, everything, tmp_path_factory.mktemp("cut up"))
+    return run_on(2, everything, tmp_path_factory.mktemp("cut_up"))
 
 
 @pytest.mark.slow

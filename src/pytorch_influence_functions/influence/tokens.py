@@ -70,8 +70,8 @@ def check_tokens(d: Derivatives, scaling: AbstractScaling) -> None:
         )
     if d.problem.is_cut_up:
         raise InvalidInput(
-            "Tokens cannot be told apart in a model that fully_shard has cut up: that takes derivatives along "
-            "directions of all weights at once; use score()."
+            "Tokens cannot be told apart in a model that fully_shard has cut up: it takes derivatives along directions "
+            "of all weights at once; use score()."
         )
     if d.projector is not None:
         raise InvalidInput("Projected gradients cannot be followed back to tokens; use a method without projection=.")
