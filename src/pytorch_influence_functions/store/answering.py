@@ -22,6 +22,7 @@ from ..linalg.eigenbasis import Eigenbasis
 from ..scores.diagnostics import Diagnostics
 from ..scores.parts import PartScores
 from ..scores.scores import Scores
+from .describe import labels_of_index
 from .manifest import Manifest
 from .search import Ranking, StoredRows
 
@@ -101,6 +102,8 @@ class Search:
         if self.parts is not None:
             note = f"told apart by {len(self.parts)} parts of the model, which add up to the whole"
             record = replace(record, notes=(note, *record.notes))
+        # Only now: a file that is damaged is told of by the search, which needs it.
+        told = {**told, "train_labels": labels_of_index(self.stored.folder)}
         each = [self._scores(values.to(kind), indices, record, told) for values, indices in results]
         return each[0] if self.parts is None else PartScores(dict(zip(self.parts.blocks, each, strict=True)))
 

@@ -288,7 +288,6 @@ class Index:
         decay = derivatives.whole.decay
         record = diagnostics_of(self.folder.manifest, derivatives.problem, shift, decay, len(question), start)
         told = {
-            "train_labels": labels_of_index(self.folder),
             "class_names": self.folder.manifest.facts["class_names"] or _class_names(question),
             "train_source": self.asker.train,
         }
