@@ -131,7 +131,7 @@ def squared_gradient_norms(outputs: Tensor, parameters: Mapping[str, Tensor], co
 
         return hook
 
-    handles = [p.register_hook(measure(name)) for name, p in parameters.items()]
+    handles = [p.register_hook(measure(name)) for name, p in parameters.items()]  # type: ignore[no-untyped-call]
     try:
         grads(outputs, list(parameters.values()), cotangent)
     finally:
