@@ -347,11 +347,11 @@ def count(*_):
 model[0].register_forward_hook(count)
 with ptif.distributed(timeout=900) as world:
     fitted = ptif.ekfac(folder=sys.argv[1]).fit(ptif.Problem(model, nn.CrossEntropyLoss(), (x, y), batch_size=50))
-    print("fitted", attempt, calls[0], flush=True)
+    print(f"fitted {attempt} {calls[0]}\\n", end="", flush=True)  # one piece, which the other process cannot part
     if attempt == "0" and world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     scores = fitted.score((x[:2], y[:2]))
-print("scored", attempt, f"{scores.values.double().norm():.6f}", flush=True)
+print(f"scored {attempt} {scores.values.double().norm():.6f}\\n", end="", flush=True)
 """
 
 

@@ -131,10 +131,14 @@ def squared_gradient_norms(outputs: Tensor, parameters: Mapping[str, Tensor], co
 
         return hook
 
+    before = [p._backward_hooks for p in parameters.values()]
     handles = [p.register_hook(measure(name)) for name, p in parameters.items()]  # type: ignore[no-untyped-call]
     try:
         grads(outputs, list(parameters.values()), cotangent)
     finally:
         for handle in handles:
             handle.remove()
+        for p, hooks in zip(parameters.values(), before, strict=True):
+            if hooks is None:  # a removed hook leaves an empty dictionary
+                p._backward_hooks = None
     return {name: float(norm) ** 2 for name, norm in squares.items()}

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.cut_up import cut_modules, free_gathered
 from ..core.errors import UnknownName, nearest
+from .packed_weights import is_packed
 from .session import session
 
 # --------------------------------------------------------------------------- random state
@@ -255,7 +256,7 @@ class _Snapshot:
     stand_ins: list[_StandIn]
     parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
-    """With a copy of each; of packed weights the buffer itself, see `_is_packed`."""
+    """With a copy of each; of packed weights the buffer itself, see `is_packed`."""
     rng: dict[str, Any]
     frames: list[tuple[object, frozenset[int] | None]] = field(default_factory=list)
     cut: list[Any] = field(default_factory=list)
@@ -276,7 +277,7 @@ class _Snapshot:
             stand_ins=stand_ins,
             parameters=[(p, p.requires_grad, p.grad) for p in [*own, *copies.values()]],
             buffers=[
-                (m, name, buffer, buffer if _is_packed(buffer) else buffer.detach().clone())
+                (m, name, buffer, buffer if is_packed(buffer) else buffer.detach().clone())
                 for m in modules
                 for name, buffer in m._buffers.items()
                 if buffer is not None and not buffer.is_inference()
@@ -293,7 +294,7 @@ class _Snapshot:
             setattr(stand_in.module, stand_in.name, stand_in.copy)
         for parameter, _, _ in self.parameters:
             parameter.grad = None
-        self.hooks += [module.register_forward_hook(_let_go) for module in self.cut]
+        self.hooks += [module.register_forward_hook(lambda cut, *_: cut.reshard()) for module in self.cut]
 
     def apply_latest(self) -> None:
         """Make exactly the parameters of the innermost frame differentiable."""
@@ -331,22 +332,8 @@ class _Snapshot:
         _set_rng_state(self.rng)
 
 
-def _let_go(module: Any, *_: Any) -> None:
-    module.reshard()
-
-
 # A list or dictionary of more members is data, and no forward fills it in a call.
 _SMALL: Final = 1000
-# A buffer of so many integers is packed weights.
-_PACKED: Final = 1 << 16
-
-
-def _is_packed(buffer: Tensor) -> bool:
-    """Whether a buffer holds weights in few bits (int8, or packed in int32): most of a model, which no forward changes.
-
-    What a forward does change, counters, running statistics and memories of features, is small or real numbers.
-    """
-    return not (buffer.is_floating_point() or buffer.is_complex()) and buffer.numel() >= _PACKED
 
 
 def _kept(module: nn.Module) -> dict[str, Any]:
