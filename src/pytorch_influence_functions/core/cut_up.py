@@ -6,6 +6,7 @@ number of passes. Nothing here imports torch's distributed tensors, which takes 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def part_like(value: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(value.to(cut.device), cut.device_mesh, cut.placements, src_data_rank=None)
 
 
-def free_gathered(model: nn.Module) -> None:
-    """Let go of the layers that the last pass gathered: the model's parameters are parts again."""
-    for module in cut_modules(model):
+def free_gathered(modules: Iterable[Any]) -> None:
+    """Let go of what the last pass gathered: the parameters of these `cut_modules` are parts again."""
+    for module in modules:
         module.reshard()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -178,7 +179,7 @@ class _Steps:
             example = int(ids)
             with self._stepped(batch):
                 after = {q: self._measure(queries[q]) for q in sorted(asked[example])}
-            bad = [q for q, value in after.items() if not torch.isfinite(torch.tensor(value))]
+            bad = [q for q, value in after.items() if not math.isfinite(value)]
             if bad:
                 raise NonFinite(
                     f"After one step on training example {example} the measure of queries {name_ids(bad)} is NaN or "

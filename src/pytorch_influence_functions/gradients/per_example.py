@@ -238,7 +238,7 @@ class Derivatives:
             most: the most examples of a batch.
         """
         each = (self.held or self.space.size) * times
-        number_bytes = next(iter(self.whole.values(self.problem.model).values())).element_size()
+        number_bytes = self.whole.like(self.problem.model).element_size()
         return source.suited_to(each, most, current().size, self.memory * _BATCH_SHARE / number_bytes)
 
     def _by_vmap(self, batch: Any, cotangent: Tensor, objective: AbstractObjective) -> dict[str, AbstractBlock]:

@@ -133,7 +133,7 @@ class ScoringPass:
         if data.positions is not None and question.candidates is None:
             # A loader's sampler chose a part of the dataset: examples are named by their places in the whole.
             indices = data.positions.expand(len(values), -1) if indices is None else data.positions[indices]
-        dtype = next(iter(problem.space.values(problem.model).values())).dtype
+        dtype = problem.space.like(problem.model).dtype
         scores = Scores(
             values.to(torch.float64 if dtype == torch.float64 else torch.float32),
             lower_is_better=question.lower_is_better,

@@ -68,7 +68,7 @@ def describe_model(
         with nullcontext() if checkpoint is None else at_checkpoint(problem.model, checkpoint):
             weights.append(_digest_weights(problem.model))
             numbers += _probe(problem)
-    dtype = next(iter(problem.space.values(problem.model).values())).dtype
+    dtype = problem.space.like(problem.model).dtype
     probe = Probe.of(numbers, rtol=torch.finfo(dtype).eps ** 0.5)
     return {WEIGHTS: weights, CODE: _code(problem.model)}, {OUTPUTS: probe}
 

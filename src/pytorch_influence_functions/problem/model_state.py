@@ -265,7 +265,8 @@ class _Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Snapshot:
-        free_gathered(model)
+        cut = cut_modules(model)
+        free_gathered(cut)
         modules = list(model.modules())
         stand_ins = _StandIn.all_of(modules)
         copies = {id(s.copy): s.copy for s in stand_ins if isinstance(s.copy, nn.Parameter)}
@@ -283,7 +284,7 @@ class _Snapshot:
                 if buffer is not None and not buffer.is_inference()
             ],
             rng=_rng_state(),
-            cut=cut_modules(model),
+            cut=cut,
         )
 
     def enter(self) -> None:
@@ -307,8 +308,7 @@ class _Snapshot:
     def restore(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        for module in self.cut:
-            module.reshard()
+        free_gathered(self.cut)
         for module, training in self.modes:
             module.training = training
         for parameter, requires_grad, grad in self.parameters:

@@ -178,7 +178,7 @@ def check_model(model: Any) -> None:
         itself = "pass the trained module itself, the model before the data"
         advice = "the module that it trained is its .module_" if inside else itself
         raise InvalidInput(f"The model must be a torch.nn.Module, got {what}; {advice}.")
-    free_gathered(model)
+    free_gathered(cut_modules(model))
     refuse_sharded(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidInput(

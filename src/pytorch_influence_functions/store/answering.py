@@ -97,7 +97,7 @@ class Search:
             told: what else `Scores` are to know of the training examples.
         """
         results = self._results(derivatives, basis)
-        dtype = next(iter(derivatives.whole.values(derivatives.problem.model).values())).dtype
+        dtype = derivatives.whole.like(derivatives.problem.model).dtype
         kind = torch.float64 if dtype == torch.float64 else torch.float32
         if self.parts is not None:
             note = f"told apart by {len(self.parts)} parts of the model, which add up to the whole"

@@ -110,7 +110,7 @@ def form_of(curvature: AbstractCurvature, adam: bool) -> Form:
 
 def refuse_overflow(segments: Sequence[FittedSegment], problem: Problem) -> None:
     """Refuse negative curvature so large that exp(-eta K lam) overflows; it stops being a prediction long before."""
-    dtype = next(iter(problem.space.values(problem.model).values())).dtype
+    dtype = problem.space.like(problem.model).dtype
     limit = math.log(torch.finfo(dtype).max)
     total = sum(s.growth for s in segments)
     if not math.isfinite(total) or total > limit:
