@@ -101,8 +101,8 @@ def class_labels(batch: Any, n: int) -> Int[Tensor, " n"]:
 
 def _affordable(derivatives: Derivatives, n: int, room: float) -> Derivatives:
     """The same derivatives, their rows sketched where n of them would take more than the room, in bytes."""
-    values = next(iter(derivatives.whole.values(derivatives.problem.model).values()))
-    if (derivatives.numbers or derivatives.space.size) * n * values.element_size() <= room:
+    like = derivatives.whole.like(derivatives.problem.model)
+    if (derivatives.numbers or derivatives.space.size) * n * like.element_size() <= room:
         return derivatives
     k = min(_SKETCH, derivatives.whole.size)
     space = Space({JOINT: BlockSpec(JOINT, (), (k,))}, {})

@@ -366,7 +366,7 @@ def measure_curvature(model: nn.Module, train: Any, settings: ClassicSettings, d
         operator = Hessian().of(derivatives, Form.IMPLICIT, Budget())
         solver = Neumann(seed=settings.seed)
         state = solver.init(operator, Shift(damping, derivatives.space.decay))
-        like = next(iter(derivatives.space.values(engine.problem.model).values()))
+        like = derivatives.space.like(engine.problem.model)
         tuning = solver.tuning(state, like.dtype, like.device)
     if tuning.smallest + damping <= 0:
         raise InvalidInput(

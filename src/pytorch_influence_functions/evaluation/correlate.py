@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import InvalidInput
@@ -87,12 +87,22 @@ def resampled(
     return torch.cat([statistic(predicted, actual, w).mean(-1) for w in _draws(predicted.shape, resamples, seed)])
 
 
+def resampled_ids(n: int, resamples: int, seed: int = 0) -> Int[Tensor, "b n"]:
+    """The numbers 0 to n - 1 drawn again with replacement; the same seed gives the same draws."""
+    return torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+
+
+def resampled_counts(n: int, resamples: int, seed: int = 0) -> Float[Tensor, "b n"]:
+    """How often each number was drawn by `resampled_ids`."""
+    ids = resampled_ids(n, resamples, seed)
+    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
+        1, ids, torch.ones(resamples, n, dtype=torch.float64)
+    )
+
+
 def _draws(shape: torch.Size, resamples: int, seed: int) -> Iterator[Tensor]:
     queries, subsets = shape
-    generator = torch.Generator().manual_seed(seed)
-    resampled_ids = torch.randint(subsets, (resamples, subsets), generator=generator)
-    weights = torch.zeros(resamples, subsets, dtype=torch.float64)
-    weights.scatter_add_(1, resampled_ids, torch.ones_like(weights))
+    weights = resampled_counts(subsets, resamples, seed)
     yield from torch.split(weights, max(1, _RANKS_AT_ONCE // (queries * subsets)))
 
 
@@ -129,6 +139,22 @@ class Estimate:
         tail = (1.0 - LEVEL) / 2
         low, high = torch.quantile(draws.double(), torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
         return Estimate(float(value), low, high, protocol, draws)
+
+    @staticmethod
+    def mean_of(values: Float[Tensor, " n"], protocol: str, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+        """The mean of some values, the values resampled; with one seed and one count every method is resampled alike.
+
+        Args:
+            values: one for each query or removal.
+            protocol: how they were made.
+            resamples: how often they are drawn again, with replacement.
+            seed: of the draws.
+
+        >>> print(Estimate.mean_of(torch.tensor([1.0, 1.0]), "two queries"))
+        1.000 (1.000 to 1.000)
+        """
+        draws = values[resampled_ids(len(values), resamples, seed)]
+        return Estimate.of(float(values.mean()), draws.mean(1), protocol)
 
     @staticmethod
     def over_seeds(values: Float[Tensor, " r"], protocol: str) -> Estimate:

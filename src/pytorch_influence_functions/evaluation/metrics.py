@@ -13,7 +13,18 @@ from torch import Tensor
 from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..core.validate import whole_number
 from ..scores.scores import Scores
-from .correlate import RESAMPLES, Estimate, Statistic, pearson, per_query, resampled, slope, spearman, weighted_ranks
+from .correlate import (
+    RESAMPLES,
+    Estimate,
+    Statistic,
+    pearson,
+    per_query,
+    resampled,
+    resampled_counts,
+    slope,
+    spearman,
+    weighted_ranks,
+)
 from .subsets import Protocol
 from .truth import Truth
 
@@ -241,12 +252,8 @@ def _check_suspicion(suspicion: Tensor, planted: Tensor) -> tuple[Tensor, Tensor
 
 
 def _over_examples(value: Any, n: int, resamples: int, name: str) -> Estimate:
-    generator = torch.Generator().manual_seed(0)
-    resampled_ids = torch.randint(n, (resamples, n), generator=generator)
-    weights = torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
-        1, resampled_ids, torch.ones(resamples, n, dtype=torch.float64)
-    )
-    return Estimate.of(float(value(torch.ones(1, n, dtype=torch.float64))), value(weights), name)
+    everything = torch.ones(1, n, dtype=torch.float64)
+    return Estimate.of(float(value(everything)), value(resampled_counts(n, resamples)), name)
 
 
 def top_overlap(runs: Sequence[Scores], k: int = 10, resamples: int = RESAMPLES) -> Estimate:

@@ -60,8 +60,7 @@ class RemovalCurves:
             raise InvalidInput(f"{count} examples were not removed; removed were {', '.join(map(str, self.counts))}.")
         change = self.measured[name][self.counts.index(count)].double() - self.baseline.double()
         worse = (change if self.lower_is_better else -change).mean(0)
-        resampled = torch.randint(len(worse), (resamples, len(worse)), generator=torch.Generator().manual_seed(0))
-        return Estimate.of(float(worse.mean()), worse[resampled].mean(1), f"{self.protocol}, {count} removed")
+        return Estimate.mean_of(worse, f"{self.protocol}, {count} removed", resamples)
 
     def __str__(self) -> str:
         width = max(map(len, self.measured))

@@ -65,8 +65,7 @@ class TailPatch:
             raise UnknownName(f"No method {name!r} in this tail patch.{nearest(name, self.changes)}")
         change = self.changes[name].double().mean(1)
         better = -change if self.lower_is_better else change
-        resampled = torch.randint(len(better), (resamples, len(better)), generator=torch.Generator().manual_seed(0))
-        return Estimate.of(float(better.mean()), better[resampled].mean(1), self.protocol)
+        return Estimate.mean_of(better, self.protocol, resamples)
 
     def __str__(self) -> str:
         gains = {name: self.gain(name) for name in self.changes}

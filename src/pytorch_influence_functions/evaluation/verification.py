@@ -17,7 +17,7 @@ from ..core.validate import whole_number
 from ..problem.data import Source
 from ..problem.model_state import plain_autograd
 from ..scores.scores import MEAN, Scores
-from .correlate import RESAMPLES, Estimate
+from .correlate import RESAMPLES, Estimate, resampled_ids
 from .retraining import retrain
 from .subsets import Subsets
 
@@ -232,13 +232,11 @@ def judge(removals: Sequence[Removal], protocol: str) -> Verification:
     # Fisher's z has a standard deviation of 1 / sqrt(n - 3).
     z, around = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))), 1.96 / math.sqrt(len(removals) - 3)
     correlation = Estimate(r, math.tanh(z - around), math.tanh(z + around), protocol)
-    resampled = torch.randint(len(x), (RESAMPLES, len(x)), generator=torch.Generator().manual_seed(0))
-    slopes = torch.stack([_slope(x[p], y[p]) for p in resampled])
+    slopes = torch.stack([_slope(x[p], y[p]) for p in resampled_ids(len(x), RESAMPLES)])
     slope = Estimate.of(float(_slope(x, y)), slopes, protocol)
     noise = float(y[~extreme].square().mean().sqrt()) if bool((~extreme).any()) else 1.0
     signed = (y * x.sign())[extreme] / (noise or 1.0)
-    resampled = torch.randint(len(signed), (RESAMPLES, len(signed)), generator=torch.Generator().manual_seed(1))
-    moved = Estimate.of(float(signed.mean()), signed[resampled].mean(1), protocol)
+    moved = Estimate.mean_of(signed, protocol, seed=1)
     return Verification(tuple(removals), correlation, slope, moved, protocol)
 
 

@@ -130,7 +130,7 @@ class DataAsk(AbstractAsk):
     ) -> Rows:
         """Sums over queries, batch by batch: only the sums are held."""
         space = derivatives.space
-        like = next(iter(derivatives.whole.values(derivatives.problem.model).values()))
+        like = derivatives.whole.like(derivatives.problem.model)
         total = space.rows(like.detach().new_zeros(size, space.size))
         for term, combination in parts:
             order = torch.argsort(combination.queries, stable=True)

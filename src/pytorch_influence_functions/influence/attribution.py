@@ -435,7 +435,7 @@ class Attribution(OldNames):
         """
         member = self._member(checkpoint)
         with at_checkpoint(self.problem.model, member.checkpoint):
-            like = next(iter(member.derivatives.whole.values(self.problem.model).values()))
+            like = member.derivatives.whole.like(self.problem.model)
             shares = None
             if queries is not None:
                 question = self._question(queries, measure)

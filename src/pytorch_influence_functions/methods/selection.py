@@ -249,7 +249,7 @@ class _Moments:
         space = derivatives.space
         # Recorded corrected for their start at 0; here as Adam holds them.
         second = (state.denominators(space).flat()[0] - state.eps).square() * (1.0 - beta2**recorded.step)
-        like = next(iter(space.values(derivatives.problem.model).values()))
+        like = space.like(derivatives.problem.model)
         return _Moments(second.to(like), beta2, 1.0 - beta2 ** (recorded.step + 1), float(state.eps))
 
     def direction(self, gradients: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:

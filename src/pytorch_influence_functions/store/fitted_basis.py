@@ -265,7 +265,7 @@ def fit_basis(
             f"{composition.curvature!r} has no eigenbasis in which rows could be stored; use ptif.ekfac(), "
             "ptif.methods.kfac(), ptif.methods.shampoo() or, for projected rows, ptif.exact() or ptif.dual()."
         )
-    like = next(iter(derivatives.whole.values(derivatives.problem.model).values()))
+    like = derivatives.whole.like(derivatives.problem.model)
     dtype = torch.promote_types(like.dtype, torch.float32)
     basis = Eigenbasis(space, parts).to(dtype, like.device)
     scale = Scale.of(operator.block_means(), space, derivatives.whole)

@@ -57,7 +57,7 @@ class AbstractKronecker(AbstractCurvature):
 
     def check_size(self, derivatives: Derivatives, budget: Budget) -> None:
         space = derivatives.space
-        like = next(iter(derivatives.whole.values(derivatives.problem.model).values()))
+        like = derivatives.whole.like(derivatives.problem.model)
         check_layers({k: b.shape for k, b in space.blocks.items()}, self.plan, like.element_size(), budget)
 
     def cost(self, size: ProblemSize, form: Form) -> Cost:
