@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, final, overload
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,6 @@ from ..core.distributed import World, current
 from ..core.errors import InvalidInput
 from ..core.notebook import html_table
 from ..core.records import Record
-from ..core.renames import OldNames
 from ..core.validate import whole_number
 from ..curvature.base import AbstractCurvature, Budget
 from ..curvature.cost import ProblemSize
@@ -31,12 +31,13 @@ from ..problem.problem import Problem
 from ..problem.working_precision import copied_bytes, in_working_precision
 from ..scaling.base import AbstractScaling, Raw
 from ..scores.diagnostics import Diagnostics
-from ..scores.parts import PartScores
 from ..scores.scores import Scores
+from ..scores.top_tokens import TopTokens
 from ..solvers.auto import Auto, choose_composition
 from ..solvers.base import AbstractSolver
 from ..solvers.forecast import Composition, Forecast, estimate_cost, time_product
 from ..solvers.truncation import Truncation
+from .abstract_attribution import AbstractAttribution
 from .agreement import Units
 from .assumptions import StationarityCheck, sample_size
 from .averaging import CheckpointAverage, held_in_average
@@ -56,8 +57,9 @@ from .parts import By, Parts
 from .question import Question
 from .rounds import Rounds
 from .run_log import RunLog
-from .scoring import ScoringPass
-from .tokens import TokenScores, check_tokens
+from .scoring import ScoringPass, Solved
+from .tokens import TokenScores, check_tokens, checked_ids
+from .top_tokens import TokenExtremes
 
 
 @final
@@ -221,7 +223,7 @@ class Influence(Record, AbstractMethod):
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution(OldNames):
+class Attribution(AbstractAttribution):
     """A fitted method: curvature and solver are ready, any number of queries may follow.
 
     `Influence(...).fit(problem)` makes one.
@@ -262,60 +264,6 @@ class Attribution(OldNames):
         rows += [("checkpoints", str(len(self.members)))] if len(self.members) > 1 else []
         rows += [("fit", f"{self.fit_seconds:.3g} s"), ("next", "score(queries), self_influence()")]
         return html_table(rows, title="Attribution")
-
-    # fmt: off
-    @overload
-    def score(
-        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
-        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: None = None,
-    ) -> Scores: ...
-    @overload
-    def score(
-        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
-        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: By,
-    ) -> PartScores: ...
-    # fmt: on
-    @entry
-    def score(
-        self,
-        queries: Any,
-        measure: Any = None,
-        top: int | None = None,
-        batch_size: int | None = None,
-        *,
-        aggregate: Any = None,
-        contrast: Any = None,
-        ids: Any = None,
-        by: By | None = None,
-    ) -> Scores | PartScores:
-        """Predicted change of the measure on every query when each training example is removed.
-
-        Args:
-            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`; or `FromModel(f)`, or a list of those.
-            measure: what is measured on a query, an objective or loss; `None`: the training objective. A list or
-                dictionary of several gives rows for each.
-            top: keep only the k most helpful and k most harmful examples per query.
-            batch_size: queries read at once; `None`: the problem's.
-            aggregate: rows of several queries, put together before the one solve that each row takes: `"mean"`,
-                `"sum"`, a group for every query (the mean over each), or by name positions, a mask (their mean) or
-                weights.
-            contrast: what each query is compared with, as many or one: the measure on the query less that on this.
-            ids: the training examples to score, or a list of them for every row; no others are read.
-            by: `"layer"`, patterns of names, or patterns by the name of the part: the scores of every part.
-
-        Returns:
-            `Scores` of shape (queries, N), averaged over the checkpoints in `units`, or summed with `weights`; with
-            `by`, `PartScores`, which add up to them.
-
-        Raises:
-            SolveFailed: a solve did not converge; the message says why and what to change.
-            NonFinite: a gradient or score is NaN or infinite; the indices are named.
-        """
-        question = self._question(queries, measure, top, batch_size, aggregate, contrast, ids)
-        if by is None:
-            return self._rounds.scored(question).scores(self._diagnostics, self.fit_seconds)
-        parts = Parts.of(by, self.members[0].derivatives)
-        return self._rounds.scored_by_part(question, parts).part_scores(self._diagnostics, self.fit_seconds)
 
     @entry
     def self_influence(self) -> Float[Tensor, " n"]:
@@ -359,12 +307,33 @@ class Attribution(OldNames):
         question = self._question(queries, measure)
         check_tokens(self.members[0].derivatives, self.spec.scaling)
         tokens = TokenScores(self.problem, ids, len(question))
-        scoring = ScoringPass(self.problem, question)
-        rounds = self._rounds
-        factors = rounds.factors(scoring)
-        for k, member, query_ids, solved in rounds.solved(scoring):
-            tokens.add(member.derivatives, query_ids, solved, factors[k])
+        self._follow(question, tokens.add)
         return tokens.everyones()
+
+    @entry
+    def top_tokens(self, queries: Any, k: int = 10, measure: Any = None, ids: Any = None) -> TopTokens:
+        """The tokens of *all* training texts that help and harm each query most.
+
+        The same numbers as `token_scores`, of every text: a pass over the texts for each query, forward in mode, that
+        costs about as much as two or three of its forward passes; k tokens of either side are held. Where checkpoints
+        are averaged, the sums of all tokens are held until the last of them.
+
+        Args:
+            queries, measure: as for `score`.
+            k: how many of either side are kept for each query.
+            ids: the texts that are looked at, as positions in the training dataset; `None`: all.
+
+        Raises:
+            InvalidInput: as `token_scores`.
+            TooLarge: several checkpoints, and too many tokens for the memory bound.
+        """
+        question = self._question(queries, measure)
+        objective = check_tokens(self.members[0].derivatives, self.spec.scaling)
+        data, several, room = self.problem.data, len(self.members) > 1, Budget.of(self.spec.memory).bytes
+        some = None if ids is None else torch.tensor([data.index_of(i) for i in checked_ids(ids, len(data.whole))])
+        extremes = TokenExtremes(self.problem, objective, question, whole_number("k", k), some, several, room)
+        self._follow(question, extremes.add)
+        return extremes.result()
 
     @entry
     def with_damping(self, damping: AbstractDamping | float) -> Attribution:
@@ -465,6 +434,21 @@ class Attribution(OldNames):
             spec.truncation,
             None if spec.precision is None else torch.bfloat16,
         )
+
+    def _follow(self, question: Question, add: Callable[[Derivatives, Tensor, Solved, Tensor], None]) -> None:
+        """Give every checkpoint's solved queries to `add`, with what each query's parts are multiplied by."""
+        scoring, rounds = ScoringPass(self.problem, question), self._rounds
+        factors = rounds.factors(scoring)
+        for k, member, query_ids, solved in rounds.solved(scoring):
+            add(member.derivatives, query_ids, solved, factors[k])
+
+    def _scored(self, question: Question, parts: Parts | None) -> tuple[ScoringPass, Callable[[RunLog], Diagnostics]]:
+        rounds = self._rounds
+        scoring = rounds.scored(question) if parts is None else rounds.scored_by_part(question, parts)
+        return scoring, self._diagnostics
+
+    def _parts(self, by: By) -> Parts:
+        return Parts.of(by, self.members[0].derivatives)
 
     def _question(self, *asked: Any) -> Question:
         return Question.of(self.problem, self.members[0].derivatives.objective, *asked)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput
-from ..core.renames import OldNames
 from ..gradients.per_example import Derivatives
-from ..problem.agreement import entry
 from ..problem.problem import Problem
 from ..scores.diagnostics import Diagnostics
-from ..scores.parts import PartScores
-from ..scores.scores import Scores
+from .abstract_attribution import AbstractAttribution
 from .assumptions import StationarityCheck
 from .method import AbstractMethod
 from .parts import By, Parts
@@ -25,7 +22,7 @@ from .scoring import ScoringPass
 
 
 @dataclass(frozen=True, eq=False)
-class RunAttribution(OldNames):
+class RunAttribution(AbstractAttribution):
     """A run with a problem; any number of queries may follow.
 
     Attributes:
@@ -57,59 +54,19 @@ class RunAttribution(OldNames):
         """The composition in use, as it would be written."""
         return repr(self.spec)
 
-    # fmt: off
-    @overload
-    def score(
-        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
-        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: None = None,
-    ) -> Scores: ...
-    @overload
-    def score(
-        self, queries: Any, measure: Any = None, top: int | None = None, batch_size: int | None = None, *,
-        aggregate: Any = None, contrast: Any = None, ids: Any = None, by: By,
-    ) -> PartScores: ...
-    # fmt: on
-    @entry
-    def score(
-        self,
-        queries: Any,
-        measure: Any = None,
-        top: int | None = None,
-        batch_size: int | None = None,
-        *,
-        aggregate: Any = None,
-        contrast: Any = None,
-        ids: Any = None,
-        by: By | None = None,
-    ) -> Scores | PartScores:
-        """A number for every query and training example, positive where the example helps; the method says of what.
+    def _question(self, *asked: Any) -> Question:
+        return Question.of(self.problem, self.derivatives.objective, *asked)
 
-        Args:
-            queries: a Dataset, DataLoader, tensors or arrays `(x, y)`; or `FromModel(f)`, or a list of those.
-            measure: what is measured on a query, an objective or loss, or several; `None`: the training objective.
-            top: keep only the k most helpful and k most harmful examples per query.
-            batch_size: queries read at once; `None`: the problem's.
-            aggregate, contrast, ids: as for `Attribution.score`.
-            by: as for `Attribution.score`, where the method can tell layers apart.
-
-        Returns:
-            `Scores` of shape (queries, N); with `by`, `PartScores`, which add up to them.
-
-        Raises:
-            InvalidInput: `by` is given, and the scores are no sum over layers.
-            NonFinite: a gradient or score is NaN or infinite; the indices are named.
-        """
-        if by is not None and not self.tells_parts:
+    def _parts(self, by: By) -> Parts:
+        if not self.tells_parts:
             raise InvalidInput(f"{type(self.spec).__name__} takes no by=; leave it out, or use ptif.ekfac().")
-        asked = (queries, measure, top, batch_size, aggregate, contrast, ids)
-        question = Question.of(self.problem, self.derivatives.objective, *asked)
-        parts = None if by is None else Parts.of(by, self.derivatives)
+        return Parts.of(by, self.derivatives)
+
+    def _scored(self, question: Question, parts: Parts | None) -> tuple[ScoringPass, Callable[[RunLog], Diagnostics]]:
         world = current() if self.shares_work else World()
         scoring = ScoringPass(self.problem, question, parts=parts, whole=parts is not None, world=world)
         notes = tuple(self._add_scores(scoring))
-        if parts is not None:
-            return scoring.part_scores(lambda log: self._diagnostics(log, notes), self.fit_seconds)
-        return scoring.scores(lambda log: self._diagnostics(log, notes), self.fit_seconds)
+        return scoring, lambda log: self._diagnostics(log, notes)
 
     @abstractmethod
     def _add_scores(self, scoring: ScoringPass) -> Iterable[str]:

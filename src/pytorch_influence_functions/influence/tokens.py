@@ -23,7 +23,7 @@ class TokenScores:
     """Sums over checkpoints of weight / N <x_q, gradient of each token's part of the loss>, for chosen examples."""
 
     def __init__(self, problem: Problem, ids: Any, n_queries: int) -> None:
-        self.problem, self.ids, self.n_queries = problem, _checked(ids, len(problem.data.whole)), n_queries
+        self.problem, self.ids, self.n_queries = problem, checked_ids(ids, len(problem.data.whole)), n_queries
         self.values: dict[int, Tensor] = {}
 
     def add(self, d: Derivatives, query_ids: Tensor, solved: Rows | DualSolution, weights: Tensor) -> None:
@@ -57,8 +57,8 @@ class TokenScores:
         return {i: part.contiguous() for i, part in zip(self.ids, texts, strict=True)}
 
 
-def check_tokens(d: Derivatives, scaling: AbstractScaling) -> None:
-    """Refuse what has no tokens, or no direction to follow.
+def check_tokens(d: Derivatives, scaling: AbstractScaling) -> TokenCrossEntropy:
+    """The loss of texts; what has no tokens, or no direction to follow, is refused.
 
     Raises:
         InvalidInput: the training loss is not a `TokenCrossEntropy`, or gradients are projected or rescaled.
@@ -77,9 +77,10 @@ def check_tokens(d: Derivatives, scaling: AbstractScaling) -> None:
         raise InvalidInput("Projected gradients cannot be followed back to tokens; use a method without projection=.")
     if not scaling.first_order:
         raise InvalidInput(f"{scaling!r} rescales whole examples, not tokens; use scaling=Raw().")
+    return d.objective
 
 
-def _checked(ids: Any, n: int) -> list[int]:
+def checked_ids(ids: Any, n: int) -> list[int]:
     try:
         token_scores = torch.as_tensor(ids if isinstance(ids, (Tensor, Sequence)) else list(ids)).reshape(-1)
     except (TypeError, ValueError, RuntimeError) as cause:

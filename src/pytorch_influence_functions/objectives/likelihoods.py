@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from ..core.batches import whole_batch
@@ -304,6 +304,18 @@ class TokenCrossEntropy(AbstractLikelihood):
         # Outputs at t predict token t + 1; the last of them predicts nothing.
         return torch.cat([parts[:, -1:], parts[:, :-1]], 1) if self.shift else parts
 
+    def taught(self, batch: Batch) -> Bool[Tensor, "n l"]:
+        """Which tokens count, each at its own position: where `token_losses` is not 0 by definition.
+
+        Args:
+            batch: texts as they are read, with their labels.
+
+        >>> TokenCrossEntropy(shift=True).taught({"input_ids": torch.tensor([[0, 1, 1]])})
+        tensor([[False,  True,  True]])
+        """
+        counts = self._predicted(self._split(batch)[2], batch) != self.ignore_index
+        return torch.cat([counts[:, -1:], counts[:, :-1]], 1) if self.shift else counts
+
     def _parts(self, outputs: Tensor, batch: Batch) -> Tensor:
         label, factor = self._labels(outputs, batch)
         logp = outputs.log_softmax(-1).gather(-1, label[..., None])[..., 0]
@@ -370,6 +382,15 @@ class TokenCrossEntropy(AbstractLikelihood):
                 f"TokenCrossEntropy() got targets of shape {described} for outputs of shape {shape}; "
                 f"expected integers of shape {shape[:2]}, one class number per token."
             )
+        label = self._predicted(targets, batch)
+        counts = label != self.ignore_index
+        factor = counts.to(outputs.dtype)
+        if self.average:
+            factor = factor / factor.sum(1, keepdim=True).clamp_min(1.0)
+        return torch.where(counts, label, torch.zeros_like(label)), factor
+
+    def _predicted(self, targets: Tensor, batch: Batch) -> Int[Tensor, "n l"]:
+        """The class number that the output at each position predicts, `ignore_index` where none counts."""
         label = targets.long()
         if self.shift:
             last = torch.full_like(label[:, :1], self.ignore_index)
@@ -378,11 +399,7 @@ class TokenCrossEntropy(AbstractLikelihood):
             mask = attention_mask_of(batch)
             if mask is not None and mask.shape == label.shape:
                 label = torch.where(mask == 0, torch.full_like(label, self.ignore_index), label)
-        counts = label != self.ignore_index
-        factor = counts.to(outputs.dtype)
-        if self.average:
-            factor = factor / factor.sum(1, keepdim=True).clamp_min(1.0)
-        return torch.where(counts, label, torch.zeros_like(label)), factor
+        return label
 
 
 def _counted(logp: Float[Tensor, "n l"], factor: Float[Tensor, "n l"]) -> Float[Tensor, "n l"]:
