@@ -478,7 +478,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lists": ({"ids": [[1], [2]]}, r"^ids= holds 2 lists for 6 rows of scores; give one list for all, or one for eac"),
     "pattern": ({"by": ["1"]}, r"^The pattern '1' of by= matches no layer that takes part"),
     "shared": ({"by": {"a": "0", "b": "*"}}, r"^The parts 'a' and 'b' of by= share '0'; let each layer be in one part"),
-    "by": ({"by": 3}, r"^by=3 tells no parts; write 'layer', patterns of names"),
+    "by": ({"by": 3}, r"^by=3 tells no parts; write 'layer', 'head', patterns of names"),
 }
 
 

@@ -64,7 +64,8 @@ class AbstractAttribution(OldNames, ABC):
                 weights.
             contrast: what each query is compared with, as many or one: the measure on the query less that on this.
             ids: the training examples to score, or a list of them for every row; no others are read.
-            by: `"layer"`, patterns of names, or patterns by the name of the part: the scores of every part.
+            by: `"layer"`, `"head"` (every attention head, and what is in none by layer), patterns of names, or patterns
+                by the name of the part: the scores of every part.
 
         Returns:
             `Scores` of shape (queries, N), averaged over the checkpoints in `units`, or summed with `weights`; with

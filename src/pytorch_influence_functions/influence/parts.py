@@ -2,34 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from ..core.errors import InvalidInput, UnknownName, nearest
 from ..gradients.per_example import Derivatives
+from ..linalg.dual_solution import DualSolution
+from ..linalg.rows import Rows
 from ..linalg.space import ROOT, Space
+from .heads import Cut, heads_of, rest_of
 
 By: TypeAlias = str | Sequence[str] | Mapping[str, str | Sequence[str]]
-"""What `by=` takes: `"layer"`, patterns of names, or patterns by the name of the part."""
+"""What `by=` takes: `"layer"`, `"head"`, patterns of names, or patterns by the name of the part."""
 
 OTHERS = "(others)"
 """The part of what no pattern picks: all parts together are the whole model."""
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The blocks of parameters of every part, each block in one part.
+class Part:
+    """Some blocks of parameters, and some rows or columns of others."""
 
-    >>> list(Parts({"body": ("0", "2"), "head": ("4",)}).blocks)
+    blocks: tuple[str, ...]
+    cuts: tuple[Cut, ...] = ()
+
+    def of(self, rows: Rows) -> Rows:
+        """What vectors in parameter space have in this part."""
+        own = dict(rows.only(self.blocks).blocks)
+        for cut in self.cuts:
+            piece = slice(cut.start, cut.stop)
+            sides = (piece, None) if cut.axis == 0 else (None, piece)
+            own[cut.name] = rows.blocks[cut.block].project(*sides)
+        return Rows(own)
+
+    def of_solved(self, solved: Rows | DualSolution) -> Rows | DualSolution:
+        """The same of solved queries; whole blocks of a dual solution are never written out."""
+        return self.of(solved.rows()) if self.cuts else solved.only(self.blocks)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a model by name; every parameter that takes part is in one of them.
+
+    >>> list(Parts({"body": Part(("0", "2")), "head": Part(("4",))}))
     ['body', 'head']
     """
 
-    blocks: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, Part]
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def values(self) -> list[Part]:
+        """The parts, in the order of their names."""
+        return list(self.parts.values())
+
+    @property
+    def divides_layers(self) -> bool:
+        """Whether some layer is in more than one part."""
+        return any(part.cuts for part in self.parts.values())
 
     @staticmethod
     def of(by: Any, derivatives: Derivatives) -> Parts:
@@ -48,7 +84,9 @@ class Parts:
             )
         if isinstance(by, str):
             if by == "layer":
-                return Parts(_by_layer(derivatives.whole))
+                return Parts(_whole(_by_layer(derivatives.whole)))
+            if by == "head":
+                return Parts(_by_head(derivatives))
             by = [by]
         if isinstance(by, Mapping):
             patterns = {str(k): [v] if isinstance(v, str) else list(v) for k, v in by.items()}
@@ -58,10 +96,32 @@ class Parts:
             patterns = {}
         if not patterns or not all(isinstance(p, str) for several in patterns.values() for p in several):
             raise InvalidInput(
-                f"by={by!r} tells no parts; write 'layer', patterns of names such as ['layers.0', '*.attention'], or "
-                "patterns by the name of the part."
+                f"by={by!r} tells no parts; write 'layer', 'head', patterns of names such as "
+                "['layers.0', '*.attention'], or patterns by the name of the part."
             )
-        return Parts(_by_patterns(patterns, names))
+        return Parts(_whole(_by_patterns(patterns, names)))
+
+
+def _whole(blocks: Mapping[str, tuple[str, ...]]) -> dict[str, Part]:
+    return {name: Part(several) for name, several in blocks.items()}
+
+
+def _by_head(derivatives: Derivatives) -> dict[str, Part]:
+    """Every attention head, and what belongs to no head by its layer."""
+    space = derivatives.whole
+    heads = heads_of(derivatives.problem.model, space)
+    if not heads:
+        raise InvalidInput(
+            "by='head' found no attention among the parameters that take part: it is known by its number of heads and "
+            "by projections such as q_proj, query or in_proj_weight; use by='layer', or patterns of names."
+        )
+    rest = rest_of(heads, space)
+    parts = {name: Part((), cuts) for name, cuts in heads.items()}
+    for name, blocks in _by_layer(space).items():
+        own = Part(tuple(b for b in blocks if b not in rest), tuple(c for b in blocks for c in rest.get(b, ())))
+        if own.blocks or own.cuts:
+            parts[name] = own
+    return parts
 
 
 def _by_layer(space: Space) -> dict[str, tuple[str, ...]]:

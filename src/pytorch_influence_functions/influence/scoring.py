@@ -7,7 +7,7 @@ Every method that scores uses it. `ScoringPass` reads the queries, adds up block
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ from ..scores.diagnostics import Diagnostics
 from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from ..solvers.truncation import Truncation
-from .parts import Parts
+from .parts import Part, Parts
 from .question import Question
 from .run_log import RunLog
 from .topk import TopK
@@ -108,9 +108,7 @@ class ScoringPass:
         """The result by part; diagnostics are the same for all."""
         assert self.parts is not None
         record = self._record(diagnostics, fit_seconds)
-        each = {
-            name: self._result(matrix, record) for name, matrix in zip(self.parts.blocks, self._matrices, strict=True)
-        }
+        each = {name: self._result(matrix, record) for name, matrix in zip(self.parts, self._matrices, strict=True)}
         return PartScores(each)
 
     def _record(self, diagnostics: Callable[[RunLog], Diagnostics], fit_seconds: float) -> Diagnostics:
@@ -295,13 +293,14 @@ class TrainingStream:
     def part_blocks(self) -> Iterator[tuple[Int[Tensor, " n"], list[Float[Tensor, "q n"]]]]:
         """(training ids, scores of the group on them by part), in dataset order."""
         assert self.parts is not None
-        n, parts = len(self.derivatives.problem), list(self.parts.blocks.values())
-        solved = [self.solved.only(names) for names in parts]
-        constants = [decay_term(self.derivatives, part, names) for part, names in zip(solved, parts, strict=True)]
+        n, parts = len(self.derivatives.problem), self.parts.values()
+        # Written out once, not for every head.
+        whole = self.solved.rows() if self.parts.divides_layers else self.solved
+        solved = [part.of_solved(whole) for part in parts]
+        constants = [decay_term(self.derivatives, own, part) for own, part in zip(solved, parts, strict=True)]
         for ids, rows in self._training_rows():
             values = [
-                part.against(rows.only(names), self.route, self.precision)
-                for part, names in zip(solved, parts, strict=True)
+                own.against(part.of(rows), self.route, self.precision) for own, part in zip(solved, parts, strict=True)
             ]
             yield ids, [(v if c is None else v + c[:, None]) / n for v, c in zip(values, constants, strict=True)]
 
@@ -367,19 +366,17 @@ class TrainingStream:
             yield ids, products.losses_along(ids, batch, directions).T
 
 
-def decay_term(
-    derivatives: Derivatives, solved: Solved, names: Sequence[str] | None = None
-) -> Float[Tensor, " q"] | None:
+def decay_term(derivatives: Derivatives, solved: Solved, part: Part | None = None) -> Float[Tensor, " q"] | None:
     """<x, weight decay * theta> at the model's present weights: only where every example carries its own penalty.
 
-    `names`: the blocks that `solved` has; None: all.
+    `part`: what of the model `solved` has; None: all.
     """
     decay, space = derivatives.problem.weight_decay, derivatives.space
     if not decay.per_example or decay.is_zero:
         return None
     values = {k: whole(v).detach()[None] for k, v in space.values(derivatives.problem.model).items()}
     own = space.from_parameters(values).scaled(space.decay)
-    return solved.inner(own if names is None else own.only(names))[:, 0]
+    return solved.inner(own if part is None else part.of(own))[:, 0]
 
 
 def self_influence_rows(derivatives: Derivatives, room: int) -> Iterator[tuple[Int[Tensor, " n"], Rows]]:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .chunks import chunks
+
+Side: TypeAlias = Tensor | slice | None
+"""What one side of a matrix is multiplied by: a matrix, the columns of the identity that a slice takes, or nothing."""
 
 
 class AbstractBlock(ABC):
@@ -75,15 +79,15 @@ class AbstractBlock(ABC):
             total.addmm_(weights[:, chunk], self.take(chunk).dense().flatten(1))
         return total.reshape(-1, *self.shape)
 
-    def project(self, left: Tensor | None, right: Tensor | None) -> AbstractBlock:
+    def project(self, left: Side, right: Side) -> AbstractBlock:
         """left^T G right of every row, in factors where the row has some; by default through written-out rows.
 
         Args:
-            left: [o, k_out], for G as a matrix [o, i]; None leaves the side as it is.
-            right: [i, k_in]; None leaves the side as it is.
+            left: [o, k_out], for G as a matrix [o, i]; a slice takes some of G's rows, None leaves the side as it is.
+            right: [i, k_in]; a slice takes some of G's columns, None leaves the side as it is.
         """
         dense = self.dense().reshape(len(self), *matrix_shape(self.shape))
-        return Dense(_times(dense if left is None else left.T @ dense, right))
+        return Dense(_times(_times(dense.mT, left).mT, right))
 
     def fold(self, n: int) -> AbstractBlock:
         """n rows, each the sum of so many neighbours: positions that were folded into the axis of examples."""
@@ -101,7 +105,9 @@ def _sum_of_each(x: Tensor) -> Float[Tensor, " n"]:
     return x.sum(tuple(range(1, x.ndim)))
 
 
-def _times(x: Tensor, side: Tensor | None) -> Tensor:
+def _times(x: Tensor, side: Side) -> Tensor:
+    if isinstance(side, slice):
+        return x[..., side]
     return x if side is None else x @ side
 
 
@@ -192,7 +198,7 @@ class Outer(AbstractBlock):
     def to(self, dtype: torch.dtype) -> Outer:
         return Outer(self.left.to(dtype), self.right.to(dtype))
 
-    def project(self, left: Tensor | None, right: Tensor | None) -> Outer:
+    def project(self, left: Side, right: Side) -> Outer:
         return Outer(_times(self.left, left), _times(self.right, right))
 
     def fold(self, n: int) -> Outer:
@@ -253,8 +259,10 @@ class Indexed(AbstractBlock):
     def to(self, dtype: torch.dtype) -> Indexed:
         return Indexed(self.index, self.values.to(dtype), self.size)
 
-    def project(self, left: Tensor | None, right: Tensor | None) -> AbstractBlock:
-        return super().project(left, right) if left is None else Outer(left[self.index], _times(self.values, right))
+    def project(self, left: Side, right: Side) -> AbstractBlock:
+        if not isinstance(left, Tensor):
+            return super().project(left, right)
+        return Outer(left[self.index], _times(self.values, right))
 
     def fold(self, n: int) -> Indexed:
         return Indexed(self.index.reshape(n, -1), _refold(self.values, n), self.size)
@@ -301,10 +309,10 @@ class Window:
             out[width] = 1.0
         return out.permute(1, 2, 0)
 
-    def patches_times(self, x: Float[Tensor, "n i *space"], side: Tensor | None) -> Float[Tensor, "n t k"]:
+    def patches_times(self, x: Float[Tensor, "n i *space"], side: Side) -> Float[Tensor, "n t k"]:
         """Every patch times a matrix, by convolving the input with it: no patch is written out; None: the patches."""
-        if side is None:
-            return self.patches(x)
+        if not isinstance(side, Tensor):
+            return _times(self.patches(x), side)
         weight = side[:-1] if self.bias else side
         kernels = weight.T.reshape(side.shape[1], x.shape[1], *self.kernel)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
@@ -358,7 +366,7 @@ class Conv(AbstractBlock):
     def to(self, dtype: torch.dtype) -> Conv:
         return Conv(self.left.to(dtype), self.x.to(dtype), self.window)
 
-    def project(self, left: Tensor | None, right: Tensor | None) -> Outer:
+    def project(self, left: Side, right: Side) -> Outer:
         return Outer(_times(self.left.flatten(2).mT, left), self.window.patches_times(self.x, right))
 
     def fold(self, n: int) -> Outer:
@@ -423,7 +431,7 @@ class Sum(AbstractBlock):
     def to(self, dtype: torch.dtype) -> Sum:
         return Sum(tuple(p.to(dtype) for p in self.parts))
 
-    def project(self, left: Tensor | None, right: Tensor | None) -> AbstractBlock:
+    def project(self, left: Side, right: Side) -> AbstractBlock:
         return reduce(add, (p.project(left, right) for p in self.parts))
 
     def sums(self) -> Float[Tensor, " n"]:

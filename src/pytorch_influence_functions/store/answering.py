@@ -43,7 +43,13 @@ def parts_of(by: Any, manifest: Manifest, derivatives: Derivatives) -> Parts:
             f"by={by!r} tells layers apart, and {manifest.facts['described']} mixes all of them in every number "
             "that is kept; build an index with Factors(), TwoSided(k_in) or Sketch(k, per_layer=True)."
         )
-    return Parts.of(by, derivatives)
+    parts = Parts.of(by, derivatives)
+    if parts.divides_layers:
+        raise InvalidInput(
+            f"by={by!r} divides layers, and an index keeps them whole, often projected; use by='layer' or patterns of "
+            "names, or score() of the live method."
+        )
+    return parts
 
 
 @final
@@ -105,7 +111,7 @@ class Search:
         # Only now: a file that is damaged is told of by the search, which needs it.
         told = {**told, "train_labels": labels_of_index(self.stored.folder)}
         each = [self._scores(values.to(kind), indices, record, told) for values, indices in results]
-        return each[0] if self.parts is None else PartScores(dict(zip(self.parts.blocks, each, strict=True)))
+        return each[0] if self.parts is None else PartScores(dict(zip(self.parts, each, strict=True)))
 
     def _scores(self, values: Tensor, indices: Tensor, record: Diagnostics, told: Mapping[str, Any]) -> Scores:
         question, mask = self.question, self.stored.mask
@@ -140,7 +146,7 @@ class Search:
             if self.parts is None:
                 ready = [layout.ready(solved)]
             else:
-                ready = layout.ready_by_part(solved, self.parts.blocks.values())
+                ready = layout.ready_by_part(solved, [part.blocks for part in self.parts.values()])
             del rows, solved
             for train_ids, values in self.stored.scores(ready, len(query_ids), norm):
                 for ranking, some in zip(rankings, values, strict=True):
