@@ -65,11 +65,15 @@ OLDEST_TESTS := tests/file_formats tests/laws/test_progress.py tests/laws/test_l
 	$(patsubst %,tests/interface/test_%.py,classic_files cli_actions cli_attribute cli_bad_input cli_commands cli_index \
 	cli_words demo demo_data demo_screen interop package_page plots public_face report_decisions report_numbers report_page \
 	report_texts token_pictures)
+# Then those of Hugging Face's libraries, which ask for newer ones of some of the others: models, Trainers, adapters, chats.
+OLDEST_HF_TESTS := $(patsubst %,tests/hf/test_%.py,adapters first_calls models problem queries trainer)
 test-oldest:
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[all,test]'
 	$(OLDEST)/bin/python -m pytest $(PARALLEL) $(OLDEST_TESTS) $(ARGS)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest-hf.txt --editable '.[hf]'
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(OLDEST_HF_TESTS) $(ARGS)
 
 crosscheck: $(STAMP)
 	$(INSTALL) --no-deps --requirement tests/crosscheck/requirements.txt

@@ -57,6 +57,36 @@ def test_a_trainer_is_asked_about_a_text(side: str, tmp_path: Path) -> None:
     assert gap(rows.values[1].double(), products(model, [training[2]], training)[0]) < 1e-6
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_texts_are_told_the_kinds_of_tokens_that_training_was_told(flat: bool, tmp_path: Path) -> None:
+    """GPT-2 adds the vector of word 0 to every token of kind 0, and nothing where no kinds are given."""
+    model, words = gpt2(), tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    rows = datasets.Dataset.from_list([dict(words(text)) for text in texts(4)])
+    collator = transformers.DataCollatorWithFlattening() if flat else None
+    asked = trainer(model, rows, tmp_path, collator or transformers.DataCollatorForLanguageModeling(words, mlm=False))
+    asked.processing_class = words
+
+    def loss(text: str) -> torch.Tensor:
+        ids = torch.tensor([words(text)["input_ids"]])
+        kinds = {} if flat else {"token_type_ids": torch.zeros_like(ids)}
+        mean: torch.Tensor = model(input_ids=ids, labels=ids, **kinds).loss
+        return mean * (ids.shape[1] - 1)
+
+    expected = products(model, [gradient(model, loss("the cat sat on"))], [gradient(model, loss(t)) for t in texts(4)])
+    for question in ("the cat sat on", {"prompt": "the", "completion": " cat sat on"}):
+        scores = ptif.attribute(asked, queries=question, method="grad_dot")
+        assert gap(scores.values.double(), expected) < 1e-6
+    direct = ptif.hf.query(asked, prompt="the", completion=" cat sat on")
+    assert gap(ptif.attribute(asked, queries=direct, method="grad_dot").values.double(), expected) < 1e-6
+    if not flat:
+        alone = ptif.attribute(ptif.hf.problem(model, words, texts(4)), queries="the cat sat on", method="grad_dot")
+        assert gap(alone.values.double(), expected) < 1e-6
+    kinds = {} if flat else {"token_type_ids": torch.zeros(1, 1, dtype=torch.long)}
+    written = model.generate(torch.tensor([[6]]), do_sample=False, max_new_tokens=4, pad_token_id=0, **kinds)[0]
+    generated = ptif.hf.query(asked, prompt="the", max_new_tokens=4)
+    assert generated.texts.encoded[0].ids == tuple(written.tolist())
+
+
 def test_the_trainers_loss_is_a_sum_over_tokens_up_to_one_factor(tmp_path: Path) -> None:
     """The gradient of its loss of a batch is that of our objective over the same texts."""
     model = llama()

@@ -30,6 +30,7 @@ def tokenizer(chat: str | None = CHAT, **options: Any) -> Any:
     assert len(vocabulary) < VOCABULARY
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    options = {"model_input_names": ["input_ids", "attention_mask"]} | options  # version 4 adds kinds of tokens
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", **options
     )

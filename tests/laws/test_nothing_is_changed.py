@@ -106,6 +106,45 @@ def test_scores_are_those_of_the_plain_model_and_nothing_is_changed(
     torch.testing.assert_close(values, of_the_plain_model(entry, state))
 
 
+class TwoNames(nn.Module):
+    """A layer that stands under two names, as the embedding of T5 does, and shares its weight with a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.scale, self.last = nn.Linear(4, 4), nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+        self.again = self.first
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.again(self.first(x) * self.scale)))[:, :3]
+
+
+@pytest.mark.parametrize("method", ["grad_dot", "gauss_newton", "dual"])
+def test_a_layer_under_two_names_stays_one_layer(method: str) -> None:
+    """torch.func.functional_call leaves such a model untied."""
+    model, (_, train, queries) = TwoNames().double(), case("perceptron")
+    before = picture(model, train, queries)
+    scores = ptif.attribute(model, train, queries, method=method)
+    assert differences(before, picture(model, train, queries)) == []
+    again = ptif.attribute(model, train, queries, method=method)
+    torch.testing.assert_close(scores.values, again.values)
+    if method == "grad_dot":
+        rows = []
+        for x, y in (train, queries):
+            losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+            rows.append(
+                [
+                    torch.cat(
+                        [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)]
+                    )
+                    for loss in losses
+                ]
+            )
+        expected = torch.stack(rows[1]) @ torch.stack(rows[0]).T / len(rows[0])
+        torch.testing.assert_close(scores.values.double(), expected, rtol=1e-6, atol=1e-9)
+
+
 # --------------------------------------------------------------------------- interruptions
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput
+from ..core.functional import call_with
 from ..curvature.base import Budget
 from ..gradients.per_example import Derivatives
 from ..influence.attribution import Attribution
@@ -91,7 +91,7 @@ def _slopes(derivatives: Derivatives, solved: Rows, ids: Any) -> Tensor:
         with torch.enable_grad(), double_backward_safe(problem.model):
 
             def forward(*args: Any, parameters: Any = parameters, **kwargs: Any) -> Any:
-                return functional_call(problem.model, parameters, args, kwargs)
+                return call_with(problem.model, parameters, args, kwargs)
 
             outputs = derivatives.objective.outputs(forward, changed)
             derivatives.objective.check(outputs.detach(), changed, batch_ids)

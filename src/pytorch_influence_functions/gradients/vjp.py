@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 
 from ..core.batches import example_tensors, with_example_tensors
+from ..core.functional import call_with
 from ..objectives.base import AbstractObjective
 
 
@@ -19,7 +20,7 @@ def as_function(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[
     """The model as a callable, with the named parameters replaced; the module itself is not changed."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, dict(parameters), args, kwargs)
+        return call_with(model, parameters, args, kwargs)
 
     return call
 

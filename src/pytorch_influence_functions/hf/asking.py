@@ -15,10 +15,10 @@ from .columns import is_chat
 from .encoding import encode_text
 from .models import find_tokenizer, is_seq2seq, token_shift
 from .padding import Padding
-from .queries import TextQueries, as_queries, query
+from .queries import TextQueries, as_queries, ask_texts
 from .texts import Texts
 from .tokenised import TokenisedRows
-from .trainers import trainers_tokenizer
+from .trainers import padding_as_trained, trainers_tokenizer
 
 
 def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
@@ -53,16 +53,17 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
             "their labels, in the form of the training data."
         )
     tokenizer = _tokenizer(problem, trainer)
+    padding = padding_as_trained(Padding.of(problem.model, tokenizer), problem.data)
     if isinstance(first, str):
-        return _whole_texts(problem, tokenizer, list(asked))
+        return _whole_texts(problem, tokenizer, list(asked), padding)
     if is_chat(first):
-        return query(problem.model, tokenizer, list(asked))
+        return ask_texts(problem.model, tokenizer, list(asked), None, None, padding)
     columns = {name: [row.get(name) for row in asked] for name in ("prompt", "completion", "against")}
     completion, against = (
         columns[name] if any(value is not None for value in columns[name]) else None
         for name in ("completion", "against")
     )
-    return query(problem.model, tokenizer, columns["prompt"], completion, against=against)
+    return ask_texts(problem.model, tokenizer, columns["prompt"], completion, against, padding)
 
 
 def _is_question(row: Any) -> bool:
@@ -76,12 +77,12 @@ def _tokenizer(problem: Problem, trainer: Any) -> Any:
     return find_tokenizer(problem.model, own)
 
 
-def _whole_texts(problem: Problem, tokenizer: Any, asked: list[str]) -> TextQueries:
+def _whole_texts(problem: Problem, tokenizer: Any, asked: list[str], padding: Padding) -> TextQueries:
     if is_seq2seq(problem.model):
         raise InvalidInput("An encoder-decoder reads one text and writes another; ask {'prompt': …, 'completion': …}.")
     texts = Texts(tuple(encode_text(tokenizer, text) for text in asked), tokenizer)
     texts.check_taught("query")
-    return as_queries(texts, Padding.of(problem.model, tokenizer))
+    return as_queries(texts, padding)
 
 
 def _in_the_form_of(data: Source, queries: Any) -> Source:

@@ -95,8 +95,9 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], everythin
     """
     if _marks_answers(tokenizer):
         out = _apply(tokenizer, messages, return_assistant_tokens_mask=True)
-        ids, marks = list(out["input_ids"]), out["assistant_masks"]
-        return Encoded(tuple(ids), tuple(everything or bool(mark) for mark in marks), chat=messages)
+        ids, marks = list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
+        if everything or not _run_over(tokenizer, messages, ids, marks):
+            return Encoded(tuple(ids), tuple(everything or mark for mark in marks), chat=messages)
     ids = list(_apply(tokenizer, messages)["input_ids"])
     taught = [everything] * len(ids)
     for turn, message in enumerate(messages):
@@ -185,6 +186,20 @@ def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
 def _marks_answers(tokenizer: Any) -> bool:
     template = getattr(tokenizer, "chat_template", None)
     return isinstance(template, str) and "generation %}" in template
+
+
+def _run_over(tokenizer: Any, messages: Sequence[Mapping[str, Any]], ids: list[int], marks: list[bool]) -> bool:
+    """Whether the marks of an earlier answer go on over all that follows.
+
+    Versions of transformers up to 5.0 mark everything behind an answer that ends with a blank which is no token.
+    """
+    if len(messages) < 2 or not marks or not marks[-1]:
+        return False
+    try:
+        before = list(_apply(tokenizer, messages[:-1])["input_ids"])
+    except InvalidInput:  # a template may refuse the beginning of a chat
+        return False
+    return 0 < len(before) <= len(ids) and ids[: len(before)] == before and all(marks[len(before) - 1 :])
 
 
 def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:

@@ -94,7 +94,7 @@ def adapter_parameters(model: nn.Module) -> list[str] | None:
 
     None: the model has no adapters, or some of it is trainable, which then takes part.
     """
-    if not hasattr(model, "peft_config") or any(p.requires_grad for p in model.parameters()):
+    if not hasattr(model, "peft_config") or not _loaded_frozen(model):
         return None
     active: Any = getattr(model, "active_adapters", None) or getattr(model, "active_adapter", None) or []
     adapters = [active] if isinstance(active, str) else list(active)
@@ -110,6 +110,13 @@ def adapter_parameters(model: nn.Module) -> list[str] | None:
             "PeftModel.from_pretrained(model, path, is_trainable=True), or name them with parameters=."
         )
     return names
+
+
+def _loaded_frozen(model: nn.Module) -> bool:
+    """Whether nothing is trainable; older versions of peft leave whole layers saved beside the adapters trainable."""
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    loaded = bool(getattr(getattr(model, "active_peft_config", None), "inference_mode", False))
+    return not trainable or (loaded and all(".modules_to_save." in name for name in trainable))
 
 
 def refuse_adapters(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from jaxtyping import Int
@@ -15,6 +15,7 @@ from .encoding import IGNORED
 from .models import accepted_arguments, accepts_positions, base_model, is_seq2seq
 
 Shift = Callable[[Tensor], Tensor]
+KINDS: Final = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Padding:
         positions: whether the model is told the place of every token, which then do not count the padding before them.
         shift: labels of a decoder -> what it reads; None for other models.
         mask: whether the model takes an attention mask.
+        kinds: whether the model is told the kind of every token: 0, as the tokenizer says, which GPT-2 for one reads
+            otherwise than nothing.
     """
 
     pad: int = 0
@@ -34,6 +37,7 @@ class Padding:
     positions: bool = False
     shift: Shift | None = None
     mask: bool = True
+    kinds: bool = False
 
     @staticmethod
     def of(model: nn.Module, tokenizer: Any = None, side: str | None = None) -> Padding:
@@ -48,6 +52,7 @@ class Padding:
             accepts_positions(model) and not is_seq2seq(model),
             shift_of(model) if is_seq2seq(model) else None,
             "attention_mask" in accepted_arguments(model),
+            KINDS in accepted_arguments(model) and KINDS in (getattr(tokenizer, "model_input_names", None) or ()),
         )
 
     def __call__(self, items: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -56,6 +61,8 @@ class Padding:
         mask = self._pad([torch.ones_like(item["input_ids"]) for item in items], 0)
         if self.mask:
             batch["attention_mask"] = mask
+        if self.kinds:
+            batch[KINDS] = torch.zeros_like(batch["input_ids"])
         if self.positions:
             batch["position_ids"] = positions_of(mask)
         labels = self._pad([item["labels"] for item in items], IGNORED)

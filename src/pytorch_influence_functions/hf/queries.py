@@ -16,10 +16,10 @@ from ..problem.reading import Collate
 from ..scores.scores import Scores
 from .columns import is_chat
 from .encoding import Encoded, encode_chat, encode_chat_prompt, encode_pair, encode_prompt, encode_text
-from .models import find_tokenizer, is_seq2seq, knows_texts
-from .padding import Padding
+from .models import find_tokenizer, is_seq2seq, is_trainer, knows_texts
+from .padding import KINDS, Padding
 from .texts import Texts, longest
-from .trainers import trainers_tokenizer
+from .trainers import padding_as_trained, trainers_data, trainers_tokenizer
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 
@@ -142,27 +142,46 @@ def query(
         queries = ptif.hf.query(model, tokenizer, "The capital of France is", " Paris", against=" London")
         ```
     """
+    whole = model
     if knows_texts(model):
         tokenizer = (trainers_tokenizer(model) or getattr(model, "tokenizer", None)) if tokenizer is None else tokenizer
         model = model.model
     tokenizer = find_tokenizer(model, tokenizer)
     if prompt is None:
         raise InvalidInput("There is no prompt; write ptif.hf.query(model, tokenizer, prompt), a text or a chat.")
+    padding = Padding.of(model, tokenizer, padding_side)
+    if is_trainer(whole) and hasattr(getattr(whole, "train_dataset", None), "__getitem__"):
+        padding = padding_as_trained(padding, trainers_data(whole, None, padding, None))
+    return ask_texts(model, tokenizer, prompt, completion, against, padding, max_new_tokens, add_eos)
+
+
+def ask_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Any,
+    completion: Any,
+    against: Any,
+    padding: Padding,
+    max_new_tokens: int = 64,
+    add_eos: bool = False,
+) -> TextQueries:
+    """What `query` asks, where model, tokenizer and padding are known."""
     prompts: list[Any] = [prompt] if isinstance(prompt, str) or is_chat(prompt) else list(prompt)
     if not prompts:
         raise InvalidInput("There is no prompt; give a text or a chat.")
     answers = _one_each("completion", completion, len(prompts))
     others = _one_each("against", against, len(prompts))
-    asked = [_ask(model, tokenizer, p, a, max_new_tokens, add_eos) for p, a in zip(prompts, answers, strict=True)]
+    writing = Writing(model, tokenizer, max_new_tokens, padding.kinds)
+    asked = [_ask(writing, p, a, add_eos) for p, a in zip(prompts, answers, strict=True)]
     if against is not None:
-        asked += [_ask(model, tokenizer, _open(p), o, 0, add_eos) for p, o in zip(prompts, others, strict=True)]
+        asked += [_ask(writing, _open(p), o, add_eos) for p, o in zip(prompts, others, strict=True)]
     texts = Texts(
         tuple(encoded for encoded, _ in asked),
         tokenizer,
         tuple(target for _, target in asked if target is not None) if is_seq2seq(model) else None,
     )
     texts.check_taught("query")
-    return as_queries(texts, Padding.of(model, tokenizer, padding_side), 0 if against is None else len(prompts))
+    return as_queries(texts, padding, 0 if against is None else len(prompts))
 
 
 def as_queries(texts: Texts, padding: Collate, pairs: int = 0) -> TextQueries:
@@ -184,17 +203,16 @@ def _open(prompt: Prompt) -> Prompt:
     return prompt if isinstance(prompt, str) or prompt[-1]["role"] != "assistant" else prompt[:-1]
 
 
-def _ask(
-    model: nn.Module, tokenizer: Any, prompt: Any, answer: Any, most: int, end: bool
-) -> tuple[Encoded, Encoded | None]:
+def _ask(writing: Writing, prompt: Any, answer: Any, end: bool) -> tuple[Encoded, Encoded | None]:
     """The prompt with its answer; for an encoder-decoder the prompt, and the answer beside it."""
+    tokenizer = writing.tokenizer
     if not isinstance(prompt, str) and not is_chat(prompt):
         raise InvalidInput(
             f"A prompt is of type {type(prompt).__name__}; expected a text, or a chat as a list of messages with role "
             "and content."
         )
-    if is_seq2seq(model):
-        return _ask_seq2seq(model, tokenizer, prompt, answer, most)
+    if is_seq2seq(writing.model):
+        return _ask_seq2seq(writing, prompt, answer)
     if isinstance(prompt, str):
         if answer is not None:
             return encode_pair(tokenizer, prompt, answer, end), None
@@ -206,16 +224,16 @@ def _ask(
             chat = [*_open(prompt), {"role": "assistant", "content": answer}]
             return _last_answer(encode_chat(tokenizer, chat)), None
         given = encode_chat_prompt(tokenizer, prompt)
-    written = generate(model, tokenizer, given, most)
+    written = writing.answer(given)
     turns = None if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": ""}]
     return Encoded((*given, *written), (False,) * len(given) + (True,) * len(written), chat=turns), None
 
 
-def _ask_seq2seq(model: nn.Module, tokenizer: Any, prompt: Any, answer: Any, most: int) -> tuple[Encoded, Encoded]:
-    source = encode_text(tokenizer, prompt)
+def _ask_seq2seq(writing: Writing, prompt: Any, answer: Any) -> tuple[Encoded, Encoded]:
+    source = encode_text(writing.tokenizer, prompt)
     if answer is not None:
-        return source, encode_text(tokenizer, answer)
-    written = generate(model, tokenizer, list(source.ids), most)
+        return source, encode_text(writing.tokenizer, answer)
+    written = writing.answer(list(source.ids))
     return source, Encoded(tuple(written), (True,) * len(written))
 
 
@@ -229,37 +247,47 @@ def _last_answer(chat: Encoded) -> Encoded:
     return chat
 
 
-def generate(model: nn.Module, tokenizer: Any, ids: Sequence[int], most: int) -> list[int]:
-    """The most likely continuation, token by token; the model is left as it was.
+@dataclass(frozen=True, eq=False)
+class Writing:
+    """How answers are generated: the most likely continuation, token by token.
 
     Args:
         model: a model with `generate`.
         tokenizer: its tokenizer.
-        ids: the prompt's token numbers.
         most: the longest answer.
-
-    Raises:
-        InvalidInput: the model cannot generate.
+        kinds: whether the model is told the kind of every token.
     """
-    if not callable(getattr(model, "generate", None)):
-        raise InvalidInput(f"{type(model).__name__} cannot generate an answer; pass completion=.")
-    writing: Any = model
-    room = longest(model, tokenizer)
-    most = most if room is None else min(most, room - (0 if is_seq2seq(model) else len(ids)))
-    if most < 1:
-        raise InvalidInput(f"A prompt of {len(ids)} tokens leaves no room for an answer within {room}; shorten it.")
-    device = next(model.parameters()).device
-    given = torch.tensor([list(ids)], device=device)
-    pad = getattr(tokenizer, "pad_token_id", None)
-    pad = getattr(tokenizer, "eos_token_id", None) if pad is None else pad
-    with preserved(model), torch.no_grad():
-        written: Tensor = writing.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=most,
-            pad_token_id=0 if pad is None else pad,
-        )[0]
-    # An encoder-decoder gives what its decoder read, the start token first.
-    return written[1 if is_seq2seq(model) else len(ids) :].tolist()
+
+    model: nn.Module
+    tokenizer: Any
+    most: int
+    kinds: bool = False
+
+    def answer(self, ids: Sequence[int]) -> list[int]:
+        """The answer to a prompt of these token numbers; the model is left as it was.
+
+        Raises:
+            InvalidInput: the model cannot generate.
+        """
+        model: Any = self.model
+        if not callable(getattr(model, "generate", None)):
+            raise InvalidInput(f"{type(model).__name__} cannot generate an answer; pass completion=.")
+        room = longest(model, self.tokenizer)
+        most = self.most if room is None else min(self.most, room - (0 if is_seq2seq(model) else len(ids)))
+        if most < 1:
+            raise InvalidInput(f"A prompt of {len(ids)} tokens leaves no room for an answer within {room}; shorten it.")
+        given = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        pad = getattr(self.tokenizer, "eos_token_id", None) if pad is None else pad
+        with preserved(model), torch.no_grad():
+            written: Tensor = model.generate(
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=most,
+                pad_token_id=0 if pad is None else pad,
+                **({KINDS: torch.zeros_like(given)} if self.kinds else {}),
+            )[0]
+        # An encoder-decoder gives what its decoder read, the start token first.
+        return written[1 if is_seq2seq(model) else len(ids) :].tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
@@ -16,10 +16,10 @@ from ..core.errors import InvalidInput
 from ..objectives.base import AbstractObjective
 from ..objectives.likelihoods import TokenCrossEntropy
 from ..problem.data import BATCH_SIZE, Source
-from ..problem.model_state import preserved
+from ..problem.model_state import preserved, same_rng
 from ..problem.problem import model_device
 from .models import accepted_arguments, token_shift
-from .padding import Padding, TrainersCollate
+from .padding import KINDS, Padding, TrainersCollate
 from .tokenised import TokenisedRows
 
 _PACKED = "seq_lengths"  # the column that TRL adds
@@ -93,7 +93,11 @@ def _collator(collator: Any, padding: Padding) -> Any:
         )
     if getattr(collator, "padding_free", False) and is_dataclass(collator) and not isinstance(collator, type):
         return replace(collator, padding_free=False)
-    return OneRowEach(padding) if type(collator).__name__ == "DataCollatorWithFlattening" else collator
+    return (
+        OneRowEach(replace(padding, kinds=False))
+        if type(collator).__name__ == "DataCollatorWithFlattening"
+        else collator
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +115,20 @@ class OneRowEach:
             {name: torch.as_tensor(item[name]) for name in ("input_ids", "labels") if name in item} for item in items
         ]
         return self.padding([row if "labels" in row else row | {"labels": row["input_ids"]} for row in rows])
+
+
+def padding_as_trained(padding: Padding, data: Source) -> Padding:
+    """What texts are told as the training data are: of kinds of tokens where those hold them.
+
+    Args:
+        padding: what suits the model and its tokenizer.
+        data: the training data.
+    """
+    if not isinstance(data.collate, TrainersCollate):
+        return data.collate if isinstance(data.collate, Padding) else padding
+    with same_rng():
+        batch = data.collate([data.dataset[0]])
+    return replace(padding, kinds=isinstance(batch, Mapping) and KINDS in batch)
 
 
 def check_compute_loss(trainer: Any, data: Source, objective: Any) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..core.errors import InvalidInput
+from ..core.functional import call_with
 from .outputs import OutputsAndWeights
 
 
@@ -40,7 +40,7 @@ class TrainedLoss:
                 f"The loss {self.__name__} has weights of its own, and a model trained again comes without them; "
                 "measure something of the outputs alone, e.g. measure=ptif.Margin(), or let the model hold the loss."
             )
-        return functional_call(self.module, dict(returned.weights), (returned.outputs, targets))
+        return call_with(self.module, returned.weights, (returned.outputs, targets))
 
 
 def loss_module(function: Any) -> nn.Module | None:
