@@ -31,7 +31,10 @@ Run = Annotated[
     typer.Option("--run", help="The folder of a recorded training run: the method is asked at all its checkpoints."),
 ]
 Damping = Annotated[
-    str | None, typer.Option("--damping", help="0.01, relative:0.1 or training:RATE:STEPS. (default: the method's)")
+    str | None,
+    typer.Option(
+        "--damping", help="0.01, relative:0.1, training:RATE:STEPS or adam:RATE:STEPS:BATCH. (default: the method's)"
+    ),
 ]
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="The L2 strength of training.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples per batch. (default: the loader's)")]
@@ -151,7 +154,11 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "out": _PATH,
     "method": _TEXT,
     "run": _PATH,
-    "damping": (lambda v: _is_text(v) or _is_number(v), "a number, 'relative:SHARE' or 'training:RATE:STEPS'", str),
+    "damping": (
+        lambda v: _is_text(v) or _is_number(v),
+        "a number, 'relative:SHARE', 'training:RATE:STEPS' or 'adam:RATE:STEPS:BATCH'",
+        str,
+    ),
     "queries": (lambda v: _is_text(v) or (is_whole(v) and v >= 0), "such as '0:20'", str),
     "top": _COUNT,
     "block": _COUNT,

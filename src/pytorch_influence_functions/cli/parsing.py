@@ -37,12 +37,14 @@ def override_damping(method: AbstractMethod, text: str | None) -> AbstractMethod
 
 
 def parse_damping(text: str) -> AbstractDamping:
-    """A damping from text: a number (absolute), `relative:SHARE`, or `training:RATE:STEPS[:MOMENTUM]`.
+    """A damping from text: a number, `relative:SHARE`, `training:RATE:STEPS[:MOMENTUM]` or `adam:RATE:STEPS:BATCH`.
 
     >>> parse_damping("relative:0.3")
     Relative(share=0.3)
     >>> parse_damping("training:0.1:2000")
     FromTraining(lr=0.1, steps=2000)
+    >>> parse_damping("adam:1e-3:500:8")
+    FromTraining(lr=0.001, steps=500, adam_batch=8)
     """
     kind, *rest = text.strip().split(":")
     try:
@@ -53,13 +55,15 @@ def parse_damping(text: str) -> AbstractDamping:
             return Relative(numbers[0])
         if kind == "training" and len(rest) in (2, 3):
             return FromTraining(numbers[0], int(rest[1]), *numbers[2:])
+        if kind == "adam" and len(rest) == 3:
+            return FromTraining(numbers[0], int(rest[1]), adam_batch=int(rest[2]))
     except InvalidInput:
         raise
     except ValueError:
         pass
     raise InvalidInput(
         f"{text!r} is no damping; write a number such as 0.01 (absolute), relative:0.1 (a share of the mean "
-        "eigenvalue), or training:RATE:STEPS."
+        "eigenvalue), training:RATE:STEPS, or adam:RATE:STEPS:BATCH."
     )
 
 

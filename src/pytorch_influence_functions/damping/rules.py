@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from ..core.errors import InvalidInput, NonFinite
 from ..core.records import ALWAYS_SHOWN, Record
-from ..core.validate import finite_number
+from ..core.validate import finite_number, whole_number
+from ..gradients.per_example import Derivatives
+from .adam import adam_denominators
 
 
 @runtime_checkable
@@ -136,16 +139,53 @@ class Absolute(AbstractDamping):
 
 
 @dataclass(frozen=True, repr=False)
+class ByBlock(AbstractDamping):
+    """A lambda for every block of parameters, as numbers.
+
+    Args:
+        values: by block's name.
+        mean: what stands for all of them in a record.
+    """
+
+    values: Mapping[str, float]
+    mean: float
+
+    def of(self, operator: HasMeanEigenvalue) -> float:
+        return self.mean
+
+    def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
+        return dict(self.values)
+
+
+@runtime_checkable
+class HasDerivatives(Protocol):
+    """All that a rule asks of a fitted model to look at its gradients."""
+
+    @property
+    def derivatives(self) -> Derivatives: ...
+
+
+@dataclass(frozen=True, repr=False)
 class FromTraining(AbstractDamping):
-    """`lambda = (1 - momentum) / (lr * steps)`: what stopping after `steps` of gradient descent amounts to.
+    r"""`lambda = (1 - momentum) / (lr * steps)`: what stopping after `steps` of gradient descent amounts to.
 
     Directions with an eigenvalue well below this lambda have not been fitted yet, so removing an example
     cannot move the weights along them.
+
+    Adam divides its steps by the root of the gradients' second moment, so that after Adam or AdamW the same argument
+    gives `lambda = sqrt(v) / (lr * steps)`, v being the mean square of an entry of a batch's gradient. With
+    `adam_batch` it is measured at the final weights, block by block: for adapters this is the rule that says how far
+    training has come. Adam's own v is an average over the last steps, some of them earlier and larger, so lambda is
+    rather too small than too large.
 
     Args:
         lr: the mean learning rate over the run.
         steps: the optimiser steps of the run.
         momentum: SGD's.
+        adam_batch: training was by Adam or AdamW, with so many examples to a step; `None`: by SGD.
+
+    Raises:
+        InvalidInput: a number is out of range, or momentum is given beside `adam_batch`.
 
     >>> class Ten:
     ...     def mean_eigenvalue(self): return 10.0
@@ -157,14 +197,36 @@ class FromTraining(AbstractDamping):
     lr: float
     steps: int
     momentum: float = 0.0
+    adam_batch: int | None = None
 
     def __post_init__(self) -> None:
         finite_number("lr", self.lr, above=0, owner=self, hint="it is the mean learning rate of the run")
         finite_number("steps", self.steps, least=1, owner=self, hint="they are the optimiser's steps")
         finite_number("momentum", self.momentum, least=0, below=1, owner=self)
+        if self.adam_batch is not None:
+            whole_number("adam_batch", self.adam_batch, 1, owner=self)
+            if self.momentum:
+                raise InvalidInput(
+                    f"{self!r} has both momentum and adam_batch, and momentum is SGD's; leave it out for Adam, whose "
+                    "first moment does not change how far it goes."
+                )
 
     def of(self, operator: HasMeanEigenvalue) -> float:
+        if self.adam_batch is not None:
+            raise InvalidInput(
+                "FromTraining(adam_batch=) measures gradients of the training data and works as the damping of a "
+                "method that is fitted; give lr and steps alone, or a number, here."
+            )
         return (1.0 - self.momentum) / (self.lr * self.steps)
+
+    def resolved(self, fitted: object) -> AbstractDamping:
+        if self.adam_batch is None:
+            return self
+        assert isinstance(fitted, HasDerivatives)
+        space = fitted.derivatives.space
+        divisors = adam_denominators(fitted.derivatives, self.adam_batch)
+        values = {name: divisor / (self.lr * self.steps) for name, divisor in divisors.items()}
+        return ByBlock(values, sum(v * space.numel(name) for name, v in values.items()) / space.size)
 
 
 def as_damping(value: AbstractDamping | float) -> AbstractDamping:
