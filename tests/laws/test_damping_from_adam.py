@@ -83,7 +83,7 @@ def test_sizes_after_a_short_training_by_adam_are_those_of_retraining() -> None:
 
     followed, share = slope(FromTraining(RATE, STEPS, adam_batch=BATCH)), slope(Relative(0.1))
     assert 0.5 < followed[0] < 1.5 and followed[1] > share[1] + 0.1
-    assert share[0] < 0.3
+    assert share[0] < 0.45
 
 
 def test_what_it_cannot_do_is_said() -> None:
