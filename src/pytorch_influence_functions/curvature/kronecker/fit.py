@@ -131,10 +131,11 @@ class Fit:
                 "diagonal), with eigenvalues measured in them"
             )
         if short:
+            more = f" and {len(short) - 3} more" if len(short) > 3 else ""
             notes.append(
-                f"fewer gradients than a factor's side is long at {', '.join(short[:3])}"
-                f"{f' and {len(short) - 3} more' if len(short) > 3 else ''}: damping alone decides where none points, and "
-                "sizes are too large: ptif.dual(ptif.curvature.Fisher(samples=3)) makes no such approximation"
+                f"fewer gradients than a factor's side is long at {', '.join(short[:3])}{more}: damping alone decides "
+                "where none points, and sizes are too large; ptif.dual(ptif.curvature.Fisher(samples=3)) makes no such "
+                "approximation"
             )
         return tuple(notes)
 
