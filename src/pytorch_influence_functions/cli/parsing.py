@@ -54,7 +54,7 @@ def parse_damping(text: str) -> AbstractDamping:
         if kind == "relative" and len(rest) == 1:
             return Relative(numbers[0])
         if kind == "training" and len(rest) in (2, 3):
-            return FromTraining(numbers[0], int(rest[1]), *numbers[2:])
+            return FromTraining(numbers[0], int(rest[1]), momentum=numbers[2] if len(numbers) == 3 else 0.0)
         if kind == "adam" and len(rest) == 3:
             return FromTraining(numbers[0], int(rest[1]), adam_batch=int(rest[2]))
     except InvalidInput:
