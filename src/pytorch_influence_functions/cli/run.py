@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 
 from .._version import __version__
-from ..core.progress import Callback
+from ..core.progress import Callback, Meter
 from ..core.token_text import text_name_of
 from ..hf.texts import Texts
 from ..influence.attribution import Attribution, Influence
@@ -96,7 +96,10 @@ class AttributionRun:
         Raises:
             InvalidInput: the method has no forecast.
         """
-        return self.method.forecast(self.task.problem, len(self.ids))
+        with Meter(1, "timing one batch") as meter:
+            costs = self.method.forecast(self.task.problem, len(self.ids))
+            meter.advance()
+        return costs
 
     @property
     def result_bytes(self) -> int:
