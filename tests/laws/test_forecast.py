@@ -29,7 +29,7 @@ from pytorch_influence_functions.curvature import (
     Subsample,
 )
 from pytorch_influence_functions.curvature.cost import ProblemSize
-from pytorch_influence_functions.damping import Relative
+from pytorch_influence_functions.damping import PerDirection, Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives, Tape
 from pytorch_influence_functions.gradients.products import Products
 from pytorch_influence_functions.influence import attribution
@@ -341,7 +341,7 @@ def test_a_convex_loss_is_solved_exactly_and_the_number_of_queries_decides_how()
 def test_a_network_with_many_rows_gets_kronecker_factors(count: int) -> None:
     size = perceptron(784, 2000, hidden=128).for_queries(count)
     choice = choose_composition(None, size, Budget())
-    assert (choice.curvature, choice.default_damping) == (EKFAC(), Relative(1.0, per_block=True))
+    assert (choice.curvature, choice.default_damping) == (EKFAC(), PerDirection())
 
 
 def test_outputs_are_counted() -> None:

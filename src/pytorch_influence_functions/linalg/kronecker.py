@@ -7,6 +7,7 @@ where bases and eigenvalues come from (`curvature/kronecker.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
@@ -33,6 +34,8 @@ class Kronecker(AbstractSpectral):
     blocks: Mapping[str, KroneckerBlock]
     notes: tuple[str, ...] = ()
     """Sentences that belong to the result, such as a layer whose gradients are all zero."""
+    output_directions: float = math.inf
+    """Examples times the directions of their outputs: what a Gauss-Newton matrix of them can have eigenvalues for."""
     layerwise: ClassVar[bool] = True
 
     def apply(self, rows: Rows) -> Rows:
@@ -48,6 +51,10 @@ class Kronecker(AbstractSpectral):
                 coordinates = kronecker.into_basis(block.take(chunk)).flatten(1)
                 total[chunk] += torch.einsum("np,np,p->n", coordinates, coordinates, values.flatten()).double()
         return total
+
+    @property
+    def directions(self) -> float:
+        return self.output_directions
 
     def block_means(self) -> dict[str, float]:
         return {k: float(b.values.mean(dtype=torch.float64)) for k, b in self.blocks.items()}

@@ -82,7 +82,7 @@ def softmax_cotangent(
     level = _of_counting(draw(z[..., 0], generator), s > 0)
     cotangent, factors = torch.empty_like(z, memory_format=torch.contiguous_format), s.sqrt()[..., None]
     for some in chunks(len(z), z[0].numel()):
-        p, factor = z[some].softmax(-1), factors[some]
+        p, factor = torch.softmax(z[some].detach(), -1, out=cotangent[some]), factors[some]
         drawn = _softmax_sample(p, level[some])[..., None]
-        cotangent[some] = p.mul_(factor).scatter_add_(-1, drawn, -factor)
+        p.mul_(factor).scatter_add_(-1, drawn, -factor)
     return cotangent
