@@ -85,8 +85,11 @@ def test_parts_of_the_model_are_told_apart_and_kept_block_by_block(tmp_path: Pat
         ("--report",): "--report shows scores of the whole model, and --by tells parts apart; leave one out.",
         ("--top", "2"): "it differs in top (3 there, 2 here)",
         ("--overwrite", "--by", "1"): "The pattern 'layer' of by= matches no layer",
-        ("--overwrite", "--method", "training-loss"): "does not tell parts of the model apart; leave --by out.",
     }
+    baseline = task_file(tmp_path, "\ndef get_options():\n    return {'method': ptif.methods.TrainingLoss()}\n", "b.py")
+    baseline.write_text("import pytorch_influence_functions as ptif\n" + baseline.read_text())
+    ran = Ran("attribute", baseline, "--out", tmp_path / "b", "--by", "layer")
+    assert ran.sentence.startswith("by='layer' tells apart what layers contribute, and a plain baseline is no sum")
     for flags, sentence in refused.items():
         ran = Ran(*ask, *flags)
         assert ran.code == 2 and sentence in ran.sentence, ran.stderr

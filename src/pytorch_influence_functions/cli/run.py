@@ -1,6 +1,5 @@
 """One run of `ptif attribute`: its settings, its forecast cost, and the scoring itself, block by block."""
 
-import inspect
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -186,10 +185,8 @@ class AttributionRun:
         """The scores of some queries, of the whole or by part."""
         if self.by is None:
             return fitted.score(queries, self.task.measure, top=self.settings.top)
-        if "by" not in inspect.signature(fitted.score).parameters:
-            raise InvalidInput(f"{self.method!r} does not tell parts of the model apart; leave --by out.")
-        told: Any = fitted
-        scores: Scores | PartScores = told.score(queries, self.task.measure, top=self.settings.top, by=self.by)
+        asked: Any = fitted  # one that cannot tell parts apart says so
+        scores: Scores | PartScores = asked.score(queries, self.task.measure, top=self.settings.top, by=self.by)
         return scores
 
     def _with_data(self, scores: Scores | PartScores) -> Scores | PartScores:
