@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,6 +30,9 @@ from .base import (
     refuse_input,
     relative,
 )
+
+# A Cholesky factor and the inverse of the matrix, which tells the effective dimension, take so many times the factor.
+_INVERTED = 2.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +213,7 @@ class Cholesky(AbstractSolver[CholeskyState]):
 
     def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
         p, q = size.parameters, size.n_queries
-        return curvature.cost(size, Form.MATRIX) + Cost(flops=FACTORISATION * p**3 + 4 * DOUBLE * q * p**2)
+        return curvature.cost(size, Form.MATRIX) + Cost(flops=_INVERTED * FACTORISATION * p**3 + 6 * DOUBLE * q * p**2)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
@@ -243,3 +247,9 @@ class Cholesky(AbstractSolver[CholeskyState]):
         condition = float((pivots.max() / pivots.min()) ** 2) * len(pivots)
         notes = {"damping": state.system.shift.damping}
         return _judge(state.system, x, b, notes, condition, self.rtol)
+
+    def effective_dimension(self, state: CholeskyState) -> float:
+        d = state.system.shift.uniform
+        if d is None:
+            return math.nan
+        return len(state.factor) - d * float(torch.cholesky_inverse(state.factor).diagonal().sum())
