@@ -9,6 +9,7 @@ from the best of the ways to what it estimates, and from EK-FAC.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
@@ -220,6 +221,8 @@ def run(method: ptif.Influence, of: ptif.Problem, queries: tuple[Tensor, Tensor]
     mib = (forecast.memory_bytes + forecast.batch_bytes) / 2**20
     if forecast.seconds > longest:
         return Measured(float("nan"), float("nan"), forecast.seconds, mib, forecast.method)
+    # What was freed before goes back, so that using it again counts.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     start, before = time.process_time(), resident("VmRSS")

@@ -143,6 +143,8 @@ class ProblemSize:
     """Numbers that one example's forward pass keeps for the backward pass, as far as layers are recorded."""
     seconds: float = 0.0
     """Measured seconds for one example's gradient row, reading included."""
+    once_seconds: float = 0.0
+    """Measured seconds for a batch of two examples: what a step costs that has hardly anything to compute."""
     product_seconds: float | None = None
     """Measured seconds for one example's part of a product, per pass that it counts for; None: as for a row."""
     steps: float | None = None
@@ -182,6 +184,7 @@ class ProblemSize:
             number_bytes=next(iter(rows.blocks.values())).reference.element_size(),
             pass_numbers=one.numbers / len(one),
             seconds=_seconds_each(derivatives, some) if timed else 0.0,
+            once_seconds=_seconds_each(derivatives, some[:2]) * len(some[:2]) if timed else 0.0,
             asks_affine=cache(partial(is_affine, problem)),
         )
 

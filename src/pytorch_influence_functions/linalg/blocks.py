@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,15 @@ from .chunks import chunks
 
 Side: TypeAlias = Tensor | slice | None
 """What one side of a matrix is multiplied by: a matrix, the columns of the identity that a slice takes, or nothing."""
+# Numbers of patches that are written out at once.
+_PATCHES = 1 << 22
 
 
 class AbstractBlock(ABC):
     """`n` rows over one parameter block of shape `shape`."""
+
+    read_when_used: ClassVar[bool] = False
+    """Whether every use reads the rows from disk."""
 
     @property
     @abstractmethod
@@ -373,13 +378,20 @@ class Conv(AbstractBlock):
         return self.outer().fold(n)
 
     def squared_norms(self) -> Float[Tensor, " n"]:
-        return self.outer().squared_norms()
+        return torch.cat([self.take(piece).outer().squared_norms() for piece in self._pieces()])
 
     def sums(self) -> Float[Tensor, " n"]:
         return _sum_of_each(self.left) + _sum_of_each(self.x)
 
     def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
-        return self.outer().combine(weights)
+        total = self.left.new_zeros(len(weights), *self.shape)
+        for piece in self._pieces():
+            total += self.take(piece).outer().combine(weights[:, piece])
+        return total
+
+    def _pieces(self) -> list[slice]:
+        """A few rows at a time, so that not all patches are written out together."""
+        return chunks(len(self), self.terms * sum(self.shape), _PATCHES)
 
     def apply(self, v: Float[Tensor, "m o *k"]) -> Float[Tensor, "n m"]:
         """<G_n, V_m> by convolving the input with V: no patches, no per-example gradient."""

@@ -12,6 +12,9 @@ from torch import Tensor
 from .blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
 from .chunks import chunks
 
+# Numbers of rows that are turned at once: each row is turned by itself, and a few stay in cache.
+_PIECE = 1 << 20
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,7 @@ class KroneckerBlock:
         """The block's curvature times every row."""
         values = self.values.to(block.reference)
         out = block.reference.new_empty(len(block), *values.shape)
-        for chunk in chunks(len(block), values.numel()):
+        for chunk in chunks(len(block), values.numel(), _PIECE):
             out[chunk] = self.out_of_basis(self.into_basis(block.take(chunk)) * values)
         return Dense(out.reshape(len(block), *shape))
 

@@ -179,5 +179,5 @@ def means_of_diagonal(space: Space, values: Float[Tensor, " p"]) -> dict[str, fl
 
 
 def dense_bytes(size: int) -> int:
-    """What a float64 [P, P] matrix, its eigenvectors and LAPACK's workspace take: 4 P^2 numbers."""
-    return 4 * 8 * size * size
+    """What a float64 [P, P] matrix, a symmetric copy, its eigenvectors and LAPACK's workspace take: 5 P^2 numbers."""
+    return 5 * 8 * size * size

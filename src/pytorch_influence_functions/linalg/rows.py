@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput
 from . import blocks as _blocks
 from .blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
-from .chunks import chunks
+from .chunks import chunks, written_numbers
 from .on_disk import OnDisk
 
 # Operations the machine does in the time it moves one byte. The numbers are fixed: results never depend on timing.
@@ -164,8 +164,8 @@ def _apply_one(a: Outer, v: Tensor) -> Tensor:
 def _materialise(a: AbstractBlock, v: Tensor) -> Tensor:
     out = v.new_empty(len(a), v.shape[0])
     flat = v.flatten(1).T
-    for chunk in chunks(len(a), flat.shape[0]):
-        out[chunk] = a.take(chunk).dense().flatten(1) @ flat
+    for chunk in chunks(len(a), flat.shape[0], written_numbers(flat.shape[0])):
+        torch.mm(a.take(chunk).dense().flatten(1), flat, out=out[chunk])
     return out
 
 
@@ -318,6 +318,11 @@ class Rows:
     def routes(self, other: Rows) -> dict[str, Route]:
         """Which route `inner` would take for each block."""
         return {k: choose_route(b, other.blocks[k]) for k, b in self.blocks.items()}
+
+    @property
+    def read_when_used(self) -> bool:
+        """Whether every use reads some of them from disk."""
+        return any(b.read_when_used for b in self.blocks.values())
 
     def rows(self) -> Rows:
         """These rows; a `DualSolution` writes itself out."""

@@ -23,7 +23,7 @@ from .neumann.series import Neumann
 _AFFORDABLE, _AFFORDABLE_PASSES = 5e11, 20
 # That of a network, which is nearer to retraining than EK-FAC on some and no nearer on others (docs/trust.md), may take
 # about a second of one core, or twice what EK-FAC takes.
-_SECOND, _TIMES_FACTORED = 1e11, 2
+_SECOND, _TIMES_FACTORED = 5e10, 2
 # However small the network, so many passes are slow: one for every pixel of an image, at 32 x 32 pixels half a minute.
 _MOST_PASSES = 500
 # Conjugate gradients may take more where an exact solution was asked for, or is worth it: for how many queries that is
@@ -115,7 +115,7 @@ def _explain(choice: Composition, size: ProblemSize) -> Composition:
 def _large_composition(chosen: AbstractCurvature, size: ProblemSize, budget: Budget) -> Composition:
     """What stands for a curvature that is too large for an exact solution."""
     large = f"the {chosen.title} over {size.parameters:,} parameters and {size.examples:,} examples"
-    large += f" x {size.columns:,} rows" if size.columns > 1 else ""
+    large += f" x {size.columns:,} independent outputs" if size.columns > 1 else ""
     large += f" is too large for an exact solution{'' if size.affine else ' within a second'}"
     factored = _factored(size)
     if factored.cost(size, Form.SPECTRAL).bytes <= _FACTOR_BYTES:
@@ -189,7 +189,7 @@ def _why_exact(curvature: AbstractCurvature, form: Form, size: ProblemSize) -> s
     if form is Form.MATRIX:
         return f"{size.parameters:,} parameters are few enough for the dense {curvature.title}, exactly"
     rows, n = curvature.rows(size) or size.examples, size.examples
-    counted = f"{n:,} examples x {rows // n:,} rows" if rows % n == 0 else f"{rows:,} rows"
+    counted = f"{n:,} examples x {rows // n:,} independent outputs" if rows % n == 0 else f"{rows:,} rows"
     return (
         f"{counted} are few enough for the dual of the {curvature.title}: exact over all {size.parameters:,} parameters"
     )

@@ -227,13 +227,15 @@ class Cholesky(AbstractSolver[CholeskyState]):
         if not bool(torch.isfinite(operator.matrix).all()):
             raise NonFinite("The curvature matrix holds NaN or infinity; look for them in weights, data or loss.")
         dense = operator.matrix.double()
-        dense = (dense + dense.T) / 2
+        dense = (dense + dense.T).div_(2)
         d = diagonal_vector(operator.space, shift.over(operator.space.blocks)).to(dense)
-        factor, info = torch.linalg.cholesky_ex(dense + d.diag())
+        dense.diagonal().add_(d)
+        factor, info = torch.linalg.cholesky_ex(dense)
         # A zero eigenvalue can slip through as a pivot of rounding size.
         pivots = factor.diagonal()
         if int(info) or float(pivots.min()) ** 2 <= 1e-14 * float(pivots.max()) ** 2:
-            values = torch.linalg.eigvalsh(dense + (d - shift.damping).diag())
+            dense.diagonal().sub_(shift.damping)
+            values = torch.linalg.eigvalsh(dense)
             raise SolveFailed(describe_indefinite(float(values[0]), float(values[-1]), shift))
         return CholeskyState(system, factor)
 
