@@ -41,6 +41,10 @@ class AbstractOperator(ABC):
     def apply(self, rows: Rows) -> Rows:
         """C applied to every row; rows keep their order, dtype and device."""
 
+    def applied(self, rows: Rows) -> Rows:
+        """The same as `apply`, in a form that may be written out only when that pays."""
+        return self.apply(rows)
+
     def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
         """b^T A b for every row."""
         return rows.rowwise(self.apply(rows))

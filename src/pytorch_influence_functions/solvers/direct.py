@@ -81,8 +81,7 @@ class Spectral(AbstractSolver[SpectralState]):
     def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
         form, p, q = self.form(curvature), size.parameters, size.n_queries
         if form is Form.SPECTRAL:
-            # The answer, and its residual.
-            return curvature.cost(size, form) + curvature.product_cost(size, 2 * q)
+            return curvature.cost(size, form) + curvature.answer_cost(size, q)
         return curvature.cost(size, form) + Cost(flops=EIGENDECOMPOSITION * p**3 + 6 * DOUBLE * q * p**2)
 
     def init(
@@ -140,7 +139,7 @@ def _solve_layerwise(state: SpectralState, rows: Rows, notes: dict[str, float], 
     shift = state.system.shift
     if bad := nonfinite_rows(rows.sums()[:, None]):
         return refuse_input(rows, bad, shift)
-    value = state.inverse.apply(rows)
+    value = state.inverse.applied(rows)
     residual = combined_residual(state.system.operator, shift, rows, value)
     return _verdict(value, residual, notes, state.condition, rtol, value.sums())
 
