@@ -108,7 +108,7 @@ def test_what_is_in_the_folder(tmp_path: Path) -> None:
     assert names[0].startswith("basis-") and names[1] == "index.json" and len(names) > 4
     assert all(name.startswith("rows-") and name.endswith(".safetensors") for name in names[2:])
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    assert manifest["kind"] == "gradient index" and manifest["format"] == 2 and manifest["complete"]
+    assert manifest["kind"] == "gradient index" and manifest["format"] == 3 and manifest["complete"]
     assert [s["first"] for s in manifest["shards"]] == [0, *[s["stop"] for s in manifest["shards"]][:-1]]
     assert sum(len(index.folder.read(s.file).tensors["hashes"]) for s in index.folder.manifest.shards) == 40
 
@@ -313,7 +313,11 @@ def test_a_file_that_was_cut_off_or_is_missing_is_noticed(tmp_path: Path) -> Non
     [
         (
             lambda m: m.update(format=99),
-            "has format 99 and this version reads 2; read it with pytorch_influence_",
+            "has format 99 and this version reads 3; read it with pytorch_influence_",
+        ),
+        (
+            lambda m: (m.update(format=2), m["facts"]["representation"].update(kind="Sketch")),
+            "has sketches of format 2 and this version reads 3; read it with .*, or build it anew",
         ),
         (lambda m: m.update(kind="recipe"), "cannot be read as the record of an index .*of kind 'recipe'"),
         (lambda m: m.pop("shards"), "cannot be read as the record of an index .*'shards'"),
@@ -327,6 +331,14 @@ def test_a_record_of_something_else_is_refused(change: Any, message: str, tmp_pa
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InvalidInput, match=message):
         ptif.Index.open(tmp_path, problem_of().model)
+
+
+def test_an_index_of_the_version_before_is_read(tmp_path: Path) -> None:
+    """Its sketches are other numbers; all else is as it was."""
+    expected = build(tmp_path).score(queries()).values
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
+    assert torch.equal(ptif.Index.open(tmp_path, problem_of().model).score(queries()).values, expected)
 
 
 def test_where_there_is_no_index(tmp_path: Path) -> None:

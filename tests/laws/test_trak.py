@@ -104,7 +104,7 @@ def test_the_seed_alone_decides(make: Any, monkeypatch: pytest.MonkeyPatch) -> N
     problem, queries, *_ = setup()
     one = ptif.trak(projection=make(K, seed=5)).fit(problem).score(queries).values
     monkeypatch.setattr(projections, "_KEPT", 0)
-    monkeypatch.setattr(sketches, "_STRIP", 20)
+    monkeypatch.setattr(sketches, "_CACHED", 20)
     monkeypatch.setattr(sketches, "_NUMBERS", 60)
     again = ptif.trak(projection=make(K, seed=5)).fit(problem.with_(batch_size=7)).score(queries).values
     torch.testing.assert_close(again, one)

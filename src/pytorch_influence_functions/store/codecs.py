@@ -104,7 +104,8 @@ class Half(AbstractCodec):
         return "float16" if self.dtype is torch.float16 else "bfloat16"
 
     def encode(self, rows: Float[Tensor, "n k"]) -> dict[str, Tensor]:
-        return {VALUES: rows.clamp(-_LARGEST_HALF, _LARGEST_HALF).to(self.dtype).cpu().contiguous()}
+        clamped = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF) if self.dtype is torch.float16 else rows
+        return {VALUES: clamped.to(self.dtype).cpu().contiguous()}
 
     def decode(self, stored: Mapping[str, Tensor], width: int) -> Float[Tensor, "n k"]:
         return stored[VALUES].float()
