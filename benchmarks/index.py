@@ -32,6 +32,7 @@ from pytorch_influence_functions.store.build import HASHES
 from pytorch_influence_functions.store.folder import IndexFolder
 
 SHARD = 100_000
+REPEATS = 5
 PEERS = False
 # What `memory` runs, each in a process of its own.
 WORKS = ("build-small", "top", "own")
@@ -190,23 +191,24 @@ def build(folder: Path) -> None:
     )  # fmt: skip
     for name, (model, data) in networks().items():
         for keeps, dtype in kinds:
-            part = data
-            if isinstance(keeps, Sketch):  # every gradient is written out
-                part = tuple(t[: len(t) // 8] for t in data)  # type: ignore[assignment]
-            problem, place = ptif.Problem(model, ptif.CrossEntropy(), part), folder / "build"
+            problem = ptif.Problem(model, ptif.CrossEntropy(), data)
+            places = iter([folder / f"build-{number}" for number in range(REPEATS + 1)])
 
-            def work(keeps: Any = keeps, dtype: str = dtype, problem: ptif.Problem = problem) -> None:
-                ptif.Index.build(problem, folder / "build", ptif.methods.grad_dot(), keeps, dtype, overwrite=True)
+            def work(
+                keeps: Any = keeps, dtype: str = dtype, problem: ptif.Problem = problem, places: Any = places
+            ) -> None:
+                ptif.Index.build(problem, next(places), ptif.methods.grad_dot(), keeps, dtype)
 
             work()
-            taken = in_turns({"epoch": lambda model=model, part=part: epoch(model, part), "build": work}, 3)
-            each = ptif.Index.open(place, problem).folder.manifest.bytes / len(problem)
+            taken = in_turns({"epoch": lambda model=model, data=data: epoch(model, data), "build": work}, REPEATS)
+            each = ptif.Index.open(folder / "build-0", problem).folder.manifest.bytes / len(problem)
             print(
                 f"| {name} | {keeps!r} | {dtype} | {each:,.0f} | {spread(taken['epoch'])} | {spread(taken['build'])} | "
-                f"{taken['build'][1] / taken['epoch'][1]:.2f} |",
+                f"{taken['build'][REPEATS // 2] / taken['epoch'][REPEATS // 2]:.2f} |",
                 flush=True,
             )
-            shutil.rmtree(place)
+            for number in range(REPEATS + 1):
+                shutil.rmtree(folder / f"build-{number}")
         for library in ("traker", "dattri"):
             few = len(data[1]) // 8
             other = peer(library, "mlp" if "MLP" in name else "cnn", str(few))

@@ -23,7 +23,7 @@ Stored = Mapping[str, Tensor]
 
 _PEAKS: Final = "peaks"
 # Coordinates that are made and stored at once.
-_CACHED: Final = 1 << 19
+_CACHED: Final = 1 << 18
 
 
 class AbstractLayout(ABC):
