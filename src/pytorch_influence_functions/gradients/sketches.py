@@ -237,7 +237,7 @@ class Sketch(AbstractReduction):
 _CACHED: Final = 1 << 17
 _WRITTEN_OUT: Final = 1 << 20
 # Sides up to this length are transformed by a product with a matrix, longer ones by a fast transform.
-_SHORT: Final = 96
+_SHORT: Final = 160
 # Multiplications of a matrix product in the time that another operation takes for one number.
 _PRODUCTS: Final = 50
 
