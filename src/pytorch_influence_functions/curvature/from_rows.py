@@ -120,7 +120,7 @@ class AbstractRowCurvature(AbstractCurvature):
                 # What the first batch takes tells what the rest will.
                 expected = kept_bytes / looked_at * n
                 budget.check(expected, "Keeping the gradient rows", "use CG() or EKFAC(), or name fewer parameters")
-        return Gram(derivatives.space, everyones_rows(_joined(kept)), self.count(n))
+        return Gram(derivatives.space, everyones_rows(_joined(kept)), self.count(n), current().size)
 
     def implicit(self, derivatives: Derivatives) -> Implicit:
         """C x = mean of g <g, x> over rows that `derivatives` make anew at every product."""

@@ -134,8 +134,9 @@ class FittedMember:
 
     @cached_property
     def _held(self) -> int:
-        """Bytes that curvature and solver hold."""
-        return bytes_held(self.operator, self.preconditioner, self.state)
+        """Bytes that curvature and solver hold, where processes share them on the one that has most: all plan alike."""
+        held = torch.tensor(bytes_held(self.operator, self.preconditioner, self.state))
+        return int(current().all_max(held))
 
     @property
     def number_bytes(self) -> int:
