@@ -4,9 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..scores.scores import Scores
 from . import options, show
+from .by_part import by_part, file_of, read_by
 from .exit import Output, exit_with_code
-from .folder import RUN, SCORES
+from .folder import RUN
 from .machine import format_bytes, format_duration, free_disk, free_memory
 from .progress_bars import Speed, report_progress
 from .report import write_page
@@ -23,6 +25,7 @@ def attribute_command(
     top: Annotated[
         int | None, typer.Option("--top", help="Keep only the K most helpful and K most harmful of each query.")
     ] = None,
+    by: options.By = None,
     report: Annotated[bool | None, typer.Option("--report/--no-report", help="Write report.html too.")] = None,
     run: options.Run = None,
     damping: options.Damping = None,
@@ -55,7 +58,7 @@ def attribute_command(
     Finished blocks of queries are kept in --out: after Ctrl-C the same command goes on from there.
     """
     output = Output(json, quiet)
-    flags = options.settings_among(locals()) | {"query": query or None, "answer": answer or None}
+    flags = options.settings_among(locals()) | {"query": query or None, "answer": answer or None, "by": by or None}
     with exit_with_code(output) as interruption:
         settings = options.merge_settings(flags, config)
         if dry_run:
@@ -67,7 +70,7 @@ def attribute_command(
             speed.tokens = started.tokens
             finished = started.score(overwrite, interruption, report_queries)
             result = describe_run(started, finished)
-            if settings.report:
+            if settings.report and isinstance(finished.scores, Scores):  # of parts there is none
                 page = write_page(finished.scores, settings.out, started.task, started.fitted(finished))
                 result["files"]["report"] = str(page)
         _print_result(output, started, finished, result)
@@ -122,8 +125,8 @@ def _count_queries(count: int) -> str:
 
 
 def _print_result(output: Output, run: AttributionRun, finished: FinishedRun, result: dict[str, Any]) -> None:
-    scores, out = finished.scores, run.settings.out
-    d = scores.diagnostics
+    parts, out = by_part(finished.scores), run.settings.out
+    scores, d = next(iter(parts.values())), finished.scores.diagnostics
     q = len(scores)
     title = f"{_count_queries(q)} × {scores.n_train:,} training examples in {format_duration(d.seconds)}"
     if finished.resumed:
@@ -131,7 +134,7 @@ def _print_result(output: Output, run: AttributionRun, finished: FinishedRun, re
     meaning = "by how much its loss would rise (+) or fall (−) without the example"
     if run.task.measure is not None:
         meaning = "by how much the measure would change without the example"
-    files = [(out / SCORES, "ptif.Scores.load reads it"), (out / RUN, "what it was made from")]
+    files = [(out / file_of(finished.scores), read_by(finished.scores)), (out / RUN, "what it was made from")]
     if "report" in result["files"]:
         files.append((out / "report.html", "open it in a browser"))
     output.print_text(
@@ -140,7 +143,7 @@ def _print_result(output: Output, run: AttributionRun, finished: FinishedRun, re
         "",
         show.heading("Most helpful and most harmful"),
         show.indent(meaning),
-        *show.influence_table(scores, run.names),
+        *show.influence_tables(parts, run.names),
         "",
         show.heading("How far to trust it"),
         show.checklist(d),

@@ -58,6 +58,10 @@ SourceColumn = Annotated[
     str | None, typer.Option("--source-column", help="The column that says where a text comes from, for the page.")
 ]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="The most tokens of a text.")]
+By = Annotated[
+    list[str] | None,
+    typer.Option("--by", help="Scores by part of the model: layer, a pattern, or NAME=PATTERN,PATTERN; repeatable."),
+]
 Queries = Annotated[str | None, typer.Option("--queries", help="Positions: 0:20, 5, or 1,4,10:20. (default: all)")]
 ResultFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the result as a file. (default: none is written)")
@@ -85,6 +89,7 @@ class RunSettings:
     damping: str | None = None
     queries: str = "all"
     top: int | None = None
+    by: tuple[str, ...] = ()
     block: int | None = None
     report: bool = False
     weight_decay: float | None = None
@@ -161,6 +166,7 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     ),
     "queries": (lambda v: _is_text(v) or (is_whole(v) and v >= 0), "such as '0:20'", str),
     "top": _COUNT,
+    "by": _TEXTS,
     "block": _COUNT,
     "report": (lambda v: isinstance(v, bool), "true or false", bool),
     "weight_decay": (_is_number, "a number of at least 0", float),

@@ -26,6 +26,8 @@ class HasMeanEigenvalue(Protocol):
 
     def mean_eigenvalue(self) -> float: ...
 
+    def mean_determined(self) -> float: ...
+
     def block_means(self) -> dict[str, float]: ...
 
 
@@ -95,18 +97,7 @@ class Relative(AbstractDamping):
         return float(self.share)
 
     def of(self, operator: HasMeanEigenvalue) -> float:
-        mean = operator.mean_eigenvalue()
-        if not math.isfinite(mean):
-            raise NonFinite(f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data.")
-        if mean <= 0:
-            # Exactly 0 where the model is so sure of every example that its loss is flat.
-            fisher = "EmpiricalFisher() for a loss that has no GGN()"
-            way_out = "train with weight decay" if mean == 0 else f"take GGN() instead of Hessian() ({fisher})"
-            raise InvalidInput(
-                f"Relative() scales the mean eigenvalue of the curvature, which is {mean:.3g} here; "
-                f"use Absolute(value), or {way_out}."
-            )
-        return self.share * mean
+        return self.share * _scale(operator.mean_eigenvalue(), self)
 
     def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
         if not self.per_block:
@@ -114,6 +105,53 @@ class Relative(AbstractDamping):
         overall = self.of(operator)
         # A block whose gradients are all zero (a padding row, a dead layer) has no scale of its own.
         return {k: self.share * mean if mean > 0 else overall for k, mean in operator.block_means().items()}
+
+
+def _scale(mean: float, rule: AbstractDamping) -> float:
+    """A mean eigenvalue that a share can be taken of."""
+    if not math.isfinite(mean):
+        raise NonFinite(f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data.")
+    if mean <= 0:
+        # Exactly 0 where the model is so sure of every example that its loss is flat.
+        fisher = "EmpiricalFisher() for a loss that has no GGN()"
+        way_out = "train with weight decay" if mean == 0 else f"take GGN() instead of Hessian() ({fisher})"
+        raise InvalidInput(
+            f"{type(rule).__name__}() scales the mean eigenvalue of the curvature, which is {mean:.3g} here; "
+            f"use Absolute(value), or {way_out}."
+        )
+    return mean
+
+
+@dataclass(frozen=True, repr=False)
+class PerDirection(AbstractDamping):
+    """`lambda = share * trace(C) / directions`: a share of the mean over those eigenvalues that the examples can make.
+
+    A Gauss-Newton matrix of N examples with k output directions each (classes less one, tokens times that, targets)
+    has at most N k eigenvalues that are not zero. Of a model with more parameters the mean over all P,
+    which `Relative` takes, is the smaller for it: directions = min(P, N k) does not let the number of parameters
+    decide. One lambda is for all layers: a layer whose gradients are small is not followed further than the others.
+
+    Measured by retraining ([how much damping](../trust.md#how-much-damping)). Where N k is not known, directions = P.
+    Raises `InvalidInput` for `share <= 0`, and where the mean eigenvalue is not positive.
+
+    Args:
+        share: of that mean.
+
+    >>> class Ten:
+    ...     def mean_eigenvalue(self): return 10.0
+    ...     def mean_determined(self): return 40.0
+    ...     def block_means(self): return {"a": 10.0}
+    >>> PerDirection(0.2).of(Ten())
+    8.0
+    """
+
+    share: float | int = field(default=0.2, metadata=ALWAYS_SHOWN)
+
+    def __post_init__(self) -> None:
+        finite_number("share", self.share, above=0, owner=self, hint="0.2 is a good start")
+
+    def of(self, operator: HasMeanEigenvalue) -> float:
+        return self.share * _scale(operator.mean_determined(), self)
 
 
 @dataclass(frozen=True, repr=False)
