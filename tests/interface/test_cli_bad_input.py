@@ -235,3 +235,13 @@ def test_scores_are_never_unpickled(tmp_path: Path) -> None:
     (out / "scores.safetensors").write_bytes(pickle.dumps(Trap()))
     assert "is not a file of saved scores, or is damaged" in refused("report", out)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_command_among_processes_of_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "4", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    ran = Ran("attribute", task_file(tmp_path), "--out", tmp_path / "r")
+    assert ran.code == 2 and not (tmp_path / "r").exists()
+    assert ran.sentence.startswith(
+        "A command of ptif is one process, and torchrun started 4; start it without torchrun"
+    )

@@ -11,6 +11,16 @@ from pytorch_influence_functions.cli.task import load_task
 from pytorch_influence_functions.store.representation import parse_representation
 from tests.interface.cli_cases import N, Ran, task_file
 
+OF_LAYERS = """
+def get_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+
+def get_options():
+    columns = {"source": ["web", "book"] * 20, "year": list(range(1980, 2020)), "label of mine": ["1", "2"] * 20}
+    return {"columns": columns}
+"""
+
 
 def test_build_ask_remove_and_compact(tmp_path: Path) -> None:
     task, folder = task_file(tmp_path), tmp_path / "index"
@@ -31,6 +41,41 @@ def test_build_ask_remove_and_compact(tmp_path: Path) -> None:
     smaller = Ran("index", "compact", folder, "--json").found
     assert smaller["bytes"] < built["bytes"]
     assert Ran("index", "info", folder, "--check", "--json").found["removed"] == 5
+
+
+def test_parts_and_columns_are_told_apart(tmp_path: Path) -> None:
+    task = task_file(tmp_path, OF_LAYERS)
+    folder, out = tmp_path / "index", tmp_path / "r"
+    assert Ran("index", "build", task, folder, "--json").found["status"] == "complete"
+    ask = ("index", "query", folder, task, "--queries", "3,7", "--top", 4, "--out", out, "--json")
+    loaded = load_task(task)
+    index, queries = ptif.Index.open(folder, loaded.problem), loaded.query_source.subset([3, 7])
+    for flags, where in {
+        ("source=book", "year=1981", "year=1985"): {"source": "book", "year": [1981, 1985]},
+        ("label of mine=2", "label=1"): {"label of mine": "2", "label": 1},
+    }.items():
+        asked = Ran(*ask, *(word for flag in flags for word in ("--where", flag))).found
+        expected = index.score(queries, top=4, where=where)
+        assert asked["influences"][1]["helpful"] == [list(pair) for pair in expected.helpful(1, 5)]
+    asked = Ran(*ask, "--by", "body=0", "--by", "head=2").found["parts"]
+    parts, expected = (
+        ptif.PartScores.load(out / "parts.safetensors"),
+        index.score(queries, top=4, by={"body": "0", "head": "2"}),
+    )
+    assert list(parts) == ["body", "head"] == list(asked) and parts["head"].query_ids.tolist() == [3, 7]
+    assert parts["head"].values.equal(expected["head"].values) and asked["head"][0]["query"] == 3
+    screen = Ran("index", "query", folder, task, "--by", "layer")
+    assert screen.code == 0 and max(map(len, screen.stdout.splitlines())) <= 80
+    for flags, sentence in {
+        ("--where", "source"): "--where source names no value of a column; write --where COLUMN=VALUE",
+        ("--where", "source=wob"): "No example has 'wob' in the column 'source'. Did you mean 'web'",
+        ("--where", "kind=web"): "The index has no column 'kind'; its columns are",
+        ("--where", "year=old"): "The column 'year' of where= holds numbers, and 'old' was asked for",
+        ("--by", "=2"): "--by =2 names no part; write --by layer, --by '0.*', or --by head=4,5.",
+        ("--by", "a=0", "--by", "a=2"): "--by names the part a twice; write its patterns with commas",
+    }.items():
+        ran = Ran("index", "query", folder, task, *flags)
+        assert ran.code == 2 and sentence in ran.sentence
 
 
 def test_on_a_screen(tmp_path: Path) -> None:

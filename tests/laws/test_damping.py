@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
+import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
-from pytorch_influence_functions.damping.rules import Absolute, FromTraining, Relative, as_damping
+from pytorch_influence_functions.curvature import GGN, Budget, Form
+from pytorch_influence_functions.damping.rules import Absolute, FromTraining, PerDirection, Relative, as_damping
+from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.linalg.shift import Shift
@@ -22,6 +25,9 @@ class _Mean:
     def mean_eigenvalue(self) -> float:
         return self.value
 
+    def mean_determined(self) -> float:
+        return self.value
+
     def block_means(self) -> dict[str, float]:
         return {"all": self.value}
 
@@ -33,6 +39,34 @@ def test_relative_follows_the_scale_of_the_curvature() -> None:
     assert Relative(0.3).of(one) == pytest.approx(0.3 * float(one.matrix.trace()) / space.size, rel=1e-12)
     assert Relative(0.3).of(ten) == pytest.approx(10 * Relative(0.3).of(one), rel=1e-12)
     assert Relative(0.3).of(ScaledIdentity(space, 2.0)) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("n", [5, 40], ids=["more parameters", "more outputs"])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_per_direction_divides_the_trace_by_what_the_examples_determine(n: int, classes: int) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, classes)).double()
+    x, y = torch.randn(n, 3, dtype=F64), torch.arange(n) % classes
+    problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y))
+    exact = GGN().of(Derivatives.of(problem), Form.MATRIX, Budget()).matrix
+    rank = int(torch.linalg.matrix_rank(exact, hermitian=True))
+    assert rank <= min(len(exact), n * (classes - 1))
+    for method in (ptif.ekfac(PerDirection(0.3)), ptif.methods.shampoo(PerDirection(0.3))):
+        member = method.fit(problem).members[0]
+        expected = 0.3 * float(exact.trace()) / min(len(exact), n * (classes - 1))
+        assert member.shift.damping == pytest.approx(expected, rel=1e-9)
+        assert member.shift.blocks == {}  # one for all layers
+    assert PerDirection(0.3).of(Matrix(problem.space, exact)) == pytest.approx(0.3 * float(exact.diagonal().mean()))
+
+
+def test_directions_of_outputs_are_counted() -> None:
+    tokens = {"input_ids": torch.arange(14).view(2, 7) % 4, "attention_mask": torch.ones(2, 7)}
+    tokens["attention_mask"][1, :3] = 0  # padding
+    shifted = ptif.TokenCrossEntropy(shift=True)
+    assert shifted.output_directions(torch.zeros(2, 7, 4), tokens) == (6 + 3) / 2 * 3
+    pictures = torch.zeros(2, 3, 4, dtype=torch.long)
+    assert ptif.CrossEntropy().output_directions(torch.zeros(2, 5, 3, 4), (pictures, pictures)) == 3 * 4 * 4
+    assert ptif.SquaredError().output_directions(torch.zeros(2, 7, 4), (tokens, tokens)) == 7 * 4
 
 
 def test_from_training_is_the_inverse_of_the_distance_travelled() -> None:
@@ -52,6 +86,8 @@ def test_a_number_is_absolute_damping() -> None:
         (lambda: Relative(0.0), r"^Relative\(share=0.0\) must be a finite number above 0; 0.1 is a good start"),
         (lambda: Relative(-1.0), r"^Relative\(share=-1.0\) must be a finite number above 0"),
         (lambda: Relative(math.nan), r"share=nan\) must be a finite number above 0"),
+        (lambda: PerDirection(0.0), r"^PerDirection\(share=0.0\) must be a finite number above 0; 0.2 is a good start"),
+        (lambda: PerDirection().of(_Mean(0.0)), r"^PerDirection\(\) scales the mean eigenvalue .* which is 0 here"),
         (lambda: Absolute(-0.1), r"^Absolute\(value=-0.1\) must be a finite number of at least 0"),
         (lambda: Absolute(math.inf), r"value=inf\) must be a finite number of at least 0"),
         (lambda: FromTraining(0.0, 10), r"^FromTraining\(lr=0.0\) must be a finite number above 0"),

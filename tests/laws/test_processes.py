@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import curvature, methods, scaling, solvers
 from pytorch_influence_functions.core.distributed import World
+from pytorch_influence_functions.core.distributed import alone as alone_in_the_block
 from pytorch_influence_functions.influence import averaging
 from pytorch_influence_functions.influence.averaging import CheckpointAverage, Units
 from pytorch_influence_functions.influence.topk import TopK
@@ -24,12 +25,22 @@ N, Q, LOSS = 29, 4, nn.CrossEntropyLoss()
 CG = ptif.Influence(curvature.GGN(), solvers.CG(rtol=1e-10), damping=0.01)
 RELATIVE = ptif.Influence(curvature.GGN(), solvers.CG(rtol=1e-10), damping=0.01, scaling=scaling.RelatIF())
 
+
+def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(N + Q, 6, generator=g, dtype=torch.float64), torch.randint(3, (N + Q,), generator=g)
+    return (x[:N], y[:N]), (x[N:], y[N:])
+
+
 METHODS: dict[str, Any] = {
     "auto": None,
     "exact": ptif.exact(),
     "cg": CG,
     "dual": ptif.dual(),
-    "dual of the empirical fisher": ptif.Influence(curvature.EmpiricalFisher(), solvers.Woodbury()),
+    "dual of the outputs": ptif.dual(curvature.GGN()),
+    "dual, damped by layer": ptif.dual(damping=ptif.damping.Relative(1.0, per_block=True)),
+    "dual, damped by its curve": ptif.dual(damping=ptif.damping.FromCurve(data()[1])),
+    "dual, solved for each": ptif.Influence(curvature.GGN(), solvers.Woodbury(), scaling=scaling.RelatIF()),
     "ekfac": ptif.ekfac(),
     "ekfac, drawn labels": ptif.ekfac(fisher=curvature.Fisher(samples=1)),
     "ekfac, given labels": ptif.ekfac(fisher=curvature.EmpiricalFisher()),
@@ -41,7 +52,7 @@ METHODS: dict[str, Any] = {
     "relatif, solved for each": RELATIVE,
     "training loss": methods.TrainingLoss(),
 }
-OWN = ("ekfac", "dual of the empirical fisher", "dual", "cg", "training loss")
+OWN = ("ekfac", "dual", "dual of the outputs", "dual, damped by layer", "cg", "training loss")
 ALONG = ("raw", "spread", "final")
 
 
@@ -59,12 +70,6 @@ class Net(nn.Module):
 def net() -> nn.Module:
     torch.manual_seed(0)
     return Net().double()
-
-
-def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    g = torch.Generator().manual_seed(1)
-    x, y = torch.randn(N + Q, 6, generator=g, dtype=torch.float64), torch.randint(3, (N + Q,), generator=g)
-    return (x[:N], y[:N]), (x[N:], y[N:])
 
 
 def checkpoints() -> list[dict[str, Tensor]]:
@@ -118,6 +123,13 @@ def wrapped(_: int = 0) -> Tensor:
     return ptif.attribute(model, loader, queries, loss=LOSS, method="ekfac").values
 
 
+def asked_alone() -> Tensor:
+    """As under `if rank == 0:` after the block: a process has a part of the Gram matrix, and makes the rest."""
+    fitted = ptif.dual().fit(ptif.Problem(net(), LOSS, data()[0]))
+    with alone_in_the_block():
+        return fitted.score(data()[1]).values
+
+
 def programs() -> dict[str, Callable[[], Any]]:
     table: dict[str, Callable[[], Any]] = {}
     for name, method in METHODS.items():
@@ -131,7 +143,7 @@ def programs() -> dict[str, Callable[[], Any]]:
         table[f"along, {units}"] = lambda a=along: extremes(ask(method=a, checkpoints=checkpoints(), top=3))
     for name, options in {"mean": {"aggregate": "mean"}, "of some": {"ids": [3, 20, 21]}}.items():
         table[f"ekfac, {name}"] = lambda options=options: ask(method=METHODS["ekfac"], **options).values
-    for name in ("ekfac", "dual of the empirical fisher"):
+    for name in ("ekfac", "dual"):
         table[f"{name}, by layer"] = lambda name=name: by_layer(METHODS[name])
     table["source, by layer"] = lambda: by_layer(ptif.source(checkpoints(), lr=0.1, steps=30, segments=3))
     table["along, spread, of itself"] = lambda: own(
@@ -148,6 +160,7 @@ def programs() -> dict[str, Callable[[], Any]]:
         table[f"tokens, {name}"] = lambda name=name: token_scores(METHODS[name])
     for name in ("ekfac", "dual"):  # some processes have none
         table[f"two examples, {name}"] = lambda name=name: ask(2, method=METHODS[name]).values
+    table["dual, fitted together and asked alone"] = asked_alone
     table["wrapped model and loader"] = wrapped
     table["labels"] = labels_of_many
     return table
@@ -179,7 +192,9 @@ OF_FOUR = (
     "guided",
     "relatif, solved for each",
     "ekfac, of itself",
-    "dual of the empirical fisher, of itself",
+    "dual, of itself",
+    "dual of the outputs, of itself",
+    "dual, fitted together and asked alone",
     "along, spread",
     "source, by layer",
     "tokens, ekfac",

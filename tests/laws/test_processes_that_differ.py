@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -21,8 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core import arrival, processes
 from pytorch_influence_functions.core.distributed import World, current, process_rank
-from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.core.errors import InvalidInput, ProcessFailed
 from tests.laws.several import message_of, run_on
 
 LOSS = nn.CrossEntropyLoss()
@@ -137,8 +139,25 @@ SITUATIONS |= {
 }
 
 
+def one_comes_late(rank: int) -> list[str]:
+    """What is logged where a process waits for another."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("pytorch_influence_functions")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(processes, "_PATIENCE", 0.05)
+        log.addHandler(handler)
+        with ptif.distributed():
+            time.sleep(0.5 * rank)
+            told = ask()
+        log.removeHandler(handler)
+    return [*lines, *told.diagnostics.notes]
+
+
 def everything(rank: int, folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {program.__name__: message_of(lambda p=program: p(rank)) for program in SITUATIONS}
+    told["late"] = one_comes_late(rank)
     told["afterwards"] = ask(distributed=True).values
     told["alone"] = as_programs_are_written(rank)
     told["own"], told["shared"] = fit_in(rank, True, folder), fit_in(rank, False, folder)
@@ -167,6 +186,40 @@ def test_every_process_says_what_went_wrong(messages: list[dict[str, Any]], prog
 def test_processes_that_disagreed_can_compute_afterwards(messages: list[dict[str, Any]]) -> None:
     for told in messages:
         torch.testing.assert_close(told["afterwards"], ask().values)
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_says_so_and_goes_on(messages: list[dict[str, Any]]) -> None:
+    assert "Process 0 of 2 waits for the others at the start of attribute(); where they never make this" in str(
+        messages[0]["late"]
+    )
+    assert "computed by 2 processes" in str(messages[0]["late"])
+
+
+# --------------------------------------------------------------------------- processes that do not come
+
+
+def test_a_process_that_never_comes_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    board = dist.HashStore()
+    monkeypatch.setattr(arrival, "_board", lambda: board)
+    monkeypatch.setattr(arrival, "_joined", [0])
+    monkeypatch.setattr(arrival, "_PATIENCE", 0.01)
+    with pytest.raises(
+        ProcessFailed, match=r"^Process 1 of 2 did not come to ptif\.distributed\(\) in time; open it\.$"
+    ):
+        arrival.wait_for_all(0, 2, 0.1, "open it")
+    assert "Process 0 of 2 waits for process 1 to come to ptif.distributed(); open it." in caplog.text
+    board.set("ended 1", "")
+    with pytest.raises(
+        ProcessFailed, match=r"^Process 1 of 2 ended without coming to ptif\.distributed\(\); open it\.$"
+    ):
+        arrival.wait_for_all(0, 2, None, "open it")
+    board.set("here 0 1", "")
+    arrival.wait_for_all(0, 2, 1.0, "open it")
+    board.set("here 1 1", "")
+    arrival.wait_for_all(0, 2, 1.0, "open it")
 
 
 # --------------------------------------------------------------------------- one process alone

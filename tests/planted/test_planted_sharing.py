@@ -15,6 +15,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.distributed import World
 from pytorch_influence_functions.influence.topk import TopK
 from pytorch_influence_functions.linalg import rows_together
+from pytorch_influence_functions.linalg.panels import Panels
 from pytorch_influence_functions.problem.labels import Labels
 from tests.laws.several import run_on
 from tests.laws.test_processes import METHODS, ask, extremes, labels_of_many, own
@@ -49,6 +50,10 @@ def one_triangle(original: Any, k: Tensor) -> Tensor:
     return k.tril()
 
 
+def from_the_second_panel(original: Any, self: Panels, b: Tensor, begin: int = 0) -> Tensor:
+    return original(self, b, max(begin, self.width))
+
+
 def scores_of(method: str) -> Program:
     return lambda: ask(method=METHODS[method]).values
 
@@ -65,7 +70,8 @@ BUGS: dict[str, tuple[Patch, Program]] = {
     "a process dropped from the extremes": (swap(World, "gather", one_process_dropped), top_three),
     "labels of one's own examples": (swap(Labels, "_together", own_labels), labels_of_many),
     "self-influence of one's own examples": (swap(World, "sum_into", left_out), lambda: own(METHODS["ekfac"])),
-    "half a Gram matrix": (swap(rows_together, "symmetrised", one_triangle), scores_of("dual")),
+    "half a Gram matrix": (swap(rows_together, "symmetrised", one_triangle), scores_of("dual, damped by its curve")),
+    "the first panel left out of a solve": (swap(Panels, "_forward", from_the_second_panel), scores_of("dual")),
 }
 
 

@@ -4,9 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..scores.scores import Scores
 from . import options, show
+from .by_part import by_part, file_of, read_by
 from .exit import Output, exit_with_code
-from .folder import RUN, SCORES
+from .folder import RUN
 from .machine import format_bytes, format_duration, free_disk, free_memory
 from .progress_bars import Speed, report_progress
 from .report import write_page
@@ -23,6 +25,7 @@ def attribute_command(
     top: Annotated[
         int | None, typer.Option("--top", help="Keep only the K most helpful and K most harmful of each query.")
     ] = None,
+    by: options.By = None,
     report: Annotated[bool | None, typer.Option("--report/--no-report", help="Write report.html too.")] = None,
     run: options.Run = None,
     damping: options.Damping = None,
@@ -55,7 +58,7 @@ def attribute_command(
     Finished blocks of queries are kept in --out: after Ctrl-C the same command goes on from there.
     """
     output = Output(json, quiet)
-    flags = options.settings_among(locals()) | {"query": query or None, "answer": answer or None}
+    flags = options.settings_among(locals()) | {"query": query or None, "answer": answer or None, "by": by or None}
     with exit_with_code(output) as interruption:
         settings = options.merge_settings(flags, config)
         if dry_run:
@@ -67,7 +70,7 @@ def attribute_command(
             speed.tokens = started.tokens
             finished = started.score(overwrite, interruption, report_queries)
             result = describe_run(started, finished)
-            if settings.report:
+            if settings.report and isinstance(finished.scores, Scores):  # of parts there is none
                 page = write_page(finished.scores, settings.out, started.task, started.fitted(finished))
                 result["files"]["report"] = str(page)
         _print_result(output, started, finished, result)
@@ -103,11 +106,11 @@ def _print_forecast(output: Output, settings: options.RunSettings) -> None:
         show.heading("Forecast; nothing was computed"),
         show.fact_table(
             [
-                ("size", f"{q:,} queries × {n:,} training examples"),
+                ("size", f"{_count_queries(q)} × {n:,} training examples"),
                 ("method", costs.method),
                 ("why", costs.why),
                 ("passes", f"{costs.passes:,.0f} over the training data, and one more per further block"),
-                ("blocks", f"{len(blocks):,}, of at most {largest:,} queries, each kept when it is finished"),
+                ("blocks", f"{len(blocks):,}, of at most {_count_queries(largest)}, each kept when it is finished"),
                 ("memory", f"{format_bytes(costs.memory_bytes)} beside the model{free}"),
                 ("time", f"about {format_duration(costs.seconds)}, by one small batch that was timed"),
                 ("result", f"{format_bytes(run.result_bytes)} ({format_bytes(disk)} free on the disk)"),
@@ -117,18 +120,21 @@ def _print_forecast(output: Output, settings: options.RunSettings) -> None:
     output.print_json(result)
 
 
+def _count_queries(count: int) -> str:
+    return f"{count:,} {'query' if count == 1 else 'queries'}"
+
+
 def _print_result(output: Output, run: AttributionRun, finished: FinishedRun, result: dict[str, Any]) -> None:
-    scores, out = finished.scores, run.settings.out
-    d = scores.diagnostics
+    parts, out = by_part(finished.scores), run.settings.out
+    scores, d = next(iter(parts.values())), finished.scores.diagnostics
     q = len(scores)
-    queries = "query" if q == 1 else "queries"
-    title = f"{q:,} {queries} × {scores.n_train:,} training examples in {format_duration(d.seconds)}"
+    title = f"{_count_queries(q)} × {scores.n_train:,} training examples in {format_duration(d.seconds)}"
     if finished.resumed:
         title += f"; {'all' if finished.resumed == q else f'{finished.resumed:,}'} were kept from before"
     meaning = "by how much its loss would rise (+) or fall (−) without the example"
     if run.task.measure is not None:
         meaning = "by how much the measure would change without the example"
-    files = [(out / SCORES, "ptif.Scores.load reads it"), (out / RUN, "what it was made from")]
+    files = [(out / file_of(finished.scores), read_by(finished.scores)), (out / RUN, "what it was made from")]
     if "report" in result["files"]:
         files.append((out / "report.html", "open it in a browser"))
     output.print_text(
@@ -137,7 +143,7 @@ def _print_result(output: Output, run: AttributionRun, finished: FinishedRun, re
         "",
         show.heading("Most helpful and most harmful"),
         show.indent(meaning),
-        *show.influence_table(scores, run.names),
+        *show.influence_tables(parts, run.names),
         "",
         show.heading("How far to trust it"),
         show.checklist(d),

@@ -12,6 +12,7 @@ from typing import Any, final
 import typer
 from rich.console import Console
 
+from ..core.distributed import process_count
 from ..core.errors import InfluenceError, InvalidInput, NotLikelihood
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -90,6 +91,7 @@ def exit_with_code(output: Output) -> Iterator[Interruption]:
     """
     interruption = Interruption()
     try:
+        _refuse_several()
         yield interruption
     except KeyboardInterrupt:
         output.print_failure(INTERRUPTED, "KeyboardInterrupt", interruption.sentence)
@@ -111,3 +113,16 @@ def exit_with_code(output: Output) -> Iterator[Interruption]:
     else:
         return
     raise typer.Exit(code)
+
+
+def _refuse_several() -> None:
+    """Refuse to be one of several processes, which would all write the same files and print the same lines.
+
+    Raises:
+        InvalidInput: torchrun has started this one and others.
+    """
+    if (count := process_count()) > 1:
+        raise InvalidInput(
+            f"A command of ptif is one process, and torchrun started {count}; start it without torchrun, or share the "
+            "work out in a program of your own with ptif.distributed()."
+        )

@@ -12,10 +12,11 @@ from typing import Any, Final, final
 from ..core.errors import InvalidInput
 from ..core.files import locked, remove_leftovers, write_bytes
 from ..core.fingerprint import Fingerprint
+from ..scores.parts import PartScores
 from ..scores.scores import Scores
+from .by_part import PARTS, SCORES, file_of
 
 RUN: Final = "run.json"
-SCORES: Final = "scores.safetensors"
 BLOCKS: Final = "blocks"
 FORMAT: Final = 2
 _WHOLE: Final = 120
@@ -74,16 +75,18 @@ class RunFolder:
         self.record = {"status": "running"} | before
 
     def _refuse_strangers(self) -> None:
-        if self.name == RUN and (self.path / SCORES).exists():
+        strays = [name for name in (SCORES, PARTS) if (self.path / name).exists()]
+        if self.name == RUN and strays:
             raise InvalidInput(
-                f"{str(self.path)!r} holds a {SCORES} without its {RUN}; give another --out, or --overwrite to "
+                f"{str(self.path)!r} holds a {strays[0]} without its {RUN}; give another --out, or --overwrite to "
                 "replace it."
             )
 
     def _clear(self) -> None:
         (self.path / self.name).unlink(missing_ok=True)
         if self.name == RUN:
-            (self.path / SCORES).unlink(missing_ok=True)
+            for name in (SCORES, PARTS):
+                (self.path / name).unlink(missing_ok=True)
             self.drop_blocks()
 
     @property
@@ -108,18 +111,18 @@ class RunFolder:
 
     # ---------------------------------------------------------------- scores
 
-    def write_scores(self, scores: Scores) -> None:
+    def write_scores(self, scores: Scores | PartScores) -> None:
         """Write the scores of all queries."""
-        scores.save(self.path / SCORES, self.identity)
+        scores.save(self.path / file_of(scores), self.identity)
 
-    def read_scores(self) -> Scores | None:
+    def read_scores(self) -> Scores | PartScores | None:
         """The scores of all queries; None where there are none of this run, or their file is damaged."""
-        return self._read(self.path / SCORES)
+        return self._read(self.path / SCORES) or self._read(self.path / PARTS)
 
     def _block(self, first: int, last: int) -> Path:
         return self.path / BLOCKS / f"{first:06d}-{last:06d}.safetensors"
 
-    def write_block(self, first: int, last: int, scores: Scores) -> None:
+    def write_block(self, first: int, last: int, scores: Scores | PartScores) -> None:
         """Keep the scores of the queries from `first` up to `last`."""
         scores.save(self._block(first, last), self.identity)
 
@@ -127,13 +130,15 @@ class RunFolder:
         """Whether there is a file of these queries."""
         return self._block(first, last).exists()
 
-    def read_block(self, first: int, last: int) -> Scores | None:
+    def read_block(self, first: int, last: int) -> Scores | PartScores | None:
         """What was kept of these queries; None where nothing of this run was, or its file is damaged."""
         return self._read(self._block(first, last))
 
-    def _read(self, path: Path) -> Scores | None:
+    def _read(self, path: Path) -> Scores | PartScores | None:
         with contextlib.suppress(InvalidInput):
             return Scores.load(path, self.identity)
+        with contextlib.suppress(InvalidInput):
+            return PartScores.load(path, self.identity)
         return None
 
     def drop_blocks(self) -> None:

@@ -1,12 +1,11 @@
 """`ptif index`: build an index of gradients, ask it, look at it, and free what was removed."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
+from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from ..store.compaction import compact, remove
 from ..store.describe import IndexForecast
@@ -14,10 +13,10 @@ from ..store.folder import IndexFolder
 from ..store.gradient_index import Index
 from ..store.representation import parse_representation
 from . import options, show
+from .by_part import by_part, file_of, influences_of, read_by, with_query_ids
 from .exit import Output, exit_with_code
-from .folder import SCORES
 from .machine import format_bytes, format_duration, free_disk
-from .parsing import override_damping, parse_damping, parse_method, parse_query_positions
+from .parsing import override_damping, parse_by, parse_damping, parse_method, parse_query_positions, parse_where
 from .progress_bars import report_progress
 from .task import Task, load_task
 
@@ -55,7 +54,9 @@ def build_command(
             forecast = Index.forecast(loaded.problem, chosen, **settings)
             if not dry_run:
                 interruption.kept = f"whole files of {str(folder)!r} are kept"
-                index = Index.build(loaded.problem, folder, chosen, shard=shard, overwrite=overwrite, **settings)
+                index = Index.build(
+                    loaded.problem, folder, chosen, shard=shard, overwrite=overwrite, columns=loaded.columns, **settings
+                )
         if dry_run:
             _print_forecast(output, forecast, folder)
             return
@@ -73,6 +74,11 @@ def query_command(
     normalised: Annotated[
         bool, typer.Option("--normalised", help="Divide by each example's own size (RelatIF).")
     ] = False,
+    by: options.By = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", help="Only examples with COLUMN=VALUE, such as label=3; repeatable."),
+    ] = None,
     damping: options.Damping = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the scores. (default: none is written)")] = None,
     device: options.Device = None,
@@ -82,23 +88,27 @@ def query_command(
     """Which training examples helped and harmed each query, by the stored gradients."""
     output = Output(json, quiet)
     with exit_with_code(output):
-        rule = None if damping is None else parse_damping(damping)
+        rule, parts = None if damping is None else parse_damping(damping), parse_by(by or ())
+        parse_where(where or ())  # before anything is read
         with report_progress(output):
             loaded = _load(task, None, device)
             positions = parse_query_positions(queries, len(loaded.query_source))
             index = Index.open(folder, loaded.problem)
+            texts = {name for name, values in index.columns.items() if values.dtype == object}
             scores = index.score(
                 loaded.query_source.subset(positions),
                 loaded.measure,
                 top,
+                where=parse_where(where or (), texts),
                 normalised=normalised,
                 damping=rule,
                 rerank=rerank,
+                by=parts,
             )
-            scores = replace(scores, query_ids=torch.tensor(positions))
+            named = with_query_ids(scores, positions)
         if out is not None:
-            scores.save(out / SCORES)
-        _print_scores(output, scores, out)
+            named.save(out / file_of(named))
+        _print_scores(output, named, out)
 
 
 def info_command(
@@ -211,38 +221,35 @@ def _print_info(output: Output, opened: IndexFolder, what: str) -> None:
     )
 
 
-def _print_scores(output: Output, scores: Scores, out: Path | None) -> None:
-    d = scores.diagnostics
+def _print_scores(output: Output, scores: Scores | PartScores, out: Path | None) -> None:
+    d, parts = scores.diagnostics, by_part(scores)
+    first = next(iter(parts.values()))
     written = (
         []
         if out is None
-        else ["", show.heading("Written"), show.file_table([(out / SCORES, "ptif.Scores.load reads it")])]
+        else ["", show.heading("Written"), show.file_table([(out / file_of(scores), read_by(scores))])]
     )
     output.print_text(
-        show.heading(f"{len(scores):,} queries × {scores.n_train:,} stored examples in {format_duration(d.seconds)}"),
+        show.heading(f"{len(first):,} queries × {first.n_train:,} stored examples in {format_duration(d.seconds)}"),
         show.fact_table([("method", d.method)]),
         "",
         show.heading("Most helpful and most harmful"),
-        *show.influence_table(scores),
+        *show.influence_tables(parts),
         "",
         show.heading("How far to trust it"),
         show.checklist(d),
         *written,
     )
-    lists = [
-        {"query": int(q), "helpful": scores.helpful(row, 5), "harmful": scores.harmful(row, 5)}
-        for row, q in enumerate(scores.query_ids.tolist())
-    ]
     output.print_json(
         {
             "status": "complete",
             "exit_code": 0,
             "command": "index query",
-            "n_queries": len(scores),
-            "n_train": scores.n_train,
+            "n_queries": len(first),
+            "n_train": first.n_train,
             "method": d.method,
             "seconds": d.seconds,
             "notes": list(d.notes),
-            "influences": lists,
+            **influences_of(scores, labels=False),
         }
     )

@@ -64,4 +64,6 @@ def format_bytes(count: float | int) -> str:
     """
     if count >= 2**30:
         return f"{count / 2**30:.1f} GiB"
-    return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
+    if count >= 2**20:
+        return f"{count / 2**20:,.0f} MiB"
+    return f"{count / 2**10:,.0f} KiB" if count >= 2**9 or count <= 0 else "under 1 KiB"

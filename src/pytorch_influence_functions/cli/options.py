@@ -31,7 +31,10 @@ Run = Annotated[
     typer.Option("--run", help="The folder of a recorded training run: the method is asked at all its checkpoints."),
 ]
 Damping = Annotated[
-    str | None, typer.Option("--damping", help="0.01, relative:0.1 or training:RATE:STEPS. (default: the method's)")
+    str | None,
+    typer.Option(
+        "--damping", help="0.01, relative:0.1, training:RATE:STEPS or adam:RATE:STEPS:BATCH. (default: the method's)"
+    ),
 ]
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="The L2 strength of training.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples per batch. (default: the loader's)")]
@@ -55,6 +58,10 @@ SourceColumn = Annotated[
     str | None, typer.Option("--source-column", help="The column that says where a text comes from, for the page.")
 ]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="The most tokens of a text.")]
+By = Annotated[
+    list[str] | None,
+    typer.Option("--by", help="Scores by part of the model: layer, a pattern, or NAME=PATTERN,PATTERN; repeatable."),
+]
 Queries = Annotated[str | None, typer.Option("--queries", help="Positions: 0:20, 5, or 1,4,10:20. (default: all)")]
 ResultFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the result as a file. (default: none is written)")
@@ -82,6 +89,7 @@ class RunSettings:
     damping: str | None = None
     queries: str = "all"
     top: int | None = None
+    by: tuple[str, ...] = ()
     block: int | None = None
     report: bool = False
     weight_decay: float | None = None
@@ -151,9 +159,14 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "out": _PATH,
     "method": _TEXT,
     "run": _PATH,
-    "damping": (lambda v: _is_text(v) or _is_number(v), "a number, 'relative:SHARE' or 'training:RATE:STEPS'", str),
+    "damping": (
+        lambda v: _is_text(v) or _is_number(v),
+        "a number, 'relative:SHARE', 'training:RATE:STEPS' or 'adam:RATE:STEPS:BATCH'",
+        str,
+    ),
     "queries": (lambda v: _is_text(v) or (is_whole(v) and v >= 0), "such as '0:20'", str),
     "top": _COUNT,
+    "by": _TEXTS,
     "block": _COUNT,
     "report": (lambda v: isinstance(v, bool), "true or false", bool),
     "weight_decay": (_is_number, "a number of at least 0", float),

@@ -1,7 +1,8 @@
 """Methods, dampings, ranges of queries and of examples, parsed from a command line."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
+from typing import Any
 
 from ..core.errors import InvalidInput
 from ..damping.rules import Absolute, AbstractDamping, FromTraining, Relative
@@ -37,12 +38,14 @@ def override_damping(method: AbstractMethod, text: str | None) -> AbstractMethod
 
 
 def parse_damping(text: str) -> AbstractDamping:
-    """A damping from text: a number (absolute), `relative:SHARE`, or `training:RATE:STEPS[:MOMENTUM]`.
+    """A damping from text: a number, `relative:SHARE`, `training:RATE:STEPS[:MOMENTUM]` or `adam:RATE:STEPS:BATCH`.
 
     >>> parse_damping("relative:0.3")
     Relative(share=0.3)
     >>> parse_damping("training:0.1:2000")
     FromTraining(lr=0.1, steps=2000)
+    >>> parse_damping("adam:1e-3:500:8")
+    FromTraining(lr=0.001, steps=500, adam_batch=8)
     """
     kind, *rest = text.strip().split(":")
     try:
@@ -52,14 +55,16 @@ def parse_damping(text: str) -> AbstractDamping:
         if kind == "relative" and len(rest) == 1:
             return Relative(numbers[0])
         if kind == "training" and len(rest) in (2, 3):
-            return FromTraining(numbers[0], int(rest[1]), *numbers[2:])
+            return FromTraining(numbers[0], int(rest[1]), momentum=numbers[2] if len(numbers) == 3 else 0.0)
+        if kind == "adam" and len(rest) == 3:
+            return FromTraining(numbers[0], int(rest[1]), adam_batch=int(rest[2]))
     except InvalidInput:
         raise
     except ValueError:
         pass
     raise InvalidInput(
         f"{text!r} is no damping; write a number such as 0.01 (absolute), relative:0.1 (a share of the mean "
-        "eigenvalue), or training:RATE:STEPS."
+        "eigenvalue), training:RATE:STEPS, or adam:RATE:STEPS:BATCH."
     )
 
 
@@ -155,6 +160,65 @@ def parse_bounds(text: str | None, flag: str) -> tuple[float, float] | None:
         if low < high:
             return low, high
     raise InvalidInput(f"{flag} {text} is no pair of bounds; write the smallest and the largest value, such as 0:1.")
+
+
+def parse_by(texts: Sequence[str]) -> str | list[str] | dict[str, list[str]] | None:
+    """What `by=` is given from the texts of `--by`: `layer`, patterns of names, or `NAME=PATTERN,PATTERN`.
+
+    Raises:
+        InvalidInput: a part without a name or a pattern, or one that is named twice.
+
+    >>> parse_by(["layer"]), parse_by(["0", "2.*"]), parse_by(["body=0,2", "head=4"])
+    ('layer', ['0', '2.*'], {'body': ['0', '2'], 'head': ['4']})
+    """
+    if not texts:
+        return None
+    if list(texts) == ["layer"]:
+        return "layer"
+    parts: dict[str, list[str]] = {}
+    for text in texts:
+        name, mark, patterns = text.partition("=")
+        listed = [pattern.strip() for pattern in (patterns if mark else text).split(",")]
+        if not name.strip() or not all(listed):
+            raise InvalidInput(f"--by {text} names no part; write --by layer, --by '0.*', or --by head=4,5.")
+        if name.strip() in parts:
+            raise InvalidInput(f"--by names the part {name.strip()} twice; write its patterns with commas between.")
+        parts[name.strip()] = listed
+    return (
+        parts if any("=" in text for text in texts) else [pattern for several in parts.values() for pattern in several]
+    )
+
+
+def parse_where(texts: Sequence[str], texts_of: Container[str] = ()) -> dict[str, list[Any]] | None:
+    """What `where=` is given from the texts of `--where COLUMN=VALUE`: the values of each column.
+
+    Args:
+        texts: as they were written; several of one column mean any of them.
+        texts_of: the columns that hold texts; in others a value is a number, true or false, where it reads as one.
+
+    Raises:
+        InvalidInput: a text without a column or a value.
+
+    >>> parse_where(["source=web", "source=book", "year=1999"], {"source"})
+    {'source': ['web', 'book'], 'year': [1999]}
+    """
+    where: dict[str, list[Any]] = {}
+    for text in texts:
+        column, mark, value = text.partition("=")
+        if not mark or not column.strip() or not value.strip():
+            raise InvalidInput(f"--where {text} names no value of a column; write --where COLUMN=VALUE.")
+        name = column.strip()
+        where.setdefault(name, []).append(value.strip() if name in texts_of else _plain_value(value.strip()))
+    return where or None
+
+
+def _plain_value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _parse_positions(text: str, n: int, flag: str, noun: str) -> list[int]:

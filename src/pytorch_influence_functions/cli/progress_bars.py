@@ -79,7 +79,8 @@ class ProgressBars:
             self._end(current)
             current = self.passes[label] = _Pass(now, done)
         seconds = now - current.start
-        if current.task is None and (seconds >= SHOW_AFTER or label == QUERIES):
+        # What has one step, such as loading a model, says nothing more until it is done.
+        if current.task is None and (seconds >= SHOW_AFTER or label == QUERIES or total == 1):
             current.task = self.display.add_task(label, total=total, text="")
         if current.task is not None:
             tokens = self.speed.tokens.get(total, 0.0)
@@ -110,7 +111,8 @@ class ProgressLines:
             self.passes[label] = _Pass(now, done, last_line=now)
             return
         seconds, ended = now - current.start, done >= total
-        if now - current.last_line >= LINE_INTERVAL or (ended and seconds >= SHOW_AFTER):
+        shortest = LINE_INTERVAL if total == 1 and label != QUERIES else SHOW_AFTER
+        if now - current.last_line >= LINE_INTERVAL or (ended and seconds >= shortest):
             current.last_line = now
             tokens = self.speed.tokens.get(total, 0.0)
             text = describe_progress(label, done, total, done - current.done_before, seconds, tokens)
@@ -131,7 +133,7 @@ def describe_progress(
     >>> describe_progress("scoring", 5000, 20000, 5000, 10.0, tokens_each=128.0).split(", ")[1]
     '64,000 tokens/s'
     """
-    parts = [f"{done:,}/{total:,}"]
+    parts = [f"{done:,}/{total:,}" if total != 1 or label == QUERIES else "under way" if done < total else "done"]
     if done_now > 0 and seconds > 0:
         rate, unit = done_now / seconds, "" if label in _OTHER_UNITS else " ex"
         shown, unit = (rate * tokens_each, " tokens") if tokens_each and unit else (rate, unit)

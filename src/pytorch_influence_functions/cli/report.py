@@ -16,9 +16,10 @@ from ..problem.data import Source
 from ..problem.problem import sweep
 from ..scores.scores import Scores
 from . import options, show
+from .by_part import PARTS, SCORES
 from .exit import Output, exit_with_code
 from .fingerprints import QUERIES, TRAINING_DATA, fingerprint_data
-from .folder import SCORES, fingerprint_of, read_record
+from .folder import fingerprint_of, read_record
 from .predictions import as_predictions
 from .progress_bars import report_progress
 from .run import AttributionRun, FinishedRun
@@ -92,6 +93,11 @@ def _load_finished(out: Path) -> Scores:
     record = read_record(out)
     if record.get("status") != "complete":
         raise InvalidInput(f"The run in {str(out)!r} is not finished; run its ptif attribute command again first.")
+    if (out / PARTS).exists():
+        raise InvalidInput(
+            f"The run in {str(out)!r} told parts of the model apart with --by, and the page shows whole scores; run "
+            "ptif attribute without --by, into another --out."
+        )
     return Scores.load(out / SCORES, fingerprint_of(record).identity)
 
 

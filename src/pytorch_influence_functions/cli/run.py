@@ -9,26 +9,27 @@ from typing import Any, final
 import torch
 
 from .._version import __version__
-from ..core.progress import Callback
+from ..core.errors import InvalidInput
+from ..core.progress import Callback, Meter
 from ..core.token_text import text_name_of
 from ..hf.texts import Texts
 from ..influence.attribution import Attribution, Influence
 from ..influence.method import AbstractMethod, Fitted
 from ..methods.names import along_the_run
 from ..problem.data import Source
+from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from ..solvers.forecast import Forecast
 from . import blocks
+from .by_part import by_part, file_of, influences_of, joined, with_data, with_query_ids
 from .exit import Interruption
 from .fingerprints import describe_settings, fingerprint_run
-from .folder import RUN, SCORES, RunFolder
+from .folder import RUN, RunFolder
 from .options import RunSettings
-from .parsing import override_damping, parse_method, parse_query_positions
+from .parsing import override_damping, parse_by, parse_method, parse_query_positions
 from .progress_bars import QUERIES
 from .task import Task, load_task
 from .texts import load_text_task
-
-_LISTED = 5
 
 
 @final
@@ -36,7 +37,7 @@ _LISTED = 5
 class FinishedRun:
     """The scores of a run, and how many queries had been kept by an earlier start."""
 
-    scores: Scores
+    scores: Scores | PartScores
     resumed: int
     fitted: Fitted | None = None
 
@@ -50,19 +51,22 @@ class AttributionRun:
     task: Task
     method: AbstractMethod
     ids: tuple[int, ...]
+    by: Any = None
 
     @staticmethod
     def of(settings: RunSettings) -> "AttributionRun":
         """Run the task file and find the method and the queries."""
         texts = settings.texts.given and settings.task is None
         path = None if texts else settings.task_file
-        named = None if settings.method is None else parse_method(settings.method)
+        named, by = None if settings.method is None else parse_method(settings.method), parse_by(settings.by)
+        if by is not None and settings.report:
+            raise InvalidInput("--report shows scores of the whole model, and --by tells parts apart; leave one out.")
         if path is None:
             task = load_text_task(settings.texts, settings.overrides)
         else:
             task = load_task(path, settings.overrides)
         ids = parse_query_positions(settings.queries, len(task.query_source))
-        return AttributionRun(settings, task, choose_method(named, task, settings), tuple(ids))
+        return AttributionRun(settings, task, choose_method(named, task, settings), tuple(ids), by)
 
     @property
     def tokens(self) -> dict[int, float]:
@@ -96,7 +100,10 @@ class AttributionRun:
         Raises:
             InvalidInput: the method has no forecast.
         """
-        return self.method.forecast(self.task.problem, len(self.ids))
+        with Meter(1, "timing one batch") as meter:
+            costs = self.method.forecast(self.task.problem, len(self.ids))
+            meter.advance()
+        return costs
 
     @property
     def result_bytes(self) -> int:
@@ -109,6 +116,7 @@ class AttributionRun:
         """Score the queries that have not been scored yet, keep every finished block, then write all scores."""
         s = self.settings
         settings = {"queries": list(self.ids), "top": s.top, "block": s.block}
+        settings |= {} if self.by is None else {"by": self.by}
         queries = self.task.query_source.subset(list(self.ids))
         record = {
             "command": "attribute",
@@ -124,7 +132,7 @@ class AttributionRun:
             if finished is not None:
                 return FinishedRun(self._with_data(finished), len(self.ids))
             parts, resumed, fitted = self._score_blocks(folder, queries, interruption, report)
-            scores = blocks.join_blocks(parts)
+            scores = joined(parts)
             folder.write_scores(scores)
             folder.write(status="complete", seconds=scores.diagnostics.seconds)
             folder.drop_blocks()
@@ -132,7 +140,7 @@ class AttributionRun:
 
     def _score_blocks(
         self, folder: RunFolder, queries: Source, interruption: Interruption, report: Callback
-    ) -> tuple[list[Scores], int, Fitted | None]:
+    ) -> tuple[list[Scores | PartScores], int, Fitted | None]:
         """The scores of every block, how many queries had been kept, and the fitted method if it was needed."""
         parts = {pair: folder.read_block(*pair) for pair in self.block_ranges}
         resumed = sum(last - first for (first, last), part in parts.items() if part is not None)
@@ -146,7 +154,11 @@ class AttributionRun:
         return [part for part in parts.values() if part is not None], resumed, fitted
 
     def _score_missing(
-        self, parts: dict[tuple[int, int], Scores | None], folder: RunFolder, queries: Source, report: Callback
+        self,
+        parts: dict[tuple[int, int], Scores | PartScores | None],
+        folder: RunFolder,
+        queries: Source,
+        report: Callback,
     ) -> Fitted | None:
         """Score the blocks that are None, and keep each as it is finished; gives the fitted method if it was needed."""
         total = len(self.ids)
@@ -159,21 +171,26 @@ class AttributionRun:
             start = time.perf_counter()
             fitted = fitted or self.method.fit(self.task.problem, n_queries=total)
             block_queries = queries.subset(range(first, last))
-            part = fitted.score(block_queries, self.task.measure, top=self.settings.top)
+            part = self._asked(fitted, block_queries)
             seconds = time.perf_counter() - start  # of the first block, including the fit
-            part = replace(
-                part,
-                query_ids=torch.tensor(self.ids[first:last]),
-                diagnostics=replace(part.diagnostics, seconds=seconds, inferred=self.task.inferred),
-            )
+            told = replace(part.diagnostics, seconds=seconds, inferred=self.task.inferred)
+            part = with_query_ids(part, self.ids[first:last], told)
             folder.write_block(first, last, part)
             parts[first, last] = part
             done += last - first
             report(QUERIES, done, total)
         return fitted
 
-    def _with_data(self, scores: Scores) -> Scores:
-        return replace(scores, train_source=self.task.problem.data.whole, query_source=self.task.query_source)
+    def _asked(self, fitted: Fitted, queries: Source) -> Scores | PartScores:
+        """The scores of some queries, of the whole or by part."""
+        if self.by is None:
+            return fitted.score(queries, self.task.measure, top=self.settings.top)
+        asked: Any = fitted  # one that cannot tell parts apart says so
+        scores: Scores | PartScores = asked.score(queries, self.task.measure, top=self.settings.top, by=self.by)
+        return scores
+
+    def _with_data(self, scores: Scores | PartScores) -> Scores | PartScores:
+        return with_data(scores, self.task.problem.data.whole, self.task.query_source)
 
 
 def choose_method(named: AbstractMethod | None, task: Task, settings: RunSettings) -> AbstractMethod:
@@ -190,24 +207,15 @@ def versions() -> dict[str, str]:
 
 def describe_run(run: AttributionRun, finished: FinishedRun) -> dict[str, Any]:
     """A finished run as one object of plain values."""
-    scores, out = finished.scores, run.settings.out
+    scores, out = next(iter(by_part(finished.scores).values())), run.settings.out
     d = scores.diagnostics
     numbers: Mapping[str, Any] = d.to_dict()
-    lists = [
-        {
-            "query": int(q),
-            "label": scores.query_labels[row] if isinstance(scores.query_labels, list) else None,
-            "helpful": scores.helpful(row, _LISTED),
-            "harmful": scores.harmful(row, _LISTED),
-        }
-        for row, q in enumerate(scores.query_ids.tolist())
-    ]
     return {
         "status": "complete",
         "exit_code": 0,
         "command": "attribute",
         "out": str(out),
-        "files": {"scores": str(out / SCORES), "run": str(out / RUN)},
+        "files": {"scores": str(out / file_of(finished.scores)), "run": str(out / RUN)},
         "n_queries": len(scores),
         "n_train": scores.n_train,
         "kept_per_query": scores.shape[1],
@@ -217,5 +225,5 @@ def describe_run(run: AttributionRun, finished: FinishedRun) -> dict[str, Any]:
         "damping": numbers["damping"],
         "seconds": numbers["seconds"],
         "checks": [{"name": c.name, "status": c.status, "text": c.text} for c in d.checks()],
-        "influences": lists,
+        **influences_of(finished.scores, labels=True),
     }

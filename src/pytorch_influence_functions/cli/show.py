@@ -1,6 +1,6 @@
 """Results on a terminal, at most 80 columns wide. Control characters are removed from the data's texts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Labels, Scores
 
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
-_MAX_QUERIES, _EXAMPLES, _LABEL_LENGTH, _NAME_LENGTH = 5, 3, 20, 18
+_MAX_PARTS, _MAX_QUERIES, _EXAMPLES, _LABEL_LENGTH, _NAME_LENGTH = 8, 5, 3, 20, 18
 
 
 def printable(text: str, length: int = 40) -> str:
@@ -61,6 +61,15 @@ def influence_table(scores: Scores, names: Callable[[int], str] | None = None) -
         table.add_row(*cells)
     more = len(scores) - _MAX_QUERIES
     return [indent(table), *([Text(f"  and {more:,} more queries")] if more > 0 else [])]
+
+
+def influence_tables(parts: Mapping[str, Scores], names: Callable[[int], str] | None = None) -> list[Any]:
+    """The table of the whole model, or one for each of the first parts."""
+    lines: list[Any] = []
+    for part, scores in list(parts.items())[:_MAX_PARTS]:
+        lines += ([indent(Text(printable(part, 60)))] if part else []) + influence_table(scores, names)
+    more = len(parts) - _MAX_PARTS
+    return [*lines, *([Text(f"  and {more:,} more parts")] if more > 0 else [])]
 
 
 def _label_name(scores: Scores, labels: Labels, row: int) -> str:

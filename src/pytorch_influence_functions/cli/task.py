@@ -24,7 +24,8 @@ _LOADER_FUNCTIONS = ("get_dataloaders", "get_my_dataloaders")
 _QUERY_OPTIONS = ("measure", "method")
 _PROBLEM_OPTIONS = ("loss", "weight_decay", "parameters", "checkpoints")
 _ACTION_OPTIONS = ("recipe", "validation", "statistic")
-OPTIONS: Final = (*_PROBLEM_OPTIONS, *_QUERY_OPTIONS, *_ACTION_OPTIONS)
+_INDEX_OPTIONS = ("columns",)
+OPTIONS: Final = (*_PROBLEM_OPTIONS, *_QUERY_OPTIONS, *_ACTION_OPTIONS, *_INDEX_OPTIONS)
 """The keys that `get_options()` may return."""
 
 
@@ -46,6 +47,8 @@ class Task:
     """Labelled data that neither trained the model nor are its queries."""
     statistic: Any = None
     """What `ptif smallest-removal` is about: a function of the model."""
+    columns: Any = None
+    """What else is known of every training example, for `ptif index query --where`."""
 
     @property
     def query_source(self) -> Source:
@@ -97,7 +100,7 @@ def load_task(path: Path, overrides: Overrides | None = None) -> Task:
     problem = problem.with_(**changes) if changes else problem
     source = None if queries is None else Source.of(queries, flags.batch_size)
     method, inferred = _read_method(path, options.get("method")), "problem" not in names and options.get("loss") is None
-    added = [options.get(name) for name in _ACTION_OPTIONS]
+    added = [options.get(name) for name in (*_ACTION_OPTIONS, *_INDEX_OPTIONS)]
     return Task(path, problem, source, options.get("measure"), method, inferred, *added)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from ..core.errors import InvalidInput, require
+from ..core.progress import Meter
 from ..hf.asking import queries_for
 from ..hf.models import load_model
 from ..hf.problem import problem as text_problem
@@ -71,8 +72,9 @@ def load_text_task(flags: TextFlags, overrides: Overrides) -> Task:
             f"There are {len(flags.answer)} --answer for {len(flags.query)} --query; give one each, or none."
         )
     rows = read_rows(flags.dataset)
-    with _silent_bars():
+    with _silent_bars(), Meter(1, "loading the model") as meter:
         model = load_model(flags.hf)
+        meter.advance()
     if overrides.device is not None:
         move_model(model, overrides.device)
     options: dict[str, Any] = {name: getattr(flags, name) for name in _COLUMNS}

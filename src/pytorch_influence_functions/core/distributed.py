@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .arrival import agents_store, leave_in_order, restarts, under_torchrun, wait_for_all
 from .errors import InvalidInput, ProcessFailed, first_line
 from .processes import Link
 
@@ -148,6 +149,7 @@ class World:
         return self.link
 
 
+_OPEN: Final = "open the block on every process, or leave it out where one computes alone, as under `if rank == 0:`"
 _ALONE = World()
 _world: ContextVar[World] = ContextVar("world", default=_ALONE)
 _links: list[tuple[object, float | None, Link]] = []
@@ -165,8 +167,10 @@ def process_rank() -> int:
 
 
 def process_count() -> int:
-    """How many processes the running group has, shared out or not."""
-    return dist.get_world_size() if running() else 1
+    """How many processes the running group has, shared out or not; without a group, how many torchrun started."""
+    if running():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
 def current() -> World:
@@ -247,7 +251,9 @@ def _join(timeout: float | None) -> World:
         if not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
                 return _ALONE
+            wait_for_all(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout, _OPEN)
             _make_group()
+            leave_in_order(dist.group.WORLD)
         rank, size = dist.get_rank(), dist.get_world_size()
         return _ALONE if size == 1 else World(rank, size, _link(rank, size, timeout), size)
     except (RuntimeError, ValueError) as cause:
@@ -262,28 +268,21 @@ def _make_group() -> None:
     A restart of torchrun finds the addresses of the earlier attempt in the store that its agent kept; each attempt
     therefore has keys of its own.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not under_torchrun():
         dist.init_process_group()
         return
+    store = dist.PrefixStore(f"attempt {restarts()}", agents_store())  # type: ignore[attr-defined]
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    shared = dist.TCPStore(host, port, size, is_master=False)  # type: ignore[attr-defined]
-    store = dist.PrefixStore(f"attempt {_restarts()}", shared)  # type: ignore[attr-defined]
     dist.init_process_group(store=store, rank=rank, world_size=size)
 
 
-def _restarts() -> int:
-    """How often torchrun has started this job again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def _cure() -> str:
-    if _restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if restarts() and under_torchrun():
         return (
             "after a restart torchrun hands out addresses of the attempt before: let ptif.distributed() make the "
             "process group, or start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
         )
-    return "open the block on every process, or leave it out where one computes alone, as under `if rank == 0:`"
+    return _OPEN
 
 
 def _link(rank: int, size: int, timeout: float | None) -> Link:
@@ -291,11 +290,15 @@ def _link(rank: int, size: int, timeout: float | None) -> Link:
     for known, seconds, link in _links:
         if known is group and seconds == timeout:
             return link
+    wait_for_all(rank, size, timeout, _OPEN)
     limit = None if timeout is None else timedelta(seconds=timeout)
     # Groups of our own: what the user's own group sends at the same time cannot be taken for ours.
     control = dist.new_group(backend="gloo", timeout=limit)
     on_devices = torch.cuda.is_available() and "nccl" in dist.get_backend_config()
     devices = dist.new_group(backend="nccl", timeout=limit) if on_devices else None
+    for made in (control, devices):
+        if made is not None:
+            leave_in_order(made)
     link = Link(rank, size, control, devices)
     _links[:] = [entry for entry in _links if entry[0] is group]
     _links.append((group, timeout, link))

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .digest import digest
+from .distributed import process_count
 from .errors import InvalidInput
 
 FORMAT: Final = 2
@@ -270,10 +271,13 @@ def _open_locked(path: Path) -> int | None:
         holder = _holder(handle)
         os.close(handle)
         if not alone:
-            raise InUse(
-                f"Another process is writing to {os.fspath(path.parent)!r}{holder}; wait until it ends, or give "
-                "another folder."
-            )
+            cure = "wait until it ends, or give another folder"
+            if process_count() > 1:
+                cure = (
+                    f"{process_count()} processes are running: build and write together within `with "
+                    f"ptif.distributed():`, or on one of them, as under `if rank == 0:`; else {cure}"
+                )
+            raise InUse(f"Another process is writing to {os.fspath(path.parent)!r}{holder}; {cure}.")
 
 
 def _sign(handle: int) -> None:

@@ -8,10 +8,12 @@ the call on all of them with a sentence, and processes that do different things 
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import InvalidInput, ProcessFailed, first_line
+
+log = logging.getLogger("pytorch_influence_functions")
+
+_PATIENCE = 60.0
+"""Seconds after which a process that waits for the others says so."""
 
 
 class Disagreement(InvalidInput):
@@ -80,7 +87,7 @@ class Link:
         """
         code = zlib.crc32(doing.encode())
         flags = torch.tensor([int(bool(failure)), code, -code])
-        self._reach(lambda: dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control))
+        self._reach(lambda: self._wait(dist.all_reduce(flags, dist.ReduceOp.MAX, self.control, async_op=True), doing))
         failed, largest, smallest = flags.tolist()
         if not failed and largest == -smallest:
             return
@@ -176,6 +183,22 @@ class Link:
         self._reach(lambda: exchange(part, group or self.control))
         if part.data_ptr() != tensor.data_ptr():
             tensor.copy_(part)
+
+    def _wait(self, work: Any, doing: str) -> None:
+        """Wait for an exchange, and say so where that takes long: others may never come to it."""
+        try:
+            work.wait(timedelta(seconds=_PATIENCE))
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            log.warning(
+                "Process %d of %d waits for the others at %s; where they never make this call, leave it outside "
+                "`with ptif.distributed():`, or leave distributed=True out.",
+                self.rank,
+                self.size,
+                doing,
+            )
+            work.wait()
 
     def _reach(self, exchange: Callable[[], Any]) -> None:
         try:

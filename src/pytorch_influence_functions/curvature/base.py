@@ -96,7 +96,7 @@ class AbstractCurvature(Record, ABC):
     forms: ClassVar[tuple[Form, ...]]
     """The forms `of` can give."""
     layerwise: ClassVar[bool] = False
-    """Whether every layer is a block of its own, with a scale of its own that damping follows by default."""
+    """Whether every layer is a block of its own, and `PerDirection()` the default damping."""
     kronecker: ClassVar[bool] = False
     """Whether its spectral form has a Kronecker product as eigenbasis of every layer."""
     keeps_factors: ClassVar[bool] = False
@@ -195,6 +195,15 @@ class AbstractCurvature(Record, ABC):
         """
         passes = 0.5 + 1.5 * vectors
         return Cost(passes, products=passes)
+
+    def answer_cost(self, size: ProblemSize, queries: Amount) -> Cost:
+        """Answers in the eigenbasis that it comes with, and their residuals.
+
+        Args:
+            size: the sizes of the problem.
+            queries: how many.
+        """
+        return self.product_cost(size, 2 * queries)
 
     def trace_cost(self, size: ProblemSize) -> Cost:
         """What measuring the trace of the matrix-free form takes for a problem of this `size`."""

@@ -1,7 +1,7 @@
 """lambda: rules that choose how much is added to the curvature."""
 
 from .curve import DampingCurve, FromCurve
-from .rules import Absolute, AbstractDamping, FromTraining, Relative
+from .rules import Absolute, AbstractDamping, FromTraining, PerDirection, Relative
 
 __all__ = [
     "Absolute",
@@ -9,6 +9,7 @@ __all__ = [
     "DampingCurve",
     "FromCurve",
     "FromTraining",
+    "PerDirection",
     "Relative",
 ]
 

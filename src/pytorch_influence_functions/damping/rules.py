@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol, runtime_checkable
 
 from ..core.errors import InvalidInput, NonFinite
 from ..core.records import ALWAYS_SHOWN, Record
-from ..core.validate import finite_number
+from ..core.validate import finite_number, whole_number
+from ..gradients.per_example import Derivatives
+from .adam import adam_denominators
 
 # A mean eigenvalue that is this share of the others' is rounding: gradients of 1e-6 times theirs.
 _ROUNDING: Final = 1e-12
@@ -25,6 +28,8 @@ class HasMeanEigenvalue(Protocol):
     """All that a damping rule asks of an operator."""
 
     def mean_eigenvalue(self) -> float: ...
+
+    def mean_determined(self) -> float: ...
 
     def block_means(self) -> dict[str, float]: ...
 
@@ -95,18 +100,7 @@ class Relative(AbstractDamping):
         return float(self.share)
 
     def of(self, operator: HasMeanEigenvalue) -> float:
-        mean = operator.mean_eigenvalue()
-        if not math.isfinite(mean):
-            raise NonFinite(f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data.")
-        if mean <= 0:
-            # Exactly 0 where the model is so sure of every example that its loss is flat.
-            fisher = "EmpiricalFisher() for a loss that has no GGN()"
-            way_out = "train with weight decay" if mean == 0 else f"take GGN() instead of Hessian() ({fisher})"
-            raise InvalidInput(
-                f"Relative() scales the mean eigenvalue of the curvature, which is {mean:.3g} here; "
-                f"use Absolute(value), or {way_out}."
-            )
-        return self.share * mean
+        return self.share * _scale(operator.mean_eigenvalue(), self)
 
     def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
         if not self.per_block:
@@ -116,6 +110,53 @@ class Relative(AbstractDamping):
         # has no scale of its own, nor has one that is zero but for rounding.
         least = _ROUNDING * overall / self.share
         return {k: self.share * mean if mean > least else overall for k, mean in operator.block_means().items()}
+
+
+def _scale(mean: float, rule: AbstractDamping) -> float:
+    """A mean eigenvalue that a share can be taken of."""
+    if not math.isfinite(mean):
+        raise NonFinite(f"The mean eigenvalue of the curvature is {mean}; look for NaN in weights or data.")
+    if mean <= 0:
+        # Exactly 0 where the model is so sure of every example that its loss is flat.
+        fisher = "EmpiricalFisher() for a loss that has no GGN()"
+        way_out = "train with weight decay" if mean == 0 else f"take GGN() instead of Hessian() ({fisher})"
+        raise InvalidInput(
+            f"{type(rule).__name__}() scales the mean eigenvalue of the curvature, which is {mean:.3g} here; "
+            f"use Absolute(value), or {way_out}."
+        )
+    return mean
+
+
+@dataclass(frozen=True, repr=False)
+class PerDirection(AbstractDamping):
+    """`lambda = share * trace(C) / directions`: a share of the mean over those eigenvalues that the examples can make.
+
+    A Gauss-Newton matrix of N examples with k output directions each (classes less one, tokens times that, targets)
+    has at most N k eigenvalues that are not zero. Of a model with more parameters the mean over all P,
+    which `Relative` takes, is the smaller for it: directions = min(P, N k) does not let the number of parameters
+    decide. One lambda is for all layers: a layer whose gradients are small is not followed further than the others.
+
+    Measured by retraining ([how much damping](../trust.md#how-much-damping)). Where N k is not known, directions = P.
+    Raises `InvalidInput` for `share <= 0`, and where the mean eigenvalue is not positive.
+
+    Args:
+        share: of that mean.
+
+    >>> class Ten:
+    ...     def mean_eigenvalue(self): return 10.0
+    ...     def mean_determined(self): return 40.0
+    ...     def block_means(self): return {"a": 10.0}
+    >>> PerDirection(0.2).of(Ten())
+    8.0
+    """
+
+    share: float | int = field(default=0.2, metadata=ALWAYS_SHOWN)
+
+    def __post_init__(self) -> None:
+        finite_number("share", self.share, above=0, owner=self, hint="0.2 is a good start")
+
+    def of(self, operator: HasMeanEigenvalue) -> float:
+        return self.share * _scale(operator.mean_determined(), self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,16 +182,54 @@ class Absolute(AbstractDamping):
 
 
 @dataclass(frozen=True, repr=False)
+class ByBlock(AbstractDamping):
+    """A lambda for every block of parameters, as numbers.
+
+    Args:
+        values: by block's name.
+        mean: what stands for all of them in a record.
+    """
+
+    values: Mapping[str, float]
+    mean: float
+
+    def of(self, operator: HasMeanEigenvalue) -> float:
+        return self.mean
+
+    def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
+        return dict(self.values)
+
+
+@runtime_checkable
+class HasDerivatives(Protocol):
+    """All that a rule asks of a fitted model to look at its gradients."""
+
+    @property
+    def derivatives(self) -> Derivatives: ...
+
+
+@dataclass(frozen=True, repr=False)
 class FromTraining(AbstractDamping):
-    """`lambda = (1 - momentum) / (lr * steps)`: what stopping after `steps` of gradient descent amounts to.
+    r"""`lambda = (1 - momentum) / (lr * steps)`: what stopping after `steps` of gradient descent amounts to.
 
     Directions with an eigenvalue well below this lambda have not been fitted yet, so removing an example
     cannot move the weights along them.
+
+    Adam divides its steps by the root of the gradients' second moment, so that after Adam or AdamW the same argument
+    gives `lambda = sqrt(v) / (lr * steps)`, v being the mean square of an entry of a batch's gradient. With
+    `adam_batch` it is measured at the final weights, block by block: for adapters this is the rule that says how far
+    training has come. Adam's own v is an average over the last steps, some of them earlier and larger, so lambda is
+    rather too small than too large: far too small where a batch is all of the data, whose mean gradient has nearly
+    vanished at the end. It is meant for short fine-tunings in batches that are small beside the data.
 
     Args:
         lr: the mean learning rate over the run.
         steps: the optimiser steps of the run.
         momentum: SGD's.
+        adam_batch: training was by Adam or AdamW, with so many examples to a step; `None`: by SGD.
+
+    Raises:
+        InvalidInput: a number is out of range, or momentum is given beside `adam_batch`.
 
     >>> class Ten:
     ...     def mean_eigenvalue(self): return 10.0
@@ -162,14 +241,36 @@ class FromTraining(AbstractDamping):
     lr: float
     steps: int
     momentum: float = 0.0
+    adam_batch: int | None = None
 
     def __post_init__(self) -> None:
         finite_number("lr", self.lr, above=0, owner=self, hint="it is the mean learning rate of the run")
         finite_number("steps", self.steps, least=1, owner=self, hint="they are the optimiser's steps")
         finite_number("momentum", self.momentum, least=0, below=1, owner=self)
+        if self.adam_batch is not None:
+            whole_number("adam_batch", self.adam_batch, 1, owner=self)
+            if self.momentum:
+                raise InvalidInput(
+                    f"{self!r} has both momentum and adam_batch, and momentum is SGD's; leave it out for Adam, whose "
+                    "first moment does not change how far it goes."
+                )
 
     def of(self, operator: HasMeanEigenvalue) -> float:
+        if self.adam_batch is not None:
+            raise InvalidInput(
+                "FromTraining(adam_batch=) measures gradients of the training data and works as the damping of a "
+                "method that is fitted; give lr and steps alone, or a number, here."
+            )
         return (1.0 - self.momentum) / (self.lr * self.steps)
+
+    def resolved(self, fitted: object) -> AbstractDamping:
+        if self.adam_batch is None:
+            return self
+        assert isinstance(fitted, HasDerivatives)
+        space = fitted.derivatives.space
+        divisors = adam_denominators(fitted.derivatives, self.adam_batch)
+        values = {name: divisor / (self.lr * self.steps) for name, divisor in divisors.items()}
+        return ByBlock(values, sum(v * space.numel(name) for name, v in values.items()) / space.size)
 
 
 def as_damping(value: AbstractDamping | float) -> AbstractDamping:

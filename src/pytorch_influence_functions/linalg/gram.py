@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.distributed import current
 from ..core.errors import InvalidInput
 from ..core.validate import whole_number
 from .density import Density
 from .operator import AbstractSampled, Cache, cache_field
+from .panels import Panels, panel_width
 from .resolvent import Resolvent
 from .rows import Rows
 from .rows_together import products_of
 from .space import Space
+
+Product = TypeVar("Product")
 
 
 @dataclass(frozen=True, eq=False)
 class Gram(AbstractSampled):
     """C = G^T G / count for stored rows G [m]: empirical Fisher (G = gradients) or GGN (G = H^1/2 J, m = N * k).
 
-    Nothing of size P x P or m x P is made; the dual solves with `gram()`, which is m x m and cached.
+    Nothing of size P x P or m x P is made; the dual solves with `gram()`, which is m x m and cached, or with the panels
+    of it that each process of a `distributed()` block has.
+
+    Args:
+        space: of the rows.
+        rows: the same on every process.
+        count: what G^T G is divided by.
+        sharers: how many processes have the rows.
     """
 
     space: Space
     rows: Rows
     count: int
+    sharers: int = 1
     _known: Cache = cache_field()
 
     def __post_init__(self) -> None:
@@ -46,8 +58,12 @@ class Gram(AbstractSampled):
 
     @property
     def decomposition_bytes(self) -> int:
-        # The matrix itself, the matrix with the damping added, and its factor.
-        return 3 * 8 * len(self.rows) ** 2
+        return gram_bytes(len(self.rows), self.sharers if self.is_shared else 1)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the processes that have the rows are computing together now, so that each needs a part of K only."""
+        return 1 < self.sharers == current().size
 
     def apply(self, rows: Rows, ids: Int[Tensor, " b"] | None = None) -> Rows:
         basis, count = self.rows, self.count
@@ -70,17 +86,38 @@ class Gram(AbstractSampled):
         """K = G G^T in float64 (its products taken in `precision`), computed once."""
         return self.gram_by(dict.fromkeys(self.rows.blocks, 0))[0]
 
+    def panels_by(self, groups: Mapping[str, Any]) -> dict[Any, Panels]:
+        """K per group of blocks as the panels of every process, where it `is_shared`; see `gram_by`."""
+        return self._by(groups, Panels.of_products, "panels")
+
+    def times(self, w: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """w K."""
+        return self._panels().times(w) if self.is_shared else w @ self.gram()
+
+    def gram_diagonal(self) -> Float[Tensor, " m"]:
+        """The diagonal of K."""
+        return self._panels().diagonal() if self.is_shared else self.gram().diagonal()
+
+    def _panels(self) -> Panels:
+        return self.panels_by(dict.fromkeys(self.rows.blocks, 0))[0]
+
     def gram_by(self, groups: Mapping[str, Any]) -> dict[Any, Float[Tensor, "m m"]]:
         """K per group of blocks; `groups` maps every block to its group, and the groups sum to `gram()`."""
+        return self._by(groups, products_of, "whole")
+
+    def _by(
+        self, groups: Mapping[str, Any], make: Callable[[Rows, torch.dtype | None], Product], form: str
+    ) -> dict[Any, Product]:
+        """Inner products of the rows per group of blocks, made once in every form."""
         names: dict[frozenset[str], Any] = {
             frozenset(k for k in self.rows.blocks if groups[k] == key): key for key in set(groups.values())
         }
         out = {}
         for members, key in names.items():
-            if members not in self._known:
+            if (form, members) not in self._known:
                 part = Rows({k: b for k, b in self.rows.blocks.items() if k in members})
-                self._known[members] = products_of(part, self.wider)
-            out[key] = self._known[members]
+                self._known[form, members] = make(part, self.wider)
+            out[key] = self._known[form, members]
         return out
 
     @property
@@ -138,3 +175,12 @@ class Gram(AbstractSampled):
     @property
     def eigenvalues_at_hand(self) -> bool:
         return "eigen" in self._known
+
+
+def gram_bytes(m: int, sharers: int) -> int:
+    """What each of `sharers` processes holds of the Gram matrix of m rows and of its factor."""
+    if sharers == 1:
+        # The matrix itself, the matrix with the damping added, and its factor.
+        return 3 * 8 * m**2
+    # Its part of two lower triangles; and the widest panel as it is made, sent, and taken off others.
+    return 8 * m**2 // sharers + 3 * 8 * m * panel_width(m)

@@ -7,6 +7,7 @@ where bases and eigenvalues come from (`curvature/kronecker.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .blocks import AbstractBlock
 from .chunks import CHUNK_NUMBERS, chunks
 from .density import Density
 from .eigenbasis import EigenPart
@@ -22,6 +24,10 @@ from .kronecker_block import KroneckerBlock
 from .operator import AbstractSpectral
 from .rows import Rows
 from .space import Space
+from .turned import Turned
+
+# Rows stay in an eigenbasis whose vectors take at most this part of their numbers.
+_FEW = 4
 
 
 @final
@@ -33,10 +39,22 @@ class Kronecker(AbstractSpectral):
     blocks: Mapping[str, KroneckerBlock]
     notes: tuple[str, ...] = ()
     """Sentences that belong to the result, such as a layer whose gradients are all zero."""
+    output_directions: float = math.inf
+    """Examples times the directions of their outputs: what a Gauss-Newton matrix of them can have eigenvalues for."""
     layerwise: ClassVar[bool] = True
 
     def apply(self, rows: Rows) -> Rows:
         return rows.map(lambda name, block: self.blocks[name].apply(block, self.space.blocks[name].shape))
+
+    def applied(self, rows: Rows) -> Rows:
+        return rows.map(self._applied)
+
+    def _applied(self, name: str, block: AbstractBlock) -> AbstractBlock:
+        kronecker, shape = self.blocks[name], self.space.blocks[name].shape
+        # Only many rows are worth it, beside which the eigenvectors, which may have come from disk, take little memory.
+        if not 0 < kronecker.turning * _FEW <= len(block) * kronecker.values.numel():
+            return kronecker.apply(block, shape)
+        return Turned(kronecker, shape, kronecker.coordinates(block))
 
     def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
         """b^T C b for every row, at half the cost of `apply`."""
@@ -48,6 +66,10 @@ class Kronecker(AbstractSpectral):
                 coordinates = kronecker.into_basis(block.take(chunk)).flatten(1)
                 total[chunk] += torch.einsum("np,np,p->n", coordinates, coordinates, values.flatten()).double()
         return total
+
+    @property
+    def directions(self) -> float:
+        return self.output_directions
 
     def block_means(self) -> dict[str, float]:
         return {k: float(b.values.mean(dtype=torch.float64)) for k, b in self.blocks.items()}

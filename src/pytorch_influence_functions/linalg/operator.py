@@ -41,6 +41,10 @@ class AbstractOperator(ABC):
     def apply(self, rows: Rows) -> Rows:
         """C applied to every row; rows keep their order, dtype and device."""
 
+    def applied(self, rows: Rows) -> Rows:
+        """The same as `apply`, in a form that may be written out only when that pays."""
+        return self.apply(rows)
+
     def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
         """b^T A b for every row."""
         return rows.rowwise(self.apply(rows))
@@ -81,6 +85,16 @@ class AbstractSymmetric(AbstractOperator):
         """trace(C) / P."""
         return sum(mean * self.space.numel(name) for name, mean in self.block_means().items()) / self.size
 
+    @property
+    def directions(self) -> float:
+        """The most eigenvalues that can differ from zero, by the number of examples and outputs; inf: not known."""
+        return math.inf
+
+    def mean_determined(self) -> float:
+        """trace(C) over the number of eigenvalues that can differ from zero."""
+        means = self.block_means()
+        return mean_determined(means, {name: self.space.numel(name) for name in means}, self.directions)
+
     def known_eigenvalues(self) -> Density | None:
         """Every eigenvalue, where the operator has them or one decomposition gives them; None where it does not."""
         return None
@@ -102,6 +116,19 @@ class AbstractSymmetric(AbstractOperator):
     def eigenvalues_at_hand(self) -> bool:
         """Whether `known_eigenvalues` costs nothing more, because no decomposition is needed or it is done."""
         return False
+
+
+def mean_determined(means: Mapping[str, float], sizes: Mapping[str, int], directions: float) -> float:
+    """trace(C) over the number of eigenvalues that can differ from zero.
+
+    Args:
+        means: the mean eigenvalue of every block; a block of 0 has no part.
+        sizes: how many parameters each has.
+        directions: the most eigenvalues that can differ from zero in all blocks together.
+    """
+    trace = sum(mean * sizes[name] for name, mean in means.items())
+    moved = sum(sizes[name] for name, mean in means.items() if mean != 0)
+    return trace / min(max(1, moved), directions)
 
 
 class AbstractSampled(AbstractSymmetric):
@@ -156,5 +183,5 @@ def means_of_diagonal(space: Space, values: Float[Tensor, " p"]) -> dict[str, fl
 
 
 def dense_bytes(size: int) -> int:
-    """What a float64 [P, P] matrix, its eigenvectors and LAPACK's workspace take: 4 P^2 numbers."""
-    return 4 * 8 * size * size
+    """What a float64 [P, P] matrix, a symmetric copy, its eigenvectors and LAPACK's workspace take: 5 P^2 numbers."""
+    return 5 * 8 * size * size

@@ -210,9 +210,9 @@ def ekfac(
     """EK-FAC: a Kronecker-factored eigenbasis per layer, with measured eigenvalues.
 
     Args:
-        damping: what is added to each layer's curvature: `Relative(share, per_block=True)` of the layer's own mean
-            eigenvalue, `Relative(share)` of the overall one, `Absolute(value)` or a number; `None`:
-            `Relative(1.0, per_block=True)`.
+        damping: what is added to the curvature: `PerDirection(share)`, `Relative(share)` of the mean eigenvalue,
+            `Relative(share, per_block=True)` of each layer's own, `Absolute(value)` or a number; `None`:
+            `PerDirection(0.2)`.
         fisher: whose gradients are measured: `GGN()` (every class), `Fisher(samples=k)` (drawn labels) or
             `EmpiricalFisher()` (the given labels); `None`: by the number of outputs, see `EKFAC`.
         examples: how many training examples are measured; `None`: as many as the longest side needs.
@@ -259,9 +259,9 @@ def kfac(
     """K-FAC: each layer's Gauss-Newton block as a Kronecker product of two small matrices.
 
     Args:
-        damping: what is added to each layer's curvature: `Relative(share, per_block=True)` of the layer's own mean
-            eigenvalue, `Relative(share)` of the overall one, `Absolute(value)` or a number; `None`:
-            `Relative(1.0, per_block=True)`.
+        damping: what is added to the curvature: `PerDirection(share)`, `Relative(share)` of the mean eigenvalue,
+            `Relative(share, per_block=True)` of each layer's own, `Absolute(value)` or a number; `None`:
+            `PerDirection(0.2)`.
         fisher: whose gradients are measured: `GGN()` (every class), `Fisher(samples=k)` (drawn labels) or
             `EmpiricalFisher()` (the given labels); `None`: by the number of outputs, see `EKFAC`.
         examples: how many training examples are measured; `None`: as many as the longest side needs.
@@ -283,9 +283,9 @@ def shampoo(
     """Shampoo's eigenbasis of each layer's gradient matrix, with measured eigenvalues.
 
     Args:
-        damping: what is added to each layer's curvature: `Relative(share, per_block=True)` of the layer's own mean
-            eigenvalue, `Relative(share)` of the overall one, `Absolute(value)` or a number; `None`:
-            `Relative(1.0, per_block=True)`.
+        damping: what is added to the curvature: `PerDirection(share)`, `Relative(share)` of the mean eigenvalue,
+            `Relative(share, per_block=True)` of each layer's own, `Absolute(value)` or a number; `None`:
+            `PerDirection(0.2)`.
         fisher: whose gradients are measured: `GGN()` (every class), `Fisher(samples=k)` (drawn labels) or
             `EmpiricalFisher()` (the given labels); `None`: by the number of outputs, see `EKFAC`.
         examples: how many training examples are measured; `None`: as many as the longest side needs.

@@ -341,6 +341,15 @@ class AbstractOutputCurvature(ABC):
             outputs: the model's outputs, one per example along the first axis.
         """
 
+    def output_directions(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> float:
+        """In how many directions of an example's outputs its loss can have curvature, on average; by default in all.
+
+        Args:
+            outputs: the model's outputs, one per example along the first axis.
+            batch: the batch that the outputs came from.
+        """
+        return float(outputs[0].numel())
+
     @abstractmethod
     def hessian_map(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Callable[[Tensor], Tensor]:
         """The map v_n -> H_n v_n at these outputs, which may be called under `torch.func.vmap`.

@@ -28,7 +28,7 @@ from .base import (
     tensor_targets,
 )
 from .draws import Randomness, draw
-from .softmax import softmax_cotangent, softmax_product, softmax_root
+from .softmax import softmax_cotangent, softmax_product, softmax_rank, softmax_root
 
 # --------------------------------------------------------------------------- classes
 
@@ -150,7 +150,11 @@ class CrossEntropy(AbstractLikelihood):
         return root.movedim(-1, 2).reshape(-1, *outputs.shape)
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
-        return math.prod(outputs.shape[1:])
+        return softmax_rank(outputs.shape[1]) * math.prod(outputs.shape[2:])
+
+    def output_directions(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> float:
+        # Of every position's probabilities one is what the others leave.
+        return _positions(self._factor(outputs, batch)) * (outputs.shape[1] - 1)
 
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
@@ -350,7 +354,10 @@ class TokenCrossEntropy(AbstractLikelihood):
         return softmax_root(outputs, self._labels(outputs, batch)[1])
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
-        return math.prod(outputs.shape[1:])
+        return math.prod(outputs.shape[1:-1]) * softmax_rank(outputs.shape[-1])
+
+    def output_directions(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> float:
+        return _positions(self._labels(outputs, batch)[1]) * (outputs.shape[-1] - 1)
 
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
@@ -400,6 +407,11 @@ class TokenCrossEntropy(AbstractLikelihood):
             if mask is not None and mask.shape == label.shape:
                 label = torch.where(mask == 0, torch.full_like(label, self.ignore_index), label)
         return label
+
+
+def _positions(factor: Float[Tensor, "n l"]) -> float:
+    """How many positions of an example count, on average."""
+    return float((factor > 0).sum()) / len(factor)
 
 
 def _counted(logp: Float[Tensor, "n l"], factor: Float[Tensor, "n l"]) -> Float[Tensor, "n l"]:

@@ -259,7 +259,11 @@ def _minimum(d: Diagnostics) -> Check:
     # Without the weight decay it was trained with, a model at its minimum looks as if it were not.
     decay = ", pass the weight_decay= that it was trained with," if d.weight_decay_most == 0 else ""
     if least > _MOVING:
-        return Check(name, "bad", f"{fact}: the model is far from a minimum; train longer{decay} or read with care")
+        follow = "damping=FromTraining(lr, steps), with adam_batch= after Adam, follows how far training came"
+        text = (
+            f"the model is far from a minimum, so the order may hold but not the sizes; train longer{decay} or {follow}"
+        )
+        return Check(name, "bad", f"{fact}: {text}")
     if least > _STATIONARY:
         advice = f"train longer{decay} or let the learning rate fall to 0 at the end"
         return Check(name, "warn", f"{fact}: not quite at a minimum; {advice}")

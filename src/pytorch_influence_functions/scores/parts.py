@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, UnknownName, nearest, require
+from ..core.files import read_tensors, write_tensors
 from . import export
+from .contents import contents_of, fields_of
 from .diagnostics import Diagnostics
 from .scores import Scores
+
+_KIND: Final = "scores by part"
 
 
 @final
@@ -91,6 +96,45 @@ class PartScores(Mapping[str, Scores]):
         """
         whole = float(self.total().values.double().square().mean().sqrt()) or 1.0
         return {n: float(s.values.double().square().mean().sqrt()) / whole for n, s in self.scores.items()}
+
+    def save(self, path: str | os.PathLike[str], fingerprint: str | None = None) -> None:
+        """Write the scores of all parts to one safetensors file, as `Scores.save` does for one.
+
+        Args:
+            path: the file; one that is there is replaced, whole or not at all.
+            fingerprint: a name for what they were made from, kept in the file.
+
+        Raises:
+            InvalidInput: labels or names are not numbers, words or lists of them; or the file cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        records: list[Any] = []
+        for at, (name, scores) in enumerate(self.scores.items()):
+            own, record = contents_of(scores)
+            tensors |= {f"{at}.{k}": tensor for k, tensor in own.items()}
+            records.append([name, record])
+        write_tensors(path, _KIND, tensors, {"parts": records, "fingerprint": fingerprint})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], fingerprint: str | None = None) -> PartScores:
+        """The scores that `save` wrote, bit for bit.
+
+        Args:
+            path: the file.
+            fingerprint: what the scores must have been saved with; `None`: anything.
+
+        Raises:
+            InvalidInput: no such file, a damaged one, or one of another kind, version or fingerprint.
+        """
+        tensors, record = read_tensors(path, _KIND)
+        if fingerprint is not None and record["fingerprint"] != fingerprint:
+            raise InvalidInput(f"{os.fspath(path)!r} holds scores of another run; run it again.")
+        parts = {}
+        for at, (name, own) in enumerate(record["parts"]):
+            start = f"{at}."
+            of_part = {k.removeprefix(start): tensor for k, tensor in tensors.items() if k.startswith(start)}
+            parts[name] = Scores(**fields_of(of_part, own))
+        return cls(parts)
 
     def to_frame(self) -> Any:
         """The long pandas table of `Scores.to_frame` for every part, with the column `part` in front.

@@ -20,6 +20,7 @@ from ..core.files import read_tensors, write_bytes, write_tensors
 from ..core.text import printable
 from ..core.token_text import text_name_of
 from . import difference, export, indexing
+from .contents import contents_of, fields_of
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ Labels: TypeAlias = Tensor | NDArray[Any] | Sequence[Any] | None
 MEAN = -1
 """The query index of a row that belongs to no single query: a mean, a group, a function of the model."""
 _KIND = "scores"
-_TENSORS = ("values", "indices", "query_ids", "train_labels", "query_labels")
-_RECORD = ("lower_is_better", "n_train", "train_names", "query_names", "class_names", "provenance")
 
 
 @final
@@ -413,10 +412,8 @@ class Scores:
                 f"save() writes safetensors, not {ending}: {os.fspath(path)!r} would not be what its name says; write "
                 f"scores.to_{ending[1:]}(path), or give it the ending .safetensors."
             )
-        tensors = {n: v for n in _TENSORS if isinstance(v := getattr(self, n), Tensor)}
-        record = {n: getattr(self, n) for n in _RECORD} | {"fingerprint": fingerprint}
-        record |= {n: v for n in ("train_labels", "query_labels") if isinstance(v := getattr(self, n), list)}
-        write_tensors(path, _KIND, tensors, record | {"diagnostics": self.diagnostics.to_dict()})
+        tensors, record = contents_of(self)
+        write_tensors(path, _KIND, tensors, record | {"fingerprint": fingerprint})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], fingerprint: str | None = None) -> Scores:
@@ -433,8 +430,7 @@ class Scores:
         if record.pop("fingerprint", None) != fingerprint and fingerprint is not None:
             raise InvalidInput(f"{os.fspath(path)!r} holds scores of another run; run it again.")
         try:
-            fields: dict[str, Any] = tensors | record
-            return cls(**fields | {"diagnostics": Diagnostics.from_dict(fields["diagnostics"])})
+            return cls(**fields_of(tensors, record))
         except (KeyError, TypeError) as cause:
             raise InvalidInput(f"{os.fspath(path)!r} does not hold what scores are made of; save them anew.") from cause
 

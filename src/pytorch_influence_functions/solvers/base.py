@@ -19,7 +19,7 @@ from ..core.validate import choice
 from ..core.warn import warn_caller
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import DOUBLE, Cost, ProblemSize
-from ..damping.rules import AbstractDamping, Relative
+from ..damping.rules import AbstractDamping, PerDirection, Relative
 from ..gradients.per_example import Derivatives
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.dual_solution import DualSolution
@@ -205,6 +205,10 @@ class AbstractSolver(Record, ABC, Generic[S]):
         """(1/N) g_i^T (C + D)^-1 g_i of every row of the curvature, where the `state` knows it without solving."""
         return None
 
+    def effective_dimension(self, state: S) -> float:
+        """tr(C (C + D)^-1) for D one number, where the `state` knows it without the eigenvalues; NaN where not."""
+        return math.nan
+
     # ---------------------------------------------------------------- what it needs of the curvature
 
     def form(self, curvature: AbstractCurvature) -> Form:
@@ -253,15 +257,15 @@ class AbstractSolver(Record, ABC, Generic[S]):
         return False
 
     def default_damping(self, curvature: AbstractCurvature) -> AbstractDamping:
-        """A share of the mean eigenvalue: of each layer's own where the `curvature` treats layers apart.
+        """A share of the mean eigenvalue: of what the examples determine where the `curvature` treats layers apart.
 
-        Measured on a Fashion-MNIST perceptron of 50,890 parameters (2,000 images, linear datamodelling score over 60
-        half subsets x 3 seeds). EK-FAC, per block: .40 at a share of 0.1, .43 at 0.3, .45 at 1, .44 at 3, .40 at 10.
-        Dual of the empirical Fisher: .35 at 0.1, .38 at 1, .39 at 4, .37 at 13. Conjugate gradients on the GGN: .28 at
-        0.3, .35 at 1, .40 at 3, .42 at 10. One task: where the learning rate and the number of steps are known,
-        `FromTraining(lr, steps)` is the better grounded choice.
+        Measured by retraining in `docs/trust.md`. On a Fashion-MNIST perceptron of 50,890 parameters (2,000 images,
+        linear datamodelling score over 60 half subsets x 3 seeds), dual of the empirical Fisher: .35 at a share of 0.1,
+        .38 at 1, .39 at 4, .37 at 13. Conjugate gradients on the GGN: .28 at 0.3, .35 at 1, .40 at 3, .42 at 10. One
+        task: where the learning rate and the number of steps are known, `FromTraining(lr, steps)` is the better
+        grounded choice.
         """
-        return Relative(1.0, per_block=True) if curvature.layerwise else Relative(self.default_share)
+        return PerDirection() if curvature.layerwise else Relative(self.default_share)
 
     def damped(self, operator: AbstractSymmetric, shift: Shift) -> Shift:
         """D as it is solved with.

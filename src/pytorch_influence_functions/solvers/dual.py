@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.distributed import current
 from ..core.errors import InvalidInput, NonFinite
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import DOUBLE, FACTORISATION, Cost, ProblemSize
 from ..linalg.dual_solution import DualSolution
-from ..linalg.gram import Gram
+from ..linalg.gram import Gram, gram_bytes
 from ..linalg.lanczos import power_iteration
-from ..linalg.operator import AbstractOperator, AbstractSymmetric
+from ..linalg.operator import AbstractOperator, AbstractSymmetric, Cache, cache_field
+from ..linalg.panels import Panels
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite_rows, refuse_input, relative
@@ -23,13 +26,43 @@ from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite
 # Symmetrising, scaling and judging the Gram matrix moves each of its numbers through memory some twenty times, and
 # adding a block up four times: as long as so many operations.
 _MOVED, _MOVED_PER_BLOCK = 3000.0, 800.0
+# Matrices with a number for every query and row that a solve holds: overlaps, coefficients, and those of the residual.
+_HELD = 5
 # Above this share of D, the Gram matrix's rounding is no longer small beside it: float64 takes the place of float32.
 _ROUNDING = 0.1
 
 
+class AbstractDualState(ABC):
+    """(N + K_D)^-1 for K_D = G D^-1 G^T, ready to be multiplied with."""
+
+    operator: Gram
+    shift: Shift
+
+    @abstractmethod
+    def dual_gram(self, w: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """w K_D."""
+
+    @abstractmethod
+    def solve(self, b: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """b (N + K_D)^-1."""
+
+    @abstractmethod
+    def overlaps(self) -> Float[Tensor, "m m"]:
+        """K_D itself, which is G D^-1 b where the right-hand sides b are the rows G."""
+
+    @abstractmethod
+    def leverages(self) -> Float[Tensor, " m"]:
+        """The diagonal of K_D (N + K_D)^-1."""
+
+    @abstractmethod
+    def present(self, solver: Woodbury) -> AbstractDualState:
+        """The state with which the processes that are computing now can go on."""
+
+
+@final
 @dataclass(frozen=True, eq=False)
-class DualState:
-    """(N + K_D)^-1 for K_D = G D^-1 G^T, as a Cholesky factor or in the eigenbasis of K_D."""
+class DualState(AbstractDualState):
+    """As a Cholesky factor or in the eigenbasis of K_D."""
 
     operator: Gram
     shift: Shift
@@ -39,18 +72,65 @@ class DualState:
     vectors: Float[Tensor, "m m"] | None
 
     def dual_gram(self, w: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-        """w K_D."""
         if self.scaled is not None:
             return w @ self.scaled
         assert self.shift.uniform is not None
         return (w @ self.operator.gram()) / self.shift.uniform
 
     def solve(self, b: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-        """b (N + K_D)^-1."""
         if self.factor is not None:
             return torch.cholesky_solve(b.T, self.factor).T
         assert self.values is not None and self.vectors is not None
         return (b @ self.vectors / (self.operator.count + self.values)) @ self.vectors.T
+
+    def overlaps(self) -> Float[Tensor, "m m"]:
+        return self.scaled if self.scaled is not None else self.operator.gram() / self.shift.smallest
+
+    def leverages(self) -> Float[Tensor, " m"]:
+        count = self.operator.count
+        if self.values is not None and self.vectors is not None:
+            return self.vectors.square() @ (self.values / (self.values + count))
+        assert self.factor is not None
+        return (1.0 - count * torch.cholesky_inverse(self.factor).diagonal()).clamp_min(0.0)
+
+    def present(self, solver: Woodbury) -> DualState:
+        return self
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SharedDualState(AbstractDualState):
+    """As a Cholesky factor of which every process has some panels."""
+
+    operator: Gram
+    shift: Shift
+    scaled: Panels | None
+    factor: Panels
+    _alone: Cache = cache_field()
+
+    def dual_gram(self, w: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        if self.scaled is not None:
+            return self.scaled.times(w)
+        assert self.shift.uniform is not None
+        return self.operator.times(w) / self.shift.uniform
+
+    def solve(self, b: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        return self.factor.solved(b)
+
+    def overlaps(self) -> Float[Tensor, "m m"]:
+        return self.dual_gram(torch.eye(self.factor.size, dtype=torch.float64, device=self.operator.rows.device))
+
+    def leverages(self) -> Float[Tensor, " m"]:
+        return (1.0 - self.operator.count * self.factor.inverse_diagonal()).clamp_min(0.0)
+
+    def present(self, solver: Woodbury) -> AbstractDualState:
+        if self.operator.is_shared:
+            return self
+        # A process that solves by itself has all rows, and makes the whole of it once.
+        if solver not in self._alone:
+            self._alone[solver] = solver.init(self.operator, self.shift)
+        state: AbstractDualState = self._alone[solver]
+        return state
 
 
 def _scaled_gram(operator: Gram, shift: Shift) -> Tensor:
@@ -62,17 +142,37 @@ def _scaled_gram(operator: Gram, shift: Shift) -> Tensor:
     return total
 
 
+def _shared(operator: Gram, shift: Shift) -> SharedDualState | None:
+    """The state that processes share; None where rounding has left K too negative for a Cholesky factor."""
+    groups = shift.over(operator.rows.blocks)
+    scaled, divisor = None, shift.uniform
+    if divisor is None:
+        # Every process adds up in the same order.
+        panels = operator.panels_by(groups)
+        scaled = Panels.combined((panels[d], 1.0 / d) for d in sorted(panels))
+    _refuse_nonfinite(operator.gram_diagonal() if scaled is None else scaled.diagonal())
+    matrix = operator.panels_by(dict.fromkeys(groups, 0))[0] if scaled is None else scaled
+    factor = matrix.factorised(1.0 if divisor is None else 1.0 / divisor, operator.count)
+    return None if factor is None else SharedDualState(operator, shift, scaled, factor)
+
+
+def _refuse_nonfinite(diagonal: Tensor) -> None:
+    if bad := nonfinite_rows(diagonal):
+        raise NonFinite(f"Rows {', '.join(map(str, bad[:8]))} of the curvature hold NaN or infinity.")
+
+
 @dataclass(frozen=True, repr=False)
-class Woodbury(AbstractSolver[DualState]):
+class Woodbury(AbstractSolver[AbstractDualState]):
     """x = D^-1 (b - G^T w), w = (N + G D^-1 G^T)^-1 G D^-1 b: solve in m dimensions instead of P.
 
     Args:
         rtol: the largest relative residual that is accepted.
 
     The value is a `DualSolution`: scoring against it builds no vector of length P. The first damping costs one
-    Cholesky factor of the Gram matrix; the second one eigendecomposition, after which every damping is m^2 work. D must
-    be positive. Inner products are taken in float64 where D is below the rounding of float32. The residual is exact
-    Gram algebra plus an estimate of what rounding in the products adds.
+    Cholesky factor of the Gram matrix; the second one eigendecomposition, after which every damping is m^2 work. Each
+    process of a `distributed()` block holds its part of matrix and factor, and every damping costs a factor. D must be
+    positive. Inner products are taken in float64 where D is below the rounding of float32. The residual is exact Gram
+    algebra plus an estimate of what rounding in the products adds.
     `init` raises `InvalidInput` for an operator without rows or D <= 0, `NonFinite` naming rows that hold NaN.
 
     >>> state = Woodbury().init(gram, Shift(1e-3))  # doctest: +SKIP
@@ -97,21 +197,25 @@ class Woodbury(AbstractSolver[DualState]):
         rows, q = curvature.rows(size) or size.examples, size.n_queries
         # The Gram matrix, its factor, and for every query its products with all rows and two solves.
         algebra = rows**2 * (size.pair_flops + _MOVED + _MOVED_PER_BLOCK * len(size.blocks)) + FACTORISATION * rows**3
+        held = gram_bytes(rows, min(current().size, size.examples)) + 8 * _HELD * q * rows
         queries = q * rows * size.pair_flops + 6 * DOUBLE * q * rows**2
-        return curvature.cost(size, Form.GRAM) + Cost(flops=algebra + queries, bytes=3 * 8 * rows**2)
+        return curvature.cost(size, Form.GRAM) + Cost(flops=algebra + queries, bytes=held)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
-    ) -> DualState:
+    ) -> AbstractDualState:
         no_preconditioner(self, preconditioner)
         self._check(operator, shift)
         assert isinstance(operator, Gram)
         if _rounding(operator, shift) > _ROUNDING and operator.precision != torch.float64:
             operator.refine()
+        if operator.is_shared and not operator.eigenvalues_at_hand:
+            shared = _shared(operator, shift)
+            if shared is not None:
+                return shared
         k = operator.gram() if shift.uniform is not None else None
         scaled = None if k is not None else _scaled_gram(operator, shift)
-        if bad := nonfinite_rows((k if scaled is None else scaled).diagonal()):  # type: ignore[union-attr]
-            raise NonFinite(f"Rows {', '.join(map(str, bad[:8]))} of the curvature hold NaN or infinity.")
+        _refuse_nonfinite((k if scaled is None else scaled).diagonal())  # type: ignore[union-attr]
         if scaled is None:
             assert k is not None and shift.uniform is not None
             known = operator._known
@@ -141,7 +245,8 @@ class Woodbury(AbstractSolver[DualState]):
                 "for some block; use a positive damping such as Relative(0.1)."
             )
 
-    def solve(self, state: DualState, rows: Rows) -> Solution:
+    def solve(self, state: AbstractDualState, rows: Rows) -> Solution:
+        state = state.present(self)
         basis, shift, count = state.operator.rows, state.shift, state.operator.count
         size = rows.squared_norms().double()
         if bad := nonfinite_rows(size):
@@ -162,24 +267,20 @@ class Woodbury(AbstractSolver[DualState]):
         residual = torch.where(size > 0, (residual.square() + rounding**2).sqrt(), residual)
         return Solution(value, residual, Result.inaccurate if failed else Result.successful, 1, notes, failed)
 
-    def _overlaps(self, state: DualState, rows: Rows) -> Tensor:
+    def _overlaps(self, state: AbstractDualState, rows: Rows) -> Tensor:
         operator, shift = state.operator, state.shift
         if rows is operator.rows:
-            return state.scaled if state.scaled is not None else operator.gram() / shift.smallest
+            return state.overlaps()
         if shift.uniform is not None:
             return rows.inner(operator.rows, dtype=operator.wider).double() / shift.uniform
         return shift.inverse(rows).inner(operator.rows, dtype=operator.wider).double()
 
-    def leverages(self, state: DualState) -> Float[Tensor, " m"]:
+    def leverages(self, state: AbstractDualState) -> Float[Tensor, " m"]:
         """h_i = (1/N) g_i^T (C + D)^-1 g_i for every row of the curvature, in [0, 1): exact, from the `state` alone.
 
         Where the rows are the examples' loss gradients this is each example's self-influence.
         """
-        count = state.operator.count
-        if state.values is not None and state.vectors is not None:
-            return state.vectors.square() @ (state.values / (state.values + count))
-        assert state.factor is not None
-        return (1.0 - count * torch.cholesky_inverse(state.factor).diagonal()).clamp_min(0.0)
+        return state.present(self).leverages()
 
 
 def _factor(k: Tensor, count: int) -> Tensor | None:
@@ -191,14 +292,14 @@ def _factor(k: Tensor, count: int) -> Tensor | None:
     return None if int(info) else factor
 
 
-def _residual(state: DualState, w: Tensor, overlaps: Tensor) -> Tensor:
+def _residual(state: AbstractDualState, w: Tensor, overlaps: Tensor) -> Tensor:
     """|(C + D) x - b| per row, by Gram algebra: it is G^T e with e = G x / N - w, so its square is e K e^T.
 
     K carries the rounding of the rows' own dtype, which this algebra cannot see: `_rounding` looks at that.
     """
     operator = state.operator
     e = (overlaps - state.dual_gram(w)) / operator.count - w
-    return ((e @ operator.gram()) * e).sum(1).clamp_min(0.0).sqrt()
+    return (operator.times(e) * e).sum(1).clamp_min(0.0).sqrt()
 
 
 def _rounding(operator: Gram, shift: Shift) -> float:
@@ -206,6 +307,5 @@ def _rounding(operator: Gram, shift: Shift) -> float:
 
     Far below 1 the weakest directions are still decided by D and not by rounding.
     """
-    gram = operator.gram()
-    largest = power_iteration(lambda v: gram @ v, gram.diagonal().sqrt(), steps=6)
+    largest = power_iteration(lambda v: operator.times(v[None])[0], operator.gram_diagonal().sqrt(), steps=6)
     return largest * torch.finfo(operator.precision).eps / (operator.count * shift.smallest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
@@ -23,6 +24,7 @@ from ..influence.attribution import Influence
 from ..linalg.eigenbasis import Eigenbasis, EigenPart
 from ..linalg.kronecker import Kronecker
 from ..linalg.kronecker_block import KroneckerBlock
+from ..linalg.operator import AbstractSymmetric, mean_determined
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
 from ..linalg.space import BlockSpec, Space
@@ -86,16 +88,20 @@ class Scale:
     Args:
         means: trace(C_bb) of every block over its number of parameters.
         sizes: that number.
+        directions: the most eigenvalues that can differ from zero; inf: not known.
     """
 
     means: Mapping[str, float]
     sizes: Mapping[str, int]
+    directions: float = math.inf
 
     @staticmethod
-    def of(means: Mapping[str, float], space: Space, whole: Space) -> Scale:
-        """From the mean eigenvalues of the blocks of `space`, where parameters are those of `whole`."""
+    def of(operator: AbstractSymmetric, whole: Space) -> Scale:
+        """Of the curvature of (projected) gradients, where the parameters are those of `whole`."""
+        means, space = operator.block_means(), operator.space
         sizes = {k: whole.numel(k) if k in whole.blocks else whole.size for k in space.blocks}
-        return Scale({k: means[k] * space.numel(k) / sizes[k] for k in space.blocks}, sizes)
+        own = {k: means[k] * space.numel(k) / sizes[k] for k in space.blocks}
+        return Scale(own, sizes, operator.directions)
 
     def block_means(self) -> dict[str, float]:
         """trace(C_bb) of every block over its number of parameters."""
@@ -104,6 +110,10 @@ class Scale:
     def mean_eigenvalue(self) -> float:
         """trace(C) over the number of parameters."""
         return sum(mean * self.sizes[name] for name, mean in self.means.items()) / sum(self.sizes.values())
+
+    def mean_determined(self) -> float:
+        """trace(C) over the number of eigenvalues that can differ from zero."""
+        return mean_determined(self.means, self.sizes, self.directions)
 
 
 @final
@@ -181,6 +191,7 @@ class FittedBasis:
             "whole": _describe_space(self.whole),
             "means": dict(self.scale.means),
             "sizes": dict(self.scale.sizes),
+            "directions": None if math.isinf(self.scale.directions) else self.scale.directions,
             "damping": dict(self.damping),
             "notes": list(self.notes),
         }
@@ -210,7 +221,8 @@ class FittedBasis:
         elif not isinstance(representation, Factors):
             projector = representation.projector(whole)
         basis = Eigenbasis(space, tuple(parts))
-        scale = Scale(dict(record["means"]), dict(record["sizes"]))
+        directions = record.get("directions")  # not in indexes of earlier versions
+        scale = Scale(dict(record["means"]), dict(record["sizes"]), math.inf if directions is None else directions)
         damping = {k: float(v) for k, v in record["damping"].items()}
         return FittedBasis(whole, basis, projector, tensors["columns"], scale, damping, tuple(record["notes"]))
 
@@ -268,7 +280,7 @@ def fit_basis(
     like = derivatives.whole.like(derivatives.problem.model)
     dtype = torch.promote_types(like.dtype, torch.float32)
     basis = Eigenbasis(space, parts).to(dtype, like.device)
-    scale = Scale.of(operator.block_means(), space, derivatives.whole)
+    scale = Scale.of(operator, derivatives.whole)
     shift = composition.solver.damped(operator, Shift(rule.of(scale), blocks=rule.blocks(scale)))
     columns = torch.ones(0)
     if not isinstance(representation, Factors):

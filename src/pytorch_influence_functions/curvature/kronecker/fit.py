@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
@@ -18,6 +19,8 @@ from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
 from ...linalg.kronecker import Kronecker
 from ...linalg.kronecker_block import KroneckerBlock
 from ...linalg.rows import Rows
+from ...objectives.base import AbstractOutputCurvature
+from ...objectives.differentiated import output_curvature
 from ...problem.checkpoints import Checkpoint, at_checkpoint
 from ...problem.data import Source
 from ...problem.problem import first_batch, sweep
@@ -82,7 +85,7 @@ class Fit:
             NotLikelihood, TooLarge, NonFinite, SolveFailed: see `EKFAC`.
         """
         first = self.members[0][1]
-        look = self._look()
+        look, directions = self._look()
         fisher, columns = self._fisher(look)
         self.plan = replace(self.plan, fisher=fisher)
         self.columns = columns
@@ -109,7 +112,7 @@ class Fit:
             present = fitted | {k: b for k, b in stored.items() if b is not None}
             blocks = {name: present[name] for name in look.blocks}
         notes = () if cache is None else cache.notes
-        return Kronecker(first.space, blocks, (*notes, *self._notes(look, blocks)))
+        return Kronecker(first.space, blocks, (*notes, *self._notes(look, blocks)), len(first.problem) * directions)
 
     def _notes(self, look: Rows, blocks: Mapping[str, KroneckerBlock]) -> tuple[str, ...]:
         """What should be read with the result: layers without gradient, and bases measured on too little."""
@@ -131,22 +134,34 @@ class Fit:
                 "diagonal), with eigenvalues measured in them"
             )
         if short:
+            more = f" and {len(short) - 3} more" if len(short) > 3 else ""
             notes.append(
-                f"fewer gradients than a factor's side is long at {', '.join(short[:3])}"
-                f"{f' and {len(short) - 3} more' if len(short) > 3 else ''}: damping alone decides where none points"
+                f"fewer gradients than a factor's side is long at {', '.join(short[:3])}{more}: damping alone decides "
+                "where none points, and sizes may be far off; after a short fine-tuning in small batches "
+                "ptif.dual(ptif.curvature.Fisher(samples=3)) comes nearer, after a long one it does not"
             )
         return tuple(notes)
 
     # ---------------------------------------------------------------- what to do
 
-    def _look(self) -> Rows:
-        """Rows of a few examples: the form of every block, and what it costs."""
+    def _look(self) -> tuple[Rows, float]:
+        """Rows of a few examples: the form of every block, and what it costs; the directions of their outputs."""
         checkpoint, derivatives = self.members[0]
         with at_checkpoint(derivatives.problem.model, checkpoint):
             together = replace(derivatives.problem.data, batch_size=min(4, len(derivatives.problem)))
             some = torch.arange(together.batch_size)
             with first_batch(derivatives.problem, together, some) as (ids, batch):
-                return derivatives.loss_rows(ids, batch).rows
+                return derivatives.loss_rows(ids, batch).rows, self._directions(batch)
+
+    def _directions(self, batch: Any) -> float:
+        """In how many directions the outputs of an example have curvature; inf where nobody asks for theirs."""
+        derivatives, fisher = self.members[0][1], self.plan.fisher
+        objective = derivatives.objective
+        if fisher is not None and fisher.given_labels and not isinstance(objective, AbstractOutputCurvature):
+            return math.inf
+        with torch.no_grad():
+            outputs = objective.outputs(derivatives.problem.model, batch)
+        return output_curvature(objective).output_directions(outputs, batch)
 
     def _fisher(self, look: Rows) -> tuple[AbstractFisher, int]:
         """Whose gradients are measured, and how many columns that is: exact by default where they are few and cheap."""

@@ -336,9 +336,15 @@ def teaching_terms(block: AbstractBlock) -> float:
 
 
 def _nonzero(x: Float[Tensor, "n t d"]) -> Bool[Tensor, "n t"]:
-    """Whether any number of a term differs from zero. The largest, as squares of small numbers would vanish."""
-    largest: Tensor = torch.linalg.vector_norm(x, math.inf, -1)
-    return largest.bool()
+    """Whether any number of a term differs from zero. The largest, as squares of small numbers would vanish.
+
+    One number of each is looked at first (of a layer's inputs the 1 of its bias): all are, of terms where it is 0.
+    """
+    nonzero: Tensor = x[..., -1] != 0
+    if not bool(nonzero.all()):
+        rest = ~nonzero
+        nonzero[rest] = torch.linalg.vector_norm(x[rest], math.inf, -1).bool()
+    return nonzero
 
 
 def _every(teaches: Bool[Tensor, "n t"], stride: int) -> Bool[Tensor, "n t"] | slice:
