@@ -242,7 +242,7 @@ def _suit(tokenizer: Any, chat: Chat) -> Chat:
         return chat
     plain = chat.in_plain_texts
     try:
-        written, expected = (str(_apply(tokenizer, one, tokenize=False)) for one in (chat, plain))
+        written, expected = (str(_apply(tokenizer, one, tokenize=False, return_dict=False)) for one in (chat, plain))
     except InvalidInput:  # the template puts contents behind other strings
         return plain
     # A template that knows no parts writes the list itself, and "None" where there is nothing.
