@@ -164,7 +164,7 @@ class Influence(Record, AbstractMethod):
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
             start = time.perf_counter()
             derivatives = self._derivatives(problem)
-            preparing = time.perf_counter() - start
+            preparing = current().largest(time.perf_counter() - start)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
             size = ProblemSize.of(derivatives, n_queries)
