@@ -68,7 +68,8 @@ class Tuning:
     def everyones(self) -> Tuning:
         """The tuning of process 0, on every process that shares the work: rounding differs between machines."""
         first = current().broadcast(torch.tensor(astuple(self), dtype=torch.float64), 0).tolist()
-        return Tuning(first[0], int(first[1]), int(first[2]), *first[3:7], int(first[7]))
+        step, steps, batch, largest, smallest, trace, rate, products = first
+        return Tuning(step, int(steps), int(batch), largest, smallest, trace, rate, int(products))
 
 
 @dataclass(frozen=True, eq=False)
