@@ -199,7 +199,7 @@ def time_product(
     for _ in range(_REPEATS):
         start = time.perf_counter()
         operator.apply(derivatives.space.rows(flat))
-        spent = min(spent, float(current().all_max(torch.tensor(time.perf_counter() - start))))
+        spent = min(spent, current().largest(time.perf_counter() - start))
     part = replace(size, examples=count)
     size = replace(size, product_seconds=spent / count / curvature.product_cost(part, vectors).passes)
     if choice.preconditioner is not None:
@@ -232,6 +232,7 @@ def _held_bytes(solver: AbstractSolver[Any], size: ProblemSize, queries: int) ->
     return queries * (size.row_bytes + (1 + solver.vectors_held) * size.parameters * size.number_bytes)
 
 
+<<<<<<< HEAD
 def _scoring_bytes(size: ProblemSize, factored: bool) -> Amount:
     """What is held beside solutions and scores: the scores of a piece of a batch, and what its products need; or, when
     all are there, the result."""
@@ -244,8 +245,18 @@ def _scoring_bytes(size: ProblemSize, factored: bool) -> Amount:
 
 
 @lru_cache(maxsize=1)
+=======
+>>>>>>> heads/ranks
 def operations_per_second() -> float:
-    """Floating-point operations per second of a float32 matrix product on this machine, measured once."""
+    """Floating-point operations per second of a float32 matrix product on this machine, measured once.
+
+    Of processes that share the work it is the slowest's, so that all of them forecast alike.
+    """
+    return 1.0 / current().largest(1.0 / _own_operations_per_second())
+
+
+@lru_cache(maxsize=1)
+def _own_operations_per_second() -> float:
     a = torch.ones(384, 384)
     fastest = math.inf
     for _ in range(4):
