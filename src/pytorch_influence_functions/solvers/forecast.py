@@ -232,7 +232,6 @@ def _held_bytes(solver: AbstractSolver[Any], size: ProblemSize, queries: int) ->
     return queries * (size.row_bytes + (1 + solver.vectors_held) * size.parameters * size.number_bytes)
 
 
-<<<<<<< HEAD
 def _scoring_bytes(size: ProblemSize, factored: bool) -> Amount:
     """What is held beside solutions and scores: the scores of a piece of a batch, and what its products need; or, when
     all are there, the result."""
@@ -244,9 +243,6 @@ def _scoring_bytes(size: ProblemSize, factored: bool) -> Amount:
     return max(products, _RESULT_BYTES * q * size.examples)
 
 
-@lru_cache(maxsize=1)
-=======
->>>>>>> heads/ranks
 def operations_per_second() -> float:
     """Floating-point operations per second of a float32 matrix product on this machine, measured once.
 
