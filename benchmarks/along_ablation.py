@@ -218,7 +218,7 @@ def by_curvature(one: Asked, asked: Callable[..., Asked], tables: Tables) -> Non
 
 
 def by_damping(asked: Callable[..., Asked], tables: Tables) -> None:
-    """EK-FAC at other shares of the mean eigenvalue, and guided conjugate gradients on a fixed batch."""
+    """EK-FAC at other shares of each layer's own mean eigenvalue, and guided conjugate gradients on a fixed batch."""
     damped = {d: asked(LOG, method=ekfac(Relative(d, per_block=True))) for d in DAMPINGS}
     tables.add("damping share, final · along", {
         f"{d:g}, {where}": a.average([1.0] if where == "final" else LOG)

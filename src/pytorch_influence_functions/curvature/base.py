@@ -96,7 +96,7 @@ class AbstractCurvature(Record, ABC):
     forms: ClassVar[tuple[Form, ...]]
     """The forms `of` can give."""
     layerwise: ClassVar[bool] = False
-    """Whether every layer is a block of its own, with a scale of its own that damping follows by default."""
+    """Whether every layer is a block of its own, and `PerDirection()` the default damping."""
     kronecker: ClassVar[bool] = False
     """Whether its spectral form has a Kronecker product as eigenbasis of every layer."""
     keeps_factors: ClassVar[bool] = False

@@ -70,8 +70,8 @@ class Influence(Record, AbstractMethod):
     Args:
         curvature: which matrix C is; `None` lets `Auto` choose.
         solver: how (C + lambda) x = b is solved.
-        damping: `Relative(share)` of the mean eigenvalue, `Absolute(value)`, `FromTraining(lr, steps)` or a number;
-            `None`: the default of the choice, or of the solver.
+        damping: `Relative(share)` of the mean eigenvalue, `PerDirection(share)`, `Absolute(value)`,
+            `FromTraining(lr, steps)` or a number; `None`: the default of the choice, or of curvature and solver.
         preconditioner: a curvature whose damped inverse speeds up `CG` or `Neumann`.
         scaling: what becomes of the raw scores; `Leverage()` corrects the first-order underestimate.
         memory: the most that curvature, solver and solved queries may take: bytes, or words such as `"8GB"`.
