@@ -36,18 +36,24 @@ NATS = ptif.TokenCrossEntropy(shift=True, average=False)
 
 @dataclass(frozen=True)
 class Setting:
-    """A training by Adam, its rate falling to 0 in a straight line."""
+    """A training by Adam (or SGD), its rate falling to 0 in a straight line."""
 
     steps: int
     rate: float
     batch: int
+    adam: bool = True
 
     @property
     def damping(self) -> FromTraining:
-        return FromTraining(self.rate / 2, self.steps, adam_batch=self.batch)
+        return FromTraining(self.rate / 2, self.steps, adam_batch=self.batch if self.adam else None)
 
 
-SETTINGS = {"short": Setting(24, 3e-3, 8), "short, full batch": Setting(24, 3e-3, 48), "long": Setting(200, 5e-3, 48)}
+SETTINGS = {
+    "short": Setting(24, 3e-3, 8),
+    "short, full batch": Setting(24, 3e-3, 48),
+    "long": Setting(200, 5e-3, 48),
+    "SGD": Setting(30, 2e-2, 48, adam=False),
+}
 
 
 def frozen_base() -> tuple[Any, Any]:
@@ -73,7 +79,9 @@ def fine_tune(base: Any, tokenizer: Any, kept: Tensor, setting: Setting) -> tupl
     model = peft.get_peft_model(copy.deepcopy(base), config)
     problem = ptif.hf.problem(model, tokenizer, sentences(), text_column="text", max_length=32)
     data, n, order = problem.data, len(problem), torch.Generator().manual_seed(1)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    optimizer = (torch.optim.Adam if setting.adam else torch.optim.SGD)(
+        p for p in model.parameters() if p.requires_grad
+    )
     model.train()
     batches = [ids for _ in range(setting.steps * setting.batch // n) for ids in epoch(n, setting.batch, order)]
     for step, ids in enumerate(batches):
@@ -103,6 +111,7 @@ def methods(setting: Setting) -> dict[str, Any]:
         "dual of 3 drawn labels": ptif.dual(Fisher(samples=3)),
         "dual of 3 drawn labels, damping from training": ptif.dual(Fisher(samples=3), setting.damping),
         "dual of the given labels": ptif.dual(),
+        "dual of the given labels, damping from training": ptif.dual(damping=setting.damping),
         "Gauss-Newton, damping from training": ptif.gauss_newton(setting.damping, preconditioner=EKFAC()),
     }
 
@@ -126,7 +135,7 @@ def run(name: str, setting: Setting, base: Any, tokenizer: Any, count: int) -> N
         rows = zip(predicted, measured, strict=True)
         r = sum(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in rows) / len(queries)
         seconds = time.process_time() - began
-        print(f"  {label:<46} slope {slope:5.2f}  size {ratio:5.2f}  r {r:.2f}  {seconds:.1f} s", flush=True)
+        print(f"  {label:<47} slope {slope:5.2f}  size {ratio:5.2f}  r {r:.2f}  {seconds:.1f} s", flush=True)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What faiss, traker and dattri take for what an index does; runs in their environment, prints one line of JSON.
 
-`faiss FOLDER DTYPE K QUERIES`: an exhaustive search (top 100) over the rows of an index, in the same type.
+`faiss FOLDER DTYPE K QUERIES`: an exhaustive search (top 100) over the rows of an index, in the same type (float16, and
+for int8 a byte per number with a range for each column, which faiss turns into float32).
 `traker | dattri NETWORK EXAMPLES`: per-example gradients, projected to 1,024 numbers, against a plain epoch.
 """
 
@@ -31,7 +32,7 @@ def search(folder: Path, dtype: str, k: int, queries: int) -> dict[str, float]:
     faiss.omp_set_num_threads(1)
     kinds = {
         "float16": (np.float16, faiss.ScalarQuantizer.QT_fp16),
-        "int8": (np.int8, faiss.ScalarQuantizer.QT_8bit_direct_signed),
+        "int8": (np.int8, faiss.ScalarQuantizer.QT_8bit),
     }
     kind, quantizer = kinds[dtype]
     flat = faiss.IndexScalarQuantizer(k, quantizer, faiss.METRIC_INNER_PRODUCT)
@@ -40,10 +41,12 @@ def search(folder: Path, dtype: str, k: int, queries: int) -> dict[str, float]:
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))["values"]
         rows = np.memmap(path, kind, "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
+        if not flat.is_trained:
+            flat.train(rows[:10_000].astype(np.float32))
         for at in range(0, len(rows), 10_000):
             flat.add(rows[at : at + 10_000].astype(np.float32))
     asked = np.random.default_rng(0).standard_normal((queries, k), np.float32)
-    return {"search": min(seconds(lambda: flat.search(asked, 100)) for _ in range(2))}
+    return {"search": min(seconds(lambda: flat.search(asked, 100)) for _ in range(3 if queries == 1 else 1))}
 
 
 def network(name: str) -> Any:
@@ -114,7 +117,8 @@ def by_dattri(model: Any, x: Any, y: Any, numbers: int) -> None:
         return cross_entropy(functional_call(model, parameters, one[None]), label[None])
 
     def probability(parameters: Any, data: Any) -> Any:
-        some, labels = data
+        # A batch, or one example of it under vmap.
+        some, labels = data if data[1].dim() else (data[0][None], data[1][None])
         return torch.exp(-cross_entropy(functional_call(model, parameters, some), labels, reduction="none"))
 
     task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())

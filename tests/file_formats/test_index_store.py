@@ -23,7 +23,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core import files
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.gradients.sketches import random_words
-from pytorch_influence_functions.store import Factors, TwoSided
+from pytorch_influence_functions.store import Factors, Sketch, TwoSided
 from pytorch_influence_functions.store.examples import hash_examples
 from pytorch_influence_functions.store.manifest import MANIFEST
 from pytorch_influence_functions.store.shard_files import map_file, write_file
@@ -108,7 +108,7 @@ def test_what_is_in_the_folder(tmp_path: Path) -> None:
     assert names[0].startswith("basis-") and names[1] == "index.json" and len(names) > 4
     assert all(name.startswith("rows-") and name.endswith(".safetensors") for name in names[2:])
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    assert manifest["kind"] == "gradient index" and manifest["format"] == 2 and manifest["complete"]
+    assert manifest["kind"] == "gradient index" and manifest["format"] == 3 and manifest["complete"]
     assert [s["first"] for s in manifest["shards"]] == [0, *[s["stop"] for s in manifest["shards"]][:-1]]
     assert sum(len(index.folder.read(s.file).tensors["hashes"]) for s in index.folder.manifest.shards) == 40
 
@@ -156,12 +156,12 @@ def test_stopped_at_any_file_it_goes_on_and_ends_with_the_same_bytes(
         assert contents(folder) == expected
 
 
-def kill_at(moment: float, folder: Path, problem: ptif.Problem) -> None:
+def kill_at(moment: float, folder: Path, problem: ptif.Problem, keeps: Any) -> None:
     """Build in another process that is killed after so many seconds."""
     child = os.fork()
     if child == 0:
         try:
-            build(folder, problem)
+            build(folder, problem, representation=keeps)
         finally:
             os._exit(0)
     time.sleep(moment)
@@ -172,16 +172,20 @@ def kill_at(moment: float, folder: Path, problem: ptif.Problem) -> None:
 def survive(kills: int, tmp_path: Path) -> int:
     """Kill builds at random moments, twice each, finish them, compare; how many had been under way."""
     # Forty shards: most of the time files are being written.
-    problem, start = problem_of(400), time.perf_counter()
-    build(tmp_path / "whole", problem)
-    took, expected, interrupted = time.perf_counter() - start, contents(tmp_path / "whole"), 0
-    moments = random.Random(0)
+    problem, moments, interrupted = problem_of(400), random.Random(0), 0
+    wholes: dict[str, tuple[float, dict[str, bytes]]] = {}
     for number in range(kills):
-        folder = tmp_path / f"killed-{number}"
+        keeps = (TwoSided(3), Factors(), Sketch(9))[number % 3]
+        folder, whole = tmp_path / f"killed-{number}", tmp_path / repr(keeps)
+        if not whole.exists():
+            start = time.perf_counter()
+            build(whole, problem, representation=keeps)
+            wholes[repr(keeps)] = time.perf_counter() - start, contents(whole)
+        took, expected = wholes[repr(keeps)]
         for _ in range(2):
-            kill_at(moments.uniform(0, took), folder, problem)
+            kill_at(moments.uniform(0, took), folder, problem, keeps)
             interrupted += folder.exists() and contents_or_none(folder) != expected
-        build(folder, problem)
+        build(folder, problem, representation=keeps)
         assert contents(folder) == expected
         shutil.rmtree(folder)
     return interrupted
@@ -198,7 +202,7 @@ def contents_or_none(folder: Path) -> dict[str, bytes] | None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """20 kills, or 200; every single moment between two files is gone through by the test above."""
+    """20 kills, or 200 with PTIF_KILLS=100; every moment between two files is gone through by the test above."""
     kills = int(os.environ.get("PTIF_KILLS", "100" if FULL else "10"))
     interrupted = survive(kills, tmp_path)
     print(f"{2 * kills} kills, {interrupted} of them while something was half done")
@@ -313,7 +317,11 @@ def test_a_file_that_was_cut_off_or_is_missing_is_noticed(tmp_path: Path) -> Non
     [
         (
             lambda m: m.update(format=99),
-            "has format 99 and this version reads 2; read it with pytorch_influence_",
+            "has format 99 and this version reads 3; read it with pytorch_influence_",
+        ),
+        (
+            lambda m: (m.update(format=2), m["facts"]["representation"].update(kind="Sketch")),
+            "has sketches of format 2 and this version reads 3; read it with .*, or build it anew",
         ),
         (lambda m: m.update(kind="recipe"), "cannot be read as the record of an index .*of kind 'recipe'"),
         (lambda m: m.pop("shards"), "cannot be read as the record of an index .*'shards'"),
@@ -327,6 +335,14 @@ def test_a_record_of_something_else_is_refused(change: Any, message: str, tmp_pa
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InvalidInput, match=message):
         ptif.Index.open(tmp_path, problem_of().model)
+
+
+def test_an_index_of_the_version_before_is_read(tmp_path: Path) -> None:
+    """Its sketches are other numbers; all else is as it was."""
+    expected = build(tmp_path).score(queries()).values
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
+    assert torch.equal(ptif.Index.open(tmp_path, problem_of().model).score(queries()).values, expected)
 
 
 def test_where_there_is_no_index(tmp_path: Path) -> None:
@@ -361,6 +377,57 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_kept(
     monkeypatch.setattr(os, "fsync", sync)
     build(tmp_path / "full")
     assert contents(tmp_path / "full") == expected
+
+
+@needs_fork
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a bound on the size of files")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_write_that_stops_short_is_one_sentence(tmp_path: Path) -> None:
+    """The system takes a part of a file's bytes, says so by a smaller count, and refuses the others."""
+    import resource
+
+    problem = problem_of(400)
+    build(tmp_path / "whole", problem, shard="9KB")
+    expected = contents(tmp_path / "whole")
+    bound = max(len(content) for name, content in expected.items() if name.startswith("rows-")) - 100
+    assert bound > len(expected[MANIFEST])
+    child = os.fork()
+    if child == 0:
+        outcome = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bound, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            build(tmp_path / "short", problem, shard="9KB")
+        except InvalidInput as refused:
+            outcome = 0 if "cannot be written to (File too large); give another place" in str(refused) else 2
+        finally:
+            os._exit(outcome)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not any(
+        name.endswith(".part") or name in expected for name in contents(tmp_path / "short") if "rows" in name
+    )
+    build(tmp_path / "short", problem, shard="9KB")
+    assert contents(tmp_path / "short") == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs a file system of its own")
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """A real one, of 64 kB, which becomes larger."""
+    problem, disk = problem_of(400), tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs a file system of its own")
+    try:
+        with pytest.raises(InvalidInput, match=r"cannot be written to .No space left on device.; give another place"):
+            build(disk / "i", problem)
+        kept = contents(disk / "i")
+        assert MANIFEST in kept and len(kept) > 2 and not any(name.endswith(".part") for name in kept)
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        build(disk / "i", problem)
+        build(tmp_path / "whole", problem)
+        assert contents(disk / "i") == contents(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_what_will_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,8 +230,8 @@ def test_a_group_that_fails_is_named() -> None:
         scores = attributed(data, ptif.methods.blockwise(groups=tired, damping=SMALL))
     assert scores.diagnostics.checks()[1].status == "bad"
     with pytest.raises(TooLarge, match=r"the largest '0' of 36 parameters"):
-        attributed(data, ptif.Influence(GGN(), Blockwise(), 0.1, memory=8 * 4 * (36**2 + 21**2) - 1))
-    attributed(data, ptif.Influence(GGN(), Blockwise(), 0.1, memory=8 * 4 * (36**2 + 21**2)))
+        attributed(data, ptif.Influence(GGN(), Blockwise(), 0.1, memory=8 * 5 * (36**2 + 21**2) - 1))
+    attributed(data, ptif.Influence(GGN(), Blockwise(), 0.1, memory=8 * 5 * (36**2 + 21**2)))
 
 
 def test_it_needs_blocks_and_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from pytorch_influence_functions.curvature import (
     Nystrom,
     Subsample,
 )
-from pytorch_influence_functions.curvature.cost import ProblemSize
+from pytorch_influence_functions.curvature.cost import Cost, ProblemSize
 from pytorch_influence_functions.damping import PerDirection, Relative
 from pytorch_influence_functions.gradients.per_example import Derivatives, Tape
 from pytorch_influence_functions.gradients.products import Products
@@ -236,7 +237,8 @@ def test_memory_and_passes_count_the_checkpoints_that_are_kept_and_those_fitted_
     kept = ptif.ekfac().fit(of).members
     held = sum(bytes_of(member) for member in kept)
     forecast = ptif.ekfac().forecast(of, count)
-    rest = 8 * count * 400 + count * of.space.size * 4
+    # Scores, a batch's products with their sum and the scores made of it, and solutions.
+    rest = (8 + 3 * 4) * count * 400 + count * of.space.size * 4
     assert kept.kept == 4 and held + rest <= forecast.memory_bytes <= 2 * (held + rest)
     # Room for one: another is fitted beside it, and three a second time for the scores.
     small = ptif.ekfac().with_options(memory=int(1.2 * held / 4)).forecast(of, count)
@@ -264,12 +266,14 @@ def test_memory_counts_rows_factors_solutions_and_scores() -> None:
     operator = ptif.dual().fit(of).members[0].operator
     assert isinstance(operator, Gram)
     rows = operator.rows.numbers * 4 + 3 * 8 * 400**2
-    assert rows + 8 * count * 400 <= dual.memory_bytes <= 1.5 * (rows + 8 * count * 400)
+    # Scores, what a solve holds for every query and row, and a batch's products, their sum and the scores made of it.
+    scores = (8 + 5 * 8 + 3 * 4) * count * 400
+    assert rows + scores <= dual.memory_bytes <= 1.5 * (rows + scores)
     ekfac = ptif.ekfac().forecast(of, count)
     factors = ptif.ekfac().fit(of).members[0].operator
     assert isinstance(factors, Kronecker)
     solutions = count * of.space.size * 4
-    least = factors.numbers * 4 + solutions + 8 * count * 400
+    least = factors.numbers * 4 + solutions + (8 + 3 * 4) * count * 400
     assert least <= ekfac.memory_bytes <= 2 * least
     # Ten times the queries: the scores grow, the solutions only as far as the bound lets them.
     bounded = ptif.ekfac().forecast(of, 100 * count).memory_bytes
@@ -312,11 +316,40 @@ def test_what_is_estimated_does_not_depend_on_the_number_of_queries(
 
 
 def test_what_was_cheap_and_exact_stays_so() -> None:
-    for size, solver in ((perceptron(5, 300), Spectral()), (perceptron(100, 3000), Spectral())):
+    for size, solver in ((perceptron(5, 300), Spectral()), (perceptron(100, 3000), Cholesky())):
         choice = choose_composition(None, size, Budget())
         assert (choice.curvature, choice.solver, choice.default_damping) == (GGN(), solver, Relative(0.1))
-    choice = choose_composition(None, perceptron(784, 300, hidden=64), Budget())
+    choice = choose_composition(None, perceptron(784, 200, hidden=64), Budget())
     assert (choice.curvature, choice.solver, choice.default_damping) == (GGN(), Woodbury(), Relative(30.0))
+
+
+def test_an_exact_solution_of_a_network_is_worth_a_second_and_says_what_ekfac_would_take() -> None:
+    small, medium, large = (perceptron(64, n, hidden=16) for n in (200, 3000, 100_000))
+    tiny = choose_composition(None, perceptron(13, 142, hidden=16, outputs=3), Budget())
+    assert tiny.curvature == GGN() and "ekfac" not in tiny.why
+    for size in (small, medium):
+        choice = choose_composition(None, size, Budget())
+        assert choice.curvature == GGN() and size.flops(choice.cost(size)) < 5e10
+    told = re.search(r'method="ekfac" would take about 1/(\d+) of the time', choice.why)
+    factored = medium.flops(EKFAC().cost(medium, Form.SPECTRAL) + Cost(1))
+    exact = medium.flops(choice.cost(medium) + Cost(1))
+    assert told and int(told[1]) == round(exact / factored) > 2
+    choice = choose_composition(None, large, Budget())
+    assert choice.curvature == EKFAC() and "within a second" in choice.why
+    # Asked for by name, it may take longer.
+    assert choose_composition(GGN(), large, Budget()).curvature == GGN()
+
+
+def test_few_parameters_are_decomposed_and_more_get_a_factor_with_the_same_answers() -> None:
+    of, asked = problem(200, width=20), queries(3)
+    size = ProblemSize.of(Derivatives.of(of), 3, timed=False)
+    assert size.seconds == size.once_seconds == 0.0
+    assert choose_composition(None, size, Budget()).solver == Spectral()
+    assert choose_composition(None, perceptron(64, 3000, hidden=16), Budget()).solver == Cholesky()
+    one, other = (ptif.Influence(GGN(), s, Relative(1.0)).fit(of).score(asked) for s in (Spectral(), Cholesky()))
+    torch.testing.assert_close(one.values, other.values, rtol=1e-4, atol=1e-6)
+    dimensions = [s.diagnostics.effective_dimension for s in (one, other)]
+    assert dimensions[0] == pytest.approx(dimensions[1], rel=1e-8) and 1 < dimensions[0] < of.space.size
 
 
 def test_the_exact_solution_of_a_network_is_damped_more_than_that_of_an_affine_model() -> None:
@@ -334,7 +367,7 @@ def test_a_convex_loss_is_solved_exactly_and_the_number_of_queries_decides_how()
     few, many = (choose_composition(None, size.for_queries(q), Budget()) for q in (100, 100_000))
     assert (few.curvature, few.solver, few.default_damping) == (GGN(), CG(rtol=1e-3, max_steps=500), Relative(3.0))
     assert few.preconditioner is not None
-    assert (many.curvature, many.solver, many.default_damping) == (GGN(), Spectral(), Relative(3.0))
+    assert (many.curvature, many.solver, many.default_damping) == (GGN(), Cholesky(), Relative(3.0))
 
 
 @pytest.mark.parametrize("count", [1, 10, 1000])
@@ -358,7 +391,7 @@ def test_outputs_are_counted() -> None:
 
 
 def test_memory_bounds_the_choice() -> None:
-    size = perceptron(784, 300, hidden=64)
+    size = perceptron(784, 200, hidden=64)
     assert choose_composition(None, size, Budget()).curvature == GGN()
     assert choose_composition(None, size, Budget(10_000_000)).curvature == EKFAC()
 
@@ -374,7 +407,7 @@ def test_the_dense_matrix_is_the_sum_over_rows(hidden: int) -> None:
     x, y = torch.randn(50, 4).double(), torch.randint(0, 3, (50,))
     derivatives = Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=7))
     rows = torch.cat([r.flat() for r in GGN().stream(derivatives)])
-    assert len(rows) == 150
+    assert len(rows) == 100  # one less than the classes for each example
     matrix = GGN().of(derivatives, Form.MATRIX, Budget()).matrix  # type: ignore[attr-defined]
     torch.testing.assert_close(matrix, rows.T @ rows / 50, rtol=1e-10, atol=1e-12)
 
@@ -389,7 +422,7 @@ def test_enumerated_classes_cost_no_more_than_one_row() -> None:
     total = SecondMoment(derivatives.space, torch.device("cpu"))
     for batch in GGN().batches(derivatives):
         total.add(batch)
-    assert total._pairs and not total._flat.any()
+    assert total._pairs and total._flat is None
 
 
 def test_many_outputs_take_products_instead_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -433,6 +433,25 @@ def test_examples_are_chosen_by_columns(tmp_path: Path) -> None:
     assert len(list((tmp_path / "i").glob("columns-*"))) == 1
 
 
+def test_columns_of_a_stream_are_compared_at_its_end(tmp_path: Path) -> None:
+    """Their number is not known before; what is stored is kept, and the same call with the right columns goes on."""
+    problem, queries = problem_of()
+    x, y = problem.data.dataset.tensors
+
+    def build(stop: int, count: int) -> ptif.Index:
+        columns = {"n": range(count)}
+        return ptif.Index.build(problem, tmp_path / "i", data=Stream(x[:stop], y[:stop]), columns=columns)
+
+    with pytest.raises(InvalidInput, match=r"Column 'n' has 39 values for 40 examples; give one for each"):
+        build(40, 39)
+    index = build(40, 40)
+    with pytest.raises(InvalidInput, match=r"Column 'n' has 21 values for 20 examples; give one for each"):
+        index.append(Stream(x[40:], y[40:]), columns={"n": range(21)})
+    index = ptif.Index.open(tmp_path / "i", problem).append(Stream(x[40:], y[40:]), columns={"n": range(40, 60)})
+    assert len(index) == 60 and index.columns["n"].tolist() == list(range(60))
+    assert index.score(queries, where={"n": [3, 57]}).indices[0].tolist() == [3, 57]
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -679,7 +698,7 @@ def test_what_the_first_stage_missed_is_bounded(tmp_path: Path) -> None:
     (note,) = (note for note in scores.diagnostics.notes if "candidates of the index" in note)
     assert f"{better} of {tried} scores would have entered a top list" in note.replace(",", "")
     bound = float(note.partition("at most ")[2].split()[0])
-    assert bound == pytest.approx(float(stats.beta.ppf(0.95, better + 1, tried - better)), rel=0.01)
+    assert bound == pytest.approx(float(stats.beta.ppf(0.95, better + 1, tried - better)), rel=0.03)
 
 
 @pytest.mark.parametrize(

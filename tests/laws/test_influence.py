@@ -422,7 +422,7 @@ def test_auto_says_why_and_changes_with_size() -> None:
     wide = nn.Sequential(nn.Linear(5, 600), nn.Tanh(), nn.Linear(600, 3))
     x, y = torch.randn(40, 5), torch.randint(0, 3, (40,))
     scores = ptif.attribute(wide, (x, y), (x[:2], y[:2]), loss=nn.CrossEntropyLoss())
-    assert "Woodbury" in scores.diagnostics.method and "40 examples x 3 outputs" in scores.diagnostics.why
+    assert "Woodbury" in scores.diagnostics.method and "40 examples x 2 independent outputs" in scores.diagnostics.why
     small = ptif.attribute(nn.Linear(5, 3), (x, y), (x[:2], y[:2]), loss=nn.CrossEntropyLoss())
     assert "Spectral" in small.diagnostics.method
 

@@ -133,6 +133,24 @@ def test_closed_forms_are_the_autograd_hessian(name: str, n: int, seed: int) -> 
     close(objective.hessian_product(outputs, batch, v), product)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_root_of_cross_entropy_has_one_column_less_than_classes_however_sure_the_model_is(
+    dtype: torch.dtype,
+) -> None:
+    """Probabilities add up to one. Tails of 1e-40 and 0 must leave neither NaN nor cancelled digits."""
+    logits = torch.tensor([[0.0, 1.0, 2.0], [30.0, 0.0, -5.0], [-300.0, 0.0, 300.0], [0.0, -95.0, -100.0]], dtype=dtype)
+    labels = torch.tensor([0, 1, 2, 0])
+    root = CrossEntropy().root(logits, (None, labels))
+    assert root.shape == (2, 4, 3) == (CrossEntropy().root_size(logits), 4, 3)
+    p = logits.double().softmax(1)
+    exact = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    found = torch.einsum("kna,knb->nab", root.double(), root.double())
+    assert bool(torch.isfinite(root).all())
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-7)
+    # What is left of a class beside a sure one: in the formula above it has lost all its digits.
+    assert float(found[1, 0, 0]) == pytest.approx(float(p[1, 1] + p[1, 2]), rel=1e-5, abs=0.0)
+
+
 @each_likelihood
 def test_closed_forms_hold_at_every_listed_case(name: str) -> None:
     objective, outputs, batch = case(name)

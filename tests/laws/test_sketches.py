@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.gradients import sketches
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.gradients.projections import AbstractReduction
-from pytorch_influence_functions.gradients.sketches import Sketch, TwoSided, random_signs, random_words
-from pytorch_influence_functions.linalg.blocks import Dense, Indexed, Outer, Sum
+from pytorch_influence_functions.gradients.sketches import Sketch, SketchProjector, TwoSided, random_signs, random_words
+from pytorch_influence_functions.linalg.blocks import Conv, Dense, Indexed, Outer, Sum, Window, matrix_shape
+from pytorch_influence_functions.linalg.rows import Rows
+from pytorch_influence_functions.linalg.space import BlockSpec, Space
 from tests.laws.test_influence import mlp
 from tests.laws.zoo import CASES, Case, build
 from tests.tolerance import gap
@@ -56,21 +60,53 @@ def test_rows_in_factors_are_projected_as_the_explicit_matrix_does(projection: A
     assert projected.flat().shape[1] == sum(b.numel for b in projection.projector(problem.space).space.blocks.values())
 
 
-def test_a_sketch_is_its_definition() -> None:
-    """Coordinate by coordinate: the piece of k that it is in, that piece's shift, and its own sign."""
-    model, *_ = mlp()
-    problem, k, seed = ptif.Problem(model, ptif.CrossEntropy(), mlp()[1:3]), 9, 2
-    expected = []
-    for name, block in problem.space.blocks.items():
-        shifts = random_words(-(-block.numel // k), seed, name, "shift") % k
-        signs = random_signs(block.numel, seed, name, "sign")
-        lines = torch.zeros(block.numel, k, dtype=torch.float64)
-        for p in range(block.numel):
-            lines[p, (p + int(shifts[p // k])) % k] = signs[p]
-        expected.append(lines)
-    assert torch.equal(matrix(problem, Sketch(k, seed=seed)), torch.cat(expected))
-    apart = matrix(problem, Sketch(k, seed=seed, per_layer=True))
-    assert torch.equal(apart, torch.block_diag(*expected))
+def definition(name: str, shape: tuple[int, int], k: int, seed: int) -> Tensor:
+    """[coordinates, k]: place and sign of every coordinate, and the real Fourier transform of the k sums."""
+    o, i = shape
+    words = random_words(-(-o // k) * k, seed, name, "output", "places").reshape(-1, k)
+    rows = torch.from_numpy(words.argsort(1, kind="stable")).flatten()[:o]
+    shifts = torch.from_numpy((random_words(-(-i // k), seed, name, "input", "shifts") % k).astype("int64"))
+    shifts[0] = 0
+    columns = torch.arange(i) + shifts[torch.arange(i) // k]
+    signs = random_signs(o, seed, name, "output", "signs")[:, None] * random_signs(i, seed, name, "input", "signs")
+    sums = torch.nn.functional.one_hot((rows[:, None] + columns) % k, k).double() * signs[..., None]
+    angles = 2 * torch.pi / k * torch.outer(torch.arange(k), torch.arange(k)).double()
+    waves = [torch.ones(k, dtype=torch.float64) / k**0.5, *([torch.cos(angles[k // 2]) / k**0.5] if k % 2 == 0 else [])]
+    for f in range(1, (k + 1) // 2):
+        waves += [(2 / k) ** 0.5 * torch.cos(angles[f]), -((2 / k) ** 0.5) * torch.sin(angles[f])]
+    transform = torch.stack(waves)
+    assert gap(transform @ transform.T, torch.eye(k, dtype=torch.float64)) < 1e-12  # inner products stay
+    return sums.flatten(0, 1) @ transform.T
+
+
+@pytest.mark.parametrize("k", [3, 4, 9, 20])
+def test_a_sketch_is_its_definition(k: int) -> None:
+    """Coordinate by coordinate, for sides that are longer and shorter than k, in factors and written out."""
+    problem = ptif.Problem(mlp()[0], ptif.CrossEntropy(), mlp()[1:3])
+    blocks = problem.space.blocks
+    expected = [definition(name, matrix_shape(block.shape), k, 2) for name, block in blocks.items()]
+    assert gap(matrix(problem, Sketch(k, seed=2)), torch.cat(expected)) < 1e-12
+    if max(block.numel for block in blocks.values()) > k:
+        apart = [e if len(e) > k else torch.eye(len(e), dtype=torch.float64) for e in expected]
+        assert gap(matrix(problem, Sketch(k, seed=2, per_layer=True)), torch.block_diag(*apart)) < 1e-12
+
+
+@pytest.mark.parametrize("k", [5, 16])
+@pytest.mark.parametrize("short", [1, 100])
+def test_every_form_of_a_block_has_the_same_sketch(k: int, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By matrix products, by fast transforms, and from rows that are written out."""
+    monkeypatch.setattr(sketches, "_SHORT", short)
+    outer = Outer(torch.randn(4, 6, 7).double(), torch.randn(4, 6, 12).double())
+    table = Indexed(torch.randint(0, 7, (4, 6)), torch.randn(4, 6, 12).double(), 7)
+    window = Window((2, 2), (1, 1), (1, 1), False)
+    image = Conv(torch.randn(4, 7, 3, 4).double(), torch.randn(4, 3, 4, 5).double(), window)
+    space = Space({"a": BlockSpec("a", (), (7, 12), decay=0.0)}, {})
+    for block in (outer, table, image, Sum((outer, table)), Outer(outer.left[:, :1], outer.right[:, :1])):
+        projector = Sketch(k).projector(space)
+        expected = projector.apply(Rows({"a": Dense(block.dense())})).flat()
+        monkeypatch.setattr(SketchProjector, "_is_cheaper_written_out", lambda *some: False)
+        assert gap(projector.apply(Rows({"a": block})).flat(), expected) < 1e-12
+        assert gap(projector.apply(Rows({"a": block.to(torch.float32)})).flat(), expected) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
@@ -106,26 +142,34 @@ def test_a_convolution_is_projected_without_its_patches(float64: None) -> None:
         assert gap(projected.flat(), rows.flat() @ matrix(problem, projection)) < 1e-12
 
 
-def test_inner_products_are_kept_on_average() -> None:
-    """Over many seeds the mean of <Pa, Pb> is <a, b>, with the variance of a Johnson-Lindenstrauss map."""
-    a, b = torch.randn(2, 40, dtype=torch.float64)
-    model = nn.Linear(5, 8, bias=False).double()
-    problem = ptif.Problem(model, ptif.SquaredError(), (torch.zeros(3, 5), torch.zeros(3, 8)))
-    space, seeds = problem.space, 500
-    rows = space.rows(torch.stack([a, b]))
-    exact, size = float(a @ b), float(a.norm() * b.norm())
-    for make, noise in (
-        (lambda s: Sketch(10, seed=s), 1 / 10),
-        (lambda s: TwoSided(3, 4, seed=s), 1 / 3 + 1 / 4 + 2 / 12),
-    ):
-        products = []
-        for seed in range(seeds):
-            flat = make(seed).projector(space).apply(rows).flat()
-            products.append(float(flat[0] @ flat[1]))
-        drawn = torch.tensor(products, dtype=torch.float64)
-        assert abs(float(drawn.mean()) - exact) < 5 * float(drawn.std()) / seeds**0.5
-        # Var <= (|a|^2 |b|^2 + <a, b>^2) / k for a sketch; with both sides each in turn and together.
-        assert float(drawn.var()) < 1.3 * noise * (size**2 + exact**2)
+@pytest.mark.parametrize(
+    ("make", "shape", "noise"),
+    [
+        (lambda s: Sketch(24, seed=s), (8, 5), lambda c, d: (1 + c * d) / 24),
+        (lambda s: Sketch(10, seed=s), (8, 25), lambda c, d: (1 + d + 2 * c * d) / 10),
+        (lambda s: TwoSided(3, 4, seed=s), (8, 5), lambda c, d: (1 + c * d) * (1 / 3 + 1 / 4 + 2 / 12)),
+    ],
+    ids=["sketch", "a side longer than k", "two-sided"],
+)
+def test_inner_products_are_kept_on_average(make: Any, shape: tuple[int, int], noise: Any) -> None:
+    """Over many seeds the mean of <Pa, Pb> is <a, b>, and its variance no more than is said.
+
+    The rows are products of sides that are alike, as inputs and activations are: what independent signs for outputs
+    and inputs get most wrong. `noise` is the variance over |a|^2 |b|^2, where c and d are the squared cosines.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, shape[1], generator=generator, dtype=torch.float64)
+    d, e = torch.randn(2, shape[0], generator=generator, dtype=torch.float64) + 0.5
+    space, seeds = Space({"w": BlockSpec("w", (), shape, decay=0.0)}, {}), 600
+    rows = Rows({"w": Outer(torch.stack([d, e])[:, None], torch.stack([a, b])[:, None])})
+    exact, size = float((a @ b) * (d @ e)), float(a.norm() * b.norm() * d.norm() * e.norm())
+    drawn = torch.empty(seeds, dtype=torch.float64)
+    for seed in range(seeds):
+        flat = make(seed).projector(space).apply(rows).flat()
+        drawn[seed] = flat[0] @ flat[1]
+    assert abs(float(drawn.mean()) - exact) < 4 * float(drawn.std()) / seeds**0.5
+    c_inputs, c_outputs = (float(torch.cosine_similarity(p, q, 0)) ** 2 for p, q in ((a, b), (d, e)))
+    assert float(drawn.var()) < 1.25 * noise(c_inputs, c_outputs) * size**2
 
 
 def test_sides_no_longer_than_k_stay_as_they_are() -> None:

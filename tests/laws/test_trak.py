@@ -104,8 +104,8 @@ def test_the_seed_alone_decides(make: Any, monkeypatch: pytest.MonkeyPatch) -> N
     problem, queries, *_ = setup()
     one = ptif.trak(projection=make(K, seed=5)).fit(problem).score(queries).values
     monkeypatch.setattr(projections, "_KEPT", 0)
-    monkeypatch.setattr(sketches, "_STRIP", 20)
-    monkeypatch.setattr(sketches, "_NUMBERS", 60)
+    monkeypatch.setattr(sketches, "_CACHED", 20)
+    monkeypatch.setattr(sketches, "_WRITTEN_OUT", 60)
     again = ptif.trak(projection=make(K, seed=5)).fit(problem.with_(batch_size=7)).score(queries).values
     torch.testing.assert_close(again, one)
     assert relative_gap(ptif.trak(projection=make(K, seed=6)).fit(problem).score(queries).values, one) > 0.05

@@ -196,6 +196,15 @@ class AbstractCurvature(Record, ABC):
         passes = 0.5 + 1.5 * vectors
         return Cost(passes, products=passes)
 
+    def answer_cost(self, size: ProblemSize, queries: Amount) -> Cost:
+        """Answers in the eigenbasis that it comes with, and their residuals.
+
+        Args:
+            size: the sizes of the problem.
+            queries: how many.
+        """
+        return self.product_cost(size, 2 * queries)
+
     def trace_cost(self, size: ProblemSize) -> Cost:
         """What measuring the trace of the matrix-free form takes for a problem of this `size`."""
         return Cost(passes_for_rows(1) * min(1.0, TRACE_EXAMPLES / size.examples))

@@ -42,6 +42,8 @@ _PASS, _SHARED_PASS = 4, 20
 _TRACE_OVER_TOP = 20
 # The most examples that are read for a forecast, where they are not in memory.
 _MOST_READ = 256
+# Examples that are counted on where nothing is timed.
+_COUNTED = 32
 # Repetitions of a short batch, of which the fastest is taken.
 _REPEATS, _SHORT = 3, 0.05
 
@@ -141,6 +143,8 @@ class ProblemSize:
     """Numbers that one example's forward pass keeps for the backward pass, as far as layers are recorded."""
     seconds: float = 0.0
     """Measured seconds for one example's gradient row, reading included."""
+    once_seconds: float = 0.0
+    """Measured seconds for a batch of two examples: what a step costs that has hardly anything to compute."""
     product_seconds: float | None = None
     """Measured seconds for one example's part of a product, per pass that it counts for; None: as for a row."""
     steps: float | None = None
@@ -153,11 +157,18 @@ class ProblemSize:
     """Looks whether the outputs are affine in the parameters; it costs passes, so that only who needs to know asks."""
 
     @staticmethod
-    def of(derivatives: Derivatives, n_queries: int) -> ProblemSize:
-        """Count on one batch, and time a second one: the first pays for whatever is paid once."""
+    def of(derivatives: Derivatives, n_queries: int, timed: bool = True) -> ProblemSize:
+        """Count on one batch, and time a second one: the first pays for whatever is paid once.
+
+        Args:
+            derivatives: how gradients are taken.
+            n_queries: how many queries are expected.
+            timed: measure seconds too, on a batch of full size; a choice needs counts alone, of few examples.
+        """
         problem = derivatives.problem
         obstacle = find_obstacle(derivatives)
         some = torch.arange(timed_examples(derivatives.batched(problem.data)))
+        some = some if timed else some[:_COUNTED]
         rows = next(derivatives.stream(ids=some, label="counting", world=World())).rows
         # The pass goes through the parameters even where rows are projected.
         whole = derivatives if derivatives.projector is None else replace(derivatives, projector=None)
@@ -172,7 +183,8 @@ class ProblemSize:
             operations=sum(2.0 * terms_of(b) * torch.Size(b.shape).numel() for b in one.blocks.values()),
             number_bytes=next(iter(rows.blocks.values())).reference.element_size(),
             pass_numbers=one.numbers / len(one),
-            seconds=_seconds_each(derivatives, some),
+            seconds=_seconds_each(derivatives, some) if timed else 0.0,
+            once_seconds=_seconds_each(derivatives, some[:2]) * len(some[:2]) if timed else 0.0,
             asks_affine=cache(partial(is_affine, problem)),
         )
 

@@ -22,7 +22,7 @@ from ..problem.data import Source
 from ..problem.problem import sweep
 from .base import TRACE_EXAMPLES, AbstractCurvature, Budget, Form
 from .cost import DOUBLE, Amount, Cost, ProblemSize, passes_for_rows
-from .second_moment import SecondMoment
+from .second_moment import SecondMoment, piece_bytes
 
 
 class AbstractRowCurvature(AbstractCurvature):
@@ -97,7 +97,7 @@ class AbstractRowCurvature(AbstractCurvature):
         for batch in self.batches(derivatives):
             total.add(batch)
         matrix = current().sum_into(total.matrix())
-        return Matrix(space, matrix / self.count(len(derivatives.problem)))
+        return Matrix(space, matrix.div_(self.count(len(derivatives.problem))))
 
     def stored(self, derivatives: Derivatives, budget: Budget) -> Gram:
         """All rows, kept.
@@ -157,7 +157,8 @@ class AbstractRowCurvature(AbstractCurvature):
         passes = passes_for_rows(columns)
         if form is Form.MATRIX:
             products = 1 if size.used_once else columns
-            return Cost(passes, DOUBLE * 2 * n * products * p**2, dense_bytes(p))
+            held = max(dense_bytes(p), 2 * 8 * p**2 + piece_bytes(p))
+            return Cost(passes, DOUBLE * 2 * n * products * p**2, held)
         if form is Form.GRAM:
             return Cost(passes, bytes=n * columns * size.row_bytes)
         return self.trace_cost(size)

@@ -13,9 +13,15 @@ from ..linalg.blocks import Outer
 from ..linalg.rows import Rows
 from ..linalg.space import Space
 
-# Columns of one batch that are looked at together, and numbers in float64 that are written out for them at once.
+# Columns of one batch that are looked at together, and numbers in float64 that are written out for them at once: enough
+# for a product to be fast, and at least so many rows, so that the sum is not moved through memory for a few.
 _COLUMNS = 64
-_PIECE = 1 << 23
+_PIECE, _FEWEST = 1 << 20, 128
+
+
+def piece_bytes(size: int) -> int:
+    """What is written out at once for a matrix over so many parameters, roughly: both sides of a product, twice."""
+    return 4 * 8 * max(_PIECE, _FEWEST * size)
 
 
 class SecondMoment:
@@ -28,7 +34,8 @@ class SecondMoment:
 
     def __init__(self, space: Space, device: torch.device) -> None:
         self.space = space
-        self._flat = torch.zeros(space.size, space.size, dtype=torch.float64, device=device)
+        self._device = device
+        self._flat: Tensor | None = None
         self._pairs: dict[tuple[str, str], Tensor] = {}
 
     def add(self, columns: Iterable[Rows]) -> None:
@@ -41,10 +48,11 @@ class SecondMoment:
                 self._add_pairs(several, shared)
 
     def matrix(self) -> Float[Tensor, "p p"]:
-        """The sum."""
-        total = self._flat.clone()
+        """The sum, which is handed over: nothing more can be added."""
+        total = self._whole()
         slices, shapes = self.space.slices, {k: b.shape for k, b in self.space.blocks.items()}
-        for (one, two), pair in self._pairs.items():
+        for one, two in list(self._pairs):
+            pair = self._pairs.pop((one, two))
             (o, i), (u, v) = shapes[one], shapes[two]
             part = (_symmetric(pair, o) if one == two else pair).view(o, u, i, v).transpose(1, 2).reshape(o * i, u * v)
             total[slices[one], slices[two]] += part
@@ -52,13 +60,19 @@ class SecondMoment:
                 total[slices[two], slices[one]] += part.T
         return total
 
+    def _whole(self) -> Tensor:
+        if self._flat is None:
+            self._flat = torch.zeros(self.space.size, self.space.size, dtype=torch.float64, device=self._device)
+        return self._flat
+
     def _add_flat(self, columns: Sequence[Rows]) -> None:
         """Rows written out, in pieces of all columns together: one large product is faster than many small ones."""
         n = len(columns[0])
-        step = max(1, _PIECE // (self.space.size * len(columns)))
+        step = -(-max(_FEWEST, _PIECE // self.space.size) // len(columns))
+        total = self._whole()
         for start in range(0, n, step):
             flat = torch.cat([c.take(slice(start, start + step)).flat() for c in columns]).double()
-            self._flat.addmm_(flat.T, flat)
+            total.addmm_(flat.T, flat)
 
     def _add_pairs(self, columns: Sequence[Rows], inputs: dict[str, Tensor]) -> None:
         lefts = {
@@ -74,14 +88,18 @@ class SecondMoment:
     def _add_pair(self, one: str, two: str, lefts: dict[str, Tensor], rights: dict[str, Tensor]) -> None:
         """Block (one, two): sum_n (sum_c l_nc m_nc^T) x (a_n b_n^T), the two sides as the rows of a product."""
         o, i, u, v = lefts[one].shape[2], rights[one].shape[1], lefts[two].shape[2], rights[two].shape[1]
-        upper = torch.triu_indices(o, o, device=self._flat.device) if one == two else None
+        upper = torch.triu_indices(o, o, device=self._device) if one == two else None
         outputs = o * u if upper is None else upper.shape[1]
-        total = self._pairs.setdefault((one, two), self._flat.new_zeros(outputs, i * v))
+        total = self._pairs.get((one, two))
+        if total is None:
+            total = torch.zeros(outputs, i * v, dtype=torch.float64, device=self._device)
+            self._pairs[one, two] = total
         for piece in _pieces(rights[one].shape[0], max(o * u, i * v)):
             output = torch.einsum("cno,cnu->nou", lefts[one][:, piece], lefts[two][:, piece])
             picked = output.flatten(1) if upper is None else output[:, upper[0], upper[1]]
-            inputs = torch.einsum("ni,nv->niv", rights[one][piece], rights[two][piece]).flatten(1)
+            inputs = (rights[one][piece, :, None] * rights[two][piece, None]).flatten(1)
             total.addmm_(picked.T, inputs)
+            del output, picked, inputs  # before the next are made
 
 
 def column_groups(columns: Iterable[Rows]) -> Iterator[list[Rows]]:
@@ -122,6 +140,6 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 
 def _pieces(count: int, numbers_each: int) -> Iterator[slice]:
-    step = max(1, _PIECE // numbers_each)
+    step = max(_FEWEST, _PIECE // numbers_each)
     for start in range(0, count, step):
         yield slice(start, start + step)

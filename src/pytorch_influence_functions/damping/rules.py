@@ -214,7 +214,8 @@ class FromTraining(AbstractDamping):
     gives `lambda = sqrt(v) / (lr * steps)`, v being the mean square of an entry of a batch's gradient. With
     `adam_batch` it is measured at the final weights, block by block: for adapters this is the rule that says how far
     training has come. Adam's own v is an average over the last steps, some of them earlier and larger, so lambda is
-    rather too small than too large.
+    rather too small than too large: far too small where a batch is all of the data, whose mean gradient has nearly
+    vanished at the end. It is meant for short fine-tunings in batches that are small beside the data.
 
     Args:
         lr: the mean learning rate over the run.

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Window
+from ..linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer
+from ..linalg.window import Window
 
 ParameterPart: TypeAlias = Literal["joint", "weight", "bias"]
 Rule: TypeAlias = Callable[[Any, Tensor, Tensor, ParameterPart], AbstractBlock]

@@ -46,6 +46,8 @@ log = logging.getLogger("pytorch_influence_functions")
 _BATCH_SHARE = 1 / 16
 # The numbers that the rows of the examples on which rules are verified may take together.
 _PROBE_NUMBERS = 1 << 26
+# The most examples whose gradients are taken together.
+MOST_TOGETHER = 1 << 12
 # Largest temporary of a vmapped fallback, in numbers.
 _VMAP_NUMBERS = 1 << 26
 
@@ -229,7 +231,7 @@ class Derivatives:
             _refuse_nonfinite(gradients.rows.sums(), batch_ids, "gradient")
             yield gradients
 
-    def batched(self, source: Source, times: int = 1, most: int = 1 << 12) -> Source:
+    def batched(self, source: Source, times: int = 1, most: int = MOST_TOGETHER) -> Source:
         """The examples of `source` in batches that suit what is held for one of them; see `Source.suited_to`.
 
         Args:

@@ -187,7 +187,7 @@ class Influence(Record, AbstractMethod):
     def _compose(self, derivatives: Derivatives, n_queries: int, size: ProblemSize | None = None) -> Composition:
         """Curvature, solver and preconditioner: what was asked for, or what `Auto` chooses."""
         if isinstance(self.solver, Auto):
-            size = size or ProblemSize.of(derivatives, n_queries)
+            size = size or ProblemSize.of(derivatives, n_queries, timed=False)
             chosen = choose_composition(self.curvature, size, Budget.of(self.memory))
             check_options_used(self, chosen.solver)
             return chosen if self.preconditioner is None else replace(chosen, preconditioner=self.preconditioner)

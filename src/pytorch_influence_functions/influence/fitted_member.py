@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -215,9 +214,9 @@ class FittedMember:
 
     @property
     def effective_dimension(self) -> float:
-        """tr(C (C + D)^-1) where the solver has used the eigenvalues; NaN elsewhere."""
+        """tr(C (C + D)^-1) where the solver has used the eigenvalues, or knows it without; NaN elsewhere."""
         operator, d = self.operator, self.shift.uniform
         at_hand = operator.eigenvalues_at_hand and self.composition.solver.uses_spectrum
         if d is None or not at_hand:
-            return math.nan
+            return self.composition.solver.effective_dimension(self.state)
         return operator.trace_of(lambda x: effective(x, d))

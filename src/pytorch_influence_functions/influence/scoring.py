@@ -20,6 +20,7 @@ from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
 from ..gradients.per_example import Derivatives, GradientBatch
 from ..gradients.products import Products
+from ..linalg.chunks import SCORE_NUMBERS, SCORE_ROWS, chunks
 from ..linalg.dual_solution import DualSolution
 from ..linalg.rows import Route, Rows
 from ..problem.data import Source
@@ -344,7 +345,19 @@ class TrainingStream:
         for ids, rows in self._training_rows():
             if truncated is not None:
                 self.log.add_truncation(truncated, truncated.bound(rows) / n)
-            yield ids, solved.against(rows, self.route, self.precision)
+            for piece in self._pieces(len(ids), solved):
+                some, part = (ids, rows) if piece == slice(0, len(ids)) else (ids[piece], rows.take(piece))
+                yield some, solved.against(part, self.route, self.precision)
+
+    @staticmethod
+    def _pieces(count: int, solved: Solved) -> list[slice]:
+        """Parts of a batch, so that its scores for many queries are no more than `SCORE_NUMBERS` at once.
+
+        Queries that are read from disk are read once for a whole batch.
+        """
+        if solved.read_when_used:
+            return [slice(0, count)]
+        return chunks(count, len(solved), max(SCORE_NUMBERS, SCORE_ROWS * len(solved)))
 
     def _takes_forward_mode(self) -> bool:
         d = self.derivatives

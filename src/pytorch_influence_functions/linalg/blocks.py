@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeAlias
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .chunks import chunks
+from .sides import Side, times
+from .window import Window
 
-Side: TypeAlias = Tensor | slice | None
-"""What one side of a matrix is multiplied by: a matrix, the columns of the identity that a slice takes, or nothing."""
+# Numbers of patches that are written out at once.
+_PATCHES = 1 << 22
 
 
 class AbstractBlock(ABC):
     """`n` rows over one parameter block of shape `shape`."""
+
+    read_when_used: ClassVar[bool] = False
+    """Whether every use reads the rows from disk."""
 
     @property
     @abstractmethod
@@ -87,7 +92,7 @@ class AbstractBlock(ABC):
             right: [i, k_in]; a slice takes some of G's columns, None leaves the side as it is.
         """
         dense = self.dense().reshape(len(self), *matrix_shape(self.shape))
-        return Dense(_times(_times(dense.mT, left).mT, right))
+        return Dense(times(times(dense.mT, left).mT, right))
 
     def fold(self, n: int) -> AbstractBlock:
         """n rows, each the sum of so many neighbours: positions that were folded into the axis of examples."""
@@ -103,12 +108,6 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def _sum_of_each(x: Tensor) -> Float[Tensor, " n"]:
     """Over all but the first axis, without the copy that flattening a transposed tensor makes."""
     return x.sum(tuple(range(1, x.ndim)))
-
-
-def _times(x: Tensor, side: Side) -> Tensor:
-    if isinstance(side, slice):
-        return x[..., side]
-    return x if side is None else x @ side
 
 
 def _refold(a: Tensor, n: int) -> Tensor:
@@ -199,7 +198,7 @@ class Outer(AbstractBlock):
         return Outer(self.left.to(dtype), self.right.to(dtype))
 
     def project(self, left: Side, right: Side) -> Outer:
-        return Outer(_times(self.left, left), _times(self.right, right))
+        return Outer(times(self.left, left), times(self.right, right))
 
     def fold(self, n: int) -> Outer:
         return Outer(_refold(self.left, n), _refold(self.right, n))
@@ -262,7 +261,7 @@ class Indexed(AbstractBlock):
     def project(self, left: Side, right: Side) -> AbstractBlock:
         if not isinstance(left, Tensor):
             return super().project(left, right)
-        return Outer(left[self.index], _times(self.values, right))
+        return Outer(left[self.index], times(self.values, right))
 
     def fold(self, n: int) -> Indexed:
         return Indexed(self.index.reshape(n, -1), _refold(self.values, n), self.size)
@@ -279,45 +278,6 @@ class Indexed(AbstractBlock):
         for q, w in enumerate(weights):
             out[q].index_add_(0, index, (self.values * w[:, None, None]).flatten(0, 1))
         return out
-
-
-@dataclass(frozen=True)
-class Window:
-    """Where a convolution looks: everything a patch needs besides the (already padded) input."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    bias: bool
-
-    def patches(self, x: Float[Tensor, "n i *space"]) -> Float[Tensor, "n t k"]:
-        """Padded input [n, i, *space] -> patches [n, positions, i * kernel (+1)].
-
-        A view of memory laid out [k, n, positions]: what is next to each other in the image stays so (the copy is twice
-        as fast), the bias column is written in place, and every product takes it as a transposed matrix.
-        """
-        d = len(self.kernel)
-        for axis, (k, s, r) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
-            x = x.unfold(2 + axis, r * (k - 1) + 1, s)[..., ::r]
-        # now [n, i, *positions, *kernel]; wanted [i, *kernel, n, *positions]
-        x = x.permute([1, *range(2 + d, 2 + 2 * d), 0, *range(2, 2 + d)])
-        width = int(torch.Size(x.shape[: 1 + d]).numel())
-        n, positions = x.shape[1 + d], int(torch.Size(x.shape[2 + d :]).numel())
-        out = x.new_empty(width + int(self.bias), n, positions)
-        out[:width].view(x.shape).copy_(x)
-        if self.bias:
-            out[width] = 1.0
-        return out.permute(1, 2, 0)
-
-    def patches_times(self, x: Float[Tensor, "n i *space"], side: Side) -> Float[Tensor, "n t k"]:
-        """Every patch times a matrix, by convolving the input with it: no patch is written out; None: the patches."""
-        if not isinstance(side, Tensor):
-            return _times(self.patches(x), side)
-        weight = side[:-1] if self.bias else side
-        kernels = weight.T.reshape(side.shape[1], x.shape[1], *self.kernel)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-        pushed = convolve(x, kernels, side[-1] if self.bias else None, self.stride, 0, self.dilation)
-        return pushed.flatten(2).mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,19 +327,26 @@ class Conv(AbstractBlock):
         return Conv(self.left.to(dtype), self.x.to(dtype), self.window)
 
     def project(self, left: Side, right: Side) -> Outer:
-        return Outer(_times(self.left.flatten(2).mT, left), self.window.patches_times(self.x, right))
+        return Outer(times(self.left.flatten(2).mT, left), self.window.patches_times(self.x, right))
 
     def fold(self, n: int) -> Outer:
         return self.outer().fold(n)
 
     def squared_norms(self) -> Float[Tensor, " n"]:
-        return self.outer().squared_norms()
+        return torch.cat([self.take(piece).outer().squared_norms() for piece in self._pieces()])
 
     def sums(self) -> Float[Tensor, " n"]:
         return _sum_of_each(self.left) + _sum_of_each(self.x)
 
     def combine(self, weights: Float[Tensor, "q n"]) -> Tensor:
-        return self.outer().combine(weights)
+        total = self.left.new_zeros(len(weights), *self.shape)
+        for piece in self._pieces():
+            total += self.take(piece).outer().combine(weights[:, piece])
+        return total
+
+    def _pieces(self) -> list[slice]:
+        """A few rows at a time, so that not all patches are written out together."""
+        return chunks(len(self), self.terms * sum(self.shape), _PATCHES)
 
     def apply(self, v: Float[Tensor, "m o *k"]) -> Float[Tensor, "n m"]:
         """<G_n, V_m> by convolving the input with V: no patches, no per-example gradient."""

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 # The numbers that the temporaries of one chunk may take, whatever is computed.
 CHUNK_NUMBERS = 1 << 24
+# Scores that are computed at once, in numbers, but of at least so many training examples, so that products are fast.
+SCORE_NUMBERS, SCORE_ROWS = 1 << 22, 64
+# Rows that are written out at once for a product, in numbers, but at least so many rows, so that the product is fast.
+_WRITTEN_NUMBERS, _WRITTEN_ROWS = 1 << 22, 256
+
+
+def written_numbers(numbers_each: int) -> int:
+    """The numbers of rows that are written out at once for a product, where one row takes so many.
+
+    >>> written_numbers(100), written_numbers(50_000), written_numbers(10_000_000)
+    (4194304, 12800000, 16777216)
+    """
+    return min(CHUNK_NUMBERS, max(_WRITTEN_NUMBERS, _WRITTEN_ROWS * numbers_each))
 
 
 def chunks(count: int, numbers_each: int, most: int | None = None) -> list[slice]:

@@ -98,7 +98,7 @@ class Matrix(AbstractSpectral):
         if not bool(torch.isfinite(self.matrix).all()):
             raise NonFinite("The curvature matrix holds NaN or infinity; look for them in weights, data or loss.")
         exact = self.matrix.double()
-        return (exact + exact.T) / 2
+        return (exact + exact.T).div_(2)
 
     def eigen(self, decay: Mapping[str, float] | None = None) -> Eigen:
         """The float64 eigendecomposition of C + diag(decay), cached per decay."""
@@ -106,7 +106,7 @@ class Matrix(AbstractSpectral):
         if key not in self._known:
             dense = self._double()
             if decay:
-                dense = dense + diagonal_vector(self.space, decay).to(dense).diag()
+                dense.diagonal().add_(diagonal_vector(self.space, decay).to(dense))
             values, vectors = torch.linalg.eigh(dense)
             self._known[key] = Eigen(self.space, vectors, values)
         return cast(Eigen, self._known[key])

@@ -25,6 +25,7 @@ class DualSolution:
     """
 
     written_out: ClassVar[bool] = False
+    read_when_used: ClassVar[bool] = False
 
     base: Rows
     basis: Rows

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .blocks import AbstractBlock
 from .chunks import CHUNK_NUMBERS, chunks
 from .density import Density
 from .eigenbasis import EigenPart
@@ -23,6 +24,10 @@ from .kronecker_block import KroneckerBlock
 from .operator import AbstractSpectral
 from .rows import Rows
 from .space import Space
+from .turned import Turned
+
+# Rows stay in an eigenbasis whose vectors take at most this part of their numbers.
+_FEW = 4
 
 
 @final
@@ -40,6 +45,16 @@ class Kronecker(AbstractSpectral):
 
     def apply(self, rows: Rows) -> Rows:
         return rows.map(lambda name, block: self.blocks[name].apply(block, self.space.blocks[name].shape))
+
+    def applied(self, rows: Rows) -> Rows:
+        return rows.map(self._applied)
+
+    def _applied(self, name: str, block: AbstractBlock) -> AbstractBlock:
+        kronecker, shape = self.blocks[name], self.space.blocks[name].shape
+        # Only many rows are worth it, beside which the eigenvectors, which may have come from disk, take little memory.
+        if not 0 < kronecker.turning * _FEW <= len(block) * kronecker.values.numel():
+            return kronecker.apply(block, shape)
+        return Turned(kronecker, shape, kronecker.coordinates(block))
 
     def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
         """b^T C b for every row, at half the cost of `apply`."""

@@ -12,6 +12,9 @@ from torch import Tensor
 from .blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
 from .chunks import chunks
 
+# Numbers of rows that are turned at once: each row is turned by itself, and a few stay in cache.
+PIECE = 1 << 20
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,11 @@ class KroneckerBlock:
     def numbers(self) -> int:
         """How many numbers are stored."""
         return sum(t.numel() for t in (self.left, self.right, self.values) if t is not None)
+
+    @property
+    def turning(self) -> int:
+        """Numbers of the eigenvectors: multiply-adds that turning one outer product takes."""
+        return sum(side.numel() for side in (self.left, self.right) if side is not None)
 
     def into_basis(self, block: AbstractBlock) -> Float[Tensor, "n o i"]:
         """left^T G right for every row, by the cheaper order of products."""
@@ -75,9 +83,17 @@ class KroneckerBlock:
         """The block's curvature times every row."""
         values = self.values.to(block.reference)
         out = block.reference.new_empty(len(block), *values.shape)
-        for chunk in chunks(len(block), values.numel()):
+        for chunk in chunks(len(block), values.numel(), PIECE):
             out[chunk] = self.out_of_basis(self.into_basis(block.take(chunk)) * values)
         return Dense(out.reshape(len(block), *shape))
+
+    def coordinates(self, block: AbstractBlock) -> Float[Tensor, "n o i"]:
+        """`apply` before it is turned out of the basis."""
+        values = self.values.to(block.reference)
+        out = block.reference.new_empty(len(block), *values.shape)
+        for chunk in chunks(len(block), values.numel(), PIECE):
+            torch.mul(self.into_basis(block.take(chunk)), values, out=out[chunk])
+        return out
 
 
 def _multiply(x: Tensor, basis: Tensor | None) -> Tensor:

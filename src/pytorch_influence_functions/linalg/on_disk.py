@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ _READ = 1 << 27
 @dataclass(frozen=True, eq=False)
 class OnDisk(AbstractBlock):
     """`count` rows written out one after the other in the file `path`, as numbers of the dtype of `like`."""
+
+    read_when_used: ClassVar[bool] = True
 
     path: Path
     count: int

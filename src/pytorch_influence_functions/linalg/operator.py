@@ -41,6 +41,10 @@ class AbstractOperator(ABC):
     def apply(self, rows: Rows) -> Rows:
         """C applied to every row; rows keep their order, dtype and device."""
 
+    def applied(self, rows: Rows) -> Rows:
+        """The same as `apply`, in a form that may be written out only when that pays."""
+        return self.apply(rows)
+
     def quadratic(self, rows: Rows) -> Float[Tensor, " n"]:
         """b^T A b for every row."""
         return rows.rowwise(self.apply(rows))
@@ -179,5 +183,5 @@ def means_of_diagonal(space: Space, values: Float[Tensor, " p"]) -> dict[str, fl
 
 
 def dense_bytes(size: int) -> int:
-    """What a float64 [P, P] matrix, its eigenvectors and LAPACK's workspace take: 4 P^2 numbers."""
-    return 4 * 8 * size * size
+    """What a float64 [P, P] matrix, a symmetric copy, its eigenvectors and LAPACK's workspace take: 5 P^2 numbers."""
+    return 5 * 8 * size * size

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..core.errors import InvalidInput
 from . import blocks as _blocks
 from .blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
-from .chunks import chunks
+from .chunks import chunks, written_numbers
 from .on_disk import OnDisk
+from .turned import Turned
 
 # Operations the machine does in the time it moves one byte. The numbers are fixed: results never depend on timing.
 _OPERATIONS_PER_BYTE = {"cpu": 12.0, "cuda": 100.0}
@@ -164,8 +165,8 @@ def _apply_one(a: Outer, v: Tensor) -> Tensor:
 def _materialise(a: AbstractBlock, v: Tensor) -> Tensor:
     out = v.new_empty(len(a), v.shape[0])
     flat = v.flatten(1).T
-    for chunk in chunks(len(a), flat.shape[0]):
-        out[chunk] = a.take(chunk).dense().flatten(1) @ flat
+    for chunk in chunks(len(a), flat.shape[0], written_numbers(flat.shape[0])):
+        torch.mm(a.take(chunk).dense().flatten(1), flat, out=out[chunk])
     return out
 
 
@@ -199,6 +200,10 @@ def _outer_indexed(a: Outer, b: Indexed) -> Tensor:
 
 def inner(a: AbstractBlock, b: AbstractBlock, route: Route = Route.AUTO) -> Float[Tensor, "n m"]:
     """<a_n, b_m> for all pairs of rows of one block."""
+    if isinstance(a, Turned):
+        a = Dense(a.dense())
+    if isinstance(b, Turned):
+        return inner(*(b.meets(a) if route is Route.AUTO else (a, Dense(b.dense()))), route)
     if isinstance(b, OnDisk):
         return torch.cat([inner(a, piece, route) for piece in b.pieces()], 1)
     if isinstance(a, Sum):
@@ -227,6 +232,10 @@ def inner(a: AbstractBlock, b: AbstractBlock, route: Route = Route.AUTO) -> Floa
 
 def _rowwise(a: AbstractBlock, b: AbstractBlock) -> Float[Tensor, " n"]:
     """<a_n, b_n>: an outer product is not written out for it."""
+    if isinstance(a, Turned):
+        a, b = b, a
+    if isinstance(b, Turned):
+        a, b = b.meets(a)
     if isinstance(b, Outer) and not isinstance(a, Outer):
         a, b = b, a
     if not isinstance(a, Outer):
@@ -240,6 +249,7 @@ def _rowwise(a: AbstractBlock, b: AbstractBlock) -> Float[Tensor, " n"]:
 
 def inner_in(a: AbstractBlock, b: AbstractBlock, dtype: torch.dtype, route: Route = Route.AUTO) -> Float[Tensor, "n m"]:
     """<a_n, b_m> computed in another precision than the rows are kept in, a part of each at a time."""
+    b = Dense(b.dense()) if isinstance(b, Turned) else b
     out = a.reference.new_empty(len(a), len(b), dtype=dtype)
     parts = [(part, b.take(part).to(dtype)) for part in _parts(b)] if b.numbers <= _CONVERTED else None
     for rows in _parts(a):
@@ -318,6 +328,11 @@ class Rows:
     def routes(self, other: Rows) -> dict[str, Route]:
         """Which route `inner` would take for each block."""
         return {k: choose_route(b, other.blocks[k]) for k, b in self.blocks.items()}
+
+    @property
+    def read_when_used(self) -> bool:
+        """Whether every use reads some of them from disk."""
+        return any(b.read_when_used for b in self.blocks.values())
 
     def rows(self) -> Rows:
         """These rows; a `DualSolution` writes itself out."""

@@ -28,7 +28,7 @@ from .base import (
     tensor_targets,
 )
 from .draws import Randomness, draw
-from .softmax import softmax_cotangent, softmax_product, softmax_root
+from .softmax import softmax_cotangent, softmax_product, softmax_rank, softmax_root
 
 # --------------------------------------------------------------------------- classes
 
@@ -150,7 +150,7 @@ class CrossEntropy(AbstractLikelihood):
         return root.movedim(-1, 2).reshape(-1, *outputs.shape)
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
-        return math.prod(outputs.shape[1:])
+        return softmax_rank(outputs.shape[1]) * math.prod(outputs.shape[2:])
 
     def output_directions(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> float:
         # Of every position's probabilities one is what the others leave.
@@ -354,7 +354,7 @@ class TokenCrossEntropy(AbstractLikelihood):
         return softmax_root(outputs, self._labels(outputs, batch)[1])
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
-        return math.prod(outputs.shape[1:])
+        return math.prod(outputs.shape[1:-1]) * softmax_rank(outputs.shape[-1])
 
     def output_directions(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> float:
         return _positions(self._labels(outputs, batch)[1]) * (outputs.shape[-1] - 1)

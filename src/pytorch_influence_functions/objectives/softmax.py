@@ -17,14 +17,30 @@ _BLOCKED, _BLOCK = 1024, 128
 
 
 def softmax_root(z: Float[Tensor, "n l c"], s: Float[Tensor, "n l"]) -> Float[Tensor, "k n l c"]:
-    """sqrt(s p_c) (e_c - p) for every position and class: Σ_c p_c (e_c - p)(e_c - p)ᵀ = diag p - p pᵀ."""
-    p = z.softmax(-1)
+    """The Cholesky factor of s (diag p - p pᵀ), whose rank is one less than the classes, for every position.
+
+    Column k sets class k against the classes behind it, in their proportions: sqrt(s p_k t_k / (p_k + t_k)) (e_k -
+    p_{>k} / t_k) with t_k = Σ_{j>k} p_j. Tails are added up from behind, so that nothing cancels.
+    """
     n, length, classes = z.shape
-    unit = torch.eye(classes, dtype=z.dtype, device=z.device)
-    columns = (s[..., None] * p).sqrt()[..., None] * (unit - p[..., None, :])  # n l k c
+    columns = softmax_rank(classes)
+    p = z.to(torch.promote_types(z.dtype, torch.float32)).softmax(-1)
+    from_here = p.flip(-1).cumsum(-1).flip(-1)  # p_k + t_k
+    tail = torch.nn.functional.pad(from_here[..., 1:], (0, 1))[..., :columns]
+    first, tiny = p[..., :columns], torch.finfo(p.dtype).tiny
+    size = (s[..., None] * first * (tail / from_here[..., :columns].clamp_min(tiny))).sqrt()
+    behind = torch.ones(classes, classes, dtype=p.dtype, device=z.device).triu(1)[:columns]
+    unit = torch.eye(classes, dtype=p.dtype, device=z.device)[:columns]
+    others = behind * p[..., None, :] / tail.clamp_min(tiny)[..., None]
+    root = (size[..., None] * (unit - others)).to(z.dtype)  # n l k c
     place = torch.eye(length, dtype=z.dtype, device=z.device)
-    spread = torch.einsum("nakc,ab->aknbc", columns, place)
-    return spread.reshape(length * classes, n, length, classes)
+    spread = torch.einsum("nakc,ab->aknbc", root, place)
+    return spread.reshape(length * columns, n, length, classes)
+
+
+def softmax_rank(classes: int) -> int:
+    """Columns of `softmax_root` for each position: the probabilities add up to one, which takes one away."""
+    return max(1, classes - 1)
 
 
 def softmax_product(

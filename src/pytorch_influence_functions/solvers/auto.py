@@ -13,14 +13,17 @@ from ..curvature.kronecker.records import EKFAC
 from ..damping.rules import Relative
 from .base import AbstractSolver
 from .cg import CG
-from .direct import Spectral
+from .direct import Cholesky, Spectral
 from .dual import Woodbury
 from .forecast import Composition
 from .neumann.series import Neumann
 
-# An exact solution may take so many operations, some seconds on one core, or as many passes over the data as a
-# Kronecker-factored one is worth.
+# An exact solution that was asked for, or of a model that is affine in its parameters, may take so many operations,
+# some seconds on one core, or so many passes over the data.
 _AFFORDABLE, _AFFORDABLE_PASSES = 5e11, 20
+# That of a network, which is nearer to retraining than EK-FAC on some and no nearer on others (docs/trust.md), may take
+# about a second of one core, or twice what EK-FAC takes.
+_SECOND, _TIMES_FACTORED = 5e10, 2
 # However small the network, so many passes are slow: one for every pixel of an image, at 32 x 32 pixels half a minute.
 _MOST_PASSES = 500
 # Conjugate gradients may take more where an exact solution was asked for, or is worth it: for how many queries that is
@@ -47,15 +50,20 @@ class Auto(Record):
 
     | situation | choice |
     |---|---|
-    | the dense GGN, eigendecomposed in float64, within seconds | exact: every damping is free |
-    | its dual form within seconds, or within twenty passes over the data | exact over all parameters |
+    | outputs affine in the parameters; the GGN, densely or in its dual form, within seconds or twenty passes | exact |
     | a single layer, whose loss is convex, and products affordable | exact, by conjugate gradients |
+    | a network; the same within about a second of one core, or twice what EK-FAC takes | exact |
     | more | EK-FAC: about one pass over the data for any number of queries |
     | its factors are too large, and the dual of the empirical Fisher fits | nearly free, a little less faithful |
     | else | LiSSA with self-tuned step, batch and depth: cost does not grow with N |
 
     Damping is light (`Relative(0.1)` up to 2,000 parameters, `Relative(3.0)` above) where outputs are affine in the
     parameters; the Gauss-Newton matrix of a network gets `Relative(30.0)`.
+
+    An exact solution is what retraining gives where the outputs are affine, and is worth seconds there. For a network
+    it is nearer to retraining on some and no nearer on others, and is worth a second; the reason says how much less
+    EK-FAC would take, and `method="ekfac"` asks for it. A dense matrix is eigendecomposed where that takes no time, so
+    that every damping is free, and gets a Cholesky factor elsewhere.
 
     A loss that is not convex in the model's outputs, or piecewise linear in them, has no Gauss-Newton matrix: the
     empirical Fisher takes its place, and the reason is given.
@@ -72,12 +80,29 @@ def choose_composition(curvature: AbstractCurvature | None, size: ProblemSize, b
         return Composition(curvature, Spectral(), f"{type(curvature).__name__} comes with its eigenvalues")
     chosen = curvature or (GGN() if size.obstacle is None else EmpiricalFisher())
     size = replace(size, damping_share=_damping(size, chosen).share)
-    exact = _exact_composition(chosen, size, budget) or _convex_composition(chosen, size, budget)
+    if curvature is None and not size.affine:
+        exact = _network_composition(chosen, size, budget)
+        return _explain(exact or _large_composition(chosen, size, budget), size)
+    exact = _exact_composition(chosen, size, budget, _AFFORDABLE, Cost(_AFFORDABLE_PASSES))
+    exact = exact or _convex_composition(chosen, size, budget)
     if exact is not None:
         return exact if curvature is not None else _explain(exact, size)
     if curvature is not None:
         return _iterative_composition(curvature, size, budget)
     return _explain(_large_composition(chosen, size, budget), size)
+
+
+def _network_composition(chosen: AbstractCurvature, size: ProblemSize, budget: Budget) -> Composition | None:
+    """An exact solution for a network, where it is worth what it takes beside EK-FAC; the reason says how much."""
+    one = size.for_queries(1)
+    factored = _factored(size).cost(one, Form.SPECTRAL) + Cost(1)
+    exact = _exact_composition(chosen, size, budget, _SECOND, factored.repeated(_TIMES_FACTORED))
+    if exact is None:
+        return None
+    times = one.flops(exact.cost(one) + Cost(1)) / one.flops(factored)
+    if one.flops(exact.cost(one)) <= _INSTANT or times <= _TIMES_FACTORED:
+        return exact
+    return replace(exact, why=f'{exact.why}; method="ekfac" would take about 1/{times:.0f} of the time')
 
 
 def _explain(choice: Composition, size: ProblemSize) -> Composition:
@@ -90,9 +115,9 @@ def _explain(choice: Composition, size: ProblemSize) -> Composition:
 def _large_composition(chosen: AbstractCurvature, size: ProblemSize, budget: Budget) -> Composition:
     """What stands for a curvature that is too large for an exact solution."""
     large = f"the {chosen.title} over {size.parameters:,} parameters and {size.examples:,} examples"
-    large += f" x {size.columns:,} outputs" if size.columns > 1 else ""
-    large += " is too large for an exact solution"
-    factored = EKFAC() if size.obstacle is None else EKFAC(EmpiricalFisher())
+    large += f" x {size.columns:,} independent outputs" if size.columns > 1 else ""
+    large += f" is too large for an exact solution{'' if size.affine else ' within a second'}"
+    factored = _factored(size)
     if factored.cost(size, Form.SPECTRAL).bytes <= _FACTOR_BYTES:
         why = f"{large}: EK-FAC takes one pass over the data for any number of queries"
         return Composition(factored, Spectral(), why)
@@ -103,10 +128,17 @@ def _large_composition(chosen: AbstractCurvature, size: ProblemSize, budget: Bud
     return _by_batches(chosen, size)
 
 
-def _exact_composition(curvature: AbstractCurvature, size: ProblemSize, budget: Budget) -> Composition | None:
-    """The cheapest exact solver, dense or dual, if it is affordable."""
+def _factored(size: ProblemSize) -> EKFAC:
+    """EK-FAC, of the given labels where the loss knows no others."""
+    return EKFAC() if size.obstacle is None else EKFAC(EmpiricalFisher())
+
+
+def _exact_composition(
+    curvature: AbstractCurvature, size: ProblemSize, budget: Budget, most: Amount, beside: Cost
+) -> Composition | None:
+    """The cheapest exact solver, dense or dual, if it takes at most so many operations or what is given `beside`."""
     one = size.for_queries(1)
-    affordable = [c for c in _direct_compositions(curvature, size) if _fits(c, one, budget, most=_AFFORDABLE)]
+    affordable = [c for c in _direct_compositions(curvature, size) if _fits(c, one, budget, most, beside)]
     return min(affordable, key=lambda c: max(_INSTANT, one.flops(c.cost(one))), default=None)
 
 
@@ -128,10 +160,11 @@ def _convex_composition(curvature: AbstractCurvature, size: ProblemSize, budget:
 
 def _direct_compositions(curvature: AbstractCurvature, size: ProblemSize) -> list[Composition]:
     """The curvature densely and in its dual form, as far as it has them."""
-    solvers: dict[Form, AbstractSolver[Any]] = {Form.MATRIX: Spectral(), Form.GRAM: Woodbury()}
+    solvers: list[AbstractSolver[Any]] = [Spectral(), Cholesky(), Woodbury()]
+    ways = [(solver, Form.GRAM if solver.solves_in_dual else Form.MATRIX) for solver in solvers]
     return [
         Composition(curvature, solver, _why_exact(curvature, form, size), damping=_damping(size, curvature))
-        for form, solver in solvers.items()
+        for solver, form in ways
         if form in curvature.forms
     ]
 
@@ -143,10 +176,12 @@ def _damping(size: ProblemSize, curvature: AbstractCurvature) -> Relative:
     return Relative(0.1) if size.parameters <= _FEW_PARAMETERS else Relative(3.0)
 
 
-def _fits(choice: Composition, size: ProblemSize, budget: Budget, most: Amount) -> bool:
-    """Whether a choice is affordable, in operations and in memory."""
+def _fits(
+    choice: Composition, size: ProblemSize, budget: Budget, most: Amount, beside: Cost = Cost(_AFFORDABLE_PASSES)
+) -> bool:
+    """Whether a choice is affordable, in operations (`most`, or those of a cost `beside`) and in memory."""
     cost = choice.cost(size)
-    affordable = max(most, size.flops(Cost(_AFFORDABLE_PASSES)))
+    affordable = max(most, size.flops(beside))
     return size.flops(cost) <= affordable and cost.passes <= _MOST_PASSES and cost.bytes <= budget.bytes
 
 
@@ -154,7 +189,7 @@ def _why_exact(curvature: AbstractCurvature, form: Form, size: ProblemSize) -> s
     if form is Form.MATRIX:
         return f"{size.parameters:,} parameters are few enough for the dense {curvature.title}, exactly"
     rows, n = curvature.rows(size) or size.examples, size.examples
-    counted = f"{n:,} examples x {rows // n:,} outputs" if rows % n == 0 else f"{rows:,} rows"
+    counted = f"{n:,} examples x {rows // n:,} independent outputs" if rows % n == 0 else f"{rows:,} rows"
     return (
         f"{counted} are few enough for the dual of the {curvature.title}: exact over all {size.parameters:,} parameters"
     )

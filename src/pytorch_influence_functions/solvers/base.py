@@ -205,6 +205,10 @@ class AbstractSolver(Record, ABC, Generic[S]):
         """(1/N) g_i^T (C + D)^-1 g_i of every row of the curvature, where the `state` knows it without solving."""
         return None
 
+    def effective_dimension(self, state: S) -> float:
+        """tr(C (C + D)^-1) for D one number, where the `state` knows it without the eigenvalues; NaN where not."""
+        return math.nan
+
     # ---------------------------------------------------------------- what it needs of the curvature
 
     def form(self, curvature: AbstractCurvature) -> Form:

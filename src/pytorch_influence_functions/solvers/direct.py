@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,6 +30,9 @@ from .base import (
     refuse_input,
     relative,
 )
+
+# A Cholesky factor and the inverse of the matrix, which tells the effective dimension, take so many times the factor.
+_INVERTED = 2.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +81,7 @@ class Spectral(AbstractSolver[SpectralState]):
     def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
         form, p, q = self.form(curvature), size.parameters, size.n_queries
         if form is Form.SPECTRAL:
-            # The answer, and its residual.
-            return curvature.cost(size, form) + curvature.product_cost(size, 2 * q)
+            return curvature.cost(size, form) + curvature.answer_cost(size, q)
         return curvature.cost(size, form) + Cost(flops=EIGENDECOMPOSITION * p**3 + 6 * DOUBLE * q * p**2)
 
     def init(
@@ -136,7 +139,7 @@ def _solve_layerwise(state: SpectralState, rows: Rows, notes: dict[str, float], 
     shift = state.system.shift
     if bad := nonfinite_rows(rows.sums()[:, None]):
         return refuse_input(rows, bad, shift)
-    value = state.inverse.apply(rows)
+    value = state.inverse.applied(rows)
     residual = combined_residual(state.system.operator, shift, rows, value)
     return _verdict(value, residual, notes, state.condition, rtol, value.sums())
 
@@ -209,7 +212,7 @@ class Cholesky(AbstractSolver[CholeskyState]):
 
     def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
         p, q = size.parameters, size.n_queries
-        return curvature.cost(size, Form.MATRIX) + Cost(flops=FACTORISATION * p**3 + 4 * DOUBLE * q * p**2)
+        return curvature.cost(size, Form.MATRIX) + Cost(flops=_INVERTED * FACTORISATION * p**3 + 6 * DOUBLE * q * p**2)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
@@ -223,13 +226,15 @@ class Cholesky(AbstractSolver[CholeskyState]):
         if not bool(torch.isfinite(operator.matrix).all()):
             raise NonFinite("The curvature matrix holds NaN or infinity; look for them in weights, data or loss.")
         dense = operator.matrix.double()
-        dense = (dense + dense.T) / 2
+        dense = (dense + dense.T).div_(2)
         d = diagonal_vector(operator.space, shift.over(operator.space.blocks)).to(dense)
-        factor, info = torch.linalg.cholesky_ex(dense + d.diag())
+        dense.diagonal().add_(d)
+        factor, info = torch.linalg.cholesky_ex(dense)
         # A zero eigenvalue can slip through as a pivot of rounding size.
         pivots = factor.diagonal()
         if int(info) or float(pivots.min()) ** 2 <= 1e-14 * float(pivots.max()) ** 2:
-            values = torch.linalg.eigvalsh(dense + (d - shift.damping).diag())
+            dense.diagonal().sub_(shift.damping)
+            values = torch.linalg.eigvalsh(dense)
             raise SolveFailed(describe_indefinite(float(values[0]), float(values[-1]), shift))
         return CholeskyState(system, factor)
 
@@ -243,3 +248,9 @@ class Cholesky(AbstractSolver[CholeskyState]):
         condition = float((pivots.max() / pivots.min()) ** 2) * len(pivots)
         notes = {"damping": state.system.shift.damping}
         return _judge(state.system, x, b, notes, condition, self.rtol)
+
+    def effective_dimension(self, state: CholeskyState) -> float:
+        d = state.system.shift.uniform
+        if d is None:
+            return math.nan
+        return len(state.factor) - d * float(torch.cholesky_inverse(state.factor).diagonal().sum())

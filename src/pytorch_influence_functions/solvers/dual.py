@@ -26,6 +26,8 @@ from .base import AbstractSolver, Result, Solution, no_preconditioner, nonfinite
 # Symmetrising, scaling and judging the Gram matrix moves each of its numbers through memory some twenty times, and
 # adding a block up four times: as long as so many operations.
 _MOVED, _MOVED_PER_BLOCK = 3000.0, 800.0
+# Matrices with a number for every query and row that a solve holds: overlaps, coefficients, and those of the residual.
+_HELD = 5
 # Above this share of D, the Gram matrix's rounding is no longer small beside it: float64 takes the place of float32.
 _ROUNDING = 0.1
 
@@ -195,7 +197,7 @@ class Woodbury(AbstractSolver[AbstractDualState]):
         rows, q = curvature.rows(size) or size.examples, size.n_queries
         # The Gram matrix, its factor, and for every query its products with all rows and two solves.
         algebra = rows**2 * (size.pair_flops + _MOVED + _MOVED_PER_BLOCK * len(size.blocks)) + FACTORISATION * rows**3
-        held = gram_bytes(rows, min(current().size, size.examples))
+        held = gram_bytes(rows, min(current().size, size.examples)) + 8 * _HELD * q * rows
         queries = q * rows * size.pair_flops + 6 * DOUBLE * q * rows**2
         return curvature.cost(size, Form.GRAM) + Cost(flops=algebra + queries, bytes=held)
 

@@ -15,8 +15,9 @@ from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize, timed_examples
 from ..damping.rules import AbstractDamping
-from ..gradients.per_example import Derivatives
+from ..gradients.per_example import MOST_TOGETHER, Derivatives
 from ..gradients.products import DIRECTIONS
+from ..linalg.chunks import SCORE_NUMBERS, SCORE_ROWS, written_numbers
 from ..linalg.operator import AbstractSymmetric
 from ..linalg.shift import Shift
 from ..problem.data import suited_size
@@ -35,8 +36,13 @@ _REPEATS = 2
 _TRIAL_OPERATIONS = 2e9
 # What a pass records is held by the graph, unfolded and multiplied as well: measured on U-Nets of 64² to 256² pixels.
 _PASS_COPIES = 6
-# Scores are added up in float64.
-_SCORE_BYTES = 8
+# Scores are added up in float64, and handed over in float32.
+_SCORE_BYTES, _RESULT_BYTES = 8, 4
+# Products of one batch of training examples, their sum, and the scores made of it.
+_SCORE_COPIES = 3
+# What is done once (looks at the loss, at the weights and at reading, a check of every layer's rule) takes as long as
+# so many batches of two examples; measured on small perceptrons.
+_ONCE = 6
 # Checking a score, adding it up and handing it over takes as long as so many operations of a matrix product, and so
 # does writing a number of a gradient out and reading it back for its products with several queries.
 _PER_SCORE, _PER_NUMBER = 1500.0, 100.0
@@ -156,7 +162,7 @@ def estimate_cost(
     scoring = Cost(
         (looked_at + q) / n + again,
         q * n * (_PER_SCORE + (pairs if again else 0.0)) + (again * n * written if q > 1 else 0.0),
-        _held_bytes(choice.solver, size, min(q, at_once)) + _SCORE_BYTES * q * n,
+        _held_bytes(choice.solver, size, min(q, at_once)) + _SCORE_BYTES * q * n + _scoring_bytes(size, factored),
     )
     kept_fits = min(checkpoints, max(1, int(budget.bytes / max(1.0, float(fitting.bytes)))))
     again_fits = checkpoints - kept_fits
@@ -165,8 +171,8 @@ def estimate_cost(
     total = replace(fits + scored, bytes=held)
     each = size.seconds if size.product_seconds is None else size.product_seconds
     reading = (total.passes - total.products) * n * size.seconds + total.products * n * each
-    seconds = reading + total.flops / operations_per_second()
-    together = min(n, suited_size(size.pass_numbers))
+    seconds = reading + total.flops / operations_per_second() + _ONCE * size.once_seconds
+    together = min(n, MOST_TOGETHER, suited_size(size.pass_numbers))
     batch = _PASS_COPIES * together * size.pass_numbers * size.number_bytes
     return Forecast(method, choice.why, total.passes, total.bytes, seconds, batch)
 
@@ -224,6 +230,17 @@ def _held_bytes(solver: AbstractSolver[Any], size: ProblemSize, queries: int) ->
     if solver.solves_in_dual:
         return queries * size.row_bytes
     return queries * (size.row_bytes + (1 + solver.vectors_held) * size.parameters * size.number_bytes)
+
+
+def _scoring_bytes(size: ProblemSize, factored: bool) -> Amount:
+    """What is held beside solutions and scores: the scores of a piece of a batch, and what its products need; or, when
+    all are there, the result."""
+    q = size.n_queries
+    piece = min(size.examples, MOST_TOGETHER, max(SCORE_ROWS, SCORE_NUMBERS // max(1, q)))
+    blocks = [] if factored or q == 1 else list(size.blocks.values())
+    written = max((min(written_numbers(b.numel), piece * b.numel) for b in blocks), default=0)
+    products = size.number_bytes * (_SCORE_COPIES * q * piece + written)
+    return max(products, _RESULT_BYTES * q * size.examples)
 
 
 @lru_cache(maxsize=1)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..linalg import blocks as _blocks
-from ..linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum, Window
+from ..linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
 from ..linalg.rows import Rows
+from ..linalg.window import Window
 
 
 def join_rows(parts: Sequence[Rows]) -> Rows:

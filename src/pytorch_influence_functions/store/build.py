@@ -30,6 +30,7 @@ from ..problem.problem import Problem, sweep
 from ..problem.working_precision import in_working_precision
 from .block_forms import join_rows
 from .codecs import CODECS
+from .columns import Columns
 from .examples import Examples, ShardSource, hash_examples
 from .fidelity import estimate_fidelity
 from .fitted_basis import FittedBasis, check_method, composition_of, fit_basis
@@ -206,7 +207,9 @@ def describe_parameters(derivatives: Derivatives) -> list[Any]:
     return [(b.name, b.parameters, b.shape, b.transposed) for b in derivatives.whole.blocks.values()]
 
 
-def build(plan: Plan, folder: str | os.PathLike[str], data: Any, overwrite: bool) -> Manifest:
+def build(
+    plan: Plan, folder: str | os.PathLike[str], data: Any, overwrite: bool, columns: Columns | None = None
+) -> Manifest:
     """Build an index, or go on with one that was interrupted.
 
     Processes that share the work fit the basis together and write shards in turn, see `add_examples`; the first one
@@ -220,7 +223,7 @@ def build(plan: Plan, folder: str | os.PathLike[str], data: Any, overwrite: bool
     examples = Examples.of(data, plan.problem.data)
     with writing(folder) as path:
         opened = by_first(path, True, lambda: _resumed(path, plan, examples, overwrite)) or _begun(path, plan)
-        add_examples(opened, plan.derivatives, examples, part=0)
+        add_examples(opened, plan.derivatives, examples, 0, columns)
     return opened.manifest
 
 
@@ -259,7 +262,9 @@ def _begun(path: Path, plan: Plan) -> IndexFolder:
     return opened
 
 
-def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Examples, part: int) -> None:
+def add_examples(
+    opened: IndexFolder, derivatives: Derivatives, examples: Examples, part: int, columns: Columns | None = None
+) -> None:
     """Store what is not stored yet of one part of the data; what is stored is compared with the data first.
 
     Of W processes that share the work, process r takes the shards r, r + W, ... After every W shards the first process
@@ -270,9 +275,11 @@ def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Exampl
         derivatives: how gradients are taken, not projected.
         examples: all examples of the part.
         part: which one, counted from 0.
+        columns: what will be stored of them besides; of a stream it is known at its end whether they are as many.
 
     Raises:
         IndexDiffers: the data are not those that the part was begun with.
+        InvalidInput: there are other columns than examples; the same call with the right ones goes on.
     """
     manifest, world = opened.manifest, current()
     opened.check_shared()
@@ -307,6 +314,8 @@ def add_examples(opened: IndexFolder, derivatives: Derivatives, examples: Exampl
     if place == first:
         raise InvalidInput("The data hold no example; at least one is needed.")
     _check_length(opened, place, written[-1].stop if written else first)
+    if columns is not None:
+        columns.check_length(place - first)
     if not opened.manifest.complete and part == len(manifest.parts) - 1:
         opened.write(replace(opened.manifest, complete=True))
 
@@ -350,7 +359,7 @@ def encode_shard(
     layout: AbstractLayout, derivatives: Derivatives, shard: ShardSource
 ) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
     """The tensors of one shard, batch by batch, and its record: rows, digests of the examples, and their labels."""
-    coded: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+    coded: list[tuple[dict[str, list[Tensor]], dict[str, Any]]] = []
     rows: list[Rows] = []
     hashes: list[Tensor] = []
     labels: list[Tensor | None] = []
@@ -363,7 +372,7 @@ def encode_shard(
     if rows and any(forms != coded[0][1] for _, forms in coded):
         # Batches differ in their number of terms, as padded texts do; the form is that of all together.
         coded = [layout.encode(join_rows(rows))]
-    together = {name: [tensors[name] for tensors, _ in coded] for name in coded[0][0]}
+    together = {name: [piece for tensors, _ in coded for piece in tensors[name]] for name in coded[0][0]}
     together[HASHES] = hashes
     known = [label for label in labels if label is not None]
     if len(known) == len(labels):

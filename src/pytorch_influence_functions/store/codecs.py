@@ -36,7 +36,7 @@ class AbstractCodec(ABC):
 
     @abstractmethod
     def encode(self, rows: Float[Tensor, "n k"]) -> dict[str, Tensor]:
-        """The stored form of rows, on the CPU: `values` and perhaps `scales`, one per row."""
+        """The stored form of rows, on the CPU: `values` and perhaps `scales`, one per row. Rows may be overwritten."""
 
     @abstractmethod
     def decode(self, stored: Mapping[str, Tensor], width: int) -> Float[Tensor, "n k"]:
@@ -104,7 +104,9 @@ class Half(AbstractCodec):
         return "float16" if self.dtype is torch.float16 else "bfloat16"
 
     def encode(self, rows: Float[Tensor, "n k"]) -> dict[str, Tensor]:
-        return {VALUES: rows.clamp(-_LARGEST_HALF, _LARGEST_HALF).to(self.dtype).cpu().contiguous()}
+        if self.dtype is torch.float16:
+            rows = rows.clamp_(-_LARGEST_HALF, _LARGEST_HALF)
+        return {VALUES: rows.to(self.dtype).cpu().contiguous()}
 
     def decode(self, stored: Mapping[str, Tensor], width: int) -> Float[Tensor, "n k"]:
         return stored[VALUES].float()

@@ -151,14 +151,24 @@ class Columns:
                 f"columns= must be columns by name such as {{'source': [...]}}, a table of pandas, or a list with one "
                 f"dictionary per example, got {type(given).__name__}."
             )
-        columns = {str(name): Column.of(str(name), values) for name, values in given.items()}
-        for name, column in columns.items():
-            wanted = len(next(iter(columns.values())).values) if count is None else count
-            if len(column.values) != wanted:
+        columns = Columns({str(name): Column.of(str(name), values) for name, values in given.items()})
+        columns.check_length(len(next(iter(columns.by_name.values())).values) if count is None else count)
+        return columns
+
+    def check_length(self, count: int) -> None:
+        """Refuse columns of another length.
+
+        Args:
+            count: how many examples there are.
+
+        Raises:
+            InvalidInput: a column has more or fewer values.
+        """
+        for name, column in self.by_name.items():
+            if len(column.values) != count:
                 raise InvalidInput(
-                    f"Column {name!r} has {len(column.values):,} values for {wanted:,} examples; give one for each."
+                    f"Column {name!r} has {len(column.values):,} values for {count:,} examples; give one for each."
                 )
-        return Columns(columns)
 
     @staticmethod
     def stored(folder: IndexFolder) -> Columns:
@@ -171,9 +181,12 @@ class Columns:
         if not read:
             return Columns({})
         joined = Columns({name: _join([some.by_name[name] for some in read]) for name in read[0].by_name})
-        if len(joined) != folder.manifest.examples:
+        manifest = folder.manifest
+        # Those of an append that goes on are not there yet.
+        count = manifest.examples if manifest.complete else manifest.parts[-1]
+        if len(joined) != count:
             raise InvalidInput(
-                f"The index has columns for {len(joined):,} of its {folder.manifest.examples:,} examples: an append "
+                f"The index has columns for {len(joined):,} of its {count:,} examples: an append "
                 "was interrupted; give all of them with index.annotate(columns)."
             )
         return joined

@@ -125,8 +125,8 @@ class Index:
         table = None if columns is None else Columns.of(columns, Examples.of(data, problem.data).count)
         kept = {"what is kept": f"{plan.choice.representation!r} in {plan.choice.codec.name}, {plan.shard_rows} a file"}
         agree_on_given({**kept, "overwrite=": overwrite}, Examples.of(data, problem.data).source)
-        index = Index(IndexFolder(Path(folder), build(plan, folder, data, overwrite)), Asker.of(problem))
-        return index if table is None else index.annotate(columns)
+        index = Index(IndexFolder(Path(folder), build(plan, folder, data, overwrite, table)), Asker.of(problem))
+        return index if table is None else index._with_columns(table)
 
     @staticmethod
     @entry
@@ -373,7 +373,7 @@ class Index:
             if manifest.complete:
                 # Listed with the first shard of the part, so that an append of nothing changes nothing.
                 opened.manifest = replace(manifest, parts=(*manifest.parts, manifest.examples), complete=False)
-            add_examples(opened, derivatives, examples, len(opened.manifest.parts) - 1)
+            add_examples(opened, derivatives, examples, len(opened.manifest.parts) - 1, table)
         index = replace(self, folder=IndexFolder(opened.path, opened.manifest, opened.check))
         return index if table is None else replace(index, folder=index._changed(lambda: annotate(index.folder, table)))
 
@@ -390,7 +390,10 @@ class Index:
         Raises:
             InvalidInput: they are of another length, or hold neither texts nor numbers.
         """
-        table = Columns.of(columns, len(self))
+        return self._with_columns(Columns.of(columns, len(self)))
+
+    def _with_columns(self, table: Columns) -> Index:
+        table.check_length(len(self))
         return replace(self, folder=self._changed(lambda: annotate(self.folder, table, anew=True)))
 
     @entry

@@ -23,7 +23,7 @@ Stored = Mapping[str, Tensor]
 
 _PEAKS: Final = "peaks"
 # Coordinates that are made and stored at once.
-_CACHED: Final = 1 << 19
+_CACHED: Final = 1 << 18
 
 
 class AbstractLayout(ABC):
@@ -43,8 +43,8 @@ class AbstractLayout(ABC):
         return False
 
     @abstractmethod
-    def encode(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The stored form of gradient rows, and what else is needed to read it, as plain values."""
+    def encode(self, rows: Rows) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
+        """The stored form of gradient rows, in pieces that follow one another, and what else is needed to read it."""
 
     @abstractmethod
     def ready(self, solved: Float[Tensor, "q k"]) -> Any:
@@ -80,10 +80,10 @@ class ColumnLayout(AbstractLayout):
     def multiplies_as_stored(self) -> bool:
         return self.codec.multiplies_as_stored
 
-    def encode(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def encode(self, rows: Rows) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
         # A few rows at a time stay in the cache on their way to what is stored.
         pieces = [self._encode(rows.take(some)) for some in chunks(len(rows), self.basis.size, _CACHED)]
-        return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}, {}
+        return {key: [piece[key] for piece in pieces] for key in pieces[0]}, {}
 
     def _encode(self, rows: Rows) -> dict[str, Tensor]:
         coordinates = self.basis.coordinates(rows)
@@ -128,7 +128,7 @@ class FactorLayout(AbstractLayout):
                 "Factors() in 1 bit would lose the products of its signs; use dtype='int8', or TwoSided(k_in)."
             )
 
-    def encode(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def encode(self, rows: Rows) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
         forms: dict[str, Any] = {}
         # What takes fewer numbers: factors, or the gradient written out.
@@ -142,7 +142,7 @@ class FactorLayout(AbstractLayout):
                 shapes[key] = list(value.shape[1:])
                 tensors |= self._encode_tensor(key, value)
             forms[name] = {"number": number, "shapes": shapes, **form}
-        return tensors, forms
+        return {key: [tensor] for key, tensor in tensors.items()}, forms
 
     def _encode_tensor(self, key: str, value: Tensor) -> dict[str, Tensor]:
         flat = value.flatten(1)

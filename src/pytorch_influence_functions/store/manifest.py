@@ -20,8 +20,11 @@ from ..core.fingerprint import Fingerprint
 
 MANIFEST: Final = "index.json"
 KIND: Final = "gradient index"
-FORMAT: Final = 2
-"""Version of the layout of the folder. A reader refuses folders of another one."""
+FORMAT: Final = 3
+"""Version of the layout of the folder. A reader refuses folders of another one, but for the one before, which differs
+in the numbers of a sketch alone."""
+_BEFORE: Final = 2
+_SKETCHED: Final = "Sketch"
 
 
 @final
@@ -166,9 +169,11 @@ class Manifest:
         try:
             stored = json.loads(text)
             kind, version = stored["kind"], stored["format"]
-            if kind == KIND and version != FORMAT:
+            readable = version == FORMAT or (version == _BEFORE and _kept(stored) != _SKETCHED)
+            if kind == KIND and not readable:
+                what = f"format {version}" if version != _BEFORE else f"sketches of format {version}"
                 raise InvalidInput(
-                    f"The index in {os.fspath(path.parent)!r} has format {version} and this version reads {FORMAT}; "
+                    f"The index in {os.fspath(path.parent)!r} has {what} and this version reads {FORMAT}; "
                     f"read it with pytorch_influence_functions {stored['versions']['pytorch_influence_functions']}, or "
                     "build it anew."
                 )
@@ -212,6 +217,11 @@ class Manifest:
             "columns": [vars(file) for file in self.columns],
         }
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _kept(stored: Mapping[str, Any]) -> str:
+    """What is kept of a gradient."""
+    return str(stored["facts"]["representation"]["kind"])
 
 
 def _unreadable(path: Path, cause: Exception) -> InvalidInput:

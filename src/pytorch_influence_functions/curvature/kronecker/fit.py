@@ -137,8 +137,8 @@ class Fit:
             more = f" and {len(short) - 3} more" if len(short) > 3 else ""
             notes.append(
                 f"fewer gradients than a factor's side is long at {', '.join(short[:3])}{more}: damping alone decides "
-                "where none points, and sizes are too large; ptif.dual(ptif.curvature.Fisher(samples=3)) makes no such "
-                "approximation"
+                "where none points, and sizes may be far off; after a short fine-tuning in small batches "
+                "ptif.dual(ptif.curvature.Fisher(samples=3)) comes nearer, after a long one it does not"
             )
         return tuple(notes)
 

@@ -81,6 +81,16 @@ class AbstractKronecker(AbstractCurvature):
         turned = sum(float(block.numel) * sum(matrix_shape(block.shape)) for block in size.blocks.values())
         return Cost(flops=4.0 * vectors * turned)
 
+    def answer_cost(self, size: ProblemSize, queries: Amount) -> Cost:
+        # Factors are turned into the basis. What is written out is turned back, or else the training gradients' factors
+        # are turned, at most at twice that cost; the residual is one of two combinations.
+        flops = 0.0
+        for block in size.blocks.values():
+            sides = matrix_shape(block.shape)
+            factors, written = block.terms * sum(float(d) ** 2 for d in sides), float(block.numel) * sum(sides)
+            flops += queries * min(factors, written) + min(queries * written, 2 * size.examples * factors)
+        return Cost(flops=2.0 * flops) + self.product_cost(size, min(2, queries))
+
     def _columns(self, size: ProblemSize) -> int:
         """How many rows per example are measured."""
         fisher = self.plan.fisher

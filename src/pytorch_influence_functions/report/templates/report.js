@@ -453,7 +453,7 @@
     box.replaceChildren(
       el("div", { class: "steps" }, el("a", { href: "#queries" }, "All queries"), step(-1, "← Previous"), step(1, "Next →"),
         el("span", { class: "where" }, whole(at + 1) + " of " + whole(visible.length), el("span", { class: "keys" }, " · arrow keys move"))),
-      el("h1", { dir: "auto" }, brief(Q.name[q], 160)),
+      el("h1", { dir: "auto" }, brief(Q.name[q], 160)), warning(),
       el("div", { class: "query" },
         el("div", { class: "side" }, asked.box,
           el("div", {}, Q.label[q] ? el("p", {}, capital(target) + ": ", isolated(brief(Q.label[q], 160), "label")) : "", answer(q) || ""),
@@ -461,6 +461,11 @@
         el("div", {}, ...(index.tokens ? texts.lists(q, record, asked.colour, heads) : [heads.help, cards(record.help, "help"), heads.harm, cards(record.harm, "harm")]))),
       record.k === "table" && record.t.length + record.m > 5 ? sideBySide(q, record) : "", askFurther(q, record));
     $("live").textContent = Q.name[q] + ", " + (at + 1) + " of " + visible.length;
+  }
+  /** Who comes here by a link has not read the overview: where an assumption is broken, its verdict stands here too. */
+  function warning() {
+    const broken = document.querySelector("#view-overview .verdict.bad");
+    return broken ? el("p", { class: "verdict bad" }, broken.textContent + " ", el("a", { href: "#overview" }, "See which")) : "";
   }
   /** What else the command line says about this query, where its data allow it. */
   function askFurther(q, record) {
@@ -579,12 +584,13 @@
     return rank ? entries.sort((a, b) => rank(b) - rank(a) || a.i - b.i) : entries;
   }
   function suspects(box) {
+    if (!index.queue.length) { box.append(el("p", {}, "No text harms these queries on average, so none is more worth a look than another.")); return; }
     const list = el("div"), count = el("p", { class: "faint", role: "status" }), form = el("form", { class: "filters", role: "search" });
     const draw = () => {
       const entries = wantedSuspects(), all = index.queue.length;
       count.textContent = entries.length === all ? whole(all) + " training " + things : whole(entries.length) + " of " + whole(all) + " training " + things;
       list.replaceChildren();
-      if (all) growing(list, entries, suspect); else list.append(el("p", { class: "faint" }, "No text harms these queries on average."));
+      growing(list, entries, suspect);
     };
     const choice = (name, options, shown) => {
       const picked = el("select", { onchange: (event) => { wanted[name] = event.target.value; draw(); } }, ...options.map(([value, text]) => el("option", { value }, text)));
@@ -706,9 +712,10 @@
   function start() {
     const wrong = Q.wrong ? Q.wrong.filter((one) => one === 1).length : 0, pairs = index.pairs.other.length + index.pairs.same.length;
     const box = (href, number, words) => el("a", { href }, el("b", { class: "num" }, number), words);
+    const queue = index.queue.length;
     $("start").append(
       box("#queries", whole(size), size === 1 ? "query and what it rests on" : "queries and what each rests on" + (wrong ? "; " + whole(wrong) + " answered wrongly" : "")),
-      box("#training/labels", whole(index.queue.length), labelled ? "training examples with the most doubtful " + LABEL + "s" : "training texts most worth a look"),
+      queue ? box("#training/labels", whole(queue), labelled ? "training examples with the most doubtful " + LABEL + "s" : "training texts most worth a look") : "",
       box("#training/pairs", whole(pairs), labelled ? "near-duplicate or conflicting pairs" : "near-duplicate pairs"));
   }
   let first = true;
