@@ -179,6 +179,8 @@ CASES: dict[str, Case] = {
     "tiny table, 1,000,000": Case(mlp(16, 2), (16,), 1_000_000, 2),
     "wide MLP, 1,000": Case(mlp(784, 4096, 4096, 10), (784,), 1000, images=True),
 }
+for count in (1000, 3000, 10_000, 30_000, 100_000, 1_000_000):
+    CASES[f"three classes, {count:,}"] = Case(mlp(20, 64, 64, 32, 3), (20,), count, 3)
 DEFAULT = ("wine MLP, 142", "digits MLP, 1,400", "regression MLP, 354", "regression MLP, 10,000", "logistic, 1,000")
 DEFAULT += ("logistic, 10,000", "table MLP, 1,000", "table MLP, 3,000", "table MLP, 30,000", "table MLP, 100,000")
 DEFAULT += ("Fashion MLP, 1,000", "small CNN, 1,000", "transformer, 500")

@@ -135,8 +135,8 @@ def test_truncation_is_refused_where_the_dual_is_chosen() -> None:
     [
         (ptif.Influence(GGN(), Spectral(), 0.1), 1_000_000, r"^A dense matrix over 203 parameters would take"),
         (ptif.Influence(GGN(), Cholesky(), 0.1), 1_000_000, r"^A dense matrix over 203 parameters would take"),
-        (ptif.Influence(GGN(), Woodbury(), 0.1), 340_000, r"^The Gram matrix of 120 rows would take .*use CG\(\)"),
-        (ptif.Influence(GGN(), Woodbury(), 0.1), 40_000, r"^Keeping the gradient rows would take"),
+        (ptif.Influence(GGN(), Woodbury(), 0.1), 140_000, r"^The Gram matrix of 80 rows would take .*use CG\(\)"),
+        (ptif.Influence(GGN(), Woodbury(), 0.1), 25_000, r"^Keeping the gradient rows would take"),
     ],
     ids=["dense", "Cholesky", "Gram matrix", "rows"],
 )

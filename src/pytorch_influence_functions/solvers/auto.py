@@ -22,8 +22,8 @@ from .neumann.series import Neumann
 # some seconds on one core, or so many passes over the data.
 _AFFORDABLE, _AFFORDABLE_PASSES = 5e11, 20
 # That of a network, which is nearer to retraining than EK-FAC on some and no nearer on others (docs/trust.md), may take
-# about a second of one core, or twice what EK-FAC takes.
-_SECOND, _TIMES_FACTORED = 5e10, 2
+# about half a second of one core, or twice what EK-FAC takes.
+_AFFORDABLE_NETWORK, _TIMES_FACTORED = 5e10, 2
 # However small the network, so many passes are slow: one for every pixel of an image, at 32 x 32 pixels half a minute.
 _MOST_PASSES = 500
 # Conjugate gradients may take more where an exact solution was asked for, or is worth it: for how many queries that is
@@ -52,7 +52,7 @@ class Auto(Record):
     |---|---|
     | outputs affine in the parameters; the GGN, densely or in its dual form, within seconds or twenty passes | exact |
     | a single layer, whose loss is convex, and products affordable | exact, by conjugate gradients |
-    | a network; the same within about a second of one core, or twice what EK-FAC takes | exact |
+    | a network; the same within half a second of one core, or twice what EK-FAC takes | exact |
     | more | EK-FAC: about one pass over the data for any number of queries |
     | its factors are too large, and the dual of the empirical Fisher fits | nearly free, a little less faithful |
     | else | LiSSA with self-tuned step, batch and depth: cost does not grow with N |
@@ -61,9 +61,9 @@ class Auto(Record):
     parameters; the Gauss-Newton matrix of a network gets `Relative(30.0)`.
 
     An exact solution is what retraining gives where the outputs are affine, and is worth seconds there. For a network
-    it is nearer to retraining on some and no nearer on others, and is worth a second; the reason says how much less
-    EK-FAC would take, and `method="ekfac"` asks for it. A dense matrix is eigendecomposed where that takes no time, so
-    that every damping is free, and gets a Cholesky factor elsewhere.
+    it is nearer to retraining on some and no nearer on others, and is worth half a second; the reason says how much
+    less EK-FAC would take, and `method="ekfac"` asks for it. A dense matrix is eigendecomposed where that takes no
+    time, so that every damping is free, and gets a Cholesky factor elsewhere.
 
     A loss that is not convex in the model's outputs, or piecewise linear in them, has no Gauss-Newton matrix: the
     empirical Fisher takes its place, and the reason is given.
@@ -96,7 +96,7 @@ def _network_composition(chosen: AbstractCurvature, size: ProblemSize, budget: B
     """An exact solution for a network, where it is worth what it takes beside EK-FAC; the reason says how much."""
     one = size.for_queries(1)
     factored = _factored(size).cost(one, Form.SPECTRAL) + Cost(1)
-    exact = _exact_composition(chosen, size, budget, _SECOND, factored.repeated(_TIMES_FACTORED))
+    exact = _exact_composition(chosen, size, budget, _AFFORDABLE_NETWORK, factored.repeated(_TIMES_FACTORED))
     if exact is None:
         return None
     times = one.flops(exact.cost(one) + Cost(1)) / one.flops(factored)

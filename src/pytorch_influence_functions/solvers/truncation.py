@@ -15,6 +15,7 @@ from ..core.validate import finite_number, whole_number
 from ..linalg.blocks import AbstractBlock, Dense, Outer, matrix_shape
 from ..linalg.chunks import chunks
 from ..linalg.rows import Rows
+from ..linalg.turned import Turned
 
 
 @final
@@ -62,6 +63,8 @@ class Truncation(Record):
 
     def _block(self, block: AbstractBlock) -> tuple[AbstractBlock, Float[Tensor, " n"]]:
         nothing = torch.zeros(len(block), dtype=torch.float64, device=block.reference.device)
+        if isinstance(block, Turned):
+            block = Dense(block.dense())
         if not isinstance(block, Dense) or len(block.shape) < 2 or min(matrix_shape(block.shape)) < 2:
             return block, nothing
         o, i = matrix_shape(block.shape)
