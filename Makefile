@@ -66,7 +66,7 @@ OLDEST_TESTS := tests/file_formats tests/laws/test_progress.py tests/laws/test_l
 	cli_words demo demo_data demo_screen interop package_page plots public_face report_decisions report_numbers report_page \
 	report_texts token_pictures)
 # Then those of Hugging Face's libraries, which ask for newer ones of some of the others: models, Trainers, adapters, chats.
-OLDEST_HF_TESTS := $(patsubst %,tests/hf/test_%.py,adapters first_calls models problem queries trainer)
+OLDEST_HF_TESTS := $(patsubst %,tests/hf/test_%.py,adapters chats first_calls models problem queries spans trainer)
 test-oldest:
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0

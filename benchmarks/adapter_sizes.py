@@ -26,7 +26,7 @@ from torch import Tensor
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import EKFAC, Fisher
-from pytorch_influence_functions.damping import FromTraining
+from pytorch_influence_functions.damping import FromTraining, Relative
 
 PROMPTS = [f"The keeper of the {thing} in {town} is" for town, (thing, _) in FACTS.items()]
 PROMPTS += ["The library in Redcar is in the hands of", "The ferry of Farley"]
@@ -107,6 +107,7 @@ def answer_losses(model: Any, tokenizer: Any) -> Tensor:
 def methods(setting: Setting) -> dict[str, Any]:
     return {
         "EK-FAC": ptif.ekfac(),
+        "EK-FAC, each layer's own mean eigenvalue": ptif.ekfac(Relative(1.0, per_block=True)),
         "EK-FAC, damping from training": ptif.ekfac(setting.damping),
         "dual of 3 drawn labels": ptif.dual(Fisher(samples=3)),
         "dual of 3 drawn labels, damping from training": ptif.dual(Fisher(samples=3), setting.damping),

@@ -97,7 +97,8 @@ def made_index(folder: Path, examples: int, k: int, dtype: str) -> tuple[Path, n
         for first in range(0, examples, SHARD):
             n = min(SHARD, examples - first)
             tensors = codec.encode(torch.randn(n, k, generator=generator))
-            opened.add_shard(first, first + n, tensors | {HASHES: torch.zeros(n, dtype=torch.long)}, {"forms": {}})
+            tensors |= {HASHES: torch.zeros(n, dtype=torch.long)}
+            opened.list_shards([opened.write_shard(first, first + n, tensors, {"forms": {}})])
         (place / "done").touch()
     return place, problem.model, queries
 

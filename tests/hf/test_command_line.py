@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.cli.progress_bars import ProgressLines, Speed
+from pytorch_influence_functions.cli.progress_bars import ProgressBars, ProgressLines, Speed
 from pytorch_influence_functions.hf.models import load_model
 from tests.hf.tiny import llama, texts, tokenizer
 from tests.interface.cli_cases import Ran
@@ -147,3 +148,13 @@ def test_progress_counts_tokens() -> None:
     clock.now = 40.0
     lines("queries", 3, 7)
     assert "tokens" not in file.lines[-2]
+
+
+def test_a_step_with_a_name_is_shown_at_once_and_a_look_at_a_first_batch_leaves_no_bar() -> None:
+    bars = ProgressBars(Progress(), clock=lambda: 0.0)
+    bars("", 0, 1)
+    assert bars.display.tasks == []
+    bars("loading the model", 0, 1)
+    assert [task.description for task in bars.display.tasks] == ["loading the model"]
+    bars("loading the model", 1, 1)
+    assert bars.display.tasks == []

@@ -123,19 +123,32 @@ def half_frozen() -> Tensor:
     return values
 
 
-CG = ptif.Influence(curvature.GGN(), solvers.CG(rtol=1e-10), damping=0.1)
+def by_layer_and_of_itself() -> Tensor:
+    train, queries = data()
+    fitted = ptif.ekfac().fit(ptif.Problem(net(), LOSS, train))
+    parts = torch.stack([part.values for part in fitted.score(queries, by="layer").values()])
+    return torch.cat([parts.flatten(), fitted.self_influence()])
+
+
+CG = ptif.Influence(curvature.GGN(), solvers.CG(rtol=1e-8), damping=1.0)
 PROGRAMS: dict[str, Callable[[], Tensor]] = {
     "chosen by itself": lambda: ask(None).values,
-    "ekfac, by layer": lambda: torch.stack([part.values for part in ask(by="layer").values()]),
+    "ekfac, by layer and of itself": by_layer_and_of_itself,
     "ekfac, some parameters": lambda: ask(parameters=["blocks.1.*", "head"]).values,
     "ekfac, tied": lambda: ask(model=net(tied=True)).values,
-    "ekfac, of itself": lambda: ptif.ekfac().fit(ptif.Problem(net(), LOSS, data()[0])).self_influence(),
     "along the run": lambda: ask(checkpoints=checkpoints()).values,
     "dual": lambda: ask("dual").values,
     "conjugate gradients": lambda: ask(CG).values,
     "in training": in_training,
     "half frozen": half_frozen,
 }
+
+
+def one_at_a_time() -> ptif.Scores:
+    (x, y), queries = data()
+    return ptif.attribute(net(), (x[:3], y[:3]), queries, loss=LOSS, method="ekfac", batch_size=1)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "hessian": (
         lambda: ask(ptif.Influence(curvature.Hessian(), solvers.CG(), damping=1.0)),
@@ -145,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: CG.fit(ptif.Problem(net(), LOSS, data()[0])).self_influence(),
         "The model is cut up over 2 processes by fully_shard, each pass needs all of them, and here each would make a",
     ),
-    "one at a time": (lambda: ask(batch_size=1), "A process has 14 of the examples and another 15 batches"),
+    "one at a time": (one_at_a_time, "A process has 1 of the examples and another 2 batches"),
     "no rule": (lambda: ask(model=cut(Odd().double())), "Gradients of 'scale' cannot be taken in a model that"),
     "loop": (lambda: ask(route="loop"), "Gradients of 'embed.weight' cannot be taken in a model that fully_shard has"),
     "narrow copy": (

@@ -73,14 +73,16 @@ class ProgressBars:
     speed: Speed = field(default_factory=Speed)
 
     def __call__(self, label: str, done: int, total: int) -> None:
+        # What has one step, such as loading a model, says nothing more until it is done. Without a name it is no such
+        # step but a look at the first batch of a pass, which may be left there.
+        at_once = label == QUERIES or (total == 1 and label != "")
         now, label = self.clock(), label or "reading"
         current = self.passes.get(label)
         if current is None or (done == 0 and label != QUERIES):
             self._end(current)
             current = self.passes[label] = _Pass(now, done)
         seconds = now - current.start
-        # What has one step, such as loading a model, says nothing more until it is done.
-        if current.task is None and (seconds >= SHOW_AFTER or label == QUERIES or total == 1):
+        if current.task is None and (seconds >= SHOW_AFTER or at_once):
             current.task = self.display.add_task(label, total=total, text="")
         if current.task is not None:
             tokens = self.speed.tokens.get(total, 0.0)

@@ -89,6 +89,14 @@ class World:
         self._joined.reduce(largest, dist.ReduceOp.MAX)
         return largest
 
+    def largest(self, number: float) -> float:
+        """The largest of every process's numbers, on every process: for what each measures of its own machine (seconds,
+        bytes, room on a disk) and what all of them have to plan by.
+
+        Raises: as `sum_into`.
+        """
+        return number if self.size == 1 else float(self.all_max(torch.tensor(number, dtype=torch.float64)))
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every process's tensor by rank, on every process; shapes may differ, dtypes may not.
 
@@ -104,6 +112,17 @@ class World:
         if self.size > 1:
             self._joined.broadcast(tensor, source)
         return tensor
+
+    def decided(self, decision: Tensor) -> Tensor:
+        """What process 0 decides, on every process: rounding differs between machines, and who stops a step before the
+        others leaves them without its part of the next sum.
+
+        Args:
+            decision: booleans or integers, of the same shape on every process.
+
+        Raises: as `sum_into`.
+        """
+        return decision if self.size == 1 else self.broadcast(decision.long().clone(), 0).to(decision.dtype)
 
     def exchange(self, text: str) -> list[str]:
         """Every process's text by rank, on every process.

@@ -263,7 +263,7 @@ def _seconds_each(derivatives: Derivatives, some: torch.Tensor) -> float:
         for batch in derivatives.stream(ids=some, label="timing", world=World()):
             done += len(batch.ids)
         # Of the slowest process: all have to go on, and to choose, alike.
-        spent = float(current().all_max(torch.tensor(time.perf_counter() - start)))
+        spent = current().largest(time.perf_counter() - start)
         fastest = min(fastest, spent / done)
         if spent > _SHORT:
             break

@@ -11,13 +11,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from ..core.errors import InvalidInput, NonFinite
 from ..core.records import ALWAYS_SHOWN, Record
 from ..core.validate import finite_number, whole_number
 from ..gradients.per_example import Derivatives
 from .adam import adam_denominators
+
+# A mean eigenvalue that is this share of the others' is rounding: gradients of 1e-6 times theirs.
+_ROUNDING: Final = 1e-12
 
 
 @runtime_checkable
@@ -103,8 +106,10 @@ class Relative(AbstractDamping):
         if not self.per_block:
             return {}
         overall = self.of(operator)
-        # A block whose gradients are all zero (a padding row, a dead layer) has no scale of its own.
-        return {k: self.share * mean if mean > 0 else overall for k, mean in operator.block_means().items()}
+        # A block whose gradients are all zero (a padding row, a dead layer, a bias that a softmax over places cancels)
+        # has no scale of its own, nor has one that is zero but for rounding.
+        least = _ROUNDING * overall / self.share
+        return {k: self.share * mean if mean > least else overall for k, mean in operator.block_means().items()}
 
 
 def _scale(mean: float, rule: AbstractDamping) -> float:
@@ -214,8 +219,8 @@ class FromTraining(AbstractDamping):
     gives `lambda = sqrt(v) / (lr * steps)`, v being the mean square of an entry of a batch's gradient. With
     `adam_batch` it is measured at the final weights, block by block: for adapters this is the rule that says how far
     training has come. Adam's own v is an average over the last steps, some of them earlier and larger, so lambda is
-    rather too small than too large: far too small where a batch is all of the data, whose mean gradient has nearly
-    vanished at the end. It is meant for short fine-tunings in batches that are small beside the data.
+    rather too small than too large: far too small after a long training with all of the data in a batch, whose mean
+    gradient has nearly vanished by then. It is meant for short fine-tunings in batches small beside the data.
 
     Args:
         lr: the mean learning rate over the run.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..core.errors import InvalidInput, UnknownName, nearest
+from .chats import is_chat
 
-_MESSAGES: Final = ("messages", "conversations", "conversation")
+MESSAGES: Final = ("messages", "conversations", "conversation")
 _ONE_OF: Final = "messages_column=, text_column=, or prompt_column= with completion_column="
 
 
@@ -33,10 +34,23 @@ class Columns:
     labels: str | None = None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Those that are read."""
+        every = (self.messages, self.text, self.prompt, self.completion, self.ids)
+        return tuple(name for name in every if name)
+
+    def are_in(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has them.
+
+        Args:
+            row: with named cells.
+        """
+        return bool(self.names) and all(name in row for name in self.names)
+
+    @property
     def described(self) -> str:
         """In words."""
-        names = [repr(name) for name in (self.messages, self.text, self.prompt, self.completion, self.ids) if name]
-        return " and ".join(names)
+        return " and ".join(map(repr, self.names))
 
 
 def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
@@ -49,11 +63,7 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
         InvalidInput: several splits, data without an index, or rows that are none of these.
     """
     columns = getattr(data, "column_names", None)
-    if isinstance(columns, Mapping):
-        raise InvalidInput(
-            f"The dataset has the splits {', '.join(map(repr, columns))}; pass the one that was trained on, "
-            f"dataset[{next(iter(columns))!r}]."
-        )
+    refuse_splits(data, "The dataset has", "was trained on, dataset")
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise InvalidInput(
             f"{type(data).__name__} can only be iterated, but texts are named by index; pass list(dataset.take(n)) "
@@ -78,10 +88,21 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
     )
 
 
-def is_chat(value: Any) -> bool:
-    """Whether it is a list of messages with a role."""
-    messages = value if isinstance(value, (list, tuple)) else ()
-    return bool(messages) and all(isinstance(message, Mapping) and "role" in message for message in messages)
+def refuse_splits(data: Any, has: str, use: str) -> None:
+    """Refuse several splits at once.
+
+    Args:
+        data: anything.
+        has: whose splits they are, in words.
+        use: what the one to pass is for, and its name.
+
+    Raises:
+        InvalidInput: it names the splits.
+    """
+    columns = getattr(data, "column_names", None)
+    if isinstance(columns, Mapping):
+        first = next(iter(columns), "train")
+        raise InvalidInput(f"{has} the splits {', '.join(map(repr, columns))}; pass the one that {use}[{first!r}].")
 
 
 def choose_columns(
@@ -101,7 +122,7 @@ def choose_columns(
     for role, name in asked.items():
         if name is not None and name not in names:
             raise UnknownName(
-                f"{role}_column={name!r} is not a column; there are {_listed(names)}.{nearest(name, names)}"
+                f"{role}_column={name!r} is not a column; there are {listed(names)}.{nearest(name, names)}"
             )
     if (prompt is None) != (completion is None):
         raise InvalidInput("prompt_column= and completion_column= belong together; give both.")
@@ -110,7 +131,7 @@ def choose_columns(
         raise InvalidInput(f"Texts are read from one place: give one of {_ONE_OF}.")
     if readings:
         return Columns(messages, text, prompt, completion)
-    usual = next((name for name in _MESSAGES if name in names), None)
+    usual = next((name for name in MESSAGES if name in names), None)
     if usual is not None:
         return Columns(messages=usual)
     if "prompt" in names and "completion" in names:
@@ -119,10 +140,24 @@ def choose_columns(
         return Columns(ids="input_ids", labels="labels" if "labels" in names else None)
     if "text" in names:
         return Columns(text="text")
-    raise InvalidInput(f"Which of the columns {_listed(names)} holds the texts cannot be told; give {_ONE_OF}.")
+    raise InvalidInput(f"Which of the columns {listed(names)} holds the texts cannot be told; give {_cure(names)}.")
 
 
-def _listed(names: Sequence[str]) -> str:
+def _cure(names: Sequence[str]) -> str:
+    """Which columns to name; of preferences the answer that was preferred is what a text can teach."""
+    if "chosen" not in names:
+        return _ONE_OF
+    if "prompt" in names:
+        return 'prompt_column="prompt" with completion_column="chosen" for the answers that were preferred'
+    return 'messages_column="chosen" (chats) or text_column="chosen" (texts) for the answers that were preferred'
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns in words, six at most.
+
+    Args:
+        names: those.
+    """
     return ", ".join(map(repr, list(names)[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 

@@ -16,7 +16,7 @@ from ..gradients.vjp import weighted_gradient
 from ..linalg.space import Selection
 from ..problem.model_state import derivative_safe, plain_autograd, preserved
 from ..problem.problem import Problem, model_device
-from .columns import is_chat
+from .chats import is_chat
 from .models import accepts_positions, find_tokenizer, is_causal, is_seq2seq
 from .normalisation import token_objective
 from .padding import Padding

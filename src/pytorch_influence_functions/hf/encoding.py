@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..core.errors import InvalidInput, first_line
+from .chats import Chat, join_answer, read_chat
 
 IGNORED: Final = -100
 """The label of a token that does not count, as torch and transformers write it."""
@@ -27,7 +28,7 @@ class Encoded:
     taught: tuple[bool, ...]
     cut: int = 0
     own_labels: tuple[int, ...] | None = None
-    chat: Sequence[Mapping[str, Any]] | None = None
+    chat: Chat | None = None
     dropped: int = 0
 
     @property
@@ -79,7 +80,7 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str, end: bool = True, 
     return Encoded(tuple(whole), (everything,) * len(given) + (True,) * (len(whole) - len(given)))
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], everything: bool = False) -> Encoded:
+def encode_chat(tokenizer: Any, chat: Sequence[Mapping[str, Any]], everything: bool = False) -> Encoded:
     """A chat by the tokenizer's template, the answers of the assistant taught.
 
     Where the template marks them (`{% generation %}`) its marks are taken; else each answer is what the chat up to it
@@ -87,12 +88,13 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], everythin
 
     Args:
         tokenizer: a tokenizer of transformers with a chat template.
-        messages: role and content of each turn.
+        chat: role and content of each turn.
         everything: whether all other tokens are taught as well.
 
     Raises:
         InvalidInput: there is no template, it refuses the chat, or it changes earlier turns.
     """
+    messages = _suit(tokenizer, read_chat(chat))
     if _marks_answers(tokenizer):
         out = _apply(tokenizer, messages, return_assistant_tokens_mask=True)
         ids, marks = list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
@@ -103,7 +105,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], everythin
     for turn, message in enumerate(messages):
         if everything or message["role"] != "assistant":
             continue
-        before = encode_chat_prompt(tokenizer, messages[:turn]) if turn else []
+        before = _prompt_ids(tokenizer, messages[:turn]) if turn else []
         after = ids if turn + 1 == len(messages) else list(_apply(tokenizer, messages[: turn + 1])["input_ids"])
         if after[: len(before)] != before or ids[: len(after)] != after:
             raise InvalidInput(
@@ -113,6 +115,33 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], everythin
             )
         taught[len(before) : len(after)] = [True] * (len(after) - len(before))
     return Encoded(tuple(ids), tuple(taught), chat=messages)
+
+
+def encode_chat_pair(
+    tokenizer: Any, prompt: Any, completion: Any, everything: bool = False, row: Mapping[str, Any] | None = None
+) -> Encoded:
+    """A prompt and a completion that are chats, all that stands behind the prompt taught.
+
+    Args:
+        tokenizer: a tokenizer of transformers with a chat template.
+        prompt: a chat; a text where the completion is a whole chat that holds it.
+        completion: messages, a whole chat, or the text of the answer.
+        everything: whether the prompt is taught as well.
+        row: what the template is told beside the messages, see `read_chat`.
+
+    Raises:
+        InvalidInput: as for `encode_chat`, or the completion does not follow the prompt.
+    """
+    whole, count = join_answer(prompt, completion, row)
+    chat = _suit(tokenizer, whole)
+    given, ids = _prompt_ids(tokenizer, chat[:count]), list(_apply(tokenizer, chat)["input_ids"])
+    if ids[: len(given)] != given:
+        raise InvalidInput(
+            "The chat template writes a prompt in another way when its answer follows, so the tokens of the answer "
+            "cannot be told; put both into one column of messages, messages_column=, with {% generation %} around "
+            "answers in the template."
+        )
+    return Encoded(tuple(ids), (everything,) * len(given) + (True,) * (len(ids) - len(given)), chat=chat)
 
 
 def begin_of(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -134,11 +163,12 @@ def find_turns(tokenizer: Any, row: Encoded) -> tuple[tuple[int, str], ...]:
         row: the chat.
     """
     turns: list[tuple[int, str]] = []
-    for turn, message in enumerate(row.chat or ()):
+    chat = Chat(()) if row.chat is None else _suit(tokenizer, row.chat)
+    for turn, message in enumerate(chat):
         before: list[int] = []
-        if turn and row.chat is not None:
+        if turn:
             try:
-                before = list(_apply(tokenizer, row.chat[:turn])["input_ids"])
+                before = list(_apply(tokenizer, chat[:turn])["input_ids"])
             except InvalidInput:  # a template may refuse the beginning of a chat
                 return ()
         place = len(before) - row.dropped
@@ -151,9 +181,9 @@ def find_turns(tokenizer: Any, row: Encoded) -> tuple[tuple[int, str], ...]:
     return tuple(turn for at, turn in enumerate(turns) if at + 1 == len(turns) or turns[at + 1][0] > turn[0])
 
 
-def encode_chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def encode_chat_prompt(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> list[int]:
     """A chat up to where the assistant answers."""
-    return list(_apply(tokenizer, messages, add_generation_prompt=True)["input_ids"])
+    return _prompt_ids(tokenizer, _suit(tokenizer, read_chat(chat)))
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -188,7 +218,7 @@ def _marks_answers(tokenizer: Any) -> bool:
     return isinstance(template, str) and "generation %}" in template
 
 
-def _run_over(tokenizer: Any, messages: Sequence[Mapping[str, Any]], ids: list[int], marks: list[bool]) -> bool:
+def _run_over(tokenizer: Any, messages: Chat, ids: list[int], marks: list[bool]) -> bool:
     """Whether the marks of an earlier answer go on over all that follows.
 
     Versions of transformers up to 5.0 mark everything behind an answer that ends with a blank which is no token.
@@ -202,16 +232,35 @@ def _run_over(tokenizer: Any, messages: Sequence[Mapping[str, Any]], ids: list[i
     return 0 < len(before) <= len(ids) and ids[: len(before)] == before and all(marks[len(before) - 1 :])
 
 
-def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+def _prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
+    return list(_apply(tokenizer, chat, add_generation_prompt=True)["input_ids"])
+
+
+def _suit(tokenizer: Any, chat: Chat) -> Chat:
+    """The chat with each content as the template writes it: in parts where it reads parts, else as one text."""
+    if chat.is_plain:
+        return chat
+    plain = chat.in_plain_texts
+    try:
+        written, expected = (str(_apply(tokenizer, one, tokenize=False, return_dict=False)) for one in (chat, plain))
+    except InvalidInput:  # the template puts contents behind other strings
+        return plain
+    # A template that knows no parts writes the list itself, and "None" where there is nothing.
+    odd = {str(message.get("content")) for message in chat if not isinstance(message.get("content"), str)}
+    return plain if any(written.count(words) > expected.count(words) for words in odd) else chat
+
+
+def _apply(tokenizer: Any, chat: Chat, **options: Any) -> Any:
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInput(
             "The tokenizer has no chat template, so chats cannot be written out; set tokenizer.chat_template to the "
             "one that training used, or give texts with text_column=."
         )
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+        asked = {"tokenize": True, "return_dict": True} | options
+        return tokenizer.apply_chat_template(list(chat), **chat.beside, **asked)
     except Exception as cause:
         raise InvalidInput(
-            f"The chat template refused a chat of {len(messages)} messages ({first_line(cause)}); give messages with "
+            f"The chat template refused a chat of {len(chat)} messages ({first_line(cause)}); give messages with "
             "the roles that it knows."
         ) from cause

@@ -69,7 +69,7 @@ def token_shift(model: nn.Module) -> bool | None:
     """Whether outputs predict the next token (True) or their own (False); None where the loss is not one of tokens."""
     inside = base_model(model)
     if is_seq2seq(inside):
-        return None if _is_classifier(inside) else False
+        return None if _is_classifier(inside) or marks_answers(inside) else False
     name = type(inside).__name__
     if name.endswith(_CAUSAL_CLASSES):
         return True
@@ -81,6 +81,11 @@ def token_shift(model: nn.Module) -> bool | None:
 
 def _is_classifier(model: nn.Module) -> bool:
     return type(model).__name__.endswith(_CLASS_LOSSES)
+
+
+def marks_answers(model: nn.Module) -> bool:
+    """Whether outputs say where in a text an answer starts and where it ends."""
+    return type(base_model(model)).__name__.endswith("ForQuestionAnswering")
 
 
 def is_classifier(model: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from ..core.validate import choice
 from ..objectives.base import AbstractObjective
 from ..objectives.bernoulli import Bernoulli
 from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
-from .models import base_model, is_classifier, token_shift
+from .models import base_model, is_classifier, marks_answers, token_shift
+from .spans import SpanCrossEntropy
 
 NORMALISATIONS: Final = ("trainer", "sum", "mean")
 
@@ -64,12 +65,14 @@ def trainers_normalisation(trainer: Any) -> str:
 
 
 def class_objective(model: nn.Module, trainer: Any = None) -> AbstractObjective | None:
-    """The loss of a classifier of transformers, by its configuration; None where that does not say.
+    """The loss of marked answers, or of a classifier by its configuration; None where that does not say.
 
     Args:
         model: the model.
         trainer: the Trainer, whose label smoothing is taken.
     """
+    if marks_answers(model):
+        return SpanCrossEntropy()
     if not is_classifier(model):
         return None
     config: Any = base_model(model).config

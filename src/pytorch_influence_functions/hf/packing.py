@@ -47,6 +47,7 @@ def pack(texts: Texts, length: Any) -> Blocks:
         encoded,
         texts.tokenizer,
         limit=length,
+        columns=texts.columns,
         owners=tuple(tuple(owners[part]) for part in parts),
         texts=texts,
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInput
 from .encoding import IGNORED
 from .models import accepted_arguments, accepts_positions, base_model, is_seq2seq
+from .spans import spans_as_labels
 
 Shift = Callable[[Tensor], Tensor]
 KINDS: Final = "token_type_ids"
@@ -151,7 +152,7 @@ class TrainersCollate:
     def __call__(self, items: list[Any]) -> Any:
         if self.accepted is not None and isinstance(items[0], Mapping):
             items = [{key: item[key] for key in item if key in self.accepted} for item in items]
-        batch = self.collate(items)
+        batch = self._together(items)
         if not isinstance(batch, Mapping):
             return batch
         batch = dict(batch)
@@ -160,4 +161,17 @@ class TrainersCollate:
             batch["position_ids"] = positions_of(mask)
         if self.padding.shift is not None and "decoder_input_ids" not in batch and isinstance(labels, Tensor):
             batch["decoder_input_ids"] = self.padding.shift(labels)
-        return batch
+        return spans_as_labels(batch)
+
+    def _together(self, items: list[Any]) -> Any:
+        try:
+            return self.collate(items)
+        except ValueError as cause:
+            words = getattr(self.collate, "tokenizer", None)
+            if words is None or getattr(words, "pad_token_id", 0) is not None:
+                raise
+            raise InvalidInput(
+                "The tokenizer of the Trainer's collate function has no padding token, so it can put no examples into "
+                "a batch, in training neither; set one, as in trainer.data_collator.tokenizer.pad_token = "
+                "trainer.data_collator.tokenizer.eos_token."
+            ) from cause

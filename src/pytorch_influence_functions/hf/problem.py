@@ -24,6 +24,7 @@ from .models import (
     is_pipeline,
     is_trainer,
     load_model,
+    marks_answers,
     refuse_adapters,
     token_shift,
 )
@@ -198,6 +199,11 @@ def _training_data(
         dataset = trainer.train_dataset
     if dataset is None:
         raise InvalidInput("hf.problem() needs dataset=, the texts that the model was trained on.")
+    if marks_answers(model):
+        raise InvalidInput(
+            f"{type(base_model(model)).__name__} marks answers in texts, so texts alone teach it nothing; pass its "
+            "Trainer, whose rows hold start_positions and end_positions."
+        )
     if is_classifier(model):
         raise InvalidInput(
             f"{type(base_model(model)).__name__} predicts classes, so texts alone teach it nothing; pass its Trainer, "

@@ -14,7 +14,7 @@ from ..problem.data import BATCH_SIZE, Source
 from ..problem.model_state import preserved
 from ..problem.reading import Collate
 from ..scores.scores import Scores
-from .columns import is_chat
+from .chats import Chat, is_chat, join_answer, read_chat
 from .encoding import Encoded, encode_chat, encode_chat_prompt, encode_pair, encode_prompt, encode_text
 from .models import find_tokenizer, is_seq2seq, is_trainer, knows_texts
 from .padding import KINDS, Padding
@@ -111,6 +111,7 @@ def query(
     completion: Any = None,
     *,
     against: Any = None,
+    tools: Any = None,
     max_new_tokens: int = 64,
     add_eos: bool = False,
     padding_side: str | None = None,
@@ -123,10 +124,11 @@ def query(
         tokenizer: its tokenizer; None: the Trainer's or pipeline's, or the one that lies beside the model.
         prompt: a text or a chat, or a list of texts or chats. A chat that ends with the assistant's turn holds the
             answer itself.
-        completion: the answer, or one per prompt; None: the model generates it.
+        completion: the answer, or one per prompt, as a text or as the messages of a chat; None: the model generates it.
         against: another answer, or one per prompt: what is measured is the loss of the answer minus that of the other.
             Scores of both come out one below the other, and `queries.contrast(scores)` subtracts them; `ptif.attribute`
             does.
+        tools: what the chat template is told of functions that can be called, for all chats; None: nothing.
         max_new_tokens: the longest answer that is generated.
         add_eos: whether the end of the answer is part of what is asked.
         padding_side: as for `problem`; it does not matter.
@@ -149,6 +151,8 @@ def query(
     tokenizer = find_tokenizer(model, tokenizer)
     if prompt is None:
         raise InvalidInput("There is no prompt; write ptif.hf.query(model, tokenizer, prompt), a text or a chat.")
+    if tools is not None:
+        prompt = _with_tools(prompt, tools)
     padding = Padding.of(model, tokenizer, padding_side)
     if is_trainer(whole) and hasattr(getattr(whole, "train_dataset", None), "__getitem__"):
         padding = padding_as_trained(padding, trainers_data(whole, None, padding, None))
@@ -190,17 +194,23 @@ def as_queries(texts: Texts, padding: Collate, pairs: int = 0) -> TextQueries:
 
 
 def _one_each(name: str, given: Any, count: int) -> list[Any]:
-    answers = [given] * count if given is None or isinstance(given, str) else list(given)
-    if len(answers) != count or (isinstance(given, str) and count > 1):
-        raise InvalidInput(
-            f"{name}= holds {1 if isinstance(given, str) else len(answers)} for {count} prompts; give one each."
-        )
+    single = isinstance(given, str) or is_chat(given)
+    answers = [given] * count if given is None or single else list(given)
+    if len(answers) != count or (single and count > 1):
+        raise InvalidInput(f"{name}= holds {1 if single else len(answers)} for {count} prompts; give one each.")
     return answers
+
+
+def _with_tools(prompt: Any, tools: Any) -> Any:
+    prompts = [prompt] if is_chat(prompt) else prompt
+    if isinstance(prompts, str) or not all(is_chat(one) for one in prompts):
+        raise InvalidInput("tools= is told to a chat template, and a prompt is a text; give lists of messages.")
+    return [read_chat(one, {"tools": tools}) for one in prompts]
 
 
 def _open(prompt: Prompt) -> Prompt:
     """A chat without the answer it ends with."""
-    return prompt if isinstance(prompt, str) or prompt[-1]["role"] != "assistant" else prompt[:-1]
+    return read_chat(prompt).opening if is_chat(prompt) else prompt
 
 
 def _ask(writing: Writing, prompt: Any, answer: Any, end: bool) -> tuple[Encoded, Encoded | None]:
@@ -213,19 +223,21 @@ def _ask(writing: Writing, prompt: Any, answer: Any, end: bool) -> tuple[Encoded
         )
     if is_seq2seq(writing.model):
         return _ask_seq2seq(writing, prompt, answer)
+    if answer is not None and (is_chat(prompt) or is_chat(answer)):
+        whole, _ = join_answer(prompt, answer)
+        return _last_answer(encode_chat(tokenizer, whole)), None
+    turns: Chat | None = None
     if isinstance(prompt, str):
         if answer is not None:
             return encode_pair(tokenizer, prompt, answer, end), None
         given = encode_prompt(tokenizer, prompt)
     else:
-        if answer is None and prompt[-1]["role"] == "assistant":
-            return _last_answer(encode_chat(tokenizer, prompt)), None
-        if answer is not None:
-            chat = [*_open(prompt), {"role": "assistant", "content": answer}]
+        chat = read_chat(prompt)
+        if chat[-1]["role"] == "assistant":
             return _last_answer(encode_chat(tokenizer, chat)), None
-        given = encode_chat_prompt(tokenizer, prompt)
+        given = encode_chat_prompt(tokenizer, chat)
+        turns = chat.followed_by([{"role": "assistant", "content": ""}])
     written = writing.answer(given)
-    turns = None if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": ""}]
     return Encoded((*given, *written), (False,) * len(given) + (True,) * len(written), chat=turns), None
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInput, TrainingDataWarning, name_ids
 from ..core.token_text import TokenText, split_into_pieces
 from ..core.warn import warn_caller
+from .chats import is_chat, read_chat
 from .columns import Columns, read_cell
-from .encoding import IGNORED, Encoded, begin_of, encode_chat, encode_pair, encode_text, find_turns
+from .encoding import IGNORED, Encoded, begin_of, encode_chat, encode_chat_pair, encode_pair, encode_text, find_turns
 from .models import base_model, is_seq2seq, token_shift
 
 Item: TypeAlias = dict[str, Tensor]
@@ -35,6 +36,7 @@ class Texts:
         limit: the most tokens of a text.
         shift: whether a token is predicted at the one before it, so that the first is not predicted.
         encode: what makes texts of other rows in the same way, for queries.
+        columns: the columns that they were read from.
     """
 
     encoded: tuple[Encoded, ...]
@@ -44,6 +46,7 @@ class Texts:
     limit: int | None = None
     shift: bool = True
     encode: Callable[[Any], Texts] | None = None
+    columns: Columns | None = None
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -154,7 +157,7 @@ def encode_rows(
         whole = tuple(encode(rows[i], i) for i in range(len(rows)))
     encoded = tuple(row if limit is None else row.shortened(limit, side) for row in whole)
     kinds = None if kind_column is None else tuple(str(read_cell(rows[i], kind_column, i)) for i in range(len(rows)))
-    texts = Texts(encoded, tokenizer, targets, kinds, limit, token_shift(model) is not False)
+    texts = Texts(encoded, tokenizer, targets, kinds, limit, token_shift(model) is not False, columns=columns)
     texts.check_taught()
     warn_of_cut(texts, max_length is not None)
     return texts
@@ -174,9 +177,12 @@ def _encoder(
 ) -> Callable[[Any, int], Encoded]:
     def encode(row: Any, index: int) -> Encoded:
         if columns.messages is not None:
-            return encode_chat(tokenizer, read_cell(row, columns.messages, index), not completion_only)
+            chat = read_chat(read_cell(row, columns.messages, index), row)
+            return encode_chat(tokenizer, chat, not completion_only)
         if columns.prompt is not None and columns.completion is not None:
             given, written = (read_cell(row, name, index) for name in (columns.prompt, columns.completion))
+            if is_chat(given) or is_chat(written):
+                return encode_chat_pair(tokenizer, given, written, not completion_only, row)
             return encode_pair(tokenizer, given, written, end is not False, not completion_only)
         if columns.ids is not None:
             ids = [int(token) for token in read_cell(row, columns.ids, index)]

@@ -164,7 +164,7 @@ class Influence(Record, AbstractMethod):
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
             start = time.perf_counter()
             derivatives = self._derivatives(problem)
-            preparing = time.perf_counter() - start
+            preparing = current().largest(time.perf_counter() - start)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
             size = ProblemSize.of(derivatives, n_queries)
@@ -322,6 +322,10 @@ class Attribution(AbstractAttribution):
             queries, measure: as for `score`.
             k: how many of either side are kept for each query.
             ids: the texts that are looked at, as positions in the training dataset; `None`: all.
+
+        Returns:
+            `TopTokens`: `helpful(q, k)` and `harmful(q, k)` list tokens with `index`, `position`, `score`, `token` and
+            `context`, `to_frame()` is a table, and `values`, `indices` and `positions` [queries, 2 k] are tensors.
 
         Raises:
             InvalidInput: as `token_scores`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -129,13 +130,14 @@ class FittedMember:
 
     def room(self, budget: Budget) -> int:
         """How many queries are solved at once within the memory budget."""
-        return queries_at_once(self.composition.solver, self._numbers_each, self.number_bytes, budget, self._held)
+        # Where processes share them, as much as the one that has most holds: all plan alike.
+        held = current().largest(self._held)
+        return queries_at_once(self.composition.solver, self._numbers_each, self.number_bytes, budget, held)
 
     @cached_property
     def _held(self) -> int:
-        """Bytes that curvature and solver hold, where processes share them on the one that has most: all plan alike."""
-        held = torch.tensor(bytes_held(self.operator, self.preconditioner, self.state))
-        return int(current().all_max(held))
+        """Bytes that curvature and solver hold in this process."""
+        return bytes_held(self.operator, self.preconditioner, self.state)
 
     @property
     def number_bytes(self) -> int:
@@ -181,15 +183,18 @@ class FittedMember:
     def _store(self, count: int, room: int) -> QueryStore | None:
         """Where `count` solved queries go, of which only `room` fit in memory at once.
 
-        None where they fit, where they are not written out, where rows are not made, or the disk is too small.
+        None where they fit, where they are not written out, where rows are not made, or the disk of a process is too
+        small.
         """
         d = self.derivatives
-        if count <= room or self._numbers_each < d.space.size or d.vmapped or d.looped:
+        if count <= room or self._numbers_each < d.space.size:
             return None
-        try:
-            return QueryStore.of(d.space, count, self.number_bytes)
-        except TooLarge:
-            return None
+        store = None
+        if not (d.vmapped or d.looped):
+            with suppress(TooLarge):
+                store = QueryStore.of(d.space, count, self.number_bytes)
+        # Each process has a disk of its own, and all have to take the same passes.
+        return None if current().largest(float(store is None)) else store
 
     def self_influence(self, budget: Budget) -> Float[Tensor, " n"]:
         """(1/N) g_i^T (C + D)^-1 g_i of every training example, in float64 on the CPU."""

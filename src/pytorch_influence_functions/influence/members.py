@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
+from ..core.distributed import current
 from ..curvature.base import Budget
 from .fitted_member import FittedMember
 from .held_bytes import bytes_held
@@ -52,7 +53,8 @@ class Members(Sequence[FittedMember]):
         for k in range(count):
             member = fit_one(k)
             members.facts.append(MemberFacts.of(member))
-            used += bytes_of(member)
+            # Processes that share curvature and solver hold parts of other sizes, and have to fit again alike.
+            used += int(current().largest(bytes_of(member)))
             if k == 0 or used <= budget.bytes:
                 members._kept[k] = member
         return members

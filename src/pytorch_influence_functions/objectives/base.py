@@ -55,6 +55,11 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
     if isinstance(batch, Mapping):
         key = label_key(batch)
         if key is None:
+            if "start_positions" in batch:
+                raise InvalidInput(
+                    "A batch has no 'labels' but 'start_positions', as models that mark answers in texts are given; "
+                    "pass such a model's Trainer, which says what its loss is, as in attribute(trainer, queries=rows)."
+                )
             raise InvalidInput(
                 f"A batch with keys {', '.join(map(repr, batch))} has no target; expected it under "
                 "'labels' or 'label', so rename it in the dataset or the collate function."

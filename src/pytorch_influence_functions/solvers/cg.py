@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.distributed import current
 from ..core.validate import finite_number, whole_number
 from ..linalg.lanczos import estimate_extremes
 from ..linalg.operator import AbstractOperator, apply_flat
@@ -156,7 +157,8 @@ class _Run:
             self.steps += 1
         x[self.norms == 0] = 0.0
         live = self._begin(torch.arange(len(x), device=x.device), x, r)
-        live = self._retire(live, x, (live.r.norm(dim=1) <= self.rtol * self.norms) | (self.norms == 0))
+        solved = (live.r.norm(dim=1) <= self.rtol * self.norms) | (self.norms == 0)
+        live = self._retire(live, x, current().decided(solved))
         while len(live.index) and self.steps < max_steps:
             self._step(live)
             self.steps += 1
@@ -219,11 +221,25 @@ class _Run:
         live.since = torch.where(better, torch.zeros_like(live.since), live.since + 1)
         done = size <= self.rtol * self.norms[live.index]
         stuck = live.since >= self.patience
+        done, stuck = self._decided(live, done, stuck)
         if self.outcome:
             failed = torch.tensor([int(i) in self.outcome for i in live.index], device=size.device)
             live = self._retire(live, x, failed)
             done, stuck = done[~failed], stuck[~failed]
         return self._verify(live, x, done, stuck) if bool((done | stuck).any()) else live
+
+    def _decided(self, live: _Live, done: Tensor, stuck: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows are done and stuck, and in `outcome` which have failed, as process 0 finds."""
+        if current().size == 1:
+            return done, stuck
+        names = list(Result)
+        why = [names.index(self.outcome[i]) + 1 if i in self.outcome else 0 for i in live.index.tolist()]
+        first = current().decided(torch.stack([done.long(), stuck.long(), torch.tensor(why).to(done.device)]))
+        for i, number in zip(live.index.tolist(), first[2].tolist(), strict=True):
+            self.outcome.pop(i, None)
+            if number:
+                self.outcome[i] = names[number - 1]
+        return first[0].bool(), first[1].bool()
 
     def _verify(self, live: _Live, x: Tensor, done: Tensor, stuck: Tensor) -> _Live:
         """Replace the recursive residual of rows that claim to be done, or stand still, by the true one."""
@@ -237,6 +253,7 @@ class _Run:
         # A second claim that is hardly better than the first is rounding, not progress.
         lost = is_done & ~reached & (true > 0.9 * asked.claimed)
         lost |= ~is_done & ~reached & ((true - recursive).abs() > _DRIFT * recursive)
+        reached, lost = current().decided(torch.stack([reached, lost]))
         for position in lost.nonzero().flatten().tolist():
             self.outcome[int(asked.index[position])] = Result.stagnated
         x[asked.index] = asked.x
@@ -292,7 +309,8 @@ class _Run:
     def _describe_negative(self) -> str:
         """Where C bends down, how much, and a lambda above the most negative curvature Lanczos can find."""
         system = self.state.system
-        row, quotient = min(self.negative.items(), key=lambda item: item[1])
+        # Of several processes only the first is sure to have met it.
+        row, quotient = min(self.negative.items(), key=lambda item: item[1], default=(0, self.smallest))
         ends = estimate_extremes(system.operator, 40, dtype=self.b.dtype, device=self.b.device)
         lowest = min(quotient, ends.smallest, self.smallest)
         return (

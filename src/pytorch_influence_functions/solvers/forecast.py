@@ -199,7 +199,7 @@ def time_product(
     for _ in range(_REPEATS):
         start = time.perf_counter()
         operator.apply(derivatives.space.rows(flat))
-        spent = min(spent, float(current().all_max(torch.tensor(time.perf_counter() - start))))
+        spent = min(spent, current().largest(time.perf_counter() - start))
     part = replace(size, examples=count)
     size = replace(size, product_seconds=spent / count / curvature.product_cost(part, vectors).passes)
     if choice.preconditioner is not None:
@@ -243,9 +243,16 @@ def _scoring_bytes(size: ProblemSize, factored: bool) -> Amount:
     return max(products, _RESULT_BYTES * q * size.examples)
 
 
-@lru_cache(maxsize=1)
 def operations_per_second() -> float:
-    """Floating-point operations per second of a float32 matrix product on this machine, measured once."""
+    """Floating-point operations per second of a float32 matrix product on this machine, measured once.
+
+    Of processes that share the work it is the slowest's, so that all of them forecast alike.
+    """
+    return 1.0 / current().largest(1.0 / _own_operations_per_second())
+
+
+@lru_cache(maxsize=1)
+def _own_operations_per_second() -> float:
     a = torch.ones(384, 384)
     fastest = math.inf
     for _ in range(4):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from ..core.distributed import current
 from ..linalg.operator import AbstractOperator
 from ..linalg.rows import Rows
 from ..linalg.shift import Shift
@@ -41,4 +44,5 @@ class PreconditionerTrial:
             solver = CG(max_steps=_STEPS)
             x = solver.solve(solver.init(operator, shift, guide), row).value.flat()
             gains.append(float((x * b).sum() - (x * system.product(x)).sum() / 2))
-        return PreconditionerTrial(*gains)
+        first = current().broadcast(torch.tensor(gains, dtype=torch.float64), 0)
+        return PreconditionerTrial(*first.tolist())

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...core.distributed import current
 from ...core.errors import InvalidInput
 from ...core.validate import choice, finite_number, whole_number
 from ...curvature.base import AbstractCurvature
@@ -176,7 +177,7 @@ class Neumann(AbstractSolver[NeumannState]):
             batch = min(self.batch_size or 0, state.examples)
             plan = Tuning(self.step, self.steps, batch, math.nan, math.nan, math.nan, rate)
         else:
-            plan = self.tuning(state, b.dtype, b.device)
+            plan = self.tuning(state, b.dtype, b.device).everyones()
         if not fixed and state.preconditioner is None and bends_down(plan, state, b.dtype):
             return self._negative(state, rows, b, plan)
         run = _Series(self, state, plan, b)
@@ -296,12 +297,12 @@ class _Series:
             self._advance(x, b, watch.forgetting, moved, draw(), t)
             self.taken += 1
             if t % _LOOK == 0 or t == plan.steps:
-                self.grew = not bool((x.norm(dim=1) <= bound[rows]).all())
+                self.grew = bool(current().decided(~(x.norm(dim=1) <= bound[rows]).all()))
                 if self.grew:
                     answer[rows] = x
                     return answer
             settled = watch.settled(x, t)
-            if settled is None or not bool(settled.any()):
+            if settled is None or not bool((settled := current().decided(settled)).any()):
                 continue
             answer[rows[settled]] = watch.estimate(x)[settled]
             going = ~settled

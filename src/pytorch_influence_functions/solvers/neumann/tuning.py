@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ...core.distributed import current
 from ...core.errors import InvalidInput
 from ...core.indexing import spread_sample
 from ...linalg.lanczos import estimate_extremes, power_iteration
@@ -63,6 +64,12 @@ class Tuning:
     rate: float
     """Decay rate of the weakest direction: its error after t steps is exp(-step * rate * t)."""
     products: int = 0
+
+    def everyones(self) -> Tuning:
+        """The tuning of process 0, on every process that shares the work: rounding differs between machines."""
+        first = current().broadcast(torch.tensor(astuple(self), dtype=torch.float64), 0).tolist()
+        step, steps, batch, largest, smallest, trace, rate, products = first
+        return Tuning(step, int(steps), int(batch), largest, smallest, trace, rate, int(products))
 
 
 @dataclass(frozen=True, eq=False)
