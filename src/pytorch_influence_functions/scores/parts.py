@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import InvalidInput, UnknownName, nearest, require
-from ..core.files import read_tensors, write_tensors
+from ..core.files import write_tensors
 from . import export
-from .contents import contents_of, fields_of
+from .contents import contents_of, read_contents, rebuild
 from .diagnostics import Diagnostics
 from .scores import Scores
 
@@ -126,14 +126,12 @@ class PartScores(Mapping[str, Scores]):
         Raises:
             InvalidInput: no such file, a damaged one, or one of another kind, version or fingerprint.
         """
-        tensors, record = read_tensors(path, _KIND)
-        if fingerprint is not None and record["fingerprint"] != fingerprint:
-            raise InvalidInput(f"{os.fspath(path)!r} holds scores of another run; run it again.")
+        tensors, record = read_contents(path, _KIND, fingerprint)
         parts = {}
-        for at, (name, own) in enumerate(record["parts"]):
+        for at, (name, own) in enumerate(record.get("parts", ())):
             start = f"{at}."
             of_part = {k.removeprefix(start): tensor for k, tensor in tensors.items() if k.startswith(start)}
-            parts[name] = Scores(**fields_of(of_part, own))
+            parts[name] = rebuild(Scores, path, of_part, own)
         return cls(parts)
 
     def to_frame(self) -> Any:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput, NonFinite, name_ids, require
-from ..core.files import read_tensors, write_bytes, write_tensors
+from ..core.files import write_bytes, write_tensors
 from ..core.text import printable
 from ..core.token_text import text_name_of
 from . import difference, export, indexing
-from .contents import contents_of, fields_of
+from .contents import contents_of, read_contents, rebuild
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -426,13 +426,7 @@ class Scores:
         Raises:
             InvalidInput: no such file, a damaged one, or one of another kind, version or fingerprint.
         """
-        tensors, record = read_tensors(path, _KIND)
-        if record.pop("fingerprint", None) != fingerprint and fingerprint is not None:
-            raise InvalidInput(f"{os.fspath(path)!r} holds scores of another run; run it again.")
-        try:
-            return cls(**fields_of(tensors, record))
-        except (KeyError, TypeError) as cause:
-            raise InvalidInput(f"{os.fspath(path)!r} does not hold what scores are made of; save them anew.") from cause
+        return rebuild(cls, path, *read_contents(path, _KIND, fingerprint))
 
     def plot(
         self,
