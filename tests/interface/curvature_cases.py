@@ -113,7 +113,7 @@ DATAINF = [
         "of GGN",
         lambda m: fitted(m, curvature=GGN, solver=DataInf()),
         INPUT,
-        r"36 rows for a count of 12; use Em",
+        r"24 rows for a count of 12; use Em",
     ),
     Row(
         "of Hessian",

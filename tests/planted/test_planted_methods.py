@@ -13,7 +13,7 @@ from torch import Tensor
 from pytorch_influence_functions.curvature import EmpiricalFisher
 from pytorch_influence_functions.gradients.products import Products
 from pytorch_influence_functions.gradients.projections import Projector
-from pytorch_influence_functions.gradients.sketches import Sketch, SketchProjector
+from pytorch_influence_functions.gradients.sketches import Side, Sketch
 from pytorch_influence_functions.solvers import CG, DataInf
 from tests.laws import test_datainf, test_sketches, test_token_scores, test_trak
 from tests.planted.planting import Bug, must_be_noticed, swap
@@ -28,8 +28,9 @@ def not_scaled(original: Any, self: Projector, rows: Any) -> Any:
     return original(self, rows).scaled(self.projection.k**0.5)
 
 
-def without_signs(original: Any, self: SketchProjector, *args: Any) -> Any:
-    return [(*strip[:3], strip[3].abs()) for strip in original(self, *args)]
+def without_signs(original: Any, *args: Any) -> Side:
+    side = original(*args)
+    return replace(side, factors=side.factors.abs())
 
 
 def layers_together(original: Any, self: DataInf, *args: Any) -> Any:
@@ -48,7 +49,7 @@ PRODUCTS = partial(test_sketches.test_rows_in_factors_are_projected_as_the_expli
 BUGS = [
     Bug("TRAK's kernel of losses", swap(EmpiricalFisher, "of", kernel_of_losses), TRAK),
     Bug("a projection not scaled", swap(Projector, "apply", not_scaled), GAUSSIAN),
-    Bug("a sketch of products without signs", swap(SketchProjector, "_bags", without_signs), PRODUCTS),
+    Bug("a sketch of products without signs", swap(Side, "of_outputs", without_signs), PRODUCTS),
     Bug("DataInf over all layers together", swap(DataInf, "init", layers_together), DATAINF),
     Bug("tokens one place late", swap(Products, "token_losses_along", one_place_late), TOKENS),
 ]
