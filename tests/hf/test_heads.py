@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.influence.heads import heads_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -80,3 +81,61 @@ def test_a_heads_part_is_what_its_own_numbers_give(name: str) -> None:
 
     rows = torch.stack([of(text) for text in texts])
     torch.testing.assert_close(parts[part].values * damping, rows[:2] @ rows.T / 4, rtol=1e-6, atol=1e-12)
+
+
+ZEROED = {
+    "Llama": ("ForCausalLM", {**SIZES, "num_key_value_heads": 4}, "model.layers.0.self_attn", "o_proj"),
+    "GPTNeoX": ("ForCausalLM", {**SIZES, **TOKENS}, "gpt_neox.layers.0.attention", "dense"),
+    "Bloom": ("ForCausalLM", {"hidden_size": 16, "n_head": 4, "n_layer": 1, "vocab_size": 30, **TOKENS},
+              "transformer.h.0.self_attention", "dense"),
+    "GPT2": ("LMHeadModel", LAYOUTS["queries, keys and values in one weight"][1], "transformer.h.0.attn", "c_proj"),
+    "Bert": ("ForMaskedLM", SIZES, "bert.encoder.layer.0.attention.self", "../output.dense"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ZEROED)
+def test_a_head_whose_outputs_are_cut_off_has_no_gradient_of_queries_keys_and_values(kind: str) -> None:
+    """What the model's own code says: the rows that fall silent are those that are called the head's."""
+    suffix, sizes, attention, output = ZEROED[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}{suffix}")(getattr(transformers, f"{kind}Config")(**sizes)).double().eval()
+    layer = model.get_submodule(f"{attention}/{output}".replace("self/../", "").replace("/", "."))
+    head = 2
+    with torch.no_grad():
+        (layer.weight if kind != "GPT2" else layer.weight.T)[:, 4 * head : 4 * head + 4] = 0.0
+    texts = torch.randint(1, 30, (3, 6))
+    model(input_ids=texts, labels=texts).loss.backward()
+    space = ptif.Problem(model, ptif.TokenCrossEntropy(shift=True), [{"input_ids": texts[0]}]).space
+    rows = space.from_parameters({k: p.grad[None] for k, p in model.named_parameters() if k in space.names})
+    heads = heads_of(model, space)
+    sizes_of = {}
+    for name, cuts in heads.items():
+        outputs = [c for c in cuts if c.axis == 0]
+        assert outputs and len(cuts) == len(outputs) + 1
+        norms = [float(rows.blocks[c.block].project(slice(c.start, c.stop), None).dense().norm()) for c in outputs]
+        sizes_of[name] = max(norms)
+    silent = [name for name, size in sizes_of.items() if size < 1e-12]
+    assert silent == [f"{attention}.head.{head}"] and len(heads) == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapters_side_is_divided_like_its_layer_and_unknown_attention_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
+    texts = [{"input_ids": text} for text in torch.randint(1, 30, (4, 6))]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    attribution = ptif.ekfac(damping=0.1).fit(ptif.Problem(adapted, ptif.TokenCrossEntropy(shift=True), texts))
+    parts = attribution.score(texts[:2], by="head")
+    heads = [name for name in parts if ".head." in name or ".kv_head." in name]
+    assert len(heads) == 6 and any(name.endswith("q_proj.lora_A.default") for name in parts)
+    torch.testing.assert_close(parts.total().values, attribution.score(texts[:2]).values, rtol=1e-4, atol=1e-7)
+    xlnet = transformers.XLNetLMHeadModel(transformers.XLNetConfig(vocab_size=30, d_model=16, n_layer=1, n_head=4))
+    conv = transformers.ConvBertForMaskedLM(transformers.ConvBertConfig(**SIZES, embedding_size=16))
+    for other in (xlnet, conv):
+        space = ptif.Problem(other, ptif.TokenCrossEntropy(), [{**texts[0], "labels": texts[0]["input_ids"]}]).space
+        try:
+            assert not heads_of(other, space)  # no linear layer that is known
+        except ptif.InfluenceError as refusal:
+            assert "does not know how" in str(refusal)

@@ -71,7 +71,7 @@ def test_parts_and_columns_are_told_apart(tmp_path: Path) -> None:
         ("--where", "source=wob"): "No example has 'wob' in the column 'source'. Did you mean 'web'",
         ("--where", "kind=web"): "The index has no column 'kind'; its columns are",
         ("--where", "year=old"): "The column 'year' of where= holds numbers, and 'old' was asked for",
-        ("--by", "=2"): "--by =2 names no part; write --by layer, --by '0.*', or --by head=4,5.",
+        ("--by", "=2"): "--by =2 names no part; write --by layer, --by head, --by '0.*', or --by top=4,5.",
         ("--by", "a=0", "--by", "a=2"): "--by names the part a twice; write its patterns with commas",
     }.items():
         ran = Ran("index", "query", folder, task, *flags)

@@ -106,11 +106,11 @@ def _print_forecast(output: Output, settings: options.RunSettings) -> None:
         show.heading("Forecast; nothing was computed"),
         show.fact_table(
             [
-                ("size", f"{_count_queries(q)} × {n:,} training examples"),
+                ("size", f"{show.count_queries(q)} × {n:,} training examples"),
                 ("method", costs.method),
                 ("why", costs.why),
                 ("passes", f"{costs.passes:,.0f} over the training data, and one more per further block"),
-                ("blocks", f"{len(blocks):,}, of at most {_count_queries(largest)}, each kept when it is finished"),
+                ("blocks", f"{len(blocks):,}, of at most {show.count_queries(largest)}, each kept when it is finished"),
                 ("memory", f"{format_bytes(costs.memory_bytes)} beside the model{free}"),
                 ("time", f"about {format_duration(costs.seconds)}, by one small batch that was timed"),
                 ("result", f"{format_bytes(run.result_bytes)} ({format_bytes(disk)} free on the disk)"),
@@ -120,15 +120,11 @@ def _print_forecast(output: Output, settings: options.RunSettings) -> None:
     output.print_json(result)
 
 
-def _count_queries(count: int) -> str:
-    return f"{count:,} {'query' if count == 1 else 'queries'}"
-
-
 def _print_result(output: Output, run: AttributionRun, finished: FinishedRun, result: dict[str, Any]) -> None:
     parts, out = by_part(finished.scores), run.settings.out
     scores, d = next(iter(parts.values())), finished.scores.diagnostics
     q = len(scores)
-    title = f"{_count_queries(q)} × {scores.n_train:,} training examples in {format_duration(d.seconds)}"
+    title = f"{show.count_queries(q)} × {scores.n_train:,} training examples in {format_duration(d.seconds)}"
     if finished.resumed:
         title += f"; {'all' if finished.resumed == q else f'{finished.resumed:,}'} were kept from before"
     meaning = "by how much its loss would rise (+) or fall (−) without the example"

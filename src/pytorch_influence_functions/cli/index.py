@@ -230,7 +230,9 @@ def _print_scores(output: Output, scores: Scores | PartScores, out: Path | None)
         else ["", show.heading("Written"), show.file_table([(out / file_of(scores), read_by(scores))])]
     )
     output.print_text(
-        show.heading(f"{len(first):,} queries × {first.n_train:,} stored examples in {format_duration(d.seconds)}"),
+        show.heading(
+            f"{show.count_queries(len(first))} × {first.n_train:,} stored examples in {format_duration(d.seconds)}"
+        ),
         show.fact_table([("method", d.method)]),
         "",
         show.heading("Most helpful and most harmful"),

@@ -163,24 +163,24 @@ def parse_bounds(text: str | None, flag: str) -> tuple[float, float] | None:
 
 
 def parse_by(texts: Sequence[str]) -> str | list[str] | dict[str, list[str]] | None:
-    """What `by=` is given from the texts of `--by`: `layer`, patterns of names, or `NAME=PATTERN,PATTERN`.
+    """What `by=` is given from the texts of `--by`: `layer`, `head`, patterns of names, or `NAME=PATTERN,PATTERN`.
 
     Raises:
         InvalidInput: a part without a name or a pattern, or one that is named twice.
 
-    >>> parse_by(["layer"]), parse_by(["0", "2.*"]), parse_by(["body=0,2", "head=4"])
-    ('layer', ['0', '2.*'], {'body': ['0', '2'], 'head': ['4']})
+    >>> parse_by(["layer"]), parse_by(["0", "2.*"]), parse_by(["body=0,2", "top=4"])
+    ('layer', ['0', '2.*'], {'body': ['0', '2'], 'top': ['4']})
     """
     if not texts:
         return None
-    if list(texts) == ["layer"]:
-        return "layer"
+    if list(texts) in (["layer"], ["head"]):
+        return texts[0]
     parts: dict[str, list[str]] = {}
     for text in texts:
         name, mark, patterns = text.partition("=")
         listed = [pattern.strip() for pattern in (patterns if mark else text).split(",")]
         if not name.strip() or not all(listed):
-            raise InvalidInput(f"--by {text} names no part; write --by layer, --by '0.*', or --by head=4,5.")
+            raise InvalidInput(f"--by {text} names no part; write --by layer, --by head, --by '0.*', or --by top=4,5.")
         if name.strip() in parts:
             raise InvalidInput(f"--by names the part {name.strip()} twice; write its patterns with commas between.")
         parts[name.strip()] = listed

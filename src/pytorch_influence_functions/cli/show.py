@@ -36,6 +36,11 @@ def format_score(value: float) -> str:
     return f"{value:+.3g}".replace("-", "−", 1) if value < 0 else f"{value:+.3g}"
 
 
+def count_queries(count: int) -> str:
+    """`1 query`, or `2 queries`."""
+    return f"{count:,} {'query' if count == 1 else 'queries'}"
+
+
 def heading(title: str) -> Text:
     """The first line of a part."""
     return Text(title, style="bold")

@@ -19,6 +19,8 @@ from .diagnostics import Diagnostics
 from .scores import Scores
 
 _KIND: Final = "scores by part"
+_OF_EACH: Final = ("values", "indices")
+"""What every part has of its own."""
 
 
 @final
@@ -107,13 +109,13 @@ class PartScores(Mapping[str, Scores]):
         Raises:
             InvalidInput: labels or names are not numbers, words or lists of them; or the file cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        records: list[Any] = []
-        for at, (name, scores) in enumerate(self.scores.items()):
-            own, record = contents_of(scores)
-            tensors |= {f"{at}.{k}": tensor for k, tensor in own.items()}
-            records.append([name, record])
-        write_tensors(path, _KIND, tensors, {"parts": records, "fingerprint": fingerprint})
+        common, record = contents_of(next(iter(self.scores.values())))
+        tensors = {k: tensor for k, tensor in common.items() if k not in _OF_EACH}
+        # Labels, names and diagnostics are the same for all parts, and may be long.
+        for at, scores in enumerate(self.scores.values()):
+            own, _ = contents_of(scores)
+            tensors |= {f"{at}.{k}": own[k] for k in _OF_EACH if k in own}
+        write_tensors(path, _KIND, tensors, {"parts": list(self.scores), "of all": record, "fingerprint": fingerprint})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], fingerprint: str | None = None) -> PartScores:
@@ -128,10 +130,10 @@ class PartScores(Mapping[str, Scores]):
         """
         tensors, record = read_contents(path, _KIND, fingerprint)
         parts = {}
-        for at, (name, own) in enumerate(record.get("parts", ())):
-            start = f"{at}."
-            of_part = {k.removeprefix(start): tensor for k, tensor in tensors.items() if k.startswith(start)}
-            parts[name] = rebuild(Scores, path, of_part, own)
+        for at, name in enumerate(record.get("parts", ())):
+            own = {k: tensors[f"{at}.{k}"] for k in _OF_EACH if f"{at}.{k}" in tensors}
+            common = {k: tensor for k, tensor in tensors.items() if "." not in k}
+            parts[name] = rebuild(Scores, path, common | own, record.get("of all", {}))
         return cls(parts)
 
     def to_frame(self) -> Any:
