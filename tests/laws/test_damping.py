@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
-from pytorch_influence_functions.curvature import GGN, Budget, Form
+from pytorch_influence_functions.curvature import GGN, Budget, EmpiricalFisher, Form
 from pytorch_influence_functions.damping.rules import Absolute, FromTraining, PerDirection, Relative, as_damping
 from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.linalg.dense import Matrix
+from pytorch_influence_functions.linalg.operator import mean_determined
 from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.linalg.shift import Shift
 from tests.laws.solver_cases import F64, a_space, dense_shift, outer_rows, some_rows, spectrum_matrix, uneven
@@ -57,6 +59,64 @@ def test_per_direction_divides_the_trace_by_what_the_examples_determine(n: int, 
         assert member.shift.damping == pytest.approx(expected, rel=1e-9)
         assert member.shift.blocks == {}  # one for all layers
     assert PerDirection(0.3).of(Matrix(problem.space, exact)) == pytest.approx(0.3 * float(exact.diagonal().mean()))
+
+
+class _Reader(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = torch.nn.Embedding(6, 12), torch.nn.Linear(12, 6)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(input_ids).cumsum(1).tanh())
+
+
+def _texts(lengths: list[int], width: int) -> list[dict[str, torch.Tensor]]:
+    texts = []
+    for length in lengths:
+        ids = torch.randint(6, (width,), generator=torch.Generator().manual_seed(length))
+        mask = (torch.arange(width) < length).long()
+        texts.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return texts
+
+
+def test_per_direction_does_not_depend_on_the_order_or_the_padding_of_texts() -> None:
+    lengths = [2, 2, 3, 3, 4, 6, 8, 9]
+    model, directions = _Reader().double(), (sum(lengths) - len(lengths)) * 5
+    found = []
+    for order, width in ((lengths, 9), (lengths[::-1], 9), (lengths, 14)):
+        problem = ptif.Problem(model, ptif.TokenCrossEntropy(shift=True), _texts(order, width))
+        assert directions < problem.space.size
+        for method in (ptif.ekfac(PerDirection(0.3), GGN()), ptif.methods.kfac(fisher=GGN())):
+            member = method.fit(problem).members[0]
+            assert member.operator.directions == pytest.approx(directions)
+            found.append(member.shift.damping)
+    assert found == pytest.approx(found[:2] * 3, rel=1e-6)
+
+
+def test_per_direction_is_the_same_where_every_block_was_on_disk(tmp_path: Path) -> None:
+    problem = ptif.Problem(_Reader(), ptif.TokenCrossEntropy(shift=True), _texts([2, 3, 4, 6, 8, 9], 9))
+    method = ptif.ekfac(PerDirection(), folder=tmp_path)
+    first, again = (method.fit(problem).members[0].shift.damping for _ in range(2))
+    assert again == pytest.approx(first, rel=1e-6)
+
+
+def test_examples_without_a_label_and_given_labels_count_for_what_they_are() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 9), torch.arange(12) % 3
+    y[:4] = -100
+    problem = ptif.Problem(torch.nn.Linear(9, 3), torch.nn.CrossEntropyLoss(ignore_index=-100), (x, y))
+    for method, directions in ((ptif.ekfac(), 8 * 2), (ptif.ekfac(fisher=EmpiricalFisher()), 12)):
+        member = method.fit(problem).members[0]
+        trace = member.operator.mean_eigenvalue() * problem.space.size
+        assert member.shift.damping == pytest.approx(0.2 * trace / directions, rel=1e-5)
+    assert mean_determined({"a": 3.0}, {"a": 4}, 0.0) == 3.0  # over all parameters
+
+
+def test_a_block_of_rounding_alone_has_no_part_in_what_is_determined() -> None:
+    means, sizes = {"a": 2.0, "b": 1e-15}, {"a": 4, "b": 12}
+    assert mean_determined(means, sizes, math.inf) == pytest.approx(2.0)
+    assert mean_determined(means | {"b": 1e-9}, sizes, math.inf) == pytest.approx(0.5)
 
 
 def test_directions_of_outputs_are_counted() -> None:

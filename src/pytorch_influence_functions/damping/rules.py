@@ -11,16 +11,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from ..core.errors import InvalidInput, NonFinite
 from ..core.records import ALWAYS_SHOWN, Record
 from ..core.validate import finite_number, whole_number
 from ..gradients.per_example import Derivatives
+from ..linalg.operator import has_scale
 from .adam import adam_denominators
-
-# A mean eigenvalue that is this share of the others' is rounding: gradients of 1e-6 times theirs.
-_ROUNDING: Final = 1e-12
 
 
 @runtime_checkable
@@ -105,11 +103,9 @@ class Relative(AbstractDamping):
     def blocks(self, operator: HasMeanEigenvalue) -> dict[str, float]:
         if not self.per_block:
             return {}
-        overall = self.of(operator)
-        # A block whose gradients are all zero (a padding row, a dead layer, a bias that a softmax over places cancels)
-        # has no scale of its own, nor has one that is zero but for rounding.
-        least = _ROUNDING * overall / self.share
-        return {k: self.share * mean if mean > least else overall for k, mean in operator.block_means().items()}
+        overall = _scale(operator.mean_eigenvalue(), self)
+        means = operator.block_means()
+        return {k: self.share * (mean if has_scale(mean, overall) else overall) for k, mean in means.items()}
 
 
 def _scale(mean: float, rule: AbstractDamping) -> float:

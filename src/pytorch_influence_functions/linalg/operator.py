@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,9 @@ from .eigenbasis import EigenPart
 from .resolvent import Resolvent
 from .rows import Rows
 from .space import Space
+
+# A mean eigenvalue that is this share of the others' is rounding: gradients of 1e-6 times theirs.
+_ROUNDING: Final = 1e-12
 
 Cache = dict[Any, Any]
 
@@ -122,13 +125,24 @@ def mean_determined(means: Mapping[str, float], sizes: Mapping[str, int], direct
     """trace(C) over the number of eigenvalues that can differ from zero.
 
     Args:
-        means: the mean eigenvalue of every block; a block of 0 has no part.
+        means: the mean eigenvalue of every block; a block of 0, but for rounding, has no part.
         sizes: how many parameters each has.
-        directions: the most eigenvalues that can differ from zero in all blocks together.
+        directions: the most eigenvalues that can differ from zero in all blocks together; where that is 0, the mean
+            over all parameters is given.
     """
     trace = sum(mean * sizes[name] for name, mean in means.items())
-    moved = sum(sizes[name] for name, mean in means.items() if mean != 0)
-    return trace / min(max(1, moved), directions)
+    overall = trace / max(1, sum(sizes[name] for name in means))
+    moved = sum(sizes[name] for name, mean in means.items() if has_scale(mean, overall))
+    return trace / min(moved, directions) if moved and directions > 0 else overall
+
+
+def has_scale(mean: float, overall: float) -> bool:
+    """Whether a block's mean eigenvalue is more than rounding beside that of all blocks.
+
+    It is not where all gradients of a block are zero (a padding row, a dead layer, a bias that a softmax over places
+    cancels), nor where they are so but for rounding.
+    """
+    return mean > _ROUNDING * overall
 
 
 class AbstractSampled(AbstractSymmetric):

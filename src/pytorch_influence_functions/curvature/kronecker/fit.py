@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
@@ -19,7 +18,7 @@ from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
 from ...linalg.kronecker import Kronecker
 from ...linalg.kronecker_block import KroneckerBlock
 from ...linalg.rows import Rows
-from ...objectives.base import AbstractOutputCurvature
+from ...objectives.base import AbstractObjective
 from ...objectives.differentiated import output_curvature
 from ...problem.checkpoints import Checkpoint, at_checkpoint
 from ...problem.data import Source
@@ -77,6 +76,8 @@ class Fit:
     ids: Tensor = field(default_factory=lambda: torch.arange(0))
     more: Tensor = field(default_factory=lambda: torch.arange(0))
     wide: Source | None = None
+    counted: float | None = None
+    """The output directions of this process's share of `more`, once a pass has gone over them."""
 
     def run(self) -> Kronecker:
         """Measure every block, in groups that fit in memory.
@@ -85,7 +86,7 @@ class Fit:
             NotLikelihood, TooLarge, NonFinite, SolveFailed: see `EKFAC`.
         """
         first = self.members[0][1]
-        look, directions = self._look()
+        look = self._look()
         fisher, columns = self._fisher(look)
         self.plan = replace(self.plan, fisher=fisher)
         self.columns = columns
@@ -112,7 +113,7 @@ class Fit:
             present = fitted | {k: b for k, b in stored.items() if b is not None}
             blocks = {name: present[name] for name in look.blocks}
         notes = () if cache is None else cache.notes
-        return Kronecker(first.space, blocks, (*notes, *self._notes(look, blocks)), len(first.problem) * directions)
+        return Kronecker(first.space, blocks, (*notes, *self._notes(look, blocks)), self._output_directions())
 
     def _notes(self, look: Rows, blocks: Mapping[str, KroneckerBlock]) -> tuple[str, ...]:
         """What should be read with the result: layers without gradient, and bases measured on too little."""
@@ -144,24 +145,14 @@ class Fit:
 
     # ---------------------------------------------------------------- what to do
 
-    def _look(self) -> tuple[Rows, float]:
-        """Rows of a few examples: the form of every block, and what it costs; the directions of their outputs."""
+    def _look(self) -> Rows:
+        """Rows of a few examples: the form of every block, and what it costs."""
         checkpoint, derivatives = self.members[0]
         with at_checkpoint(derivatives.problem.model, checkpoint):
             together = replace(derivatives.problem.data, batch_size=min(4, len(derivatives.problem)))
             some = torch.arange(together.batch_size)
             with first_batch(derivatives.problem, together, some) as (ids, batch):
-                return derivatives.loss_rows(ids, batch).rows, self._directions(batch)
-
-    def _directions(self, batch: Any) -> float:
-        """In how many directions the outputs of an example have curvature; inf where nobody asks for theirs."""
-        derivatives, fisher = self.members[0][1], self.plan.fisher
-        objective = derivatives.objective
-        if fisher is not None and fisher.given_labels and not isinstance(objective, AbstractOutputCurvature):
-            return math.inf
-        with torch.no_grad():
-            outputs = objective.outputs(derivatives.problem.model, batch)
-        return output_curvature(objective).output_directions(outputs, batch)
+                return derivatives.loss_rows(ids, batch).rows
 
     def _fisher(self, look: Rows) -> tuple[AbstractFisher, int]:
         """Whose gradients are measured, and how many columns that is: exact by default where they are few and cheap."""
@@ -292,19 +283,37 @@ class Fit:
         bytes_each = sum(_held(b, self.columns) * b.reference.element_size() / len(b) for b in blocks.values())
         return bytes_each * len(self.ids) * len(self.members) <= self.budget.bytes * _KEPT_SHARE
 
+    def _output_directions(self) -> float:
+        """In how many directions the outputs of all examples have curvature, from those that the fit reads."""
+        (checkpoint, derivatives), n = self.members[0], len(self.members[0][1].problem)
+        if self.fisher.given_labels:
+            return n  # one gradient each
+        if self.counted is None:  # every block was on disk
+            objective, model, self.counted = derivatives.objective, derivatives.problem.model, 0.0
+            with at_checkpoint(model, checkpoint), torch.no_grad():
+                for ids, batch in sweep(derivatives.problem, self.wide, self.more, "output directions", self.world):
+                    self.counted += _count_directions(objective, objective.outputs(model, batch), batch, len(ids))
+        counted = self.world.all_sum(torch.tensor([self.counted], dtype=torch.float64))
+        return float(counted) * n / len(self.more)
+
     def _batches(
         self, names: tuple[str, ...], over: Tensor, draws: tuple[int, ...]
     ) -> Iterator[tuple[Columns, Columns]]:
         """For every batch the columns of draw 0 and of draw 1, as far as asked for.
 
-        Both are the same where nothing is drawn.
+        Both are the same where nothing is drawn. The first pass over all that the fit reads counts output directions.
         """
-        for checkpoint, derivatives in self.members:
+        counts = self.counted is None and len(over) == len(self.more) and not self.fisher.given_labels
+        counted = 0.0
+        for number, (checkpoint, derivatives) in enumerate(self.members):
             if derivatives.projector is None and len(names) < len(derivatives.space.blocks):
                 derivatives = derivatives.restricted(names)  # nothing is recorded of the other layers
             with at_checkpoint(derivatives.problem.model, checkpoint):
                 for ids, batch in sweep(derivatives.problem, self.wide, over, "curvature factors", self.world):
                     tape, several = self._cotangents(derivatives, ids, batch, draws)
+                    if counts and number == 0:
+                        outputs = tape.outputs.detach()
+                        counted += _count_directions(derivatives.objective, outputs, batch, len(ids))
                     column_sets: list[Columns] = []
                     for last, cotangents in several:
                         columns = []
@@ -313,6 +322,8 @@ class Fit:
                             columns.append(tape.rows(cotangent, keep_graph=bool(cotangents) or not last))
                         column_sets.append({k: unified([r.blocks[k] for r in columns]) for k in names})
                     yield column_sets[0], column_sets[-1]
+        if counts:
+            self.counted = counted
 
     def _cotangents(
         self, derivatives: Derivatives, ids: Tensor, batch: Any, draws: tuple[int, ...]
@@ -329,6 +340,11 @@ class Fit:
         return tape, (
             (draw == several[-1], fisher.cotangents(derivatives, outputs, batch, ids, draw)) for draw in several
         )
+
+
+def _count_directions(objective: AbstractObjective, outputs: Tensor, batch: Any, examples: int) -> float:
+    """In how many directions the outputs of a batch have curvature, all its examples together."""
+    return examples * output_curvature(objective).output_directions(outputs, batch)
 
 
 def needed_examples(plan: Plan, blocks: Sequence[BlockSize]) -> tuple[int, int]:
