@@ -17,7 +17,7 @@ from pytorch_influence_functions.cli import blocks, options, show
 from pytorch_influence_functions.cli.exit import Output
 from pytorch_influence_functions.cli.parsing import parse_damping, parse_method, parse_query_positions
 from pytorch_influence_functions.cli.progress_bars import ProgressBars, ProgressLines, report_progress
-from pytorch_influence_functions.damping import Absolute, FromTraining
+from pytorch_influence_functions.damping import Absolute, FromTraining, PerDirection, Relative
 from pytorch_influence_functions.errors import InvalidInput, UnknownName
 from pytorch_influence_functions.methods.names import METHODS
 
@@ -122,6 +122,12 @@ def test_a_method_is_given_by_name() -> None:
 def test_dampings_in_words() -> None:
     assert parse_damping("0.01") == Absolute(0.01)
     assert parse_damping("training:0.1:200:0.9") == FromTraining(0.1, 200, 0.9)
+    assert parse_damping("per-direction:0.3") == PerDirection(0.3)
+    assert parse_damping("per-block:0.1") == Relative(0.1, per_block=True)
+    with pytest.raises(InvalidInput, match=r"'per-block:' is no damping; .* per-block:0.1 .*, per-direction:0.2"):
+        parse_damping("per-block:")
+    with pytest.raises(InvalidInput, match=r"must be a finite number above 0; 0.2 is a good start"):
+        parse_damping("per-direction:0")
 
 
 def test_ranges_of_queries() -> None:

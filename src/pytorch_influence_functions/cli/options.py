@@ -33,7 +33,9 @@ Run = Annotated[
 Damping = Annotated[
     str | None,
     typer.Option(
-        "--damping", help="0.01, relative:0.1, training:RATE:STEPS or adam:RATE:STEPS:BATCH. (default: the method's)"
+        "--damping",
+        help="0.01, relative:0.1, per-block:0.1, per-direction:0.2, training:RATE:STEPS or adam:RATE:STEPS:BATCH. "
+        "(default: the method's)",
     ),
 ]
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="The L2 strength of training.")]
@@ -161,7 +163,8 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "run": _PATH,
     "damping": (
         lambda v: _is_text(v) or _is_number(v),
-        "a number, 'relative:SHARE', 'training:RATE:STEPS' or 'adam:RATE:STEPS:BATCH'",
+        "a number, 'relative:SHARE', 'per-block:SHARE', 'per-direction:SHARE', 'training:RATE:STEPS' or "
+        "'adam:RATE:STEPS:BATCH'",
         str,
     ),
     "queries": (lambda v: _is_text(v) or (is_whole(v) and v >= 0), "such as '0:20'", str),

@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..core.errors import InvalidInput
-from ..damping.rules import Absolute, AbstractDamping, FromTraining, Relative
+from ..damping.rules import Absolute, AbstractDamping, FromTraining, PerDirection, Relative
 from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod
 from ..methods.names import find_method
@@ -38,10 +38,18 @@ def override_damping(method: AbstractMethod, text: str | None) -> AbstractMethod
 
 
 def parse_damping(text: str) -> AbstractDamping:
-    """A damping from text: a number, `relative:SHARE`, `training:RATE:STEPS[:MOMENTUM]` or `adam:RATE:STEPS:BATCH`.
+    """A damping from text: a number, or a rule's name with its numbers.
+
+    Rules are `relative:SHARE`, `per-block:SHARE`, `per-direction:SHARE`, `training:RATE:STEPS[:MOMENTUM]` and
+    `adam:RATE:STEPS:BATCH`.
+
+    Raises:
+        InvalidInput: the text is none of them, or a number is out of range.
 
     >>> parse_damping("relative:0.3")
     Relative(share=0.3)
+    >>> parse_damping("per-block:0.1"), parse_damping("per-direction:0.3")
+    (Relative(share=0.1, per_block=True), PerDirection(share=0.3))
     >>> parse_damping("training:0.1:2000")
     FromTraining(lr=0.1, steps=2000)
     >>> parse_damping("adam:1e-3:500:8")
@@ -54,6 +62,10 @@ def parse_damping(text: str) -> AbstractDamping:
         numbers = [float(x) for x in rest]
         if kind == "relative" and len(rest) == 1:
             return Relative(numbers[0])
+        if kind == "per-block" and len(rest) == 1:
+            return Relative(numbers[0], per_block=True)
+        if kind == "per-direction" and len(rest) == 1:
+            return PerDirection(numbers[0])
         if kind == "training" and len(rest) in (2, 3):
             return FromTraining(numbers[0], int(rest[1]), momentum=numbers[2] if len(numbers) == 3 else 0.0)
         if kind == "adam" and len(rest) == 3:
@@ -64,7 +76,8 @@ def parse_damping(text: str) -> AbstractDamping:
         pass
     raise InvalidInput(
         f"{text!r} is no damping; write a number such as 0.01 (absolute), relative:0.1 (a share of the mean "
-        "eigenvalue), training:RATE:STEPS, or adam:RATE:STEPS:BATCH."
+        "eigenvalue), per-block:0.1 (of each layer's own), per-direction:0.2 (of the mean over what the data "
+        "determine), training:RATE:STEPS, or adam:RATE:STEPS:BATCH."
     )
 
 
