@@ -58,7 +58,13 @@ def test_per_direction_divides_the_trace_by_what_the_examples_determine(n: int, 
         expected = 0.3 * float(exact.trace()) / min(len(exact), n * (classes - 1))
         assert member.shift.damping == pytest.approx(expected, rel=1e-9)
         assert member.shift.blocks == {}  # one for all layers
+    # A matrix whose rows are not known may have any rank; one made of rows, and the rows kept, have no more than rows.
     assert PerDirection(0.3).of(Matrix(problem.space, exact)) == pytest.approx(0.3 * float(exact.diagonal().mean()))
+    for form in (Form.MATRIX, Form.GRAM):
+        for curvature, rows in ((GGN(), n * (classes - 1)), (EmpiricalFisher(), n)):
+            operator = curvature.of(Derivatives.of(problem), form, Budget())
+            trace = operator.mean_eigenvalue() * len(exact)
+            assert PerDirection(0.3).of(operator) == pytest.approx(0.3 * trace / min(len(exact), rows))
 
 
 class _Reader(torch.nn.Module):

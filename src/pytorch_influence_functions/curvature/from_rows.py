@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..core.distributed import World, alone, current
@@ -97,7 +98,8 @@ class AbstractRowCurvature(AbstractCurvature):
         for batch in self.batches(derivatives):
             total.add(batch)
         matrix = current().sum_into(total.matrix())
-        return Matrix(space, matrix.div_(self.count(len(derivatives.problem))))
+        most = float(current().all_sum(torch.tensor(total.directions)))
+        return Matrix(space, matrix.div_(self.count(len(derivatives.problem))), most)
 
     def stored(self, derivatives: Derivatives, budget: Budget) -> Gram:
         """All rows, kept.

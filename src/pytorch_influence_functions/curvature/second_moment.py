@@ -37,10 +37,13 @@ class SecondMoment:
         self._device = device
         self._flat: Tensor | None = None
         self._pairs: dict[tuple[str, str], Tensor] = {}
+        self.directions = 0
+        """How many of the rows that were added differ from zero: no more eigenvalues do."""
 
     def add(self, columns: Iterable[Rows]) -> None:
         """Add one batch, given column by column."""
         for several in column_groups(columns):
+            self.directions += sum(int((rows.squared_norms() > 0).sum()) for rows in several)
             shared = _shared_inputs(several) if len(several) > 1 else None
             if shared is None:
                 self._add_flat(several)

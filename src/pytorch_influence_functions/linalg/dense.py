@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -75,6 +76,8 @@ class Matrix(AbstractSpectral):
 
     space: Space
     matrix: Float[Tensor, "p p"]
+    most: float = math.inf
+    """The most eigenvalues that can differ from zero, as so many rows were added up; inf: not known."""
     _known: Cache = cache_field()
 
     def __post_init__(self) -> None:
@@ -82,6 +85,10 @@ class Matrix(AbstractSpectral):
             raise InvalidInput(
                 f"The matrix has shape {tuple(self.matrix.shape)}; the space has {self.size} parameters."
             )
+
+    @property
+    def directions(self) -> float:
+        return self.most
 
     @property
     def decomposition_bytes(self) -> int:

@@ -53,6 +53,10 @@ class Gram(AbstractSampled):
         return self.count if len(self.rows) == self.count else 0
 
     @property
+    def directions(self) -> float:
+        return float((self.rows.squared_norms() > 0).sum())
+
+    @property
     def kept_rows(self) -> Rows:
         return self.rows
 

@@ -287,7 +287,7 @@ class Fit:
         """In how many directions the outputs of all examples have curvature, from those that the fit reads."""
         (checkpoint, derivatives), n = self.members[0], len(self.members[0][1].problem)
         if self.fisher.given_labels:
-            return n  # one gradient each
+            return float(n)  # one gradient each
         if self.counted is None:  # every block was on disk
             objective, model, self.counted = derivatives.objective, derivatives.problem.model, 0.0
             with at_checkpoint(model, checkpoint), torch.no_grad():
