@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.damping import FromTraining, Relative
 from pytorch_influence_functions.damping.adam import adam_denominators
 from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.gradients.projections import Gaussian
 
 F64 = torch.float64
 N, BATCH, RATE, STEPS = 48, 8, 0.02, 24
@@ -45,6 +47,35 @@ def test_it_is_the_root_mean_square_over_all_batches(batch: int) -> None:
         expected = ((squares[f"{layer}.weight"] + squares[f"{layer}.bias"]) / size) ** 0.5
         name = next(k for k in found if k.startswith(layer))
         assert found[name] == pytest.approx(expected, rel=1e-9)
+
+
+def test_of_much_data_as_much_is_read_as_the_batch_is_large() -> None:
+    n, batch = 300, 280
+    model, (x, y) = network(), data(n)
+    found = adam_denominators(Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y))), batch)
+    parameters, squares = list(model.parameters()), dict.fromkeys(range(4), 0.0)
+    for i in range(n):
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), parameters)
+        for k, gradient in enumerate(gradients):
+            squares[k] += float(gradient.square().sum()) / n
+    means = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
+    for first, name in ((0, next(iter(found))), (2, list(found)[-1])):
+        mean = sum(float(means[k].square().sum()) for k in (first, first + 1))
+        v = mean + (squares[first] + squares[first + 1] - mean) * (n - batch) / (batch * (n - 1))
+        size = parameters[first].numel() + parameters[first + 1].numel()
+        assert found[name] == pytest.approx((v / size) ** 0.5, rel=1e-6)
+
+
+def test_a_projection_leaves_the_damping_in_units_of_the_parameters() -> None:
+    x, y = data(N)
+    model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 2)).double()
+    derivatives = Derivatives.of(ptif.Problem(model, ptif.CrossEntropy(), (x, y)))
+    parameters = adam_denominators(derivatives, BATCH)
+    sizes = {name: derivatives.space.numel(name) for name in parameters}
+    expected = (sum(parameters[k] ** 2 * sizes[k] for k in sizes) / sum(sizes.values())) ** 0.5
+    projector = Gaussian(200).projector(derivatives.whole)
+    found = adam_denominators(replace(derivatives, projector=projector), BATCH)
+    assert list(found.values()) == pytest.approx([expected] * len(found), rel=0.25)
 
 
 def train(keep: Tensor, x: Tensor, y: Tensor) -> nn.Module:
@@ -91,6 +122,6 @@ def test_what_it_cannot_do_is_said() -> None:
         FromTraining(0.1, 10, 0.9, adam_batch=8)
     with pytest.raises(InvalidInput, match=r"adam_batch=0\) must be a whole number of at least 1"):
         FromTraining(0.1, 10, adam_batch=0)
-    with pytest.raises(InvalidInput, match="measures gradients of the training data and works as the damping of a"):
+    with pytest.raises(InvalidInput, match=r"operator does not give; .* PerDirection\(\) or Absolute\(value\)"):
         FromTraining(0.1, 10, adam_batch=8).of(SimpleNamespace())  # type: ignore[arg-type]
     assert repr(FromTraining(0.1, 10, adam_batch=8)) == "FromTraining(lr=0.1, steps=10, adam_batch=8)"

@@ -633,6 +633,10 @@ def test_a_forecast_counts_the_bytes(tmp_path: Path) -> None:
         ({"method": "source"}, "needs run|does not give"),
         ({"method": ptif.methods.nystrom()}, "An index has no use for preconditioner="),
         ({"method": ptif.methods.grad_cos()}, "An index holds raw scores, not scaling="),
+        (
+            {"method": ptif.ekfac(ptif.damping.FromTraining(0.1, 9, adam_batch=8))},
+            r"An index cannot measure damping=FromTraining\(.*adam_batch=8\), .* PerDirection\(\), or Absolute",
+        ),
         ({"method": ptif.trak(10)}, "the projection of an index is its representation="),
         ({"method": ptif.methods.arnoldi()}, r"has no eigenbasis in which rows could be stored; use ptif.ekfac\(\)"),
         ({"representation": "facters"}, "representation='facters' is none; write 'auto', Factors"),
@@ -646,7 +650,22 @@ def test_an_index_that_cannot_be_built(settings: dict[str, Any], message: str, t
     problem, _ = problem_of()
     with pytest.raises((InvalidInput, TooLarge), match=message):
         ptif.Index.build(problem, tmp_path / "i", **settings)
+    if "method" in settings and "eigenbasis" not in message:
+        with pytest.raises(InvalidInput, match=message):
+            ptif.Index.forecast(problem, settings["method"])
     assert not (tmp_path / "i" / "index.json").exists()
+
+
+def test_an_index_neither_takes_nor_advises_a_damping_that_measures_gradients(tmp_path: Path) -> None:
+    problem, queries = problem_of()
+    index = ptif.Index.build(problem, tmp_path / "i")
+    for rule in (ptif.damping.FromTraining(0.1, 9, adam_batch=8), ptif.damping.FromCurve()):
+        with pytest.raises(InvalidInput, match=r"An index cannot measure damping=From"):
+            index.score(queries, damping=rule)
+    far = replace(index.score(queries).diagnostics, relative_gradient=0.9, relative_gradient_error=0.0)
+    advice = str(far.checks()[0])
+    assert "far from a minimum" in advice and "FromTraining(lr, steps) after SGD" in advice
+    assert "adam_batch" not in advice
 
 
 def test_problems_that_have_no_index(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 from ..core.distributed import World
 from ..gradients.per_example import Derivatives
 
-# Gradients that are looked at: their mean square is then known to a fifth or better.
-_MOST = 128
+# At least so many gradients are looked at, and so many times a batch: the noise in the squared mean gradient, one part
+# in `count` of the mean square, is then well below what a batch's own noise adds, one part in `batch`.
+_LEAST, _PER_BATCH = 128, 4
 
 
 def adam_denominators(derivatives: Derivatives, batch: int) -> dict[str, float]:
@@ -20,15 +21,18 @@ def adam_denominators(derivatives: Derivatives, batch: int) -> dict[str, float]:
 
         v = |mean gradient|^2 + (mean |gradient|^2 - |mean gradient|^2) (N - batch) / (batch (N - 1)),
 
-    taken from a sample of at most 128 examples, the same at every call, without bias. A block without any gradient
-    takes the root of all entries' mean.
+    taken from a sample of max(128, 4 batch) examples, the same at every call, without bias: from all where that is more
+    than there are, and for a batch of all of the data. A block without any gradient takes the root of all entries'
+    mean. Under a projection, which keeps a gradient's squared norm on average, entries are still those of the
+    parameters.
 
     Args:
         derivatives: how gradients are taken.
         batch: the examples of a batch; from N on the batch is all of the data.
     """
-    n, space = len(derivatives.problem), derivatives.space
-    count = min(n, _MOST)
+    n, space, whole = len(derivatives.problem), derivatives.space, derivatives.whole
+    sizes = {name: whole.numel(name) if name in whole.blocks else whole.size for name in space.blocks}
+    count = min(n, max(_LEAST, _PER_BATCH * batch))
     ids = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count].sort().values
     squares = dict.fromkeys(space.blocks, 0.0)
     sums: dict[str, torch.Tensor] = {}
@@ -46,5 +50,5 @@ def adam_denominators(derivatives: Derivatives, batch: int) -> dict[str, float]:
         mean_square = square / count
         of_mean = of_sum / n**2 if count == n else max(0.0, (of_sum - square) / (count * (count - 1)))
         moments[name] = max(0.0, of_mean + (mean_square - of_mean) * noise)
-    whole = math.sqrt(sum(moments.values()) / space.size)
-    return {name: math.sqrt(v / space.numel(name)) if v > 0 else whole for name, v in moments.items()}
+    overall = math.sqrt(sum(moments.values()) / sum(sizes.values()))
+    return {name: math.sqrt(v / sizes[name]) if v > 0 else overall for name, v in moments.items()}

@@ -151,6 +151,10 @@ class FromCurve(AbstractDamping):
             "give a number, Relative() or FromTraining() here."
         )
 
+    @property
+    def measures_gradients(self) -> bool:
+        return True
+
     def resolved(self, fitted: object) -> AbstractDamping:
         """The lambda that was found, as a number for this curvature.
 

@@ -56,6 +56,11 @@ class AbstractDamping(Record, ABC):
         """Lambda in mean eigenvalues of the curvature, where that is known before there is a curvature."""
         return None
 
+    @property
+    def measures_gradients(self) -> bool:
+        """Whether it asks for more than an operator, and so for a fitted model whose gradients it can measure."""
+        return False
+
     def resolved(self, fitted: object) -> AbstractDamping:
         """The rule to use for one fitted curvature, model and data in view; most rules need no more than `operator`.
 
@@ -132,7 +137,9 @@ class PerDirection(AbstractDamping):
     which `Relative` takes, is the smaller for it: directions = min(P, N k) does not let the number of parameters
     decide. One lambda is for all layers: a layer whose gradients are small is not followed further than the others.
 
-    Measured by retraining ([how much damping](../trust.md#how-much-damping)). Where N k is not known, directions = P.
+    N k is counted over the data that the curvature is made from, without padding and ignored labels; given labels count
+    one for each example. Where it is not known (products with the data, as `CG` takes, or blocks that are solved
+    apart), directions = P. Measured by retraining ([how much damping](../trust.md#how-much-damping)).
     Raises `InvalidInput` for `share <= 0`, and where the mean eigenvalue is not positive.
 
     Args:
@@ -254,10 +261,14 @@ class FromTraining(AbstractDamping):
     def of(self, operator: HasMeanEigenvalue) -> float:
         if self.adam_batch is not None:
             raise InvalidInput(
-                "FromTraining(adam_batch=) measures gradients of the training data and works as the damping of a "
-                "method that is fitted; give lr and steps alone, or a number, here."
+                "FromTraining(adam_batch=) measures gradients of the training data, which this operator does not give; "
+                "make it the damping of a method that is fitted, or take PerDirection() or Absolute(value) here."
             )
         return (1.0 - self.momentum) / (self.lr * self.steps)
+
+    @property
+    def measures_gradients(self) -> bool:
+        return self.adam_batch is not None
 
     def resolved(self, fitted: object) -> AbstractDamping:
         if self.adam_batch is None:

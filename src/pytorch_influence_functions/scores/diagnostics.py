@@ -89,6 +89,7 @@ class Diagnostics:
         inferred: whether the loss was inferred from outputs and targets rather than given.
         reading: how a loader's sampler was read, in words; empty where the whole dataset is the training set.
         rows: how the rows were made of the queries, in words; empty where each query is a row of its own.
+        measures_gradients: whether a damping rule may look at the training data's gradients (those of an index cannot).
         needs_minimum: whether the method assumes that training had ended at a minimum (unrolled ones do not).
         effective_dimension: tr(C (C + D)^-1), how many directions the data decide rather than the damping.
         lost_to_damping: median over queries of `<g, D (C + D)^-1 g> / |g|^2`, the share of a query's squared gradient
@@ -135,6 +136,7 @@ class Diagnostics:
     weight_decay: float = 0.0
     weight_decay_most: float = 0.0
     rows: str = ""
+    measures_gradients: bool = True
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
@@ -259,7 +261,8 @@ def _minimum(d: Diagnostics) -> Check:
     # Without the weight decay it was trained with, a model at its minimum looks as if it were not.
     decay = ", pass the weight_decay= that it was trained with," if d.weight_decay_most == 0 else ""
     if least > _MOVING:
-        follow = "damping=FromTraining(lr, steps), with adam_batch= after Adam, follows how far training came"
+        adam = ", with adam_batch= after Adam," if d.measures_gradients else " after SGD"
+        follow = f"damping=FromTraining(lr, steps){adam} follows how far training came"
         text = (
             f"the model is far from a minimum, so the order may hold but not the sizes; train longer{decay} or {follow}"
         )

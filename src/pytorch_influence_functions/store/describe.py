@@ -169,4 +169,5 @@ def diagnostics_of(
         notes=(*notes, *manifest.notes),
         weight_decay=min(decay.values(), default=0.0),
         weight_decay_most=max(decay.values(), default=0.0),
+        measures_gradients=False,
     )

@@ -59,11 +59,29 @@ def check_method(method: Any) -> Influence:
         if getattr(method, name) is not unused:
             instead = "; the projection of an index is its representation=" if name == "projection" else ""
             raise InvalidInput(f"An index has no use for {name}={getattr(method, name)!r}{instead}; leave it out.")
+    check_damping(method.damping)
     if method.scaling != Raw():
         raise InvalidInput(
             f"An index holds raw scores, not scaling={method.scaling!r}; leave it out, and ask with normalised=True."
         )
     return method
+
+
+def check_damping(damping: AbstractDamping | float | None) -> None:
+    """Refuse a rule that measures gradients of the training data, of which an index keeps the curvature only.
+
+    Args:
+        damping: a rule or a number; None: that of the method.
+
+    Raises:
+        InvalidInput: it is such a rule.
+    """
+    if damping is not None and (rule := as_damping(damping)).measures_gradients:
+        raise InvalidInput(
+            f"An index cannot measure damping={rule!r}, which looks at a fitted model; use PerDirection(), or "
+            "Absolute(value) with the value that ptif.attribute(..., method=ptif.ekfac(damping=...)) shows as "
+            "scores.diagnostics.damping."
+        )
 
 
 def composition_of(method: Influence) -> tuple[Composition, AbstractDamping]:
@@ -146,8 +164,10 @@ class FittedBasis:
             damping: a rule or a number; None: that of the method.
 
         Raises:
+            InvalidInput: the rule measures gradients.
             SolveFailed: an eigenvalue with its damping is not positive.
         """
+        check_damping(damping)
         space, per_block = self.basis.space, dict(self.damping)
         if damping is not None:
             rule = as_damping(damping)

@@ -225,8 +225,8 @@ class Index:
                 of the labels (a tensor with one per example). A column may have one value, a list of values, or a
                 function of the column (an array); `"label"` is the label where no column has that name.
             normalised: divide every score by sqrt(g^T (C + lambda)^-1 g) of its example, as RelatIF does.
-            damping: `Relative(share)`, `Absolute(value)` or a number; `None`: that of the method. Any other costs
-                nothing.
+            damping: `PerDirection(share)`, `Relative(share)`, `Absolute(value)` or a number, no rule that measures
+                gradients; `None`: that of the method. Any other costs nothing.
             rerank: take so many candidates from each end of the index's ranking, and rank them by exact scores, which
                 a method computes on the training data; `top` of them are kept. `None`: the index's scores.
             method: that method; `None`: the one that the index was built with, whose gradients are not projected then.
