@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pytorch_influence_functions as ptif
@@ -178,3 +179,48 @@ def test_a_query_with_the_columns_of_the_training_data_is_read_as_they_are() -> 
     assert gap(scores(problem, {"text": "who wrote"}), scores(problem, "who wrote")) < 1e-7
     with pytest.raises(ptif.errors.InvalidInput, match=r"columns 'question' and .* read from 'prompt' and 'answer'"):
         scores(problem, {"question": "who wrote"})
+
+
+def test_columns_beside_a_chat_are_read_however_they_are_kept() -> None:
+    words, chat = tokenizer("{% if loud %}{{ 'sea ' }}{% endif %}" + CHAT), [user("who"), assistant("cat")]
+    frame = pytest.importorskip("pandas").DataFrame(
+        {
+            "messages": [chat] * 3,
+            "tools": [np.array([], dtype=object), np.array([tool("sea")], dtype=object), float("nan")],
+            "chat_template_kwargs": ["", json.dumps({"loud": True}), None],
+        }
+    )
+    problem = ptif.hf.problem(llama(), words, frame)
+    plain = "<user> who <eos> <assistant> cat <eos>"
+    assert [written(words, problem, i)[0] for i in range(3)] == [plain, f"sea {plain}", plain]
+    for column, value, message in (
+        ("chat_template_kwargs", "[1]", "'chat_template_kwargs' beside a chat is of type list; give a mapping"),
+        ("chat_template_kwargs", "loud", "'chat_template_kwargs' beside a chat holds a text that is no JSON"),
+        ("tools", tool("sea"), "'tools' beside a chat is of type dict; give a list"),
+        ("documents", 3, "'documents' beside a chat is of type int; give a list"),
+    ):
+        with pytest.raises(ptif.errors.InvalidInput, match=f"^Example 1 cannot be read: The column {message}"):
+            ptif.hf.problem(llama(), words, [{"messages": chat}, {"messages": chat, column: value}])
+
+
+def test_a_row_that_is_refused_is_named_and_a_role_that_is_nothing_is_absent() -> None:
+    words, chat = tokenizer(), [user("who"), assistant("cat")]
+    for row, message in (
+        ({"messages": []}, "Example 2 cannot be read: A chat was expected, got list"),
+        ({"messages": [user([{"type": "image"}])]}, "Example 2 cannot be read: A message holds a part of the type im"),
+        ({"messages": float("nan")}, "Example 2 has nothing under 'messages'"),
+    ):
+        with pytest.raises(ptif.errors.InvalidInput, match=f"^{message}"):
+            ptif.hf.problem(llama(), words, [{"messages": chat}] * 2 + [row])
+    problem = ptif.hf.problem(llama(), words, [{"messages": chat}])
+    with pytest.raises(ptif.errors.InvalidInput, match=r"(?i)query 1 cannot be read: A message is from 'bing'"):
+        scores(problem, [chat, [{"from": "bing", "value": "who"}]])
+    union = (
+        [{**m, "from": None, "value": None} for m in chat],
+        [
+            {"role": None, "content": None, "from": "human", "value": "who"},
+            {"role": None, "content": None, "from": "gpt", "value": "cat"},
+        ],
+    )
+    both = ptif.hf.problem(llama(), words, datasets.Dataset.from_list([{"messages": one} for one in union]))
+    assert written(words, both, 0) == written(words, both, 1) == written(words, problem)

@@ -134,3 +134,21 @@ def test_the_difference_of_two_cosines_is_refused_and_that_of_the_gradients_is_r
     cosines = torch.stack([torch.nn.functional.cosine_similarity(asked, g, dim=0) for g in training])[None] / 4
     assert gap(fitted.score(answers, contrast=others).values.double(), cosines) < 1e-6
     assert gap(ptif.attribute(problem, queries=queries, method="grad_cos").values.double(), cosines) < 1e-6
+
+
+def test_answers_of_some_queries_only_are_refused() -> None:
+    model, words = llama(), tokenizer()
+    problem = ptif.hf.problem(model, words, texts(4))
+    full = {"prompt": "who", "chosen": " cat", "rejected": " dog"}
+    for gap_in, message in (
+        ({"chosen": None}, "Query 1 has no 'completion' and query 0 has one; give one to each"),
+        ({"chosen": float("nan")}, "Query 1 has no 'completion' and query 0"),
+        ({"rejected": None}, "Query 1 has no 'against' and query 0 has one; give one to each, or to none and ask"),
+    ):
+        with pytest.raises(ptif.errors.InvalidInput, match=message):
+            ptif.attribute(problem, queries=[full, full | gap_in], method="grad_dot")
+    with pytest.raises(ptif.errors.InvalidInput, match="Query 0 has no 'completion' and query 1 has one"):
+        ptif.hf.query(model, words, ["who", "the"], [None, " cat"])
+    chat = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "cat"}]
+    assert ptif.hf.query(model, words, [chat, "the"], [None, " cat"]).names == ["cat <eos>", "cat"]
+    assert ptif.hf.query(model, words, ["who"], [" cat"], against=[None]).pairs == 0

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from ..core.errors import InvalidInput, nearest
 from ..problem.data import Source
 from ..problem.problem import Problem
-from .chats import BESIDE_A_CHAT, is_chat, read_chat
+from .chats import BESIDE_A_CHAT, is_chat, is_nothing, naming, read_chat
 from .columns import MESSAGES, Columns, listed, refuse_splits
 from .encoding import encode_text
 from .models import find_tokenizer, is_seq2seq, token_shift
@@ -73,7 +73,11 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
         return _whole_texts(problem, tokenizer, list(asked), padding)
     if is_chat(first):
         return ask_texts(problem.model, tokenizer, list(asked), None, None, padding)
-    prompts, answers, others = zip(*(_read_question(row) for row in asked), strict=True)
+    questions = []
+    for index, row in enumerate(asked):
+        with naming(f"Query {index}"):
+            questions.append(_read_question(row))
+    prompts, answers, others = zip(*questions, strict=True)
     completion, against = (
         list(column) if any(value is not None for value in column) else None for column in (answers, others)
     )
@@ -111,7 +115,7 @@ def _read_question(row: Any) -> tuple[Any, Any, Any]:
 
 
 def _only(row: Any, names: tuple[str, ...]) -> Any:
-    values = [row[name] for name in names if row.get(name) is not None]
+    values = [row[name] for name in names if not is_nothing(row.get(name))]
     if len(values) > 1:
         raise InvalidInput(f"A query has both {names[0]!r} and {names[1]!r}, which mean the same; leave one out.")
     return values[0] if values else None
@@ -133,7 +137,11 @@ def _plain(problem: Problem, asked: Any, first: Mapping[str, Any]) -> Any:
         return [row["text"] for row in asked]
     chats = next((name for name in MESSAGES if is_chat(first.get(name))), None)
     if chats is not None:
-        return [read_chat(row[chats], row) for row in asked]
+        read_chats = []
+        for index, row in enumerate(asked):
+            with naming(f"Query {index}"):
+                read_chats.append(read_chat(row.get(chats), row))
+        return read_chats
     read = "token numbers, 'input_ids'" if named is None else named.described
     raise InvalidInput(
         f"A query has the columns {listed([str(name) for name in first])} and the training data were read from {read}; "

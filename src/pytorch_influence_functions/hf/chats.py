@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, overload
 
@@ -78,8 +79,28 @@ class Chat(Sequence[Message]):
 
 def is_chat(value: Any) -> bool:
     """Whether it is a list of messages, each with who speaks: `role`, or `from` with `value`."""
-    messages = _listed(value)
+    messages = _listed(value) or ()
     return bool(messages) and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in messages)
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, or the NaN that frames put in its place."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+@contextmanager
+def naming(row: str) -> Iterator[None]:
+    """Begin what is refused inside with the row that it is about.
+
+    Args:
+        row: what it is called, `"Example 3"`.
+    """
+    try:
+        yield
+    except InvalidInput as cause:
+        if str(cause).startswith(f"{row} "):
+            raise
+        raise type(cause)(f"{row} cannot be read: {cause}") from cause
 
 
 def read_chat(value: Any, row: Mapping[str, Any] | None = None) -> Chat:
@@ -101,7 +122,7 @@ def read_chat(value: Any, row: Mapping[str, Any] | None = None) -> Chat:
         raise InvalidInput(
             f"A chat was expected, got {type(value).__name__}; give a list of messages with role and content."
         )
-    return Chat(tuple(_read_message(message) for message in _listed(value)), beside)
+    return Chat(tuple(_read_message(message) for message in _listed(value) or ()), beside)
 
 
 def join_answer(prompt: Any, answer: Any, row: Mapping[str, Any] | None = None) -> tuple[Chat, int]:
@@ -165,8 +186,8 @@ def _text_of_part(part: Any) -> str:
 
 
 def _read_message(message: Message) -> Message:
-    if "role" not in message:
-        speaker = str(message["from"])
+    if message.get("role") is None:
+        speaker = str(message.get("from"))
         if speaker not in _SPEAKERS:
             raise InvalidInput(
                 f"A message is from {speaker!r}, which is none of {', '.join(_SPEAKERS)}; write its chat as "
@@ -179,22 +200,31 @@ def _read_message(message: Message) -> Message:
 
 
 def _read_beside(row: Mapping[str, Any]) -> dict[str, Any]:
-    beside: dict[str, Any] = {}
-    for name in _BESIDE:
-        value = row.get(name)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value or "null")
-            except ValueError as cause:
-                raise InvalidInput(
-                    f"The column {name!r} beside a chat holds a text that is no JSON; give a list, as chat templates "
-                    "take it, or rename the column."
-                ) from cause
-        elif value is not None:
-            value = _without_nothing(value)
-        if value:
-            beside[name] = value
-    return {**beside, **_without_nothing(row.get(_SETTINGS) or {})}
+    beside = {name: value for name in _BESIDE if (value := _read_column(row, name, list, "a list"))}
+    return {**beside, **(_read_column(row, _SETTINGS, dict, "a mapping") or {})}
+
+
+def _read_column(row: Mapping[str, Any], name: str, kind: type, expected: str) -> Any:
+    """A column beside a chat, also where it is kept as JSON; None where it holds nothing."""
+    value = row.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value.strip() or "null")
+        except ValueError as cause:
+            raise InvalidInput(
+                f"The column {name!r} beside a chat holds a text that is no JSON; give {expected}, as chat templates "
+                "take it, or rename the column."
+            ) from cause
+    else:
+        value = _without_nothing(value)
+    if is_nothing(value):
+        return None
+    if not isinstance(value, kind):
+        raise InvalidInput(
+            f"The column {name!r} beside a chat is of type {type(value).__name__}; give {expected}, as chat templates "
+            "take it, or rename the column."
+        )
+    return value
 
 
 def _without_nothing(value: Any) -> Any:
@@ -202,11 +232,11 @@ def _without_nothing(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nothing(inside) for key, inside in value.items() if inside is not None}
     listed = _listed(value)
-    return [_without_nothing(inside) for inside in listed] if listed else value
+    return value if listed is None else [_without_nothing(inside) for inside in listed]
 
 
-def _listed(value: Any) -> Sequence[Any]:
-    """The members of a list, also of the arrays that frames hold; none of anything else."""
+def _listed(value: Any) -> Sequence[Any] | None:
+    """The members of a list, also of the arrays that frames hold; None of anything else."""
     if isinstance(value, (list, tuple, Chat)):
         return value
-    return list(value) if type(value).__name__ == "ndarray" else ()
+    return list(value) if type(value).__name__ == "ndarray" and value.ndim else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..core.errors import InvalidInput, UnknownName, nearest
-from .chats import is_chat
+from .chats import is_chat, is_nothing
 
 MESSAGES: Final = ("messages", "conversations", "conversation")
 _ONE_OF: Final = "messages_column=, text_column=, or prompt_column= with completion_column="
@@ -164,6 +164,6 @@ def listed(names: Sequence[str]) -> str:
 def read_cell(row: Any, name: str, index: int) -> Any:
     """One cell of a row, refused where it is missing."""
     value = row.get(name)
-    if value is None:
+    if is_nothing(value):
         raise InvalidInput(f"Example {index} has nothing under {name!r}; fill it or leave the example out.")
     return value

@@ -14,7 +14,7 @@ from ..problem.data import BATCH_SIZE, Source
 from ..problem.model_state import preserved
 from ..problem.reading import Collate
 from ..scores.scores import Scores
-from .chats import Chat, is_chat, join_answer, read_chat
+from .chats import Chat, is_chat, is_nothing, join_answer, naming, read_chat
 from .encoding import Encoded, encode_chat, encode_chat_prompt, encode_pair, encode_prompt, encode_text
 from .models import find_tokenizer, is_seq2seq, is_trainer, knows_texts
 from .padding import KINDS, Padding
@@ -173,19 +173,27 @@ def ask_texts(
     prompts: list[Any] = [prompt] if isinstance(prompt, str) or is_chat(prompt) else list(prompt)
     if not prompts:
         raise InvalidInput("There is no prompt; give a text or a chat.")
+    for number, one in enumerate(prompts):
+        with naming(f"Query {number}"):
+            prompts[number] = read_chat(one) if is_chat(one) else one
     answers = _one_each("completion", completion, len(prompts))
     others = _one_each("against", against, len(prompts))
-    writing = Writing(model, tokenizer, max_new_tokens, padding.kinds)
-    asked = [_ask(writing, p, a, add_eos) for p, a in zip(prompts, answers, strict=True)]
-    if against is not None:
-        asked += [_ask(writing, _open(p), o, add_eos) for p, o in zip(prompts, others, strict=True)]
+    _refuse_gaps([a is None and not _holds_answer(p) for p, a in zip(prompts, answers, strict=True)], "completion")
+    _refuse_gaps([other is None for other in others], "against")
+    pairs = len(prompts) if others[0] is not None else 0
+    questions = list(zip(prompts, answers, strict=True))
+    questions += [(_open(p), other) for p, other in zip(prompts[:pairs], others, strict=False)]
+    writing, asked = Writing(model, tokenizer, max_new_tokens, padding.kinds), []
+    for number, (question, answer) in enumerate(questions):
+        with naming(f"Query {number % len(prompts)}"):
+            asked.append(_ask(writing, question, answer, add_eos))
     texts = Texts(
         tuple(encoded for encoded, _ in asked),
         tokenizer,
         tuple(target for _, target in asked if target is not None) if is_seq2seq(model) else None,
     )
     texts.check_taught("query")
-    return as_queries(texts, padding, 0 if against is None else len(prompts))
+    return as_queries(texts, padding, pairs)
 
 
 def as_queries(texts: Texts, padding: Collate, pairs: int = 0) -> TextQueries:
@@ -198,7 +206,21 @@ def _one_each(name: str, given: Any, count: int) -> list[Any]:
     answers = [given] * count if given is None or single else list(given)
     if len(answers) != count or (single and count > 1):
         raise InvalidInput(f"{name}= holds {1 if single else len(answers)} for {count} prompts; give one each.")
-    return answers
+    return [None if is_nothing(answer) else answer for answer in answers]
+
+
+def _refuse_gaps(missing: list[bool], name: str) -> None:
+    """Refuse answers of some queries only: nobody asked the model to write the others."""
+    if any(missing) and not all(missing):
+        cure = {"completion": "for answers that the model writes", "against": "and ask pairs in a call of their own"}
+        raise InvalidInput(
+            f"Query {missing.index(True)} has no {name!r} and query {missing.index(False)} has one; give one to each, "
+            f"or to none {cure[name]}."
+        )
+
+
+def _holds_answer(prompt: Any) -> bool:
+    return is_chat(prompt) and len(_open(prompt)) < len(prompt)
 
 
 def _with_tools(prompt: Any, tools: Any) -> Any:

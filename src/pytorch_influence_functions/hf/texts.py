@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInput, TrainingDataWarning, name_ids
 from ..core.token_text import TokenText, split_into_pieces
 from ..core.warn import warn_caller
-from .chats import is_chat, read_chat
+from .chats import is_chat, naming, read_chat
 from .columns import Columns, read_cell
 from .encoding import IGNORED, Encoded, begin_of, encode_chat, encode_chat_pair, encode_pair, encode_text, find_turns
 from .models import base_model, is_seq2seq, token_shift
@@ -177,12 +177,14 @@ def _encoder(
 ) -> Callable[[Any, int], Encoded]:
     def encode(row: Any, index: int) -> Encoded:
         if columns.messages is not None:
-            chat = read_chat(read_cell(row, columns.messages, index), row)
-            return encode_chat(tokenizer, chat, not completion_only)
+            cell = read_cell(row, columns.messages, index)
+            with naming(f"Example {index}"):
+                return encode_chat(tokenizer, read_chat(cell, row), not completion_only)
         if columns.prompt is not None and columns.completion is not None:
             given, written = (read_cell(row, name, index) for name in (columns.prompt, columns.completion))
             if is_chat(given) or is_chat(written):
-                return encode_chat_pair(tokenizer, given, written, not completion_only, row)
+                with naming(f"Example {index}"):
+                    return encode_chat_pair(tokenizer, given, written, not completion_only, row)
             return encode_pair(tokenizer, given, written, end is not False, not completion_only)
         if columns.ids is not None:
             ids = [int(token) for token in read_cell(row, columns.ids, index)]
