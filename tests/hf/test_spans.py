@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.hf.spans import SpanCrossEntropy
 from tests.hf.test_trainer import tokens, trainer
 from tests.hf.tiny import build, gpt2, gradient, products, settings, texts, tokenizer
 from tests.tolerance import gap
@@ -57,6 +58,25 @@ def test_marked_answers_have_the_loss_of_the_model(kind: str, tmp_path: Path) ->
         loader = torch.utils.data.DataLoader(rows.with_format("torch"), batch_size=2)
         with pytest.raises(ptif.errors.InvalidInput, match=r"'start_positions', as .* pass such a model's Trainer"):
             ptif.attribute(model, loader, rows.with_format("torch"), method="grad_dot")
+
+
+@pytest.mark.parametrize("place", [5, -1, -100])
+def test_an_answer_outside_its_text_is_refused(place: int, tmp_path: Path) -> None:
+    rows = [row | ({"start_positions": place} if i == 2 else {}) for i, row in enumerate(marked(4))]
+    model = build("BertForQuestionAnswering", transformers.BertConfig(**settings()))
+    asked = trainer(model, datasets.Dataset.from_list(rows), tmp_path, transformers.default_data_collator)
+    message = f"starts or ends at token {place} at dataset index 2, outside the text's 5 tokens"
+    with pytest.raises(ptif.errors.InvalidInput, match=message):
+        ptif.attribute(asked, queries=marked(1), method="grad_dot")
+
+
+def test_two_places_have_curvature_in_all_directions_but_two() -> None:
+    outputs, batch = torch.randn(3, 2, 7, dtype=torch.float64), {"labels": torch.tensor([[0, 6], [1, 1], [2, 5]])}
+    loss = SpanCrossEntropy()
+    loss.check(outputs, batch, torch.arange(3))
+    hessian = torch.autograd.functional.hessian(lambda one: loss.losses(one[None], {"labels": batch["labels"][:1]})[0],
+                                                outputs[0]).reshape(14, 14)  # fmt: skip
+    assert loss.output_directions(outputs, batch) == int(torch.linalg.matrix_rank(hessian)) == 12
 
 
 def test_a_trainer_is_asked_about_rows_of_texts(tmp_path: Path) -> None:

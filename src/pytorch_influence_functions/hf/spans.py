@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..objectives.base import AbstractLikelihood, Batch, Model, inputs_and_targets, run_model, widen
+from ..objectives.base import AbstractLikelihood, Batch, Model, inputs_and_targets, offenders, run_model, widen
 from ..objectives.draws import Randomness
 from ..objectives.likelihoods import TokenCrossEntropy
 
@@ -65,6 +65,15 @@ class SpanCrossEntropy(AbstractLikelihood):
         return _TWO_PLACES.losses_and_slope(outputs, batch)
 
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
+        places = inputs_and_targets(batch)[2]
+        if isinstance(places, Tensor) and places.shape == outputs.shape[:2]:
+            outside = (places < 0) | (places >= outputs.shape[-1])
+            if bool(outside.any()):
+                raise InvalidInput(
+                    f"An answer starts or ends at token {int(places[outside][0])} at {offenders(outside.any(1), ids)}, "
+                    f"outside the text's {outputs.shape[-1]} tokens, where transformers trains on the first token or "
+                    "on nothing; mark answers within the text, and 0 (or what training used) where there is none."
+                )
         _TWO_PLACES.check(outputs, batch, ids)
 
     def sample_cotangent(
@@ -77,6 +86,9 @@ class SpanCrossEntropy(AbstractLikelihood):
 
     def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
         return _TWO_PLACES.root_size(outputs)
+
+    def output_directions(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> float:
+        return _TWO_PLACES.output_directions(outputs, batch)
 
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
