@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InfluenceError
+from pytorch_influence_functions.core.functional import call_with
 from tests.covering import FULL
 from tests.laws.pictures import differences, picture
 from tests.laws.test_training_mode import ENTRIES, ITERATIVE, OUTSIDE, RETRAINING, case, expected, in_use, settled
@@ -143,6 +144,19 @@ def test_a_layer_under_two_names_stays_one_layer(method: str) -> None:
             )
         expected = torch.stack(rows[1]) @ torch.stack(rows[0]).T / len(rows[0])
         torch.testing.assert_close(scores.values.double(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_new_weights_are_taken_by_their_names_alone() -> None:
+    model, x = TwoNames().double(), torch.randn(2, 4, dtype=torch.float64)
+    new, bare = torch.eye(4, dtype=torch.float64), model.scale.detach()
+    by_either = [call_with(model, {name: new}, (x,)) for name in ("first.weight", "last.weight")]
+    torch.testing.assert_close(by_either[0], by_either[1])
+    both = {"first.weight": new, "last.weight": new}
+    torch.testing.assert_close(call_with(model, both, (x,)), by_either[0])
+    with pytest.raises(ptif.errors.UnknownName, match=r"TwoNames has no parameter or buffer 'scales'.* mean 'scale'"):
+        call_with(model, {"scales": bare}, (x,))
+    with pytest.raises(ptif.errors.InvalidInput, match=r"'last.weight' is one weight with another that was given"):
+        call_with(model, both | {"last.weight": 2 * new}, (x,))
 
 
 # --------------------------------------------------------------------------- interruptions

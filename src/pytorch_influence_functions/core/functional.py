@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .errors import InvalidInput, UnknownName, nearest
+
 
 def call_with(
     module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -19,9 +21,13 @@ def call_with(
 
     Args:
         module: the module, which is not changed.
-        tensors: the new tensors by the names of the old.
+        tensors: the new tensors by the names of the old; of a shared weight one name is enough.
         args: of forward.
         kwargs: of forward.
+
+    Raises:
+        UnknownName: a name is none of the module's.
+        InvalidInput: two names of one weight get different tensors.
 
     Example:
         >>> import torch
@@ -30,8 +36,18 @@ def call_with(
         tensor([6.])
     """
     named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    by_identity = {id(named[name]): tensor for name, tensor in tensors.items() if name in named}
-    everywhere = {name: tensor for name, tensor in tensors.items() if name not in named}  # refused by torch, by name
+    by_identity: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name not in named:
+            raise UnknownName(
+                f"{type(module).__name__} has no parameter or buffer {name!r}; give names of named_parameters() and "
+                f"named_buffers().{nearest(name, named)}"
+            )
+        if by_identity.setdefault(id(named[name]), tensor) is not tensor:
+            raise InvalidInput(
+                f"{name!r} is one weight with another that was given, and they got two tensors; give one of the two."
+            )
+    everywhere = {}
     for path, inner in module.named_modules():
         for key, own in (*inner._parameters.items(), *inner._buffers.items()):
             if own is not None and id(own) in by_identity:
