@@ -118,6 +118,20 @@ def test_token_scores_of_texts_add_up() -> None:
         assert gap(values.sum(1), scores.values[:, i].double()) < 1e-6
 
 
+def test_top_tokens_of_pairs_are_those_of_the_difference() -> None:
+    model, words = llama(), tokenizer()
+    fitted = ptif.methods.grad_dot().fit(ptif.hf.problem(model, words, texts(4)))
+    queries = ptif.hf.query(model, words, "who wrote", " this book", against=" the moon")
+    top, shares = fitted.top_tokens(queries, k=2), fitted.token_scores(queries, range(4))
+    assert top.values.shape == (1, 4)
+    best = top.helpful(0, 1)[0]
+    differences = {(i, t): float(d) for i, v in shares.items() for t, d in enumerate(v[0] - v[1])}
+    assert max(differences, key=lambda place: differences[place]) == (best.index, best.position)
+    assert abs(differences[best.index, best.position] - best.score) < 1e-6 * abs(best.score)
+    with pytest.raises(ptif.errors.InvalidInput, match="hold what they are contrasted with"):
+        fitted.top_tokens(queries, contrast=queries)
+
+
 def test_the_difference_of_two_cosines_is_refused_and_that_of_the_gradients_is_right() -> None:
     model, words = llama(), tokenizer()
     problem = ptif.hf.problem(model, words, texts(4))

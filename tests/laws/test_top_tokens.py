@@ -103,9 +103,30 @@ def test_of_some_texts_and_over_checkpoints() -> None:
     attribution = ptif.ekfac().fit(problem)
     check(attribution.top_tokens(queries, k=3), by_sorting(attribution, queries, 3))
     check(attribution.top_tokens(queries, k=2, ids=[7, 2]), by_sorting(attribution, queries, 2, [7, 2]))
+    twice = attribution.top_tokens(queries, k=2, ids=[2, 2])
+    check(twice, by_sorting(attribution, queries, 2, [2]))
     with pytest.raises(TooLarge, match="name texts with ids="):
         small = ptif.ekfac().with_options(memory=200_000).fit(problem)
         small.top_tokens(queries * 2000, k=1)
+
+
+def test_either_side_has_as_many_tokens_as_were_kept_of_it() -> None:
+    problem, queries = setting()
+    top = ptif.methods.grad_dot().fit(problem).top_tokens(queries, k=2)
+    helpful, harmful = ([(t.index, t.position) for t in side(0, 10)] for side in (top.helpful, top.harmful))
+    assert len(helpful) == len(harmful) == 2 and not set(helpful) & set(harmful)
+
+
+def test_a_query_rather_than_another_has_the_difference_of_their_shares() -> None:
+    problem, queries = setting()
+    attribution = ptif.ekfac(damping=1e-2).fit(problem)
+    shares = attribution.token_scores(queries, range(9))
+    top = attribution.top_tokens(queries[:1], k=3, contrast=queries[1:2])
+    places = zip(top.indices[0].tolist(), top.positions[0].tolist(), strict=True)
+    expected = torch.stack([shares[i][0, t] - shares[i][1, t] for i, t in places])
+    torch.testing.assert_close(top.values[0], expected)
+    differences = torch.cat([values[0] - values[1] for values in shares.values()])
+    torch.testing.assert_close(top.values[0, :3], differences.topk(3).values)
 
 
 def test_what_has_no_tokens_is_refused() -> None:
@@ -116,7 +137,7 @@ def test_what_has_no_tokens_is_refused() -> None:
     with pytest.raises(InvalidInput, match="at least 1"):
         attribution.top_tokens(queries, k=0)
     plain = ptif.Problem(torch.nn.Linear(2, 2), ptif.CrossEntropy(), (torch.randn(4, 2), torch.arange(4) % 2))
-    with pytest.raises(InvalidInput, match="sum over tokens"):
+    with pytest.raises(InvalidInput, match=r"^top_tokens\(\) needs a loss that is a sum over tokens"):
         ptif.ekfac().fit(plain).top_tokens((torch.randn(1, 2), torch.zeros(1).long()))
 
 

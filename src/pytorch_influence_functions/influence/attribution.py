@@ -54,7 +54,7 @@ from .fitted_member import FittedMember
 from .members import Members
 from .method import AbstractMethod
 from .parts import By, Parts
-from .question import Question
+from .question import Question, take_sides
 from .rounds import Rounds
 from .run_log import RunLog
 from .scoring import ScoringPass, Solved
@@ -305,13 +305,15 @@ class Attribution(AbstractAttribution):
         Reference: Grosse et al. (2023), "Studying Large Language Model Generalization with Influence Functions", §5.
         """
         question = self._question(queries, measure)
-        check_tokens(self.members[0].derivatives, self.spec.scaling)
+        check_tokens(self.members[0].derivatives, self.spec.scaling, "token_scores")
         tokens = TokenScores(self.problem, ids, len(question))
         self._follow(question, tokens.add)
         return tokens.everyones()
 
     @entry
-    def top_tokens(self, queries: Any, k: int = 10, measure: Any = None, ids: Any = None) -> TopTokens:
+    def top_tokens(
+        self, queries: Any, k: int = 10, measure: Any = None, ids: Any = None, contrast: Any = None
+    ) -> TopTokens:
         """The tokens of *all* training texts that help and harm each query most.
 
         The same numbers as `token_scores`, of every text: a pass over the texts for each query, forward in mode, that
@@ -319,7 +321,8 @@ class Attribution(AbstractAttribution):
         are averaged, the sums of all tokens are held until the last of them.
 
         Args:
-            queries, measure: as for `score`.
+            queries, measure, contrast: as for `score`; queries that are pairs (`ptif.hf.query(against=…)`) are
+                contrasted by themselves.
             k: how many of either side are kept for each query.
             ids: the texts that are looked at, as positions in the training dataset; `None`: all.
 
@@ -331,8 +334,9 @@ class Attribution(AbstractAttribution):
             InvalidInput: as `token_scores`.
             TooLarge: several checkpoints, and too many tokens for the memory bound.
         """
-        question = self._question(queries, measure)
-        objective = check_tokens(self.members[0].derivatives, self.spec.scaling)
+        queries, contrast = take_sides(queries, contrast)
+        question = self._question(queries, measure, None, None, None, contrast)
+        objective = check_tokens(self.members[0].derivatives, self.spec.scaling, "top_tokens")
         data, several, room = self.problem.data, len(self.members) > 1, Budget.of(self.spec.memory).bytes
         some = None if ids is None else torch.tensor([data.index_of(i) for i in checked_ids(ids, len(data.whole))])
         extremes = TokenExtremes(self.problem, objective, question, whole_number("k", k), some, several, room)

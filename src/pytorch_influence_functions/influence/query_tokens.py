@@ -38,7 +38,7 @@ def query_token_scores(attribution: Attribution, queries: Any, ids: Sequence[int
 
     Reference: Grosse et al. (2023), "Studying Large Language Model Generalization with Influence Functions", §5.
     """
-    check_tokens(attribution.members[0].derivatives, attribution.spec.scaling)
+    check_tokens(attribution.members[0].derivatives, attribution.spec.scaling, "query_token_scores")
     problem = attribution.problem
     question = attribution._question(queries)
     rounds = attribution._rounds

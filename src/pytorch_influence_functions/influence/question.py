@@ -131,6 +131,18 @@ class Question:
 # --------------------------------------------------------------------------- reading what was asked
 
 
+def take_sides(queries: Any, contrast: Any) -> tuple[Any, Any]:
+    """Queries and what they are contrasted with, where queries hold both.
+
+    Raises:
+        InvalidInput: they do, and `contrast` is given too.
+    """
+    answers, others = queries.sides if isinstance(queries, Source) else (queries, None)
+    if others is not None and contrast is not None:
+        raise InvalidInput("These queries hold what they are contrasted with (against=); leave contrast= out.")
+    return answers, contrast if others is None else others
+
+
 def model_functions(queries: Any) -> list[FromModel]:
     """The functions of the whole model that stand in the place of queries; none where there are queries.
 

@@ -57,15 +57,20 @@ class TokenScores:
         return {i: part.contiguous() for i, part in zip(self.ids, texts, strict=True)}
 
 
-def check_tokens(d: Derivatives, scaling: AbstractScaling) -> TokenCrossEntropy:
+def check_tokens(d: Derivatives, scaling: AbstractScaling, call: str) -> TokenCrossEntropy:
     """The loss of texts; what has no tokens, or no direction to follow, is refused.
+
+    Args:
+        d: how gradients are taken.
+        scaling: what becomes of scores.
+        call: what was called, without parentheses.
 
     Raises:
         InvalidInput: the training loss is not a `TokenCrossEntropy`, or gradients are projected or rescaled.
     """
     if not isinstance(d.objective, TokenCrossEntropy):
         raise InvalidInput(
-            f"token_scores() needs a loss that is a sum over tokens, TokenCrossEntropy(), and the training loss is "
+            f"{call}() needs a loss that is a sum over tokens, TokenCrossEntropy(), and the training loss is "
             f"{d.objective!r}; use score()."
         )
     if d.problem.is_cut_up:

@@ -78,7 +78,8 @@ class TokenExtremes:
         values, names = self.extremes.everyones(current()).result()
         texts, data, question = names // _TEXT, self.problem.data, self.question
         indices = texts if data.positions is None else data.positions[texts]
-        return TopTokens(values, indices, self._places(names), question.lower_is_better, question.names, data.whole)
+        places, k = self._places(names), self.extremes.k
+        return TopTokens(values, indices, places, k, question.lower_is_better, question.names, data.whole)
 
     def _keep(self, number: int, query_ids: Tensor, names: Tensor, values: Tensor) -> None:
         if self.sums is None:

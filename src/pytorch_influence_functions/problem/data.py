@@ -165,6 +165,11 @@ class Source:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def sides(self) -> tuple[Source, Source | None]:
+        """The examples, and those that they are held against one by one; None: none are."""
+        return self, None
+
     def suited_to(self, numbers_each: float, most: int = _WIDEST, workers: int = 1, memory: float = math.inf) -> Source:
         """The same examples in batches that suit the size of one: the only rule for batch sizes.
 

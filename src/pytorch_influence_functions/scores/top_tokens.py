@@ -47,6 +47,7 @@ class TopTokens:
         values: scores [Q, m], in the units of `Scores`; m is 2 k, or the number of tokens where that is less.
         indices: of the text of each.
         positions: of each token in its text.
+        k: how many of either side were kept.
         lower_is_better: of the measure.
         query_names: what queries are called.
         train_source: the training texts, to show them.
@@ -55,6 +56,7 @@ class TopTokens:
     values: Float[Tensor, "q m"]
     indices: Int[Tensor, "q m"]
     positions: Int[Tensor, "q m"]
+    k: int
     lower_is_better: bool = True
     query_names: Sequence[str] | None = None
     train_source: Any = None
@@ -67,21 +69,21 @@ class TopTokens:
 
         Args:
             q: which query.
-            k: how many.
+            k: how many, at most as many as were kept of a side.
 
         Raises:
             InvalidInput: no such query, or `k` below 1.
         """
-        return self._tokens(q, k, descending=self.lower_is_better)
+        return self._tokens(q, min(whole_number("k", k, 1), self.k), self.lower_is_better)
 
     def harmful(self, q: int = 0, k: int = 10) -> list[ScoredToken]:
         """The tokens that harm query `q` most, most harmful first.
 
         Args:
             q: which query.
-            k: how many.
+            k: how many, at most as many as were kept of a side.
         """
-        return self._tokens(q, k, descending=not self.lower_is_better)
+        return self._tokens(q, min(whole_number("k", k, 1), self.k), not self.lower_is_better)
 
     def to_frame(self) -> Any:
         """A pandas table with a row for each token: query, index, position, score, token, context.
@@ -89,9 +91,8 @@ class TopTokens:
         Needs pandas (`pip install 'pytorch-influence-functions[frame]'`).
         """
         pandas = require("pandas", "frame")
-        rows = [
-            {"query": q, **vars(token)} for q in range(len(self)) for token in self.helpful(q, self.values.shape[1])
-        ]
+        every, first = self.values.shape[1], self.lower_is_better
+        rows = [{"query": q, **vars(token)} for q in range(len(self)) for token in self._tokens(q, every, first)]
         return pandas.DataFrame(rows, columns=["query", *ScoredToken.__annotations__])
 
     def __str__(self) -> str:
@@ -107,7 +108,6 @@ class TopTokens:
 
     def _tokens(self, q: int, k: int, descending: bool) -> list[ScoredToken]:
         q = whole_number("q", q, -len(self), len(self) - 1, hint="queries are counted from 0")
-        k = min(whole_number("k", k, 1), self.values.shape[1])
         order = torch.argsort(self.values[q], descending=descending, stable=True)[:k]
         return [self._token(q, int(column)) for column in order]
 
