@@ -124,6 +124,13 @@ class World:
         """
         return decision if self.size == 1 else self.broadcast(decision.long().clone(), 0).to(decision.dtype)
 
+    def decides(self, decision: bool) -> bool:
+        """One boolean of process 0, on every process; see `decided`.
+
+        Raises: as `sum_into`.
+        """
+        return decision if self.size == 1 else bool(self.decided(torch.tensor(decision)))
+
     def exchange(self, text: str) -> list[str]:
         """Every process's text by rank, on every process.
 
