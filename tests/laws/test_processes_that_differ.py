@@ -199,27 +199,92 @@ def test_a_process_that_waits_says_so_and_goes_on(messages: list[dict[str, Any]]
 # --------------------------------------------------------------------------- processes that do not come
 
 
-def test_a_process_that_never_comes_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    board = dist.HashStore()
-    monkeypatch.setattr(arrival, "_board", lambda: board)
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What processes write to each other before they have a group."""
+    store = dist.HashStore()
+    monkeypatch.setattr(arrival, "_board", lambda: store)
     monkeypatch.setattr(arrival, "_joined", [0])
+    return store
+
+
+def test_a_process_that_never_comes_is_not_waited_for(
+    board: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(arrival, "_PATIENCE", 0.01)
-    with pytest.raises(
-        ProcessFailed, match=r"^Process 1 of 2 did not come to ptif\.distributed\(\) in time; open it\.$"
-    ):
+    late = r"^Process 1 of 2 did not come to ptif\.distributed\(\) in time; open it\.$"
+    with pytest.raises(ProcessFailed, match=late):
         arrival.wait_for_all(0, 2, 0.1, "open it")
     assert "Process 0 of 2 waits for process 1 to come to ptif.distributed(); open it." in caplog.text
-    board.set("ended 1", "")
-    with pytest.raises(
-        ProcessFailed, match=r"^Process 1 of 2 ended without coming to ptif\.distributed\(\); open it\.$"
-    ):
-        arrival.wait_for_all(0, 2, None, "open it")
-    board.set("here 0 1", "")
-    arrival.wait_for_all(0, 2, 1.0, "open it")
+    # The one that comes later is told of it, and they can meet again.
+    monkeypatch.setattr(arrival, "_joined", [0])
+    with pytest.raises(ProcessFailed, match=late):
+        arrival.wait_for_all(1, 2, None, "open it")
     board.set("here 1 1", "")
     arrival.wait_for_all(0, 2, 1.0, "open it")
+    monkeypatch.setattr(arrival, "_joined", [1])
+    arrival.wait_for_all(1, 2, 1.0, "open it")
+
+
+@pytest.mark.parametrize(("came", "words"), [(False, "without coming to"), (True, "as the others came to")])
+def test_a_process_that_has_ended_is_told_of_in_one_sentence(
+    board: Any, monkeypatch: pytest.MonkeyPatch, came: bool, words: str
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    board.set("ended 1", "")
+    if came:
+        board.set("here 0 1", "")
+    message = (
+        rf"^Process 1 of 2 ended {words} ptif\.distributed\(\); open the block on every process, or leave it out [^;]*$"
+    )
+    with pytest.raises(ProcessFailed, match=message):
+        ptif.distributed().__enter__()
+
+
+CHILDREN = """
+import multiprocessing, subprocess, sys
+import pytorch_influence_functions.core.arrival as arrival
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=print, args=(arrival.__name__,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    subprocess.run([sys.executable, "-c", "import pytorch_influence_functions"], check=True)
+    print("alive", not arrival._board().check(["ended 1"]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_a_rank_started_ends_without_ending_the_rank(tmp_path: Path) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    program = tmp_path / "children.py"
+    program.write_text(CHILDREN)
+    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "RANK": "1"}
+    environment = os.environ | job | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    run = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "alive True" in run.stdout
+    # The rank itself has ended, without ever having come.
+    assert store.check(["ptif 0/ended 1"])
+
+
+def test_an_exchange_that_ends_as_patience_does_has_succeeded(caplog: pytest.LogCaptureFixture) -> None:
+    class Work:
+        waits = 0
+
+        def wait(self, _: Any = None) -> None:
+            self.waits += 1
+            if self.waits == 1:
+                raise RuntimeError("Operation timed out!")
+
+        def is_completed(self) -> bool:
+            return True
+
+    work = Work()
+    processes.Link(0, 2, None)._wait(work, "a sum")
+    assert work.waits == 2 and not caplog.records
 
 
 # --------------------------------------------------------------------------- one process alone

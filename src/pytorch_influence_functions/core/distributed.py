@@ -124,6 +124,13 @@ class World:
         """
         return decision if self.size == 1 else self.broadcast(decision.long().clone(), 0).to(decision.dtype)
 
+    def decides(self, decision: bool) -> bool:
+        """One boolean of process 0, on every process; see `decided`.
+
+        Raises: as `sum_into`.
+        """
+        return decision if self.size == 1 else bool(self.decided(torch.tensor(decision)))
+
     def exchange(self, text: str) -> list[str]:
         """Every process's text by rank, on every process.
 
@@ -271,28 +278,32 @@ def _join(timeout: float | None) -> World:
             if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
                 return _ALONE
             wait_for_all(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout, _OPEN)
-            _make_group()
+            _make_group(timeout)
             leave_in_order(dist.group.WORLD)
         rank, size = dist.get_rank(), dist.get_world_size()
         return _ALONE if size == 1 else World(rank, size, _link(rank, size, timeout), size)
+    except ProcessFailed:
+        raise
     except (RuntimeError, ValueError) as cause:
         raise ProcessFailed(
             f"Not every process came to ptif.distributed() in time ({first_line(cause)}); {_cure()}."
         ) from cause
 
 
-def _make_group() -> None:
+def _make_group(timeout: float | None) -> None:
     """The process group that torchrun's variables describe.
 
     A restart of torchrun finds the addresses of the earlier attempt in the store that its agent kept; each attempt
     therefore has keys of its own.
     """
+    limit = None if timeout is None else timedelta(seconds=timeout)
     if not under_torchrun():
-        dist.init_process_group()
+        dist.init_process_group(timeout=limit)
         return
-    store = dist.PrefixStore(f"attempt {restarts()}", agents_store())  # type: ignore[attr-defined]
+    keys = agents_store() if timeout is None else agents_store(timeout)
+    store = dist.PrefixStore(f"attempt {restarts()}", keys)  # type: ignore[attr-defined]
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(store=store, rank=rank, world_size=size)
+    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=limit)
 
 
 def _cure() -> str:

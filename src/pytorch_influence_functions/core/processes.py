@@ -189,16 +189,15 @@ class Link:
         try:
             work.wait(timedelta(seconds=_PATIENCE))
         except RuntimeError:
-            if work.is_completed():
-                raise
-            log.warning(
-                "Process %d of %d waits for the others at %s; where they never make this call, leave it outside "
-                "`with ptif.distributed():`, or leave distributed=True out.",
-                self.rank,
-                self.size,
-                doing,
-            )
-            work.wait()
+            if not work.is_completed():
+                log.warning(
+                    "Process %d of %d waits for the others at %s; where they never make this call, leave it outside "
+                    "`with ptif.distributed():`, or leave distributed=True out.",
+                    self.rank,
+                    self.size,
+                    doing,
+                )
+            work.wait()  # which raises again what has failed
 
     def _reach(self, exchange: Callable[[], Any]) -> None:
         try:

@@ -182,7 +182,10 @@ class Gram(AbstractSampled):
 
 
 def gram_bytes(m: int, sharers: int) -> int:
-    """What each of `sharers` processes holds of the Gram matrix of m rows and of its factor."""
+    """What each of `sharers` processes holds of the Gram matrix of m rows and of its factor.
+
+    One that goes on alone makes the whole beside its part, which is as much as `sharers=1` says.
+    """
     if sharers == 1:
         # The matrix itself, the matrix with the damping added, and its factor.
         return 3 * 8 * m**2

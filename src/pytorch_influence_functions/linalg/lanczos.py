@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.distributed import current
 from ..core.errors import InvalidInput, NonFinite
 from ..core.validate import whole_number
 from .density import Density
@@ -108,7 +109,8 @@ class BlockLanczos:
         q, r = torch.linalg.qr(outside.T)
         _, sizes, turns = torch.linalg.svd(r.T.cpu().double())
         scale = float(self.projection.abs().max())
-        kept = turns[sizes > _ROUNDING * torch.finfo(self.basis.dtype).eps * scale]
+        # Processes that share the products take blocks of one width.
+        kept = turns[current().decided(sizes > _ROUNDING * torch.finfo(self.basis.dtype).eps * scale)]
         return self.orthonormalise(kept.to(q) @ q.T)
 
     def orthonormalise(self, rows: Float[Tensor, "w p"]) -> Float[Tensor, "w p"]:
@@ -225,7 +227,9 @@ def leading_eigenpairs(
         values, turns, residuals = _ritz_pairs(lanczos.projection, outside, rank)
         fresh = 0
         if steps is None and len(values) == rank and _have_converged(values, residuals, dtype):
-            unchanged = previous is not None and bool(torch.allclose(previous, values, rtol=1e-6, atol=0.0))
+            unchanged = previous is not None and current().decides(
+                torch.allclose(previous, values, rtol=1e-6, atol=0.0)
+            )
             confirmations = confirmations + 1 if unchanged else 0
             if confirmations >= _CONFIRMATIONS:
                 break
@@ -247,7 +251,8 @@ def _ritz_pairs(projection: Tensor, outside: Tensor, rank: int) -> tuple[Tensor,
 
 
 def _have_converged(values: Tensor, residuals: Tensor, dtype: torch.dtype) -> bool:
-    return bool((residuals <= _CONVERGED.get(dtype, 1e-3) * values.abs().max()).all())
+    converged = (residuals <= _CONVERGED.get(dtype, 1e-3) * values.abs().max()).all()
+    return bool(current().decided(converged))
 
 
 def _next_block(

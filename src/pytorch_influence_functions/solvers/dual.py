@@ -170,9 +170,11 @@ class Woodbury(AbstractSolver[AbstractDualState]):
 
     The value is a `DualSolution`: scoring against it builds no vector of length P. The first damping costs one
     Cholesky factor of the Gram matrix; the second one eigendecomposition, after which every damping is m^2 work. Each
-    process of a `distributed()` block holds its part of matrix and factor, and every damping costs a factor. D must be
-    positive. Inner products are taken in float64 where D is below the rounding of float32. The residual is exact Gram
-    algebra plus an estimate of what rounding in the products adds.
+    process of a `distributed()` block holds its part of matrix and factor, and every damping costs a factor. Where each
+    solves for examples of its own (`RelatIF`, self-influence of rows that are not the examples'), and where one asks
+    alone after the block, it makes the whole once more: 24 m^2 bytes that the forecast for the block leaves out. D has
+    to be positive. Inner products are taken in float64 where D is below the rounding of float32. The residual is exact
+    Gram algebra plus an estimate of what rounding in the products adds.
     `init` raises `InvalidInput` for an operator without rows or D <= 0, `NonFinite` naming rows that hold NaN.
 
     >>> state = Woodbury().init(gram, Shift(1e-3))  # doctest: +SKIP
@@ -207,7 +209,7 @@ class Woodbury(AbstractSolver[AbstractDualState]):
         no_preconditioner(self, preconditioner)
         self._check(operator, shift)
         assert isinstance(operator, Gram)
-        if _rounding(operator, shift) > _ROUNDING and operator.precision != torch.float64:
+        if operator.precision != torch.float64 and current().decides(_rounding(operator, shift) > _ROUNDING):
             operator.refine()
         if operator.is_shared and not operator.eigenvalues_at_hand:
             shared = _shared(operator, shift)
@@ -261,9 +263,8 @@ class Woodbury(AbstractSolver[AbstractDualState]):
             del notes["smallest_curvature"]  # with fewer rows than parameters C is singular; otherwise unknown
         if bad := nonfinite_rows(w):
             return Solution(value, residual, Result.nonfinite_output, 1, notes, bad)
-        failed = tuple(int(i) for i in (~(residual <= self.rtol)).nonzero().flatten())
-        if rounding > _ROUNDING:
-            failed = tuple(range(len(rows)))
+        wrong = current().decided(~(residual <= self.rtol) | (rounding > _ROUNDING))
+        failed = tuple(int(i) for i in wrong.nonzero().flatten())
         residual = torch.where(size > 0, (residual.square() + rounding**2).sqrt(), residual)
         return Solution(value, residual, Result.inaccurate if failed else Result.successful, 1, notes, failed)
 

@@ -178,7 +178,8 @@ class Neumann(AbstractSolver[NeumannState]):
             plan = Tuning(self.step, self.steps, batch, math.nan, math.nan, math.nan, rate)
         else:
             plan = self.tuning(state, b.dtype, b.device).everyones()
-        if not fixed and state.preconditioner is None and bends_down(plan, state, b.dtype):
+        measured = not fixed and state.preconditioner is None
+        if measured and current().decides(bends_down(plan, state, b.dtype)):
             return self._negative(state, rows, b, plan)
         run = _Series(self, state, plan, b)
         total = torch.zeros_like(b)
@@ -241,7 +242,7 @@ class Neumann(AbstractSolver[NeumannState]):
             measured = automatic.tuning(NeumannState(system, state.preconditioner), b.dtype, b.device)
         except InvalidInput as cause:
             return Solution(value, residual, Result.nonfinite_output, run.taken, notes, failed, str(cause))
-        if state.preconditioner is None and bends_down(measured, state, b.dtype):
+        if state.preconditioner is None and current().decides(bends_down(measured, state, b.dtype)):
             negative = self._negative(state, system.operator.space.rows(b), b, measured)
             return Solution(value, residual, negative.result, run.taken, notes, failed, negative.detail)
         detail = (
