@@ -434,20 +434,28 @@ def test_examples_are_chosen_by_columns(tmp_path: Path) -> None:
 
 
 def test_columns_of_a_stream_are_compared_at_its_end(tmp_path: Path) -> None:
-    """Their number is not known before; what is stored is kept, and the same call with the right columns goes on."""
+    """Their number is not known before; the index is whole without them, and takes them afterwards."""
     problem, queries = problem_of()
     x, y = problem.data.dataset.tensors
+    want = ptif.ekfac().fit(problem).score(queries).values
 
     def build(stop: int, count: int) -> ptif.Index:
         columns = {"n": range(count)}
         return ptif.Index.build(problem, tmp_path / "i", data=Stream(x[:stop], y[:stop]), columns=columns)
 
-    with pytest.raises(InvalidInput, match=r"Column 'n' has 39 values for 40 examples; give one for each"):
+    with pytest.raises(InvalidInput, match=r"Column 'n' has 39 values for 40 examples; the index holds all 40 .*annot"):
         build(40, 39)
+    index = ptif.Index.open(tmp_path / "i", problem)
+    in_fortieths = want[:, :40] * 60 / 40
+    assert index.columns == {} and gap(index.score(queries).values, in_fortieths) < 1e-12
     index = build(40, 40)
-    with pytest.raises(InvalidInput, match=r"Column 'n' has 21 values for 20 examples; give one for each"):
+    with pytest.raises(InvalidInput, match=r"'n' has 21 values for 20 examples; the index holds all 60 .*annotate\("):
         index.append(Stream(x[40:], y[40:]), columns={"n": range(21)})
-    index = ptif.Index.open(tmp_path / "i", problem).append(Stream(x[40:], y[40:]), columns={"n": range(40, 60)})
+    index = ptif.Index.open(tmp_path / "i", problem)
+    assert gap(index.score(queries).values, want) < 1e-12
+    with pytest.raises(InvalidInput, match=r"columns for 40 of its 60 examples: .* with index.annotate\(columns\)"):
+        index.score(queries, where={"n": 3})
+    index = index.annotate({"n": range(60)})
     assert len(index) == 60 and index.columns["n"].tolist() == list(range(60))
     assert index.score(queries, where={"n": [3, 57]}).indices[0].tolist() == [3, 57]
 

@@ -483,6 +483,15 @@ def test_finished_blocks_are_found_again_and_the_rest_fitted(tmp_path: Any, monk
     assert [len(p) for p in passes] == [2]
 
 
+@pytest.mark.parametrize(("classes", "fisher"), [(17, GGN()), (18, Fisher(samples=1))])
+def test_up_to_sixteen_independent_outputs_are_enumerated(classes: int, fisher: Any) -> None:
+    """Probabilities add up to one, so that 17 classes are 16 outputs."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, classes).double(), torch.randn(40, 3).double(), torch.arange(40) % classes
+    default, named = (written_out(fitted(c, derivatives_of(model, x, y))) for c in (EKFAC(), EKFAC(fisher)))
+    assert gap(default, named) < rounding(named)
+
+
 def test_other_weights_data_or_settings_are_other_factors(tmp_path: Any) -> None:
     model, x, y = conv_net()
     places = set()

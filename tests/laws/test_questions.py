@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -339,6 +340,22 @@ def test_parts_add_up_to_the_whole(name: str) -> None:
     assert top["2"].helpful(1, 2)[0][0] == parts["2"].helpful(1, 1)[0][0]
     with pytest.raises(InvalidInput, match=r"^Each part holds other training examples"):
         top.total()
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-9])
+def test_parts_of_the_dual_add_up_in_float32_under_light_damping(damping: float) -> None:
+    """Parts are several hundred times the whole there, or more, and each is what it is in float64."""
+    model, x, y, xq, yq = mlp(n=5, q=3)
+    several = []
+    for dtype in (torch.float32, torch.float64):
+        problem = ptif.Problem(copy.deepcopy(model).to(dtype), nn.CrossEntropyLoss(), (x.to(dtype), y))
+        attribution, queries = ptif.dual(damping=damping).fit(problem), (xq.to(dtype), yq)
+        parts, whole = attribution.score(queries, by="layer"), attribution.score(queries)
+        assert whole.values.dtype == dtype and parts.values_by_part.dtype == torch.float64
+        assert relative_gap(parts.total().values, whole.values.double()) < 1e-6
+        several.append(parts.values_by_part)
+    assert several[0].abs().max() > 1e-4 / damping * whole.values.abs().max()
+    assert relative_gap(*several) < 1e-5
 
 
 def test_a_part_is_the_inner_product_over_its_parameters() -> None:

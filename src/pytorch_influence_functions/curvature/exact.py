@@ -45,7 +45,7 @@ from .own_losses import find_obstacle, require_output_curvature
 
 # A dataset smaller than this, in bytes, is kept collated for mini-batch products.
 _RESIDENT_BYTES = 256 << 20
-# Up to this many outputs their classes are enumerated rather than sampled.
+# Up to this many independent outputs (one less than the classes) they are enumerated rather than sampled.
 ENUMERATED_OUTPUTS = 16
 # Products of random vectors that tell the trace of a Hessian whose loss is no likelihood.
 _TRACE_PRODUCTS = 8
@@ -173,7 +173,7 @@ class GGN(AbstractFisher):
     def stored(self, derivatives: Derivatives, budget: Budget) -> Gram:
         columns = self._root_size(derivatives)
         whole = 4.0 * max(columns**2, columns * len(derivatives.problem))
-        budget.check(whole, f"Rows for each of {columns:,} outputs per example", "use EKFAC() or CG()")
+        budget.check(whole, f"Rows for each of {columns:,} independent outputs per example", "use EKFAC() or CG()")
         return AbstractRowCurvature.stored(self, derivatives, budget)
 
     def implicit(self, derivatives: Derivatives) -> Implicit:
@@ -189,7 +189,7 @@ class GGN(AbstractFisher):
         return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), count, rounding)
 
     def block_means(self, derivatives: Derivatives) -> dict[str, float]:
-        """Mean eigenvalue per block, exact for few outputs and examples, else from one sampled cotangent each.
+        """Mean eigenvalue per block, exact for few independent outputs, else from one sampled cotangent per example.
 
         Args:
             derivatives: how gradients are taken.

@@ -14,14 +14,20 @@ from ..linalg.rows import Rows
 from ..linalg.space import Space
 
 # Columns of one batch that are looked at together, and numbers in float64 that are written out for them at once: enough
-# for a product to be fast, and at least so many rows, so that the sum is not moved through memory for a few.
+# for a product to be fast, and so many rows, so that the sum is not moved through memory for a few. A row has more
+# numbers than there are parameters where a wide layer has few inputs: then this share of the sum's own numbers.
 _COLUMNS = 64
 _PIECE, _FEWEST = 1 << 20, 128
+_SHARE = 4
 
 
 def piece_bytes(size: int) -> int:
     """What is written out at once for a matrix over so many parameters, roughly: both sides of a product, twice."""
-    return 4 * 8 * max(_PIECE, _FEWEST * size)
+    return 4 * 8 * _most_numbers(size)
+
+
+def _most_numbers(size: int) -> int:
+    return max(_PIECE, size**2 // _SHARE)
 
 
 class SecondMoment:
@@ -97,7 +103,7 @@ class SecondMoment:
         if total is None:
             total = torch.zeros(outputs, i * v, dtype=torch.float64, device=self._device)
             self._pairs[one, two] = total
-        for piece in _pieces(rights[one].shape[0], max(o * u, i * v)):
+        for piece in _pieces(rights[one].shape[0], max(o * u, i * v), _most_numbers(self.space.size)):
             output = torch.einsum("cno,cnu->nou", lefts[one][:, piece], lefts[two][:, piece])
             picked = output.flatten(1) if upper is None else output[:, upper[0], upper[1]]
             inputs = (rights[one][piece, :, None] * rights[two][piece, None]).flatten(1)
@@ -142,7 +148,7 @@ def _equal(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() or torch.equal(x, y)
 
 
-def _pieces(count: int, numbers_each: int) -> Iterator[slice]:
-    step = max(_FEWEST, _PIECE // numbers_each)
+def _pieces(count: int, numbers_each: int, most: int) -> Iterator[slice]:
+    step = max(1, min(max(_FEWEST, _PIECE // numbers_each), most // numbers_each))
     for start in range(0, count, step):
         yield slice(start, start + step)

@@ -69,7 +69,7 @@ class AbstractAttribution(OldNames, ABC):
 
         Returns:
             `Scores` of shape (queries, N), averaged over the checkpoints in `units`, or summed with `weights`; with
-            `by`, `PartScores`, which add up to them.
+            `by`, `PartScores`, which add up to them (of the dual in float64).
 
         Raises:
             InvalidInput: `by` is given, and the scores are no sum over layers.

@@ -139,6 +139,7 @@ class Rounds:
                 for some, values in stream.blocks():
                     scoring.add(query_ids, some, _times(values, factor))
             else:
+                scoring.double |= not solved.written_out
                 for some, by_part in stream.part_blocks():
                     for part, values in enumerate(by_part):
                         scoring.add(query_ids, some, _times(values, factor), part)

@@ -59,6 +59,8 @@ class ScoringPass:
     parts: Parts | None = None
     whole: bool = False
     """Whether blocks come in shares that are added up, so that extremes can only be taken at the end."""
+    double: bool = False
+    """Whether scores are given in float64 whatever the model's precision: parts that cancel only add up then."""
     world: World = field(default_factory=current)
     _started: float = field(default_factory=time.perf_counter, init=False)
     _matrices: list[ScoreMatrix] = field(init=False)
@@ -134,7 +136,7 @@ class ScoringPass:
             indices = data.positions.expand(len(values), -1) if indices is None else data.positions[indices]
         dtype = problem.space.like(problem.model).dtype
         scores = Scores(
-            values.to(torch.float64 if dtype == torch.float64 else torch.float32),
+            values.to(torch.float64 if self.double or dtype == torch.float64 else torch.float32),
             lower_is_better=question.lower_is_better,
             n_train=len(data.whole),
             indices=indices,
@@ -295,15 +297,27 @@ class TrainingStream:
         """(training ids, scores of the group on them by part), in dataset order."""
         assert self.parts is not None
         n, parts = len(self.derivatives.problem), self.parts.values()
-        # Written out once, not for every head.
-        whole = self.solved.rows() if self.parts.divides_layers else self.solved
+        whole, precision, known = self._whole(self.parts.divides_layers)
         solved = [part.of_solved(whole) for part in parts]
         constants = [decay_term(self.derivatives, own, part) for own, part in zip(solved, parts, strict=True)]
         for ids, rows in self._training_rows():
-            values = [
-                own.against(part.of(rows), self.route, self.precision) for own, part in zip(solved, parts, strict=True)
-            ]
+            pairs = zip(solved, parts, strict=True)
+            values = [own.against(part.of(rows), self.route, precision) for own, part in pairs]
+            if known is not None:
+                _add_up_to(known[:, ids], values)
             yield ids, [(v if c is None else v + c[:, None]) / n for v, c in zip(values, constants, strict=True)]
+
+    def _whole(self, written_out: bool) -> tuple[Solved, torch.dtype | None, Tensor | None]:
+        """Solved queries to take parts of, the precision of their products, and the whole's where they are known.
+
+        Parts of a dual solution are up to 1 / damping as large as the whole and cancel, so they are taken in float64.
+        """
+        solved = self.solved
+        if not isinstance(solved, DualSolution):
+            return (solved.rows() if written_out else solved), self.precision, None
+        known = None if self.stored is None or self.training_rows is not None else solved.known(self.stored)
+        # Written out once, not for every head.
+        return (solved.rows(torch.float64) if written_out else solved.in_double()), torch.float64, known
 
     def _training_rows(self) -> Iterator[tuple[Tensor, Rows]]:
         """(training ids, the rows that stand for them)."""
@@ -389,7 +403,23 @@ def decay_term(derivatives: Derivatives, solved: Solved, part: Part | None = Non
         return None
     values = {k: whole(v).detach()[None] for k, v in space.values(derivatives.problem.model).items()}
     own = space.from_parameters(values).scaled(space.decay)
+    own = own.to(solved.dtype)
     return solved.inner(own if part is None else part.of(own))[:, 0]
+
+
+def _add_up_to(whole: Float[Tensor, "q n"], parts: list[Float[Tensor, "q n"]]) -> None:
+    """Change each part in proportion to its size, so that they add up.
+
+    What is missing is what rounding has left of the Gram matrix, which is as far as parts were known.
+    """
+    missing = whole.clone()
+    sizes = torch.zeros_like(whole)
+    for part in parts:
+        missing -= part
+        sizes += part.abs()
+    share = missing / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+    for part in parts:
+        part += share * part.abs()
 
 
 def self_influence_rows(derivatives: Derivatives, room: int) -> Iterator[tuple[Int[Tensor, " n"], Rows]]:

@@ -51,14 +51,20 @@ class DualSolution:
 
         <x, g_m> = N w[m] exactly, because w solves (N + G D^-1 G^T) w = G D^-1 b: no cancellation, no product.
         """
-        if rows is self.basis:
-            return (self.count * self.coefficients).to(self.dtype)
+        result = torch.promote_types(self.dtype, self.precision or self.dtype)
+        known = self.known(rows)
+        if known is not None:
+            return known.to(result)
         uniform = self.shift.uniform
         scaled = rows if uniform is not None else self.shift.inverse(rows)
         direct = self.base.inner(scaled, route, self.precision).double()
         # The big side first: its factored form is the one whose route matters.
         removed = self.coefficients @ self.basis.inner(scaled, route, self.precision).double()
-        return (direct.sub_(removed) / (uniform if uniform is not None else 1.0)).to(self.dtype)
+        return (direct.sub_(removed) / (uniform if uniform is not None else 1.0)).to(result)
+
+    def known(self, rows: Rows) -> Float[Tensor, "n m"] | None:
+        """The products with `rows` where these are the basis itself, in float64; None for all others."""
+        return self.count * self.coefficients if rows is self.basis else None
 
     def against(
         self, training: Rows, route: Route | None = None, dtype: torch.dtype | None = None
@@ -80,14 +86,20 @@ class DualSolution:
     def _diagonal(self) -> list[float]:
         return list(self.shift.over(self.base.blocks).values())
 
-    def rows(self) -> Rows:
-        """The solution written out as `Dense` blocks: n * P numbers."""
-        removed = self.basis.combine(self.coefficients)
+    def rows(self, dtype: torch.dtype | None = None) -> Rows:
+        """The solution written out as `Dense` blocks: n * P numbers.
+
+        Args:
+            dtype: in which it is put together and given; None: that of its rows.
+        """
         scale = dict(zip(self.base.blocks, self._diagonal(), strict=True))
 
         def solve_block(name: str) -> Dense:
-            b, r = self.base.blocks[name].dense(), removed.blocks[name].dense()
-            return Dense((b.reshape(r.shape) - r) / scale[name])
+            base, basis = self.base.blocks[name], self.basis.blocks[name]
+            if dtype is not None:
+                base, basis = base.to(dtype), basis.to(dtype)
+            removed = Dense(basis.combine(self.coefficients.to(basis.reference))).dense()
+            return Dense((base.dense().reshape(removed.shape) - removed) / scale[name])
 
         return Rows({name: solve_block(name) for name in self.base.blocks})
 
@@ -106,6 +118,10 @@ class DualSolution:
         if other is self.base:
             return self.quadratic()
         return other.rowwise(self.rows())
+
+    def in_double(self) -> DualSolution:
+        """The same with inner products in float64, for parts of it, which may be large and cancel."""
+        return replace(self, precision=torch.float64)
 
     def only(self, names: Sequence[str]) -> DualSolution:
         """Some blocks of the solutions: what they have in common with rows of these blocks alone."""

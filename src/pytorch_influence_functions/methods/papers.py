@@ -345,8 +345,8 @@ def dual(curvature: AbstractCurvature | None = None, damping: AbstractDamping | 
     score = k_q (K + N lambda)^-1 with K = G G^T. Every further damping, all leverages and self-influences are free.
 
     Args:
-        curvature: `EmpiricalFisher()`, `Fisher(samples=k)` or `GGN()`, whose matrix has N x outputs rows; `None`:
-            `EmpiricalFisher()`.
+        curvature: `EmpiricalFisher()`, `Fisher(samples=k)` or `GGN()`, whose matrix has a row for every example and
+            independent output (one less than the classes); `None`: `EmpiricalFisher()`.
         damping: what is added to the curvature: `Relative(share)` of its mean eigenvalue, `Absolute(value)` or a
             number, `FromTraining(lr, steps)`, `FromCurve(held_out)`; `None`: `Relative(3.0)`.
 

@@ -279,7 +279,7 @@ def add_examples(
 
     Raises:
         IndexDiffers: the data are not those that the part was begun with.
-        InvalidInput: there are other columns than examples; the same call with the right ones goes on.
+        InvalidInput: there are other columns than examples; these are stored to the end, without columns.
     """
     manifest, world = opened.manifest, current()
     opened.check_shared()
@@ -314,10 +314,15 @@ def add_examples(
     if place == first:
         raise InvalidInput("The data hold no example; at least one is needed.")
     _check_length(opened, place, written[-1].stop if written else first)
-    if columns is not None:
-        columns.check_length(place - first)
     if not opened.manifest.complete and part == len(manifest.parts) - 1:
         opened.write(replace(opened.manifest, complete=True))
+    if columns is not None:
+        # The gradients are worth more than the columns: the index is whole without them, and answers.
+        columns.check_length(
+            place - first,
+            f"the index holds all {opened.manifest.examples:,} examples without it: open it, and give each of them one "
+            "with index.annotate(columns)",
+        )
 
 
 def _list(opened: IndexFolder, fresh: list[Shard], place: int) -> None:

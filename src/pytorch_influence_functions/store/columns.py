@@ -155,11 +155,12 @@ class Columns:
         columns.check_length(len(next(iter(columns.by_name.values())).values) if count is None else count)
         return columns
 
-    def check_length(self, count: int) -> None:
+    def check_length(self, count: int, advice: str = "give one for each") -> None:
         """Refuse columns of another length.
 
         Args:
             count: how many examples there are.
+            advice: what to do then.
 
         Raises:
             InvalidInput: a column has more or fewer values.
@@ -167,7 +168,7 @@ class Columns:
         for name, column in self.by_name.items():
             if len(column.values) != count:
                 raise InvalidInput(
-                    f"Column {name!r} has {len(column.values):,} values for {count:,} examples; give one for each."
+                    f"Column {name!r} has {len(column.values):,} values for {count:,} examples; {advice}."
                 )
 
     @staticmethod
@@ -186,8 +187,8 @@ class Columns:
         count = manifest.examples if manifest.complete else manifest.parts[-1]
         if len(joined) != count:
             raise InvalidInput(
-                f"The index has columns for {len(joined):,} of its {count:,} examples: an append "
-                "was interrupted; give all of them with index.annotate(columns)."
+                f"The index has columns for {len(joined):,} of its {count:,} examples: an append was interrupted, or "
+                "came with another number of them; give all of them with index.annotate(columns)."
             )
         return joined
 

@@ -115,7 +115,7 @@ class EKFAC(AbstractKronecker):
     Args:
         fisher: whose gradients are measured: `GGN()` (exact, classes enumerated), `Fisher(samples=k)`,
             `EmpiricalFisher()` (the given labels; cheap, and not a curvature once the model fits); `None`: exact for
-            at most 16 outputs without weight sharing, else `Fisher(samples=1)`.
+            at most 16 independent outputs (17 classes) without weight sharing, else `Fisher(samples=1)`.
         sharing: how the uses of a shared weight enter the basis: `Sharing.EXPAND` or `Sharing.REDUCE`.
         examples: how many training examples to measure on, spread over all; `None`: as many as the basis needs.
         largest: sides longer than this keep their coordinates as basis instead of being decomposed.
