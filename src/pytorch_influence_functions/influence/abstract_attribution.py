@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, overload
 
 from ..core.renames import OldNames
+from ..gradients.per_example import Derivatives
 from ..problem.agreement import entry
 from ..problem.problem import Problem
 from ..scores.diagnostics import Diagnostics
@@ -83,13 +84,18 @@ class AbstractAttribution(OldNames, ABC):
             return scoring.part_scores(diagnostics, self.fit_seconds)
         return scoring.scores(diagnostics, self.fit_seconds)
 
+    @property
     @abstractmethod
+    def _derivatives(self) -> Derivatives:
+        """How gradients are taken, of one checkpoint as of any."""
+
     def _question(self, *asked: Any) -> Question:
         """What was asked, of this problem's training objective where no measure was named."""
+        return Question.of(self.problem, self._derivatives.objective, *asked)
 
-    @abstractmethod
     def _parts(self, by: By) -> Parts:
         """The parts of the model that scores are told apart by."""
+        return Parts.of(by, self._derivatives)
 
     @abstractmethod
     def _scored(self, question: Question, parts: Parts | None) -> tuple[ScoringPass, Callable[[RunLog], Diagnostics]]:

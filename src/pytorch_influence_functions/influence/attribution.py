@@ -53,7 +53,7 @@ from .checks import (
 from .fitted_member import FittedMember
 from .members import Members
 from .method import AbstractMethod
-from .parts import By, Parts
+from .parts import Parts
 from .question import Question, take_sides
 from .rounds import Rounds
 from .run_log import RunLog
@@ -305,7 +305,7 @@ class Attribution(AbstractAttribution):
         Reference: Grosse et al. (2023), "Studying Large Language Model Generalization with Influence Functions", §5.
         """
         question = self._question(queries, measure)
-        check_tokens(self.members[0].derivatives, self.spec.scaling, "token_scores")
+        check_tokens(self._derivatives, self.spec.scaling, "token_scores")
         tokens = TokenScores(self.problem, ids, len(question))
         self._follow(question, tokens.add)
         return tokens.everyones()
@@ -336,7 +336,7 @@ class Attribution(AbstractAttribution):
         """
         queries, contrast = take_sides(queries, contrast)
         question = self._question(queries, measure, None, None, None, contrast)
-        objective = check_tokens(self.members[0].derivatives, self.spec.scaling, "top_tokens")
+        objective = check_tokens(self._derivatives, self.spec.scaling, "top_tokens")
         data, several, room = self.problem.data, len(self.members) > 1, Budget.of(self.spec.memory).bytes
         some = None if ids is None else torch.tensor([data.index_of(i) for i in checked_ids(ids, len(data.whole))])
         extremes = TokenExtremes(self.problem, objective, question, whole_number("k", k), some, several, room)
@@ -455,11 +455,9 @@ class Attribution(AbstractAttribution):
         scoring = rounds.scored(question) if parts is None else rounds.scored_by_part(question, parts)
         return scoring, self._diagnostics
 
-    def _parts(self, by: By) -> Parts:
-        return Parts.of(by, self.members[0].derivatives)
-
-    def _question(self, *asked: Any) -> Question:
-        return Question.of(self.problem, self.members[0].derivatives.objective, *asked)
+    @property
+    def _derivatives(self) -> Derivatives:
+        return self.members[0].derivatives
 
     def _member(self, checkpoint: Any) -> FittedMember:
         last = len(self.members) - 1

@@ -101,16 +101,16 @@ def heads_of(model: nn.Module, space: Space) -> dict[str, tuple[Cut, ...]]:
 def _pieces_of(model: nn.Module, name: str, module: nn.Module) -> list[_Pieces]:
     """How the layers of an attention module are divided among its heads; nothing for other modules."""
     kind, count = type(module).__name__, _count_of(module)
-    outputs = [(_joined(name, child), layer) for child in _OUTPUTS if (layer := _layer(module, child)) is not None]
-    outputs += _beside(model, name)
     fused = _THREE.get(kind) or _HEAD_BY_HEAD.get(kind)
     queries = [child for child in _QUERIES if _layer(module, child) is not None or hasattr(module, f"{child}_weight")]
     if count is None or not (fused or queries):
         return []
+    outputs = [(_joined(name, child), layer) for child in _OUTPUTS if (layer := _layer(module, child)) is not None]
+    outputs += _beside(model, name)
     size = _size_of(module, count, queries, fused)
     pieces: list[_Pieces] = []
     if fused is not None and size is not None and _outputs_of(module, fused) == 3 * count * size:
-        turned, together = _is_turned(module, fused), count * size
+        turned, together = _is_turned(_layer(module, fused)), count * size
         if kind in _THREE:
             pieces.append(_Pieces(_joined(name, fused), 0, "head", count, size, (0, together, 2 * together), turned))
         else:
@@ -121,14 +121,16 @@ def _pieces_of(model: nn.Module, name: str, module: nn.Module) -> list[_Pieces]:
         own = length // size if size and length % size == 0 else 0
         if own == count or (child in _KEYS_AND_VALUES and own and count % own == 0):
             label = "head" if own == count else "kv_head"
-            pieces.append(_Pieces(_joined(name, child), 0, label, own, size or 0, turned=_is_turned(module, child)))
+            pieces.append(
+                _Pieces(_joined(name, child), 0, label, own, size or 0, turned=_is_turned(_layer(module, child)))
+            )
         else:
             raise _unknown(name, kind)
-    fitting = [place for place, layer in outputs if size and _shape(layer)[1] == count * size]
+    fitting = [(place, layer) for place, layer in outputs if size and _shape(layer)[1] == count * size]
     if not pieces or len(fitting) != 1:
         raise _unknown(name, kind)
-    turned = type(dict(outputs)[fitting[0]]).__name__ == "Conv1D"
-    return [*pieces, _Pieces(fitting[0], 1, "head", count, size or 0, turned=turned)]
+    ((place, layer),) = fitting
+    return [*pieces, _Pieces(place, 1, "head", count, size or 0, turned=_is_turned(layer))]
 
 
 def _unknown(name: str, kind: str) -> InvalidInput:
@@ -193,11 +195,12 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer."""
     weight: Any = layer.weight
     rows, columns = weight.shape
-    return (columns, rows) if type(layer).__name__ == "Conv1D" else (rows, columns)
+    return (columns, rows) if _is_turned(layer) else (rows, columns)
 
 
-def _is_turned(module: nn.Module, child: str) -> bool:
-    return type(_layer(module, child)).__name__ == "Conv1D"
+def _is_turned(layer: nn.Module | None) -> bool:
+    """Whether the layer stores its weight as [inputs, outputs]."""
+    return type(layer).__name__ == "Conv1D"
 
 
 def _joined(name: str, child: str) -> str:

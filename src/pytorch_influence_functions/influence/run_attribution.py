@@ -54,13 +54,14 @@ class RunAttribution(AbstractAttribution):
         """The composition in use, as it would be written."""
         return repr(self.spec)
 
-    def _question(self, *asked: Any) -> Question:
-        return Question.of(self.problem, self.derivatives.objective, *asked)
+    @property
+    def _derivatives(self) -> Derivatives:
+        return self.derivatives
 
     def _parts(self, by: By) -> Parts:
         if not self.tells_parts:
             raise InvalidInput(f"{type(self.spec).__name__} takes no by=; leave it out, or use ptif.ekfac().")
-        return Parts.of(by, self.derivatives)
+        return super()._parts(by)
 
     def _scored(self, question: Question, parts: Parts | None) -> tuple[ScoringPass, Callable[[RunLog], Diagnostics]]:
         world = current() if self.shares_work else World()

@@ -113,8 +113,7 @@ class PartScores(Mapping[str, Scores]):
         tensors = {k: tensor for k, tensor in common.items() if k not in _OF_EACH}
         # Labels, names and diagnostics are the same for all parts, and may be long.
         for at, scores in enumerate(self.scores.values()):
-            own, _ = contents_of(scores)
-            tensors |= {f"{at}.{k}": own[k] for k in _OF_EACH if k in own}
+            tensors |= {f"{at}.{k}": own for k in _OF_EACH if (own := getattr(scores, k)) is not None}
         write_tensors(path, _KIND, tensors, {"parts": list(self.scores), "of all": record, "fingerprint": fingerprint})
 
     @classmethod
@@ -129,10 +128,9 @@ class PartScores(Mapping[str, Scores]):
             InvalidInput: no such file, a damaged one, or one of another kind, version or fingerprint.
         """
         tensors, record = read_contents(path, _KIND, fingerprint)
-        parts = {}
+        parts, common = {}, {k: tensor for k, tensor in tensors.items() if "." not in k}
         for at, name in enumerate(record.get("parts", ())):
             own = {k: tensors[f"{at}.{k}"] for k in _OF_EACH if f"{at}.{k}" in tensors}
-            common = {k: tensor for k, tensor in tensors.items() if "." not in k}
             parts[name] = rebuild(Scores, path, common | own, record.get("of all", {}))
         return cls(parts)
 
