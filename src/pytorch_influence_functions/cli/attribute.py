@@ -139,7 +139,7 @@ def _print_result(output: Output, run: AttributionRun, finished: FinishedRun, re
         "",
         show.heading("Most helpful and most harmful"),
         show.indent(meaning),
-        *show.influence_tables(parts, run.names),
+        *show.influence_tables(parts, run.task.names),
         "",
         show.heading("How far to trust it"),
         show.checklist(d),

@@ -11,8 +11,8 @@ import typer
 
 from ..core.errors import InvalidInput, UnknownName, nearest, require
 from ..core.validate import is_finite, is_whole
-from .task import Overrides
-from .texts import TextFlags
+from .task import Overrides, Task, load_task
+from .texts import TextFlags, load_text_task
 
 # --------------------------------------------------------------------------- flags
 
@@ -128,6 +128,19 @@ class RunSettings:
         if self.texts.given:
             raise InvalidInput(f"A task file and {self.texts.given[0]} name two tasks; give one of them.")
         return self.task
+
+    def load(self, asks: bool = True) -> Task:
+        """The task: of a task file, or of a language model and its texts.
+
+        Args:
+            asks: whether there have to be questions to a language model.
+
+        Raises:
+            InvalidInput: neither is named, or what is named cannot be used.
+        """
+        if self.task is None and self.texts.given:
+            return load_text_task(self.texts, self.overrides, asks)
+        return load_task(self.task_file, self.overrides)
 
     @property
     def overrides(self) -> Overrides:

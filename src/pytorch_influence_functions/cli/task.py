@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +11,7 @@ from typing import Any, Final, final
 import torch
 
 from ..core.errors import InvalidInput, UnknownName, nearest
+from ..core.token_text import text_name_of
 from ..influence.method import AbstractMethod
 from ..methods.names import as_method
 from ..problem.data import Source
@@ -62,6 +63,12 @@ class Task:
                 f"{self.path.name} gives no queries; let get_dataloaders() return (train, test), or define queries."
             )
         return self.queries
+
+    @property
+    def names(self) -> Callable[[int], str] | None:
+        """What to call a training example, where its data know it."""
+        source = self.problem.data.whole
+        return None if text_name_of(source, 0) is None else lambda index: text_name_of(source, index) or ""
 
 
 @final

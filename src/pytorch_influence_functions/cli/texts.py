@@ -26,6 +26,8 @@ _COLUMNS: Final = (
     "source_column",
     "max_length",
 )
+# Longer texts are content and not facts of a row.
+_WORDS: Final = 100
 
 
 @final
@@ -54,8 +56,13 @@ class TextFlags:
         return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value]
 
 
-def load_text_task(flags: TextFlags, overrides: Overrides) -> Task:
+def load_text_task(flags: TextFlags, overrides: Overrides, asks: bool = True) -> Task:
     """The model, its texts and the questions.
+
+    Args:
+        flags: what was given on the command line.
+        overrides: what changes the problem.
+        asks: whether there have to be questions; without, the task has none.
 
     Raises:
         InvalidInput: a flag is missing, or the file is none of texts.
@@ -65,7 +72,7 @@ def load_text_task(flags: TextFlags, overrides: Overrides) -> Task:
         raise InvalidInput(f"{flags.given[0]} belongs to a language model; give its folder with --hf.")
     if flags.dataset is None:
         raise InvalidInput("--hf needs --dataset, a .jsonl file with the texts that the model was trained on.")
-    if not flags.query:
+    if asks and not flags.query:
         raise InvalidInput('--hf needs --query, what is asked about: --query "Who wrote Emma?", once or more often.')
     if flags.answer and len(flags.answer) != len(flags.query):
         raise InvalidInput(
@@ -80,7 +87,8 @@ def load_text_task(flags: TextFlags, overrides: Overrides) -> Task:
     options: dict[str, Any] = {name: getattr(flags, name) for name in _COLUMNS}
     options |= {name: value for name, value in vars(overrides).items() if value is not None and name != "device"}
     problem = text_problem(model, flags.hf, rows, **options)
-    return Task(Path(flags.hf), problem, _questions(problem, flags, rows))
+    queries = _questions(problem, flags, rows) if asks else None
+    return Task(Path(flags.hf), problem, queries, columns=_facts_of(problem, rows))
 
 
 @contextlib.contextmanager
@@ -127,6 +135,25 @@ def _parse(path: Path, text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as cause:
         raise InvalidInput(f"{path.name}{where}: not JSON ({cause.msg}); write one object a line.") from cause
+
+
+def _facts_of(problem: Problem, rows: Sequence[Any]) -> dict[str, list[Any]] | None:
+    """What the rows say of their texts beside the texts: numbers, yes or no, and words of some length, by column."""
+    texts = problem.data.dataset
+    read = texts.columns.names if isinstance(texts, Texts) and texts.columns is not None else ()
+    if len(problem.data.whole) != len(rows) or not all(isinstance(row, dict) for row in rows):
+        return None
+    names = dict.fromkeys(name for row in rows for name in row if name not in read)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return {name: cells for name, cells in columns.items() if _are_facts(cells)} or None
+
+
+def _are_facts(cells: Sequence[Any]) -> bool:
+    """Whether all that is there are short texts, or all numbers."""
+    there = [cell for cell in cells if cell is not None]
+    if all(isinstance(cell, str) for cell in there):
+        return all(len(cell) <= _WORDS for cell in there)
+    return all(isinstance(cell, (bool, int, float)) for cell in there)
 
 
 def _questions(problem: Problem, flags: TextFlags, rows: Sequence[Any]) -> Any:

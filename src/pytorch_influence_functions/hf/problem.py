@@ -15,6 +15,7 @@ from ..problem.data import BATCH_SIZE, Source
 from ..problem.infer_loss import infer_objective
 from ..problem.problem import Problem, check_model
 from ..problem.weight_decay import WeightDecay
+from .asking import queries_for
 from .columns import choose_columns, rows_of
 from .models import (
     adapter_parameters,
@@ -173,7 +174,7 @@ def problem(
     objective = _objective(whole, trainer, data, normalisation, options.get("device")) if loss is None else loss
     if trainer is not None and loss is None:
         check_compute_loss(trainer, data, objective)
-    made = Problem(whole, objective, data, **options)
+    made = Problem(whole, objective, replace(data, ask=queries_for), **options)
     return _with_decay_of_batches(made, normalisation) if loss is None and token_shift(whole) is not None else made
 
 

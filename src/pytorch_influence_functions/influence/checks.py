@@ -185,7 +185,7 @@ def in_queries(place: str = "queries") -> Iterator[None]:
         yield
     except (InvalidInput, NonFinite) as error:
         message = str(error)
-        if not message.startswith((where, "Query ")):
+        if not message.startswith((where, "Query ") if place == "queries" else where):
             if "has no target" in message:
                 message += (
                     " To ask about unlabelled examples, give the model's own answers as labels: queries=(x, "
