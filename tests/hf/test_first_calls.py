@@ -99,9 +99,9 @@ def test_what_cannot_work_is_said(tmp_path: Path) -> None:
     tuned = peft.get_peft_model(llama(), peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(ptif.errors.InvalidInput, match="PROMPT_TUNING adapters put virtual tokens before every text"):
         ptif.hf.problem(tuned, tokenizer(), texts(3))
-    classifier = build("BertForSequenceClassification", transformers.BertConfig(**settings(num_labels=3)))
+    classifier = build("BertForTokenClassification", transformers.BertConfig(**settings(num_labels=3)))
     rows = [{"text": text, "label": 0} for text in texts(3)]
-    with pytest.raises(ptif.errors.InvalidInput, match="predicts classes, so texts alone teach it nothing"):
+    with pytest.raises(ptif.errors.InvalidInput, match="gives every token a class, so texts alone teach it nothing"):
         ptif.hf.problem(classifier, tokenizer(), rows)
     with pytest.raises(ptif.errors.InvalidInput, match=r"no tokenizer; write attribute\(ptif.hf.problem"):
         ptif.attribute(llama(), texts(3), "the cat sat")

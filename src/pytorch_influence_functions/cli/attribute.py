@@ -43,6 +43,7 @@ def attribute_command(
     text_column: options.TextColumn = None,
     prompt_column: options.PromptColumn = None,
     completion_column: options.CompletionColumn = None,
+    label_column: options.LabelColumn = None,
     source_column: options.SourceColumn = None,
     max_length: options.MaxLength = None,
     config: options.ConfigFile = None,

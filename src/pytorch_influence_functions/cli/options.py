@@ -56,6 +56,9 @@ MessagesColumn = Annotated[str | None, typer.Option("--messages-column", help="T
 TextColumn = Annotated[str | None, typer.Option("--text-column", help="The column with texts.")]
 PromptColumn = Annotated[str | None, typer.Option("--prompt-column", help="The column with prompts.")]
 CompletionColumn = Annotated[str | None, typer.Option("--completion-column", help="The column with answers.")]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", help="The column with labels, of a model for classes of texts.")
+]
 SourceColumn = Annotated[
     str | None, typer.Option("--source-column", help="The column that says where a text comes from, for the page.")
 ]
@@ -105,6 +108,7 @@ class RunSettings:
     text_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    label_column: str | None = None
     source_column: str | None = None
     max_length: int | None = None
 
@@ -196,6 +200,7 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "text_column": _TEXT,
     "prompt_column": _TEXT,
     "completion_column": _TEXT,
+    "label_column": _TEXT,
     "source_column": _TEXT,
     "max_length": _COUNT,
 }

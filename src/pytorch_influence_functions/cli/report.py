@@ -44,6 +44,7 @@ def report_command(
     text_column: options.TextColumn = None,
     prompt_column: options.PromptColumn = None,
     completion_column: options.CompletionColumn = None,
+    label_column: options.LabelColumn = None,
     source_column: options.SourceColumn = None,
     max_length: options.MaxLength = None,
     json: options.Json = False,
@@ -67,6 +68,7 @@ def report_command(
         "text_column": text_column,
         "prompt_column": prompt_column,
         "completion_column": completion_column,
+        "label_column": label_column,
         "source_column": source_column,
         "max_length": max_length,
     }

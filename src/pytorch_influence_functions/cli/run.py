@@ -70,8 +70,8 @@ class AttributionRun:
         return {len(data): sum(len(row.ids) for row in data.encoded) / len(data)}
 
     def fitted(self, finished: FinishedRun) -> Fitted | None:
-        """The fitted method for the colours of tokens, where the data are texts; fitted again after a resumed run."""
-        if self.task.names is None:
+        """The fitted method for the colours of tokens, where they are predicted; fitted again after a resumed run."""
+        if not isinstance(self.task.problem.data.dataset, Texts):
             return None
         fitted = finished.fitted or self.method.fit(self.task.problem, n_queries=len(self.ids))
         return fitted if isinstance(fitted, Attribution) else None

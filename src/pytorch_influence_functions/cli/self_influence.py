@@ -39,6 +39,7 @@ def self_influence_command(
     text_column: options.TextColumn = None,
     prompt_column: options.PromptColumn = None,
     completion_column: options.CompletionColumn = None,
+    label_column: options.LabelColumn = None,
     max_length: options.MaxLength = None,
     config: options.ConfigFile = None,
     overwrite: options.Overwrite = False,

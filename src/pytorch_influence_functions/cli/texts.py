@@ -23,6 +23,7 @@ _COLUMNS: Final = (
     "text_column",
     "prompt_column",
     "completion_column",
+    "label_column",
     "source_column",
     "max_length",
 )
@@ -47,6 +48,7 @@ class TextFlags:
     text_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    label_column: str | None = None
     source_column: str | None = None
     max_length: int | None = None
 
@@ -159,7 +161,9 @@ def _are_facts(cells: Sequence[Any]) -> bool:
 def _questions(problem: Problem, flags: TextFlags, rows: Sequence[Any]) -> Any:
     """Queries in the form that the texts have: of chats a user's turn, of prompts a prompt, of texts the text."""
     texts = problem.data.dataset
-    assert isinstance(texts, Texts)
+    if not isinstance(texts, Texts):  # a model for classes: answers are labels
+        answers = [{"label": int(a) if a.isdecimal() else a} for a in flags.answer] or [{}] * len(flags.query)
+        return queries_for(problem, [{"text": q} | a for q, a in zip(flags.query, answers, strict=True)])
     chats = texts.encoded[0].chat is not None
     prompts = [[{"role": "user", "content": query}] for query in flags.query] if chats else list(flags.query)
     first = rows[0]

@@ -60,6 +60,9 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
     if isinstance(first, Mapping) and not _is_question(first, problem.data):
         asked = _plain(problem, asked, first)
         first = asked[0]
+    labelled = _labelled_queries(problem.data, asked, first)
+    if labelled is not None:
+        return _in_the_form_of(problem.data, labelled)
     if not (isinstance(first, str) or is_chat(first) or _is_question(first, problem.data)):
         return _in_the_form_of(problem.data, asked)
     if token_shift(problem.model) is None:
@@ -82,6 +85,13 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
         list(column) if any(value is not None for value in column) else None for column in (answers, others)
     )
     return ask_texts(problem.model, tokenizer, list(prompts), completion, against, padding)
+
+
+def _labelled_queries(data: Source, asked: Any, first: Any) -> list[dict[str, Any]] | None:
+    """Texts, with labels or without, as examples of a model for classes; None where nothing such is asked."""
+    encode = data.dataset.encode_queries if isinstance(data.dataset, TokenisedRows) else None
+    texts = isinstance(first, str) or (isinstance(first, Mapping) and IDS not in first)
+    return encode(asked) if encode is not None and texts else None
 
 
 def _is_question(row: Any, data: Source) -> bool:
