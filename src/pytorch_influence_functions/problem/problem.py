@@ -15,12 +15,13 @@ from torch.nn.parameter import is_lazy
 from ..core.batches import map_tensors, tensors_of, to_device
 from ..core.cut_up import cut_modules, free_gathered, own_part
 from ..core.distributed import World, current
-from ..core.errors import InvalidInput, NonFinite, nearest
+from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, nearest
 from ..core.notebook import html_table
 from ..core.progress import track
+from ..core.warn import warn_caller
 from ..linalg.space import Selection, Space
 from ..objectives.base import AbstractObjective
-from ..objectives.convert import as_objective
+from ..objectives.convert import as_objective, divides_by_class_weights
 from .checkpoints import Checkpoint, as_checkpoints
 from .data import IdsLike, Source, check_policy
 from .labels import Labels
@@ -85,6 +86,14 @@ class Problem:
         model, prefix = unwrap(model)
         check_policy(deterministic)
         source = Source.of(data, batch_size)
+        decay = as_weight_decay(weight_decay, model, prefix)
+        if not decay.is_zero and divides_by_class_weights(objective):
+            warn_caller(
+                f"{type(objective).__name__}(weight=...) divides by the total class weight of a batch, and here losses "
+                "are averaged over the examples, beside which weight_decay= is too small or too large: give it times "
+                "weight[labels].mean() of the training labels, with loss=ptif.CrossEntropy(weight=...).",
+                TrainingDataWarning,
+            )
         model, objective = join_loss(model, as_objective(objective))
         # An iterator of parameters would be used up by the first look at it.
         chosen = _without_prefix(tuple(parameters) if isinstance(parameters, Iterator) else parameters, prefix)
@@ -93,7 +102,7 @@ class Problem:
             "objective": objective,
             "data": source,
             "parameters": chosen,
-            "weight_decay": as_weight_decay(weight_decay, model, prefix),
+            "weight_decay": decay,
             "checkpoints": as_checkpoints(checkpoints),
             "batch_size": source.batch_size,
             "deterministic": deterministic,
