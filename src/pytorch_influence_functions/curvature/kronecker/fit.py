@@ -73,8 +73,10 @@ class Fit:
     budget: Budget
     world: World = field(default_factory=current)
     columns: int = 1
-    ids: Tensor = field(default_factory=lambda: torch.arange(0))
+    ids: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of every block, the examples that its basis is measured on: those of a block that needs fewer are among them."""
     more: Tensor = field(default_factory=lambda: torch.arange(0))
+    """The examples that all eigenvalues are measured on."""
     wide: Source | None = None
     counted: float | None = None
     """The output directions of this process's share of `more`, once a pass has gone over them."""
@@ -120,7 +122,7 @@ class Fit:
         notes, short, long = [], [], []
         for name, block in look.blocks.items():
             terms = teaching_terms(block)
-            count = int(len(self.ids) * len(self.members) * terms * (self.columns if terms_of(block) == 1 else 1))
+            count = int(len(self.ids[name]) * len(self.members) * terms * (self.columns if terms_of(block) == 1 else 1))
             if float(blocks[name].values.abs().max()) == 0.0:
                 notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
             elif isinstance(block, (Outer, Conv)) and count < self._side(block):
@@ -166,17 +168,33 @@ class Fit:
             return Fisher(samples=1), 1
         return fisher, columns
 
-    def _ids(self, look: Rows) -> tuple[Tensor, Tensor]:
-        """The examples that the basis, and the eigenvalues in it, are measured on: spread over all.
+    def _ids(self, look: Rows) -> tuple[dict[str, Tensor], Tensor]:
+        """The examples that each basis, and all eigenvalues in them, are measured on: spread over all.
 
         A basis needs more terms than a side is long, which examples with many positions give sooner than eigenvalues
-        are known to a few per cent.
+        are known to a few per cent. A layer that few positions reach, as the last of a classifier of texts, needs more
+        examples than the others, which do not read them all for its sake.
         """
         n = len(self.members[0][1].problem)
         # Padding teaches nothing, and must not decide on how many examples the basis is measured.
-        sizes = [replace(BlockSize.of(b), terms=max(1, round(teaching_terms(b)))) for b in look.blocks.values()]
+        sizes = {
+            name: replace(BlockSize.of(b), terms=max(1, round(teaching_terms(b)))) for name, b in look.blocks.items()
+        }
         basis, values = needed_examples(self.plan, sizes)
-        return spread_sample(n, basis), spread_sample(n, values)
+        nested = spread_sample(n, max(basis.values()))
+        samples = {}
+        for count in sorted({min(count, n) for count in basis.values()}, reverse=True):
+            nested = samples[count] = nested[spread_sample(len(nested), count)]
+        return {name: samples[min(count, n)] for name, count in basis.items()}, spread_sample(n, values)
+
+    def _stretches(self, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Examples that bases are measured on, each once, and the blocks that take part there."""
+        done = torch.arange(0)
+        for count in sorted({len(self.ids[name]) for name in names}):
+            wanting = tuple(name for name in names if len(self.ids[name]) >= count)
+            sample = next(self.ids[name] for name in wanting if len(self.ids[name]) == count)
+            yield wanting, sample[~torch.isin(sample, done)]
+            done = sample
 
     def _side(self, block: AbstractBlock) -> int:
         """The longest side that is decomposed."""
@@ -188,7 +206,10 @@ class Fit:
         names, device = tuple(first.space.blocks), first.problem.device
         if self.plan.folder is None:
             return FactorCache.temporary(size, self.budget, names, device) if size > self.budget.bytes else None
-        every = torch.tensor(sorted({*self.ids.tolist(), *self.more.tolist()}))
+        samples = {len(ids): ids for ids in self.ids.values()}
+        largest = samples.pop(max(samples))
+        # Of examples that all blocks share the union, and what only some are measured on behind it.
+        every = torch.cat([torch.unique(torch.cat([largest, self.more])), *samples.values()])
         checkpoints = [checkpoint for checkpoint, _ in self.members]
         fingerprint = fingerprint_factors(self.plan.settings, first, checkpoints, every)
         return FactorCache.of(self.plan.folder, fingerprint, names, device)
@@ -215,18 +236,22 @@ class Fit:
     def _fit(self, blocks: Mapping[str, AbstractBlock], cache: FactorCache | None) -> dict[str, KroneckerBlock]:
         plan = self.plan
         factors = {
-            k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, int(teaching_terms(b) * len(self.ids)))
+            k: BlockFactors.of(
+                k, b, plan.moments, plan.sharing, plan.largest, int(teaching_terms(b) * len(self.ids[k]))
+            )
             for k, b in blocks.items()
         }
-        keep = plan.corrected and len(self.ids) == len(self.more) and self._fits(blocks)
+        alike = all(len(self.ids[k]) == len(self.more) for k in blocks)
+        keep = plan.corrected and alike and self._fits(blocks)
         kept: list[Columns] = []
-        for one, other in self._batches(tuple(blocks), self.ids, (0, 1) if keep else (0,)):
-            for name, factor in factors.items():
-                factor.see(one[name])
-            if keep:
-                kept.append(other)
+        for names, ids in self._stretches(tuple(blocks)):
+            for one, other in self._batches(names, ids, (0, 1) if keep else (0,)):
+                for name in names:
+                    factors[name].see(one[name])
+                if keep:
+                    kept.append(other)
         weight = len(self.members) * self.fisher.averaged
-        self._decompose(factors, len(self.ids) * weight)
+        self._decompose(factors, weight)
         fitted = {}
         if plan.corrected:
             again = iter(kept) if keep else (other for _, other in self._batches(tuple(blocks), self.more, (1,)))
@@ -240,8 +265,13 @@ class Fit:
             fitted[name] = block
         return fitted
 
-    def _decompose(self, factors: Mapping[str, BlockFactors], count: int) -> None:
-        """Sum the moments of every process's share of the data, and decompose them: each side on one process."""
+    def _decompose(self, factors: Mapping[str, BlockFactors], weight: int) -> None:
+        """Sum the moments of every process's share of the data, and decompose them: each side on one process.
+
+        Args:
+            factors: of every block.
+            weight: how often each example was seen.
+        """
         sides = [(factor, axis, what) for factor in factors.values() for axis, what in factor.sides()]
         for _, axis, _ in sides:
             self.world.sum_into(axis.moment)
@@ -258,8 +288,8 @@ class Fit:
                 vectors, values = eigen.get(id(axis)) or axis.room()
                 assert vectors is not None
                 eigen[id(axis)] = self.world.broadcast(vectors, owner), self.world.broadcast(values, owner)
-        for factor in factors.values():
-            factor.rebase(eigen[id(factor.left)], eigen[id(factor.right)], count)
+        for name, factor in factors.items():
+            factor.rebase(eigen[id(factor.left)], eigen[id(factor.right)], len(self.ids[name]) * weight)
 
     def _finished(self, factor: BlockFactors, count: int) -> KroneckerBlock:
         assert factor.basis is not None, "decompose() came first"
@@ -281,7 +311,7 @@ class Fit:
     def _fits(self, blocks: Mapping[str, AbstractBlock]) -> bool:
         """Whether the rows of a whole pass may be kept for a second look."""
         bytes_each = sum(_held(b, self.columns) * b.reference.element_size() / len(b) for b in blocks.values())
-        return bytes_each * len(self.ids) * len(self.members) <= self.budget.bytes * _KEPT_SHARE
+        return bytes_each * len(self.more) * len(self.members) <= self.budget.bytes * _KEPT_SHARE
 
     def _output_directions(self) -> float:
         """In how many directions the outputs of all examples have curvature, from those that the fit reads."""
@@ -347,19 +377,24 @@ def _count_directions(objective: AbstractObjective, outputs: Tensor, batch: Any,
     return examples * output_curvature(objective).output_directions(outputs, batch)
 
 
-def needed_examples(plan: Plan, blocks: Sequence[BlockSize]) -> tuple[int, int]:
-    """On how many examples the basis is measured, and on how many the eigenvalues in it."""
+def needed_examples(plan: Plan, blocks: Mapping[str, BlockSize]) -> tuple[dict[str, int], int]:
+    """On how many examples the basis of every block is measured, and on how many all eigenvalues in them."""
     if plan.examples is not None:
-        return plan.examples, plan.examples
-    alone = all(block.terms == 1 for block in blocks)
-    needed, measured = _ALONE if alone else _SHARED
-    for block in blocks:
+        return dict.fromkeys(blocks, plan.examples), plan.examples
+    alone = all(block.terms == 1 for block in blocks.values())
+    fewest, measured = _ALONE if alone else _SHARED
+    basis = dict.fromkeys(blocks, fewest)
+    for name, block in blocks.items():
         # Scales and biases alone are few: their block may be of low rank, and damping fills it up.
         if block.factored:
             side = max((d for d in matrix_shape(block.shape) if d <= plan.largest), default=0)
-            needed = max(needed, _TERMS_PER_SIDE * side // block.terms)
-    more = max(needed, measured)
-    return (needed if plan.corrected else more), more
+            basis[name] = max(fewest, _TERMS_PER_SIDE * side // block.terms)
+    most = max(basis.values())
+    # Without eigenvalues of their own, and where every example is one term, no block is measured on fewer than another.
+    every = max(most, measured)
+    if alone or not plan.corrected:
+        basis = dict.fromkeys(blocks, most if plan.corrected else every)
+    return basis, every
 
 
 def columns_by_default(columns: int, blocks: Sequence[BlockSize]) -> int | None:
