@@ -39,7 +39,7 @@ Solved: TypeAlias = Rows | DualSolution
 # Share of the memory budget that solved queries, with what the solver holds beside each, may take.
 QUERY_SHARE = 1 / 4
 # Batches are joined up to so many examples, and to this share of the numbers of the solved queries that they meet.
-_JOINED, _JOINED_SHARE = 32, 1 / 4
+_JOINED, _JOINED_SHARE = 32, 1 / 3
 # Up to this many queries one forward-mode pass per query is cheaper than rows for layers without a rule.
 _FORWARD_QUERIES = 8
 
@@ -376,17 +376,15 @@ class TrainingStream:
         room = solved.numbers * _JOINED_SHARE if isinstance(solved, Rows) else 0.0
         ids: list[Tensor] = []
         parts: list[Rows] = []
-        held = 0
         for some, rows in self._training_rows():
-            if ids and (held + rows.numbers > room or sum(map(len, ids)) + len(some) > _JOINED):
-                yield _joined(ids, parts)
-                held = 0
+            if ids and (sum(p.numbers for p in (*parts, rows)) > room or sum(map(len, (*ids, some))) > _JOINED):
+                yield torch.cat(ids), Rows.joined(parts)
+                ids, parts = [], []
             ids.append(some)
             parts.append(rows)
-            held += rows.numbers
             del rows
         if ids:
-            yield _joined(ids, parts)
+            yield torch.cat(ids), Rows.joined(parts)
 
     @staticmethod
     def _pieces(count: int, solved: Solved) -> list[slice]:

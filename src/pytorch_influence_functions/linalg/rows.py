@@ -8,7 +8,7 @@ alone would choose badly. Every route is exact.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -412,4 +412,25 @@ class Rows:
     @staticmethod
     def cat(rows: Sequence[Rows]) -> Rows:
         """Rows of several batches, one after the other."""
-        return Rows({k: _blocks.cat([r.blocks[k] for r in rows]) for k in rows[0].blocks})
+        return Rows(dict(Rows.joined(rows).blocks))
+
+    @staticmethod
+    def joined(rows: Sequence[Rows]) -> Rows:
+        """`cat`, each block made when it is asked for: all of them are never held beside what they are made of."""
+        return rows[0] if len(rows) == 1 else Rows(_JoinedBlocks(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class _JoinedBlocks(Mapping[str, AbstractBlock]):
+    """The blocks of several rows, one after the other, made when they are asked for."""
+
+    rows: Sequence[Rows]
+
+    def __getitem__(self, name: str) -> AbstractBlock:
+        return _blocks.cat([r.blocks[name] for r in self.rows])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows[0].blocks)
+
+    def __len__(self) -> int:
+        return len(self.rows[0].blocks)

@@ -282,7 +282,7 @@ class BlockFactors:
             return
         lefts, rights = torch.split(left, counts), torch.split(right, counts)
         if self.squares.numel() < _IN_TURN or left.device.type != "cpu":
-            self._add_squares(torch.bmm(pad_sequence(lefts, True).mT, pad_sequence(rights, True)))
+            self._add_squares(torch.bmm(pad_sequence(list(lefts), True).mT, pad_sequence(list(rights), True)))
             return
         rows, width = self.squares.shape
         panels = chunks(rows, width, most=_CACHED)
