@@ -210,7 +210,7 @@ class Derivatives:
             tape = self.tape(batch, len(ids), objective)
             objective.check(tape.outputs.detach(), batch, ids)
             losses, slope = slopes(objective, tape.outputs, batch, ids)
-            return GradientBatch(ids, tape.rows(slope), losses, batch)
+            return GradientBatch(ids, tape.rows(slope).without_idle(), losses, batch)
 
     def stream(
         self,

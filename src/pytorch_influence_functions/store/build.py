@@ -28,7 +28,6 @@ from ..problem.ingredients import CODE, WEIGHTS, describe_model, digest_data, di
 from ..problem.labels import labels_of
 from ..problem.problem import Problem, sweep
 from ..problem.working_precision import in_working_precision
-from .block_forms import join_rows
 from .codecs import CODECS
 from .columns import Columns
 from .examples import Examples, ShardSource, hash_examples
@@ -376,7 +375,7 @@ def encode_shard(
             rows.append(gradients.rows)
     if rows and any(forms != coded[0][1] for _, forms in coded):
         # Batches differ in their number of terms, as padded texts do; the form is that of all together.
-        coded = [layout.encode(join_rows(rows))]
+        coded = [layout.encode(Rows.cat(rows))]
     together = {name: [piece for tensors, _ in coded for piece in tensors[name]] for name in coded[0][0]}
     together[HASHES] = hashes
     known = [label for label in labels if label is not None]

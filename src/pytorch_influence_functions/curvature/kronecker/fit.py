@@ -73,11 +73,13 @@ class Fit:
     budget: Budget
     world: World = field(default_factory=current)
     columns: int = 1
-    ids: Tensor = field(default_factory=lambda: torch.arange(0))
-    more: Tensor = field(default_factory=lambda: torch.arange(0))
+    ids: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of every block, the examples that its basis is measured on: those of a block that needs fewer are among them."""
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+    """Likewise the examples that its eigenvalues are measured on."""
     wide: Source | None = None
     counted: float | None = None
-    """The output directions of this process's share of `more`, once a pass has gone over them."""
+    """The output directions of this process's share of `_shared`, once a pass has gone over them."""
 
     def run(self) -> Kronecker:
         """Measure every block, in groups that fit in memory.
@@ -120,7 +122,7 @@ class Fit:
         notes, short, long = [], [], []
         for name, block in look.blocks.items():
             terms = teaching_terms(block)
-            count = int(len(self.ids) * len(self.members) * terms * (self.columns if terms_of(block) == 1 else 1))
+            count = int(len(self.ids[name]) * len(self.members) * terms * (self.columns if terms_of(block) == 1 else 1))
             if float(blocks[name].values.abs().max()) == 0.0:
                 notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
             elif isinstance(block, (Outer, Conv)) and count < self._side(block):
@@ -166,17 +168,25 @@ class Fit:
             return Fisher(samples=1), 1
         return fisher, columns
 
-    def _ids(self, look: Rows) -> tuple[Tensor, Tensor]:
-        """The examples that the basis, and the eigenvalues in it, are measured on: spread over all.
+    def _ids(self, look: Rows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The examples that each basis, and the eigenvalues in it, are measured on: spread over all.
 
         A basis needs more terms than a side is long, which examples with many positions give sooner than eigenvalues
-        are known to a few per cent.
+        are known to a few per cent. A layer that few positions reach, as the last of a classifier of texts, needs more
+        examples than the others, which do not read them all for its sake.
         """
         n = len(self.members[0][1].problem)
         # Padding teaches nothing, and must not decide on how many examples the basis is measured.
-        sizes = [replace(BlockSize.of(b), terms=max(1, round(teaching_terms(b)))) for b in look.blocks.values()]
+        sizes = {
+            name: replace(BlockSize.of(b), terms=max(1, round(teaching_terms(b)))) for name, b in look.blocks.items()
+        }
         basis, values = needed_examples(self.plan, sizes)
-        return spread_sample(n, basis), spread_sample(n, values)
+        return nested_samples(n, basis), nested_samples(n, values)
+
+    @property
+    def _shared(self) -> Tensor:
+        """The examples that the eigenvalues of all blocks are measured on."""
+        return min(self.more.values(), key=len)
 
     def _side(self, block: AbstractBlock) -> int:
         """The longest side that is decomposed."""
@@ -188,7 +198,10 @@ class Fit:
         names, device = tuple(first.space.blocks), first.problem.device
         if self.plan.folder is None:
             return FactorCache.temporary(size, self.budget, names, device) if size > self.budget.bytes else None
-        every = torch.tensor(sorted({*self.ids.tolist(), *self.more.tolist()}))
+        samples = [*stretches(self.ids, names), *stretches(self.more, names)]
+        # Where all blocks are measured on the same, as a set: which of it was read first changes nothing.
+        every = torch.cat([ids for _, ids in samples])
+        every = torch.unique(every) if len(samples) == 2 else every
         checkpoints = [checkpoint for checkpoint, _ in self.members]
         fingerprint = fingerprint_factors(self.plan.settings, first, checkpoints, every)
         return FactorCache.of(self.plan.folder, fingerprint, names, device)
@@ -215,33 +228,47 @@ class Fit:
     def _fit(self, blocks: Mapping[str, AbstractBlock], cache: FactorCache | None) -> dict[str, KroneckerBlock]:
         plan = self.plan
         factors = {
-            k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, int(teaching_terms(b) * len(self.ids)))
+            k: BlockFactors.of(
+                k, b, plan.moments, plan.sharing, plan.largest, int(teaching_terms(b) * len(self.ids[k]))
+            )
             for k, b in blocks.items()
         }
-        keep = plan.corrected and len(self.ids) == len(self.more) and self._fits(blocks)
+        alike = all(torch.equal(self.ids[k], self.more[k]) for k in blocks)
+        keep = plan.corrected and alike and self._fits(blocks)
         kept: list[Columns] = []
-        for one, other in self._batches(tuple(blocks), self.ids, (0, 1) if keep else (0,)):
-            for name, factor in factors.items():
-                factor.see(one[name])
-            if keep:
-                kept.append(other)
+        for names, ids in stretches(self.ids, tuple(blocks)):
+            for one, other in self._batches(names, ids, (0, 1) if keep else (0,)):
+                for name in names:
+                    factors[name].see(one[name])
+                if keep:
+                    kept.append(other)
         weight = len(self.members) * self.fisher.averaged
-        self._decompose(factors, len(self.ids) * weight)
+        self._decompose(factors, weight)
         fitted = {}
         if plan.corrected:
-            again = iter(kept) if keep else (other for _, other in self._batches(tuple(blocks), self.more, (1,)))
-            for columns in again:
-                for name, factor in factors.items():
-                    factor.see_squares(columns[name])
+            for columns in iter(kept) if keep else self._second_look(tuple(blocks)):
+                for name, rows in columns.items():
+                    factors[name].see_squares(rows)
         for name, factor in factors.items():
-            block = self._finished(factor, len(self.more) * weight)
+            block = self._finished(factor, len(self.more[name]) * weight)
             if cache is not None:
                 cache.write_once(name, block, self.world)
             fitted[name] = block
         return fitted
 
-    def _decompose(self, factors: Mapping[str, BlockFactors], count: int) -> None:
-        """Sum the moments of every process's share of the data, and decompose them: each side on one process."""
+    def _second_look(self, blocks: tuple[str, ...]) -> Iterator[Columns]:
+        """The columns that eigenvalues are measured on, of the blocks that take part in each batch."""
+        for names, ids in stretches(self.more, blocks):
+            for _, columns in self._batches(names, ids, (1,)):
+                yield columns
+
+    def _decompose(self, factors: Mapping[str, BlockFactors], weight: int) -> None:
+        """Sum the moments of every process's share of the data, and decompose them: each side on one process.
+
+        Args:
+            factors: of every block.
+            weight: how often each example was seen.
+        """
         sides = [(factor, axis, what) for factor in factors.values() for axis, what in factor.sides()]
         for _, axis, _ in sides:
             self.world.sum_into(axis.moment)
@@ -258,8 +285,8 @@ class Fit:
                 vectors, values = eigen.get(id(axis)) or axis.room()
                 assert vectors is not None
                 eigen[id(axis)] = self.world.broadcast(vectors, owner), self.world.broadcast(values, owner)
-        for factor in factors.values():
-            factor.rebase(eigen[id(factor.left)], eigen[id(factor.right)], count)
+        for name, factor in factors.items():
+            factor.rebase(eigen[id(factor.left)], eigen[id(factor.right)], len(self.ids[name]) * weight)
 
     def _finished(self, factor: BlockFactors, count: int) -> KroneckerBlock:
         assert factor.basis is not None, "decompose() came first"
@@ -281,29 +308,30 @@ class Fit:
     def _fits(self, blocks: Mapping[str, AbstractBlock]) -> bool:
         """Whether the rows of a whole pass may be kept for a second look."""
         bytes_each = sum(_held(b, self.columns) * b.reference.element_size() / len(b) for b in blocks.values())
-        return bytes_each * len(self.ids) * len(self.members) <= self.budget.bytes * _KEPT_SHARE
+        most = max(len(self.more[name]) for name in blocks)
+        return bytes_each * most * len(self.members) <= self.budget.bytes * _KEPT_SHARE
 
     def _output_directions(self) -> float:
-        """In how many directions the outputs of all examples have curvature, from those that the fit reads."""
+        """In how many directions the outputs of all examples have curvature, from those that all blocks read."""
         (checkpoint, derivatives), n = self.members[0], len(self.members[0][1].problem)
         if self.fisher.given_labels:
             return float(n)  # one gradient each
         if self.counted is None:  # every block was on disk
             objective, model, self.counted = derivatives.objective, derivatives.problem.model, 0.0
             with at_checkpoint(model, checkpoint), torch.no_grad():
-                for ids, batch in sweep(derivatives.problem, self.wide, self.more, "output directions", self.world):
+                for ids, batch in sweep(derivatives.problem, self.wide, self._shared, "output directions", self.world):
                     self.counted += _count_directions(objective, objective.outputs(model, batch), batch, len(ids))
         counted = self.world.all_sum(torch.tensor([self.counted], dtype=torch.float64))
-        return float(counted) * n / len(self.more)
+        return float(counted) * n / len(self._shared)
 
     def _batches(
         self, names: tuple[str, ...], over: Tensor, draws: tuple[int, ...]
     ) -> Iterator[tuple[Columns, Columns]]:
         """For every batch the columns of draw 0 and of draw 1, as far as asked for.
 
-        Both are the same where nothing is drawn. The first pass over all that the fit reads counts output directions.
+        Both are the same where nothing is drawn. The first pass over what all blocks read counts output directions.
         """
-        counts = self.counted is None and len(over) == len(self.more) and not self.fisher.given_labels
+        counts = self.counted is None and torch.equal(over, self._shared) and not self.fisher.given_labels
         counted = 0.0
         for number, (checkpoint, derivatives) in enumerate(self.members):
             if derivatives.projector is None and len(names) < len(derivatives.space.blocks):
@@ -347,19 +375,50 @@ def _count_directions(objective: AbstractObjective, outputs: Tensor, batch: Any,
     return examples * output_curvature(objective).output_directions(outputs, batch)
 
 
-def needed_examples(plan: Plan, blocks: Sequence[BlockSize]) -> tuple[int, int]:
-    """On how many examples the basis is measured, and on how many the eigenvalues in it."""
+def needed_examples(plan: Plan, blocks: Mapping[str, BlockSize]) -> tuple[dict[str, int], dict[str, int]]:
+    """On how many examples the basis of every block is measured, and on how many the eigenvalues in it."""
     if plan.examples is not None:
-        return plan.examples, plan.examples
-    alone = all(block.terms == 1 for block in blocks)
-    needed, measured = _ALONE if alone else _SHARED
-    for block in blocks:
+        return dict.fromkeys(blocks, plan.examples), dict.fromkeys(blocks, plan.examples)
+    alone = all(block.terms == 1 for block in blocks.values())
+    fewest, measured = _ALONE if alone else _SHARED
+    basis = dict.fromkeys(blocks, fewest)
+    for name, block in blocks.items():
         # Scales and biases alone are few: their block may be of low rank, and damping fills it up.
         if block.factored:
             side = max((d for d in matrix_shape(block.shape) if d <= plan.largest), default=0)
-            needed = max(needed, _TERMS_PER_SIDE * side // block.terms)
-    more = max(needed, measured)
-    return (needed if plan.corrected else more), more
+            basis[name] = max(fewest, _TERMS_PER_SIDE * side // block.terms)
+    if alone or not plan.corrected:
+        # Where every example is one term, reading more of them costs little; and products are of whole factors.
+        basis = dict.fromkeys(blocks, max(basis.values()))
+    values = {name: max(count, measured) for name, count in basis.items()}
+    return (basis if plan.corrected else values), values
+
+
+def nested_samples(n: int, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """So many of n examples for every name, spread over all; those of a name that needs fewer are among the others'.
+
+    >>> {name: sample.tolist() for name, sample in nested_samples(9, {"a": 3, "b": 6, "c": 20}).items()}
+    {'a': [2, 5, 6], 'b': [0, 2, 3, 5, 6, 8], 'c': [0, 1, 2, 3, 4, 5, 6, 7, 8]}
+    """
+    sample, of_count = torch.arange(n), {}
+    for count in sorted({min(count, n) for count in counts.values()}, reverse=True):
+        sample = of_count[count] = sample[spread_sample(len(sample), count)]
+    return {name: of_count[min(count, n)] for name, count in counts.items()}
+
+
+def stretches(samples: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The examples of nested samples, each once, and the names whose samples they belong to.
+
+    >>> pair = stretches(nested_samples(9, {"a": 3, "b": 6}), ("a", "b"))
+    >>> [(names, ids.tolist()) for names, ids in pair]
+    [(('a', 'b'), [2, 5, 6]), (('b',), [0, 3, 8])]
+    """
+    done = torch.arange(0)
+    for count in sorted({len(samples[name]) for name in names}):
+        wanting = tuple(name for name in names if len(samples[name]) >= count)
+        sample = next(samples[name] for name in wanting if len(samples[name]) == count)
+        yield wanting, sample[~torch.isin(sample, done)]
+        done = sample
 
 
 def columns_by_default(columns: int, blocks: Sequence[BlockSize]) -> int | None:

@@ -62,7 +62,7 @@ class AbstractKronecker(AbstractCurvature):
 
     def cost(self, size: ProblemSize, form: Form) -> Cost:
         plan, blocks, n = self.plan, list(size.blocks.values()), size.examples
-        basis, values = (min(n, count) / n for count in needed_examples(plan, blocks))
+        basis, values = (min(n, max(counts.values())) / n for counts in needed_examples(plan, size.blocks))
         columns = self._columns(size)
         # Where basis and eigenvalues are measured on the same examples, their rows are kept for the second look.
         looks = basis + (values if plan.corrected and basis != values else 0.0)
