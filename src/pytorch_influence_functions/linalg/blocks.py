@@ -466,14 +466,21 @@ def add(a: AbstractBlock, b: AbstractBlock) -> AbstractBlock:
 def cat(blocks: Sequence[AbstractBlock]) -> AbstractBlock:
     """Rows of several batches, one after the other: of sums of outer products those of fewer terms get terms of zeros.
 
-    Blocks of different forms are written out.
+    Blocks of different forms are written out, and where terms of zeros would take more than that.
     """
     first = blocks[0]
     if len(blocks) == 1:
         return first
-    outers = [b for b in blocks if isinstance(b, Outer)]
-    if len(outers) == len(blocks):
-        most = max(b.terms for b in outers)
+    sums = [b for b in blocks if isinstance(b, Sum)]
+    if len(sums) == len(blocks) and len({tuple(type(p) for p in b.parts) for b in sums}) == 1:
+        return Sum(tuple(cat(parts) for parts in zip(*(b.parts for b in sums), strict=True)))
+    if isinstance(first, Conv) and all(isinstance(b, Conv) and b.x.shape[1:] == first.x.shape[1:] for b in blocks):
+        convs = [b for b in blocks if isinstance(b, Conv)]
+        return Conv(torch.cat([b.left for b in convs]), torch.cat([b.x for b in convs]), first.window)
+    outers = [b.outer() if isinstance(b, Conv) else b for b in blocks if isinstance(b, (Conv, Outer))]
+    terms = {b.terms for b in outers}
+    most = max(terms, default=0)
+    if len(outers) == len(blocks) and (len(terms) == 1 or most * sum(first.shape) <= math.prod(first.shape)):
         left, right = [padded(b.left, most) for b in outers], [padded(b.right, most) for b in outers]
         return Outer(torch.cat(left), torch.cat(right))
     tables = [b for b in blocks if isinstance(b, Indexed)]
@@ -481,7 +488,4 @@ def cat(blocks: Sequence[AbstractBlock]) -> AbstractBlock:
         most = max(b.index.shape[1] for b in tables)
         index, values = [padded(b.index, most) for b in tables], [padded(b.values, most) for b in tables]
         return Indexed(torch.cat(index), torch.cat(values), tables[0].size)
-    if isinstance(first, Conv) and all(isinstance(b, Conv) and b.x.shape[1:] == first.x.shape[1:] for b in blocks):
-        convs = [b for b in blocks if isinstance(b, Conv)]
-        return Conv(torch.cat([b.left for b in convs]), torch.cat([b.x for b in convs]), first.window)
     return Dense(torch.cat([b.dense().reshape(len(b), *first.shape) for b in blocks]))
