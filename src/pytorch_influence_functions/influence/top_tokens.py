@@ -12,7 +12,7 @@ from ..gradients.per_example import Derivatives
 from ..gradients.products import Products
 from ..linalg.dual_solution import DualSolution
 from ..linalg.rows import Rows
-from ..objectives.likelihoods import TokenCrossEntropy
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.problem import Problem, sweep
 from ..scores.top_tokens import TopTokens
 from .question import Question
