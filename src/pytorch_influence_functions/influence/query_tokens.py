@@ -45,11 +45,11 @@ def query_token_scores(attribution: Attribution, queries: Any, ids: Sequence[int
     factors = rounds.factors(ScoringPass(problem, question))
     texts = ScoringPass(problem, attribution._question(problem.data.whole.subset(list(ids))))
     scores: list[Tensor] = []
-    for k, member, rows, solved in rounds.solved(texts):
-        directions = solved.rows()
+    tried: dict[int, Products] = {}
+    for k, member, rows, directions in rounds.directions(texts):
         for q in range(len(question)):
             for _, batch in sweep(problem, question.source, [q], label="tokens", world=World()):
-                products = Products.of(member.derivatives, batch, 1)
+                products = tried[k] = tried.get(k) or Products.of(member.derivatives, batch, 1)
                 shares = products.token_losses_along(batch, directions)[:, 0].double().cpu()
                 if q == len(scores):
                     scores.append(torch.zeros(len(ids), shares.shape[1], dtype=torch.float64))
