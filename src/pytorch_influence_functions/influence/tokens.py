@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, name_ids
+from ..core.progress import UNSEEN, track
 from ..gradients.per_example import Derivatives
 from ..gradients.products import Products
 from ..linalg.rows import Rows
@@ -28,9 +29,11 @@ class TokenScores:
 
     def add(self, d: Derivatives, query_ids: Tensor, directions: Rows, weights: Tensor) -> None:
         """One more group of solved queries, at the model's present weights; `weights` multiply every query's parts."""
-        # One by one: texts differ in length, and few are asked for.
-        for i in self.ids[current().share(len(self.ids))]:
-            for ids, batch in sweep(self.problem, ids=[self.problem.data.index_of(i)], label="tokens", world=World()):
+        # One by one: texts differ in length, and few are asked for. They share one bar.
+        own = self.ids[current().share(len(self.ids))]
+        for i in track(own, len(own), "tokens"):
+            index = self.problem.data.index_of(i)
+            for ids, batch in sweep(self.problem, ids=[index], label=UNSEEN, world=World()):
                 products = self._products[d] = self._products.get(d) or Products.of(d, batch, len(ids))
                 token_scores = products.token_losses_along(batch, directions)[:, 0].double().cpu()
                 total = self.values.setdefault(
