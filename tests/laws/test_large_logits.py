@@ -64,9 +64,9 @@ def test_slopes_of_large_logits_are_taken_a_few_examples_at_a_time(sizes: list[i
     torch.testing.assert_close(chunked, slope)
 
 
-@pytest.mark.parametrize("average", [True, False])
-def test_the_slope_in_closed_form_is_autograds(average: bool) -> None:
-    objective = ptif.TokenCrossEntropy(average=average, shift=True)
+@pytest.mark.parametrize(("average", "smoothing"), [(True, 0.0), (False, 0.0), (False, 0.2)])
+def test_the_slope_in_closed_form_is_autograds(average: bool, smoothing: float) -> None:
+    objective = ptif.TokenCrossEntropy(average=average, shift=True, label_smoothing=smoothing)
     batch, outputs = one_batch()
     leaf = outputs.clone().requires_grad_()
     expected = objective.losses(leaf, batch)

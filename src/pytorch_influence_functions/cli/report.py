@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput
-from ..objectives.likelihoods import TokenCrossEntropy
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import Source
 from ..problem.problem import sweep
 from ..scores.scores import Scores

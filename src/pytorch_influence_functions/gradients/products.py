@@ -25,7 +25,7 @@ from ..core.errors import InvalidInput, first_line
 from ..linalg.rows import Rows
 from ..objectives.base import AbstractObjective, AbstractOutputCurvature
 from ..objectives.differentiated import output_curvature
-from ..objectives.likelihoods import TokenCrossEntropy
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.model_state import double_backward_safe, preserved
 from .per_example import Derivatives, tolerance
 from .vjp import as_function, detach_parameters, grads, silence_slow_batching

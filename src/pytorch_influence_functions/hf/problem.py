@@ -262,7 +262,7 @@ def texts_source(
 
 def _objective(model: nn.Module, trainer: Any, data: Source, normalisation: str, device: Any) -> Any:
     if token_shift(model) is not None:
-        return token_objective(model, normalisation)
+        return token_objective(model, normalisation, trainer)
     known = class_objective(model, trainer)
     return infer_objective(model, data, device) if known is None else known
 

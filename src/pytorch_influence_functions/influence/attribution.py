@@ -57,7 +57,7 @@ from .parts import Parts
 from .question import Question, take_sides
 from .rounds import Rounds
 from .run_log import RunLog
-from .scoring import ScoringPass, Solved
+from .scoring import ScoringPass
 from .tokens import TokenScores, check_tokens, checked_ids
 from .top_tokens import TokenExtremes
 
@@ -443,12 +443,12 @@ class Attribution(AbstractAttribution):
             None if spec.precision is None else torch.bfloat16,
         )
 
-    def _follow(self, question: Question, add: Callable[[Derivatives, Tensor, Solved, Tensor], None]) -> None:
+    def _follow(self, question: Question, add: Callable[[Derivatives, Tensor, Rows, Tensor], None]) -> None:
         """Give every checkpoint's solved queries to `add`, with what each query's parts are multiplied by."""
         scoring, rounds = ScoringPass(self.problem, question), self._rounds
         factors = rounds.factors(scoring)
-        for k, member, query_ids, solved in rounds.solved(scoring):
-            add(member.derivatives, query_ids, solved, factors[k])
+        for k, member, query_ids, directions in rounds.directions(scoring):
+            add(member.derivatives, query_ids, directions, factors[k])
 
     def _scored(self, question: Question, parts: Parts | None) -> tuple[ScoringPass, Callable[[RunLog], Diagnostics]]:
         rounds = self._rounds

@@ -221,7 +221,10 @@ def plain_autograd() -> Iterator[None]:
 
 @dataclass(eq=False)
 class _StandIn:
-    """The copy that stands in for a parameter or buffer made in inference mode, which autograd refuses."""
+    """The copy that stands in for a parameter or buffer made in inference mode, which autograd refuses.
+
+    One on `meta`, which accelerate puts there anew after every pass, stands for itself and is put back.
+    """
 
     module: nn.Module
     name: str
@@ -234,12 +237,12 @@ class _StandIn:
         stand_ins = []
         for module in modules:
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is None or not tensor.is_inference():
+                if tensor is None or not (tensor.is_inference() or tensor.is_meta):
                     continue
                 if id(tensor) not in copies:
-                    copy = tensor.detach().clone()
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    copies[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+                    copy = tensor if tensor.is_meta else tensor.detach().clone()
+                    new = isinstance(tensor, nn.Parameter) and not tensor.is_meta
+                    copies[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if new else copy
                 stand_ins.append(_StandIn(module, name, tensor, copies[id(tensor)]))
         return stand_ins
 

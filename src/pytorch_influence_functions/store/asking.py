@@ -19,7 +19,8 @@ from ..influence.checks import in_queries
 from ..methods.names import METHODS, as_method
 from ..objectives.base import AbstractObjective
 from ..objectives.bernoulli import Bernoulli
-from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
+from ..objectives.likelihoods import CrossEntropy, SquaredError
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.problem import Problem, check_model
 from ..problem.working_precision import in_working_precision
 from .build import LOSS, METHOD, PARAMETERS, check_model_is_same, describe_parameters
