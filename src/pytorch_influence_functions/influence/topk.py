@@ -77,8 +77,10 @@ class TopK:
     def _merge(self) -> None:
         if self._queries is None:
             return
-        ids = torch.cat([i for i, _ in self._buffer])
-        values = torch.cat([v for _, v in self._buffer], 1)
+        ids, values = self._buffer[0]
+        if len(self._buffer) > 1:
+            ids = torch.cat([i for i, _ in self._buffer])
+            values = torch.cat([v for _, v in self._buffer], 1)
         # Later in a long stream next to no example enters a list, and to compare is cheaper than to select.
         entering = self._largest.admit(self._queries, values) | self._smallest.admit(self._queries, values)
         places = entering.nonzero().flatten()
