@@ -32,7 +32,7 @@ from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from .answering import Search, parts_of
 from .asking import Asker
-from .build import Plan, add_examples, build, layout_of, refuse_cut_up, representation_of
+from .build import Plan, add_examples, build, fitted_of, refuse_cut_up, whole_layout
 from .columns import Columns, annotate, further_columns
 from .compaction import compact, remove
 from .describe import IndexForecast, diagnostics_of, labels_of_index
@@ -421,9 +421,7 @@ class Index:
             MissingExtra: faiss is not installed.
         """
         agree_on_given({"links=": links, "ef=": ef, "the index": self._contents()})
-        fitted = self._fitted()
-        layout = self._layout(fitted)
-        return replace(self, folder=self._changed(lambda: build_graph(self.folder, fitted, layout, links, ef)))
+        return replace(self, folder=self._changed(lambda: build_graph(self.folder, links, ef)))
 
     def _changed(self, work: Callable[[], IndexFolder]) -> IndexFolder:
         """The index after what the first of the processes that share the work does to it."""
@@ -469,17 +467,10 @@ class Index:
         return (whole if fitted.projector is None else replace(whole, projector=fitted.projector)), fitted
 
     def _fitted(self) -> FittedBasis:
-        manifest = self.folder.manifest
-        return FittedBasis.from_file(self.folder.read(manifest.basis), representation_of(manifest))
+        return fitted_of(self.folder)
 
     def _layout(self, fitted: FittedBasis) -> AbstractLayout:
-        manifest = self.folder.manifest
-        if not manifest.complete:
-            raise InvalidInput(
-                f"The index in {self._where!r} was not built to its end: {manifest.examples:,} examples are stored; "
-                "call Index.build(...) or append(...) again, which goes on, or wait for the process that is at it."
-            )
-        return layout_of(manifest, fitted, representation_of(manifest))
+        return whole_layout(self.folder, fitted)
 
 
 def _plan(problem: Problem, method: Any, representation: Any, dtype: Any, budget: Any, data: Any, shard: Any) -> Plan:

@@ -33,9 +33,10 @@ from ..core.progress import Meter
 from ..core.validate import whole_number
 from ..influence.candidates import lists_of
 from .audit import Recall, count_entering, draw_audit, ends_of
+from .build import fitted_of, whole_layout
 from .fitted_basis import FittedBasis
 from .folder import GRAPH, IndexFolder, check_room, writing
-from .layouts import AbstractLayout, ColumnLayout
+from .layouts import ColumnLayout
 from .manifest import GraphRecord
 from .search import StoredRows
 from .shard_files import describe_file
@@ -73,23 +74,23 @@ def _own_threads(faiss: Any) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def build_graph(folder: IndexFolder, fitted: FittedBasis, layout: AbstractLayout, links: int, ef: int) -> IndexFolder:
+def build_graph(folder: IndexFolder, links: int, ef: int) -> IndexFolder:
     """Make the graph of the rows that are stored now, in place of one that is there.
 
     Args:
         folder: the index.
-        fitted: its basis.
-        layout: how its rows are stored.
         links: of each row.
         ef: candidates that are looked at for the links of a row.
 
     Raises:
-        InvalidInput: the rows are factors, or it cannot be written.
+        InvalidInput: the rows are factors, the index was not built to its end, or it cannot be written.
         MissingExtra: faiss is not installed.
     """
     faiss = import_faiss()
     whole_number("links", links, 2)
     whole_number("ef", ef, 1)
+    fitted = fitted_of(folder)
+    layout = whole_layout(folder, fitted)
     if not isinstance(layout, ColumnLayout):
         raise InvalidInput(
             "A graph of nearest neighbours is over rows of some hundred or thousand numbers, and this index keeps "
