@@ -63,6 +63,8 @@ class Cost:
     """Memory held at the same time."""
     products: Amount = 0.0
     """How many of the passes are taken by products with a curvature, in batches and at a speed of their own."""
+    passing: Amount = 0.0
+    """Memory beside `bytes` that is held while this is done, and let go before anything else is."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -70,11 +72,12 @@ class Cost:
             self.flops + other.flops,
             self.bytes + other.bytes,
             self.products + other.products,
+            max(self.passing, other.passing),
         )
 
     def repeated(self, times: Amount) -> Cost:
         """The same work several times, one after the other in the same memory."""
-        return Cost(self.passes * times, self.flops * times, self.bytes, self.products * times)
+        return replace(self, passes=self.passes * times, flops=self.flops * times, products=self.products * times)
 
     def over_share(self, share: Amount) -> Cost:
         """The same work on a share of the training data only."""
@@ -153,6 +156,8 @@ class ProblemSize:
     """Why the loss has no Gauss-Newton matrix."""
     damping_share: Amount = 1.0
     """Damping in mean eigenvalues of the curvature, as far as it is known beforehand."""
+    top: int | None = None
+    """How many scores are kept of every query at either end; None: all."""
     asks_affine: Callable[[], bool] = lambda: True
     """Looks whether the outputs are affine in the parameters; it costs passes, so that only who needs to know asks."""
 

@@ -13,15 +13,16 @@ from torch import Tensor
 from ...core.distributed import World, current
 from ...core.errors import NonFinite
 from ...core.indexing import spread_sample
-from ...gradients.per_example import Derivatives, Tape
+from ...gradients.per_example import MOST_TOGETHER, Derivatives, Tape
 from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
+from ...linalg.chunks import CHUNK_NUMBERS
 from ...linalg.kronecker import Kronecker
 from ...linalg.kronecker_block import KroneckerBlock
 from ...linalg.rows import Rows
 from ...objectives.base import AbstractObjective
 from ...objectives.differentiated import output_curvature
 from ...problem.checkpoints import Checkpoint, at_checkpoint
-from ...problem.data import Source
+from ...problem.data import Source, suited_size
 from ...problem.problem import first_batch, sweep
 from ..base import Budget
 from ..cost import BlockSize, terms_of
@@ -316,11 +317,15 @@ class Fit:
                         counted += _count_directions(derivatives.objective, outputs, batch, len(ids))
                     column_sets: list[Columns] = []
                     for last, cotangents in several:
-                        columns = []
+                        columns: Columns = {}
                         while cotangents:  # none is kept after its use: it is as large as the outputs
                             cotangent = cotangents.pop(0)
-                            columns.append(tape.rows(cotangent, keep_graph=bool(cotangents) or not last))
-                        column_sets.append({k: unified([r.blocks[k] for r in columns]) for k in names})
+                            rows = tape.rows(cotangent, keep_graph=bool(cotangents) or not last)
+                            for k in names:
+                                several = columns.setdefault(k, [])
+                                several += unified([*several[:1], rows.blocks[k]])[-1:]
+                            del rows  # its inputs, which the columns share, before those of the next are made
+                        column_sets.append(columns)
                     yield column_sets[0], column_sets[-1]
         if counts:
             self.counted = counted
@@ -384,6 +389,35 @@ def numbers_of(shape: tuple[int, ...], plan: Plan) -> int:
     """What a finished block holds: two bases and eigenvalues, which are float64 where they are products."""
     o, i = matrix_shape(shape)
     return sum(d * d for d in (o, i) if d <= plan.largest) + (1 if plan.corrected else 2) * o * i
+
+
+def passing_bytes(plan: Plan, blocks: Sequence[BlockSize], n: int, columns: int, number_bytes: int) -> float:
+    """What a fit on `n` examples holds beside its factors, and lets go: rows for the second look, or of one batch, the
+    space of the largest decomposition, and what is written out of rows that are no single outer product.
+
+    Args:
+        plan: what is measured.
+        blocks: of parameters.
+        n: training examples.
+        columns: rows per example.
+        number_bytes: of each number.
+    """
+    basis, values = (min(n, count) for count in needed_examples(plan, blocks))
+    each = sum(_held_each(block, columns) for block in blocks)
+    rows, most = each * basis, _KEPT_SHARE * Budget().bytes / number_bytes
+    if not plan.corrected or basis != values or rows > most:
+        rows = each * min(max(basis, values), MOST_TOGETHER, suited_size(each))
+    workspace = max((_workspace(block.shape, plan.largest) for block in blocks), default=0)
+    shared = [block for block in blocks if block.terms > 1 or not block.factored]
+    written = max((min(CHUNK_NUMBERS, max(basis, values) * block.numel) for block in shared), default=0)
+    return float(number_bytes) * (rows + max(workspace, written))
+
+
+def _held_each(block: BlockSize, columns: int) -> float:
+    """Numbers that the columns of one example hold in one block, when their input is kept once."""
+    if not block.factored:
+        return float(block.numbers * columns)
+    return float(block.numbers + (columns - 1) * block.terms * matrix_shape(block.shape)[0])
 
 
 def check_layers(shapes: Mapping[str, tuple[int, ...]], plan: Plan, number_bytes: int, budget: Budget) -> None:
