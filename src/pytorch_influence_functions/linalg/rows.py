@@ -331,6 +331,11 @@ class Rows:
         return {k: choose_route(b, other.blocks[k]) for k, b in self.blocks.items()}
 
     @property
+    def met(self) -> int:
+        """Vectors that each other row meets for its products with these."""
+        return len(self)
+
+    @property
     def read_when_used(self) -> bool:
         """Whether every use reads some of them from disk."""
         return any(b.read_when_used for b in self.blocks.values())

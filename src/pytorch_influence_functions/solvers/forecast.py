@@ -20,7 +20,7 @@ from ..gradients.products import DIRECTIONS
 from ..linalg.operator import AbstractSymmetric
 from ..linalg.shift import Shift
 from .base import AbstractSolver, Result
-from .memory import Meeting, batch_bytes, peak_bytes, piece_examples
+from .memory import batch_bytes, peak_bytes, piece_examples
 from .preconditioner import Preconditioner
 
 # Share of the memory budget that solved queries, with what the solver holds beside each, may take.
@@ -155,7 +155,8 @@ def estimate_cost(
     kept_fits = min(checkpoints, max(1, int(budget.bytes / max(1.0, float(fitting.bytes)))))
     again_fits = checkpoints - kept_fits
     held = (kept_fits + (1 if again_fits else 0)) * fitting.bytes
-    memory = peak_bytes(choice.solver, size, fitting, held, at_once)
+    basis = (choice.curvature.rows(size) or 0) if choice.solver.solves_in_dual and again else 0
+    memory = peak_bytes(choice.solver, size, fitting, held, at_once, factored, basis)
     total = fitting.repeated(checkpoints + again_fits) + scoring.repeated(checkpoints)
     each = size.seconds if size.product_seconds is None else size.product_seconds
     reading = (total.passes - total.products) * n * size.seconds + total.products * n * each
@@ -169,7 +170,7 @@ def _meeting_flops(size: ProblemSize, factored: bool) -> Amount:
     if factored:
         return q * n * size.pair_flops
     piece = piece_examples(size)
-    meetings = [Meeting.of(block, piece, q, size.number_bytes) for block in size.blocks.values()]
+    meetings = [block.meeting(piece, q, size.number_bytes) for block in size.blocks.values()]
     return n / piece * sum(_PIECES * m.operations + _PER_NUMBER * m.written for m in meetings)
 
 

@@ -30,7 +30,7 @@ from ..exact import ENUMERATED_OUTPUTS, GGN, Fisher, finite_outputs
 from ..fisher import AbstractFisher
 from ..own_losses import require_output_curvature
 from .cache import FactorCache, fingerprint_factors
-from .moments import BlockFactors, Moments, Sharing, teaching_terms, unified
+from .moments import IN_TURN, BlockFactors, Moments, Sharing, teaching_terms, unified
 
 # Share of the memory budget that rows kept for a second look may take.
 _KEPT_SHARE = 1 / 16
@@ -405,11 +405,13 @@ def passing_bytes(plan: Plan, blocks: Sequence[BlockSize], n: int, columns: int,
     basis, values = (min(n, count) for count in needed_examples(plan, blocks))
     each = sum(_held_each(block, columns) for block in blocks)
     rows, most = each * basis, _KEPT_SHARE * Budget().bytes / number_bytes
+    together = min(max(basis, values), MOST_TOGETHER, suited_size(each))
     if not plan.corrected or basis != values or rows > most:
-        rows = each * min(max(basis, values), MOST_TOGETHER, suited_size(each))
+        rows = each * together
     workspace = max((_workspace(block.shape, plan.largest) for block in blocks), default=0)
-    shared = [block for block in blocks if block.terms > 1 or not block.factored]
-    written = max((min(CHUNK_NUMBERS, max(basis, values) * block.numel) for block in shared), default=0)
+    # Squares of single outer products, and on a CPU of large blocks, are taken without writing the gradients out.
+    shared = [block for block in blocks if not block.factored or (block.terms > 1 and block.numel < IN_TURN)]
+    written = max((min(CHUNK_NUMBERS, together * block.numel) for block in shared), default=0)
     return float(number_bytes) * (rows + max(workspace, written))
 
 

@@ -22,7 +22,7 @@ _PANELLED, _PANELS = 256, 4
 # Uses of a weight beyond this many times the longer side tell nothing new about a basis: positions are then skipped.
 _USES_PER_SIDE = 64
 # Numbers of a gradient from which on its squares are added example by example.
-_IN_TURN = 1 << 13
+IN_TURN = 1 << 13
 # Numbers that stay in a core's cache meanwhile.
 _CACHED = 1 << 18
 
@@ -270,7 +270,7 @@ class BlockFactors:
         third of the time of writing all of them out.
         """
         assert self.squares is not None
-        if turned.terms == 1 or self.squares.numel() < _IN_TURN or turned.left.device.type != "cpu":
+        if turned.terms == 1 or self.squares.numel() < IN_TURN or turned.left.device.type != "cpu":
             self._add_squares(turned.dense())
             return
         rows, width = self.squares.shape
