@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.distributed import World, alone, current
 from ..core.indexing import spread_sample
 from ..gradients.per_example import Derivatives
-from ..linalg.blocks import cat
+from ..linalg.blocks import cat, matrix_shape
 from ..linalg.dense import Matrix
 from ..linalg.gram import Gram
 from ..linalg.implicit import Implicit
@@ -158,7 +158,11 @@ class AbstractRowCurvature(AbstractCurvature):
         columns, n, p = self.columns(size), size.examples, size.parameters
         passes = passes_for_rows(columns)
         if form is Form.MATRIX:
-            products = 1 if size.used_once else columns
+            products: float = columns
+            if size.used_once:
+                # One product for all columns, and of a layer with itself a triangle of its outputs' pairs.
+                sides = [matrix_shape(block.shape)[0] for block in size.blocks.values()]
+                products = (1 + 1 / sides[0]) / 2 if len(sides) == 1 else 1
             held = max(dense_bytes(p), 2 * 8 * p**2 + piece_bytes(p))
             return Cost(passes, DOUBLE * 2 * n * products * p**2, held)
         if form is Form.GRAM:

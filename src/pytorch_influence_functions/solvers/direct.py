@@ -33,6 +33,8 @@ from .base import (
 
 # A Cholesky factor and the inverse of the matrix, which tells the effective dimension, take so many times the factor.
 _INVERTED = 2.5
+# Above so many parameters the trace of the inverse is taken from so many random vectors, which takes next to nothing.
+_INVERTED_UP_TO, _PROBES = 3000, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +214,8 @@ class Cholesky(AbstractSolver[CholeskyState]):
 
     def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
         p, q = size.parameters, size.n_queries
-        return curvature.cost(size, Form.MATRIX) + Cost(flops=_INVERTED * FACTORISATION * p**3 + 6 * DOUBLE * q * p**2)
+        factor = _INVERTED if p <= _INVERTED_UP_TO else 1.0
+        return curvature.cost(size, Form.MATRIX) + Cost(flops=factor * FACTORISATION * p**3 + 6 * DOUBLE * q * p**2)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
@@ -253,4 +256,9 @@ class Cholesky(AbstractSolver[CholeskyState]):
         d = state.system.shift.uniform
         if d is None:
             return math.nan
-        return len(state.factor) - d * float(torch.cholesky_inverse(state.factor).diagonal().sum())
+        p = len(state.factor)
+        if p <= _INVERTED_UP_TO:
+            return p - d * float(torch.cholesky_inverse(state.factor).diagonal().sum())
+        # Hutchinson's estimate, of standard error below sqrt(2 dimension / probes).
+        signs = torch.randint(0, 2, (p, _PROBES), generator=torch.Generator().manual_seed(0)).to(state.factor) * 2 - 1
+        return p - d * float((signs * torch.cholesky_solve(signs, state.factor)).sum()) / _PROBES
