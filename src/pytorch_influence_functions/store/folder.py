@@ -21,7 +21,7 @@ from .shard_files import MappedFile, map_bytes, map_file, write_file
 
 _BASIS, _ROWS, _COLUMNS, GRAPH = "basis", "rows", "columns", "graph"
 # Files of tensors, and the graph in the format of its library.
-_OWN = tuple(f"{stem}-*.safetensors" for stem in (_BASIS, _ROWS, _COLUMNS)) + (f"{GRAPH}-*.faiss",)
+_OWN = (*(f"{stem}-*.safetensors" for stem in (_BASIS, _ROWS, _COLUMNS)), f"{GRAPH}-*.faiss")
 
 
 @final
