@@ -23,7 +23,6 @@ from ..damping.curve import DampingCurve, FromCurve
 from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
 from ..gradients.projections import AbstractReduction
-from ..linalg.eigh import Decompositions
 from ..linalg.rows import Route
 from ..problem.agreement import agree_on_problem, entry, in_common
 from ..problem.checkpoints import at_checkpoint
@@ -52,6 +51,7 @@ from .checks import (
     check_weights_fit,
 )
 from .fitted_member import FittedMember
+from .member_fits import ChangeDamping, FitMember
 from .members import Members
 from .method import AbstractMethod
 from .parts import Parts
@@ -143,12 +143,8 @@ class Influence(Record, AbstractMethod):
             composition = self._compose(derivatives, n_queries)
             check_projectable(self, problem, composition)
             current().agree(lambda: {"the choice for this problem": in_common(self.describe(composition))})
-        rule, insists, decompositions = self._damping_of(composition), self.preconditioner is not None, Decompositions()
-
-        def fit_one(k: int) -> FittedMember:
-            with at_checkpoint(problem.model, checkpoints[k]), decompositions.in_use():
-                return FittedMember.fit(checkpoints[k], derivatives, composition, rule, budget, insists)
-
+        rule, insists = self._damping_of(composition), self.preconditioner is not None
+        fit_one = FitMember(checkpoints, derivatives, composition, rule, budget, insists)
         members = Members.fit(fit_one, len(checkpoints), budget)
         fitted_at = FittedWeights.of(given)
         return Attribution(self, problem, members, stationarity, time.perf_counter() - start, fitted_at)
@@ -357,12 +353,8 @@ class Attribution(AbstractAttribution):
         """
         self.fitted_at.check()
         rule = as_damping(damping)
-
-        def change(member: FittedMember) -> FittedMember:
-            with at_checkpoint(self.problem.model, member.checkpoint):
-                return member.with_damping(rule)
-
-        return replace(self, spec=replace(self.spec, damping=rule), members=self.members.transform(change))
+        members = self.members.transform(ChangeDamping(self.problem.model, rule))
+        return replace(self, spec=replace(self.spec, damping=rule), members=members)
 
     def scores_over_damping(self, queries: Any, lambdas: Any, measure: Any = None) -> dict[float, Scores]:
         """Scores for every damping value in `lambdas` (absolute), without refitting.
