@@ -277,7 +277,7 @@ class _Snapshot:
         return cls(
             modes=[(m, m.training) for m in modules],
             attributes=[(m, {name: _copied(value) for name, value in _kept(m).items()}) for m in modules],
-            normalised=[(weight, weight.detach().clone()) for m in modules for weight in _normalised_by(m)],
+            normalised=[(weight, weight.detach().clone()) for m in modules for weight in normalised_by(m)],
             stand_ins=stand_ins,
             parameters=[(p, p.requires_grad, p.grad) for p in [*own, *copies.values()]],
             buffers=[
@@ -369,7 +369,7 @@ def _put_back(module: nn.Module, name: str, before: Any) -> None:
     container.extend(members) if type(container) is list else container.update(members)
 
 
-def _normalised_by(module: nn.Module) -> list[Tensor]:
+def normalised_by(module: nn.Module) -> list[Tensor]:
     """The weight that forward of this module changes in place."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         return [module.weight]
