@@ -294,6 +294,8 @@ class _Snapshot:
         # The flag is set directly: train() is often overridden, with effects that eval() would not undo.
         for module, _ in self.modes:
             module.training = False
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                module.sparse = False  # put back with the attributes; its gradients would be of a layout of their own
         for stand_in in self.stand_ins:
             setattr(stand_in.module, stand_in.name, stand_in.copy)
         for parameter, _, _ in self.parameters:
