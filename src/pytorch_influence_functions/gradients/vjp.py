@@ -103,7 +103,7 @@ def grads(
         root = (outputs * cotangent).sum()
     else:
         root = _StartingFrom.apply(outputs, cotangent.to(outputs.dtype))  # type: ignore[no-untyped-call]
-    gradients = torch.autograd.grad(
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
         root, list(inputs), retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
     )
     return tuple(None if gradient is None else as_dense(gradient) for gradient in gradients)
