@@ -171,7 +171,7 @@ def what_if(
 
     Args:
         problem: model, loss and training data; or what a method's `fit(problem)` gave, which is then used again.
-        remove: indices of training examples, or a bool mask over them.
+        remove: indices of training examples, pairs (index, score) such as `scores.harmful(0, 5)`, or a bool mask.
         relabel: new labels by index; names of classes where the data have them.
         replace: new inputs by index, without a batch axis.
         add: more training examples: a dataset, a loader, tensors or arrays `(x, y)`.
