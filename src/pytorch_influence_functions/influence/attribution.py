@@ -24,7 +24,7 @@ from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
 from ..gradients.projections import AbstractReduction
 from ..linalg.eigh import Decompositions
-from ..linalg.rows import Route
+from ..linalg.rows import Route, Rows
 from ..problem.agreement import agree_on_problem, entry, in_common
 from ..problem.checkpoints import at_checkpoint
 from ..problem.problem import Problem
