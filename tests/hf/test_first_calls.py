@@ -157,6 +157,8 @@ SAID: list[tuple[Any, str]] = [
     (lambda m, w, f: ptif.hf.problem(m, w, "the cat sat"), "is one string, 'the cat sat'; pass a list of texts"),
     (lambda m, w, f: ptif.hf.problem(m, w, f / "texts.jsonl"), r"texts\.jsonl'; .*load_dataset\('json'"),
     (lambda m, w, f: ptif.hf.problem(m, w, {"text": texts(2)}), "is a mapping of 'text'; pass a list of rows"),
+    (lambda m, w, f: ptif.hf.problem(m, w, 3), "The dataset is of type int; pass a list of texts"),
+    (lambda m, w, f: ptif.hf.problem(f / "none", w, texts(2)), r"There is no model at '.*none' \(.*save_pretrained\("),
     (lambda m, w, f: ptif.hf.problem(m, w, ["a cat", 3]), "^Example 1 cannot be read: A text was expected, got int"),
     (lambda m, w, f: ptif.hf.problem(m, w, texts(2), max_length="9"), "max_length='9' must be a whole number"),
     (
@@ -176,6 +178,30 @@ SAID: list[tuple[Any, str]] = [
         r"None of the columns 'text' .*ptif\.hf\.problem\(trainer, text_column='text'\)",
     ),
 ]
+
+
+class Frame:
+    """The rows of a polars frame: no `to_dict("records")`."""
+
+    columns = ("text",)
+
+    def to_dicts(self) -> list[dict[str, str]]:
+        return [{"text": text} for text in texts(3)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, name: Any) -> Any:
+        raise KeyError(name)
+
+
+def test_frames_of_polars_are_rows() -> None:
+    problem = ptif.hf.problem(gpt2(), tokenizer(), Frame())
+    expected = ptif.attribute(ptif.hf.problem(gpt2(), tokenizer(), texts(3)), queries=texts(3), method="grad_dot")
+    assert gap(ptif.attribute(problem, queries=Frame(), method="grad_dot").values, expected.values) < 1e-6
 
 
 @pytest.mark.parametrize(("call", "sentence"), SAID)

@@ -52,7 +52,9 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
     if isinstance(queries, (Source, DataLoader)):
         return Source.of(queries)
     refuse_splits(queries, "There are", "is asked, queries")
-    if callable(getattr(queries, "to_dict", None)) and hasattr(queries, "columns"):
+    if callable(getattr(queries, "to_dicts", None)):  # of polars
+        queries = queries.to_dicts()
+    elif callable(getattr(queries, "to_dict", None)) and hasattr(queries, "columns"):
         queries = queries.to_dict("records")
     if isinstance(queries, Mapping) and IDS in queries:
         queries = rows_of_columns(queries)

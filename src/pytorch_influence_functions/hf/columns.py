@@ -73,12 +73,19 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
         )
     if isinstance(data, Mapping):
         return rows_of_columns(data), [str(name) for name in data]
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise InvalidInput(
+            f"The dataset is of type {type(data).__name__}; pass a list of texts, chats (lists of messages), or rows "
+            "with named columns."
+        )
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise InvalidInput(
             f"{type(data).__name__} can only be iterated, but texts are named by index; pass list(dataset.take(n)) "
             "of as many as fit in memory."
         )
-    if callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):
+    if callable(getattr(data, "to_dicts", None)):  # of polars
+        data = data.to_dicts()
+    elif callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):
         data = data.to_dict("records")
     elif columns is not None and callable(getattr(data, "with_format", None)):
         return data.with_format(None), list(columns)

@@ -142,7 +142,7 @@ def check_compute_loss(trainer: Any, data: Source, objective: Any) -> None:
         InvalidInput: they differ.
     """
     own = not type(trainer).compute_loss.__module__.startswith("transformers")
-    smooths = getattr(trainer, "label_smoother", None) is not None
+    smooths = getattr(trainer, "label_smoother", None) is not None and isinstance(objective, TokenCrossEntropy)
     if not (own or smooths) or not isinstance(objective, AbstractObjective):
         return
     ours = replace(objective, average=True) if isinstance(objective, TokenCrossEntropy) else objective
