@@ -255,6 +255,7 @@ def forecast(
     route: Route | str | None = None,
     precision: str | None = None,
     aggregate: Any = None,
+    top: int | None = None,
     **problem: Unpack[ProblemOptions],
 ) -> Forecast:
     """What `attribute` would choose, and what it would cost: passes over the data, memory and seconds.
@@ -262,7 +263,7 @@ def forecast(
     Runs and times one small batch; nothing else is computed. Memory is what is needed beside the model.
 
     Args:
-        model, train, queries, loss, method, run, damping, route, precision, aggregate: as for `attribute`.
+        model, train, queries, loss, method, run, damping, route, precision, aggregate, top: as for `attribute`.
         parameters, weight_decay, checkpoints, batch_size, deterministic, device: as for `attribute`.
 
     Raises:
@@ -275,7 +276,7 @@ def forecast(
     """
     changes = {"damping": damping, "route": route, "precision": precision}
     spec, whole, source = _prepare("forecast", model, train, queries, loss, (method, run), changes, problem)
-    return spec.forecast(whole, _count_rows(source, aggregate))
+    return spec.forecast(whole, _count_rows(source, aggregate), top)
 
 
 def _prepare(

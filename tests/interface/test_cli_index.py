@@ -43,6 +43,17 @@ def test_build_ask_remove_and_compact(tmp_path: Path) -> None:
     assert Ran("index", "info", folder, "--check", "--json").found["removed"] == 5
 
 
+def test_a_graph_is_made_and_asked(tmp_path: Path) -> None:
+    task, folder = task_file(tmp_path), tmp_path / "index"
+    built = Ran("index", "build", task, folder, "--keep", "sketch:7", "--json").found
+    assert built["status"] == "complete" and not built["graph"]
+    assert Ran("index", "graph", folder, "--links", 4, "--ef", 8, "--json").found["graph"]
+    assert "without the" in Ran("index", "info", folder, "--check").stdout
+    ask = ("index", "query", folder, task, "--queries", "3", "--top", 2, "--json")
+    plain, asked = Ran(*ask).found, Ran(*ask, "--ef", N).found
+    assert asked["influences"] == plain["influences"] and "ef=40 names no few" in asked["notes"][-1]
+
+
 def test_parts_and_columns_are_told_apart(tmp_path: Path) -> None:
     task = task_file(tmp_path, OF_LAYERS)
     folder, out = tmp_path / "index", tmp_path / "r"

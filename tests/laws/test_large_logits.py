@@ -109,7 +109,7 @@ def test_squares_added_example_by_example_are_those_of_gradients_written_out(
     """The squares of a tied embedding are checked against autograd in test_large_vocabularies.py."""
     model, curvature = language_model(tied), EKFAC(EmpiricalFisher(), largest=VOCABULARY - 1)
     expected = squares(model, curvature)
-    monkeypatch.setattr(moments, "_IN_TURN", 0)
+    monkeypatch.setattr(moments, "IN_TURN", 0)
     monkeypatch.setattr(moments, "_CACHED", 20)  # two rows of eight at a time
     for name, values in squares(model, curvature).items():
         torch.testing.assert_close(values, expected[name], rtol=1e-10, atol=1e-14)

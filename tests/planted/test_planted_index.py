@@ -121,7 +121,7 @@ BUGS = [
     Bug("every query gets the first one's candidates", swap(Ranking, "result", first_for_all), own),
     Bug("digests that are all equal", swap(build, "hash_examples", all_hashes_equal), in_a_folder(compared)),
     Bug("a fingerprint that sees no change", swap(Fingerprint, "differences", lambda f, *some, **more: []), changed),
-    Bug("audited scores not counted", swap(rerank, "_entering", lambda f, exact, audited, top: 0), missed),
+    Bug("audited scores not counted", swap(rerank, "count_entering", lambda f, values, audited, top: 0), missed),
 ]
 
 

@@ -13,6 +13,8 @@ from ..store.compaction import compact, remove
 from ..store.describe import IndexForecast
 from ..store.folder import IndexFolder
 from ..store.gradient_index import Index
+from ..store.graph import build_graph
+from ..store.manifest import GraphRecord
 from ..store.representation import parse_representation
 from . import options, show
 from .by_part import by_part, file_of, influences_of, read_by, with_query_ids
@@ -85,6 +87,10 @@ def query_command(
     task: options.TaskFile = None,
     queries: Annotated[str, typer.Option("--queries", help="Positions: 0:20, 5, or 1,4,10:20.")] = "all",
     top: Annotated[int, typer.Option("--top", help="Keep the K most helpful and K most harmful of each query.")] = 10,
+    ef: Annotated[
+        int | None,
+        typer.Option("--ef", help="Look at so many candidates for each end, by the graph. (default: at all rows)"),
+    ] = None,
     rerank: Annotated[
         int | None, typer.Option("--rerank", help="Compute exact scores for so many candidates from each end.")
     ] = None,
@@ -117,7 +123,8 @@ def query_command(
     flags = options.settings_among(locals()) | {"query": query or None, "answer": answer or None, "by": by or None}
     with exit_with_code(output):
         settings = options.merge_settings(flags)
-        rule, parts = None if damping is None else parse_damping(damping), parse_by(by or ())
+        rule = None if damping is None else parse_damping(damping)
+        parts: Any = parse_by(by or ())
         parse_where(where or ())  # before anything is read
         with report_progress(output):
             loaded = settings.load()
@@ -131,6 +138,7 @@ def query_command(
                 where=parse_where(where or (), texts),
                 normalised=normalised,
                 damping=rule,
+                ef=ef,
                 rerank=rerank,
                 by=parts,
             )
@@ -138,6 +146,21 @@ def query_command(
         if out is not None:
             named.save(out / file_of(named))
         _print_scores(output, named, loaded.names, out)
+
+
+def graph_command(
+    folder: Folder,
+    links: Annotated[int, typer.Option("--links", help="Neighbours that each row is linked with.")] = 16,
+    ef: Annotated[int, typer.Option("--ef", help="Candidates that are looked at for these links.")] = 64,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a graph of nearest neighbours, which ptif index query --ef asks instead of reading every row."""
+    output = Output(json, quiet)
+    with exit_with_code(output):
+        with report_progress(output):
+            opened = build_graph(IndexFolder.open(folder), links, ef)
+        _print_info(output, opened, "linked")
 
 
 def info_command(
@@ -244,6 +267,7 @@ def _print_info(output: Output, opened: IndexFolder, what: str) -> None:
                 ("model", f"{facts['model']}, {facts['loss']}"),
                 ("size", f"{format_bytes(manifest.bytes)} in {len(manifest.shards) + 1:,} files"),
                 ("removed", f"{removed:,} examples"),
+                *([("graph", _describe_graph(manifest.graph))] if manifest.graph else []),
             ]
         ),
     )
@@ -259,8 +283,13 @@ def _print_info(output: Output, opened: IndexFolder, what: str) -> None:
             "method": facts["method"],
             "bytes": manifest.bytes,
             "files": len(manifest.shards) + 1,
+            "graph": manifest.graph is not None,
         }
     )
+
+
+def _describe_graph(graph: GraphRecord) -> str:
+    return f"of the first {graph.stop:,} examples, without the {graph.left:,} smallest rows"
 
 
 def _print_scores(

@@ -88,7 +88,7 @@ class AttributionRun:
             InvalidInput: the method has no forecast.
         """
         with Meter(1, "timing one batch") as meter:
-            costs = self.method.forecast(self.task.problem, len(self.ids))
+            costs = self.method.forecast(self.task.problem, len(self.ids), self.settings.top)
             meter.advance()
         return costs
 

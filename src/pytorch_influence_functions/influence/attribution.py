@@ -47,6 +47,7 @@ from .checks import (
     check_parts,
     check_problem,
     check_projectable,
+    check_top,
     check_units,
     check_weights_fit,
 )
@@ -152,14 +153,16 @@ class Influence(Record, AbstractMethod):
         return Attribution(self, problem, members, stationarity, time.perf_counter() - start)
 
     @entry
-    def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
+    def forecast(self, problem: Problem, n_queries: int = 1, top: int | None = None) -> Forecast:
         """What `fit` and `score` would cost; runs one batch.
 
         Args:
             problem: model, loss and training data.
             n_queries: how many queries there will be.
+            top: how many scores are kept of every query at either end, as in `score`; `None`: all.
         """
         check_problem(problem)
+        check_top(top)
         given, problem = problem, in_working_precision(problem, self.precision)
         with at_checkpoint(problem.model, problem.checkpoints[0] if problem.checkpoints else None):
             start = time.perf_counter()
@@ -167,7 +170,7 @@ class Influence(Record, AbstractMethod):
             preparing = current().largest(time.perf_counter() - start)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
-            size = ProblemSize.of(derivatives, n_queries)
+            size = replace(ProblemSize.of(derivatives, n_queries), top=top)
             composition = self._compose(derivatives, n_queries, size)
             rule, memory = self._damping_of(composition), Budget.of(self.memory)
             size = time_product(composition, derivatives, size, memory, rule)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core.distributed import World
-
-# Columns gathered before they are merged: one selection over many columns is cheaper than many over few.
-_COLUMNS = 1024
+from ..linalg.chunks import chunks, gathered_columns
 
 
 @dataclass(eq=False)
@@ -40,7 +38,7 @@ class TopK:
             self._merge()
         self._queries = query_ids
         self._buffer.append((ids.cpu(), values.cpu()))
-        if sum(len(i) for i, _ in self._buffer) >= max(_COLUMNS, 4 * self.k):
+        if sum(len(i) for i, _ in self._buffer) >= gathered_columns(self.k):
             self._merge()
 
     def result(self) -> tuple[Float[Tensor, "q m"], Int[Tensor, "q m"]]:
@@ -49,7 +47,9 @@ class TopK:
         largest, smallest = self._largest, self._smallest
         values = torch.cat([largest.values, smallest.values], 1)
         ids = torch.cat([largest.ids, smallest.ids], 1)
-        twice = (smallest.ids[:, :, None] == largest.ids[:, None]).any(2)
+        twice = torch.zeros_like(smallest.ids, dtype=torch.bool)
+        for part in chunks(self.n_queries, 2 * self.k**2):
+            twice[part] = (smallest.ids[part, :, None] == largest.ids[part, None]).any(2)
         usable = torch.cat([largest.ids >= 0, (smallest.ids >= 0) & ~twice], 1)
         width = min(2 * self.k, int(usable.sum(1).min()))
         # The usable ones first, the largest before the smallest: both are in the order in which they are taken.
@@ -77,10 +77,18 @@ class TopK:
     def _merge(self) -> None:
         if self._queries is None:
             return
-        ids = torch.cat([i for i, _ in self._buffer])
-        values = torch.cat([v for _, v in self._buffer], 1)
-        for extremes in (self._largest, self._smallest):
-            extremes.merge(self._queries, ids, values)
+        ids, values = self._buffer[0]
+        if len(self._buffer) > 1:
+            ids = torch.cat([i for i, _ in self._buffer])
+            values = torch.cat([v for _, v in self._buffer], 1)
+        # Later in a long stream next to no example enters a list, and to compare is cheaper than to select.
+        entering = self._largest.admit(self._queries, values) | self._smallest.admit(self._queries, values)
+        places = entering.nonzero().flatten()
+        if len(places) < len(ids):
+            ids, values = ids[places], values[:, places]
+        if len(ids):
+            for extremes in (self._largest, self._smallest):
+                extremes.merge(self._queries, ids, values)
         self._queries = None
         self._buffer.clear()
 
@@ -97,6 +105,14 @@ class _Extremes:
     def empty(n_queries: int, k: int, sign: float) -> _Extremes:
         values = torch.full((n_queries, k), -sign * torch.inf, dtype=torch.float64)
         return _Extremes(values, torch.full((n_queries, k), -1), sign)
+
+    def admit(self, query_ids: Tensor, values: Float[Tensor, "q n"]) -> Bool[Tensor, " n"]:
+        """Which columns could enter a list of one of these queries."""
+        last = self.values[query_ids, -1].to(values.dtype)
+        # One step beyond, so that no rounding of the last one keeps its equals out.
+        last = torch.nextafter(last, torch.full_like(last, -self.sign * torch.inf))[:, None]
+        able: Tensor = (values - last).amax(0) >= 0 if self.sign > 0 else (values - last).amin(0) <= 0
+        return able
 
     def merge(self, query_ids: Tensor, ids: Tensor, values: Tensor) -> None:
         """Take scores [q, n] of these queries in; `ids` are those of the examples, [n], or [q, n] for each query's."""

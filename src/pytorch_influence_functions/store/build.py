@@ -427,3 +427,28 @@ def check_model_is_same(manifest: Manifest, problem: Problem, where: str) -> Non
             f"The model is not the one that the index in {where!r} was built from: its {' and '.join(changed)} differ; "
             "load that model, or build another index."
         )
+
+
+def fitted_of(folder: IndexFolder) -> FittedBasis:
+    """What stays the same for all rows of an index."""
+    manifest = folder.manifest
+    return FittedBasis.from_file(folder.read(manifest.basis), representation_of(manifest))
+
+
+def whole_layout(folder: IndexFolder, fitted: FittedBasis) -> AbstractLayout:
+    """How the rows of an index are stored.
+
+    Args:
+        folder: the index.
+        fitted: its basis.
+
+    Raises:
+        InvalidInput: it was not built to its end.
+    """
+    manifest = folder.manifest
+    if not manifest.complete:
+        raise InvalidInput(
+            f"The index in {os.fspath(folder.path)!r} was not built to its end: {manifest.examples:,} examples are "
+            "stored; call Index.build(...) or append(...) again, which goes on, or wait for the process that is at it."
+        )
+    return layout_of(manifest, fitted, representation_of(manifest))

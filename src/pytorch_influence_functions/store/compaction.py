@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def compact(folder: IndexFolder) -> IndexFolder:
         opened = IndexFolder.open(folder.path, folder.check)
         mask = opened.manifest.mask()
         shards = tuple(_compacted(opened, shard, mask[shard.ids]) for shard in opened.manifest.shards)
-        opened.write(replace(opened.manifest, shards=shards))
+        opened.write(opened.manifest.with_shards(shards))
         opened.drop_unlisted()
     return opened
 
