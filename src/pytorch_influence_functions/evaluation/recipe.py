@@ -190,7 +190,8 @@ class Recipe:
     @cached_property
     def _gives_old_weights(self) -> bool:
         """Whether two calls of `model` give the same module, or share what would be trained."""
-        one, other = self.model(), self.model()
+        one: Any = self.model()
+        other: Any = self.model()
         if not (isinstance(one, nn.Module) and isinstance(other, nn.Module)):
             return False  # said by whoever uses it
         trained = {id(p) for p in one.parameters() if p.requires_grad}
