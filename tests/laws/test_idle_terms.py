@@ -180,7 +180,7 @@ def test_gradients_written_out_in_the_cache_have_the_same_products(monkeypatch: 
 
 def test_small_batches_meet_many_queries_together(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model, data, queries = ReadsTheFirst().double(), texts(40), texts(60)
+    model, data, queries = ReadsTheFirst().double(), texts(40), texts(400)
     counts: list[int] = []
     against = Rows.against
 

@@ -39,7 +39,7 @@ Solved: TypeAlias = Rows | DualSolution
 # Share of the memory budget that solved queries, with what the solver holds beside each, may take.
 QUERY_SHARE = 1 / 4
 # Batches are joined up to so many examples, and to this share of the numbers of the solved queries that they meet.
-_JOINED, _JOINED_SHARE = 32, 1 / 3
+_JOINED, _JOINED_SHARE = 32, 1 / 8
 # Up to this many queries one forward-mode pass per query is cheaper than rows for layers without a rule.
 _FORWARD_QUERIES = 8
 
