@@ -116,7 +116,8 @@ def smallest_removal(
         seed: of these trainings.
 
     Raises:
-        InvalidInput: the statistic is no number, is not differentiable in a parameter, or lies on the threshold.
+        InvalidInput: the statistic is no number, is not differentiable in a parameter, reads another model than the one
+            it is given, or lies on the threshold.
 
     Reference: Broderick, Giordano & Meager (2020), "An Automatic Finite-Sample Robustness Metric"; Hu et al. (2024),
     "Most Influential Subset Selection".
@@ -149,6 +150,7 @@ def smallest_removal(
         fitted = spec.fit(state.problem) if state.order else first
         chosen = search.choose(fitted, state, limit - len(state.order))
         if not len(chosen):
+            measured_by.check_reads(state.problem, state.kept)
             break
         state = search.without(fitted, state, chosen)
         path.append((len(state.order), state.value))
@@ -266,7 +268,10 @@ class _Search:
         smaller = problem.with_(model=edited, data=problem.data.subset(rest), weight_decay=decay)
         order = (*state.order, *state.kept[chosen].tolist())
         kept = state.kept[rest]
-        return _State(smaller, kept, self.statistic.value(edited, kept), order)
+        value = self.statistic.value(edited, kept)
+        if value == state.value:
+            self.statistic.check_reads(smaller, kept)
+        return _State(smaller, kept, value, order)
 
     def prune(self, first: Attribution, state: _State) -> _State:
         """Put back whoever is not needed, the last first: later rounds make some of the earlier choices superfluous."""
