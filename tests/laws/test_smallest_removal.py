@@ -103,6 +103,15 @@ def test_a_statistic_in_steps_may_stay_where_it_is() -> None:
     assert not outcome.found and outcome.predicted == outcome.before
 
 
+@pytest.mark.parametrize("ask", [smallest_removal, flip_prediction])
+def test_a_model_in_place_of_a_problem(ask: Callable[..., Any]) -> None:
+    words = (
+        rf"{ask.__name__}\(\) takes a Problem, got Linear; write {ask.__name__}\(ptif\.Problem\(model, loss, train\)"
+    )
+    with pytest.raises(InvalidInput, match=words):
+        ask(nn.Linear(1, 2), torch.zeros(1, 1))
+
+
 def test_a_confirmation_is_beside_training_again_with_all_of_the_data() -> None:
     torch.manual_seed(0)
     x = torch.randn(50, 1).double()

@@ -127,9 +127,9 @@ class DataStatistic:
             slopes = torch.autograd.grad(value, asked, allow_unused=True) if value.requires_grad else ()
         if all(slope is None for slope in slopes):
             raise InvalidInput(
-                "The statistic does not change with the parameters of the model it is given, so it reads another model, "
-                "perhaps a global variable, or parameters that take no part; write it with its argument, such as "
-                "lambda m: m.weight[0, 0]."
+                "The statistic does not change with the parameters of the model it is given, so it reads another "
+                "model, perhaps a global variable, or parameters that take no part; write it with its argument, such "
+                "as lambda m: m.weight[0, 0]."
             )
 
     def _weights(self, kept: Tensor) -> Tensor:
