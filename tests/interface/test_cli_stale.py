@@ -178,6 +178,16 @@ def test_other_settings_do_not_go_on_with_the_blocks(tmp_path: Path, monkeypatch
         assert other.code == 2 and f"it differs in {named}" in other.sentence
 
 
+def test_a_call_that_failed_before_its_first_block_does_not_keep_the_folder(tmp_path: Path) -> None:
+    task, out = task_file(tmp_path), tmp_path / "r"
+    wrong = Ran("attribute", task, "--method", "grad-dot", "--by", "lay", "--out", out)
+    assert wrong.code == 2 and "'lay'" in wrong.sentence
+    assert Ran("attribute", task, "--method", "grad-dot", "--by", "layer", "--out", out, "--quiet").code == 0
+    assert ptif.PartScores.load(out / "parts.safetensors") is not None
+    other = Ran("attribute", task, "--method", "grad-dot", "--out", out)
+    assert other.code == 2 and "holds another run" in other.sentence
+
+
 @pytest.mark.parametrize("place", ["numbers", "header"])
 def test_a_damaged_block_is_computed_again(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task, out = task_file(tmp_path), tmp_path / "r"
