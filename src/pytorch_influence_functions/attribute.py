@@ -144,7 +144,8 @@ def attribute(
         distributed: share the work out over the processes of `torch.distributed`, all of which make the same call; see
             `ptif.distributed`. By default every process computes alone.
         parameters: names, globs, modules or a predicate; by default everything that is trainable.
-        weight_decay: the L2 strength of training, or the optimiser it is read from; by default 0.
+        weight_decay: the L2 strength of training, one number or by name of a parameter or glob such as `"0.*"`, or the
+            optimiser it is read from; by default 0.
         checkpoints: state dicts or files; scores are averaged over them. By default the model's weights alone.
         batch_size: the most examples per batch; by default what suits an example's size. Scores do not depend on it.
         deterministic: `"warn"` (the default), `"error"` or `"ignore"` when reading an example twice gives different
@@ -255,6 +256,7 @@ def forecast(
     route: Route | str | None = None,
     precision: str | None = None,
     aggregate: Any = None,
+    top: int | None = None,
     **problem: Unpack[ProblemOptions],
 ) -> Forecast:
     """What `attribute` would choose, and what it would cost: passes over the data, memory and seconds.
@@ -262,7 +264,7 @@ def forecast(
     Runs and times one small batch; nothing else is computed. Memory is what is needed beside the model.
 
     Args:
-        model, train, queries, loss, method, run, damping, route, precision, aggregate: as for `attribute`.
+        model, train, queries, loss, method, run, damping, route, precision, aggregate, top: as for `attribute`.
         parameters, weight_decay, checkpoints, batch_size, deterministic, device: as for `attribute`.
 
     Raises:
@@ -275,7 +277,7 @@ def forecast(
     """
     changes = {"damping": damping, "route": route, "precision": precision}
     spec, whole, source = _prepare("forecast", model, train, queries, loss, (method, run), changes, problem)
-    return spec.forecast(whole, _count_rows(source, aggregate))
+    return spec.forecast(whole, _count_rows(source, aggregate), top)
 
 
 def _prepare(
@@ -314,6 +316,11 @@ def _known_problem(
 ) -> tuple[Problem, Any]:
     """The problem of a Trainer, or the one that was given, and queries in its form."""
     if queries is None and train is not None:
+        if isinstance(known, Problem):
+            raise InvalidInput(
+                f"{name}() got a problem, which holds its training data, and more of them in the second place; if they "
+                f"are what is asked, write {name}(problem, queries=...)."
+            )
         raise InvalidInput(f"{name}() got nothing that is asked; write queries=, as in {name}(trainer, queries=...).")
     if not isinstance(known, Problem):
         whole = hf_problem(known, dataset=train, loss=loss, **options)

@@ -105,7 +105,7 @@ def test_of_a_chat_the_last_answer_is_asked() -> None:
     assert asked(ptif.hf.query(model, words, chat)) == "the dog <eos>"
     assert asked(ptif.hf.query(model, words, chat[:3], "moon")) == "moon <eos>"
     pair = ptif.hf.query(model, words, chat, against="moon")
-    assert pair.names == ["the dog <eos> / moon <eos>"] and len(pair) == 2
+    assert pair.names == ["the dog / moon"] and len(pair) == 2
     generated = ptif.hf.query(model, words, chat[:3], max_new_tokens=4)
     assert len(generated.texts[0]["labels"]) > 0
     problem = ptif.hf.problem(model, words, texts(4))
@@ -191,5 +191,5 @@ def test_answers_of_some_queries_only_are_refused() -> None:
     with pytest.raises(ptif.errors.InvalidInput, match="Query 0 has no 'completion' and query 1 has one"):
         ptif.hf.query(model, words, ["who", "the"], [None, " cat"])
     chat = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "cat"}]
-    assert ptif.hf.query(model, words, [chat, "the"], [None, " cat"]).names == ["cat <eos>", "cat"]
+    assert ptif.hf.query(model, words, [chat, "the"], [None, " cat"]).names == ["cat", "cat"]
     assert ptif.hf.query(model, words, ["who"], [" cat"], against=[None]).pairs == 0

@@ -114,7 +114,7 @@ def fitted(curvature: Any, problem: ptif.Problem, memory: Budget | None = None) 
 @pytest.mark.parametrize("in_turn", [True, False])
 def test_eigenvalues_do_not_depend_on_what_is_left_out(in_turn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: every example's gradient by autograd, in the basis."""
-    monkeypatch.setattr(moments, "_IN_TURN", 0 if in_turn else 1 << 20)
+    monkeypatch.setattr(moments, "IN_TURN", 0 if in_turn else 1 << 20)
     torch.manual_seed(0)
     model, (x, y) = ReadsTheFirst().double(), texts(9)
     problem = ptif.Problem(model, ptif.CrossEntropy(), (x, y), batch_size=4)

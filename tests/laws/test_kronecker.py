@@ -396,7 +396,7 @@ def test_independent_of_batch_size_and_of_what_fits_in_memory(fisher: Any, monke
     model, x, y = conv_net()
     one = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=14))
     three = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=3))
-    monkeypatch.setattr(fitting_module, "_KEPT_SHARE", 0.0)
+    monkeypatch.setattr(fitting_module, "KEPT_SHARE", 0.0)
     again = fitted(EKFAC(fisher), derivatives_of(model, x, y, batch_size=5))
     torch.testing.assert_close(written_out(three), written_out(one), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(written_out(again), written_out(one), rtol=1e-8, atol=1e-12)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -20,7 +20,9 @@ from ..core.distributed import World, current
 from ..core.errors import NotLikelihood
 from ..gradients.per_example import Derivatives
 from ..linalg.block_diagonal import subspace
-from ..linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum
+from ..linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum, matrix_shape
+from ..linalg.chunks import CHUNK_NUMBERS, written_numbers
+from ..linalg.rows import Route, outer_plans
 from ..linalg.space import Space
 from ..objectives.differentiated import output_curvature
 from ..problem.data import Source
@@ -63,6 +65,8 @@ class Cost:
     """Memory held at the same time."""
     products: Amount = 0.0
     """How many of the passes are taken by products with a curvature, in batches and at a speed of their own."""
+    passing: Amount = 0.0
+    """Memory beside `bytes` that is held while this is done, and let go before anything else is."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -70,11 +74,12 @@ class Cost:
             self.flops + other.flops,
             self.bytes + other.bytes,
             self.products + other.products,
+            max(self.passing, other.passing),
         )
 
     def repeated(self, times: Amount) -> Cost:
         """The same work several times, one after the other in the same memory."""
-        return Cost(self.passes * times, self.flops * times, self.bytes, self.products * times)
+        return replace(self, passes=self.passes * times, flops=self.flops * times, products=self.products * times)
 
     def over_share(self, share: Amount) -> Cost:
         """The same work on a share of the training data only."""
@@ -84,6 +89,16 @@ class Cost:
 def passes_for_rows(columns: Amount) -> float:
     """One forward pass, and one backward pass for each of `columns` rows per example."""
     return (1 + columns) / 2
+
+
+class Meeting(NamedTuple):
+    """What it takes that the gradients of some examples meet some vectors in one block of parameters."""
+
+    operations: float
+    written: float
+    """Numbers that are written out and read back, one piece after the other."""
+    held: float
+    """Numbers of them that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,31 @@ class BlockSize:
     def pair_flops(self) -> Amount:
         """Operations of the inner product of two examples' gradients: factor by factor, or written out."""
         return 2.0 * min(self.terms * self.numbers, self.numel)
+
+    def meeting(self, n: int, m: int, number_bytes: int, factored: bool = False) -> Meeting:
+        """What the inner products of `n` examples' gradients with `m` vectors take, by the route that is taken.
+
+        Args:
+            n: examples.
+            m: vectors.
+            number_bytes: of each number.
+            factored: whether the vectors are gradients in the same form; else they are written out.
+        """
+        numel = self.numel
+        if m == 1 or self.numbers == numel:
+            return Meeting(2.0 * n * m * numel, 0.0, 0.0)
+        others = float(m * numel) if factored else 0.0
+        if self.factored:
+            o, i = matrix_shape(self.shape)
+            terms = self.terms if factored else None
+            plan = min(outer_plans(n, self.terms, o, i, m, terms, number_bytes), key=lambda p: p.cost("cpu"))
+            if plan.route is Route.GHOST:
+                return Meeting(2.0 * plan.macs, 0.0, 0.0)
+            if plan.route is Route.APPLY:
+                each = float(n * self.terms * o)
+                return Meeting(2.0 * plan.macs, each * m + others, min(each * m, max(CHUNK_NUMBERS, each)) + others)
+        held = min(n * numel, max(written_numbers(numel), numel))
+        return Meeting(2.0 * n * m * numel, n * numel + others, held + others)
 
 
 def terms_of(block: AbstractBlock) -> int:
@@ -153,6 +193,8 @@ class ProblemSize:
     """Why the loss has no Gauss-Newton matrix."""
     damping_share: Amount = 1.0
     """Damping in mean eigenvalues of the curvature, as far as it is known beforehand."""
+    top: int | None = None
+    """How many scores are kept of every query at either end; None: all."""
     asks_affine: Callable[[], bool] = lambda: True
     """Looks whether the outputs are affine in the parameters; it costs passes, so that only who needs to know asks."""
 

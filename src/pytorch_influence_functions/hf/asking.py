@@ -12,12 +12,12 @@ from ..core.errors import InvalidInput, nearest
 from ..problem.data import Source
 from ..problem.problem import Problem
 from .chats import BESIDE_A_CHAT, is_chat, is_nothing, naming, read_chat
-from .columns import MESSAGES, Columns, listed, refuse_splits
+from .columns import MESSAGES, Columns, listed, refuse_splits, rows_of_columns
 from .encoding import encode_text
 from .models import find_tokenizer, is_seq2seq, token_shift
 from .padding import Padding
 from .queries import TextQueries, as_queries, ask_texts
-from .texts import Texts
+from .texts import Texts, longest
 from .tokenised import IDS, TokenisedRows
 from .trainers import padding_as_trained, trainers_tokenizer
 
@@ -52,8 +52,12 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
     if isinstance(queries, (Source, DataLoader)):
         return Source.of(queries)
     refuse_splits(queries, "There are", "is asked, queries")
-    if callable(getattr(queries, "to_dict", None)) and hasattr(queries, "columns"):
+    if callable(getattr(queries, "to_dicts", None)):  # of polars
+        queries = queries.to_dicts()
+    elif callable(getattr(queries, "to_dict", None)) and hasattr(queries, "columns"):
         queries = queries.to_dict("records")
+    if isinstance(queries, Mapping) and IDS in queries:
+        queries = rows_of_columns(queries)
     single = isinstance(queries, (str, Mapping)) or is_chat(queries)
     asked = [queries] if single else queries
     first = asked[0] if hasattr(asked, "__getitem__") and hasattr(asked, "__len__") and len(asked) else None
@@ -171,6 +175,7 @@ def _whole_texts(problem: Problem, tokenizer: Any, asked: list[str], padding: Pa
         raise InvalidInput("An encoder-decoder reads one text and writes another; ask {'prompt': …, 'completion': …}.")
     texts = Texts(tuple(encode_text(tokenizer, text) for text in asked), tokenizer)
     texts.check_taught("query")
+    texts.check_length(longest(problem.model, tokenizer))
     return as_queries(texts, padding)
 
 

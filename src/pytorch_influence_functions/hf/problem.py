@@ -11,6 +11,7 @@ from typing import Any, Final
 from torch import nn
 
 from ..core.errors import InvalidInput, UnknownName, nearest
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import BATCH_SIZE, Source
 from ..problem.infer_loss import infer_objective
 from ..problem.problem import Problem, check_model
@@ -180,10 +181,21 @@ def problem(
         normalisation = "trainer" if trainer is None or loss is not None else trainers_normalisation(trainer)
     data = _training_data(trainer, whole, tokenizer, dataset, reading, normalisation, options.pop("batch_size", None))
     objective = _objective(whole, trainer, data, normalisation, options.get("device")) if loss is None else loss
+    _refuse_other_shift(whole, loss)
     if trainer is not None and loss is None:
         check_compute_loss(trainer, data, objective)
     made = Problem(whole, objective, replace(data, ask=queries_for), **options)
     return _with_decay_of_batches(made, normalisation) if loss is None and token_shift(whole) is not None else made
+
+
+def _refuse_other_shift(model: nn.Module, loss: Any) -> None:
+    shift = token_shift(model)
+    if isinstance(loss, TokenCrossEntropy) and shift is not None and shift != loss.shift:
+        each, other = "each token itself", "the next token"
+        raise InvalidInput(
+            f"{type(base_model(model)).__name__} predicts {other if shift else each}, and loss={loss!r} is of "
+            f"{each if shift else other}; write it with shift={shift}."
+        )
 
 
 def _load(model: Any) -> Any:
@@ -262,7 +274,7 @@ def texts_source(
 
 def _objective(model: nn.Module, trainer: Any, data: Source, normalisation: str, device: Any) -> Any:
     if token_shift(model) is not None:
-        return token_objective(model, normalisation)
+        return token_objective(model, normalisation, trainer)
     known = class_objective(model, trainer)
     return infer_objective(model, data, device) if known is None else known
 

@@ -194,6 +194,7 @@ def ask_texts(
         tuple(target for _, target in asked if target is not None) if is_seq2seq(model) else None,
     )
     texts.check_taught("query")
+    texts.check_length(longest(model, tokenizer))
     return as_queries(texts, padding, pairs)
 
 

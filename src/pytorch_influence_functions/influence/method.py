@@ -64,12 +64,13 @@ class AbstractMethod(ABC):
             n_queries: how many queries are expected.
         """
 
-    def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
+    def forecast(self, problem: Problem, n_queries: int = 1, top: int | None = None) -> Forecast:
         """What `fit` and `score` would cost.
 
         Args:
             problem: model, loss and training data.
             n_queries: how many queries there will be.
+            top: how many scores are kept of every query at either end, as in `score`; `None`: all.
 
         Raises:
             InvalidInput: this method does not know.

@@ -394,7 +394,7 @@ class TrainingStream:
         """
         if solved.read_when_used:
             return [slice(0, count)]
-        return chunks(count, len(solved), max(SCORE_NUMBERS, SCORE_ROWS * len(solved)))
+        return chunks(count, solved.met, max(SCORE_NUMBERS, SCORE_ROWS * solved.met))
 
     def _takes_forward_mode(self) -> bool:
         d = self.derivatives

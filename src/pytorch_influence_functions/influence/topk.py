@@ -9,9 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core.distributed import World
-
-# Columns gathered before they are merged: one selection over many columns is cheaper than many over few.
-_COLUMNS = 1024
+from ..linalg.chunks import chunks, gathered_columns
 
 
 @dataclass(eq=False)
@@ -40,7 +38,7 @@ class TopK:
             self._merge()
         self._queries = query_ids
         self._buffer.append((ids.cpu(), values.cpu()))
-        if sum(len(i) for i, _ in self._buffer) >= max(_COLUMNS, 4 * self.k):
+        if sum(len(i) for i, _ in self._buffer) >= gathered_columns(self.k):
             self._merge()
 
     def result(self) -> tuple[Float[Tensor, "q m"], Int[Tensor, "q m"]]:
@@ -49,7 +47,9 @@ class TopK:
         largest, smallest = self._largest, self._smallest
         values = torch.cat([largest.values, smallest.values], 1)
         ids = torch.cat([largest.ids, smallest.ids], 1)
-        twice = (smallest.ids[:, :, None] == largest.ids[:, None]).any(2)
+        twice = torch.zeros_like(smallest.ids, dtype=torch.bool)
+        for part in chunks(self.n_queries, 2 * self.k**2):
+            twice[part] = (smallest.ids[part, :, None] == largest.ids[part, None]).any(2)
         usable = torch.cat([largest.ids >= 0, (smallest.ids >= 0) & ~twice], 1)
         width = min(2 * self.k, int(usable.sum(1).min()))
         # The usable ones first, the largest before the smallest: both are in the order in which they are taken.

@@ -6,6 +6,8 @@ from __future__ import annotations
 CHUNK_NUMBERS = 1 << 24
 # Scores that are computed at once, in numbers, but of at least so many training examples, so that products are fast.
 SCORE_NUMBERS, SCORE_ROWS = 1 << 22, 64
+# Columns that are gathered before the extremes among them are picked: one selection over many is cheaper than many.
+_GATHERED = 1024
 # Rows that are written out at once for a product, in numbers, but at least so many rows, so that the product is fast.
 _WRITTEN_NUMBERS, _WRITTEN_ROWS = 1 << 22, 256
 
@@ -17,6 +19,15 @@ def written_numbers(numbers_each: int) -> int:
     (4194304, 12800000, 16777216)
     """
     return min(CHUNK_NUMBERS, max(_WRITTEN_NUMBERS, _WRITTEN_ROWS * numbers_each))
+
+
+def gathered_columns(k: int) -> int:
+    """Columns of scores that are gathered before the k extremes of every row are picked.
+
+    >>> gathered_columns(10), gathered_columns(1000)
+    (1024, 4000)
+    """
+    return max(_GATHERED, 4 * k)
 
 
 def chunks(count: int, numbers_each: int, most: int | None = None) -> list[slice]:

@@ -46,6 +46,11 @@ class DualSolution:
     def device(self) -> torch.device:
         return self.base.device
 
+    @property
+    def met(self) -> int:
+        """Vectors that each other row meets for its products with these: the right-hand sides and the basis."""
+        return len(self) + len(self.basis)
+
     def inner(self, rows: Rows, route: Route | None = None) -> Float[Tensor, "n r"]:
         """<x_n, r> for all pairs; free when `rows` is the basis itself.
 

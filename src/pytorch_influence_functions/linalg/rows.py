@@ -76,7 +76,7 @@ class RoutePlan:
         return 2 * self.macs / _OPERATIONS_PER_BYTE.get(device, 12.0) + self.bytes
 
 
-def _outer_plans(n: int, t: int, o: int, i: int, m: int, s: int | None, size: int) -> list[RoutePlan]:
+def outer_plans(n: int, t: int, o: int, i: int, m: int, s: int | None, size: int) -> list[RoutePlan]:
     """Costs for n rows of t terms against m rows that are dense (s None) or of s terms. [o, i] block."""
     plans = [
         RoutePlan(Route.MATERIALISE, 1.0 * n * t * o * i + n * m * o * i, 1.0 * size * (2 * n * o * i + m * o * i)),
@@ -109,7 +109,7 @@ def choose_route(a: AbstractBlock, b: AbstractBlock) -> Route:
         return Route.MATERIALISE
     o, i = a.shape
     s = b.terms if isinstance(b, (Outer, Conv)) else None
-    plans = _outer_plans(len(a), a.terms, o, i, len(b), s, size)
+    plans = outer_plans(len(a), a.terms, o, i, len(b), s, size)
     if isinstance(a, Conv):
         # All routes but `apply` unfold the patches first: gathered, given the bias column, read back.
         unfolded = 4 * size * len(a) * a.terms * i
@@ -146,6 +146,7 @@ def _apply(a: Outer | Conv, v: Tensor) -> Tensor:
             continue
         pushed = (a.right.flatten(0, 1) @ part.reshape(-1, i).T).view(n, a.terms, part.shape[0], o)
         out[:, chunk] = torch.einsum("ntmo,nto->nm", pushed, a.left)
+        del pushed  # before the next is made
     return out
 
 
@@ -341,6 +342,11 @@ class Rows:
     def routes(self, other: Rows) -> dict[str, Route]:
         """Which route `inner` would take for each block."""
         return {k: choose_route(b, other.blocks[k]) for k, b in self.blocks.items()}
+
+    @property
+    def met(self) -> int:
+        """Vectors that each other row meets for its products with these."""
+        return len(self)
 
     @property
     def read_when_used(self) -> bool:

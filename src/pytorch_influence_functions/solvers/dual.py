@@ -201,7 +201,9 @@ class Woodbury(AbstractSolver[AbstractDualState]):
         algebra = rows**2 * (size.pair_flops + _MOVED + _MOVED_PER_BLOCK * len(size.blocks)) + FACTORISATION * rows**3
         held = gram_bytes(rows, min(current().size, size.examples)) + 8 * _HELD * q * rows
         queries = q * rows * size.pair_flops + 6 * DOUBLE * q * rows**2
-        return curvature.cost(size, Form.GRAM) + Cost(flops=algebra + queries, bytes=held)
+        pairs = [block.meeting(rows, rows, size.number_bytes, factored=True) for block in size.blocks.values()]
+        written = size.number_bytes * max((pair.held for pair in pairs), default=0.0)
+        return curvature.cost(size, Form.GRAM) + Cost(flops=algebra + queries, bytes=held, passing=written)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None

@@ -15,13 +15,12 @@ from ..core.notebook import Printable
 from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize, timed_examples
 from ..damping.rules import AbstractDamping
-from ..gradients.per_example import MOST_TOGETHER, Derivatives
+from ..gradients.per_example import Derivatives
 from ..gradients.products import DIRECTIONS
-from ..linalg.chunks import SCORE_NUMBERS, SCORE_ROWS, written_numbers
 from ..linalg.operator import AbstractSymmetric
 from ..linalg.shift import Shift
-from ..problem.data import suited_size
 from .base import AbstractSolver, Result
+from .memory import batch_bytes, peak_bytes, piece_examples
 from .preconditioner import Preconditioner
 
 # Share of the memory budget that solved queries, with what the solver holds beside each, may take.
@@ -34,12 +33,6 @@ _TIMED_NUMBERS = 1 << 24
 _REPEATS = 2
 # The most operations of forward passes that a solve on the timed batch may take: about a second of one core.
 _TRIAL_OPERATIONS = 2e9
-# What a pass records is held by the graph, unfolded and multiplied as well: measured on U-Nets of 64² to 256² pixels.
-_PASS_COPIES = 6
-# Scores are added up in float64, and handed over in float32.
-_SCORE_BYTES, _RESULT_BYTES = 8, 4
-# Products of one batch of training examples, their sum, and the scores made of it.
-_SCORE_COPIES = 3
 # What is done once (looks at the loss, at the weights and at reading, a check of every layer's rule) takes as long as
 # so many batches of two examples; measured on small perceptrons.
 _ONCE = 6
@@ -158,23 +151,27 @@ def estimate_cost(
     # Training gradients that the curvature keeps are not taken again.
     kept = choice.curvature.holds_gradients and choice.solver.form(choice.curvature) is Form.GRAM
     again = 0 if kept and choice.solver.solves_in_dual and not solves_per_example else groups
-    pairs, written = (size.pair_flops, 0.0) if factored else (_PIECES * 2.0 * p, _PER_NUMBER * p)
-    scoring = Cost(
-        (looked_at + q) / n + again,
-        q * n * (_PER_SCORE + (pairs if again else 0.0)) + (again * n * written if q > 1 else 0.0),
-        _held_bytes(choice.solver, size, min(q, at_once)) + _SCORE_BYTES * q * n + _scoring_bytes(size, factored),
-    )
+    scoring = Cost((looked_at + q) / n + again, q * n * _PER_SCORE + again * _meeting_flops(size, factored))
     kept_fits = min(checkpoints, max(1, int(budget.bytes / max(1.0, float(fitting.bytes)))))
     again_fits = checkpoints - kept_fits
-    held = (kept_fits + (1 if again_fits else 0)) * fitting.bytes + scoring.bytes
-    fits, scored = fitting.repeated(checkpoints + again_fits), scoring.repeated(checkpoints)
-    total = replace(fits + scored, bytes=held)
+    held = (kept_fits + (1 if again_fits else 0)) * fitting.bytes
+    basis = (choice.curvature.rows(size) or 0) if choice.solver.solves_in_dual and again else 0
+    memory = peak_bytes(choice.solver, size, fitting, held, at_once, factored, basis)
+    total = fitting.repeated(checkpoints + again_fits) + scoring.repeated(checkpoints)
     each = size.seconds if size.product_seconds is None else size.product_seconds
     reading = (total.passes - total.products) * n * size.seconds + total.products * n * each
     seconds = reading + total.flops / operations_per_second() + _ONCE * size.once_seconds
-    together = min(n, MOST_TOGETHER, suited_size(size.pass_numbers))
-    batch = _PASS_COPIES * together * size.pass_numbers * size.number_bytes
-    return Forecast(method, choice.why, total.passes, total.bytes, seconds, batch)
+    return Forecast(method, choice.why, total.passes, memory, seconds, batch_bytes(size))
+
+
+def _meeting_flops(size: ProblemSize, factored: bool) -> Amount:
+    """Operations of the inner products of all training gradients with all queries."""
+    q, n = size.n_queries, size.examples
+    if factored:
+        return q * n * size.pair_flops
+    piece = piece_examples(size)
+    meetings = [block.meeting(piece, q, size.number_bytes) for block in size.blocks.values()]
+    return n / piece * sum(_PIECES * m.operations + _PER_NUMBER * m.written for m in meetings)
 
 
 def time_product(
@@ -223,24 +220,6 @@ def _count_steps(
     solution = trial.solve(trial.init(operator, Shift(share * operator.mean_eigenvalue())), rows)
     # Checking what claims to be done, and the residual that is handed back, take one each.
     return solution.steps + 2.0 if solution.result is Result.successful else None
-
-
-def _held_bytes(solver: AbstractSolver[Any], size: ProblemSize, queries: int) -> Amount:
-    """The gradients of a group of queries, their solutions, and what the solver holds beside each."""
-    if solver.solves_in_dual:
-        return queries * size.row_bytes
-    return queries * (size.row_bytes + (1 + solver.vectors_held) * size.parameters * size.number_bytes)
-
-
-def _scoring_bytes(size: ProblemSize, factored: bool) -> Amount:
-    """What is held beside solutions and scores: the scores of a piece of a batch, and what its products need; or, when
-    all are there, the result."""
-    q = size.n_queries
-    piece = min(size.examples, MOST_TOGETHER, max(SCORE_ROWS, SCORE_NUMBERS // max(1, q)))
-    blocks = [] if factored or q == 1 else list(size.blocks.values())
-    written = max((min(written_numbers(b.numel), piece * b.numel) for b in blocks), default=0)
-    products = size.number_bytes * (_SCORE_COPIES * q * piece + written)
-    return max(products, _RESULT_BYTES * q * size.examples)
 
 
 def operations_per_second() -> float:

@@ -89,14 +89,15 @@ class Along(AbstractMethod):
         fitted = self._asked.fit(self._along(problem), n_queries)
         return replace(fitted, run_notes=tuple(self._notes(problem)))
 
-    def forecast(self, problem: Problem, n_queries: int = 1) -> Forecast:
+    def forecast(self, problem: Problem, n_queries: int = 1, top: int | None = None) -> Forecast:
         """What `fit` and `score` would cost.
 
         Args:
             problem: model, loss and training data.
             n_queries: how many queries there will be.
+            top: how many scores are kept of every query at either end, as in `score`; `None`: all.
         """
-        return self._asked.forecast(self._along(problem), n_queries)
+        return self._asked.forecast(self._along(problem), n_queries, top)
 
     def with_options(self, **options: Any) -> Along:
         """A copy whose method has these fields changed, such as another damping.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from os import PathLike
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from ...core.distributed import World, current
 from ...core.errors import NonFinite
-from ...core.indexing import spread_sample
 from ...gradients.per_example import Derivatives, Tape
 from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
 from ...linalg.kronecker import Kronecker
@@ -25,43 +23,26 @@ from ...problem.data import Source
 from ...problem.problem import first_batch, sweep
 from ..base import Budget
 from ..cost import BlockSize, terms_of
-from ..exact import ENUMERATED_OUTPUTS, GGN, Fisher, finite_outputs
+from ..exact import GGN, Fisher, finite_outputs
 from ..fisher import AbstractFisher
 from ..own_losses import require_output_curvature
 from .cache import FactorCache, fingerprint_factors
-from .moments import BlockFactors, Moments, Sharing, teaching_terms, unified
-
-# Share of the memory budget that rows kept for a second look may take.
-_KEPT_SHARE = 1 / 16
-# A side of length d is measured on at least this many gradients times d.
-_TERMS_PER_SIDE = 2
-# At least so many examples for the basis and for the eigenvalues in it: where every example is one term, and where it
-# is the sum of many. Linear datamodelling score of a perceptron (one term) with 2,000, 512, 256 and 128 examples for
-# the eigenvalues: .44, .44, .43, .41.
-_ALONE, _SHARED = (256, 512), (128, 256)
-
+from .moments import BlockFactors, teaching_terms, unified
+from .plan import (
+    KEPT_SHARE,
+    Plan,
+    check_layers,
+    columns_by_default,
+    needed_examples,
+    nested_samples,
+    numbers_of,
+    stretches,
+    workspace_of,
+)
 
 AtCheckpoint: TypeAlias = tuple[Checkpoint | None, Derivatives]
 Columns: TypeAlias = dict[str, list[AbstractBlock]]
 """Rows of one batch: per block, one entry per column of the Fisher matrix's root."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured, on what, and where it is kept: the settings of one fit."""
-
-    moments: Moments
-    sharing: Sharing
-    corrected: bool
-    fisher: AbstractFisher | None
-    examples: int | None
-    largest: int
-    folder: str | PathLike[str] | None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that change the numbers: all but where they are kept."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"}
 
 
 @dataclass(eq=False)
@@ -97,7 +78,7 @@ class Fit:
         shapes = [b.shape for b in look.blocks.values()]
         numbers = sum(numbers_of(shape, self.plan) for shape in shapes)
         # With what decomposing the largest takes, while all are held.
-        size = (numbers + max(_workspace(shape, self.plan.largest) for shape in shapes)) * look.dtype.itemsize
+        size = (numbers + max(workspace_of(shape, self.plan.largest) for shape in shapes)) * look.dtype.itemsize
         cache = self._cache(size)
         # Read and verified; kept in memory where all blocks have room there.
         on_disk = iter(()) if cache is None else cache.finished_by_all(self.world)
@@ -210,7 +191,7 @@ class Fit:
         """Blocks that are fitted together: as many as the budget holds, with what decomposing one of them takes."""
         shapes, size = {k: look.blocks[k].shape for k in names}, look.dtype.itemsize
         check_layers(shapes, self.plan, size, self.budget)
-        room = self.budget.bytes / size - max((_workspace(s, self.plan.largest) for s in shapes.values()), default=0)
+        room = self.budget.bytes / size - max((workspace_of(s, self.plan.largest) for s in shapes.values()), default=0)
         group: list[str] = []
         filled = 0
         for name, shape in shapes.items():
@@ -309,7 +290,7 @@ class Fit:
         """Whether the rows of a whole pass may be kept for a second look."""
         bytes_each = sum(_held(b, self.columns) * b.reference.element_size() / len(b) for b in blocks.values())
         most = max(len(self.more[name]) for name in blocks)
-        return bytes_each * most * len(self.members) <= self.budget.bytes * _KEPT_SHARE
+        return bytes_each * most * len(self.members) <= self.budget.bytes * KEPT_SHARE
 
     def _output_directions(self) -> float:
         """In how many directions the outputs of all examples have curvature, from those that all blocks read."""
@@ -344,11 +325,15 @@ class Fit:
                         counted += _count_directions(derivatives.objective, outputs, batch, len(ids))
                     column_sets: list[Columns] = []
                     for last, cotangents in several:
-                        columns = []
+                        columns: Columns = {}
                         while cotangents:  # none is kept after its use: it is as large as the outputs
                             cotangent = cotangents.pop(0)
-                            columns.append(tape.rows(cotangent, keep_graph=bool(cotangents) or not last))
-                        column_sets.append({k: unified([r.blocks[k] for r in columns]) for k in names})
+                            rows = tape.rows(cotangent, keep_graph=bool(cotangents) or not last)
+                            for k in names:
+                                so_far = columns.setdefault(k, [])
+                                so_far += unified([*so_far[:1], rows.blocks[k]])[-1:]
+                            del rows  # its inputs, which the columns share, before those of the next are made
+                        column_sets.append(columns)
                     yield column_sets[0], column_sets[-1]
         if counts:
             self.counted = counted
@@ -375,57 +360,6 @@ def _count_directions(objective: AbstractObjective, outputs: Tensor, batch: Any,
     return examples * output_curvature(objective).output_directions(outputs, batch)
 
 
-def needed_examples(plan: Plan, blocks: Mapping[str, BlockSize]) -> tuple[dict[str, int], dict[str, int]]:
-    """On how many examples the basis of every block is measured, and on how many the eigenvalues in it."""
-    if plan.examples is not None:
-        return dict.fromkeys(blocks, plan.examples), dict.fromkeys(blocks, plan.examples)
-    alone = all(block.terms == 1 for block in blocks.values())
-    fewest, measured = _ALONE if alone else _SHARED
-    basis = dict.fromkeys(blocks, fewest)
-    for name, block in blocks.items():
-        # Scales and biases alone are few: their block may be of low rank, and damping fills it up.
-        if block.factored:
-            side = max((d for d in matrix_shape(block.shape) if d <= plan.largest), default=0)
-            basis[name] = max(fewest, _TERMS_PER_SIDE * side // block.terms)
-    if alone or not plan.corrected:
-        # Where every example is one term, reading more of them costs little; and products are of whole factors.
-        basis = dict.fromkeys(blocks, max(basis.values()))
-    values = {name: max(count, measured) for name, count in basis.items()}
-    return (basis if plan.corrected else values), values
-
-
-def nested_samples(n: int, counts: Mapping[str, int]) -> dict[str, Tensor]:
-    """So many of n examples for every name, spread over all; those of a name that needs fewer are among the others'.
-
-    >>> {name: sample.tolist() for name, sample in nested_samples(9, {"a": 3, "b": 6, "c": 20}).items()}
-    {'a': [2, 5, 6], 'b': [0, 2, 3, 5, 6, 8], 'c': [0, 1, 2, 3, 4, 5, 6, 7, 8]}
-    """
-    sample, of_count = torch.arange(n), {}
-    for count in sorted({min(count, n) for count in counts.values()}, reverse=True):
-        sample = of_count[count] = sample[spread_sample(len(sample), count)]
-    return {name: of_count[min(count, n)] for name, count in counts.items()}
-
-
-def stretches(samples: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """The examples of nested samples, each once, and the names whose samples they belong to.
-
-    >>> pair = stretches(nested_samples(9, {"a": 3, "b": 6}), ("a", "b"))
-    >>> [(names, ids.tolist()) for names, ids in pair]
-    [(('a', 'b'), [2, 5, 6]), (('b',), [0, 3, 8])]
-    """
-    done = torch.arange(0)
-    for count in sorted({len(samples[name]) for name in names}):
-        wanting = tuple(name for name in names if len(samples[name]) >= count)
-        sample = next(samples[name] for name in wanting if len(samples[name]) == count)
-        yield wanting, sample[~torch.isin(sample, done)]
-        done = sample
-
-
-def columns_by_default(columns: int, blocks: Sequence[BlockSize]) -> int | None:
-    """How many columns are enumerated where nothing was asked for; None where a label is drawn instead."""
-    return columns if columns <= ENUMERATED_OUTPUTS and all(block.terms == 1 for block in blocks) else None
-
-
 def owners_of(sizes: Sequence[int], workers: int) -> list[int]:
     """Which of `workers` processes decomposes each side: the longest first, each to whom has the least work, of d^3.
 
@@ -437,31 +371,6 @@ def owners_of(sizes: Sequence[int], workers: int) -> list[int]:
         owners[k] = min(range(workers), key=work.__getitem__)
         work[owners[k]] += float(sizes[k]) ** 3
     return owners
-
-
-def numbers_of(shape: tuple[int, ...], plan: Plan) -> int:
-    """What a finished block holds: two bases and eigenvalues, which are float64 where they are products."""
-    o, i = matrix_shape(shape)
-    return sum(d * d for d in (o, i) if d <= plan.largest) + (1 if plan.corrected else 2) * o * i
-
-
-def check_layers(shapes: Mapping[str, tuple[int, ...]], plan: Plan, number_bytes: int, budget: Budget) -> None:
-    """Refuse a layer whose factors alone, with what their decomposition takes, are above the budget.
-
-    Raises:
-        TooLarge: there is one; it is named.
-    """
-    sizes = {k: (numbers_of(s, plan) + _workspace(s, plan.largest)) * number_bytes for k, s in shapes.items()}
-    if sizes:
-        worst = max(sizes, key=lambda k: sizes[k])
-        budget.check(
-            sizes[worst], f"The Kronecker factors of one layer, {worst!r},", "lower `largest`, or leave the layer out"
-        )
-
-
-def _workspace(shape: tuple[int, ...], largest: int) -> int:
-    """What decomposing takes beside it: the longer side four times in float64."""
-    return 8 * max((d * d for d in matrix_shape(shape) if d <= largest), default=0)
 
 
 def _held(block: AbstractBlock, columns: int) -> int:

@@ -24,7 +24,7 @@ _PANELLED, _PANELS, _NARROWEST = 256, 8, 96
 # Uses of a weight beyond this many times the longer side tell nothing new about a basis: positions are then skipped.
 _USES_PER_SIDE = 64
 # Numbers of a gradient from which on its squares are added example by example.
-_IN_TURN = 1 << 13
+IN_TURN = 1 << 13
 # Numbers that stay in a core's cache meanwhile.
 _CACHED = 1 << 18
 
@@ -281,7 +281,7 @@ class BlockFactors:
             self.squares.addmm_(left.square().T, right.square())
             return
         lefts, rights = torch.split(left, counts), torch.split(right, counts)
-        if self.squares.numel() < _IN_TURN or left.device.type != "cpu":
+        if self.squares.numel() < IN_TURN or left.device.type != "cpu":
             self._add_squares(torch.bmm(pad_sequence(list(lefts), True).mT, pad_sequence(list(rights), True)))
             return
         rows, width = self.squares.shape

@@ -29,8 +29,9 @@ from ...problem.checkpoints import Checkpoint
 from ..base import AbstractCurvature, Budget, Form
 from ..cost import EIGENDECOMPOSITION, SINGLE_EIGENDECOMPOSITION, Amount, Cost, ProblemSize, passes_for_rows
 from ..fisher import AbstractFisher
-from .fit import Fit, Plan, check_layers, columns_by_default, needed_examples, numbers_of
+from .fit import Fit
 from .moments import Moments, Sharing
+from .plan import Plan, check_layers, columns_by_default, needed_examples, numbers_of, passing_bytes
 
 
 class AbstractKronecker(AbstractCurvature):
@@ -75,6 +76,7 @@ class AbstractKronecker(AbstractCurvature):
             passes_for_rows(columns) * looks,
             algebra + 2 * per_example * looks * n,
             float(size.number_bytes) * sum(numbers_of(block.shape, plan) for block in blocks),
+            passing=passing_bytes(plan, size.blocks, n, columns, size.number_bytes),
         )
 
     def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
