@@ -233,7 +233,7 @@ def test_what_a_trainer_does_not_have_is_said(tmp_path: Path) -> None:
     stream = trainer(gpt2(), tokens().to_iterable_dataset(), tmp_path)
     with pytest.raises(ptif.errors.InvalidInput, match="can only be iterated, but examples are named by index"):
         ptif.attribute(stream, queries="the cat sat")
-    with pytest.raises(ptif.errors.InvalidInput, match="Nothing is asked"):
+    with pytest.raises(ptif.errors.InvalidInput, match="nothing is asked"):
         ptif.attribute(trainer(gpt2(), tokens(), tmp_path))
 
 

@@ -115,6 +115,26 @@ def test_the_batch_size_does_not_stand_between_a_run_and_its_page(task: Path) ->
     assert Ran("report", task.parent / "r", "--task", task, "--quiet").code == 0
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("manual_seed(0)", "manual_seed(1)", "weights"),
+        ("relu", "tanh", "model outputs"),
+        ("x[:3]", "x[3:6]", "queries"),
+    ],
+)
+def test_the_page_is_not_made_with_another_model(task: Path, before: str, after: str, named: str) -> None:
+    assert attribute(task, "--quiet").code == 0
+    edit(task, before, after, "task.py" if named == "queries" else "my_network.py")
+    sys.modules.pop("my_network", None)
+    other = Ran("report", task.parent / "r", "--task", task, "--quiet")
+    assert other.code == 2 and f"The {named} of task.py are not those of the run" in other.sentence
+    assert not (task.parent / "r/report.html").exists()
+    edit(task, after, before, "task.py" if named == "queries" else "my_network.py")
+    sys.modules.pop("my_network", None)
+    assert Ran("report", task.parent / "r", "--task", task, "--quiet").code == 0
+
+
 # --------------------------------------------------------------------------- blocks
 
 

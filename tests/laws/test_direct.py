@@ -8,13 +8,15 @@ import re
 import pytest
 import torch
 
+import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed, TooLarge
-from pytorch_influence_functions.curvature import Budget
+from pytorch_influence_functions.curvature import GGN, Budget
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.rows import Rows
 from pytorch_influence_functions.linalg.scaled_identity import ScaledIdentity
 from pytorch_influence_functions.linalg.shift import Shift
+from pytorch_influence_functions.solvers import direct
 from pytorch_influence_functions.solvers.base import Result, Solution
 from pytorch_influence_functions.solvers.direct import Cholesky, Spectral
 from tests.laws.solver_cases import (
@@ -160,3 +162,14 @@ def test_unwrap_names_the_worst_rows() -> None:
     assert "More words. Relative residual nan in row 3, 5.0e-01 in row 1, 1.0e-01 in row 2" in words
     assert "after 7 steps (damping 0.25)" in words
     assert Solution(value, residual, Result.successful, 1).unwrap() is value
+
+
+def test_the_effective_dimension_of_many_parameters_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    of = ptif.Problem(torch.nn.Linear(20, 10), ptif.CrossEntropy(), (torch.randn(300, 20), torch.arange(300) % 10))
+    method = ptif.Influence(GGN(), Cholesky(), 0.01)
+    exact = method.fit(of).members[0].effective_dimension
+    monkeypatch.setattr(direct, "_INVERTED_UP_TO", 10)
+    estimate = method.fit(of).members[0].effective_dimension
+    assert estimate != exact
+    assert abs(estimate - exact) < 4 * (2 * exact / direct._PROBES) ** 0.5

@@ -10,15 +10,16 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor, nn
 
+from ..core.distributed import current
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
 from ..curvature.own_losses import find_obstacle
 from ..influence.attribution import Attribution, Influence
 from ..methods.names import as_method
 from ..objectives.likelihoods import SquaredError
+from ..problem.agreement import entry
 from ..problem.data import Source
 from ..problem.edited import label_of
-from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, first_batch
 from ..problem.weight_decay import WeightDecay
 from ..scaling.base import Raw
@@ -84,7 +85,7 @@ class SmallestRemoval:
         return f"SmallestRemoval({share}: {self.before:.4g} -> {self.predicted:.4g}, past {self.threshold:.4g}{tried})"
 
 
-@plain_autograd()
+@entry
 def smallest_removal(
     problem: Problem,
     statistic: Statistic,
@@ -297,10 +298,11 @@ def removal_moves(fitted: Attribution, statistic: DataStatistic, kept: Tensor) -
     direct = member.composition.solver.vectors_held == 0
     corrected = direct and find_obstacle(member.derivatives) is None
     scaling = Leverage() if corrected else Raw()
-    moves = -by_weights
+    by_rows = torch.zeros_like(by_weights)
     for gradients in member.training_rows(scaling):
-        moves[gradients.ids] += solved.inner(gradients.rows)[0].double().cpu() / n
-    return moves
+        by_rows[gradients.ids] = solved.inner(gradients.rows)[0].double().cpu() / n
+    # Of processes that share the work each has gone through examples of its own.
+    return current().sum_into(by_rows) - by_weights
 
 
 def _passes(before: float, value: float, threshold: float) -> bool:

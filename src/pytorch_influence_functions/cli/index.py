@@ -20,7 +20,15 @@ from . import options, show
 from .by_part import by_part, file_of, influences_of, read_by, with_query_ids
 from .exit import Output, exit_with_code
 from .machine import format_bytes, format_duration, free_disk
-from .parsing import override_damping, parse_by, parse_damping, parse_method, parse_query_positions, parse_where
+from .parsing import (
+    override_damping,
+    parse_by,
+    parse_damping,
+    parse_example_positions,
+    parse_method,
+    parse_query_positions,
+    parse_where,
+)
 from .progress_bars import report_progress
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.", metavar="FOLDER")]
@@ -188,7 +196,7 @@ def remove_command(
     output = Output(json, quiet)
     with exit_with_code(output):
         opened = IndexFolder.open(folder)
-        left = remove(opened, parse_query_positions(ids, opened.manifest.examples))
+        left = remove(opened, parse_example_positions(ids, opened.manifest.examples, "IDS"))
         _print_info(output, left, "changed")
 
 

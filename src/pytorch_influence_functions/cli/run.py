@@ -54,7 +54,10 @@ class AttributionRun:
     @staticmethod
     def of(settings: RunSettings) -> "AttributionRun":
         """Run the task file and find the method and the queries."""
-        named, by = None if settings.method is None else parse_method(settings.method), parse_by(settings.by)
+        named, by = (
+            None if settings.method is None else parse_method(settings.method, settings.run),
+            parse_by(settings.by),
+        )
         if by is not None and settings.report:
             raise InvalidInput("--report shows scores of the whole model, and --by tells parts apart; leave one out.")
         task = settings.load()
@@ -182,9 +185,9 @@ class AttributionRun:
 
 def choose_method(named: AbstractMethod | None, task: Task, settings: RunSettings) -> AbstractMethod:
     """The method that the flags name, else the task's own, else the one that `Auto` chooses; along the `--run`."""
-    if settings.run is None:
-        return override_damping(named or task.method or Influence(), settings.damping)
-    return override_damping(along_the_run(settings.run, named or task.method), settings.damping)
+    if named is None:
+        named = (task.method or Influence()) if settings.run is None else along_the_run(settings.run, task.method)
+    return override_damping(named, settings.damping)
 
 
 def versions() -> dict[str, str]:

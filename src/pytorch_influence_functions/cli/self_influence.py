@@ -55,7 +55,7 @@ def self_influence_command(
     flags = options.settings_among(locals())
     with exit_with_code(output) as interruption:
         settings = options.merge_settings(flags, config)
-        named = None if settings.method is None else parse_method(settings.method)
+        named = None if settings.method is None else parse_method(settings.method, settings.run)
         if dry_run:
             _print_forecast(output, settings, named)
             return

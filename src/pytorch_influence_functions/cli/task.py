@@ -22,6 +22,7 @@ MODULE: Final = "ptif_task"
 # The original README's names work as well.
 _MODEL_FUNCTIONS = ("get_model", "get_my_model")
 _LOADER_FUNCTIONS = ("get_dataloaders", "get_my_dataloaders")
+_KNOWN = (*_MODEL_FUNCTIONS, *_LOADER_FUNCTIONS, "get_options")
 _QUERY_OPTIONS = ("measure", "method")
 _PROBLEM_OPTIONS = ("loss", "weight_decay", "parameters", "checkpoints")
 _ACTION_OPTIONS = ("recipe", "validation", "statistic")
@@ -146,7 +147,7 @@ def _first_defined(names: Mapping[str, Any], known: tuple[str, ...]) -> str | No
 def _call_function(path: Path, names: Mapping[str, Any], known: tuple[str, ...]) -> Any:
     name = _first_defined(names, known)
     if name is None:
-        defined = [k for k, v in names.items() if callable(v) and not k.startswith("_")]
+        defined = [k for k, v in names.items() if callable(v) and not k.startswith("_") and k not in _KNOWN]
         raise InvalidInput(
             f"{path.name} does not define {known[0]}().{nearest(known[0], defined)} Define get_model() and "
             "get_dataloaders(), or problem and queries."

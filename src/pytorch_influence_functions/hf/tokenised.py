@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.token_text import TokenText, split_into_pieces
-from ..problem.model_state import same_rng
+from ..problem.random_state import same_rng
 from .encoding import IGNORED, begin_of
 
 IDS = "input_ids"

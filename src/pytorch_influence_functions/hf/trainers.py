@@ -16,8 +16,9 @@ from ..core.errors import InvalidInput, name_ids
 from ..objectives.base import AbstractObjective
 from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import BATCH_SIZE, Source
-from ..problem.model_state import preserved, same_rng
+from ..problem.model_state import preserved
 from ..problem.problem import model_device
+from ..problem.random_state import same_rng
 from .models import accepted_arguments, token_shift
 from .padding import KINDS, Padding, TrainersCollate
 from .tokenised import TokenisedRows

@@ -174,7 +174,7 @@ def check_top(top: Any) -> None:
         whole_number("top", top, hint="it is how many examples are kept at each end; None keeps all scores")
 
 
-_SMALL = ("The", "A", "Label", "Target", "Item", "Array", "Arrays", "Reading", "Index")
+_SMALL = ("The", "A", "Label", "Target", "Item", "Array", "Arrays", "Reading", "Index", "Nothing")
 
 
 @contextmanager

@@ -29,6 +29,8 @@ _MOST_PASSES = 500
 # Conjugate gradients may take more where an exact solution was asked for, or is worth it: for how many queries that is
 # judged must not depend on how many are asked.
 _CG_OPERATIONS, _JUDGED_QUERIES = 3e12, 100
+# What they may take by default, of a single layer: some half a minute, counted generously.
+_CONVEX_OPERATIONS = 2e12
 # What takes less than this counts as free: then the dense form is taken, whose every damping is free as well.
 _INSTANT = 2e10
 # Up to this many parameters of an affine model a light damping is the default: the exact solution is what retraining
@@ -53,7 +55,7 @@ class Auto(Record):
     | situation | choice |
     |---|---|
     | outputs affine in the parameters; the GGN, densely or in its dual form, within seconds or twenty passes | exact |
-    | a single layer, whose loss is convex, and products affordable | exact, by conjugate gradients |
+    | a single layer, whose loss is convex, where 100 queries take up to half a minute | exact, also by products |
     | a network; the same within half a second of one core, or twice what EK-FAC takes | exact |
     | more | EK-FAC: about one pass over the data for any number of queries |
     | its factors are too large, and the dual of the empirical Fisher fits | nearly free, a little less faithful |
@@ -89,7 +91,7 @@ def choose_composition(curvature: AbstractCurvature | None, size: ProblemSize, b
     exact = _exact_composition(chosen, size, budget, _AFFORDABLE, Cost(_AFFORDABLE_PASSES))
     exact = exact or _convex_composition(chosen, size, budget)
     if exact is not None:
-        return exact if curvature is not None else _explain(exact, size)
+        return exact if curvature is not None else _explain(_compared(exact, size), size)
     if curvature is not None:
         return _iterative_composition(curvature, size, budget)
     return _explain(_large_composition(chosen, size, budget), size)
@@ -97,13 +99,21 @@ def choose_composition(curvature: AbstractCurvature | None, size: ProblemSize, b
 
 def _network_composition(chosen: AbstractCurvature, size: ProblemSize, budget: Budget) -> Composition | None:
     """An exact solution for a network, where it is worth what it takes beside EK-FAC; the reason says how much."""
-    one = size.for_queries(1)
-    factored = _factored(size).cost(one, Form.SPECTRAL) + Cost(1)
-    exact = _exact_composition(chosen, size, budget, _AFFORDABLE_NETWORK, factored.repeated(_TIMES_FACTORED))
-    if exact is None:
-        return None
-    times = one.flops(exact.cost(one) + Cost(1)) / one.flops(factored)
-    if one.flops(exact.cost(one)) <= _INSTANT or times <= _TIMES_FACTORED:
+    beside = _factored_cost(size.for_queries(1)).repeated(_TIMES_FACTORED)
+    exact = _exact_composition(chosen, size, budget, _AFFORDABLE_NETWORK, beside)
+    return None if exact is None else _compared(exact, size)
+
+
+def _factored_cost(size: ProblemSize) -> Cost:
+    """What fitting EK-FAC and scoring with it take."""
+    return _factored(size).cost(size, Form.SPECTRAL) + Cost(1)
+
+
+def _compared(exact: Composition, size: ProblemSize) -> Composition:
+    """An exact solution; the reason says how much less EK-FAC would take, for as many queries, where it is much."""
+    taken = exact.cost(size) + Cost(1)
+    times = size.flops(taken) / size.flops(_factored_cost(size))
+    if size.flops(taken) <= _INSTANT or times <= _TIMES_FACTORED:
         return exact
     return replace(exact, why=f'{exact.why}; method="ekfac" would take about 1/{times:.0f} of the time')
 
@@ -158,7 +168,7 @@ def _convex_composition(curvature: AbstractCurvature, size: ProblemSize, budget:
         return None
     guided = _guided_composition(curvature, size)
     some = size.for_queries(_JUDGED_QUERIES)
-    if some.flops(guided.cost(some)) > _CG_OPERATIONS:
+    if some.flops(guided.cost(some)) > _CONVEX_OPERATIONS:
         return None
     candidates = [c for c in (guided, *_direct_compositions(curvature, size)) if c.cost(size).bytes <= budget.bytes]
     return min(candidates, key=lambda c: size.flops(c.cost(size)), default=None)

@@ -70,7 +70,8 @@ ENDED_EARLY = (Result.max_steps_reached, Result.stagnated)
 # Random combinations of rows on which the residual of a block-wise solve is measured.
 _COMBINED = 2
 # By how much a preconditioner shortens a solve: 44 steps instead of 137, 17 instead of 70, 49 instead of 217.
-_GUIDED = 3.0
+# Of a single layer, whose curvature factors almost exactly: 5 of 45, 6 of 45 on softmax regressions.
+_GUIDED, _GUIDED_LAYER = 3.0, 8.0
 
 
 def _empty() -> dict[str, Any]:
@@ -308,7 +309,9 @@ class AbstractSolver(Record, ABC, Generic[S]):
         rtol = getattr(options, "rtol", None) or (1e-6 if size.number_bytes == 8 else 1e-3)
         limit = getattr(options, "max_steps", None) or getattr(options, "steps", None) or math.inf
         steps = 0.5 * math.sqrt(1 + size.top_eigenvalue) * math.log(2 / rtol)
-        return float(min(limit, size.parameters, max(2.0, steps / (_GUIDED if guided else 1.0)))) + 1
+        alone = len(size.blocks) == 1 and size.used_once
+        shortened = (_GUIDED_LAYER if alone else _GUIDED) if guided else 1.0
+        return float(min(limit, size.parameters, max(2.0, steps / shortened))) + 1
 
     def limited_to(self, products: int) -> AbstractSolver[S] | None:
         """The same solver, given up after so many products; None where their number does not depend on the problem.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -33,6 +32,8 @@ from .base import (
 
 # A Cholesky factor and the inverse of the matrix, which tells the effective dimension, take so many times the factor.
 _INVERTED = 2.5
+# Above so many parameters the trace of the inverse is taken from so many random vectors, which takes next to nothing.
+_INVERTED_UP_TO, _PROBES = 3000, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ class Spectral(AbstractSolver[SpectralState]):
         decay = add - shift.damping if not shift.blocks else 0.0
         if not low + add > 1e-14 * abs(high):
             raise SolveFailed(describe_indefinite(low + decay, high, shift))
-        return SpectralState(system, spectral.function(_inverse_of(add)), low + decay, high + decay)
+        return SpectralState(system, spectral.function(_Inverse(add)), low + decay, high + decay)
 
     def solve(self, state: SpectralState, rows: Rows) -> Solution:
         notes = {
@@ -144,8 +145,15 @@ def _solve_layerwise(state: SpectralState, rows: Rows, notes: dict[str, float], 
     return _verdict(value, residual, notes, state.condition, rtol, value.sums())
 
 
-def _inverse_of(add: float) -> Callable[[Tensor], Tensor]:
-    return lambda lam: 1.0 / (lam + add)
+@final
+@dataclass(frozen=True)
+class _Inverse:
+    """1 / (lambda + add): a record and no closure, so that a fitted method can be pickled."""
+
+    add: float
+
+    def __call__(self, lam: Tensor) -> Tensor:
+        return 1.0 / (lam + self.add)
 
 
 def _judge(system: System, x: Tensor, b: Tensor, notes: dict[str, Any], condition: float, rtol: float) -> Solution:
@@ -212,7 +220,8 @@ class Cholesky(AbstractSolver[CholeskyState]):
 
     def cost(self, size: ProblemSize, curvature: AbstractCurvature, guided: bool = False) -> Cost:
         p, q = size.parameters, size.n_queries
-        return curvature.cost(size, Form.MATRIX) + Cost(flops=_INVERTED * FACTORISATION * p**3 + 6 * DOUBLE * q * p**2)
+        factor = _INVERTED if p <= _INVERTED_UP_TO else 1.0
+        return curvature.cost(size, Form.MATRIX) + Cost(flops=factor * FACTORISATION * p**3 + 6 * DOUBLE * q * p**2)
 
     def init(
         self, operator: AbstractOperator, shift: Shift, preconditioner: AbstractOperator | None = None
@@ -253,4 +262,9 @@ class Cholesky(AbstractSolver[CholeskyState]):
         d = state.system.shift.uniform
         if d is None:
             return math.nan
-        return len(state.factor) - d * float(torch.cholesky_inverse(state.factor).diagonal().sum())
+        p = len(state.factor)
+        if p <= _INVERTED_UP_TO:
+            return p - d * float(torch.cholesky_inverse(state.factor).diagonal().sum())
+        # Hutchinson's estimate, of standard error below sqrt(2 dimension / probes).
+        signs = torch.randint(0, 2, (p, _PROBES), generator=torch.Generator().manual_seed(0)).to(state.factor) * 2 - 1
+        return p - d * float((signs * torch.cholesky_solve(signs, state.factor)).sum()) / _PROBES

@@ -41,6 +41,13 @@ class Recall:
         return clopper_pearson(self.better, self.trials, _RISK)
 
     def __str__(self) -> str:
+        if not self.others and not self.audited:
+            return f"{self.looked_at}, which are all examples that count"
+        if not self.others:
+            return (
+                f"{self.looked_at}; of all {self.audited:,} other examples {self.better:,} of {self.trials:,} scores "
+                "would have entered a top list"
+            )
         return (
             f"{self.looked_at}; of {self.audited:,} other examples drawn at random {self.better:,} of {self.trials:,} "
             f"scores would have entered a top list, so at most {self.bound:.2g} of the {self.others:,} that were not "

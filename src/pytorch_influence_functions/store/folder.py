@@ -167,6 +167,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         InvalidInput: another process writes there, or the folder cannot be written to.
     """
+    if not os.fspath(path):
+        raise InvalidInput("The folder of the index is named ''; give the path of a folder of its own.")
     if current().rank > 0:
         yield Path(path)
         return

@@ -152,5 +152,5 @@ def check_layers(shapes: Mapping[str, tuple[int, ...]], plan: Plan, number_bytes
 
 
 def workspace_of(shape: tuple[int, ...], largest: int) -> int:
-    """What decomposing takes beside it: the longer side four times in float64."""
-    return 8 * max((d * d for d in matrix_shape(shape) if d <= largest), default=0)
+    """What decomposing takes beside it: the longer side three times in its own type, and LAPACK's three."""
+    return 6 * max((d * d for d in matrix_shape(shape) if d <= largest), default=0)
