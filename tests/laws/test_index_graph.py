@@ -92,7 +92,9 @@ def test_what_a_poor_graph_missed_is_counted(tmp_path: Path) -> None:
     every, scores = index.score(queries).values.double(), index.score(queries, top=K, ef=K, audit=N)
     high, low = scores.values[:, K - 1 : K].double(), scores.values[:, K][:, None].double()
     missed = int((every > high).sum() + (every < low).sum()) - 2 * 12 * (K - 1)
-    (told,) = re.findall(r"drawn at random (\d+) of \d+ scores would have entered a top list", note_of(scores))
+    (told,) = re.findall(
+        r"of all \d+ other examples (\d+) of \d+ scores would have entered a top list", note_of(scores)
+    )
     assert int(told) == missed > 0
 
 
