@@ -83,8 +83,9 @@ def _sums(model: nn.Module) -> dict[str, str]:
     free_gathered(cut_modules(model))
     # Rows of such an embedding are shortened by every forward of the user's, to what the next one would make of them.
     shortened = {id(weight) for module in model.modules() for weight in normalised_by(module)}
+    # Frozen weights that accelerate keeps elsewhere between passes are not read for it.
     return {
         name: f"{tuple(weight.shape)} {weight.dtype} {sum_of_bits(weight)}"
         for name, weight in model.named_parameters()
-        if id(weight) not in shortened
+        if id(weight) not in shortened and not weight.is_meta
     }
