@@ -408,8 +408,11 @@ def test_memory_bounds_the_choice() -> None:
 # --------------------------------------------------------------------------- the dense matrix in one product per batch
 
 
-@pytest.mark.parametrize("hidden", [0, 5])
-def test_the_dense_matrix_is_the_sum_over_rows(hidden: int) -> None:
+@pytest.mark.parametrize(("hidden", "wide"), [(0, 1 << 15), (5, 1 << 15), (0, 1), (5, 20)])
+def test_the_dense_matrix_is_the_sum_over_rows(hidden: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytorch_influence_functions.curvature import second_moment
+
+    monkeypatch.setattr(second_moment, "_WIDE", wide)
     torch.manual_seed(0)
     layers = [nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 3)] if hidden else [nn.Linear(4, 3)]
     model = nn.Sequential(*layers).double()

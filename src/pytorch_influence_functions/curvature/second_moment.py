@@ -19,6 +19,9 @@ from ..linalg.space import Space
 _COLUMNS = 64
 _PIECE, _FEWEST = 1 << 20, 128
 _SHARE = 4
+# From so many pairs of inputs on each pair of outputs gets a product of its own: all together would move the whole sum
+# through memory for every few rows (784 inputs, ten classes, 1,000 rows: 6.4 s instead of 2.5; 200 inputs: .6 and .3).
+_WIDE = 1 << 15
 
 
 def piece_bytes(size: int) -> int:
@@ -103,6 +106,12 @@ class SecondMoment:
         if total is None:
             total = torch.zeros(outputs, i * v, dtype=torch.float64, device=self._device)
             self._pairs[one, two] = total
+        if i * v >= _WIDE:
+            for row in range(outputs):
+                a, b = (row // u, row % u) if upper is None else (int(upper[0, row]), int(upper[1, row]))
+                weights = (lefts[one][:, :, a] * lefts[two][:, :, b]).sum(0)
+                total[row].view(i, v).addmm_((rights[one] * weights[:, None]).T, rights[two])
+            return
         for piece in _pieces(rights[one].shape[0], max(o * u, i * v), _most_numbers(self.space.size)):
             output = torch.einsum("cno,cnu->nou", lefts[one][:, piece], lefts[two][:, piece])
             picked = output.flatten(1) if upper is None else output[:, upper[0], upper[1]]

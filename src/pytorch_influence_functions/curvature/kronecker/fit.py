@@ -330,8 +330,8 @@ class Fit:
                             cotangent = cotangents.pop(0)
                             rows = tape.rows(cotangent, keep_graph=bool(cotangents) or not last)
                             for k in names:
-                                so_far = columns.setdefault(k, [])
-                                so_far += unified([*so_far[:1], rows.blocks[k]])[-1:]
+                                of_block = columns.setdefault(k, [])
+                                of_block += unified([*of_block[:1], rows.blocks[k]])[-1:]
                             del rows  # its inputs, which the columns share, before those of the next are made
                         column_sets.append(columns)
                     yield column_sets[0], column_sets[-1]
