@@ -142,6 +142,8 @@ class BlockSize:
         numel = self.numel
         if m == 1 or self.numbers == numel:
             return Meeting(2.0 * n * m * numel, 0.0, 0.0)
+        if factored and not self.factored:  # tables meet entry by entry, a few at a time
+            return Meeting(self.pair_flops * n * m, 0.0, 0.0)
         others = float(m * numel) if factored else 0.0
         if self.factored:
             o, i = matrix_shape(self.shape)
