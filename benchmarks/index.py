@@ -1,14 +1,16 @@
-"""The index on disk: `python benchmarks/index.py [scan | build | fidelity | memory] [--examples N] [--folder PATH]`.
+"""The index on disk: `python benchmarks/index.py [scan | build | fidelity | memory | graph] [--examples N]`.
 
 Prints the tables of `docs/index-on-disk.md`. Seconds are those of the processor, which other programs on the machine
 change less than those of the wall; what is compared is run in turns. All runs use one thread unless OMP_NUM_THREADS
 says otherwise. `--peers` adds faiss, traker and dattri, which need an environment of their own: it is made under
-`.bench/`, or PTIF_BENCH_INDEX_PYTHON names the Python of one that has them.
+`.bench/`, or PTIF_BENCH_INDEX_PYTHON names the Python of one that has them. `graph` needs faiss beside this package,
+and `--images`, a folder with Fashion-MNIST's four files.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import resource
@@ -133,8 +135,8 @@ def memmap_and_matmul(place: Path, queries: Tensor, k: int, dtype: str) -> None:
 def scan(folder: Path, examples: int, k: int) -> None:
     """Questions against a plain read of the same files."""
     print(f"\nscan: {examples:,} examples x {k:,}, top 100; files in the system's cache; seconds of the processor")
-    print("| dtype | GB | queries | plain read | index | share of the read | memmap + matmul | faiss |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| dtype | GB | queries | plain read | index | share of the read | memmap + matmul | faiss | its GiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for dtype in ("float16", "int8"):
         place, model, (x, y) = made_index(folder, examples, k, dtype)
         size = sum(path.stat().st_size for path in place.glob("rows-*")) / 1e9
@@ -150,10 +152,11 @@ def scan(folder: Path, examples: int, k: int) -> None:
             ask()  # what is paid once
             taken = in_turns({"plain": lambda place=place: read_plainly(place), "ours": ask}, 5 if q == 1 else 3)
             other = peer("faiss", str(place), dtype, str(k), str(q))
+            beside = " |" if other is None else f"{other['search']:.2f} | {other['memory']:.1f}"
             print(
                 f"| {dtype} | {size:.2f} | {q} | {spread(taken['plain'])} | {spread(taken['ours'])} | "
                 f"{median(taken['plain']) / median(taken['ours']):.0%} | {seconds(by_hand):.2f} | "
-                f"{'' if other is None else format(other['search'], '.2f')} |",
+                f"{beside} |",
                 flush=True,
             )
 
@@ -316,6 +319,80 @@ def draw_fidelity(points: list[tuple[str, str, float, float, float]], picture: P
     figure.savefig(picture, dpi=130)
 
 
+# --------------------------------------------------------------------------- graph
+
+
+def images(folder: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of Fashion-MNIST's own files."""
+
+    def numbers(kind: str, start: int) -> Tensor:
+        with gzip.open(folder / f"{name}-{kind}-ubyte.gz") as file:
+            return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=start).copy())
+
+    return numbers("images-idx3", 16).reshape(-1, 28, 28).float() / 255, numbers("labels-idx1", 8).long()
+
+
+def many_images(folder: Path, examples: int) -> tuple[ptif.Problem, tuple[Tensor, Tensor]]:
+    """A perceptron trained on Fashion-MNIST, also on its images moved and mirrored, and test queries."""
+    (x, y), (xq, yq) = images(folder, "train"), images(folder, "t10k")
+    parts, generator = [x], torch.Generator().manual_seed(1)
+    for copy in range(1, -(-examples // len(x))):
+        shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        moved = torch.roll(x, shift, (1, 2))
+        parts.append(moved.flip(2) if copy % 2 else moved)
+    inputs, labels = torch.cat(parts).flatten(1), y.repeat(len(parts))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(6000):
+        some = torch.randint(0, len(inputs), (128,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[some]), labels[some]).backward()
+        optimizer.step()
+    return ptif.Problem(model, nn.CrossEntropyLoss(), (inputs, labels)), (xq[:500].flatten(1), yq[:500])
+
+
+def graph(folder: Path, images_at: Path, examples: int) -> None:
+    """What a graph of nearest neighbours finds and costs beside the scan of all rows."""
+    problem, queries = many_images(images_at, examples)
+    place = folder / f"graph-{len(problem)}"
+    index = ptif.Index.build(problem, place, ptif.ekfac(examples=5000), Sketch(1024), "float16")
+    measure_graph(index, queries)
+
+
+def measure_graph(index: ptif.Index, queries: tuple[Tensor, Tensor]) -> None:
+    """Print the table."""
+    made: list[ptif.Index] = []
+    taken = seconds(lambda: made.append(index.build_graph()))
+    index = made[0]
+    record = index.folder.manifest.graph
+    print(
+        f"\ngraph: {len(index):,} examples, {index.folder.manifest.facts['described']}; {len(index) - record.left:,} "
+        f"rows linked in {taken:.0f} s of the processor, {record.file.bytes / 1e6:,.0f} MB"
+    )
+    print("| examples | queries | top | scan | ef | with the graph | found | pays after |")
+    print("|---|---|---|---|---|---|---|---|")
+    for q in (1, 64):
+        asked = tuple(t[:q] for t in queries)
+        for top in (10, 100):
+            exact = index.score(asked, top=top)
+            for ef in (100, 200, 400):
+                few = index.score(asked, top=top, ef=ef)
+                found = (exact.indices[:, :, None] == few.indices[:, None]).any(2).double().mean()
+                works = {
+                    "scan": lambda asked=asked, top=top: index.score(asked, top=top),
+                    "graph": lambda asked=asked, top=top, ef=ef: index.score(asked, top=top, ef=ef),
+                }
+                both = {name: median(some) for name, some in in_turns(works, REPEATS).items()}
+                gain = both["scan"] - both["graph"]
+                pays = f"{taken / gain:,.0f} questions" if gain > 0 else "never"
+                print(
+                    f"| {len(index):,} | {q} | {top} | {both['scan']:.3f} | {ef} | {both['graph']:.3f} | {found:.3f} | "
+                    f"{pays} |",
+                    flush=True,
+                )
+
+
 # --------------------------------------------------------------------------- memory
 
 
@@ -368,11 +445,14 @@ def one_work(folder: Path, work: str, examples: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=["scan", "build", "fidelity", "memory", *WORKS])
+    parser.add_argument("part", nargs="?", choices=["scan", "build", "fidelity", "memory", "graph", *WORKS])
     parser.add_argument("--examples", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--picture", type=Path, default=None, help="where the plot of `fidelity` goes")
+    parser.add_argument(
+        "--images", type=Path, default=None, help="a folder with the files of Fashion-MNIST, for `graph`"
+    )
     parser.add_argument("--peers", action="store_true")
     given = parser.parse_args()
     global PEERS
@@ -390,6 +470,8 @@ def main() -> None:
             fidelity(folder, given.examples, given.picture)
         if given.part in (None, "memory"):
             memory(folder, given.examples)
+        if given.part == "graph":
+            graph(folder, given.images, given.examples)
         if given.part in WORKS:
             one_work(folder, given.part, given.examples)
 

@@ -5,9 +5,13 @@
     python benchmarks/language_models.py --method grad_dot --texts 32 --length 34 --queries 4
     python benchmarks/language_models.py --layers 2 --parameters 'blocks.*' --method ekfac --method kronfluence
     python benchmarks/language_models.py --model minilm --length 64 --method ekfac   # a classifier on MiniLM
+    python benchmarks/language_models.py --model llama --texts 512 --length 128 --queries 16 \\
+        --method grad_dot --method index --method bergson                            # gradients projected and kept
 
 Prints CPU seconds, the peak of resident memory, and tokens per second. Each method runs in a process of its own, so
-that one's memory is not another's.
+that one's memory is not another's. Of a model `llama` it also prints how far the ranks of each query's scores agree
+with those of the first method. `bergson` runs in an environment of its own, made under `.bench/`, or
+PTIF_BENCH_BERGSON_PYTHON names the Python of one that has it.
 """
 
 from __future__ import annotations
@@ -15,19 +19,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import measured, rank_agreement, resident
 from nets import Block
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
@@ -39,47 +41,9 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-CLASSES, LONGEST = 4, 8192
-
-
-class Peak:
-    """The most resident memory while a block runs, in GiB; pages of files that are mapped count too."""
-
-    def __init__(self) -> None:
-        self.gib, self._running = 0.0, True
-
-    def _watch(self) -> None:
-        while self._running:
-            self.gib = max(self.gib, resident())
-            time.sleep(0.02)
-
-    def __enter__(self) -> Peak:
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._running = False
-        self._thread.join()
-
-
-def resident() -> float:
-    """GiB of memory in use by this process."""
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return int(status.read_text().split()[1]) * resource.getpagesize() / 2**30
-
-
-@contextmanager
-def measured(record: dict[str, Any], name: str) -> Iterator[None]:
-    """CPU seconds, wall seconds and peak memory of a block, under its name."""
-    with Peak() as peak:
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        record[name] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    record[name]["peak"] = peak.gib
-    print(name, {k: round(v, 2) for k, v in record[name].items()}, file=sys.stderr, flush=True)
+INDEXED: dict[str, Callable[..., Any]] = {"index": ptif.methods.grad_dot, "index_ekfac": ptif.ekfac}
+"""Methods whose training gradients are kept, SIDE x SIDE numbers of each layer's."""
+CLASSES, LONGEST, SIDE = 4, 8192, 16
 
 
 class Random(nn.Module):
@@ -121,13 +85,36 @@ def minilm() -> nn.Module:
     return model.eval()
 
 
+def llama(layers: int, width: int) -> nn.Module:
+    """A Llama of random weights, whose vocabulary has 4,096 words."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=1024,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def objective_of(options: argparse.Namespace) -> Any:
     return ptif.CrossEntropy() if options.model == "minilm" else ptif.TokenCrossEntropy(shift=True)
 
 
-def texts(n: int, length: int, vocabulary: int, seed: int, classes: int | None = None) -> dict[str, Tensor]:
-    """Random tokens: what is measured is cost, and not what the scores say. `classes`: a label for each text."""
-    ids = torch.randint(1, vocabulary, (n, length), generator=torch.Generator().manual_seed(seed))
+def texts(
+    n: int, length: int, vocabulary: int, seed: int, classes: int | None = None, topics: int | None = None
+) -> dict[str, Tensor]:
+    """Random tokens: what is measured is cost, and not what the scores say.
+
+    Args:
+        n, length, vocabulary, seed: texts, tokens of each, words, and of the random numbers.
+        classes: a label for each text.
+        topics: every second word is one of 32 of the text's topic, so that texts resemble each other more or less.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocabulary, (n, length), generator=generator)
+    if topics is not None:
+        own = 1 + 32 * (torch.arange(n) % topics)[:, None]
+        ids[:, ::2] = own + torch.randint(0, 32, ids[:, ::2].shape, generator=generator)
     labels = ids.clone() if classes is None else ids[:, 0] % classes
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -206,15 +193,48 @@ def kronfluence(
             )
 
 
+def bergson(model: nn.Module, options: argparse.Namespace, tokens: dict[str, Tensor]) -> dict[str, Any]:
+    """An index of gradients projected to SIDE x SIDE numbers of every linear layer but the head, by bergson."""
+    from peers.environments import bergson as python
+
+    worker = Path(__file__).resolve().parent / "peers" / "bergson_worker.py"
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/model")  # type: ignore[operator]
+        save_file(tokens, f"{folder}/tokens.safetensors")
+        batch = str(options.batch * options.length)
+        command = [python(), "-W", "ignore", str(worker), folder, str(SIDE), batch]
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        if options.keep:
+            Path(options.keep, "bergson").write_bytes(Path(folder, "scores.safetensors").read_bytes())
+    record: dict[str, Any] = json.loads(told.splitlines()[-1])
+    return record
+
+
+def indexed(problem: ptif.Problem, method: Any, queries: Rows, record: dict[str, Any]) -> ptif.Scores:
+    """The same by `ptif.Index`."""
+    with tempfile.TemporaryDirectory() as folder:
+        with measured(record, "fit"):
+            index = ptif.Index.build(problem, f"{folder}/index", method, ptif.store.TwoSided(SIDE), "float32")
+        with measured(record, "score"):
+            scores = index.score(queries)
+        record["disk"] = index.folder.manifest.bytes
+    return scores
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One method on one model, in this process."""
     torch.manual_seed(0)
-    made = {"smollm2": smollm2, "minilm": minilm, "random": lambda: Random(options.layers, options.width)}
+    made: dict[str, Callable[[], nn.Module]] = {
+        "smollm2": smollm2,
+        "minilm": minilm,
+        "random": lambda: Random(options.layers, options.width),
+        "llama": lambda: llama(options.layers, options.width),
+    }
     model = made[options.model]()
     vocabulary = next(m for m in model.modules() if isinstance(m, nn.Embedding)).num_embeddings
-    classes = CLASSES if options.model == "minilm" else None
+    classes, topics = (CLASSES if options.model == "minilm" else None), (16 if options.model == "llama" else None)
     counts = (options.texts, options.queries)
-    train, queries = (texts(n, options.length, vocabulary, seed, classes) for seed, n in enumerate(counts))
+    train, queries = (texts(n, options.length, vocabulary, seed, classes, topics) for seed, n in enumerate(counts))
     record: dict[str, Any] = {"method": options.method, "tokens": options.texts * options.length}
     record["model_gib"] = resident()
     if options.method == "bare":
@@ -224,14 +244,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.method == "kronfluence":
         kronfluence(model, options, Rows(train), Rows(queries), record)
         return record
-    problem = ptif.Problem(model, objective_of(options), Rows(train), parameters=options.parameters)
+    if options.method == "bergson":
+        return record | bergson(model, options, {"train": train["input_ids"], "queries": queries["input_ids"]})
+    # bergson takes the linear layers of the base model.
+    parameters = options.parameters or ("*_proj.weight" if options.model == "llama" else None)
+    problem = ptif.Problem(model, objective_of(options), Rows(train), parameters=parameters)
     extra = {"memory": options.memory} if options.memory else {}
-    method = METHODS[options.method]().with_options(precision=options.precision, **extra)
-    with measured(record, "fit"):
-        attribution = method.fit(problem, options.queries)
-    with measured(record, "score"):
-        scores = attribution.score(Rows(queries))
+    method = (METHODS | INDEXED)[options.method]().with_options(precision=options.precision, **extra)
+    if options.method in INDEXED:
+        scores = indexed(problem, method, Rows(queries), record)
+    else:
+        with measured(record, "fit"):
+            attribution = method.fit(problem, options.queries)
+        with measured(record, "score"):
+            scores = attribution.score(Rows(queries))
     record["notes"] = list(scores.diagnostics.notes)
+    if options.keep:
+        save_file({"scores": scores.values}, Path(options.keep, options.method))
     return record
 
 
@@ -240,13 +269,13 @@ def show(record: dict[str, Any], bare: dict[str, Any]) -> str:
     cpu = sum(record[k]["cpu"] for k in parts)
     each = ", ".join(f"{k} {record[k]['cpu']:.1f} s = {record[k]['cpu'] / floor:.1f} passes" for k in parts)
     peak = max(record[k]["peak"] for k in parts)
-    rate = record["tokens"] / cpu
-    return f"{record['method']:<10} {each}; peak {peak:.2f} GiB; {rate:,.0f} tokens per CPU second"
+    rate, kept = record["tokens"] / cpu, f"; {record['disk'] / 2**20:.1f} MiB on disk" if "disk" in record else ""
+    return f"{record['method']:<11} {each}; peak {peak:.2f} GiB; {rate:,.0f} tokens per CPU second{kept}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random", choices=("random", "smollm2", "minilm"))
+    parser.add_argument("--model", default="random", choices=("random", "smollm2", "minilm", "llama"))
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--texts", type=int, default=32)
@@ -257,25 +286,33 @@ def main() -> None:
     parser.add_argument("--precision", default=None, help="bf16, or the model's")
     parser.add_argument("--memory", default=None, help="what a method may take, such as 4GiB")
     parser.add_argument(
-        "--method", action="append", choices=(*METHODS, "kronfluence", "bare"), help="repeat for several"
+        "--method",
+        action="append",
+        choices=(*METHODS, *INDEXED, "kronfluence", "bergson", "bare"),
+        help="repeat for several",
     )
     parser.add_argument("--as-many", type=int, nargs=2, help="texts for kronfluence's bases and eigenvalues; all")
     parser.add_argument("--repeats", type=int, default=1, help="how often all of it is run")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
         options.method = options.method[0]
         print(json.dumps(run(options)))
         return
+    if "bergson" in (options.method or []) and options.model != "llama":
+        parser.error("bergson takes causal models of transformers: ask it with --model llama")
     for _ in range(options.repeats):
-        compare(options.method or ["grad_dot", "ekfac"])
+        with tempfile.TemporaryDirectory() as folder:
+            compare(options.method or ["grad_dot", "ekfac"], folder if options.model == "llama" else "")
 
 
-def compare(methods: list[str]) -> None:
-    """The bare pass and each method once, each in a process of its own."""
+def compare(methods: list[str], folder: str) -> None:
+    """The bare pass and each method once, each in a process of its own. In a folder, scores are kept and compared."""
     records = []
     for method in ("bare", *methods):
-        command = [sys.executable, __file__, *_without_methods(sys.argv[1:]), "--method", method, "--here"]
+        given = [*_without_methods(sys.argv[1:]), "--method", method, "--here", *(["--keep", folder] if folder else [])]
+        command = [sys.executable, __file__, *given]
         records.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     bare = records[0]
     print(
@@ -284,6 +321,11 @@ def compare(methods: list[str]) -> None:
     )
     for record in records[1:]:
         print(show(record, bare), flush=True)
+    if folder:
+        several = {method: load_file(Path(folder, method))["scores"] for method in methods}
+        first = several.pop(methods[0])
+        for method, scores in several.items():
+            print(f"ranks of {method} agree with those of {methods[0]} to {rank_agreement(first, scores):.3f}")
 
 
 def _without_methods(arguments: list[str]) -> list[str]:

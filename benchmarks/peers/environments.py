@@ -53,6 +53,8 @@ class Environment:
 
     name: str
     imports: tuple[str, ...]
+    complete: bool = False
+    """Whether the requirements name all that is needed, so that what a package asks for besides is left out."""
 
     @property
     def requirements(self) -> Path:
@@ -84,7 +86,8 @@ class Environment:
         torch = next(line for line in self.requirements.read_text().splitlines() if line.startswith("torch=="))
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, torch], check=True)
-        subprocess.run([*install, "--requirement", str(self.requirements)], check=True)
+        alone = ["--no-deps"] if self.complete else []
+        subprocess.run([*install, *alone, "--requirement", str(self.requirements)], check=True)
         ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
         site = Path(subprocess.check_output([str(python), "-c", ask], text=True).strip())
         (site / "declare_torchvision_operators.py").write_text(_DECLARE)
@@ -96,6 +99,7 @@ MODERN = Environment("modern", ("kronfluence", "dattri", "captum"))
 NUMPY1 = Environment("numpy1", ("pydvl",))
 QUANDA = Environment("quanda", ("quanda", "jaxtyping"))
 INDEX = Environment("index", ("faiss", "trak", "dattri"))
+BERGSON = Environment("bergson", ("bergson",), complete=True)
 
 
 def kronfluence() -> str:
@@ -106,6 +110,11 @@ def kronfluence() -> str:
 def index() -> str:
     """The Python that has faiss, traker and dattri."""
     return os.environ.get("PTIF_BENCH_INDEX_PYTHON") or INDEX.ensure()
+
+
+def bergson() -> str:
+    """The Python that has bergson."""
+    return os.environ.get("PTIF_BENCH_BERGSON_PYTHON") or BERGSON.ensure()
 
 
 def data() -> None:
@@ -121,7 +130,7 @@ def data() -> None:
 
 if __name__ == "__main__":
     # With names: those only, as `make quanda` asks.
-    asked = [e for e in (MODERN, NUMPY1, QUANDA, INDEX) if e.name in sys.argv[1:]]
+    asked = [e for e in (MODERN, NUMPY1, QUANDA, INDEX, BERGSON) if e.name in sys.argv[1:]]
     for environment in asked or (MODERN, NUMPY1):
         print(environment.ensure())
     if not asked:

@@ -46,7 +46,8 @@ def search(folder: Path, dtype: str, k: int, queries: int) -> dict[str, float]:
         for at in range(0, len(rows), 10_000):
             flat.add(rows[at : at + 10_000].astype(np.float32))
     asked = np.random.default_rng(0).standard_normal((queries, k), np.float32)
-    return {"search": min(seconds(lambda: flat.search(asked, 100)) for _ in range(3 if queries == 1 else 1))}
+    taken = min(seconds(lambda: flat.search(asked, 100)) for _ in range(3 if queries == 1 else 1))
+    return {"search": taken, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def network(name: str) -> Any:

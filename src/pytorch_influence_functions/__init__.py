@@ -58,8 +58,9 @@ from .evaluation.table import evaluate
 from .influence.attribution import Attribution, Influence
 from .methods.papers import dual, ekfac, exact, gauss_newton, tracin, trak
 from .objectives.bernoulli import Bernoulli
-from .objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
+from .objectives.likelihoods import CrossEntropy, SquaredError
 from .objectives.measures import FromFunction, Logit, Margin
+from .objectives.tokens import TokenCrossEntropy
 from .problem.problem import Problem
 from .problem.weight_decay import WeightDecay
 from .scores.diagnostics import Diagnostics

@@ -144,7 +144,8 @@ def attribute(
         distributed: share the work out over the processes of `torch.distributed`, all of which make the same call; see
             `ptif.distributed`. By default every process computes alone.
         parameters: names, globs, modules or a predicate; by default everything that is trainable.
-        weight_decay: the L2 strength of training, or the optimiser it is read from; by default 0.
+        weight_decay: the L2 strength of training, one number or by name of a parameter or glob such as `"0.*"`, or the
+            optimiser it is read from; by default 0.
         checkpoints: state dicts or files; scores are averaged over them. By default the model's weights alone.
         batch_size: the most examples per batch; by default what suits an example's size. Scores do not depend on it.
         deterministic: `"warn"` (the default), `"error"` or `"ignore"` when reading an example twice gives different
@@ -315,6 +316,11 @@ def _known_problem(
 ) -> tuple[Problem, Any]:
     """The problem of a Trainer, or the one that was given, and queries in its form."""
     if queries is None and train is not None:
+        if isinstance(known, Problem):
+            raise InvalidInput(
+                f"{name}() got a problem, which holds its training data, and more of them in the second place; if they "
+                f"are what is asked, write {name}(problem, queries=...)."
+            )
         raise InvalidInput(f"{name}() got nothing that is asked; write queries=, as in {name}(trainer, queries=...).")
     if not isinstance(known, Problem):
         whole = hf_problem(known, dataset=train, loss=loss, **options)

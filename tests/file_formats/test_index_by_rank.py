@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.store import Factors, TwoSided
+from pytorch_influence_functions.store import Factors, TwoSided, graph
 from pytorch_influence_functions.store.manifest import MANIFEST
 from tests.laws.several import message_of, run_on
 
@@ -61,6 +61,17 @@ def stream(shards: int | None = None) -> Iterator[Any]:
         yield example
 
 
+def by_graph(folder: Path) -> Tensor:
+    """Scores of what a graph names, however few there are in all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "_MOST", 1)
+        index = ptif.Index.open(folder, problem_of())
+        index = index if index.folder.manifest.graph else index.build_graph()
+        scores = index.score(queries, top=2, ef=9, audit=5)
+    assert "that the graph named (ef=9)" in scores.diagnostics.notes[-1]
+    return scores.values
+
+
 def program(rank: int, folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {}
     with ptif.distributed(timeout=600):
@@ -71,6 +82,7 @@ def program(rank: int, folder: Path) -> dict[str, Any]:
         x, y = queries
         told["appended"] = reopened.append((x, y)).remove([3, 17]).compact().score(queries).values
         told["goes on"] = build(folder / "of one", data=stream()).score(queries).values
+        told["by graph"] = by_graph(folder / "projected")
         told["failed"] = message_of(lambda: build(folder / "of two", data=stream(5 if rank == 1 else None)))
     with ptif.distributed(timeout=600):
         told["elsewhere"] = message_of(lambda: build(folder / f"of {rank}"))
@@ -114,10 +126,11 @@ def test_two_processes_give_the_index_and_the_answers_of_one(
             torch.testing.assert_close(rank["opened"][name], values, rtol=1e-9, atol=1e-12)
 
 
-def test_examples_are_added_and_removed_together(told: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_examples_are_added_and_removed_together(told: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     expected = build(tmp_path).append(queries).remove([3, 17]).compact().score(queries)
     for rank in told:
         torch.testing.assert_close(rank["appended"], expected.values, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(rank["by graph"], by_graph(folder / "projected"), rtol=1e-6, atol=1e-9)
 
 
 def test_a_build_that_was_left_goes_on_with_another_number_of_processes(

@@ -144,7 +144,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "is not a file of saved scores"),
     "text": (lambda p: p.write_text("hello"), "is not a file of saved scores"),
     "empty": (lambda p: p.touch(), "is not a file of saved scores"),
-    "folder": (lambda p: p.mkdir(), "is not a file of saved scores"),
+    "folder": (lambda p: p.mkdir(), r"is a folder; give the path of a file that save\(\) wrote\.$"),
+    "folder of scores": (
+        lambda p: full().save(p / "scores.safetensors"),
+        r"is a folder; give .*, such as '.*scores\.safetensors'\.$",
+    ),
     "cut": (cut, "is not a file of saved scores, or is damaged"),
     "other tensors": (other_tensors, "is a safetensors file, but not one of saved scores"),
     "later version": (later_version, "has file format 99 and this version reads 2"),

@@ -138,10 +138,49 @@ def test_no_second_copy_of_the_model_under_adapters_is_made(where: str, method: 
     assert gap(scores.values, expected.values) < 1e-5
 
 
-def test_a_model_that_accelerate_offloads_is_refused(tmp_path: Path) -> None:
+def test_weights_that_take_part_and_that_accelerate_offloads_are_refused(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.disk_offload(llama(dtype=torch.float32), str(tmp_path), execution_device=torch.device("cpu"))
     with pytest.raises(
         ptif.errors.InvalidInput, match=r"offloaded by accelerate \('.*' is brought in for each forward"
     ):
         ptif.hf.problem(model, tokenizer(), texts(3))
+    with pytest.raises(ptif.errors.InvalidInput, match="name those that stay with parameters="):
+        ptif.hf.problem(model, tokenizer(), texts(3), parameters="*.norm.weight")
+
+
+def over_offloaded_layers(_: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Adapters, of which the frozen layers under them are offloaded."""
+    accelerate = pytest.importorskip("accelerate")
+    plain, offloaded = (with_adapters("lora").float() for _ in range(2))
+    for module in list(offloaded.modules()):
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            accelerate.cpu_offload(module.base_layer, execution_device=torch.device("cpu"))
+    return plain, offloaded, {}
+
+
+def over_a_device_map(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """A whole model whose last layer lies on the disk; what is asked about stays."""
+    pytest.importorskip("accelerate")
+    llama(dtype=torch.float32).save_pretrained(folder / "model")
+    names = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+    places = {name: "disk" if name.endswith("1") else "cpu" for name in names}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    offloaded = load(folder / "model", device_map=places, offload_folder=str(folder / "offloaded"))
+    return load(folder / "model"), offloaded, {"parameters": ["model.layers.0.*", "model.norm.*"]}
+
+
+@pytest.mark.parametrize("make", [over_offloaded_layers, over_a_device_map])
+def test_weights_that_stay_are_asked_over_a_model_that_is_offloaded(make: Any, tmp_path: Path) -> None:
+    """The same numbers as of the model that lies here whole."""
+    plain, offloaded, options = make(tmp_path)
+    words, before = tokenizer(), [(n, p.requires_grad, p.device.type) for n, p in offloaded.named_parameters()]
+    assert "meta" in {place for *_, place in before}
+    asked = ptif.hf.query(plain, words, "the cat", " sat on")
+    expected = ptif.ekfac().fit(ptif.hf.problem(plain, words, texts(5), **options))
+    attribution = ptif.ekfac().fit(ptif.hf.problem(offloaded, words, texts(5), **options))
+    scores = attribution.score(asked)
+    assert gap(scores.values, expected.score(asked).values) < 1e-5
+    assert gap(attribution.token_scores(asked, [3])[3], expected.token_scores(asked, [3])[3]) < 1e-5
+    assert "the others' share of the gradient was not measured" in str(scores.diagnostics)
+    assert [(n, p.requires_grad, p.device.type) for n, p in offloaded.named_parameters()] == before

@@ -66,6 +66,44 @@ def test_texts_give_the_scores_of_the_library_and_a_page(folder: Path, tmp_path:
     assert ran.code == 2 and "The queries of model are not those of the run" in ran.sentence
 
 
+def test_an_index_of_texts_is_built_and_asked_without_a_task_file(folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": text, "from": "ab"[i % 2], "year": i, "long": "w" * 101, "tags": [i]}
+        for i, text in enumerate(texts(6))
+    ]
+    file, index = write(tmp_path / "t.jsonl", rows), tmp_path / "index"
+    told = ("--hf", folder, "--dataset", file)
+    forecast = Ran("index", "build", index, *told, "--dry-run", "--json").found
+    assert forecast["n_train"] == 6 and not index.exists()
+    assert Ran("index", "build", index, *told, "--keep", "two-sided:8", "--json").found["status"] == "complete"
+    problem = ptif.hf.problem(folder, None, rows)
+    opened = ptif.Index.open(index, problem)
+    assert set(opened.columns) == {"from", "year"}
+    ask = ("index", "query", index, *told, "--query", "who wrote this book", "--query", "the moon", "--top", 2)
+    asked = Ran(*ask, "--where", "from=b", "--json").found["influences"]
+    expected = opened.score(["who wrote this book", "the moon"], top=2, where={"from": "b"})
+    assert [row["helpful"] for row in asked] == [[list(pair) for pair in expected.helpful(q, 5)] for q in (0, 1)]
+    assert printed_names(Ran(*ask).stdout) <= {text[:4] for text in texts(6)} != set()
+    for wrong, match in (
+        (("build", index), "names 1 paths; write ptif index build TASK FOLDER, or for a language model"),
+        (("build", "task.py", index, *told), "names 2 paths"),
+        (("query", index, *told), "--hf needs --query"),
+        (("query", index), "There is no task file"),
+    ):
+        ran = Ran("index", *wrong)
+        assert ran.code == 2 and match in ran.sentence
+
+
+def test_self_influence_names_the_texts(folder: Path, tmp_path: Path) -> None:
+    file, out = write(tmp_path / "t.jsonl", list(texts(6))), tmp_path / "r"
+    ran = Ran("self-influence", "--hf", folder, "--dataset", file, "--method", "ekfac", "--out", out, "--json")
+    expected = ptif.ekfac().fit(ptif.hf.problem(folder, None, list(texts(6)))).self_influence()
+    assert ran.code == 0
+    for row in ran.found["worst"]:
+        assert row["self_influence"] == pytest.approx(float(expected[row["index"]]), rel=1e-3)
+        assert row["label"][:8] == texts(6)[row["index"]][:8]
+
+
 def printed_names(output: str) -> set[str]:
     """The first letters of what stands behind a score in the table of a run."""
     return {name[:4] for name in re.findall(r"#\d+ [+−][\d.e−+-]+ (\w+ \w+)", output)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,32 @@ def test_an_answer_rather_than_another_is_the_difference_of_their_losses() -> No
         ptif.attribute(problem, queries=queries, verify=lambda data, seed: model)
 
 
+def test_a_fitted_method_is_asked_in_texts_as_attribute_is(tmp_path: Path) -> None:
+    problem = ptif.hf.problem(llama(), tokenizer(), texts(5))
+    pair = {"prompt": "who wrote", "chosen": " this book", "rejected": " the moon"}
+    one, other = ({"prompt": "who wrote", "completion": answer} for answer in (" this book", " the moon"))
+    for method in (ptif.ekfac(), ptif.methods.grad_dot(), ptif.methods.BM25()):
+        fitted = method.fit(problem)
+        for queries in (
+            "the moon",
+            ["the moon", "who wrote"],
+            *((pair, [one]) if method != ptif.methods.BM25() else ()),
+        ):
+            expected = ptif.attribute(problem, queries=queries, method=method)
+            scores = fitted.score(queries)
+            assert gap(scores.values, expected.values) < 1e-9 and scores.query_names == expected.query_names
+    fitted = ptif.ekfac().fit(problem)
+    assert gap(fitted.score(one, contrast=other).values, fitted.score(pair).values) < 1e-9
+    assert fitted.score(["the moon", "who wrote"], aggregate="mean").shape == (1, 5)
+    assert fitted.token_scores("the moon", ids=[1])
+    index = ptif.Index.build(problem, tmp_path / "index", representation=ptif.store.Factors())
+    assert gap(index.score(pair).values, fitted.score(pair).values) < 1e-4
+    with pytest.raises(ptif.errors.InvalidInput, match="leave contrast= out"):
+        fitted.score(pair, contrast="the moon")
+    with pytest.raises(ptif.errors.InvalidInput, match=r"In contrast=, .*'answer'"):
+        fitted.score("the moon", contrast={"prompt": "who wrote", "answer": "x"})
+
+
 def test_the_models_own_answer_is_generated_and_nothing_is_changed() -> None:
     model, words = gpt2(), tokenizer()
     model.train()
@@ -78,7 +105,7 @@ def test_of_a_chat_the_last_answer_is_asked() -> None:
     assert asked(ptif.hf.query(model, words, chat)) == "the dog <eos>"
     assert asked(ptif.hf.query(model, words, chat[:3], "moon")) == "moon <eos>"
     pair = ptif.hf.query(model, words, chat, against="moon")
-    assert pair.names == ["the dog <eos> / moon <eos>"] and len(pair) == 2
+    assert pair.names == ["the dog / moon"] and len(pair) == 2
     generated = ptif.hf.query(model, words, chat[:3], max_new_tokens=4)
     assert len(generated.texts[0]["labels"]) > 0
     problem = ptif.hf.problem(model, words, texts(4))
@@ -164,5 +191,5 @@ def test_answers_of_some_queries_only_are_refused() -> None:
     with pytest.raises(ptif.errors.InvalidInput, match="Query 0 has no 'completion' and query 1 has one"):
         ptif.hf.query(model, words, ["who", "the"], [None, " cat"])
     chat = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "cat"}]
-    assert ptif.hf.query(model, words, [chat, "the"], [None, " cat"]).names == ["cat <eos>", "cat"]
+    assert ptif.hf.query(model, words, [chat, "the"], [None, " cat"]).names == ["cat", "cat"]
     assert ptif.hf.query(model, words, ["who"], [" cat"], against=[None]).pairs == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.hf.normalisation import trainers_normalisation
 from tests.hf.tiny import build, gpt2, gradient, llama, own_loss, products, settings, texts, tokenizer
 from tests.interface.report_cases import Page
 from tests.tolerance import gap
@@ -116,9 +118,104 @@ def test_a_loss_that_is_not_the_models_is_refused_or_given(tmp_path: Path) -> No
         ptif.attribute(own, queries="the cat sat")
     loss = ptif.TokenCrossEntropy(average=True, shift=True)
     assert ptif.attribute(own, queries="the cat sat", loss=loss, method="grad_dot").values.shape == (1, 5)
-    smooth = trainer(gpt2(), tokens(), tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(ptif.errors.InvalidInput, match="smooths the labels of tokens"):
-        ptif.attribute(smooth, queries="the cat sat")
+
+
+SMOOTHING = 0.3
+
+
+def smoothed_losses(model: Any, ids: list[int], logits: torch.Tensor | None = None) -> torch.Tensor:
+    """Every predicted token's smoothed loss of a text alone, written out by torch's own cross entropy."""
+    outputs = model(input_ids=torch.tensor([ids])).logits[0] if logits is None else logits
+    return torch.nn.functional.cross_entropy(
+        outputs[:-1], torch.tensor(ids[1:]), label_smoothing=SMOOTHING, reduction="none"
+    )
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_smoothed_labels_of_tokens_are_the_trainers(make: Any, tmp_path: Path) -> None:
+    """Its own loss of a batch, by the count of its tokens and as their mean; scores, shares of tokens, both sides."""
+    model, words = make(), tokenizer()
+    asked = trainer(
+        model, tokens(5), tmp_path, label_smoothing_factor=SMOOTHING, per_device_train_batch_size=5,
+        average_tokens_across_devices=False,
+    )  # fmt: skip
+    problem = ptif.hf.problem(asked)
+    assert problem.objective == ptif.TokenCrossEntropy(average=False, shift=True, label_smoothing=SMOOTHING)
+    _, own = next(iter(problem.data.batches()))
+    ours = gradient(model, problem.objective.losses(problem.objective.outputs(model, own), own).sum())
+    batch = asked.data_collator([{k: v for k, v in row.items() if k != "book"} for row in tokens(5)])
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    for number in (None, count):  # it adds up the smoothed half in float32
+        theirs = gradient(model, asked.compute_loss(model, dict(batch), num_items_in_batch=number))
+        assert gap(ours / count, theirs) < 1e-5
+
+    ids = [words(text)["input_ids"] for text in (*texts(5), "who wrote this book")]
+    *training, query = [gradient(model, smoothed_losses(model, i).sum()) for i in ids]
+    scores = ptif.attribute(asked, queries="who wrote this book", method="grad_dot")
+    assert gap(scores.values.double(), products(model, [query], training)) < 1e-6
+    attribution, asks = ptif.ekfac(damping=0.1).fit(problem), ptif.hf.query(asked, prompt="who", completion=" wrote")
+    total, shares = attribution.score(asks).values.double(), attribution.token_scores(asks, range(5))
+    assert gap(torch.stack([shares[i][0].sum() for i in range(5)]), total[0]) < 1e-6
+    assert shares[1].shape[1] >= len(ids[1]) and not bool(shares[1][0, len(ids[1]) :].any())
+
+
+def test_smoothed_labels_leave_the_gauss_newton_matrix_that_of_the_softmax(tmp_path: Path) -> None:
+    """Oracle: Jacobians of all logits and autograd's Hessian of the smoothed loss in them."""
+    model, words = gpt2(), tokenizer()
+    asked = trainer(model, tokens(4), tmp_path, label_smoothing_factor=SMOOTHING)
+    name = "transformer.h.1.attn.c_proj.weight"
+    weight = model.get_parameter(name)
+    ggn, gradients = torch.zeros(weight.numel(), weight.numel(), dtype=torch.float64), []
+    for text in texts(4):
+        ids = words(text)["input_ids"]
+
+        def logits(w: torch.Tensor, ids: list[int] = ids) -> torch.Tensor:
+            return torch.func.functional_call(model, {name: w}, (), {"input_ids": torch.tensor([ids])}).logits[0]
+
+        def loss(z: torch.Tensor, ids: list[int] = ids) -> torch.Tensor:
+            return smoothed_losses(model, ids, z).sum()
+
+        jacobian = torch.autograd.functional.jacobian(logits, weight).reshape(-1, weight.numel())
+        hessian = torch.autograd.functional.hessian(loss, logits(weight).detach())
+        ggn += jacobian.T @ hessian.reshape(len(jacobian), -1) @ jacobian / 4
+        gradients.append(gradient(model, loss(logits(weight)), [name]))
+    rows = torch.stack(gradients)
+    expected = rows[:1] @ torch.linalg.solve(ggn + 0.01 * torch.eye(len(ggn)), rows.T) / 4
+    scores = ptif.attribute(
+        asked, queries=texts(4)[0], parameters=[name], method=ptif.Influence(ptif.GGN(), damping=0.01)
+    )
+    assert gap(scores.values.double(), expected) < 1e-6
+
+
+def test_a_trainer_that_smooths_without_the_shift_is_refused(tmp_path: Path) -> None:
+    """Of a class that transformers does not list, labels are smoothed where they stand."""
+
+    class OwnForCausalLM(transformers.GPT2LMHeadModel):
+        pass
+
+    model = OwnForCausalLM(gpt2().config).double().eval()
+    with pytest.raises(ptif.errors.InvalidInput, match=r"Trainer\.compute_loss gives .* pass loss="):
+        ptif.hf.problem(trainer(model, tokens(), tmp_path, label_smoothing_factor=0.1))
+    assert ptif.hf.problem(trainer(model, tokens(), tmp_path)).objective == ptif.TokenCrossEntropy(
+        average=False, shift=True
+    )
+
+
+def test_smoothed_labels_without_the_count_of_a_batch_are_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of transformers 4, which divide by the tokens at hand."""
+    smooths = trainer(gpt2(), tokens(), tmp_path, label_smoothing_factor=0.1, per_device_train_batch_size=1)
+    whole = type(smooths.label_smoother).__call__
+
+    def before(self: Any, model_output: Any, labels: Any, shift_labels: bool = False) -> torch.Tensor:
+        loss: torch.Tensor = whole(self, model_output, labels, shift_labels)
+        return loss
+
+    counted = "num_items_in_batch" in inspect.signature(whole).parameters
+    assert trainers_normalisation(smooths) == ("trainer" if counted else "mean")
+    monkeypatch.setattr(type(smooths.label_smoother), "__call__", before)
+    assert trainers_normalisation(smooths) == "mean"
 
 
 def test_texts_of_a_trainer_are_read_by_their_column(tmp_path: Path) -> None:
@@ -136,7 +233,7 @@ def test_what_a_trainer_does_not_have_is_said(tmp_path: Path) -> None:
     stream = trainer(gpt2(), tokens().to_iterable_dataset(), tmp_path)
     with pytest.raises(ptif.errors.InvalidInput, match="can only be iterated, but examples are named by index"):
         ptif.attribute(stream, queries="the cat sat")
-    with pytest.raises(ptif.errors.InvalidInput, match="Nothing is asked"):
+    with pytest.raises(ptif.errors.InvalidInput, match="nothing is asked"):
         ptif.attribute(trainer(gpt2(), tokens(), tmp_path))
 
 

@@ -12,6 +12,7 @@ import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
@@ -74,6 +75,36 @@ from tests.interface.bad_input_cases import (
 from tests.interface.curvature_cases import CURVATURES
 from tests.interface.run_cases import RUNS
 
+
+class Remembers(nn.Module):
+    """Adds what the call before left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.state = net(), torch.zeros(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.net(x) + self.state
+        self.state = outputs.detach().mean(0)
+        return outputs
+
+
+class Once(torch.autograd.Function):
+    """A cube, whose backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        cubed: Tensor = 3 * x.square() * slope
+        return cubed
+
+
 MODELS = [
     Row("a function", put_in(), INPUT, r"must be a torch.nn.Module, got function", lambda: lambda x: x),
     Row("a function, no loss", put_in(loss=None), INPUT, r"torch.nn.Module, got function", lambda: lambda x: x),
@@ -85,6 +116,32 @@ MODELS = [
         lambda: SimpleNamespace(module_=nn.Linear(6, 3)),
     ),
     Row("a class", put_in(), INPUT, r"must be a torch.nn.Module, got the class Linear", lambda: nn.Linear),
+    Row(
+        "a problem, and what is asked in the second place",
+        lambda m: ptif.attribute(ptif.Problem(m, CE, (X, Y)), (X, Y)),
+        INPUT,
+        r"got a problem, which holds its training data, .*write attribute\(problem, queries=\.\.\.\)",
+    ),
+    Row(
+        "a problem, and nothing is asked",
+        lambda m: ptif.attribute(ptif.Problem(m, CE, (X, Y))),
+        INPUT,
+        r"^In the queries, nothing is asked: pass queries=",
+    ),
+    Row(
+        "keeps state between calls",
+        put_in(),
+        INPUT,
+        r"or keeps state from the call before, .*begin every call with the same state",
+        Remembers,
+    ),
+    Row(
+        "a backward that has no derivative",
+        put_in(method="koh_liang"),
+        INPUT,
+        r"second derivatives, .*has none \(a torch\.autograd\.Function of yours is marked @once_differentiable\)",
+        through(Once.apply),
+    ),
     Row("data first", lambda m: ptif.attribute((X, Y), m, (X, Y)), INPUT, r"got tuple; .*the model before the data"),  # type: ignore[call-overload]
     Row("on meta", put_in(), INPUT, r"lies on the meta device and has no values", lambda: net().to("meta")),
     Row("other device", put_in(device="meta"), INPUT, r"lies on cpu, not on meta; call model.to\('meta'\)"),
@@ -271,6 +328,12 @@ LOSSES = [
 ]
 
 METHODS = [
+    Row(
+        "a projection wider than the model, by name",
+        put_in(method="trak"),
+        INPUT,
+        r"no smaller than the 43 param.* ptif\.methods\.trak\(k=21\)",
+    ),
     Row("number", put_in(method=3), INPUT, r"^method= must be a method such as .* got int; leave it out"),
     Row("name", put_in(method="daul"), NAMED, r"^There is no method 'daul'\. Did you mean 'dual'\? The names are"),
     Row("short name", put_in(method="tracin"), INPUT, r"^The method 'tracin' needs learning_rates, which a name"),

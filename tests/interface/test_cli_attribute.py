@@ -166,7 +166,7 @@ def test_a_changed_loss_of_the_users_own_is_noticed(tmp_path: Path) -> None:
 def test_a_dry_run_forecasts_and_writes_nothing(task: Path, tmp_path: Path) -> None:
     arguments = ("attribute", task, "--method", "ekfac", "--top", 5, "--out", tmp_path / "r", "--dry-run")
     found = Ran(*arguments, "--json").found
-    expected = ptif.ekfac().forecast(load_task(task).problem, QUERIES)
+    expected = ptif.ekfac().forecast(load_task(task).problem, QUERIES, 5)
     assert (found["passes"], found["memory_bytes"]) == (expected.passes, expected.memory_bytes)
     assert found["seconds"] > 0 and found["blocks"] == 2 and found["result_bytes"] == QUERIES * 10 * 12
     told = Ran(*arguments)

@@ -52,6 +52,7 @@ def test_flags(tmp_path: Path, flags: tuple[str, str], words: str) -> None:
     [
         ("x = 1", r"^task.py does not define get_model\(\)\. Define get_model\(\) and get_dataloaders\(\), or problem"),
         ("def get_modle(): pass", r"does not define get_model\(\)\. Did you mean 'get_modle'\?"),
+        ("def get_model(): return 3", r"does not define get_dataloaders\(\)\. Define get_model\(\) and get_data"),
         ("get_model = 3", r"^get_model in task.py is int; make it a function\.$"),
         ("def get_model(:", r"^task.py is not Python: invalid syntax in line 1; correct it\.$"),
         ("x = 1\nimport nowhere_at_all", r"^task.py, line 2: Running it failed with ModuleNotFoundError: No module"),

@@ -37,10 +37,23 @@ def test_build_ask_remove_and_compact(tmp_path: Path) -> None:
     for row, query in enumerate((3, 7)):
         assert asked["influences"][row]["query"] == query
         assert [i for i, _ in scores.helpful(row, 4)] == [i for i, _ in expected.helpful(query, 4)]
+    assert Ran("index", "remove", folder, "99").sentence == "IDS 99 asks for example 99, and there are 40 (0 to 39)."
     assert Ran("index", "remove", folder, "0:5", "--json").found["removed"] == 5
+    assert "Example 3 was removed from the index before" in Ran("index", "remove", folder, "3").sentence
     smaller = Ran("index", "compact", folder, "--json").found
     assert smaller["bytes"] < built["bytes"]
     assert Ran("index", "info", folder, "--check", "--json").found["removed"] == 5
+
+
+def test_a_graph_is_made_and_asked(tmp_path: Path) -> None:
+    task, folder = task_file(tmp_path), tmp_path / "index"
+    built = Ran("index", "build", task, folder, "--keep", "sketch:7", "--json").found
+    assert built["status"] == "complete" and not built["graph"]
+    assert Ran("index", "graph", folder, "--links", 4, "--ef", 8, "--json").found["graph"]
+    assert "without the" in Ran("index", "info", folder, "--check").stdout
+    ask = ("index", "query", folder, task, "--queries", "3", "--top", 2, "--json")
+    plain, asked = Ran(*ask).found, Ran(*ask, "--ef", N).found
+    assert asked["influences"] == plain["influences"] and "ef=40 names no few" in asked["notes"][-1]
 
 
 def test_parts_and_columns_are_told_apart(tmp_path: Path) -> None:
@@ -70,7 +83,9 @@ def test_parts_and_columns_are_told_apart(tmp_path: Path) -> None:
         ("--where", "source"): "--where source names no value of a column; write --where COLUMN=VALUE",
         ("--where", "source=wob"): "No example has 'wob' in the column 'source'. Did you mean 'web'",
         ("--where", "kind=web"): "The index has no column 'kind'; its columns are",
-        ("--where", "year=old"): "The column 'year' of where= holds numbers, and 'old' was asked for",
+        ("--where", "year=old"): (
+            "The column 'year' of --where holds numbers, and 'old' was asked for; give a value of that kind; --where"
+        ),
         ("--by", "=2"): "--by =2 names no part; write --by layer, --by head, --by '0.*', or --by top=4,5.",
         ("--by", "a=0", "--by", "a=2"): "--by names the part a twice; write its patterns with commas",
     }.items():
@@ -101,7 +116,7 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path: Path) -> None:
             "--keep halves is nothing that an index keeps; write auto, factors",
         ),
         (("build", task, folder, "--dtype", "int7"), "dtype='int7' is none of those that are stored"),
-        (("info", folder), "holds no index (index.json is missing)"),
+        (("info", folder), "holds no index (index.json is missing); build one there with ptif index build."),
         (("query", folder, task), "holds no index (index.json is missing)"),
     ):
         ran = Ran("index", *command)
@@ -112,6 +127,7 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path: Path) -> None:
     assert "is damaged" in Ran("index", "info", folder, "--check").sentence
     other = Ran("index", "build", task, folder, "--keep", "sketch:4")
     assert other.code == 2 and "holds an index that differs in representation" in other.sentence
+    assert other.sentence.endswith("or --overwrite to replace it.")
 
 
 @pytest.mark.parametrize("text", ["", "factors:3", "two-sided", "two-sided:x", "two-sided:4:pca", "sketch:-1"])

@@ -115,6 +115,26 @@ def test_the_batch_size_does_not_stand_between_a_run_and_its_page(task: Path) ->
     assert Ran("report", task.parent / "r", "--task", task, "--quiet").code == 0
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("manual_seed(0)", "manual_seed(1)", "weights"),
+        ("relu", "tanh", "model outputs"),
+        ("x[:3]", "x[3:6]", "queries"),
+    ],
+)
+def test_the_page_is_not_made_with_another_model(task: Path, before: str, after: str, named: str) -> None:
+    assert attribute(task, "--quiet").code == 0
+    edit(task, before, after, "task.py" if named == "queries" else "my_network.py")
+    sys.modules.pop("my_network", None)
+    other = Ran("report", task.parent / "r", "--task", task, "--quiet")
+    assert other.code == 2 and f"The {named} of task.py are not those of the run" in other.sentence
+    assert not (task.parent / "r/report.html").exists()
+    edit(task, after, before, "task.py" if named == "queries" else "my_network.py")
+    sys.modules.pop("my_network", None)
+    assert Ran("report", task.parent / "r", "--task", task, "--quiet").code == 0
+
+
 # --------------------------------------------------------------------------- blocks
 
 
@@ -156,6 +176,16 @@ def test_other_settings_do_not_go_on_with_the_blocks(tmp_path: Path, monkeypatch
     for more, named in ((("--damping", "0.5"), "method ("), (("--top", "3"), "top (None there, 3 here)")):
         other = Ran("attribute", task, "--method", "grad-dot", "--block", 3, "--out", tmp_path / "r", *more)
         assert other.code == 2 and f"it differs in {named}" in other.sentence
+
+
+def test_a_call_that_failed_before_its_first_block_does_not_keep_the_folder(tmp_path: Path) -> None:
+    task, out = task_file(tmp_path), tmp_path / "r"
+    wrong = Ran("attribute", task, "--method", "grad-dot", "--by", "lay", "--out", out)
+    assert wrong.code == 2 and "'lay'" in wrong.sentence
+    assert Ran("attribute", task, "--method", "grad-dot", "--by", "layer", "--out", out, "--quiet").code == 0
+    assert ptif.PartScores.load(out / "parts.safetensors") is not None
+    other = Ran("attribute", task, "--method", "grad-dot", "--out", out)
+    assert other.code == 2 and "holds another run" in other.sentence
 
 
 @pytest.mark.parametrize("place", ["numbers", "header"])

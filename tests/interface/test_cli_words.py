@@ -62,6 +62,10 @@ def test_queries_kept_before_do_not_count_as_speed() -> None:
     clock.now += 20.0
     lines("queries", 90, 100)
     assert log.getvalue().startswith("ptif: queries: 90/100, 0.5/s, 0:20 left, ")
+    lines("loading the model", 0, 1)
+    clock.now += 12.0
+    lines("loading the model", 1, 1)
+    assert log.getvalue().splitlines()[-1].startswith("ptif: loading the model: done in 0:12, ")
 
 
 def test_bars_fit_80_columns_and_short_passes_have_none() -> None:

@@ -201,6 +201,15 @@ def test_bad_decisions_in_one_sentence(name: str) -> None:
         curate(blobs(), decisions)
 
 
+def test_a_table_in_which_nothing_is_decided(tmp_path: Path) -> None:
+    table = tmp_path / "label_issues.csv"
+    table.write_text("index,decision\n3,\n4,keep\n")
+    with pytest.raises(
+        InvalidInput, match=r"in '.*label_issues\.csv' change nothing: none is wrong_label or duplicate"
+    ):
+        curate(blobs(), table)
+
+
 def test_decisions_on_other_data_in_one_sentence(tmp_path: Path) -> None:
     x, y = blobs()
     path = decided(tmp_path / "d.json", 50, {"index": 3, "decision": "duplicate"})

@@ -48,6 +48,7 @@ from pytorch_influence_functions.solvers import (
     Neumann,
     Spectral,
     Woodbury,
+    auto,
 )
 from pytorch_influence_functions.solvers.auto import choose_composition
 from tests.laws.recipes import MINRES, Signs
@@ -338,6 +339,14 @@ def test_an_exact_solution_of_a_network_is_worth_a_second_and_says_what_ekfac_wo
     assert choice.curvature == EKFAC() and "within a second" in choice.why
     # Asked for by name, it may take longer.
     assert choose_composition(GGN(), large, Budget()).curvature == GGN()
+
+
+def test_the_dual_of_a_large_network_is_damped_by_its_few_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the mean over all weights the tokens of 24 sentences had shares of 14,000 of a score of .01 (SmolLM2)."""
+    monkeypatch.setattr(auto, "_FACTOR_BYTES", 0)
+    choice = choose_composition(None, perceptron(64, 8000, hidden=16), Budget())
+    assert (choice.curvature, choice.solver) == (EmpiricalFisher(), Woodbury())
+    assert choice.default_damping == PerDirection(0.2)
 
 
 def test_few_parameters_are_decomposed_and_more_get_a_factor_with_the_same_answers() -> None:

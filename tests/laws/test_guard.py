@@ -17,8 +17,8 @@ from pytorch_influence_functions.problem.model_state import (
     double_backward_safe,
     plain_autograd,
     preserved,
-    same_rng,
 )
+from pytorch_influence_functions.problem.random_state import same_rng
 from tests.laws.pictures import Reading
 
 

@@ -21,6 +21,7 @@ from pytorch_influence_functions.gradients.per_example import Derivatives
 from pytorch_influence_functions.problem.data import Source
 from pytorch_influence_functions.solvers import Blockwise, Spectral
 from pytorch_influence_functions.store import Factors, Sketch, TwoSided, integer_products
+from pytorch_influence_functions.store.audit import Recall
 from pytorch_influence_functions.store.codecs import CODECS
 from pytorch_influence_functions.store.fidelity import Fidelity, estimate_fidelity
 from tests.laws.test_influence import mlp
@@ -572,8 +573,14 @@ def test_examples_can_be_removed(tmp_path: Path) -> None:
     assert open_index.folder.manifest.bytes < before
     with pytest.raises(InvalidInput, match=r"Example 7 was removed from the index; leave it out"):
         open_index.score(queries, ids=[6, 7])
-    with pytest.raises(InvalidInput, match=r"Example 99 is outside the index"):
-        open_index.remove([99])
+    for gone_or_none, words in (
+        ([99], r"Example 99 is outside the index"),
+        ([6, 7], r"Example 7 was removed from the index before; name only what it still holds"),
+        ([], r"No example was named that the index still holds"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            open_index.remove(gone_or_none)
+    assert open_index.score(queries, ids={9, 6}).indices[0].tolist() == [6, 9]  # type: ignore[index]
     # A mask is one, and not the positions 0 and 1.
     mask = torch.zeros(60, dtype=torch.bool).index_fill_(0, torch.tensor([1, 2, 3, 4, 5]), True)
     again = open_index.remove(mask).remove(6).compact()  # a whole file
@@ -664,6 +671,14 @@ def test_an_index_that_cannot_be_built(settings: dict[str, Any], message: str, t
     assert not (tmp_path / "i" / "index.json").exists()
 
 
+def test_an_index_of_a_method_that_damps_layers_apart_and_one_without_a_folder(tmp_path: Path) -> None:
+    problem, _ = problem_of()
+    with pytest.raises(InvalidInput, match=r"the one asked for \(the method's default where none was\) differs"):
+        ptif.Index.build(problem, tmp_path / "i", "datainf")
+    with pytest.raises(InvalidInput, match=r"named ''; give the path of a folder of its own"):
+        ptif.Index.build(problem, "")
+
+
 def test_an_index_neither_takes_nor_advises_a_damping_that_measures_gradients(tmp_path: Path) -> None:
     problem, queries = problem_of()
     index = ptif.Index.build(problem, tmp_path / "i")
@@ -723,8 +738,9 @@ def test_what_the_first_stage_missed_is_bounded(tmp_path: Path) -> None:
     )
     tried = 4 * len(others)
     (note,) = (note for note in scores.diagnostics.notes if "candidates of the index" in note)
-    assert f"{better} of {tried} scores would have entered a top list" in note.replace(",", "")
-    bound = float(note.partition("at most ")[2].split()[0])
+    assert f"of all {len(others)} other examples {better} of {tried} scores would have entered a top list" in note
+    assert "at most" not in note, "no example is left that was not looked at"
+    bound = Recall("", len(others), tried, better, 7).bound
     assert bound == pytest.approx(float(stats.beta.ppf(0.95, better + 1, tried - better)), rel=0.03)
 
 

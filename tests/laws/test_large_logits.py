@@ -64,9 +64,9 @@ def test_slopes_of_large_logits_are_taken_a_few_examples_at_a_time(sizes: list[i
     torch.testing.assert_close(chunked, slope)
 
 
-@pytest.mark.parametrize("average", [True, False])
-def test_the_slope_in_closed_form_is_autograds(average: bool) -> None:
-    objective = ptif.TokenCrossEntropy(average=average, shift=True)
+@pytest.mark.parametrize(("average", "smoothing"), [(True, 0.0), (False, 0.0), (False, 0.2)])
+def test_the_slope_in_closed_form_is_autograds(average: bool, smoothing: float) -> None:
+    objective = ptif.TokenCrossEntropy(average=average, shift=True, label_smoothing=smoothing)
     batch, outputs = one_batch()
     leaf = outputs.clone().requires_grad_()
     expected = objective.losses(leaf, batch)
@@ -109,7 +109,7 @@ def test_squares_added_example_by_example_are_those_of_gradients_written_out(
     """The squares of a tied embedding are checked against autograd in test_large_vocabularies.py."""
     model, curvature = language_model(tied), EKFAC(EmpiricalFisher(), largest=VOCABULARY - 1)
     expected = squares(model, curvature)
-    monkeypatch.setattr(moments, "_IN_TURN", 0)
+    monkeypatch.setattr(moments, "IN_TURN", 0)
     monkeypatch.setattr(moments, "_CACHED", 20)  # two rows of eight at a time
     for name, values in squares(model, curvature).items():
         torch.testing.assert_close(values, expected[name], rtol=1e-10, atol=1e-14)

@@ -12,7 +12,10 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.curvature import EKFAC, KFAC, EmpiricalFisher, Shampoo
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.linalg.blocks import Dense
+from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.kronecker import Kronecker
+from pytorch_influence_functions.linalg.rows import inner
 from tests.tiny_lm import VOCABULARY, TinyLM, loader, texts
 
 OBJECTIVE = ptif.TokenCrossEntropy(shift=True)
@@ -30,10 +33,10 @@ def fitted(model: TinyLM, curvature: Any) -> tuple[Kronecker, Derivatives]:
     return operator, derivatives
 
 
-def gradients_by_autograd(model: TinyLM, parameter: Tensor) -> Tensor:
+def gradients_by_autograd(model: TinyLM, parameter: Tensor, some: list[Tensor] | None = None) -> Tensor:
     """One example's gradient after the other, [n, V, d]."""
     rows = []
-    for batch in loader(texts(8), batch_size=1):
+    for batch in loader(texts(8) if some is None else some, batch_size=1):
         model.zero_grad()
         OBJECTIVE.losses(OBJECTIVE.outputs(model, batch), batch).sum().backward()
         assert parameter.grad is not None
@@ -117,3 +120,21 @@ def test_norms_of_a_tied_weight_need_no_row_as_long_as_the_vocabulary(tied: bool
     for gradients in derivatives.stream():
         for block in gradients.rows.blocks.values():
             torch.testing.assert_close(block.squared_norms(), block.dense().flatten(1).square().sum(1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_batches_of_different_lengths_are_kept_in_factors(tied: bool) -> None:
+    """Written out, sixteen texts of a model with 135 M weights took 9 GiB instead of half a GiB."""
+    torch.manual_seed(0)
+    model = TinyLM(tied=tied, vocabulary=200, width=24).double()
+    some = texts(8, vocabulary=200)
+    derivatives = Derivatives.of(ptif.Problem(model, OBJECTIVE, loader(some, batch_size=3)))
+    assert len({batch["input_ids"].shape[1] for batch in loader(some, batch_size=3)}) > 1
+    gram = EmpiricalFisher().of(derivatives, Form.GRAM, Budget())
+    assert isinstance(gram, Gram)
+    for name in ("token.weight", *(() if tied else ("head.weight",))):
+        block, parameter = gram.rows.blocks[name], model.get_parameter(name)
+        assert not isinstance(block, Dense) and block.numbers < len(block) * parameter.numel()
+        rows = gradients_by_autograd(model, parameter, some)
+        torch.testing.assert_close(block.dense(), rows)
+        torch.testing.assert_close(inner(block, block), torch.einsum("nvd,mvd->nm", rows, rows))

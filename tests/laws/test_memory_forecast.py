@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -41,7 +41,7 @@ def peak_of(run: Callable[[], Any]) -> int:
 
 def layers(*widths: int) -> nn.Module:
     parts: list[nn.Module] = []
-    for a, b in pairwise(widths):
+    for a, b in itertools.pairwise(widths):
         parts += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*parts[:-1])
 
@@ -80,8 +80,10 @@ def test_memory_is_forecast_near_what_is_allocated(
     forecast = method.forecast(of, q, top)
     most = peak_of(lambda: method.fit(of, n_queries=q).score((x[:q], asked), top=top))
     assert most > 4e6
-    # Forecast, and not counted here: what the allocator keeps of what is freed, and the space of decompositions.
-    assert most / 1.2 < forecast.memory_bytes + forecast.batch_bytes < 2.2 * most
+    # Forecast, and not counted here: what the allocator keeps of what is freed, and LAPACK's own space for the longest
+    # side, thrice its square.
+    space = 3 * 4 * 1601**2 if make is convolutions else 0
+    assert most / 1.2 < forecast.memory_bytes + forecast.batch_bytes < 2.2 * (most + space)
 
 
 def test_extremes_are_finished_a_few_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ LIKELIHOODS: dict[str, Callable[[int], Case]] = {
     "tokens": lambda n: (TokenCrossEntropy(), randn(n, 3, 4), tokens(n)),
     "token sum": lambda n: (TokenCrossEntropy(average=False), randn(n, 3, 4), tokens(n)),
     "causal": lambda n: (TokenCrossEntropy(shift=True), randn(n, 3, 4), tokens(n)),
+    "smoothed tokens": lambda n: (TokenCrossEntropy(shift=True, label_smoothing=0.3), randn(n, 3, 4), tokens(n)),
     "squares": lambda n: (SquaredError(), randn(n, 3), randn(n, 3)),
     "mean squares": lambda n: (as_objective(nn.MSELoss()), randn(n, 2, 2), randn(n, 2, 2)),
     "one number": lambda n: (SquaredError(half=False), randn(n, 1), randn(n)),
@@ -323,6 +324,8 @@ def test_token_losses_average_over_own_tokens() -> None:
     each = F.cross_entropy(f.movedim(-1, 1), y, reduction="none")
     close(TokenCrossEntropy(average=False).losses(f, (None, y)), each.sum(1))
     close(TokenCrossEntropy().losses(f, (None, y)), each.sum(1) / torch.tensor([2, 3]))
+    smooth = F.cross_entropy(f.movedim(-1, 1), y, reduction="none", label_smoothing=0.2)
+    close(TokenCrossEntropy(label_smoothing=0.2).losses(f, (None, y)), smooth.sum(1) / torch.tensor([2, 3]))
 
 
 def test_shifted_tokens_are_a_causal_language_model() -> None:

@@ -63,7 +63,15 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     (checks(CrossEntropy(), F3, Y3.float()), "class numbers must be integers, .*\\.long\\(\\)"),
     (checks(CrossEntropy(), F3, F3.long()), "one-hot targets must be floating point"),
     (checks(CrossEntropy(), F3, Y3[:, None]), "remove the last axis of the targets"),
-    (checks(CrossEntropy(), torch.zeros(3, 5, 4), torch.zeros(3, 5).long()), "use TokenCrossEntropy"),
+    (checks(CrossEntropy(), torch.zeros(3, 5, 4), torch.zeros(3, 5).long()), "use TokenCrossEntropy\\(\\)"),
+    (
+        checks(CrossEntropy(label_smoothing=0.1), torch.zeros(3, 5, 4), torch.zeros(3, 5).long()),
+        "use TokenCrossEntropy\\(label_smoothing=0.1\\)",
+    ),
+    (
+        lambda: TokenCrossEntropy(label_smoothing=-1),
+        "^TokenCrossEntropy\\(label_smoothing=-1\\) must be a",
+    ),
     (checks(CrossEntropy(), F3, torch.zeros(3, 2)), "expected class numbers of shape \\(3,\\)"),
     (checks(CrossEntropy(), F3[:, :1], Y3), "two classes or more; for one logit .*use Bernoulli"),
     (checks(CrossEntropy(), F3[:, 0], Y3), "got outputs of shape \\(3,\\), expected \\[n, C\\]"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions import curvature, methods, scaling, solvers
+from pytorch_influence_functions import actions, curvature, methods, scaling, solvers
 from pytorch_influence_functions.core.distributed import World
 from pytorch_influence_functions.core.distributed import alone as alone_in_the_block
 from pytorch_influence_functions.influence import averaging
@@ -130,6 +130,14 @@ def asked_alone() -> Tensor:
         return fitted.score(data()[1]).values
 
 
+def smallest_removal() -> Tensor:
+    """Which examples, and what is predicted without them: each process sees the moves of its own share only."""
+    (x, y), queries = data()
+    problem = ptif.Problem(net(), LOSS, (x, y))
+    outcome = actions.flip_prediction(problem, queries[0][:1], method=ptif.exact(damping=0.05))
+    return torch.tensor([outcome.predicted, *outcome.ids], dtype=torch.float64)
+
+
 def programs() -> dict[str, Callable[[], Any]]:
     table: dict[str, Callable[[], Any]] = {}
     for name, method in METHODS.items():
@@ -162,6 +170,7 @@ def programs() -> dict[str, Callable[[], Any]]:
         table[f"two examples, {name}"] = lambda name=name: ask(2, method=METHODS[name]).values
     table["dual, fitted together and asked alone"] = asked_alone
     table["wrapped model and loader"] = wrapped
+    table["the smallest removal"] = smallest_removal
     table["labels"] = labels_of_many
     return table
 

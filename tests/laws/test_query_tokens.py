@@ -10,13 +10,15 @@ import torch
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
 from pytorch_influence_functions.curvature import EmpiricalFisher
+from pytorch_influence_functions.influence import rounds
 from pytorch_influence_functions.influence.query_tokens import query_token_scores
-from pytorch_influence_functions.solvers import CG, Spectral
+from pytorch_influence_functions.solvers import CG, Spectral, Woodbury
 from tests.laws.test_token_scores import DAMPING, setting, texts, token_gradients
 
 
-@pytest.mark.parametrize("solver", [Spectral(), CG(rtol=1e-11)])
-def test_every_token_of_a_query_has_its_own_part(solver: Any) -> None:
+@pytest.mark.parametrize("solver", [Spectral(), CG(rtol=1e-11), Woodbury()])
+def test_every_token_of_a_query_has_its_own_part(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "_WRITTEN_BYTES", 1)  # texts are followed one by one
     problem, queries = setting()
     attribution = ptif.Influence(EmpiricalFisher(), solver, DAMPING).fit(problem)
     shares = query_token_scores(attribution, queries, [7, 2])

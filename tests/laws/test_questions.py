@@ -474,6 +474,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"aggregate": {"a": torch.ones(3)}},
         r"^In the group 'a' of aggregate=, there are weights of shape \(3",
     ),
+    "whole weights": (
+        {"aggregate": {"a": [1, -1, 0, 2, 3, 4]}},
+        r"may be positions or weights; write weights with",
+    ),
+    "unordered": (
+        {"aggregate": {"a": [1, 0, 2, 3, 4, 5]}},
+        r"^In the group 'a' of aggregate=, \[1, 0, 2, 3, 4",
+    ),
     "zeros": ({"aggregate": {"a": torch.zeros(6)}}, r"^In the group 'a' of aggregate=, the weights must be finite and"),
     "words": ({"aggregate": {"a": "b"}}, r"^The group 'a' of aggregate= is 'b'; expected positions of queries, a mask"),
     "names": ({"aggregate": {1: [0], "1": [1]}}, r"^Two groups of aggregate= are called '1'; give each a name of its"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,19 @@ def test_bad_input_in_one_sentence(call: Any, words: str) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_there_already_is_not_trained_in_place() -> None:
+    model, backbone = net().eval(), nn.Linear(6, 6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for make in (lambda: model, lambda: nn.Sequential(backbone, nn.Linear(6, 2))):
+        for call in (made, lambda recipe: recipe.fresh(0)):
+            with pytest.raises(InvalidInput, match=r"gives the same weights at every call.* copy\.deepcopy\(model\)"):
+                call(Recipe(make))
+    torch.testing.assert_close(model.state_dict(), before)
+    assert not any(m.training for m in model.modules()) and all(p.grad is None for p in model.parameters())
+    copied = Recipe(lambda: copy.deepcopy(model), epochs=1, loss=nn.CrossEntropyLoss())
+    assert copied.fresh(0) is not copied.fresh(1) and not any(m.training for m in model.modules())
 
 
 def test_plan_names() -> None:

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, NonFinite
+from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, NonFinite, UnknownName
 from pytorch_influence_functions.scores.diagnostics import Diagnostics
+from pytorch_influence_functions.scores.parts import PartScores
 from pytorch_influence_functions.scores.scores import Scores
 
 ROW = [0.1, -0.3, 0.2, 0.1, 0.0]
@@ -25,6 +26,17 @@ def scores(rows: Any = (ROW,), **options: Any) -> Scores:
 
 def ids(pairs: list[tuple[int, float]]) -> list[int]:
     return [i for i, _ in pairs]
+
+
+def test_queries_are_gone_through_one_by_one() -> None:
+    several = scores([ROW, [2 * v for v in ROW]])
+    assert [row.values[0].tolist() for row in several] == several.values.tolist()
+    assert [label for _, label in zip(several, "ab", strict=True)] == ["a", "b"] and 3 not in several
+
+
+def test_a_part_is_asked_for_by_its_name() -> None:
+    with pytest.raises(UnknownName, match=r"^There is no part 0 of the model here\.$"):
+        PartScores({"0": scores()})[0]  # type: ignore[index]
 
 
 # --------------------------------------------------------------------------- order

@@ -163,3 +163,14 @@ def test_less_is_asked_for_means_and_some_examples_and_refuses_parts(tmp_path: P
     assert gap(some.values, mean.values[:, [3, 7]]) < 1e-10
     with pytest.raises(InvalidInput, match=r"^Less takes no by=; leave it out, or use ptif\.ekfac\(\)\.$"):
         ptif.attribute(model, (x, y), (xq, yq), method=less(run), by="layer")
+
+
+def test_a_method_of_a_run_by_its_name(tmp_path: Path) -> None:
+    model, run, *_ = recorded(tmp_path)
+    x, y, xq, yq = data()
+    asked = (model, (x, y), (xq, yq))
+    expected = ptif.attribute(*asked, method=less(run)).values
+    for method in ("less", less):
+        assert relative_gap(ptif.attribute(*asked, method=method, run=run).values, expected) < 1e-9
+    with pytest.raises(InvalidInput, match=r"Sketch\(k=2048, per_layer=True\) is no smaller than the 43 parameters"):
+        ptif.attribute(*asked, method="trackstar", run=run)

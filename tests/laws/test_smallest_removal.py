@@ -81,6 +81,37 @@ def test_nothing_is_found_where_nothing_would_do() -> None:
     assert "none found" in repr(outcome)
 
 
+def test_a_statistic_of_another_model_than_its_argument_is_refused() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 1).double()
+    model, other = (fitted_line(x, 0.1 * x + torch.randn(50, 1).double()) for _ in range(2))
+    problem = ptif.Problem(model, nn.MSELoss(), (x, 0.1 * x))
+    for read in (model, other):
+        for most in (1, 0.5):
+            with pytest.raises(
+                InvalidInput, match=r"not change with the parameters of the model it is given.* argument"
+            ):
+                smallest_removal(problem, lambda _, read=read: read.weight[0, 0], 5.0, most, ptif.exact(damping=0.0))
+
+
+def test_a_statistic_in_steps_may_stay_where_it_is() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 1)
+    problem = ptif.Problem(nn.Linear(1, 2), nn.CrossEntropyLoss(), (x, (x[:, 0] > 0).long()))
+    step = AccuracyStatistic(x[:4], (x[:4, 0] > 0).long())
+    outcome = smallest_removal(problem, step, -1.0, most=2)
+    assert not outcome.found and outcome.predicted == outcome.before
+
+
+@pytest.mark.parametrize("ask", [smallest_removal, flip_prediction])
+def test_a_model_in_place_of_a_problem(ask: Callable[..., Any]) -> None:
+    words = (
+        rf"{ask.__name__}\(\) takes a Problem, got Linear; write {ask.__name__}\(ptif\.Problem\(model, loss, train\)"
+    )
+    with pytest.raises(InvalidInput, match=words):
+        ask(nn.Linear(1, 2), torch.zeros(1, 1))
+
+
 def test_a_confirmation_is_beside_training_again_with_all_of_the_data() -> None:
     torch.manual_seed(0)
     x = torch.randn(50, 1).double()

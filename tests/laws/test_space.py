@@ -182,6 +182,12 @@ def test_unequal_decay_splits_the_joint_block() -> None:
     assert Space.of(net(), decay=0.3).decay == {"0": 0.3, "2": 0.3}
 
 
+def test_decay_is_given_by_globs_and_a_name_goes_before_them() -> None:
+    assert Space.of(net(), decay={"0.*": 0.1}).decay == {"0": 0.1, "2": 0.0}
+    assert Space.of(net(), decay={"2.bias": 0.2, "*": 0.1}).decay == {"0": 0.1, "2.weight": 0.1, "2.bias": 0.2}
+    assert Space.of(net(), decay={"2": 0.1}).decay == {"0": 0.0, "2": 0.1}
+
+
 def test_sizes_by_name() -> None:
     space = Space.of(net())
     assert (space.numel("0"), space.numel("0.weight"), space.size) == (16, 12, 26)
@@ -226,6 +232,11 @@ def _with_complex() -> nn.Module:
         (lambda: Space.of(nn.Sequential(nn.LazyLinear(2))), InvalidInput, "'0.weight' is not initialised"),
         (lambda: Space.of(net(), decay=-1.0), InvalidInput, "is -1.0; it must be a finite number of at least 0"),
         (lambda: Space.of(net(), decay={"0.weigth": 0.1}), UnknownName, "Did you mean '0.weight'"),
+        (
+            lambda: Space.of(net(), decay={"0.*": 0.1, "*.weight": 0.2}),
+            InvalidInput,
+            r"'0\.\*' \(0\.1\) and '\*\.weight' \(0\.2\), and both mean '0\.weight'; give that one by its own name",
+        ),
         (lambda: Space.of(net()).numel("3"), UnknownName, "'3' is neither a block nor a parameter"),
         (lambda: Space.of(net()).rows(torch.zeros(2, 3)), InvalidInput, r"\[n, 26\], got shape \[2, 3\]"),
         (

@@ -307,6 +307,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "list of labels": ({"relabel": [1, 2]}, r"relabel= takes a mapping by index, such as \{3: 0\}, got list"),
     "weight": ({"reweight": {1: -1.0}}, r"reweight\[1\] is -1.0; it must be a finite number of at least 0"),
     "shape": ({"replace": {1: torch.zeros(2, P)}}, r"The new input has shape \(2, 5\) and the old one \(5,\)"),
+    "with its label": (
+        {"replace": {1: (torch.zeros(P), torch.zeros(1))}},
+        r"has one input and 2 were given; the label is no input: replace= .* and relabel= a new label",
+    ),
     "method": (
         {"remove": [1], "method": ptif.methods.Random()},
         "what_if\\(\\) solves a linear system, which Random does not have",

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from pytorch_influence_functions.core.fingerprint import Fingerprint
-from pytorch_influence_functions.store import TwoSided, build, codecs, rerank
+from pytorch_influence_functions.store import TwoSided, build, codecs, graph, rerank
 from pytorch_influence_functions.store.fitted_basis import FittedBasis
 from pytorch_influence_functions.store.folder import IndexFolder
+from pytorch_influence_functions.store.graph import Graph
 from pytorch_influence_functions.store.layouts import ColumnLayout, FactorLayout
 from pytorch_influence_functions.store.manifest import Manifest
 from pytorch_influence_functions.store.search import Ranking, StoredRows
 from tests.file_formats import test_index_store
-from tests.laws import test_index
+from tests.laws import test_index, test_index_graph
 from tests.planted.planting import Bug, must_be_noticed, swap
 
 
@@ -50,6 +51,8 @@ extremes = in_a_folder(test_index.test_the_extremes_are_those_of_all_scores)
 appended = in_a_folder(test_index.test_examples_can_be_added)
 removed = in_a_folder(test_index.test_examples_can_be_removed)
 missed = in_a_folder(test_index.test_what_the_first_stage_missed_is_bounded)
+linked = in_a_folder(test_index_graph.test_after_the_graph_was_built_examples_come_and_go)
+unnamed = in_a_folder(test_index_graph.test_what_a_poor_graph_missed_is_counted)
 own = in_a_folder(test_index.test_every_query_may_have_its_own_candidates)
 changed = in_a_folder(test_index_store.test_data_model_and_settings_that_changed_are_named)
 
@@ -70,6 +73,12 @@ def first_shard_forgotten(original: Any, self: Any, *some: Any) -> Any:
 def without_its_last_column(original: Any, self: Any, damping: Any) -> Any:
     inverse, mean = original(self, damping)
     return torch.cat([inverse[:-1], inverse[-2:-1]]), mean
+
+
+def without_those_that_came_later(original: Any, self: Any, solved: Any, ef: int, mask: Any) -> Any:
+    chosen = original(self, solved, ef, mask)
+    chosen[self.record.stop :] = False
+    return chosen
 
 
 def one_row_late(original: Any, self: Any, query_ids: Any, ids: Any, values: Any) -> Any:
@@ -121,7 +130,9 @@ BUGS = [
     Bug("every query gets the first one's candidates", swap(Ranking, "result", first_for_all), own),
     Bug("digests that are all equal", swap(build, "hash_examples", all_hashes_equal), in_a_folder(compared)),
     Bug("a fingerprint that sees no change", swap(Fingerprint, "differences", lambda f, *some, **more: []), changed),
-    Bug("audited scores not counted", swap(rerank, "_entering", lambda f, exact, audited, top: 0), missed),
+    Bug("later examples not looked at", swap(Graph, "candidates", without_those_that_came_later), linked),
+    Bug("rows of others not counted", swap(graph, "count_entering", lambda f, values, audited, top: 0), unnamed),
+    Bug("audited scores not counted", swap(rerank, "count_entering", lambda f, values, audited, top: 0), missed),
 ]
 
 

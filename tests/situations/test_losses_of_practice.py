@@ -330,3 +330,23 @@ def test_outputs_that_all_depend_on_each_other_are_refused_beyond_a_few_hundred(
     with pytest.raises(NotLikelihood, match=r"couples the 300 outputs of an example.* at most 256"):
         ptif.attribute(model, (x, y), (x[:1], y[:1]), loss=loss, method=ptif.ekfac())
     assert "empirical" in str(ptif.attribute(model, (x, y), (x[:1], y[:1]), loss=loss).diagnostics)
+
+
+def test_torchs_mean_over_class_weights_beside_a_decay_is_said_and_the_advice_is_the_minimum() -> None:
+    x, weight, decay = numbers(D), torch.tensor([10.0, 50.0, 2.0]).double(), 0.05
+    model, loss = nn.Linear(D, K).double(), nn.CrossEntropyLoss(weight=weight)
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        optimiser.zero_grad()
+        value = loss(model(x), LABELS) + decay / 2 * sum(p.square().sum() for p in model.parameters())
+        value.backward()
+        return value
+
+    optimiser.step(objective)
+    with pytest.warns(ptif.errors.TrainingDataWarning, match=r"divides by the total class weight .* weight\[labels\]"):
+        as_written = ptif.Problem(model, loss, (x, LABELS), weight_decay=decay)
+    advised = ptif.CrossEntropy(weight=weight), (x, LABELS)
+    as_advised = ptif.Problem(model, *advised, weight_decay=decay * float(weight[LABELS].mean()))
+    verdicts = [str(ptif.dual().fit(p).score((x, LABELS)).diagnostics) for p in (as_written, as_advised)]
+    assert ["[ok]   minimum" in verdict for verdict in verdicts] == [False, True]

@@ -229,3 +229,32 @@ def test_one_sentence_says_what_and_where(name: str) -> None:
     call, message = SLIPS[name]
     with pytest.raises(InvalidInput, match=message):
         call()
+
+
+def test_a_frame_and_labels_in_different_orders() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame, labels = pandas.DataFrame(X.numpy()), pandas.Series(Y.numpy())
+    turned = labels[::-1]
+    match = (
+        r"0 and 1 label the same rows in different orders \(row 0 is 0 and 23\).*y\.loc\[x\.index\], or pass y\.to_nu"
+    )
+    with pytest.raises(InvalidInput, match=match):
+        ptif.attribute(net(), (frame, turned), QUERIES, loss=LOSS, method="grad_dot")
+    expected = ptif.attribute(net(), TRAIN, QUERIES, loss=LOSS, method="grad_dot").values
+    for y in (turned.loc[frame.index], turned.to_numpy()[::-1].copy(), labels):
+        scores = ptif.attribute(net(), (frame, y), QUERIES, loss=LOSS, method="grad_dot")
+        torch.testing.assert_close(scores.values, expected)
+
+
+def test_a_ranking_as_what_is_removed() -> None:
+    problem = ptif.Problem(net(), LOSS, TRAIN)
+    worst = ptif.methods.grad_dot().fit(problem).score(QUERIES).harmful(0, 3)
+    ids = [index for index, _ in worst]
+    edits = [ptif.actions.what_if(problem, remove=removed, method="exact").change(QUERIES) for removed in (worst, ids)]
+    torch.testing.assert_close(*edits)
+    assert len(ptif.actions.curate(TRAIN, worst).dataset) == 21
+
+
+def test_a_set_of_examples_to_score() -> None:
+    scores = ptif.attribute(net(), TRAIN, QUERIES, loss=LOSS, method="grad_dot", ids={3, 1})
+    assert scores.indices is not None and scores.indices.tolist() == [[1, 3], [1, 3]]

@@ -213,7 +213,8 @@ def curate(
             other wrong labels and duplicates are removed, what is to be kept stays;
             a `LabelIssues` of `find_label_issues`: those with `is_issue` are removed;
             a mapping by index: the new label, or None to remove the example, such as `issues.relabelling(20)`;
-            indices or a bool mask: these are removed, such as `issues.ids(20)`.
+            indices, a bool mask or pairs (index, score): these are removed, such as `issues.ids(20)` or
+            `scores.harmful(0, 20)`.
         class_names: the names that labels were shown by; `None`: those of the data.
         as_label: makes a label of the data from what the page wrote (a text, or a number in raw units, where the
             page was given `denormalize_target=`); `None`: class names become class numbers.
@@ -237,9 +238,7 @@ def curate(
     labels = _read_labels(source, relabelled, names, as_label)
     removed = tuple(sorted(i for i in places if i not in relabelled))
     if not positions:
-        raise InvalidInput(
-            f"These decisions change nothing ({_in_one_line(decisions)}); decide on at least one example."
-        )
+        raise InvalidInput(_of_nothing(decisions))
     if len(removed) == len(source):
         raise InvalidInput(f"Of the {len(source)} training examples nothing would be left; leave some in.")
     return CuratedData(source, removed, labels)
@@ -276,8 +275,14 @@ def _read_choice(source: Source, decisions: Any) -> dict[int, Any]:
     return dict.fromkeys(indices if positions is None else positions[indices].tolist())
 
 
-def _in_one_line(decisions: Any) -> str:
-    return " ".join(repr(decisions).split())[:100]
+def _of_nothing(decisions: Any) -> str:
+    if isinstance(decisions, (str, os.PathLike)):
+        return (
+            f"The decisions in {os.fspath(decisions)!r} change nothing: none is wrong_label or duplicate; decide so on "
+            "at least one example, in the report page or in the table's column decision."
+        )
+    in_one_line = " ".join(repr(decisions).split())[:100]
+    return f"These decisions change nothing ({in_one_line}); decide on at least one example."
 
 
 def _read_labels(

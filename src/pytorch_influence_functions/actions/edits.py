@@ -61,7 +61,7 @@ class Edit:
 
         Args:
             problem: whose training data are changed.
-            remove: indices, or a bool mask over the training data.
+            remove: indices, pairs (index, score) such as `scores.harmful(0, 5)`, or a bool mask over the training data.
             relabel: new labels by index; names of classes where the data have them.
             replace: new inputs by index.
             add: more examples: a dataset, a loader, tensors or arrays `(x, y)`.
@@ -138,7 +138,8 @@ def read_indices(source: Source, given: Any, name: str) -> list[int]:
 
     Args:
         source: the training data.
-        given: indices, or a bool mask over the whole dataset; None: none.
+        given: indices, pairs (index, score) as `Scores.harmful` gives them, or a bool mask over the whole dataset;
+            None: none.
         name: of the argument, for messages.
 
     Raises:
@@ -148,6 +149,8 @@ def read_indices(source: Source, given: Any, name: str) -> list[int]:
         return []
     if isinstance(given, Set):
         given = sorted(given)
+    elif _are_ranked(given):
+        given = [index for index, _ in given]
     elif hasattr(given, "__array__") and not isinstance(given, Tensor):
         given = np.array(given)  # a copy: a column of a table may not be written to
     single = hasattr(given, "__index__") and not hasattr(given, "__len__")
@@ -175,6 +178,13 @@ def read_indices(source: Source, given: Any, name: str) -> list[int]:
     if twice:
         raise InvalidInput(f"{name}= names index {name_ids(twice)} more than once; give each once.")
     return [source.index_of(i) for i in chosen]
+
+
+def _are_ranked(given: Any) -> bool:
+    """Whether these are pairs of an index and a score."""
+    return isinstance(given, (list, tuple)) and all(
+        isinstance(pair, tuple) and [type(part) for part in pair] == [int, float] for pair in given
+    )
 
 
 def _as_mapping(given: Any) -> Any:

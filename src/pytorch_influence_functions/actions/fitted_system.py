@@ -33,6 +33,7 @@ def fit_system(problem: Problem | Attribution, method: Any, asking: str) -> Attr
                 f"{asking}() got a fitted method and method= as well; give the problem, or leave method= out."
             )
         fitted = problem
+        fitted.fitted_at.check()
     else:
         spec = as_method(method)
         if not isinstance(spec, Influence):

@@ -267,7 +267,7 @@ class LabelIssueFinder:
         if not isinstance(self.recipe, Recipe):
             raise InvalidInput(
                 f"LabelIssueFinder trains by a Recipe, got {type(self.recipe).__name__}; write "
-                "Recipe(lambda: model, epochs=...) with a function that builds the model, or ask find_label_issues() "
+                "Recipe(make_model, epochs=...) with a function that builds the model, or ask find_label_issues() "
                 "about a model that is trained already."
             )
         self.model_ = train_model(self.recipe, (x, y), self.seed)

@@ -10,15 +10,16 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor, nn
 
+from ..core.distributed import current
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
 from ..curvature.own_losses import find_obstacle
 from ..influence.attribution import Attribution, Influence
 from ..methods.names import as_method
 from ..objectives.likelihoods import SquaredError
+from ..problem.agreement import entry
 from ..problem.data import Source
 from ..problem.edited import label_of
-from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, first_batch
 from ..problem.weight_decay import WeightDecay
 from ..scaling.base import Raw
@@ -84,7 +85,7 @@ class SmallestRemoval:
         return f"SmallestRemoval({share}: {self.before:.4g} -> {self.predicted:.4g}, past {self.threshold:.4g}{tried})"
 
 
-@plain_autograd()
+@entry
 def smallest_removal(
     problem: Problem,
     statistic: Statistic,
@@ -115,7 +116,8 @@ def smallest_removal(
         seed: of these trainings.
 
     Raises:
-        InvalidInput: the statistic is no number, is not differentiable in a parameter, or lies on the threshold.
+        InvalidInput: the problem is none; the statistic is no number, is not differentiable in a parameter, reads
+            another model than the one it is given, or lies on the threshold.
 
     Reference: Broderick, Giordano & Meager (2020), "An Automatic Finite-Sample Robustness Metric"; Hu et al. (2024),
     "Most Influential Subset Selection".
@@ -128,6 +130,7 @@ def smallest_removal(
         >>> smallest_removal(problem, lambda m: m.weight[0, 0], most=0.2).n_train
         60
     """
+    _check_problem(problem, "smallest_removal")
     finite_number("threshold", threshold)
     limit = _limit(problem, most)
     spec = as_method(method)
@@ -148,6 +151,7 @@ def smallest_removal(
         fitted = spec.fit(state.problem) if state.order else first
         chosen = search.choose(fitted, state, limit - len(state.order))
         if not len(chosen):
+            measured_by.check_reads(state.problem, state.kept)
             break
         state = search.without(fitted, state, chosen)
         path.append((len(state.order), state.value))
@@ -183,7 +187,8 @@ def flip_prediction(
             inputs alone, `x[None]`, will do.
 
     Raises:
-        InvalidInput: more than one query, or a model that gives no class scores (a regression).
+        InvalidInput: the problem is none, there is more than one query, or the model gives no class scores (a
+            regression).
 
     Example:
         >>> x, y = torch.randn(60, 2), torch.arange(60) % 2
@@ -191,6 +196,7 @@ def flip_prediction(
         >>> flip_prediction(problem, (x[:1], y[:1]), most=5).threshold
         0.0
     """
+    _check_problem(problem, "flip_prediction")
     if isinstance(query, Tensor):
         label = torch.as_tensor(label_of(problem.data.item(0)))
         query = (query, label.expand(len(query), *label.shape))
@@ -265,7 +271,10 @@ class _Search:
         smaller = problem.with_(model=edited, data=problem.data.subset(rest), weight_decay=decay)
         order = (*state.order, *state.kept[chosen].tolist())
         kept = state.kept[rest]
-        return _State(smaller, kept, self.statistic.value(edited, kept), order)
+        value = self.statistic.value(edited, kept)
+        if value == state.value:
+            self.statistic.check_reads(smaller, kept)
+        return _State(smaller, kept, value, order)
 
     def prune(self, first: Attribution, state: _State) -> _State:
         """Put back whoever is not needed, the last first: later rounds make some of the earlier choices superfluous."""
@@ -297,14 +306,23 @@ def removal_moves(fitted: Attribution, statistic: DataStatistic, kept: Tensor) -
     direct = member.composition.solver.vectors_held == 0
     corrected = direct and find_obstacle(member.derivatives) is None
     scaling = Leverage() if corrected else Raw()
-    moves = -by_weights
+    by_rows = torch.zeros_like(by_weights)
     for gradients in member.training_rows(scaling):
-        moves[gradients.ids] += solved.inner(gradients.rows)[0].double().cpu() / n
-    return moves
+        by_rows[gradients.ids] = solved.inner(gradients.rows)[0].double().cpu() / n
+    # Of processes that share the work each has gone through examples of its own.
+    return current().sum_into(by_rows) - by_weights
 
 
 def _passes(before: float, value: float, threshold: float) -> bool:
     return value < threshold if before > threshold else value > threshold
+
+
+def _check_problem(problem: Any, asking: str) -> None:
+    if not isinstance(problem, Problem):
+        raise InvalidInput(
+            f"{asking}() takes a Problem, got {type(problem).__name__}; write "
+            f"{asking}(ptif.Problem(model, loss, train), ...)."
+        )
 
 
 def _limit(problem: Problem, most: int | float) -> int:

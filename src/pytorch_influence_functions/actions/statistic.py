@@ -17,6 +17,7 @@ from ..core.validate import finite_number, whole_number
 from ..influence.attribution import Attribution
 from ..linalg.rows import Rows
 from ..problem.model_state import preserved
+from ..problem.problem import Problem
 
 
 @final
@@ -108,6 +109,28 @@ class DataStatistic:
             *gradients, by_weights = torch.autograd.grad(value, [*values.values(), weights], materialize_grads=True)
         rows = space.from_parameters({k: g.detach()[None] for k, g in zip(values, gradients, strict=True)})
         return rows, by_weights[kept].double().cpu()
+
+    def check_reads(self, problem: Problem, kept: Tensor) -> None:
+        """Refuse a statistic that reads another model than the one it is given.
+
+        Args:
+            problem: whose model it is given.
+            kept: the positions of the examples that are in.
+
+        Raises:
+            InvalidInput: it depends neither on that model's parameters nor on the weights.
+        """
+        weights = self._weights(kept).requires_grad_()
+        with preserved(problem.model, problem.space.names), torch.enable_grad():
+            value = self._call(problem.model, weights)
+            asked = [*problem.space.values(problem.model).values(), weights]
+            slopes = torch.autograd.grad(value, asked, allow_unused=True) if value.requires_grad else ()
+        if all(slope is None for slope in slopes):
+            raise InvalidInput(
+                "The statistic does not change with the parameters of the model it is given, so it reads another "
+                "model, perhaps a global variable, or parameters that take no part; write it with its argument, such "
+                "as lambda m: m.weight[0, 0]."
+            )
 
     def _weights(self, kept: Tensor) -> Tensor:
         return torch.zeros(self.size, dtype=torch.float64).index_fill(0, kept, 1.0)

@@ -99,6 +99,7 @@ class WhatIf:
             raise InvalidInput(f"order={order!r} must be 'corrected' or 'first'.")
         moves = self.corrected if order == "corrected" else self.first_order
         fitted = self.attribution
+        fitted.fitted_at.check("ask what_if() again")
         question = Question.of(fitted.problem, fitted.members[0].derivatives.objective, queries, measure)
         total = torch.zeros(len(question), dtype=torch.float64)
         scoring = ScoringPass(fitted.problem, question)
@@ -130,6 +131,7 @@ class WhatIf:
                 f"The prediction is over {len(self.corrected)} checkpoints, which are as many models; leave "
                 "checkpoints= out to edit one."
             )
+        self.attribution.fitted_at.check("ask what_if() again")
         problem, member = self.attribution.problem, self.attribution.members[0]
         change = self.parameter_change
         with at_checkpoint(problem.model, member.checkpoint), torch.no_grad():
@@ -169,7 +171,7 @@ def what_if(
 
     Args:
         problem: model, loss and training data; or what a method's `fit(problem)` gave, which is then used again.
-        remove: indices of training examples, or a bool mask over them.
+        remove: indices of training examples, pairs (index, score) such as `scores.harmful(0, 5)`, or a bool mask.
         relabel: new labels by index; names of classes where the data have them.
         replace: new inputs by index, without a batch axis.
         add: more training examples: a dataset, a loader, tensors or arrays `(x, y)`.

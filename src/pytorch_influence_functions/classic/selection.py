@@ -15,7 +15,7 @@ from ..core.progress import track
 from ..objectives.base import inputs_and_targets
 from ..problem.cutting import same
 from ..problem.data import Source
-from ..problem.model_state import same_rng
+from ..problem.random_state import same_rng
 from .console import log
 
 _LABEL_ATTRIBUTES = ("targets", "labels")

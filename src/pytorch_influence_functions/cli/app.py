@@ -14,7 +14,7 @@ from .classic import classic_command
 from .curate import curate_command
 from .demo import demo_command
 from .doctor import doctor_command
-from .index import build_command, compact_command, info_command, query_command, remove_command
+from .index import build_command, compact_command, graph_command, info_command, query_command, remove_command
 from .input_influence import input_influence_command
 from .label_issues import label_issues_command
 from .report import report_command
@@ -55,6 +55,7 @@ def application() -> typer.Typer:
         ("query", query_command),
         ("info", info_command),
         ("remove", remove_command),
+        ("graph", graph_command),
         ("compact", compact_command),
     ):
         index.command(part)(subcommand)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..core.distributed import process_count
 from ..core.errors import InfluenceError, InvalidInput, NotLikelihood
+from .wording import as_typed
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 MAX_WIDTH = 80
@@ -97,10 +98,10 @@ def exit_with_code(output: Output) -> Iterator[Interruption]:
         output.print_failure(INTERRUPTED, "KeyboardInterrupt", interruption.sentence)
         code = INTERRUPTED
     except (InvalidInput, NotLikelihood) as error:
-        output.print_failure(BAD_INPUT, type(error).__name__, str(error))
+        output.print_failure(BAD_INPUT, type(error).__name__, as_typed(str(error)))
         code = BAD_INPUT
     except InfluenceError as error:
-        output.print_failure(FAILED, type(error).__name__, str(error))
+        output.print_failure(FAILED, type(error).__name__, as_typed(str(error)))
         code = FAILED
     except (typer.Exit, BrokenPipeError):
         raise

@@ -71,8 +71,16 @@ class RunFolder:
             self.write()
             return
         before = read_record(self.path, self.name)
+        if self._holds_nothing(before):
+            self.write()
+            return
         _refuse_other(self.path, fingerprint, before, self.record.get("settings", {}))
         self.record = {"status": "running"} | before
+
+    def _holds_nothing(self, before: Mapping[str, Any]) -> bool:
+        """Whether an earlier start ended before it kept anything: the corrected call may take its place."""
+        kept = (self.path / BLOCKS).glob("*") if self.name == RUN else ()
+        return before["status"] != "complete" and not any(kept)
 
     def _refuse_strangers(self) -> None:
         strays = [name for name in (SCORES, PARTS) if (self.path / name).exists()]

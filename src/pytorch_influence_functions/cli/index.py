@@ -1,32 +1,48 @@
 """`ptif index`: build an index of gradients, ask it, look at it, and free what was removed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..core.errors import InvalidInput
 from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from ..store.compaction import compact, remove
 from ..store.describe import IndexForecast
 from ..store.folder import IndexFolder
 from ..store.gradient_index import Index
+from ..store.graph import build_graph
+from ..store.manifest import GraphRecord
 from ..store.representation import parse_representation
 from . import options, show
 from .by_part import by_part, file_of, influences_of, read_by, with_query_ids
 from .exit import Output, exit_with_code
 from .machine import format_bytes, format_duration, free_disk
-from .parsing import override_damping, parse_by, parse_damping, parse_method, parse_query_positions, parse_where
+from .parsing import (
+    override_damping,
+    parse_by,
+    parse_damping,
+    parse_example_positions,
+    parse_method,
+    parse_query_positions,
+    parse_where,
+)
 from .progress_bars import report_progress
-from .task import Task, load_task
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.", metavar="FOLDER")]
-TaskPath = Annotated[Path, typer.Argument(help="The task file, as for ptif attribute.", metavar="TASK")]
+TaskAndFolder = Annotated[
+    list[Path],
+    typer.Argument(
+        help="The task file, as for ptif attribute, and the folder of the index; with --hf the folder alone.",
+        metavar="[TASK] FOLDER",
+    ),
+]
 
 
 def build_command(
-    task: TaskPath,
-    folder: Folder,
+    paths: TaskAndFolder,
     method: options.Method = None,
     damping: options.Damping = None,
     keep: Annotated[str, typer.Option("--keep", help="auto, factors, two-sided:K or sketch:K.")] = "auto",
@@ -37,6 +53,14 @@ def build_command(
     shard: Annotated[str, typer.Option("--shard", help="The size of one file.")] = "128MB",
     batch_size: options.BatchSize = None,
     device: options.Device = None,
+    hf: options.LanguageModel = None,
+    dataset: options.Texts = None,
+    messages_column: options.MessagesColumn = None,
+    text_column: options.TextColumn = None,
+    prompt_column: options.PromptColumn = None,
+    completion_column: options.CompletionColumn = None,
+    label_column: options.LabelColumn = None,
+    max_length: options.MaxLength = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another index in the folder.")] = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
@@ -44,18 +68,21 @@ def build_command(
 ) -> None:
     """Store the gradient of every training example. After Ctrl-C the same command goes on."""
     output = Output(json, quiet)
+    flags = options.settings_among(locals())
     with exit_with_code(output) as interruption:
+        task, folder = _split_paths(paths, hf)
+        settings = options.merge_settings(flags | {"task": task})
         representation = parse_representation(keep)
         named = None if method is None else parse_method(method)
         with report_progress(output):
-            loaded = _load(task, batch_size, device)
+            loaded = settings.load(asks=False)
             chosen = override_damping(named or loaded.method or parse_method("ekfac"), damping)
-            settings: dict[str, Any] = {"representation": representation, "dtype": dtype, "budget": budget}
-            forecast = Index.forecast(loaded.problem, chosen, **settings)
+            form: dict[str, Any] = {"representation": representation, "dtype": dtype, "budget": budget}
+            forecast = Index.forecast(loaded.problem, chosen, **form)
             if not dry_run:
                 interruption.kept = f"whole files of {str(folder)!r} are kept"
                 index = Index.build(
-                    loaded.problem, folder, chosen, shard=shard, overwrite=overwrite, columns=loaded.columns, **settings
+                    loaded.problem, folder, chosen, shard=shard, overwrite=overwrite, columns=loaded.columns, **form
                 )
         if dry_run:
             _print_forecast(output, forecast, folder)
@@ -65,9 +92,13 @@ def build_command(
 
 def query_command(
     folder: Folder,
-    task: TaskPath,
+    task: options.TaskFile = None,
     queries: Annotated[str, typer.Option("--queries", help="Positions: 0:20, 5, or 1,4,10:20.")] = "all",
     top: Annotated[int, typer.Option("--top", help="Keep the K most helpful and K most harmful of each query.")] = 10,
+    ef: Annotated[
+        int | None,
+        typer.Option("--ef", help="Look at so many candidates for each end, by the graph. (default: at all rows)"),
+    ] = None,
     rerank: Annotated[
         int | None, typer.Option("--rerank", help="Compute exact scores for so many candidates from each end.")
     ] = None,
@@ -82,16 +113,29 @@ def query_command(
     damping: options.Damping = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the scores. (default: none is written)")] = None,
     device: options.Device = None,
+    hf: options.LanguageModel = None,
+    dataset: options.Texts = None,
+    query: options.Query = None,
+    answer: options.Answer = None,
+    messages_column: options.MessagesColumn = None,
+    text_column: options.TextColumn = None,
+    prompt_column: options.PromptColumn = None,
+    completion_column: options.CompletionColumn = None,
+    label_column: options.LabelColumn = None,
+    max_length: options.MaxLength = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Which training examples helped and harmed each query, by the stored gradients."""
     output = Output(json, quiet)
+    flags = options.settings_among(locals()) | {"query": query or None, "answer": answer or None, "by": by or None}
     with exit_with_code(output):
-        rule, parts = None if damping is None else parse_damping(damping), parse_by(by or ())
+        settings = options.merge_settings(flags)
+        rule = None if damping is None else parse_damping(damping)
+        parts: Any = parse_by(by or ())
         parse_where(where or ())  # before anything is read
         with report_progress(output):
-            loaded = _load(task, None, device)
+            loaded = settings.load()
             positions = parse_query_positions(queries, len(loaded.query_source))
             index = Index.open(folder, loaded.problem)
             texts = {name for name, values in index.columns.items() if values.dtype == object}
@@ -102,13 +146,29 @@ def query_command(
                 where=parse_where(where or (), texts),
                 normalised=normalised,
                 damping=rule,
+                ef=ef,
                 rerank=rerank,
                 by=parts,
             )
             named = with_query_ids(scores, positions)
         if out is not None:
             named.save(out / file_of(named))
-        _print_scores(output, named, out)
+        _print_scores(output, named, loaded.names, out)
+
+
+def graph_command(
+    folder: Folder,
+    links: Annotated[int, typer.Option("--links", help="Neighbours that each row is linked with.")] = 16,
+    ef: Annotated[int, typer.Option("--ef", help="Candidates that are looked at for these links.")] = 64,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a graph of nearest neighbours, which ptif index query --ef asks instead of reading every row."""
+    output = Output(json, quiet)
+    with exit_with_code(output):
+        with report_progress(output):
+            opened = build_graph(IndexFolder.open(folder), links, ef)
+        _print_info(output, opened, "linked")
 
 
 def info_command(
@@ -136,7 +196,7 @@ def remove_command(
     output = Output(json, quiet)
     with exit_with_code(output):
         opened = IndexFolder.open(folder)
-        left = remove(opened, parse_query_positions(ids, opened.manifest.examples))
+        left = remove(opened, parse_example_positions(ids, opened.manifest.examples, "IDS"))
         _print_info(output, left, "changed")
 
 
@@ -147,8 +207,21 @@ def compact_command(folder: Folder, json: options.Json = False, quiet: options.Q
         _print_info(output, compact(IndexFolder.open(folder)), "compacted")
 
 
-def _load(task: Path, batch_size: int | None, device: str | None) -> Task:
-    return load_task(task, options.RunSettings(batch_size=batch_size, device=device).overrides)
+def _split_paths(paths: list[Path], hf: str | None) -> tuple[Path | None, Path]:
+    """The task file, where there is one, and the folder of the index.
+
+    Raises:
+        InvalidInput: there are more or fewer paths than that.
+    """
+    if hf is None and len(paths) == 2:
+        return paths[0], paths[1]
+    if hf is not None and len(paths) == 1:
+        return None, paths[0]
+    named = " ".join(map(str, paths))
+    raise InvalidInput(
+        f"{named} names {len(paths)} paths; write ptif index build TASK FOLDER, or for a language model ptif index "
+        "build FOLDER --hf MODEL --dataset texts.jsonl."
+    )
 
 
 def _print_forecast(output: Output, forecast: IndexForecast, folder: Path) -> None:
@@ -202,6 +275,7 @@ def _print_info(output: Output, opened: IndexFolder, what: str) -> None:
                 ("model", f"{facts['model']}, {facts['loss']}"),
                 ("size", f"{format_bytes(manifest.bytes)} in {len(manifest.shards) + 1:,} files"),
                 ("removed", f"{removed:,} examples"),
+                *([("graph", _describe_graph(manifest.graph))] if manifest.graph else []),
             ]
         ),
     )
@@ -217,11 +291,18 @@ def _print_info(output: Output, opened: IndexFolder, what: str) -> None:
             "method": facts["method"],
             "bytes": manifest.bytes,
             "files": len(manifest.shards) + 1,
+            "graph": manifest.graph is not None,
         }
     )
 
 
-def _print_scores(output: Output, scores: Scores | PartScores, out: Path | None) -> None:
+def _describe_graph(graph: GraphRecord) -> str:
+    return f"of the first {graph.stop:,} examples, without the {graph.left:,} smallest rows"
+
+
+def _print_scores(
+    output: Output, scores: Scores | PartScores, names: Callable[[int], str] | None, out: Path | None
+) -> None:
     d, parts = scores.diagnostics, by_part(scores)
     first = next(iter(parts.values()))
     written = (
@@ -236,7 +317,7 @@ def _print_scores(output: Output, scores: Scores | PartScores, out: Path | None)
         show.fact_table([("method", d.method)]),
         "",
         show.heading("Most helpful and most harmful"),
-        *show.influence_tables(parts),
+        *show.influence_tables(parts, names),
         "",
         show.heading("How far to trust it"),
         show.checklist(d),

@@ -11,8 +11,8 @@ import typer
 
 from ..core.errors import InvalidInput, UnknownName, nearest, require
 from ..core.validate import is_finite, is_whole
-from .task import Overrides
-from .texts import TextFlags
+from .task import Overrides, Task, load_task
+from .texts import TextFlags, load_text_task
 
 # --------------------------------------------------------------------------- flags
 
@@ -56,6 +56,9 @@ MessagesColumn = Annotated[str | None, typer.Option("--messages-column", help="T
 TextColumn = Annotated[str | None, typer.Option("--text-column", help="The column with texts.")]
 PromptColumn = Annotated[str | None, typer.Option("--prompt-column", help="The column with prompts.")]
 CompletionColumn = Annotated[str | None, typer.Option("--completion-column", help="The column with answers.")]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", help="The column with labels, of a model for classes of texts.")
+]
 SourceColumn = Annotated[
     str | None, typer.Option("--source-column", help="The column that says where a text comes from, for the page.")
 ]
@@ -105,6 +108,7 @@ class RunSettings:
     text_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    label_column: str | None = None
     source_column: str | None = None
     max_length: int | None = None
 
@@ -128,6 +132,19 @@ class RunSettings:
         if self.texts.given:
             raise InvalidInput(f"A task file and {self.texts.given[0]} name two tasks; give one of them.")
         return self.task
+
+    def load(self, asks: bool = True) -> Task:
+        """The task: of a task file, or of a language model and its texts.
+
+        Args:
+            asks: whether there have to be questions to a language model.
+
+        Raises:
+            InvalidInput: neither is named, or what is named cannot be used.
+        """
+        if self.task is None and self.texts.given:
+            return load_text_task(self.texts, self.overrides, asks)
+        return load_task(self.task_file, self.overrides)
 
     @property
     def overrides(self) -> Overrides:
@@ -183,6 +200,7 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "text_column": _TEXT,
     "prompt_column": _TEXT,
     "completion_column": _TEXT,
+    "label_column": _TEXT,
     "source_column": _TEXT,
     "max_length": _COUNT,
 }

@@ -2,28 +2,30 @@
 
 from collections.abc import Container, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, UnknownName
 from ..damping.rules import Absolute, AbstractDamping, FromTraining, PerDirection, Relative
-from ..influence.attribution import Influence
 from ..influence.method import AbstractMethod
-from ..methods.names import find_method
+from ..methods.names import along_the_run, find_method
 
 
-def parse_method(text: str) -> Influence:
-    """The method of this name.
+def parse_method(text: str, run: Path | None = None) -> AbstractMethod:
+    """The method of this name, along the run where there is one.
 
     Raises:
         UnknownName: there is none; the nearest one is offered.
         InvalidInput: the method needs arguments.
 
-    >>> parse_method("grad-dot").curvature
-    Identity()
+    >>> parse_method("grad-dot") == find_method("grad_dot")
+    True
     """
     try:
-        return find_method(text)
+        return find_method(text) if run is None else along_the_run(run, text)
     except InvalidInput as error:
+        if run is not None and not isinstance(error, UnknownName):
+            raise
         error.args = (f"{error} Any method can be made in get_options() of the task file.",)
         raise
 

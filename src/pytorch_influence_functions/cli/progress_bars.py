@@ -135,8 +135,11 @@ def describe_progress(
     >>> describe_progress("scoring", 5000, 20000, 5000, 10.0, tokens_each=128.0).split(", ")[1]
     '64,000 tokens/s'
     """
-    parts = [f"{done:,}/{total:,}" if total != 1 or label == QUERIES else "under way" if done < total else "done"]
-    if done_now > 0 and seconds > 0:
+    single = total == 1 and label != QUERIES
+    parts = [f"{done:,}/{total:,}" if not single else "under way" if done < total else "done"]
+    if single and done >= total:
+        parts = [f"done in {format_clock(seconds)}"]
+    elif done_now > 0 and seconds > 0:
         rate, unit = done_now / seconds, "" if label in _OTHER_UNITS else " ex"
         shown, unit = (rate * tokens_each, " tokens") if tokens_each and unit else (rate, unit)
         parts.append(f"{shown:,.0f}{unit}/s" if shown >= 10 else f"{shown:.2g}{unit}/s")

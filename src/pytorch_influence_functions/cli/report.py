@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput
-from ..objectives.likelihoods import TokenCrossEntropy
+from ..core.fingerprint import Fingerprint
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import Source
+from ..problem.ingredients import OUTPUTS, WEIGHTS, describe_model
 from ..problem.problem import sweep
 from ..scores.scores import Scores
 from . import options, show
@@ -44,6 +46,7 @@ def report_command(
     text_column: options.TextColumn = None,
     prompt_column: options.PromptColumn = None,
     completion_column: options.CompletionColumn = None,
+    label_column: options.LabelColumn = None,
     source_column: options.SourceColumn = None,
     max_length: options.MaxLength = None,
     json: options.Json = False,
@@ -67,6 +70,7 @@ def report_command(
         "text_column": text_column,
         "prompt_column": prompt_column,
         "completion_column": completion_column,
+        "label_column": label_column,
         "source_column": source_column,
         "max_length": max_length,
     }
@@ -102,14 +106,17 @@ def _load_finished(out: Path) -> Scores:
 
 
 def _with_data(scores: Scores, task: Task, out: Path) -> Scores:
-    """The scores with the task's data, after a check that they were made from these."""
+    """The scores with the task's data, after a check that they were made from these and from this model."""
     queries = task.query_source
     ids = scores.query_ids
     last = int(ids.max())
     if last >= len(queries):
         raise InvalidInput(f"{task.path.name} has {len(queries):,} queries and the scores reach to query {last}.")
     data = fingerprint_data(task.problem.data, queries.subset(ids.tolist()))
-    names = data.differences(fingerprint_of(read_record(out)), among=(TRAINING_DATA, QUERIES))
+    then = fingerprint_of(read_record(out))
+    names = data.differences(then, among=(TRAINING_DATA, QUERIES))
+    # What the model answers stands on the page. With another version of a library only its code differs.
+    names = names or Fingerprint.of(*describe_model(task.problem)).differences(then, among=(WEIGHTS, OUTPUTS))
     if names:
         raise InvalidInput(
             f"The {names[0]} of {task.path.name} are not those of the run in {str(out)!r}; give the task it was made "

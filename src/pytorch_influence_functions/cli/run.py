@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -11,7 +11,6 @@ import torch
 from .._version import __version__
 from ..core.errors import InvalidInput
 from ..core.progress import Callback, Meter
-from ..core.token_text import text_name_of
 from ..hf.texts import Texts
 from ..influence.attribution import Attribution, Influence
 from ..influence.method import AbstractMethod, Fitted
@@ -28,8 +27,7 @@ from .folder import RUN, RunFolder
 from .options import RunSettings
 from .parsing import override_damping, parse_by, parse_method, parse_query_positions
 from .progress_bars import QUERIES
-from .task import Task, load_task
-from .texts import load_text_task
+from .task import Task
 
 
 @final
@@ -56,15 +54,13 @@ class AttributionRun:
     @staticmethod
     def of(settings: RunSettings) -> "AttributionRun":
         """Run the task file and find the method and the queries."""
-        texts = settings.texts.given and settings.task is None
-        path = None if texts else settings.task_file
-        named, by = None if settings.method is None else parse_method(settings.method), parse_by(settings.by)
+        named, by = (
+            None if settings.method is None else parse_method(settings.method, settings.run),
+            parse_by(settings.by),
+        )
         if by is not None and settings.report:
             raise InvalidInput("--report shows scores of the whole model, and --by tells parts apart; leave one out.")
-        if path is None:
-            task = load_text_task(settings.texts, settings.overrides)
-        else:
-            task = load_task(path, settings.overrides)
+        task = settings.load()
         ids = parse_query_positions(settings.queries, len(task.query_source))
         return AttributionRun(settings, task, choose_method(named, task, settings), tuple(ids), by)
 
@@ -76,15 +72,9 @@ class AttributionRun:
             return {}
         return {len(data): sum(len(row.ids) for row in data.encoded) / len(data)}
 
-    @property
-    def names(self) -> Callable[[int], str] | None:
-        """What to call a training example, where its data know it."""
-        source = self.task.problem.data.whole
-        return None if text_name_of(source, 0) is None else lambda index: text_name_of(source, index) or ""
-
     def fitted(self, finished: FinishedRun) -> Fitted | None:
-        """The fitted method for the colours of tokens, where the data are texts; fitted again after a resumed run."""
-        if self.names is None:
+        """The fitted method for the colours of tokens, where they are predicted; fitted again after a resumed run."""
+        if not isinstance(self.task.problem.data.dataset, Texts):
             return None
         fitted = finished.fitted or self.method.fit(self.task.problem, n_queries=len(self.ids))
         return fitted if isinstance(fitted, Attribution) else None
@@ -195,9 +185,9 @@ class AttributionRun:
 
 def choose_method(named: AbstractMethod | None, task: Task, settings: RunSettings) -> AbstractMethod:
     """The method that the flags name, else the task's own, else the one that `Auto` chooses; along the `--run`."""
-    if settings.run is None:
-        return override_damping(named or task.method or Influence(), settings.damping)
-    return override_damping(along_the_run(settings.run, named or task.method), settings.damping)
+    if named is None:
+        named = (task.method or Influence()) if settings.run is None else along_the_run(settings.run, task.method)
+    return override_damping(named, settings.damping)
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from .machine import format_bytes, format_duration, free_memory
 from .parsing import parse_method
 from .progress_bars import report_progress
 from .run import choose_method, versions
-from .task import Task, load_task
+from .task import Task
 
 
 def self_influence_command(
@@ -33,6 +33,14 @@ def self_influence_command(
     weight_decay: options.WeightDecay = None,
     batch_size: options.BatchSize = None,
     device: options.Device = None,
+    hf: options.LanguageModel = None,
+    dataset: options.Texts = None,
+    messages_column: options.MessagesColumn = None,
+    text_column: options.TextColumn = None,
+    prompt_column: options.PromptColumn = None,
+    completion_column: options.CompletionColumn = None,
+    label_column: options.LabelColumn = None,
+    max_length: options.MaxLength = None,
     config: options.ConfigFile = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
@@ -47,12 +55,12 @@ def self_influence_command(
     flags = options.settings_among(locals())
     with exit_with_code(output) as interruption:
         settings = options.merge_settings(flags, config)
-        named = None if settings.method is None else parse_method(settings.method)
+        named = None if settings.method is None else parse_method(settings.method, settings.run)
         if dry_run:
             _print_forecast(output, settings, named)
             return
         with report_progress(output):
-            loaded = load_task(settings.task_file, settings.overrides)
+            loaded = settings.load(asks=False)
             fitted_by = choose_method(named, loaded, settings)
             values, labels, record = _compute(loaded, fitted_by, settings, overwrite, interruption)
         _print_result(output, settings, values, labels, record)
@@ -60,7 +68,7 @@ def self_influence_command(
 
 def _print_forecast(output: Output, settings: options.RunSettings, named: AbstractMethod | None) -> None:
     with report_progress(output):
-        task = load_task(settings.task_file, settings.overrides)
+        task = settings.load(asks=False)
         n = len(task.problem)
         costs = choose_method(named, task, settings).forecast(task.problem, n)
     memory = free_memory()

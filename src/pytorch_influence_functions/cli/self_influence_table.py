@@ -12,6 +12,7 @@ from ..core.distributed import World
 from ..core.errors import InvalidInput
 from ..core.files import read_tensors, write_bytes, write_tensors
 from ..core.text import printable
+from ..core.token_text import text_name_of
 from ..problem.ingredients import CODE, OUTPUTS, WEIGHTS
 from ..problem.problem import Problem, sweep
 from ..scores.indexing import plain_value
@@ -75,7 +76,9 @@ def find_self_influence(folder: Path) -> Tensor | None:
 
 
 def label_names(problem: Problem) -> list[str] | None:
-    """The name of every training example's label; None if targets are no labels."""
+    """The name of every training example's label, or of its text; None if targets are no labels."""
+    if text_name_of(problem.data.whole, 0) is not None:
+        return [text_name_of(problem.data.whole, index) or "" for index in range(len(problem.data.whole))]
     labels = problem.labels
     if not labels.complete:  # without a fit, the labels have not been read yet
         for _ in sweep(problem, label="labels", world=World()):

@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +11,7 @@ from typing import Any, Final, final
 import torch
 
 from ..core.errors import InvalidInput, UnknownName, nearest
+from ..core.token_text import text_name_of
 from ..influence.method import AbstractMethod
 from ..methods.names import as_method
 from ..problem.data import Source
@@ -21,6 +22,7 @@ MODULE: Final = "ptif_task"
 # The original README's names work as well.
 _MODEL_FUNCTIONS = ("get_model", "get_my_model")
 _LOADER_FUNCTIONS = ("get_dataloaders", "get_my_dataloaders")
+_KNOWN = (*_MODEL_FUNCTIONS, *_LOADER_FUNCTIONS, "get_options")
 _QUERY_OPTIONS = ("measure", "method")
 _PROBLEM_OPTIONS = ("loss", "weight_decay", "parameters", "checkpoints")
 _ACTION_OPTIONS = ("recipe", "validation", "statistic")
@@ -62,6 +64,12 @@ class Task:
                 f"{self.path.name} gives no queries; let get_dataloaders() return (train, test), or define queries."
             )
         return self.queries
+
+    @property
+    def names(self) -> Callable[[int], str] | None:
+        """What to call a training example, where its data know it."""
+        source = self.problem.data.whole
+        return None if text_name_of(source, 0) is None else lambda index: text_name_of(source, index) or ""
 
 
 @final
@@ -139,7 +147,7 @@ def _first_defined(names: Mapping[str, Any], known: tuple[str, ...]) -> str | No
 def _call_function(path: Path, names: Mapping[str, Any], known: tuple[str, ...]) -> Any:
     name = _first_defined(names, known)
     if name is None:
-        defined = [k for k, v in names.items() if callable(v) and not k.startswith("_")]
+        defined = [k for k, v in names.items() if callable(v) and not k.startswith("_") and k not in _KNOWN]
         raise InvalidInput(
             f"{path.name} does not define {known[0]}().{nearest(known[0], defined)} Define get_model() and "
             "get_dataloaders(), or problem and queries."

@@ -23,9 +23,12 @@ _COLUMNS: Final = (
     "text_column",
     "prompt_column",
     "completion_column",
+    "label_column",
     "source_column",
     "max_length",
 )
+# Longer texts are content and not facts of a row.
+_WORDS: Final = 100
 
 
 @final
@@ -45,6 +48,7 @@ class TextFlags:
     text_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    label_column: str | None = None
     source_column: str | None = None
     max_length: int | None = None
 
@@ -54,8 +58,13 @@ class TextFlags:
         return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value]
 
 
-def load_text_task(flags: TextFlags, overrides: Overrides) -> Task:
+def load_text_task(flags: TextFlags, overrides: Overrides, asks: bool = True) -> Task:
     """The model, its texts and the questions.
+
+    Args:
+        flags: what was given on the command line.
+        overrides: what changes the problem.
+        asks: whether there have to be questions; without, the task has none.
 
     Raises:
         InvalidInput: a flag is missing, or the file is none of texts.
@@ -65,7 +74,7 @@ def load_text_task(flags: TextFlags, overrides: Overrides) -> Task:
         raise InvalidInput(f"{flags.given[0]} belongs to a language model; give its folder with --hf.")
     if flags.dataset is None:
         raise InvalidInput("--hf needs --dataset, a .jsonl file with the texts that the model was trained on.")
-    if not flags.query:
+    if asks and not flags.query:
         raise InvalidInput('--hf needs --query, what is asked about: --query "Who wrote Emma?", once or more often.')
     if flags.answer and len(flags.answer) != len(flags.query):
         raise InvalidInput(
@@ -80,7 +89,8 @@ def load_text_task(flags: TextFlags, overrides: Overrides) -> Task:
     options: dict[str, Any] = {name: getattr(flags, name) for name in _COLUMNS}
     options |= {name: value for name, value in vars(overrides).items() if value is not None and name != "device"}
     problem = text_problem(model, flags.hf, rows, **options)
-    return Task(Path(flags.hf), problem, _questions(problem, flags, rows))
+    queries = _questions(problem, flags, rows) if asks else None
+    return Task(Path(flags.hf), problem, queries, columns=_facts_of(problem, rows))
 
 
 @contextlib.contextmanager
@@ -129,10 +139,31 @@ def _parse(path: Path, text: str, where: str) -> Any:
         raise InvalidInput(f"{path.name}{where}: not JSON ({cause.msg}); write one object a line.") from cause
 
 
+def _facts_of(problem: Problem, rows: Sequence[Any]) -> dict[str, list[Any]] | None:
+    """What the rows say of their texts beside the texts: numbers, yes or no, and words of some length, by column."""
+    texts = problem.data.dataset
+    read = texts.columns.names if isinstance(texts, Texts) and texts.columns is not None else ()
+    if len(problem.data.whole) != len(rows) or not all(isinstance(row, dict) for row in rows):
+        return None
+    names = dict.fromkeys(name for row in rows for name in row if name not in read)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return {name: cells for name, cells in columns.items() if _are_facts(cells)} or None
+
+
+def _are_facts(cells: Sequence[Any]) -> bool:
+    """Whether all that is there are short texts, or all numbers."""
+    there = [cell for cell in cells if cell is not None]
+    if all(isinstance(cell, str) for cell in there):
+        return all(len(cell) <= _WORDS for cell in there)
+    return all(isinstance(cell, (bool, int, float)) for cell in there)
+
+
 def _questions(problem: Problem, flags: TextFlags, rows: Sequence[Any]) -> Any:
     """Queries in the form that the texts have: of chats a user's turn, of prompts a prompt, of texts the text."""
     texts = problem.data.dataset
-    assert isinstance(texts, Texts)
+    if not isinstance(texts, Texts):  # a model for classes: answers are labels
+        answers = [{"label": int(a) if a.isdecimal() else a} for a in flags.answer] or [{}] * len(flags.query)
+        return queries_for(problem, [{"text": q} | a for q, a in zip(flags.query, answers, strict=True)])
     chats = texts.encoded[0].chat is not None
     prompts = [[{"role": "user", "content": query}] for query in flags.query] if chats else list(flags.query)
     first = rows[0]

@@ -52,12 +52,14 @@ class IncompleteSolveWarning(UserWarning):
     """A solve ended before its tolerance and what it reached was used; the message says how far it got."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` with the closest known name, or an empty string.
+def nearest(name: object, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` with the closest known name, or an empty string: also for a key that is no text.
 
     >>> nearest("recursion_dept", ["recursion_depth", "damp"])
     " Did you mean 'recursion_depth'?"
     """
+    if not isinstance(name, str):
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 

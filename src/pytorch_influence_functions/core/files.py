@@ -358,6 +358,10 @@ def read_tensors(
     name = os.fspath(path)
     if not os.path.exists(name):
         raise InvalidInput(f"There is no file {name!r}; give the path that save() wrote.")
+    if os.path.isdir(name):
+        inside = sorted(file for file in os.listdir(name) if file.endswith(".safetensors"))
+        such_as = f", such as {os.path.join(name, inside[0])!r}" if inside else ""
+        raise InvalidInput(f"{name!r} is a folder; give the path of a file that save() wrote{such_as}.")
     try:
         with safe_open(name, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)

@@ -18,6 +18,9 @@ Callback: TypeAlias = Callable[[str, int, int], None]
 DELAY = 1.0
 """Seconds before a bar is shown: short passes stay silent."""
 
+UNSEEN = "\0"
+"""The label of a pass within another one that is shown: it has no bar of its own, and no callback hears of it."""
+
 _setting: bool | Callback = True
 
 
@@ -78,11 +81,11 @@ class Meter:
 
     def __init__(self, total: int, label: str = "", unit: str = "it") -> None:
         self.total, self.label, self.done = total, label, 0
-        self._callback = None if isinstance(_setting, bool) else _setting
+        self._callback = None if isinstance(_setting, bool) or label == UNSEEN else _setting
         self._bar: tqdm[Any] | None = None
         if self._callback is not None:
             self._callback(label, 0, total)
-        elif _bars_wanted():
+        elif _bars_wanted() and label != UNSEEN:
             # leave=None keeps an outermost bar and clears nested ones; into a log file, few lines are enough.
             interval = 0.1 if sys.stderr.isatty() else 10.0
             self._bar = tqdm(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, final
 
 import torch
@@ -93,21 +93,8 @@ class Hessian(AbstractCurvature):
         self.require(form)
         data = _Passes.of(derivatives)
         data.products.check_hessian(*data.first)
-
-        def mean() -> dict[str, float]:
-            space = derivatives.space
-            if find_obstacle(derivatives) is None:
-                return GGN().block_means(derivatives)  # of its positive part, the Gauss-Newton matrix
-            like = space.like(derivatives.problem.model)
-            traces = hutchinson_block_traces(
-                operator, samples=_TRACE_PRODUCTS, seed=0, dtype=like.dtype, device=like.device
-            )
-            return {k: trace / space.numel(k) for k, trace in traces.items()}
-
-        def product(rows: Rows, ids: Tensor | None = None) -> Rows:
-            return data.average(lambda i, b: data.products.hessian_product(i, b, rows), rows, ids)
-
-        operator = Implicit(derivatives.space, product, mean, len(derivatives.problem))
+        mean = partial(_means_of_hessian, data)
+        operator = Implicit(derivatives.space, data.hessian_product, mean, len(derivatives.problem))
         return operator if form is Form.IMPLICIT else _densify(operator, derivatives, budget)
 
     def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:
@@ -180,13 +167,8 @@ class GGN(AbstractFisher):
         if offers_full_precision(derivatives.problem.model):
             derivatives = replace(derivatives, precision=torch.float32)
         data = _Passes.of(derivatives)
-
-        def product(rows: Rows, ids: Tensor | None = None) -> Rows:
-            with full_precision():
-                return data.average(lambda i, b: data.products.ggn_product(i, b, rows), rows, ids)
-
         count, rounding = len(derivatives.problem), _product_rounding(derivatives)
-        return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), count, rounding)
+        return Implicit(derivatives.space, data.ggn_product, partial(self.block_means, derivatives), count, rounding)
 
     def block_means(self, derivatives: Derivatives) -> dict[str, float]:
         """Mean eigenvalue per block, exact for few independent outputs, else from one sampled cotangent per example.
@@ -427,6 +409,23 @@ class _Passes:
         for batch_ids, batch in sweep(problem, self.wide, ids, "curvature products", world):
             total += product(batch_ids, batch).flat()
         return space.rows(world.sum_into(total) / (len(problem) if ids is None else len(ids)))
+
+    def hessian_product(self, rows: Rows, ids: Tensor | None = None) -> Rows:
+        return self.average(lambda i, b: self.products.hessian_product(i, b, rows), rows, ids)
+
+    def ggn_product(self, rows: Rows, ids: Tensor | None = None) -> Rows:
+        with full_precision():
+            return self.average(lambda i, b: self.products.ggn_product(i, b, rows), rows, ids)
+
+
+def _means_of_hessian(data: _Passes) -> dict[str, float]:
+    derivatives, space = data.derivatives, data.derivatives.space
+    if find_obstacle(derivatives) is None:
+        return GGN().block_means(derivatives)  # of its positive part, the Gauss-Newton matrix
+    like, n = space.like(derivatives.problem.model), len(derivatives.problem)
+    operator = Implicit(space, data.hessian_product, dict, n)
+    traces = hutchinson_block_traces(operator, samples=_TRACE_PRODUCTS, seed=0, dtype=like.dtype, device=like.device)
+    return {k: trace / space.numel(k) for k, trace in traces.items()}
 
 
 def _densify(operator: Implicit, derivatives: Derivatives, budget: Budget) -> Matrix:

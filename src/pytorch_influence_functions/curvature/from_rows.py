@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -126,18 +127,17 @@ class AbstractRowCurvature(AbstractCurvature):
 
     def implicit(self, derivatives: Derivatives) -> Implicit:
         """C x = mean of g <g, x> over rows that `derivatives` make anew at every product."""
-        problem = derivatives.problem
+        product, means = partial(self._product, derivatives), partial(self.block_means, derivatives)
+        return Implicit(derivatives.space, product, means, len(derivatives.problem))
 
-        def product(x: Rows, ids: Tensor | None = None) -> Rows:
-            total = x.flat().new_zeros(len(x), derivatives.space.size)
-            world = current() if ids is None else World()
-            for batch_ids, batch in sweep(problem, ids=ids, label="curvature products", world=world):
-                for g in self.rows_of(derivatives, batch_ids, batch):
-                    total += g.combine(g.inner(x).T).flat()
-            count = self.count(len(problem) if ids is None else len(ids))
-            return derivatives.space.rows(world.sum_into(total) / count)
-
-        return Implicit(derivatives.space, product, lambda: self.block_means(derivatives), len(problem))
+    def _product(self, derivatives: Derivatives, x: Rows, ids: Tensor | None = None) -> Rows:
+        problem, total = derivatives.problem, x.flat().new_zeros(len(x), derivatives.space.size)
+        world = current() if ids is None else World()
+        for batch_ids, batch in sweep(problem, ids=ids, label="curvature products", world=world):
+            for g in self.rows_of(derivatives, batch_ids, batch):
+                total += g.combine(g.inner(x).T).flat()
+        count = self.count(len(problem) if ids is None else len(ids))
+        return derivatives.space.rows(world.sum_into(total) / count)
 
     def block_means(self, derivatives: Derivatives) -> dict[str, float]:
         """trace(C_bb) / P_b of every block b, on some of the examples of `derivatives`."""

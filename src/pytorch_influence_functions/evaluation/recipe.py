@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias, final
 
 import torch
@@ -84,7 +84,8 @@ class Recipe:
     training set, from which a subset takes what it keeps, so that models of one seed differ by the subset alone.
 
     Args:
-        model: makes the untrained model; called under the seed. A class, or a function without arguments.
+        model: makes the untrained model, a new one at every call; called under the seed. A class, or a function without
+            arguments.
         optimizer: makes the optimiser from parameters, such as `partial(torch.optim.Adam, lr=1e-3)`. Weight decay
             belongs to it.
         epochs: passes over the subset.
@@ -162,8 +163,17 @@ class Recipe:
 
         Args:
             seed: of the initial weights.
+
+        Raises:
+            InvalidInput: `model` makes no module, or gives weights that it gave before; or `start` does not fit.
         """
         with _seeding, torch.random.fork_rng(devices=[]):
+            if self._gives_old_weights:
+                raise InvalidInput(
+                    f"The recipe's model {name_callable(self.model)} gives the same weights at every call, which "
+                    "training would change in place, and each training needs its own; build the model in it, or write "
+                    "lambda: copy.deepcopy(model)."
+                )
             torch.manual_seed(seed)
             model = self.model()
         if not isinstance(model, nn.Module):
@@ -176,6 +186,16 @@ class Recipe:
                     f"The recipe's start does not fit its model: {str(cause).splitlines()[-1].strip()}"
                 ) from cause
         return model.train()
+
+    @cached_property
+    def _gives_old_weights(self) -> bool:
+        """Whether two calls of `model` give the same module, or share what would be trained."""
+        one: Any = self.model()
+        other: Any = self.model()
+        if not (isinstance(one, nn.Module) and isinstance(other, nn.Module)):
+            return False  # said by whoever uses it
+        trained = {id(p) for p in one.parameters() if p.requires_grad}
+        return one is other or any(id(p) in trained for p in other.parameters())
 
     def __repr__(self) -> str:
         """The settings; a warm start is only mentioned, without its numbers."""

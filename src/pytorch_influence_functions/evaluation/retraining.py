@@ -27,8 +27,9 @@ from ..objectives.measures import FromFunction
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.ingredients import describe_model, digest_data
-from ..problem.model_state import plain_autograd, same_rng
+from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
+from ..problem.random_state import same_rng
 from ..trajectory.recorder import Recorder
 from . import training, user_training
 from .cache import RetrainingCache, job_key

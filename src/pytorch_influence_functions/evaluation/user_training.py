@@ -18,7 +18,7 @@ from ..core.errors import InvalidInput
 from ..objectives.base import AbstractObjective
 from ..problem.data import Source
 from ..problem.edited import EditedExamples
-from ..problem.model_state import same_rng
+from ..problem.random_state import same_rng
 from .recipe import TrainFunction, name_callable
 from .training import Job, measure_queries
 

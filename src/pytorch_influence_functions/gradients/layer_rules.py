@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer
+from ..linalg.space import is_conv1d
 from ..linalg.window import Window
 
 ParameterPart: TypeAlias = Literal["joint", "weight", "bias"]
@@ -177,7 +178,7 @@ def find_rule(module: nn.Module) -> Rule | None:
     for kind, candidate in RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             rule = candidate
-    if rule is None and name == "Conv1D" and hasattr(module, "nf"):
+    if rule is None and is_conv1d(module):
         rule = transposed_linear
     if rule is None and name.endswith(("RMSNorm", "T5LayerNorm")) and "weight" in module._parameters:
         rule = rms_norm

@@ -16,7 +16,7 @@ from ..core.errors import InvalidInput, first_line
 from ..linalg.rows import Rows
 from ..linalg.space import Space
 from ..objectives.base import AbstractObjective
-from .vjp import weighted_gradient
+from .vjp import as_dense, weighted_gradient
 
 
 def rows_one_by_one(
@@ -58,7 +58,7 @@ def gradients_one_by_one(
 def _gradient_in_parts(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
     """J^T c as `fully_shard` leaves it in `.grad`: the mean of all processes, which all have the same example here."""
     outputs.backward(cotangent.to(outputs.dtype))  # type: ignore[no-untyped-call]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    gradients = [torch.zeros_like(p) if p.grad is None else as_dense(p.grad) for p in parameters]
     for parameter in parameters:
         parameter.grad = None
     return [gradient.detach() for gradient in gradients]

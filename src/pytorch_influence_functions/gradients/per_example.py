@@ -28,8 +28,8 @@ from ..linalg.chunks import chunks
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
 from ..objectives.base import AbstractObjective, check_outputs
-from ..objectives.likelihoods import attention_mask_of
 from ..objectives.measures import FromFunction
+from ..objectives.tokens import attention_mask_of
 from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
@@ -210,7 +210,7 @@ class Derivatives:
             tape = self.tape(batch, len(ids), objective)
             objective.check(tape.outputs.detach(), batch, ids)
             losses, slope = slopes(objective, tape.outputs, batch, ids)
-            return GradientBatch(ids, tape.rows(slope), losses, batch)
+            return GradientBatch(ids, tape.rows(slope).without_idle(), losses, batch)
 
     def stream(
         self,

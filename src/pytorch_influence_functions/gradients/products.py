@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from ..core.errors import InvalidInput, first_line
 from ..linalg.rows import Rows
 from ..objectives.base import AbstractObjective, AbstractOutputCurvature
 from ..objectives.differentiated import output_curvature
-from ..objectives.likelihoods import TokenCrossEntropy
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.model_state import double_backward_safe, preserved
 from .per_example import Derivatives, tolerance
 from .vjp import as_function, detach_parameters, grads, silence_slow_batching
@@ -243,8 +243,9 @@ class Products:
         if bool((uhv - vhu).abs() > bound) or bool((alone - products[0]).norm() > bound):
             raise InvalidInput(
                 f"The second derivative of this model is not symmetric (u.Hv = {float(uhv * unit):.4g}, "
-                f"v.Hu = {float(vhu * unit):.4g}): an operation's double backward is wrong in this version of "
-                "PyTorch; use GGN() instead of Hessian()."
+                f"v.Hu = {float(vhu * unit):.4g}): the double backward of an operation is wrong, of a "
+                "torch.autograd.Function of your own or of one of this version of PyTorch; use GGN() instead of "
+                "Hessian()."
             )
 
     def _push_one(self, batch: Any, directions: Rows) -> Tensor:
@@ -323,11 +324,26 @@ def _hessian_by_reverse(total: Callable[[Tree], Tensor], parameters: Tree, v: Tr
     leaves = _leaves(parameters)
     with torch.enable_grad():
         first = grads(total(leaves), list(leaves.values()), create_graph=True)
+        _refuse_once_differentiable(first)
         products = [(g * v[k]).sum() for k, g in zip(leaves, first, strict=True) if g is not None and g.requires_grad]
         if not products:
             return {k: torch.zeros_like(x) for k, x in parameters.items()}
         gradients = grads(torch.stack(products).sum(), list(leaves.values()))
     return _fill_zeros(leaves, gradients)
+
+
+def _refuse_once_differentiable(gradients: Iterable[Tensor | None]) -> None:
+    """Refuse a graph that ends at a backward pass without a derivative: autograd would take it for a constant."""
+    nodes = [g.grad_fn for g in gradients if g is not None]
+    visited = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if node.name().endswith("autograd::Error"):
+            raise NotImplementedError("a torch.autograd.Function of yours is marked @once_differentiable")
+        nodes += [before for before, _ in node.next_functions]
 
 
 def _fill_zeros(leaves: Tree, gradients: tuple[Tensor | None, ...]) -> Tree:

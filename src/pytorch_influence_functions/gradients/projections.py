@@ -91,7 +91,8 @@ def reduced_to(k: int, space: Space, per_layer: bool, described: str, instead: s
     if k >= space.size:
         raise InvalidInput(
             f"{described} is no smaller than the {space.size:,} parameters, where projecting only adds noise; take a k "
-            f"below {space.size:,}, or leave the projection out."
+            f"below {space.size:,} (a method that was given by its name is written out, as ptif.methods.trak(k="
+            f"{max(1, space.size // 2)}) is; for a command in get_options()), or leave the projection out."
         )
     if per_layer:
         sizes = {name: (min(k, block.numel),) for name, block in space.blocks.items()}

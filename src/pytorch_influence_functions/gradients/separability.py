@@ -49,8 +49,9 @@ def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, ou
             )
         raise InvalidInput(
             f"The model gave different outputs for the same batch twice, by {gap:.2g}, although it is in eval mode: "
-            "its forward draws random numbers, so a score would belong to one draw; draw the noise once per example in "
-            "the dataset and give it to the model as an input, or leave it out where self.training is False."
+            "its forward draws random numbers, or keeps state from the call before, so a score would belong to one "
+            "call; draw noise once per example in the dataset and give it to the model as an input, or leave it out "
+            "where self.training is False, and begin every call with the same state."
         )
     for e in range(n):
         try:

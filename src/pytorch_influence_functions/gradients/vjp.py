@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,10 +103,15 @@ def grads(
         root = (outputs * cotangent).sum()
     else:
         root = _StartingFrom.apply(outputs, cotangent.to(outputs.dtype))  # type: ignore[no-untyped-call]
-    gradients = torch.autograd.grad(
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
         root, list(inputs), retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
     )
-    return cast("tuple[Tensor | None, ...]", gradients)
+    return tuple(None if gradient is None else as_dense(gradient) for gradient in gradients)
+
+
+def as_dense(gradient: Tensor) -> Tensor:
+    """A gradient with all its zeros: `functional.embedding(..., sparse=True)` gives one that leaves them out."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def weighted_gradient(outputs: Tensor, parameters: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
@@ -127,6 +132,7 @@ def squared_gradient_norms(outputs: Tensor, parameters: Mapping[str, Tensor], co
 
     def measure(name: str) -> Callable[[Tensor], Tensor]:
         def hook(gradient: Tensor) -> Tensor:
+            gradient = as_dense(gradient)
             squares[name] = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
             return gradient.new_zeros(()).expand_as(gradient)
 

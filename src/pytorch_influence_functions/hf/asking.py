@@ -12,12 +12,12 @@ from ..core.errors import InvalidInput, nearest
 from ..problem.data import Source
 from ..problem.problem import Problem
 from .chats import BESIDE_A_CHAT, is_chat, is_nothing, naming, read_chat
-from .columns import MESSAGES, Columns, listed, refuse_splits
+from .columns import MESSAGES, Columns, listed, refuse_splits, rows_of_columns
 from .encoding import encode_text
 from .models import find_tokenizer, is_seq2seq, token_shift
 from .padding import Padding
 from .queries import TextQueries, as_queries, ask_texts
-from .texts import Texts
+from .texts import Texts, longest
 from .tokenised import IDS, TokenisedRows
 from .trainers import padding_as_trained, trainers_tokenizer
 
@@ -52,14 +52,21 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
     if isinstance(queries, (Source, DataLoader)):
         return Source.of(queries)
     refuse_splits(queries, "There are", "is asked, queries")
-    if callable(getattr(queries, "to_dict", None)) and hasattr(queries, "columns"):
+    if callable(getattr(queries, "to_dicts", None)):  # of polars
+        queries = queries.to_dicts()
+    elif callable(getattr(queries, "to_dict", None)) and hasattr(queries, "columns"):
         queries = queries.to_dict("records")
+    if isinstance(queries, Mapping) and IDS in queries:
+        queries = rows_of_columns(queries)
     single = isinstance(queries, (str, Mapping)) or is_chat(queries)
     asked = [queries] if single else queries
     first = asked[0] if hasattr(asked, "__getitem__") and hasattr(asked, "__len__") and len(asked) else None
     if isinstance(first, Mapping) and not _is_question(first, problem.data):
         asked = _plain(problem, asked, first)
         first = asked[0]
+    labelled = _labelled_queries(problem.data, asked, first)
+    if labelled is not None:
+        return _in_the_form_of(problem.data, labelled)
     if not (isinstance(first, str) or is_chat(first) or _is_question(first, problem.data)):
         return _in_the_form_of(problem.data, asked)
     if token_shift(problem.model) is None:
@@ -82,6 +89,13 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
         list(column) if any(value is not None for value in column) else None for column in (answers, others)
     )
     return ask_texts(problem.model, tokenizer, list(prompts), completion, against, padding)
+
+
+def _labelled_queries(data: Source, asked: Any, first: Any) -> list[dict[str, Any]] | None:
+    """Texts, with labels or without, as examples of a model for classes; None where nothing such is asked."""
+    encode = data.dataset.encode_queries if isinstance(data.dataset, TokenisedRows) else None
+    texts = isinstance(first, str) or (isinstance(first, Mapping) and IDS not in first)
+    return encode(asked) if encode is not None and texts else None
 
 
 def _is_question(row: Any, data: Source) -> bool:
@@ -161,6 +175,7 @@ def _whole_texts(problem: Problem, tokenizer: Any, asked: list[str], padding: Pa
         raise InvalidInput("An encoder-decoder reads one text and writes another; ask {'prompt': …, 'completion': …}.")
     texts = Texts(tuple(encode_text(tokenizer, text) for text in asked), tokenizer)
     texts.check_taught("query")
+    texts.check_length(longest(problem.model, tokenizer))
     return as_queries(texts, padding)
 
 

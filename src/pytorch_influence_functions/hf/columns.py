@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -64,12 +65,27 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
     """
     columns = getattr(data, "column_names", None)
     refuse_splits(data, "The dataset has", "was trained on, dataset")
+    if isinstance(data, (str, os.PathLike)):
+        shown = str(data) if len(str(data)) <= 60 else f"{str(data)[:28]}…{str(data)[-28:]}"
+        raise InvalidInput(
+            f"The dataset is one string, {shown!r}; pass a list of texts, or what a file holds: "
+            "datasets.load_dataset('json', data_files=path, split='train')."
+        )
+    if isinstance(data, Mapping):
+        return rows_of_columns(data), [str(name) for name in data]
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise InvalidInput(
+            f"The dataset is of type {type(data).__name__}; pass a list of texts, chats (lists of messages), or rows "
+            "with named columns."
+        )
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise InvalidInput(
             f"{type(data).__name__} can only be iterated, but texts are named by index; pass list(dataset.take(n)) "
             "of as many as fit in memory."
         )
-    if callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):
+    if callable(getattr(data, "to_dicts", None)):  # of polars
+        data = data.to_dicts()
+    elif callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):
         data = data.to_dict("records")
     elif columns is not None and callable(getattr(data, "with_format", None)):
         return data.with_format(None), list(columns)
@@ -86,6 +102,32 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
         f"The first example is of type {type(first).__name__}; expected texts, chats (lists of messages), or rows with "
         "named columns."
     )
+
+
+def rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of named columns, as a tokenizer gives them for one text or a list of texts.
+
+    Raises:
+        InvalidInput: the columns are of different lengths, or hold no token numbers.
+    """
+    ids: Any = columns.get("input_ids")
+    if not _is_list(ids) or len(ids) == 0:
+        raise InvalidInput(
+            f"The dataset is a mapping of {listed([str(name) for name in columns])}; pass a list of rows, a "
+            "datasets.Dataset.from_dict(...), or what the tokenizer gives for a list of texts."
+        )
+    if not _is_list(ids[0]):
+        return [dict(columns)]
+    if any(not _is_list(column) or len(column) != len(ids) for column in columns.values()):
+        raise InvalidInput(
+            f"There are {len(ids)} rows of 'input_ids' and other columns of "
+            f"{listed([str(name) for name in columns])} have another number; give as many."
+        )
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(ids))]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
 
 
 def refuse_splits(data: Any, has: str, use: str) -> None:

@@ -145,13 +145,15 @@ def encode_chat_pair(
 
 
 def begin_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The beginning of a text on one line, to call it by.
+    """The beginning of a text on one line, to call it by; marks of start and end are left out where words are left.
 
     Args:
         tokenizer: a tokenizer of transformers.
         ids: its token numbers.
     """
-    words = " ".join(str(tokenizer.decode(list(ids[:_SHOWN]))).split())
+    start = list(ids[:_SHOWN])
+    words = " ".join(str(tokenizer.decode(start, skip_special_tokens=True)).split())
+    words = words or " ".join(str(tokenizer.decode(start)).split())
     return words if len(words) <= _SHOWN else words[: _SHOWN - 1] + "…"
 
 

@@ -158,7 +158,14 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
         peft = require("peft", "hf")
         adapted: nn.Module = peft.AutoPeftModelForCausalLM.from_pretrained(os.fspath(path), is_trainable=True)
         return adapted
-    config = transformers.AutoConfig.from_pretrained(os.fspath(path))
+    try:
+        config = transformers.AutoConfig.from_pretrained(os.fspath(path))
+    except (OSError, ValueError) as cause:
+        why = str(cause).strip().split("\n")[0]
+        raise InvalidInput(
+            f"There is no model at {os.fspath(path)!r} ({why}); give the folder that model.save_pretrained(folder) "
+            "wrote, or a name on the hub."
+        ) from cause
     kinds: Iterable[str] = getattr(config, "architectures", None) or ("AutoModelForCausalLM",)
     kind = getattr(transformers, next(iter(kinds)), None)
     if kind is None:

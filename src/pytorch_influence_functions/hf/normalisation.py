@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Final
 
 from torch import nn
@@ -10,18 +11,24 @@ from ..core.errors import InvalidInput
 from ..core.validate import choice
 from ..objectives.base import AbstractObjective
 from ..objectives.bernoulli import Bernoulli
-from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
+from ..objectives.likelihoods import CrossEntropy, SquaredError
+from ..objectives.tokens import TokenCrossEntropy
 from .models import base_model, is_classifier, marks_answers, token_shift
 from .spans import SpanCrossEntropy
 
 NORMALISATIONS: Final = ("trainer", "sum", "mean")
 
 
-def token_objective(model: nn.Module, normalisation: str) -> TokenCrossEntropy:
+def token_objective(model: nn.Module, normalisation: str, trainer: Any = None) -> TokenCrossEntropy:
     """The loss of a text: the sum over its tokens (`"trainer"`, `"sum"`), or their mean (`"mean"`).
 
     A Trainer divides the sum of all tokens' losses in a batch by their number, which is about the same for every batch:
     each text counts with the sum over its tokens, times one factor for all. The factor cancels in a score.
+
+    Args:
+        model: the model.
+        normalisation: one of `NORMALISATIONS`.
+        trainer: the Trainer, whose label smoothing is taken.
 
     Raises:
         InvalidInput: another normalisation, or a model whose loss is not one of tokens.
@@ -32,7 +39,14 @@ def token_objective(model: nn.Module, normalisation: str) -> TokenCrossEntropy:
         raise InvalidInput(
             f"{type(base_model(model)).__name__} is no model that predicts tokens; pass loss=, the loss of its head."
         )
-    return TokenCrossEntropy(average=normalisation == "mean", shift=shift)
+    return TokenCrossEntropy(
+        average=normalisation == "mean", shift=shift, label_smoothing=0.0 if trainer is None else smoothing_of(trainer)
+    )
+
+
+def smoothing_of(trainer: Any) -> float:
+    """The share of every label that a Trainer spreads over all classes."""
+    return float(getattr(getattr(trainer, "label_smoother", None), "epsilon", 0.0))
 
 
 def describe(normalisation: str, tokens: float | None) -> str:
@@ -55,13 +69,15 @@ def trainers_normalisation(trainer: Any) -> str:
             "The Trainer has a compute_loss_func, whose loss is not the model's; pass loss=, an objective or a "
             "function of (outputs, targets) that computes it for each example."
         )
-    if token_shift(trainer.model) is not None and getattr(trainer, "label_smoother", None) is not None:
-        raise InvalidInput(
-            "The Trainer smooths the labels of tokens (label_smoothing_factor), which has no objective of ours; pass "
-            "loss=ptif.TokenCrossEntropy(average=False, shift=True) to leave the smoothing out."
-        )
     single = getattr(trainer.args, "per_device_train_batch_size", None) == 1
-    return "mean" if single and not getattr(trainer, "model_accepts_loss_kwargs", True) else "trainer"
+    counts = getattr(trainer, "model_accepts_loss_kwargs", True) and _smooths_by_count(trainer)
+    return "mean" if single and not counts else "trainer"
+
+
+def _smooths_by_count(trainer: Any) -> bool:
+    """Whether labels that are smoothed are told the number of tokens of the whole batch, as of transformers 5.x."""
+    smoother = getattr(trainer, "label_smoother", None)
+    return smoother is None or "num_items_in_batch" in inspect.signature(type(smoother).__call__).parameters
 
 
 def class_objective(model: nn.Module, trainer: Any = None) -> AbstractObjective | None:
@@ -81,5 +97,5 @@ def class_objective(model: nn.Module, trainer: Any = None) -> AbstractObjective 
         return SquaredError(average=True, half=False)
     if kind == "multi_label_classification":
         return Bernoulli(average=True)
-    smoothing = 0.0 if trainer is None else float(getattr(trainer.args, "label_smoothing_factor", 0.0) or 0.0)
+    smoothing = 0.0 if trainer is None else smoothing_of(trainer)
     return CrossEntropy(label_smoothing=smoothing) if kind == "single_label_classification" or smoothing else None

@@ -151,7 +151,13 @@ class TrainersCollate:
 
     def __call__(self, items: list[Any]) -> Any:
         if self.accepted is not None and isinstance(items[0], Mapping):
-            items = [{key: item[key] for key in item if key in self.accepted} for item in items]
+            named, items = items[0], [{key: item[key] for key in item if key in self.accepted} for item in items]
+            if not items[0]:
+                raise InvalidInput(
+                    f"None of the columns {', '.join(map(repr, named))} of the Trainer's data is one that its model "
+                    "takes, so it cannot train on them; tokenise them first, or name what holds the texts, as in "
+                    "ptif.hf.problem(trainer, text_column='text')."
+                )
         batch = self._together(items)
         if not isinstance(batch, Mapping):
             return batch

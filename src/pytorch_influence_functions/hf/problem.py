@@ -11,11 +11,14 @@ from typing import Any, Final
 from torch import nn
 
 from ..core.errors import InvalidInput, UnknownName, nearest
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import BATCH_SIZE, Source
 from ..problem.infer_loss import infer_objective
 from ..problem.problem import Problem, check_model
 from ..problem.weight_decay import WeightDecay
+from .asking import queries_for
 from .columns import choose_columns, rows_of
+from .labelled import labelled_source, reads_labelled_texts
 from .models import (
     adapter_parameters,
     base_model,
@@ -32,6 +35,7 @@ from .normalisation import class_objective, describe, token_objective, trainers_
 from .packing import pack
 from .padding import Padding
 from .texts import Texts, encode_rows
+from .tokenised import IDS
 from .trainers import check_compute_loss, trainers_data, trainers_model, trainers_tokenizer
 
 _OPTIONS: Final = ("parameters", "weight_decay", "checkpoints", "batch_size", "deterministic", "device")
@@ -45,6 +49,7 @@ class Reading:
     text_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    label_column: str | None = None
     source_column: str | None = None
     completion_only: bool = True
     add_eos: bool | None = None
@@ -55,7 +60,8 @@ class Reading:
     @property
     def names_columns(self) -> bool:
         """Whether a column was named, so that texts are encoded here and not by a Trainer."""
-        return any((self.messages_column, self.text_column, self.prompt_column, self.completion_column))
+        columns = (self.messages_column, self.text_column, self.prompt_column, self.completion_column)
+        return any((*columns, self.label_column))
 
     def texts(self, data: Any, tokenizer: Any, model: nn.Module) -> Texts:
         """Encode the rows of a dataset."""
@@ -89,6 +95,7 @@ def problem(
     text_column: str | None = None,
     prompt_column: str | None = None,
     completion_column: str | None = None,
+    label_column: str | None = None,
     source_column: str | None = None,
     completion_only: bool = True,
     add_eos: bool | None = None,
@@ -119,6 +126,8 @@ def problem(
         text_column: texts.
         prompt_column: what the model was given; with `completion_column`. An encoder-decoder reads it.
         completion_column: what it was taught to answer.
+        label_column: of a model for the classes of texts (`…ForSequenceClassification`) their labels, as numbers or as
+            names in `model.config.label2id`; None: `"label"` or `"labels"`. Pairs of texts are found by their names.
         source_column: where each text comes from: a name that the report page shows.
         completion_only: whether answers alone are taught, as chats and completions are usually trained; False: all
             tokens.
@@ -148,6 +157,7 @@ def problem(
         text_column,
         prompt_column,
         completion_column,
+        label_column,
         source_column,
         completion_only,
         add_eos,
@@ -171,10 +181,21 @@ def problem(
         normalisation = "trainer" if trainer is None or loss is not None else trainers_normalisation(trainer)
     data = _training_data(trainer, whole, tokenizer, dataset, reading, normalisation, options.pop("batch_size", None))
     objective = _objective(whole, trainer, data, normalisation, options.get("device")) if loss is None else loss
+    _refuse_other_shift(whole, loss)
     if trainer is not None and loss is None:
         check_compute_loss(trainer, data, objective)
-    made = Problem(whole, objective, data, **options)
+    made = Problem(whole, objective, replace(data, ask=queries_for), **options)
     return _with_decay_of_batches(made, normalisation) if loss is None and token_shift(whole) is not None else made
+
+
+def _refuse_other_shift(model: nn.Module, loss: Any) -> None:
+    shift = token_shift(model)
+    if isinstance(loss, TokenCrossEntropy) and shift is not None and shift != loss.shift:
+        each, other = "each token itself", "the next token"
+        raise InvalidInput(
+            f"{type(base_model(model)).__name__} predicts {other if shift else each}, and loss={loss!r} is of "
+            f"{each if shift else other}; write it with shift={shift}."
+        )
 
 
 def _load(model: Any) -> Any:
@@ -204,10 +225,25 @@ def _training_data(
             f"{type(base_model(model)).__name__} marks answers in texts, so texts alone teach it nothing; pass its "
             "Trainer, whose rows hold start_positions and end_positions."
         )
+    if reads_labelled_texts(model):
+        words = find_tokenizer(model, given)
+        return labelled_source(
+            model, words, dataset, reading.text_column, reading.label_column, reading.max_length, batch_size
+        )
+    if reading.label_column is not None:
+        raise InvalidInput(
+            f"label_column= is of models for the classes of texts, and {type(base_model(model)).__name__} is none; "
+            "leave it out."
+        )
     if is_classifier(model):
         raise InvalidInput(
             f"{type(base_model(model)).__name__} predicts classes, so texts alone teach it nothing; pass its Trainer, "
             "or ptif.attribute(model, loader, queries) with a DataLoader of tokenised rows and their labels."
+        )
+    if type(base_model(model)).__name__.endswith("ForTokenClassification") and IDS not in rows_of(dataset)[1]:
+        raise InvalidInput(
+            f"{type(base_model(model)).__name__} gives every token a class, so texts alone teach it nothing; pass its "
+            "Trainer, or rows that hold input_ids and labels."
         )
     return texts_source(model, find_tokenizer(model, given), dataset, reading, normalisation, batch_size)
 
@@ -238,7 +274,7 @@ def texts_source(
 
 def _objective(model: nn.Module, trainer: Any, data: Source, normalisation: str, device: Any) -> Any:
     if token_shift(model) is not None:
-        return token_objective(model, normalisation)
+        return token_objective(model, normalisation, trainer)
     known = class_objective(model, trainer)
     return infer_objective(model, data, device) if known is None else known
 

@@ -40,6 +40,7 @@ class TextQueries(Source):
         fixed: whether the batch size was asked for.
         any_precision: whether the type of real numbers says nothing; texts have none.
         reading: how they were read, in words.
+        ask: queries are asked nothing; None.
         pairs: how many pairs of answers they are; 0: they are no pairs.
     """
 
@@ -193,6 +194,7 @@ def ask_texts(
         tuple(target for _, target in asked if target is not None) if is_seq2seq(model) else None,
     )
     texts.check_taught("query")
+    texts.check_length(longest(model, tokenizer))
     return as_queries(texts, padding, pairs)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput
 from ..objectives.base import AbstractLikelihood, Batch, Model, inputs_and_targets, offenders, run_model, widen
 from ..objectives.draws import Randomness
-from ..objectives.likelihoods import TokenCrossEntropy
+from ..objectives.tokens import TokenCrossEntropy
 
 _PLACES: Final = ("start_positions", "end_positions")
 _LOGITS: Final = ("start_logits", "end_logits")

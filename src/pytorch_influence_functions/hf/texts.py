@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, TrainingDataWarning, name_ids
 from ..core.token_text import TokenText, split_into_pieces
+from ..core.validate import whole_number
 from ..core.warn import warn_caller
 from .chats import is_chat, naming, read_chat
 from .columns import Columns, read_cell
@@ -127,6 +128,24 @@ class Texts:
             why = "what they teach was cut off; give a larger max_length=" if cut else "leave them out"
             raise InvalidInput(f"No token is taught by {what} {name_ids(empty)}: {why}.")
 
+    def check_length(self, most: int | None) -> None:
+        """Refuse queries that are longer than model and tokenizer were made for; training texts are cut.
+
+        Args:
+            most: the most tokens; None: nobody says.
+
+        Raises:
+            InvalidInput: names the first of them.
+        """
+        rows = [row for pair in zip(self.encoded, self.targets or self.encoded, strict=True) for row in pair]
+        longer = next((i // 2 for i, row in enumerate(rows) if most is not None and len(row.ids) > most), None)
+        if longer is not None:
+            count = max(len(row.ids) for row in rows[2 * longer : 2 * longer + 2])
+            raise InvalidInput(
+                f"Query {longer} has {count:,} tokens, and model and tokenizer were made for {most:,}; ask about a "
+                "part of it."
+            )
+
 
 def encode_rows(
     rows: Sequence[Any],
@@ -145,7 +164,7 @@ def encode_rows(
         InvalidInput: a cell is empty or of the wrong type, or a text teaches nothing.
     """
     encode = _encoder(columns, tokenizer, completion_only, end)
-    limit = longest(model, tokenizer) if max_length is None else max_length
+    limit = longest(model, tokenizer) if max_length is None else whole_number("max_length", max_length, 1)
     side = str(getattr(tokenizer, "truncation_side", "right"))
     targets: tuple[Encoded, ...] | None = None
     if is_seq2seq(model):
@@ -160,6 +179,12 @@ def encode_rows(
     texts = Texts(encoded, tokenizer, targets, kinds, limit, token_shift(model) is not False, columns=columns)
     texts.check_taught()
     warn_of_cut(texts, max_length is not None)
+    if token_shift(model) is False and targets is None and columns.ids is None:
+        warn_caller(
+            f"{type(base_model(model)).__name__} fills in blanks and these texts have none: every token is taught "
+            "while the model reads it; pass rows in which tokens are hidden once, with input_ids and labels.",
+            TrainingDataWarning,
+        )
     return texts
 
 
@@ -193,8 +218,12 @@ def _encoder(
                 raise InvalidInput(
                     f"Example {index} has {len(ids)} token numbers and {len(labels)} labels; give as many."
                 )
+            mask = row.get("attention_mask")
+            if mask is not None and len(mask) == len(ids):  # what the tokenizer has padded is no part of the text
+                ids, labels = ([t for t, kept in zip(side, mask, strict=True) if int(kept)] for side in (ids, labels))
             return Encoded(tuple(ids), tuple(label != IGNORED for label in labels), own_labels=tuple(labels))
-        return encode_text(tokenizer, read_cell(row, columns.text or "text", index), bool(end))
+        with naming(f"Example {index}"):
+            return encode_text(tokenizer, read_cell(row, columns.text or "text", index), bool(end))
 
     return encode
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.token_text import TokenText, split_into_pieces
-from ..problem.model_state import same_rng
+from ..problem.random_state import same_rng
 from .encoding import IGNORED, begin_of
 
 IDS = "input_ids"
@@ -25,12 +25,16 @@ class TokenisedRows:
         tokenizer: turns token numbers into text.
         collate: the Trainer's collate function, which says which tokens are taught.
         shift: whether a token is predicted at the one before it; None where labels are no tokens.
+        encode_queries: makes such examples of what is asked in texts; None: the tokenizer alone does.
+        classes: what labels are called, in their order; None: as the dataset says.
     """
 
     rows: Any
     tokenizer: Any
     collate: Callable[[list[Any]], Any]
     shift: bool | None
+    encode_queries: Callable[[Any], list[dict[str, Any]]] | None = None
+    classes: tuple[str, ...] | None = None
 
     @staticmethod
     def of(rows: Any, tokenizer: Any, collate: Callable[[list[Any]], Any], shift: bool | None) -> Any:
@@ -41,6 +45,11 @@ class TokenisedRows:
             return TokenisedRows(rows, tokenizer, collate, shift)
         first = None if hasattr(rows, "column_names") else rows[0]
         return TokenisedRows(rows, tokenizer, collate, shift) if isinstance(first, Mapping) and IDS in first else rows
+
+    @property
+    def features(self) -> Any:
+        """What the dataset says of its columns, such as the names of classes."""
+        return getattr(self.rows, "features", None)
 
     def __len__(self) -> int:
         return len(self.rows)

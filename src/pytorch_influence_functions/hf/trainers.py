@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import to_device
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, name_ids
 from ..objectives.base import AbstractObjective
-from ..objectives.likelihoods import TokenCrossEntropy
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import BATCH_SIZE, Source
-from ..problem.model_state import preserved, same_rng
+from ..problem.model_state import preserved
 from ..problem.problem import model_device
+from ..problem.random_state import same_rng
 from .models import accepted_arguments, token_shift
 from .padding import KINDS, Padding, TrainersCollate
 from .tokenised import TokenisedRows
 
 _PACKED = "seq_lengths"  # the column that TRL adds
+# Examples whose loss together is compared with that of a compute_loss of one's own.
+_TOGETHER = 8
 
 
 def trainers_model(trainer: Any) -> nn.Module:
@@ -134,26 +137,43 @@ def padding_as_trained(padding: Padding, data: Source) -> Padding:
 def check_compute_loss(trainer: Any, data: Source, objective: Any) -> None:
     """Compare a `compute_loss` of one's own with the loss that is taken for it, on the first examples alone.
 
+    Where labels are smoothed it is compared too: for a class that it does not know a Trainer leaves the shift out.
+
     Raises:
         InvalidInput: they differ.
     """
-    if type(trainer).compute_loss.__module__.startswith("transformers") or not isinstance(objective, AbstractObjective):
+    own = not type(trainer).compute_loss.__module__.startswith("transformers")
+    smooths = getattr(trainer, "label_smoother", None) is not None and isinstance(objective, TokenCrossEntropy)
+    if not (own or smooths) or not isinstance(objective, AbstractObjective):
         return
     ours = replace(objective, average=True) if isinstance(objective, TokenCrossEntropy) else objective
     # A copy, as some count in themselves what they have seen.
     twin = copy.copy(trainer)
     twin.__dict__ |= {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in ("_metrics", "_logs")}
+    # Weights of classes cancel in the mean over one example, so some are looked at together too, spread over the data.
+    several = sorted({place * len(data) // _TOGETHER for place in range(_TOGETHER)})
     with preserved(trainer.model), torch.no_grad():
-        for i in range(min(2, len(data))):
-            batch = to_device(data.collate([data.dataset[i]]), model_device(trainer.model))
+        for ids in (*([i] for i in range(min(2, len(data)))), several):
+            batch = to_device(data.collate([data.dataset[i] for i in ids]), model_device(trainer.model))
             theirs = float(twin.compute_loss(trainer.model, dict(batch)))
-            expected = float(ours.losses(ours.outputs(trainer.model, batch), batch).mean())
+            expected = _mean_loss(ours, trainer.model, batch)
             if not math.isclose(theirs, expected, rel_tol=1e-2, abs_tol=1e-4):
+                what = f"example {ids[0]}" if len(ids) == 1 else f"examples {name_ids(ids)} together"
                 raise InvalidInput(
-                    f"{type(trainer).__name__}.compute_loss gives {theirs:.4g} for example {i} and the loss of the "
-                    f"model's head is {expected:.4g}; pass loss=, an objective or a function of (outputs, targets) "
-                    "that computes the loss of each example."
+                    f"{type(trainer).__name__}.compute_loss gives {theirs:.4g} for {what} and the loss of the "
+                    f"model's head is {expected:.4g}; pass loss=, an objective (for weights of classes "
+                    "ptif.CrossEntropy(weight=...)) or a function of (outputs, targets) that computes the loss of each "
+                    "example."
                 )
+
+
+def _mean_loss(objective: AbstractObjective, model: nn.Module, batch: Any) -> float:
+    """As a Trainer means it: of tokens over all in the batch, else over its examples."""
+    losses = objective.losses(objective.outputs(model, batch), batch)
+    if not isinstance(objective, TokenCrossEntropy):
+        return float(losses.mean())
+    counts = objective.taught(batch).sum(1).to(losses)
+    return float((losses * counts).sum() / counts.sum())
 
 
 def _accepted(trainer: Any) -> tuple[str, ...] | None:

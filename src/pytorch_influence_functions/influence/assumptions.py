@@ -17,6 +17,7 @@ from ..gradients.one_by_one import gradients_one_by_one
 from ..gradients.per_example import Derivatives, GradientBatch, slopes
 from ..gradients.vjp import squared_gradient_norms
 from ..problem.model_state import preserved
+from ..problem.offloaded import brought_in
 from ..scores.diagnostics import FROZEN, LEFT_OUT
 
 # The most examples that are looked at: at a minimum the standard error is then about 1 %.
@@ -178,12 +179,15 @@ class _Look:
     done: int = 0
     frozen: frozenset[str] = field(init=False)
     """Parameters that are not trainable."""
+    offloaded: bool = field(init=False)
+    """Whether some are brought in for each pass, so that their share of the gradient cannot be seen."""
 
     def __post_init__(self) -> None:
         space = self.derivatives.space
         named = self.derivatives.problem.model.named_parameters()
         # Noted before the pass, which makes exactly the chosen parameters trainable.
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)
+        self.offloaded = bool(brought_in(self.derivatives.problem.model))
         like = space.like(self.derivatives.problem.model)
         wide = torch.promote_types(like.dtype, torch.float32)
         shape = self.sample.count
@@ -208,7 +212,7 @@ class _Look:
         problem, space = self.derivatives.problem, self.derivatives.space
         named = dict(problem.model.named_parameters())
         names = [k for k, p in named.items() if p.is_floating_point()]
-        if count <= 0 or not set(names) - set(space.names):
+        if count <= 0 or self.offloaded or not set(names) - set(space.names):
             return
         for e in range(count):  # one at a time, and of its gradient one parameter's: all are as large as the model
             one = batch_slice(gradients.batch, len(gradients.ids), slice(e, e + 1))
@@ -251,7 +255,12 @@ class _Look:
         return Moments(counts, products, self.squares.sum(1), square, len(problem), per_example)
 
     def shares(self) -> dict[str, float]:
-        """Squared gradient norm by block, as shares of the whole; what takes no part is judged by the few."""
+        """Squared gradient norm by block, as shares of the whole; what takes no part is judged by the few.
+
+        Empty where what takes no part cannot be seen.
+        """
+        if self.offloaded:
+            return {}
         by_block = self.squares.sum(0)
         few, whole = sum(self.few.values()), float(by_block.sum())
         apart = {k: self.few[k] / few if few > 0 else 0.0 for k in (LEFT_OUT, FROZEN) if k in self.few}

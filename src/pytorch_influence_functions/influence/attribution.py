@@ -23,10 +23,10 @@ from ..damping.curve import DampingCurve, FromCurve
 from ..damping.rules import AbstractDamping, as_damping
 from ..gradients.per_example import Derivatives
 from ..gradients.projections import AbstractReduction
-from ..linalg.eigh import Decompositions
-from ..linalg.rows import Route
+from ..linalg.rows import Route, Rows
 from ..problem.agreement import agree_on_problem, entry, in_common
 from ..problem.checkpoints import at_checkpoint
+from ..problem.fitted_weights import FittedWeights
 from ..problem.problem import Problem
 from ..problem.working_precision import copied_bytes, in_working_precision
 from ..scaling.base import AbstractScaling, Raw
@@ -52,13 +52,14 @@ from .checks import (
     check_weights_fit,
 )
 from .fitted_member import FittedMember
+from .member_fits import ChangeDamping, FitMember
 from .members import Members
 from .method import AbstractMethod
 from .parts import Parts
 from .question import Question, take_sides
 from .rounds import Rounds
 from .run_log import RunLog
-from .scoring import ScoringPass, Solved
+from .scoring import ScoringPass
 from .tokens import TokenScores, check_tokens, checked_ids
 from .top_tokens import TokenExtremes
 
@@ -129,7 +130,7 @@ class Influence(Record, AbstractMethod):
         check_problem(problem)
         check_weights_fit(self.weights, len(problem.checkpoints))
         agree_on_problem(problem, self)
-        problem = in_working_precision(problem, self.precision)
+        given, problem = problem, in_working_precision(problem, self.precision)
         checkpoints, budget = problem.checkpoints or (None,), Budget.of(self.memory)
         # Of several checkpoints the last is the trained model. How gradients are taken, and with which composition, is
         # the same for all.
@@ -143,14 +144,11 @@ class Influence(Record, AbstractMethod):
             composition = self._compose(derivatives, n_queries)
             check_projectable(self, problem, composition)
             current().agree(lambda: {"the choice for this problem": in_common(self.describe(composition))})
-        rule, insists, decompositions = self._damping_of(composition), self.preconditioner is not None, Decompositions()
-
-        def fit_one(k: int) -> FittedMember:
-            with at_checkpoint(problem.model, checkpoints[k]), decompositions.in_use():
-                return FittedMember.fit(checkpoints[k], derivatives, composition, rule, budget, insists)
-
+        rule, insists = self._damping_of(composition), self.preconditioner is not None
+        fit_one = FitMember(checkpoints, derivatives, composition, rule, budget, insists)
         members = Members.fit(fit_one, len(checkpoints), budget)
-        return Attribution(self, problem, members, stationarity, time.perf_counter() - start)
+        fitted_at = FittedWeights.of(given)
+        return Attribution(self, problem, members, stationarity, time.perf_counter() - start, fitted_at)
 
     @entry
     def forecast(self, problem: Problem, n_queries: int = 1, top: int | None = None) -> Forecast:
@@ -237,6 +235,7 @@ class Attribution(AbstractAttribution):
         members: the fitted curvature and solver, one per checkpoint; see `Members`.
         stationarity: how the last checkpoint's weights stand: is it a minimum?
         fit_seconds: how long the fit took.
+        fitted_at: the model's weights then; those of now have to be the same, where there are no checkpoints.
         run_notes: what is told of the training run that the checkpoints come from, if they do.
     """
 
@@ -245,6 +244,7 @@ class Attribution(AbstractAttribution):
     members: Members
     stationarity: StationarityCheck
     fit_seconds: float = 0.0
+    fitted_at: FittedWeights = FittedWeights()
     run_notes: tuple[str, ...] = ()
 
     @property
@@ -276,6 +276,7 @@ class Attribution(AbstractAttribution):
         Where a loader's sampler chose a part of the dataset, N is the whole dataset, and the examples that were left
         out hold 0.
         """
+        self.fitted_at.check()
         everyone, row = torch.arange(len(self.problem)), torch.zeros(1, dtype=torch.long)
         average = CheckpointAverage(Units.of(self.spec.units), self._weights, 1, len(self.problem), World())
         for member in self.members:
@@ -353,13 +354,10 @@ class Attribution(AbstractAttribution):
         Args:
             damping: as for `Influence`.
         """
+        self.fitted_at.check()
         rule = as_damping(damping)
-
-        def change(member: FittedMember) -> FittedMember:
-            with at_checkpoint(self.problem.model, member.checkpoint):
-                return member.with_damping(rule)
-
-        return replace(self, spec=replace(self.spec, damping=rule), members=self.members.transform(change))
+        members = self.members.transform(ChangeDamping(self.problem.model, rule))
+        return replace(self, spec=replace(self.spec, damping=rule), members=members)
 
     def scores_over_damping(self, queries: Any, lambdas: Any, measure: Any = None) -> dict[float, Scores]:
         """Scores for every damping value in `lambdas` (absolute), without refitting.
@@ -446,23 +444,28 @@ class Attribution(AbstractAttribution):
             None if spec.precision is None else torch.bfloat16,
         )
 
-    def _follow(self, question: Question, add: Callable[[Derivatives, Tensor, Solved, Tensor], None]) -> None:
+    def _follow(self, question: Question, add: Callable[[Derivatives, Tensor, Rows, Tensor], None]) -> None:
         """Give every checkpoint's solved queries to `add`, with what each query's parts are multiplied by."""
         scoring, rounds = ScoringPass(self.problem, question), self._rounds
         factors = rounds.factors(scoring)
-        for k, member, query_ids, solved in rounds.solved(scoring):
-            add(member.derivatives, query_ids, solved, factors[k])
+        for k, member, query_ids, directions in rounds.directions(scoring):
+            add(member.derivatives, query_ids, directions, factors[k])
 
     def _scored(self, question: Question, parts: Parts | None) -> tuple[ScoringPass, Callable[[RunLog], Diagnostics]]:
         rounds = self._rounds
         scoring = rounds.scored(question) if parts is None else rounds.scored_by_part(question, parts)
         return scoring, self._diagnostics
 
+    def _question(self, *asked: Any) -> Question:
+        self.fitted_at.check()
+        return super()._question(*asked)
+
     @property
     def _derivatives(self) -> Derivatives:
         return self.members[0].derivatives
 
     def _member(self, checkpoint: Any) -> FittedMember:
+        self.fitted_at.check()
         last = len(self.members) - 1
         return self.members[whole_number("checkpoint", checkpoint, 0, last, hint="checkpoints are counted from 0")]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def parse_candidates(ids: Any, size: int, n_rows: int) -> Int[Tensor, "r m"]:
     """
     lists = lists_of(ids)
     if lists is None:
-        lists = [ids]
+        lists = [sorted(ids) if isinstance(ids, Set) else ids]
     elif len(lists) != n_rows:
         raise InvalidInput(
             f"ids= holds {len(lists)} lists for {n_rows} row{'' if n_rows == 1 else 's'} of scores; give one list "

@@ -174,7 +174,7 @@ def check_top(top: Any) -> None:
         whole_number("top", top, hint="it is how many examples are kept at each end; None keeps all scores")
 
 
-_SMALL = ("The", "A", "Label", "Target", "Item", "Array", "Arrays", "Reading", "Index")
+_SMALL = ("The", "A", "Label", "Target", "Item", "Array", "Arrays", "Reading", "Index", "Nothing")
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def in_queries(place: str = "queries") -> Iterator[None]:
         yield
     except (InvalidInput, NonFinite) as error:
         message = str(error)
-        if not message.startswith(where):
+        if not message.startswith((where, "Query ") if place == "queries" else where):
             if "has no target" in message:
                 message += (
                     " To ask about unlabelled examples, give the model's own answers as labels: queries=(x, "

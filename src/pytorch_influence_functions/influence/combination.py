@@ -167,6 +167,7 @@ def _weights_of(name: str, members: Any, count: int) -> Float[Tensor, " q"]:
         values = None if isinstance(members, slice) else torch.as_tensor(members)
         if values is not None and values.is_floating_point() and values.numel():
             return _checked_weights(name, values.detach().cpu().double(), count)
+        _refuse_whole_weights(values, count)
         positions = parse_positions(members, count, "query")
     except InfluenceError as error:
         error.args = (f"In the group {name!r} of aggregate=, {str(error)[0].lower()}{str(error)[1:]}",)
@@ -179,6 +180,17 @@ def _weights_of(name: str, members: Any, count: int) -> Float[Tensor, " q"]:
     weights = torch.zeros(count, dtype=torch.float64)
     weights[positions] = 1.0 / len(positions)
     return weights
+
+
+def _refuse_whole_weights(values: Tensor | None, count: int) -> None:
+    """Refuse as many whole numbers as queries that nobody writes for positions: they would be the mean of all."""
+    if values is None or values.dtype == torch.bool or values.shape != (count,) or count < 2:
+        return
+    if bool((values < 0).any()) or not bool((values.diff() > 0).all()):
+        raise InvalidInput(
+            f"{values.tolist()} are as many whole numbers as queries, which may be positions or weights; write weights "
+            "with a decimal point (1.0), and all positions in their order."
+        )
 
 
 def _checked_weights(name: str, weights: Tensor, count: int) -> Tensor:

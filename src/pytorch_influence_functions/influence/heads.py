@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
-from ..linalg.space import Space
+from ..linalg.space import Space, is_conv1d
 
 # What attention modules call the number of their heads, themselves or in the configuration that they hold, and the
 # number of outputs of each.
@@ -200,7 +200,7 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 def _is_turned(layer: nn.Module | None) -> bool:
     """Whether the layer stores its weight as [inputs, outputs]."""
-    return type(layer).__name__ == "Conv1D"
+    return layer is not None and is_conv1d(layer)
 
 
 def _joined(name: str, child: str) -> str:

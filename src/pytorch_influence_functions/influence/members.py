@@ -10,6 +10,7 @@ from ..core.distributed import current
 from ..curvature.base import Budget
 from .fitted_member import FittedMember
 from .held_bytes import bytes_held
+from .member_fits import FitChanged
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Members(Sequence[FittedMember]):
 
     def transform(self, change: Callable[[FittedMember], FittedMember]) -> Members:
         """The same checkpoints with every member changed, such as by another damping."""
-        return Members.fit(lambda k: change(self[k]), self.size, self.budget)
+        return Members.fit(FitChanged(self, change), self.size, self.budget)
 
 
 def bytes_of(member: FittedMember) -> int:

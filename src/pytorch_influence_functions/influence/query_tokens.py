@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.distributed import World
+from ..core.progress import UNSEEN, Meter
 from ..gradients.products import Products
 from ..problem.model_state import plain_autograd
 from ..problem.problem import sweep
@@ -45,13 +46,15 @@ def query_token_scores(attribution: Attribution, queries: Any, ids: Sequence[int
     factors = rounds.factors(ScoringPass(problem, question))
     texts = ScoringPass(problem, attribution._question(problem.data.whole.subset(list(ids))))
     scores: list[Tensor] = []
-    for k, member, rows, solved in rounds.solved(texts):
-        directions = solved.rows()
-        for q in range(len(question)):
-            for _, batch in sweep(problem, question.source, [q], label="tokens", world=World()):
-                products = Products.of(member.derivatives, batch, 1)
-                shares = products.token_losses_along(batch, directions)[:, 0].double().cpu()
-                if q == len(scores):
-                    scores.append(torch.zeros(len(ids), shares.shape[1], dtype=torch.float64))
-                scores[q][rows] += shares * (factors[k][q] / len(problem))
+    tried: dict[int, Products] = {}
+    with Meter(len(rounds.members) * len(ids) * len(question), "tokens of queries", "text") as meter:
+        for k, member, rows, directions in rounds.directions(texts):
+            for q in range(len(question)):
+                for _, batch in sweep(problem, question.source, [q], label=UNSEEN, world=World()):
+                    products = tried[k] = tried.get(k) or Products.of(member.derivatives, batch, 1)
+                    shares = products.token_losses_along(batch, directions)[:, 0].double().cpu()
+                    if q == len(scores):
+                        scores.append(torch.zeros(len(ids), shares.shape[1], dtype=torch.float64))
+                    scores[q][rows] += shares * (factors[k][q] / len(problem))
+                meter.advance(len(rows))
     return scores

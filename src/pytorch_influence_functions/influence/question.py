@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..core.distributed import World
 from ..core.errors import InvalidInput
@@ -80,6 +81,10 @@ class Question:
             question = _about_model(functions, top)
         else:
             asked = (problem.batch_size if problem.data.fixed else None) if batch_size is None else batch_size
+            contrast = None if contrast is None else _as_data(problem, contrast, "contrast")
+            read = _as_data(problem, queries, "queries")
+            own_names = None if read is queries else read.names
+            queries, contrast = (queries, contrast) if read is queries else take_sides(read, contrast)
             source = _read(problem, queries, asked, "queries")
             against = None if contrast is None else _read(problem, contrast, asked, "contrast")
             given = {"measure=": measure, "top=": top, "aggregate=": aggregate, "ids=": ids}
@@ -90,6 +95,8 @@ class Question:
             question = _about_data(source, against, measures, aggregate, top)
             if len(measures) == 1 and aggregate is None and contrast is None:
                 question = replace(question, measure=next(iter(measures.values())))
+            if own_names is not None and len(own_names) == len(question) and MEAN not in question.query_ids.tolist():
+                question = replace(question, names=own_names)
         if ids is None:
             return question
         return replace(question, candidates=Candidates.of(ids, problem.data, len(question)))
@@ -176,6 +183,14 @@ def _refuse_beside_model(**options: Any) -> None:
             raise InvalidInput(
                 f"{name}= speaks of queries, and FromModel(...) is asked of the whole model; leave one of the two out."
             )
+
+
+def _as_data(problem: Problem, queries: Any, place: str) -> Any:
+    """Queries that are no examples, where the problem's data say how such are read: texts, chats, prompts."""
+    if problem.data.ask is None or isinstance(queries, (Source, DataLoader)):
+        return queries
+    with in_queries(place):
+        return problem.data.ask(problem, queries)
 
 
 def _read(problem: Problem, data: Any, batch_size: int | None, place: str) -> Source:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..curvature.base import Budget
-from ..linalg.rows import Route
+from ..linalg.rows import Route, Rows
 from ..problem.checkpoints import at_checkpoint
 from ..problem.problem import Problem
 from ..scaling.base import AbstractScaling
@@ -24,6 +24,9 @@ from .parts import Parts
 from .question import Question
 from .run_log import RunLog
 from .scoring import ScoringPass, Solved, TrainingStream
+
+# What solved queries may take that are written out to be followed as directions.
+_WRITTEN_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +106,17 @@ class Rounds:
             with at_checkpoint(self.problem.model, member.checkpoint):
                 for query_ids, solved in member.solved_groups(scoring, self.scaling, self.memory, part, whole):
                     yield k, member, query_ids, solved
+
+    def directions(self, scoring: ScoringPass) -> Iterator[tuple[int, FittedMember, Tensor, Rows]]:
+        """As `solved`, written out to be followed one by one: so many at a time that they take half a GiB.
+
+        A solution of the dual holds no vector as long as the weights, and others may lie on the disk.
+        """
+        for k, member, query_ids, solved in self.solved(scoring):
+            step = max(1, _WRITTEN_BYTES // (member.derivatives.space.size * member.number_bytes))
+            for first in range(0, len(solved), step):
+                piece = slice(first, first + step)
+                yield k, member, query_ids[piece], solved.take(piece).rows()
 
     def average(self, scoring: ScoringPass, part: Int[Tensor, " q"]) -> CheckpointAverage:
         """All scores of a part of the queries, averaged over the checkpoints."""

@@ -38,6 +38,8 @@ Solved: TypeAlias = Rows | DualSolution
 
 # Share of the memory budget that solved queries, with what the solver holds beside each, may take.
 QUERY_SHARE = 1 / 4
+# Batches are joined up to so many examples, and to this share of the numbers of the solved queries that they meet.
+_JOINED, _JOINED_SHARE = 32, 1 / 8
 # Up to this many queries one forward-mode pass per query is cheaper than rows for layers without a rule.
 _FORWARD_QUERIES = 8
 
@@ -356,12 +358,33 @@ class TrainingStream:
         n = len(self.derivatives.problem)
         truncated = None if self.truncation is None else self.truncation.of(self.solved.rows())
         solved = self.solved if truncated is None else truncated.rows
-        for ids, rows in self._training_rows():
+        if isinstance(solved, Rows):
+            own = current().share(n if self.ids is None else len(self.ids))
+            solved.expect(own.stop - own.start)
+        for ids, rows in self._joined_rows(solved):
             if truncated is not None:
                 self.log.add_truncation(truncated, truncated.bound(rows) / n)
             for piece in self._pieces(len(ids), solved):
                 some, part = (ids, rows) if piece == slice(0, len(ids)) else (ids[piece], rows.take(piece))
                 yield some, solved.against(part, self.route, self.precision)
+
+    def _joined_rows(self, solved: Solved) -> Iterator[tuple[Tensor, Rows]]:
+        """Training ids and rows, small batches joined: solved queries, the most memory, are read once for each.
+
+        What is joined takes at most a share of what solved queries do.
+        """
+        room = solved.numbers * _JOINED_SHARE if isinstance(solved, Rows) else 0.0
+        ids: list[Tensor] = []
+        parts: list[Rows] = []
+        for some, rows in self._training_rows():
+            if ids and (sum(p.numbers for p in (*parts, rows)) > room or sum(map(len, (*ids, some))) > _JOINED):
+                yield torch.cat(ids), Rows.joined(parts)
+                ids, parts = [], []
+            ids.append(some)
+            parts.append(rows)
+            del rows
+        if ids:
+            yield torch.cat(ids), Rows.joined(parts)
 
     @staticmethod
     def _pieces(count: int, solved: Solved) -> list[slice]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, name_ids
+from ..core.progress import UNSEEN, track
 from ..gradients.per_example import Derivatives
 from ..gradients.products import Products
-from ..linalg.dual_solution import DualSolution
 from ..linalg.rows import Rows
-from ..objectives.likelihoods import TokenCrossEntropy
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.problem import Problem, sweep
 from ..scaling.base import AbstractScaling
 
@@ -25,15 +25,16 @@ class TokenScores:
     def __init__(self, problem: Problem, ids: Any, n_queries: int) -> None:
         self.problem, self.ids, self.n_queries = problem, checked_ids(ids, len(problem.data.whole)), n_queries
         self.values: dict[int, Tensor] = {}
+        self._products: dict[Derivatives, Products] = {}  # tried once at each checkpoint
 
-    def add(self, d: Derivatives, query_ids: Tensor, solved: Rows | DualSolution, weights: Tensor) -> None:
+    def add(self, d: Derivatives, query_ids: Tensor, directions: Rows, weights: Tensor) -> None:
         """One more group of solved queries, at the model's present weights; `weights` multiply every query's parts."""
-        directions = solved.rows()
-        products: Products | None = None
-        # One by one: texts differ in length, and few are asked for.
-        for i in self.ids[current().share(len(self.ids))]:
-            for ids, batch in sweep(self.problem, ids=[self.problem.data.index_of(i)], label="tokens", world=World()):
-                products = products or Products.of(d, batch, len(ids))
+        # One by one: texts differ in length, and few are asked for. They share one bar.
+        own = self.ids[current().share(len(self.ids))]
+        for i in track(own, len(own), "tokens"):
+            index = self.problem.data.index_of(i)
+            for ids, batch in sweep(self.problem, ids=[index], label=UNSEEN, world=World()):
+                products = self._products[d] = self._products.get(d) or Products.of(d, batch, len(ids))
                 token_scores = products.token_losses_along(batch, directions)[:, 0].double().cpu()
                 total = self.values.setdefault(
                     i, torch.zeros(self.n_queries, token_scores.shape[1], dtype=torch.float64)

@@ -10,9 +10,8 @@ from ..core.distributed import World, current
 from ..core.errors import TooLarge
 from ..gradients.per_example import Derivatives
 from ..gradients.products import Products
-from ..linalg.dual_solution import DualSolution
 from ..linalg.rows import Rows
-from ..objectives.likelihoods import TokenCrossEntropy
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.problem import Problem, sweep
 from ..scores.top_tokens import TopTokens
 from .question import Question
@@ -48,22 +47,20 @@ class TokenExtremes:
         room: int,
     ) -> None:
         self.problem, self.objective, self.question, self.ids, self.room = problem, objective, question, ids, room
-        self.extremes = TopK(len(question), k)
+        self.extremes, self._products = TopK(len(question), k), dict[Derivatives, Products]()
         self.sums: list[tuple[Tensor, Tensor]] | None = [] if several else None
 
-    def add(
-        self, derivatives: Derivatives, query_ids: Int[Tensor, " q"], solved: Rows | DualSolution, weights: Tensor
-    ) -> None:
+    def add(self, derivatives: Derivatives, query_ids: Int[Tensor, " q"], directions: Rows, weights: Tensor) -> None:
         """One more group of solved queries, at the model's present weights.
 
         Raises:
             TooLarge: the sums of several checkpoints take more than the room.
             NonFinite: a token's share is NaN or infinite.
         """
-        directions, factor = solved.rows(), (weights[query_ids] / len(self.problem))[:, None]
-        products: Products | None = None
+        factor = (weights[query_ids] / len(self.problem))[:, None]
         for number, (ids, batch) in enumerate(sweep(self.problem, ids=self.ids, label="tokens")):
-            products = products or Products.of(derivatives, batch, len(ids))
+            products = self._products.get(derivatives) or Products.of(derivatives, batch, len(ids))
+            self._products[derivatives] = products
             shares = products.token_losses_along(batch, directions).double().cpu()
             taught = self.objective.taught(batch).cpu()
             values = shares[:, taught] * factor

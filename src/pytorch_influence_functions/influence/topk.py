@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core.distributed import World
@@ -77,10 +77,18 @@ class TopK:
     def _merge(self) -> None:
         if self._queries is None:
             return
-        ids = torch.cat([i for i, _ in self._buffer])
-        values = torch.cat([v for _, v in self._buffer], 1)
-        for extremes in (self._largest, self._smallest):
-            extremes.merge(self._queries, ids, values)
+        ids, values = self._buffer[0]
+        if len(self._buffer) > 1:
+            ids = torch.cat([i for i, _ in self._buffer])
+            values = torch.cat([v for _, v in self._buffer], 1)
+        # Later in a long stream next to no example enters a list, and to compare is cheaper than to select.
+        entering = self._largest.admit(self._queries, values) | self._smallest.admit(self._queries, values)
+        places = entering.nonzero().flatten()
+        if len(places) < len(ids):
+            ids, values = ids[places], values[:, places]
+        if len(ids):
+            for extremes in (self._largest, self._smallest):
+                extremes.merge(self._queries, ids, values)
         self._queries = None
         self._buffer.clear()
 
@@ -97,6 +105,14 @@ class _Extremes:
     def empty(n_queries: int, k: int, sign: float) -> _Extremes:
         values = torch.full((n_queries, k), -sign * torch.inf, dtype=torch.float64)
         return _Extremes(values, torch.full((n_queries, k), -1), sign)
+
+    def admit(self, query_ids: Tensor, values: Float[Tensor, "q n"]) -> Bool[Tensor, " n"]:
+        """Which columns could enter a list of one of these queries."""
+        last = self.values[query_ids, -1].to(values.dtype)
+        # One step beyond, so that no rounding of the last one keeps its equals out.
+        last = torch.nextafter(last, torch.full_like(last, -self.sign * torch.inf))[:, None]
+        able: Tensor = (values - last).amax(0) >= 0 if self.sign > 0 else (values - last).amin(0) <= 0
+        return able
 
     def merge(self, query_ids: Tensor, ids: Tensor, values: Tensor) -> None:
         """Take scores [q, n] of these queries in; `ids` are those of the examples, [n], or [q, n] for each query's."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .chunks import chunks
 from .sides import Side, times
+from .terms import padded, terms_in_use
 from .window import Window
 
 # Numbers of patches that are written out at once.
@@ -93,6 +94,14 @@ class AbstractBlock(ABC):
         """
         dense = self.dense().reshape(len(self), *matrix_shape(self.shape))
         return Dense(times(times(dense.mT, left).mT, right))
+
+    def without_idle(self) -> AbstractBlock:
+        """The same rows without the terms that are zero in all of them, as at padding and what no loss depends on."""
+        return self
+
+    def expect(self, count: int) -> None:
+        """Be told how many rows will come for inner products with these, where that decides what is cheaper."""
+        return None
 
     def fold(self, n: int) -> AbstractBlock:
         """n rows, each the sum of so many neighbours: positions that were folded into the axis of examples."""
@@ -200,6 +209,10 @@ class Outer(AbstractBlock):
     def project(self, left: Side, right: Side) -> Outer:
         return Outer(times(self.left, left), times(self.right, right))
 
+    def without_idle(self) -> Outer:
+        used = None if self.terms == 1 else terms_in_use(self.left, self.right)
+        return self if used is None else Outer(self.left[:, used], self.right[:, used])
+
     def fold(self, n: int) -> Outer:
         return Outer(_refold(self.left, n), _refold(self.right, n))
 
@@ -262,6 +275,10 @@ class Indexed(AbstractBlock):
         if not isinstance(left, Tensor):
             return super().project(left, right)
         return Outer(left[self.index], times(self.values, right))
+
+    def without_idle(self) -> Indexed:
+        used = terms_in_use(self.values)
+        return self if used is None else Indexed(self.index[:, used], self.values[:, used], self.size)
 
     def fold(self, n: int) -> Indexed:
         return Indexed(self.index.reshape(n, -1), _refold(self.values, n), self.size)
@@ -401,6 +418,9 @@ class Sum(AbstractBlock):
     def project(self, left: Side, right: Side) -> AbstractBlock:
         return reduce(add, (p.project(left, right) for p in self.parts))
 
+    def without_idle(self) -> Sum:
+        return Sum(tuple(p.without_idle() for p in self.parts))
+
     def sums(self) -> Float[Tensor, " n"]:
         return torch.stack([p.sums() for p in self.parts]).sum(0)
 
@@ -444,19 +464,28 @@ def add(a: AbstractBlock, b: AbstractBlock) -> AbstractBlock:
 
 
 def cat(blocks: Sequence[AbstractBlock]) -> AbstractBlock:
-    """Rows of several batches, one after the other; blocks of different forms are written out."""
+    """Rows of several batches, one after the other: of sums of outer products those of fewer terms get terms of zeros.
+
+    Blocks of different forms are written out, and where terms of zeros would take more than that.
+    """
     first = blocks[0]
     if len(blocks) == 1:
         return first
-    if isinstance(first, Outer) and all(isinstance(b, Outer) and b.terms == first.terms for b in blocks):
-        outers = [b for b in blocks if isinstance(b, Outer)]
-        return Outer(torch.cat([b.left for b in outers]), torch.cat([b.right for b in outers]))
-    if isinstance(first, Indexed) and all(
-        isinstance(b, Indexed) and b.index.shape[1] == first.index.shape[1] for b in blocks
-    ):
-        tables = [b for b in blocks if isinstance(b, Indexed)]
-        return Indexed(torch.cat([b.index for b in tables]), torch.cat([b.values for b in tables]), first.size)
+    sums = [b for b in blocks if isinstance(b, Sum)]
+    if len(sums) == len(blocks) and len({tuple(type(p) for p in b.parts) for b in sums}) == 1:
+        return Sum(tuple(cat(parts) for parts in zip(*(b.parts for b in sums), strict=True)))
     if isinstance(first, Conv) and all(isinstance(b, Conv) and b.x.shape[1:] == first.x.shape[1:] for b in blocks):
         convs = [b for b in blocks if isinstance(b, Conv)]
         return Conv(torch.cat([b.left for b in convs]), torch.cat([b.x for b in convs]), first.window)
+    outers = [b.outer() if isinstance(b, Conv) else b for b in blocks if isinstance(b, (Conv, Outer))]
+    terms = {b.terms for b in outers}
+    most = max(terms, default=0)
+    if len(outers) == len(blocks) and (len(terms) == 1 or most * sum(first.shape) <= math.prod(first.shape)):
+        left, right = [padded(b.left, most) for b in outers], [padded(b.right, most) for b in outers]
+        return Outer(torch.cat(left), torch.cat(right))
+    tables = [b for b in blocks if isinstance(b, Indexed)]
+    if len(tables) == len(blocks):
+        most = max(b.index.shape[1] for b in tables)
+        index, values = [padded(b.index, most) for b in tables], [padded(b.values, most) for b in tables]
+        return Indexed(torch.cat(index), torch.cat(values), tables[0].size)
     return Dense(torch.cat([b.dense().reshape(len(b), *first.shape) for b in blocks]))

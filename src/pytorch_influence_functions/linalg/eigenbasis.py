@@ -120,8 +120,9 @@ class Eigenbasis:
             numbers = {per_block[name] for name in part.names}
             if len(numbers) > 1:
                 raise InvalidInput(
-                    f"Blocks {', '.join(map(repr, part.names[:3]))} share eigenvectors, so they need one damping; give "
-                    "one number, or Relative(share) without per_block."
+                    f"Blocks {', '.join(map(repr, part.names[:3]))} share eigenvectors, so they need one damping, and "
+                    "the one asked for (the method's default where none was) differs between them; give one number, or "
+                    "Relative(share) without per_block."
                 )
             columns.append(torch.full((part.size,), numbers.pop(), dtype=torch.float64))
         return torch.cat(columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,7 +29,7 @@ SINGLE_FROM = 256
 def eigh(
     matrix: Float[Tensor, "d d"], what: str = "the matrix", single: bool = False
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-    """Eigenvalues (ascending) and eigenvectors (columns) of a symmetric matrix, as float64 whatever its dtype.
+    """Eigenvalues (ascending, float64) and eigenvectors (columns) of a symmetric matrix, in the type they came from.
 
     LAPACK's divide and conquer fails to converge on some matrices, and some builds return a wrong result without an
     error. Every result is therefore verified with random vectors (two products), and another algorithm is tried when
@@ -44,28 +45,30 @@ def eigh(
         NonFinite: the matrix holds NaN or infinity.
         SolveFailed: no algorithm gave a correct decomposition.
     """
-    exact = matrix.double()
-    exact = (exact + exact.T) / 2
-    if not bool(torch.isfinite(exact).all()):
+    low, high = (float(end) for end in torch.aminmax(matrix)) if matrix.numel() else (0.0, 0.0)
+    scale = max(-low, high)
+    if not math.isfinite(scale):
         raise NonFinite(f"The curvature of {what} holds NaN or infinity; look for them in weights, data or loss.")
-    scale = float(exact.abs().max()) if exact.numel() else 0.0
     if scale == 0.0:
-        return exact.new_zeros(len(exact)), torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-    unit = exact / scale
-    algorithms = _ALGORITHMS
-    if single and len(exact) >= SINGLE_FROM and matrix.dtype != torch.float64:
-        algorithms = {"torch.linalg.eigh in float32": _in_single_precision} | _ALGORITHMS
-    for name, algorithm in algorithms.items():
+        zeros = matrix.new_zeros(len(matrix), dtype=torch.float64)
+        return zeros, torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+    algorithms = [(name, torch.float64, algorithm) for name, algorithm in _ALGORITHMS.items()]
+    if single and len(matrix) >= SINGLE_FROM and matrix.dtype != torch.float64:
+        algorithms.insert(0, ("torch.linalg.eigh in float32", torch.float32, torch.linalg.eigh))
+    for name, dtype, algorithm in algorithms:
+        # In the type of the algorithm: copies of a long side in float64 take a third of what decomposing it does.
+        unit = matrix.to(dtype) / scale
+        unit = (unit + unit.T).div_(2)
         try:
             values, vectors = algorithm(unit)
         except (RuntimeError, np.linalg.LinAlgError) as reason:
             log.info("%s failed on %s: %s", name, what, str(reason).splitlines()[0][:120])
             continue
-        if is_decomposition(unit, values.double(), vectors.double(), _TOLERANCES[values.dtype]):
-            return values.double() * scale, vectors.double()
+        if is_decomposition(unit, values, vectors, _TOLERANCES[dtype]):
+            return values.double() * scale, vectors
         log.info("%s gave a wrong decomposition of %s.", name, what)
     raise SolveFailed(
-        f"The eigendecomposition of {what} ({len(exact)} x {len(exact)}) failed by every algorithm; "
+        f"The eigendecomposition of {what} ({len(matrix)} x {len(matrix)}) failed by every algorithm; "
         "scale the inputs of this layer, or leave it out with parameters=."
     )
 
@@ -114,18 +117,13 @@ def eigh_shared(
 
 
 def is_decomposition(matrix: Tensor, values: Tensor, vectors: Tensor, tolerance: float = 1e-8) -> bool:
-    """Whether Q^T Q = I and A Q = Q diag(lam), tested on random vectors."""
+    """Whether Q^T Q = I and A Q = Q diag(lam), tested on random vectors in the type of the matrix."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(len(matrix), 2, generator=generator, dtype=torch.float64).to(matrix.device)
+    z = torch.randn(len(matrix), 2, generator=generator, dtype=torch.float64).to(matrix)
     rotated = vectors @ z
     orthonormal = (vectors.T @ rotated - z).norm() <= tolerance * z.norm()
     diagonal = (matrix @ rotated - vectors @ (values[:, None] * z)).norm() <= tolerance * z.norm() * matrix.norm()
     return bool(orthonormal & diagonal)
-
-
-def _in_single_precision(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix.float())
-    return values, vectors
 
 
 def _by_numpy(matrix: Tensor) -> tuple[Tensor, Tensor]:

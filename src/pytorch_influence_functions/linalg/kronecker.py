@@ -75,10 +75,10 @@ class Kronecker(AbstractSpectral):
         return {k: float(b.values.mean(dtype=torch.float64)) for k, b in self.blocks.items()}
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Kronecker:
-        return self.map_values(lambda _, values: f(values))
+        return self.map_values(_Function(f))
 
     def shifted(self, decay: Mapping[str, float]) -> Kronecker:
-        return self.map_values(lambda name, values: values + decay[name])
+        return self.map_values(_Shifted(decay))
 
     def eigenparts(self, decay: Mapping[str, float]) -> tuple[EigenPart, ...]:
         shifted = self.shifted(decay)
@@ -111,6 +111,31 @@ class Kronecker(AbstractSpectral):
     def map_values(self, f: Callable[[str, Tensor], Tensor]) -> Kronecker:
         """The operator in the same basis whose eigenvalues are f(block's name, its eigenvalues)."""
         return replace(self, blocks=_MappedBlocks(self.blocks, f))
+
+
+# Records and no closures: a fitted method can be pickled with them.
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Function:
+    """f of a block's eigenvalues."""
+
+    f: Callable[[Tensor], Tensor]
+
+    def __call__(self, name: str, values: Tensor) -> Tensor:
+        return self.f(values)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Shifted:
+    """A block's eigenvalues with its weight decay."""
+
+    decay: Mapping[str, float]
+
+    def __call__(self, name: str, values: Tensor) -> Tensor:
+        return values + self.decay[name]
 
 
 def _rows_of(values: Tensor) -> int:

@@ -56,13 +56,13 @@ class KroneckerBlock:
             return Outer(_multiply(outer.left, self.left), _multiply(outer.right, self.right)).dense()
         dense = block.dense().reshape(len(block), o, i)
         if self.left is not None:
-            dense = torch.matmul(self.left.T, dense)
+            dense = _multiply_left(self.left.T, dense)
         return _multiply(dense, self.right)
 
     def out_of_basis(self, values: Float[Tensor, "n o i"]) -> Float[Tensor, "n o i"]:
         """left V right^T: out of the eigenbasis."""
         if self.left is not None:
-            values = torch.matmul(self.left, values)
+            values = _multiply_left(self.left, values)
         return values if self.right is None else values @ self.right.T
 
     def diagonal_in_basis(self, diagonal: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
@@ -98,3 +98,8 @@ class KroneckerBlock:
 
 def _multiply(x: Tensor, basis: Tensor | None) -> Tensor:
     return x if basis is None else x @ basis
+
+
+def _multiply_left(basis: Float[Tensor, "o p"], x: Float[Tensor, "n p i"]) -> Float[Tensor, "n o i"]:
+    """basis @ x of every row. Of single columns, as one product: row by row the basis would be read for each."""
+    return (x.squeeze(2) @ basis.T).unsqueeze(2) if x.shape[2] == 1 else torch.matmul(basis, x)

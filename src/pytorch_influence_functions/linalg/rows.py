@@ -8,7 +8,7 @@ alone would choose badly. Every route is exact.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,8 +27,8 @@ from .turned import Turned
 _OPERATIONS_PER_BYTE = {"cpu": 12.0, "cuda": 100.0}
 # Numbers of a block that are held at once in another precision.
 _CONVERTED = 1 << 24
-# Numbers that stay in a core's cache.
-_CACHED = 1 << 18
+# Numbers that stay in a core's cache, and examples whose gradients are written out there together.
+_CACHED, _WRITTEN_TOGETHER = 1 << 18, 32
 
 
 class Route(enum.Enum):
@@ -164,10 +164,23 @@ def _apply_one(a: Outer, v: Tensor) -> Tensor:
 
 
 def _materialise(a: AbstractBlock, v: Tensor) -> Tensor:
+    if isinstance(a, Outer) and a.terms > 1 and a.left.shape[2] * a.right.shape[2] > _CACHED and v.device.type == "cpu":
+        return _materialise_in_cache(a, v.reshape(len(v), *a.shape))
     out = v.new_empty(len(a), v.shape[0])
     flat = v.flatten(1).T
     for chunk in chunks(len(a), flat.shape[0], written_numbers(flat.shape[0])):
         torch.mm(a.take(chunk).dense().flatten(1), flat, out=out[chunk])
+    return out
+
+
+def _materialise_in_cache(a: Outer, v: Float[Tensor, "m o i"]) -> Tensor:
+    """`_materialise` of large matrices, some rows of them at a time: what is written out does not leave the cache."""
+    out, (o, i) = v.new_zeros(len(a), len(v)), a.shape
+    for some in chunks(len(a), 1, _WRITTEN_TOGETHER):
+        part, scores = a.take(some), out[some]
+        for panel in chunks(o, len(part) * i, _CACHED):
+            written = torch.bmm(part.left[:, :, panel].mT, part.right)
+            scores.addmm_(written.flatten(1), v[:, panel].flatten(1).T)
     return out
 
 
@@ -367,6 +380,15 @@ class Rows:
         """The same rows in another precision."""
         return self.map(lambda _, b: b.to(dtype))
 
+    def expect(self, count: int) -> None:
+        """Be told how many rows will come for inner products with these."""
+        for block in self.blocks.values():
+            block.expect(count)
+
+    def without_idle(self) -> Rows:
+        """The same rows without the terms that are zero in all of them."""
+        return self.map(lambda _, b: b.without_idle())
+
     def only(self, names: Sequence[str]) -> Rows:
         """Some blocks of these rows."""
         return Rows({name: self.blocks[name] for name in names})
@@ -396,4 +418,25 @@ class Rows:
     @staticmethod
     def cat(rows: Sequence[Rows]) -> Rows:
         """Rows of several batches, one after the other."""
-        return Rows({k: _blocks.cat([r.blocks[k] for r in rows]) for k in rows[0].blocks})
+        return Rows(dict(Rows.joined(rows).blocks))
+
+    @staticmethod
+    def joined(rows: Sequence[Rows]) -> Rows:
+        """`cat`, each block made when it is asked for: all of them are never held beside what they are made of."""
+        return rows[0] if len(rows) == 1 else Rows(_JoinedBlocks(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class _JoinedBlocks(Mapping[str, AbstractBlock]):
+    """The blocks of several rows, one after the other, made when they are asked for."""
+
+    rows: Sequence[Rows]
+
+    def __getitem__(self, name: str) -> AbstractBlock:
+        return _blocks.cat([r.blocks[name] for r in self.rows])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows[0].blocks)
+
+    def __len__(self) -> int:
+        return len(self.rows[0].blocks)

@@ -81,18 +81,19 @@ class Space:
                 (`"fc*.weight"`, `"layers.3"`: a module name stands for all parameters under it), a module
                 of the model, a parameter, a predicate `(name, parameter) -> bool`, or a list of these.
                 What is asked for by name is taken even if it is frozen (`requires_grad=False`).
-            decay: L2 strength, one number or one per parameter name (absent names: 0).
+            decay: L2 strength, one number, or one per name of a parameter or glob as above (absent names: 0); a
+                parameter's own name goes before globs.
 
         Raises:
             UnknownName: a pattern or a decay's name matches nothing; the nearest name is offered.
             InvalidInput: nothing is selected, or a selected parameter is integer, complex or uninitialised,
-                or a decay is negative.
+                or a decay is negative, or two globs give a parameter different ones.
         """
         names = _Names.of(model)
         chosen = _select(model, names, parameters)
         for name in chosen:
             _check_parameter(name, names.parameters[name])
-        strengths = _decay_strengths(names, decay)
+        strengths = _decay_strengths(model, names, decay)
         shapes = {name: tuple(names.parameters[name].shape) for name in chosen}
         blocks = _joint_blocks(model, names, shapes, strengths)
         in_joint_blocks = {p for block in blocks.values() for p in block.parameters}
@@ -282,14 +283,24 @@ def _selects(predicate: Callable[[str, nn.Parameter], bool], name: str, paramete
         ) from cause
 
 
-def _match_pattern(model: nn.Module, names: _Names, pattern: str) -> set[str]:
-    modules = {name or ROOT: m for name, m in model.named_modules(remove_duplicate=False)}
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {name or ROOT: m for name, m in model.named_modules(remove_duplicate=False)}
+
+
+def _matching(model: nn.Module, names: _Names, pattern: str) -> set[str]:
+    """First names of the parameters that a glob over names of parameters and modules means."""
     matches = {first for name, first in names.canonical.items() if fnmatchcase(name, pattern)}
-    for name, module in modules.items():
+    for name, module in _modules(model).items():
         if name == pattern or (name != ROOT and fnmatchcase(name, pattern)):
             ids = {id(p) for p in module.parameters()}
             matches |= {first for first, p in names.parameters.items() if id(p) in ids}
+    return matches
+
+
+def _match_pattern(model: nn.Module, names: _Names, pattern: str) -> set[str]:
+    matches = _matching(model, names, pattern)
     if not matches:
+        modules = _modules(model)
         known = [*names.canonical, *(name for name, m in modules.items() if any(True for _ in m.parameters()))]
         hint = nearest(pattern, known)
         if not hint:
@@ -310,16 +321,28 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def _decay_strengths(names: _Names, decay: Mapping[str, float] | float) -> dict[str, float]:
+def _decay_strengths(model: nn.Module, names: _Names, decay: Mapping[str, float] | float) -> dict[str, float]:
     """L2 strength by first name."""
     if not isinstance(decay, Mapping):
         decay = dict.fromkeys(names.parameters, float(decay))
+    by_glob: dict[str, tuple[str, float]] = {}
+    own = {names.canonical[name]: strength for name, strength in decay.items() if name in names.canonical}
     for name, strength in decay.items():
-        if name not in names.canonical:
+        finite_number(f"The weight decay of {name!r}", strength, least=0)
+        if name in names.canonical:
+            continue
+        matches = _matching(model, names, name)
+        if not matches:
             hint = nearest(name, names.canonical)
             raise UnknownName(f"Weight decay is given for {name!r}, which is no parameter of the model.{hint}")
-        finite_number(f"The weight decay of {name!r}", strength, least=0)
-    return {names.canonical[name]: float(strength) for name, strength in decay.items()}
+        for first in matches:
+            other, before = by_glob.setdefault(first, (name, float(strength)))
+            if before != float(strength) and first not in own:
+                raise InvalidInput(
+                    f"Weight decay is given for {other!r} ({before:g}) and {name!r} ({strength:g}), and both mean "
+                    f"{first!r}; give that one by its own name."
+                )
+    return {first: float(s) for first, s in ({first: s for first, (_, s) in by_glob.items()} | own).items()}
 
 
 # --------------------------------------------------------------------------- joint blocks

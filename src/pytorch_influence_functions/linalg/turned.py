@@ -34,6 +34,7 @@ class Turned(AbstractBlock):
     coordinates: Float[Tensor, "n o i"] | None
     _dense: Tensor | None = field(default=None, init=False)
     _spent: float = field(default=0.0, init=False)
+    _expected: int = field(default=0, init=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,13 +60,16 @@ class Turned(AbstractBlock):
             self._dense, self.coordinates = out.reshape(len(out), *self.row_shape), None
         return self._dense
 
+    def expect(self, count: int) -> None:
+        self._expected = count
+
     def meets(self, other: AbstractBlock) -> tuple[AbstractBlock, AbstractBlock]:
         """(the other rows, these) in a common basis: that of the eigenvectors, or that of the parameters."""
         if self.coordinates is not None and isinstance(other, (Outer, Conv)):
             o, i = self.basis.values.shape
             cost = len(other) * other.terms * float(self.basis.turning)
             writing = float(len(self)) * o * i * sum(side.shape[0] for side in self._sides)
-            if self._spent + cost <= writing:
+            if max(self._spent + cost, cost / len(other) * self._expected) <= writing:
                 self._spent += cost
                 return other.project(self.basis.left, self.basis.right), Dense(self.coordinates)
         return other, Dense(self.dense())

@@ -25,7 +25,7 @@ from ..influence.method import AbstractMethod
 from ..influence.question import Question, resolve_measure
 from ..influence.scoring import ScoringPass
 from ..linalg.space import ROOT, Space
-from ..objectives.likelihoods import attention_mask_of
+from ..objectives.tokens import attention_mask_of
 from ..problem.agreement import entry
 from ..problem.checkpoints import at_checkpoint
 from ..problem.data import Source

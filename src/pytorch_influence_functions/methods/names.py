@@ -55,6 +55,9 @@ _WITH_ARGUMENTS: Final[Mapping[str, Callable[..., AbstractMethod]]] = {
     "unrolled": unrolled,
 }
 
+# Of these, which take a whole training run and nothing else.
+_OF_A_RUN: Final = ("along", "less", "trackstar", "unrolled")
+
 MethodLike: TypeAlias = AbstractMethod | AbstractCurvature | str | Callable[..., AbstractMethod | AbstractCurvature]
 
 # Parts of a method that are easily taken for one, and how each is passed on.
@@ -118,16 +121,20 @@ def as_method(given: Any) -> AbstractMethod:
     raise InvalidInput(_refusal(given))
 
 
-def along_the_run(run: RunLike, given: Any = None) -> Along:
-    """What `run=` means: the method at every checkpoint.
+def along_the_run(run: RunLike, given: Any = None) -> AbstractMethod:
+    """What `run=` means: the method at every checkpoint, or the method of the run where it is asked of one.
 
     Args:
         run: as for `papers.along`.
-        given: as for `as_method`; `None`: `ekfac()`.
+        given: as for `as_method`; `None`: `ekfac()`; `"less"`, `"trackstar"` and `"unrolled"` are made of the run.
 
     Raises:
         InvalidInput: as `Along` and `as_method`.
     """
+    for name in _OF_A_RUN:
+        of_run = _WITH_ARGUMENTS[name]
+        if given is of_run or (isinstance(given, str) and _key(given) == _key(name)):
+            return of_run(run)
     return Along(run, papers.ekfac() if given is None else as_method(given))
 
 

@@ -2,9 +2,10 @@
 
 from .base import AbstractLikelihood, AbstractObjective
 from .bernoulli import Bernoulli
-from .likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
+from .likelihoods import CrossEntropy, SquaredError
 from .measures import FromFunction, Logit, Margin
 from .model_functions import FromModel, Output
+from .tokens import TokenCrossEntropy
 
 __all__ = [
     "AbstractLikelihood",

@@ -57,6 +57,17 @@ def as_objective(loss: Any) -> AbstractObjective:
     return _FUNCTIONS.get(loss) or FromFunction(loss, takes_one=takes_one)
 
 
+def divides_by_class_weights(loss: Any) -> bool:
+    """Whether it is a loss of torch whose mean is one over the total class weight, where ours is over the examples.
+
+    Args:
+        loss: any loss.
+    """
+    if type(loss) not in (nn.CrossEntropyLoss, nn.NLLLoss) or loss.reduction != "mean":
+        return False
+    return loss.weight is not None and not bool((loss.weight == 1).all())
+
+
 def _with_mean_reduction(loss: nn.Module) -> nn.Module:
     """The module, returning one number: without reduction it would return one per output, not per example."""
     if not isinstance(loss, nn.modules.loss._Loss) or getattr(loss, "reduction", None) != "none":

@@ -1,17 +1,15 @@
-"""Losses whose Hessian in the outputs is known in closed form: classes, tokens, real numbers, binary decisions."""
+"""Losses whose Hessian in the outputs is known in closed form: classes and real numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Float, Num
 from torch import Tensor
 
-from ..core.batches import whole_batch
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number
 from .base import (
@@ -23,12 +21,11 @@ from .base import (
     check_labels,
     inputs_and_targets,
     is_integer,
-    label_key,
     offenders,
     tensor_targets,
 )
 from .draws import Randomness, draw
-from .softmax import softmax_cotangent, softmax_product, softmax_rank, softmax_root
+from .softmax import positions_that_count, softmax_cotangent, softmax_product, softmax_rank, softmax_root
 
 # --------------------------------------------------------------------------- classes
 
@@ -154,7 +151,7 @@ class CrossEntropy(AbstractLikelihood):
 
     def output_directions(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> float:
         # Of every position's probabilities one is what the others leave.
-        return _positions(self._factor(outputs, batch)) * (outputs.shape[1] - 1)
+        return positions_that_count(self._factor(outputs, batch)) * (outputs.shape[1] - 1)
 
     def hessian_product(
         self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
@@ -206,10 +203,10 @@ class CrossEntropy(AbstractLikelihood):
             return targets
         if not is_integer(targets) and target_shape == shape:
             return targets
-        raise InvalidInput(_describe_misfit(shape, target_shape, targets))
+        raise InvalidInput(_describe_misfit(shape, target_shape, targets, self.label_smoothing))
 
 
-def _describe_misfit(shape: tuple[int, ...], target_shape: tuple[int, ...], targets: Tensor) -> str:
+def _describe_misfit(shape: tuple[int, ...], target_shape: tuple[int, ...], targets: Tensor, smoothing: float) -> str:
     """Why CrossEntropy cannot read these targets, and what to do about it."""
     what = f"CrossEntropy() got targets of shape {target_shape} and type {targets.dtype} for outputs of shape {shape}"
     labels = shape[:1] + shape[2:]
@@ -218,7 +215,8 @@ def _describe_misfit(shape: tuple[int, ...], target_shape: tuple[int, ...], targ
     if target_shape == shape:
         return f"{what}; one-hot targets must be floating point, so convert them with .float()."
     if len(shape) == 3 and target_shape == shape[:2]:
-        return f"{what}; for one class per token, outputs [n, T, C], use TokenCrossEntropy()."
+        smoothed = f"label_smoothing={smoothing:g}" if smoothing else ""
+        return f"{what}; for one class per token, outputs [n, T, C], use TokenCrossEntropy({smoothed})."
     if target_shape == (*labels, 1):
         return f"{what}; remove the last axis of the targets with .squeeze(-1)."
     return f"{what}; expected class numbers of shape {labels} or probabilities of shape {shape}."
@@ -238,185 +236,11 @@ def _log_probabilities(p: Tensor) -> Tensor:
     return inside.log()
 
 
-def attention_mask_of(batch: Batch) -> Tensor | None:
-    """The attention mask of a batch of texts, 0 at padding; None where it has none."""
-    batch = whole_batch(batch)
-    given = batch[0] if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping) else batch
-    mask = given.get("attention_mask") if isinstance(given, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
-
-
 def check_weight(name: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise InvalidInput(f"A {name} weight lies on the meta device, which holds no values; give numbers.")
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
         raise InvalidInput(f"A {name} weight is negative or not finite; weights must be 0 or more.")
-
-
-# --------------------------------------------------------------------------- tokens
-
-
-@final
-@dataclass(frozen=True, eq=False, repr=False)
-class TokenCrossEntropy(AbstractLikelihood):
-    """Cross entropy of a sequence: outputs [n, T, C], targets [n, T], averaged over the example's own tokens.
-
-    Args:
-        ignore_index: class number of tokens that do not count (padding, prompt).
-        average: the mean over an example's own tokens that count; False: their sum, -log p(sequence).
-        shift: for causal language models, whose outputs at position t predict token t + 1 and whose labels
-            are the input ids. A batch without "labels" then takes "input_ids", where "attention_mask" is not
-            0. What a padding position predicts (the first token, where texts are padded on the left) does not
-            count, so that the loss of a text does not depend on how it is padded.
-
-    Note:
-        A training loop that averages over all tokens of a batch weights a sequence by its length: that is
-        `average=False` (up to one factor for all examples).
-
-    Example:
-        >>> batch = {"input_ids": torch.tensor([[0, 1, 1]])}
-        >>> TokenCrossEntropy(shift=True).losses(torch.zeros(1, 3, 2), batch)
-        tensor([0.6931])
-    """
-
-    ignore_index: int = -100
-    average: bool = True
-    shift: bool = False
-    lower_is_better: ClassVar[bool] = True
-
-    def outputs(self, model: Model, batch: Batch) -> Tensor:
-        args, kwargs, _ = self._split(batch)
-        return call_model(model, args, kwargs)
-
-    def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
-        return self._parts(outputs, batch).sum(1)
-
-    def token_losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "n l"]:
-        """Each token's part of its example's loss, at the token's own position; 0 where it does not count.
-
-        With `average` the parts are divided by the number of tokens that count, so that they add up to `losses`.
-
-        Args:
-            outputs: the model's outputs [n, T, C].
-            batch: the batch that the outputs came from.
-
-        >>> batch = {"input_ids": torch.tensor([[0, 1, 1]])}
-        >>> TokenCrossEntropy(shift=True).token_losses(torch.zeros(1, 3, 2), batch)
-        tensor([[0.0000, 0.3466, 0.3466]])
-        """
-        parts = self._parts(outputs, batch)
-        # Outputs at t predict token t + 1; the last of them predicts nothing.
-        return torch.cat([parts[:, -1:], parts[:, :-1]], 1) if self.shift else parts
-
-    def taught(self, batch: Batch) -> Bool[Tensor, "n l"]:
-        """Which tokens count, each at its own position: where `token_losses` is not 0 by definition.
-
-        Args:
-            batch: texts as they are read, with their labels.
-
-        >>> TokenCrossEntropy(shift=True).taught({"input_ids": torch.tensor([[0, 1, 1]])})
-        tensor([[False,  True,  True]])
-        """
-        counts = self._predicted(self._split(batch)[2], batch) != self.ignore_index
-        return torch.cat([counts[:, -1:], counts[:, :-1]], 1) if self.shift else counts
-
-    def _parts(self, outputs: Tensor, batch: Batch) -> Tensor:
-        label, factor = self._labels(outputs, batch)
-        logp = outputs.log_softmax(-1).gather(-1, label[..., None])[..., 0]
-        return _counted(logp, factor)
-
-    def losses_and_slope(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> tuple[Tensor, Tensor]:
-        # Softmax minus the label takes a third of autograd's passes over the logits.
-        label, factor = self._labels(outputs, batch)
-        slope = outputs.log_softmax(-1)
-        losses = _counted(slope.gather(-1, label[..., None])[..., 0], factor).sum(1)
-        one = torch.ones((), dtype=slope.dtype, device=slope.device).expand(*label.shape, 1)
-        return losses, slope.exp_().scatter_add_(-1, label[..., None], -one).mul_(factor[..., None])
-
-    def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:
-        targets = check_batch(outputs, self._split(batch)[2], ids)
-        _, factor = self._labels(outputs, batch)
-        predicted = targets[:, 1:] if self.shift else targets
-        check_labels(predicted, outputs.shape[-1], ids, self.ignore_index)
-        if bool((bad := factor.sum(1) == 0).any()):
-            raise InvalidInput(
-                f"The sequences at {offenders(bad, ids)} have no token to predict (all are ignore_index="
-                f"{self.ignore_index}{' after the shift' if self.shift else ''}); remove them from the "
-                "dataset."
-            )
-
-    def sample_cotangent(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, generator: Randomness = None
-    ) -> Float[Tensor, "n *out"]:
-        return softmax_cotangent(outputs, self._labels(outputs, batch)[1], generator)
-
-    def root(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, "k n *out"]:
-        return softmax_root(outputs, self._labels(outputs, batch)[1])
-
-    def root_size(self, outputs: Float[Tensor, "n *out"]) -> int:
-        return math.prod(outputs.shape[1:-1]) * softmax_rank(outputs.shape[-1])
-
-    def output_directions(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> float:
-        return _positions(self._labels(outputs, batch)[1]) * (outputs.shape[-1] - 1)
-
-    def hessian_product(
-        self, outputs: Float[Tensor, "n *out"], batch: Batch, v: Float[Tensor, "n *out"]
-    ) -> Float[Tensor, "n *out"]:
-        return softmax_product(outputs, self._labels(outputs, batch)[1], v)
-
-    def _split(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        batch = whole_batch(batch)
-        bare = isinstance(batch, Mapping) and label_key(batch) is None
-        if self.shift and bare and "input_ids" in batch:
-            targets, mask = batch["input_ids"], batch.get("attention_mask")
-            if mask is not None:
-                targets = torch.where(mask == 0, torch.full_like(targets, self.ignore_index), targets)
-            return (), dict(batch), targets
-        return inputs_and_targets(batch)
-
-    def _labels(self, outputs: Tensor, batch: Batch) -> tuple[Int[Tensor, "n l"], Float[Tensor, "n l"]]:
-        """The class number each position predicts, and its factor in the loss (0 where it does not count)."""
-        targets = self._split(batch)[2]
-        shape = tuple(outputs.shape)
-        if len(shape) != 3:
-            raise InvalidInput(
-                f"TokenCrossEntropy() got outputs of shape {shape}, expected [n, T, C], one row of logits "
-                "per token; for one label per example use CrossEntropy()."
-            )
-        if not isinstance(targets, Tensor) or not is_integer(targets) or tuple(targets.shape) != shape[:2]:
-            described = f"{tuple(targets.shape)} and type {targets.dtype}" if isinstance(targets, Tensor) else "none"
-            raise InvalidInput(
-                f"TokenCrossEntropy() got targets of shape {described} for outputs of shape {shape}; "
-                f"expected integers of shape {shape[:2]}, one class number per token."
-            )
-        label = self._predicted(targets, batch)
-        counts = label != self.ignore_index
-        factor = counts.to(outputs.dtype)
-        if self.average:
-            factor = factor / factor.sum(1, keepdim=True).clamp_min(1.0)
-        return torch.where(counts, label, torch.zeros_like(label)), factor
-
-    def _predicted(self, targets: Tensor, batch: Batch) -> Int[Tensor, "n l"]:
-        """The class number that the output at each position predicts, `ignore_index` where none counts."""
-        label = targets.long()
-        if self.shift:
-            last = torch.full_like(label[:, :1], self.ignore_index)
-            label = torch.cat([label[:, 1:], last], 1)
-            # Padding on the left would be taught to predict the text's first token, and only where there is padding.
-            mask = attention_mask_of(batch)
-            if mask is not None and mask.shape == label.shape:
-                label = torch.where(mask == 0, torch.full_like(label, self.ignore_index), label)
-        return label
-
-
-def _positions(factor: Float[Tensor, "n l"]) -> float:
-    """How many positions of an example count, on average."""
-    return float((factor > 0).sum()) / len(factor)
-
-
-def _counted(logp: Float[Tensor, "n l"], factor: Float[Tensor, "n l"]) -> Float[Tensor, "n l"]:
-    """`where` rather than a product: 0 · inf would be NaN at a token that does not count."""
-    return torch.where(factor > 0, -logp * factor, torch.zeros_like(logp))
 
 
 # --------------------------------------------------------------------------- real numbers

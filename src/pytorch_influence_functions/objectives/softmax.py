@@ -102,3 +102,8 @@ def softmax_cotangent(
         drawn = _softmax_sample(p, level[some])[..., None]
         p.mul_(factor).scatter_add_(-1, drawn, -factor)
     return cotangent
+
+
+def positions_that_count(factor: Float[Tensor, "n l"]) -> float:
+    """How many positions of an example count, on average."""
+    return float((factor > 0).sum()) / len(factor)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from ..core.batches import tensors_of
@@ -16,6 +15,7 @@ from ..core.distributed import current, process_count, together
 from ..core.indexing import spread_sample
 from .checkpoints import named_tensors
 from .data import Source
+from .fitted_weights import sum_of_bits
 from .ingredients import seeded
 from .model_state import plain_autograd
 from .problem import Problem
@@ -26,7 +26,6 @@ R = TypeVar("R")
 # What differs from process to process though the same is asked: places in memory, and folders on disks of their own.
 _OWN: Final = re.compile(r" at 0x[0-9a-f]+|(, )?folder=(\w+\()?'[^']*'\)?")
 _ITEMS: Final = 3
-_INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def entry(function: Callable[P, R]) -> Callable[P, R]:
@@ -121,11 +120,7 @@ def _short(text: str) -> str:
 
 
 def _bits(tensor: Tensor) -> str:
-    """The sum of a tensor's bits as whole numbers: the same in every order of summing, so on every device."""
+    """A tensor's shape and its bits, in words."""
     if is_part(tensor):
         return f"of shape {tuple(tensor.shape)}, of which each process has a part"
-    whole = tensor.detach()
-    whole = torch.view_as_real(whole) if whole.is_complex() else whole
-    if whole.is_floating_point():
-        whole = whole.contiguous().view(_INTEGERS[whole.element_size()])
-    return f"of shape {tuple(tensor.shape)} with bits that add up to {int(whole.sum(dtype=torch.int64))}"
+    return f"of shape {tuple(tensor.shape)} with bits that add up to {sum_of_bits(tensor)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -25,7 +25,7 @@ from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
 from .cutting import is_cut_by_rows, same
-from .model_state import same_rng
+from .random_state import same_rng
 from .reading import Collate, NamingCollate, NamingDataset, Reader
 from .samplers import SampledSubset, examples_of
 from .tables import LabelledTensors, NamedTensors, as_dataset, holds_double_arrays
@@ -116,6 +116,9 @@ class Source:
     """Whether float64 says nothing about the data, as in NumPy's arrays, whose default it is: the model's is taken."""
     reading: str = ""
     """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
+    ask: Callable[[Any, Any], Source] | None = field(default=None, repr=False)
+    """Reads what is asked of a problem with these data, `(problem, queries) -> Source`, where it has a form of its own,
+    as texts have; None: queries have the form of the data."""
     _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
 
     @classmethod
@@ -169,6 +172,11 @@ class Source:
     def sides(self) -> tuple[Source, Source | None]:
         """The examples, and those that they are held against one by one; None: none are."""
         return self, None
+
+    @property
+    def names(self) -> list[str] | None:
+        """What to call each of them; None: they have no names."""
+        return None
 
     def suited_to(self, numbers_each: float, most: int = _WIDEST, workers: int = 1, memory: float = math.inf) -> Source:
         """The same examples in batches that suit the size of one: the only rule for batch sizes.

@@ -110,6 +110,12 @@ def with_inputs(item: Any, inputs: Any) -> Any:
     # A tuple of numbers is a row of a table; one of tensors is an input each.
     several = isinstance(inputs, tuple) and not all(isinstance(value, (int, float)) for value in inputs)
     new = list(inputs) if len(old) > 1 or several else [inputs]
+    if len(new) == len(old) + 1:
+        given = "one input" if len(old) == 1 else f"{len(old)} inputs"
+        raise InvalidInput(
+            f"This example has {given} and {len(new)} were given; the label is no input: replace= takes the new inputs "
+            "alone, and relabel= a new label."
+        )
     if len(new) != len(old):
         raise InvalidInput(
             f"This example has {len(old)} inputs and {len(new)} were given; give a tuple with one for each."

@@ -14,7 +14,8 @@ from ..core.errors import InvalidInput
 from ..core.indexing import spread_sample
 from ..objectives.base import AbstractObjective, check_outputs, inputs_and_targets
 from ..objectives.bernoulli import Bernoulli
-from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
+from ..objectives.likelihoods import CrossEntropy, SquaredError
+from ..objectives.tokens import TokenCrossEntropy
 from .data import Source
 from .model_state import preserved
 from .problem import check_weights, model_device

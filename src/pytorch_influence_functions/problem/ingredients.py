@@ -24,8 +24,8 @@ from ..core.indexing import spread_sample
 from ..core.progress import track
 from .checkpoints import Checkpoint, at_checkpoint, named_tensors
 from .data import IdsLike, Source
-from .model_state import same_rng
 from .problem import Problem, sweep
+from .random_state import same_rng
 
 WEIGHTS, CODE, OUTPUTS = "weights", "model code", "model outputs"
 _PROBES: Final = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +11,6 @@ from functools import partial
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -21,39 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.cut_up import cut_modules, free_gathered
 from ..core.errors import UnknownName, nearest
 from .packed_weights import is_packed
+from .random_state import rng_state, set_rng_state
 from .session import session
-
-# --------------------------------------------------------------------------- random state
-
-
-def _rng_state() -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-@contextmanager
-def same_rng() -> Iterator[None]:
-    """Put the random generators of torch (CPU, CUDA), numpy and python back afterwards."""
-    state = _rng_state()
-    try:
-        yield
-    finally:
-        _set_rng_state(state)
-
 
 # --------------------------------------------------------------------------- guards
 
@@ -221,7 +188,10 @@ def plain_autograd() -> Iterator[None]:
 
 @dataclass(eq=False)
 class _StandIn:
-    """The copy that stands in for a parameter or buffer made in inference mode, which autograd refuses."""
+    """The copy that stands in for a parameter or buffer made in inference mode, which autograd refuses.
+
+    One on `meta`, which accelerate puts there anew after every pass, stands for itself and is put back.
+    """
 
     module: nn.Module
     name: str
@@ -234,12 +204,12 @@ class _StandIn:
         stand_ins = []
         for module in modules:
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is None or not tensor.is_inference():
+                if tensor is None or not (tensor.is_inference() or tensor.is_meta):
                     continue
                 if id(tensor) not in copies:
-                    copy = tensor.detach().clone()
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    copies[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+                    copy = tensor if tensor.is_meta else tensor.detach().clone()
+                    new = isinstance(tensor, nn.Parameter) and not tensor.is_meta
+                    copies[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if new else copy
                 stand_ins.append(_StandIn(module, name, tensor, copies[id(tensor)]))
         return stand_ins
 
@@ -274,7 +244,7 @@ class _Snapshot:
         return cls(
             modes=[(m, m.training) for m in modules],
             attributes=[(m, {name: _copied(value) for name, value in _kept(m).items()}) for m in modules],
-            normalised=[(weight, weight.detach().clone()) for m in modules for weight in _normalised_by(m)],
+            normalised=[(weight, weight.detach().clone()) for m in modules for weight in normalised_by(m)],
             stand_ins=stand_ins,
             parameters=[(p, p.requires_grad, p.grad) for p in [*own, *copies.values()]],
             buffers=[
@@ -283,7 +253,7 @@ class _Snapshot:
                 for name, buffer in m._buffers.items()
                 if buffer is not None and not buffer.is_inference()
             ],
-            rng=_rng_state(),
+            rng=rng_state(),
             cut=cut,
         )
 
@@ -291,6 +261,8 @@ class _Snapshot:
         # The flag is set directly: train() is often overridden, with effects that eval() would not undo.
         for module, _ in self.modes:
             module.training = False
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                module.sparse = False  # put back with the attributes; its gradients would be of a layout of their own
         for stand_in in self.stand_ins:
             setattr(stand_in.module, stand_in.name, stand_in.copy)
         for parameter, _, _ in self.parameters:
@@ -329,7 +301,7 @@ class _Snapshot:
                 del module.__dict__[name]
             for name, value in before.items():
                 _put_back(module, name, value)
-        _set_rng_state(self.rng)
+        set_rng_state(self.rng)
 
 
 # A list or dictionary of more members is data, and no forward fills it in a call.
@@ -366,7 +338,7 @@ def _put_back(module: nn.Module, name: str, before: Any) -> None:
     container.extend(members) if type(container) is list else container.update(members)
 
 
-def _normalised_by(module: nn.Module) -> list[Tensor]:
+def normalised_by(module: nn.Module) -> list[Tensor]:
     """The weight that forward of this module changes in place."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         return [module.weight]

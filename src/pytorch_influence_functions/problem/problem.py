@@ -15,17 +15,19 @@ from torch.nn.parameter import is_lazy
 from ..core.batches import map_tensors, tensors_of, to_device
 from ..core.cut_up import cut_modules, free_gathered, own_part
 from ..core.distributed import World, current
-from ..core.errors import InvalidInput, NonFinite, nearest
+from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, nearest
 from ..core.notebook import html_table
 from ..core.progress import track
+from ..core.warn import warn_caller
 from ..linalg.space import Selection, Space
 from ..objectives.base import AbstractObjective
-from ..objectives.convert import as_objective
+from ..objectives.convert import as_objective, divides_by_class_weights
 from .checkpoints import Checkpoint, as_checkpoints
 from .data import IdsLike, Source, check_policy
 from .labels import Labels
 from .model_and_loss import ModelAndLoss, join_loss
 from .model_state import derivative_safe, preserved
+from .offloaded import brought_in, refuse_offloaded
 from .weight_decay import WeightDecay, as_weight_decay
 from .wrappers import refuse_sharded, require_company, unwrap
 
@@ -42,7 +44,7 @@ class Problem:
             module take part as parameters under `loss.`.
         data: what `Source.of` takes: dataset, loader, tensors or arrays.
         parameters: which parameters take part, see `Space.of`; `None`: all that are trainable.
-        weight_decay: a number, the optimiser that trained the model, or `WeightDecay(...)`.
+        weight_decay: a number, numbers by name or glob, the optimiser that trained the model, or `WeightDecay(...)`.
         checkpoints: state dicts, or paths of `.safetensors` or torch files, loaded when they are used.
         batch_size: the most examples per batch; `None`: what suits an example's size, see `Source.suited_to`.
         deterministic: what to do when reading an example twice gives different values:
@@ -85,6 +87,14 @@ class Problem:
         model, prefix = unwrap(model)
         check_policy(deterministic)
         source = Source.of(data, batch_size)
+        decay = as_weight_decay(weight_decay, model, prefix)
+        if not decay.is_zero and divides_by_class_weights(objective):
+            warn_caller(
+                f"{type(objective).__name__}(weight=...) divides by the total class weight of a batch, and here losses "
+                "are averaged over the examples, beside which weight_decay= is too small or too large: give it times "
+                "weight[labels].mean() of the training labels, with loss=ptif.CrossEntropy(weight=...).",
+                TrainingDataWarning,
+            )
         model, objective = join_loss(model, as_objective(objective))
         # An iterator of parameters would be used up by the first look at it.
         chosen = _without_prefix(tuple(parameters) if isinstance(parameters, Iterator) else parameters, prefix)
@@ -93,7 +103,7 @@ class Problem:
             "objective": objective,
             "data": source,
             "parameters": chosen,
-            "weight_decay": as_weight_decay(weight_decay, model, prefix),
+            "weight_decay": decay,
             "checkpoints": as_checkpoints(checkpoints),
             "batch_size": source.batch_size,
             "deterministic": deterministic,
@@ -101,6 +111,8 @@ class Problem:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        if brought_in(model):
+            refuse_offloaded(model, self.space.names)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -198,17 +210,6 @@ def _without_prefix(selection: Selection, prefix: str) -> Selection:
     return tuple(s.removeprefix(prefix) if isinstance(s, str) else s for s in selection)
 
 
-def _refuse_offloaded(model: nn.Module, devices: Mapping[torch.device, str]) -> None:
-    """Refuse weights that accelerate brings in when a layer runs, and takes away after it."""
-    name = next((name for device, name in devices.items() if device.type == "meta"), None)
-    if name is not None and any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise InvalidInput(
-            f"The model is offloaded by accelerate ({name!r} is brought in for each forward pass and taken away "
-            "after it), and gradients need weights that stay; load it whole, with device_map=None, in bfloat16 or four "
-            "bits where it is too large, and let adapters or parameters= choose what takes part."
-        )
-
-
 def _device(asked: Any) -> torch.device:
     try:
         return torch.device(asked)
@@ -226,9 +227,12 @@ def model_device(model: nn.Module, asked: torch.device | str | None = None) -> t
         InvalidInput: parameters lie on several devices or on `meta`, or not where was asked for.
     """
     devices: dict[torch.device, str] = {}
+    offloaded = brought_in(model)
     for name, parameter in model.named_parameters():
-        devices.setdefault(parameter.device, name)
-    _refuse_offloaded(model, devices)
+        if name not in offloaded:
+            devices.setdefault(parameter.device, name)
+    if not devices:
+        refuse_offloaded(model, offloaded)
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise InvalidInput(f"The model's parameters lie on several devices ({where}); move it to one with .to().")
@@ -251,20 +255,24 @@ def check_weights(model: nn.Module) -> None:
 
     Raises:
         NonFinite: names the parameters or buffers that hold NaN or infinity.
-        InvalidInput: a parameter has no values yet, or the processes that a model is cut up over are not all here.
+        InvalidInput: a parameter has no values yet, and no hook brings them in; or the processes that a model is cut up
+            over are not all here.
     """
     require_company(model)
+    offloaded = brought_in(model)
     for name, weight in model.named_parameters():
         if is_lazy(weight):
             raise InvalidInput(
                 f"Parameter {name!r} is not initialised yet (a lazy module); run the model once on a batch first."
             )
-        if weight.is_meta:
+        if weight.is_meta and name not in offloaded:
             raise InvalidInput(
                 f"Parameter {name!r} lies on the meta device, which holds no values; load the model's weights first."
             )
     bad, parameters = [], {name for name, _ in model.named_parameters()}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            continue
         tensor = own_part(tensor)
         # The sum is one cheap pass; a sum that is not finite may also be an overflow, hence the second check.
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum()):

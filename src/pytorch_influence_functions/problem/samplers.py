@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from ..core.errors import InvalidInput, TrainingDataWarning
 from ..core.warn import warn_caller
-from .model_state import same_rng
+from .random_state import same_rng
 
 # An epoch of more than this many times the dataset is taken to have no end.
 _LONGEST: Final = 4

@@ -180,8 +180,24 @@ def _dataset_of_columns(data: Sequence[Any], classes: Sequence[str] | None) -> A
         rest = rest if names is None else LabelledTensors(rest.tensors, names)
         _check_lengths({"0": data[0], "1": rest})
         return SparseRows(data[0].tocsr(), rest)
+    _refuse_other_order(data)
     tensors = _check_lengths({str(i): as_tensor(x, str(i)) for i, x in enumerate([*first, last])})
     return TensorDataset(*tensors.values()) if names is None else LabelledTensors(list(tensors.values()), names)
+
+
+def _refuse_other_order(columns: Sequence[Any]) -> None:
+    """Rows go together by place, so frames that label the same rows must hold them in one order."""
+    labels = [(i, x.index) for i, x in enumerate(columns) if _is_frame(x) and hasattr(x, "index")]
+    # Of polars nothing has an index; of pandas every frame and series.
+    for place, index in labels[1:]:
+        first, other = labels[0]
+        if len(index) == len(other) and not index.equals(other) and set(index) == set(other):
+            differing = next(k for k, (a, b) in enumerate(zip(other, index, strict=True)) if a != b)
+            raise InvalidInput(
+                f"Arrays {first} and {place} label the same rows in different orders (row {differing} is "
+                f"{other[differing]!r} and {index[differing]!r}), and rows go together by place; order one by the "
+                "other, y.loc[x.index], or pass y.to_numpy() where the places are right."
+            )
 
 
 def _check_lengths(columns: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class WeightDecay:
     """An L2 term ½·strength·|θ|² in the training objective, as the optimiser's `weight_decay` means it.
 
     Args:
-        strength: one number, or one per parameter name (absent names: 0).
+        strength: one number, or one per name of a parameter or glob over names such as `"0.*"` (absent names: 0); a
+            parameter's own name goes before globs.
         per_example: False: the term is fixed, removing an example leaves it whole, so it only adds to the
             curvature. True: every example carries it (a mean over examples of loss + term is trained), so
             its slope strength·θ is also part of each example's gradient.

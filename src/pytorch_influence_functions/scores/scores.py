@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
@@ -272,6 +272,10 @@ class Scores:
             )
         ids = indexing.parse_positions(columns, self.shape[1], "training example")
         return replace(scores, values=scores.values[:, ids], indices=ids.expand(len(scores), -1).clone())
+
+    def __iter__(self) -> Iterator[Scores]:
+        """The scores of each query by itself, `scores[0]`, `scores[1]` and so on."""
+        return (self[q] for q in range(len(self)))
 
     # ---------------------------------------------------------------- inner workings
 

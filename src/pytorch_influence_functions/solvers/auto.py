@@ -10,7 +10,7 @@ from ..curvature.base import AbstractCurvature, Budget, Form
 from ..curvature.cost import Amount, Cost, ProblemSize
 from ..curvature.exact import GGN, EmpiricalFisher, Fisher
 from ..curvature.kronecker.records import EKFAC
-from ..damping.rules import Relative
+from ..damping.rules import PerDirection, Relative
 from .base import AbstractSolver
 from .cg import CG
 from .direct import Cholesky, Spectral
@@ -39,6 +39,8 @@ _FEW_PARAMETERS = 2000
 # In mean eigenvalues, for the Gauss-Newton matrix of a network, which is that of a linearisation: chosen on the
 # league's regression, where it has a linear datamodelling score of .62 and a tenth of it .51; see docs/trust.md.
 _OF_NETWORKS = 30.0
+# Of a large network's dual, as of Kronecker factors, in units of the mean over its directions.
+_OF_FEW_ROWS = 0.2
 # Rows that a preconditioner may be made of, and their bytes.
 _GUIDE_ROWS, _GUIDE_BYTES = 5000, 1 << 30
 # Kronecker factors above this are fitted when asked for by name, with a folder to keep them.
@@ -60,7 +62,8 @@ class Auto(Record):
     | else | LiSSA with self-tuned step, batch and depth: cost does not grow with N |
 
     Damping is light (`Relative(0.1)` up to 2,000 parameters, `Relative(3.0)` above) where outputs are affine in the
-    parameters; the Gauss-Newton matrix of a network gets `Relative(30.0)`.
+    parameters; the Gauss-Newton matrix of a network gets `Relative(30.0)`, and the dual that stands for one that is too
+    large `PerDirection(0.2)`.
 
     An exact solution is what retraining gives where the outputs are affine, and is worth seconds there. For a network
     it is nearer to retraining on some and no nearer on others, and is worth half a second; the reason says how much
@@ -132,7 +135,10 @@ def _large_composition(chosen: AbstractCurvature, size: ProblemSize, budget: Bud
         why = f"{large}: EK-FAC takes one pass over the data for any number of queries"
         return Composition(factored, Spectral(), why)
     why = f"{large}, and {size.examples:,} examples are few enough for the dual of the empirical Fisher"
-    empirical = Composition(EmpiricalFisher(), Woodbury(), why, damping=_damping(size, EmpiricalFisher()))
+    # A share of the mean over all weights is nothing beside the few directions that the rows of a large network have:
+    # the tokens of a text would share out its score by numbers a million times as large.
+    damping = _damping(size, EmpiricalFisher()) if size.affine else PerDirection(_OF_FEW_ROWS)
+    empirical = Composition(EmpiricalFisher(), Woodbury(), why, damping=damping)
     if _fits(empirical, size.for_queries(1), budget, most=6 * _AFFORDABLE):
         return empirical
     return _by_batches(chosen, size)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -105,7 +104,7 @@ class Spectral(AbstractSolver[SpectralState]):
         decay = add - shift.damping if not shift.blocks else 0.0
         if not low + add > 1e-14 * abs(high):
             raise SolveFailed(describe_indefinite(low + decay, high, shift))
-        return SpectralState(system, spectral.function(_inverse_of(add)), low + decay, high + decay)
+        return SpectralState(system, spectral.function(_Inverse(add)), low + decay, high + decay)
 
     def solve(self, state: SpectralState, rows: Rows) -> Solution:
         notes = {
@@ -146,8 +145,15 @@ def _solve_layerwise(state: SpectralState, rows: Rows, notes: dict[str, float], 
     return _verdict(value, residual, notes, state.condition, rtol, value.sums())
 
 
-def _inverse_of(add: float) -> Callable[[Tensor], Tensor]:
-    return lambda lam: 1.0 / (lam + add)
+@final
+@dataclass(frozen=True)
+class _Inverse:
+    """1 / (lambda + add): a record and no closure, so that a fitted method can be pickled."""
+
+    add: float
+
+    def __call__(self, lam: Tensor) -> Tensor:
+        return 1.0 / (lam + self.add)
 
 
 def _judge(system: System, x: Tensor, b: Tensor, notes: dict[str, Any], condition: float, rtol: float) -> Solution:

@@ -29,7 +29,7 @@ _MOVED, _MOVED_PER_BLOCK = 3000.0, 800.0
 # Matrices with a number for every query and row that a solve holds: overlaps, coefficients, and those of the residual.
 _HELD = 5
 # Above this share of D, the Gram matrix's rounding is no longer small beside it: float64 takes the place of float32.
-_ROUNDING = 0.1
+_ROUNDING = 0.01
 
 
 class AbstractDualState(ABC):

@@ -23,6 +23,7 @@ from ..scores.diagnostics import Diagnostics
 from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from .describe import labels_of_index
+from .graph import Shortlist
 from .manifest import Manifest
 from .search import Ranking, StoredRows
 
@@ -65,6 +66,7 @@ class Search:
         inverse: 1 / (eigenvalue + damping) of every coordinate.
         normalised: divide by the size of every example.
         budget: what scores and solved queries may take.
+        shortlist: of which rows are looked at; None: all that count.
     """
 
     question: Question
@@ -74,6 +76,7 @@ class Search:
     inverse: Float[Tensor, " k"]
     normalised: bool
     budget: Budget
+    shortlist: Shortlist | None = None
 
     def check_memory(self) -> None:
         """Refuse to hold all scores where they do not fit.
@@ -108,6 +111,9 @@ class Search:
         if self.parts is not None:
             note = f"told apart by {len(self.parts)} parts of the model, which add up to the whole"
             record = replace(record, notes=(note, *record.notes))
+        if self.shortlist is not None and self.question.top is not None:
+            note = self.shortlist.note(results[0][0] * len(self.stored.mask), self.question.top, current())
+            record = replace(record, notes=(*record.notes, note))
         # Only now: a file that is damaged is told of by the search, which needs it.
         told = {**told, "train_labels": labels_of_index(self.stored.folder)}
         each = [self._scores(values.to(kind), indices, record, told) for values, indices in results]
@@ -147,8 +153,11 @@ class Search:
                 ready = [layout.ready(solved)]
             else:
                 ready = layout.ready_by_part(solved, [part.blocks for part in self.parts.values()])
+            stored = self.stored if self.shortlist is None else self.shortlist.of(query_ids, solved, self.stored)
             del rows, solved
-            for train_ids, values in self.stored.scores(ready, len(query_ids), norm):
+            for train_ids, values in stored.scores(ready, len(query_ids), norm):
+                if self.shortlist is not None:
+                    train_ids, values[0] = self.shortlist.without_audited(query_ids, train_ids, values[0])
                 for ranking, some in zip(rankings, values, strict=True):
                     ranking.add(query_ids, train_ids, some / n)
         return [ranking.everyones(current()).result() for ranking in rankings]

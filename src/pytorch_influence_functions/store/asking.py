@@ -19,12 +19,15 @@ from ..influence.checks import in_queries
 from ..methods.names import METHODS, as_method
 from ..objectives.base import AbstractObjective
 from ..objectives.bernoulli import Bernoulli
-from ..objectives.likelihoods import CrossEntropy, SquaredError, TokenCrossEntropy
+from ..objectives.likelihoods import CrossEntropy, SquaredError
+from ..objectives.tokens import TokenCrossEntropy
+from ..problem.fitted_weights import FittedWeights
 from ..problem.problem import Problem, check_model
 from ..problem.working_precision import in_working_precision
 from .build import LOSS, METHOD, PARAMETERS, check_model_is_same, describe_parameters
 from .folder import IndexFolder
 
+_BUILD: Final = "build another index"
 _KNOWN_LOSSES: Final = (CrossEntropy(), SquaredError(), Bernoulli(), TokenCrossEntropy())
 
 
@@ -38,6 +41,7 @@ class Asker:
         loss: its training loss.
         train: the training data; None: not given.
         problem: all of it, where that was given.
+        built_at: the model's weights when the index was built or opened.
         facts: what the index says of parameters and weight decay.
     """
 
@@ -45,6 +49,7 @@ class Asker:
     loss: Any
     train: Any
     problem: Problem | None
+    built_at: FittedWeights
     facts: Mapping[str, Any] = field(default_factory=dict)
     _known: dict[str, Derivatives] = field(default_factory=dict)
     _fitted: dict[str, Attribution] = field(default_factory=dict)
@@ -52,7 +57,7 @@ class Asker:
     @staticmethod
     def of(problem: Problem) -> Asker:
         """Of a whole problem."""
-        return Asker(problem.model, problem.objective, problem.data, problem)
+        return Asker(problem.model, problem.objective, problem.data, problem, FittedWeights.of(problem))
 
     @staticmethod
     def at_open(opened: IndexFolder, model: Any, loss: Any, train: Any) -> Asker:
@@ -78,14 +83,16 @@ class Asker:
         data = (torch.zeros(2, 1), torch.zeros(2)) if train is None else train
         problem = _problem(model, loss, data, manifest.facts)
         check_model_is_same(manifest, problem, where)
-        return Asker(model, loss, train, None if train is None else problem, manifest.facts)
+        whole = None if train is None else problem
+        return Asker(model, loss, train, whole, FittedWeights.of(problem), manifest.facts)
 
     def derivatives(self, queries: Any, where: str, fingerprint: Fingerprint) -> Derivatives:
         """How gradients are taken, not projected; looked at once, on the training data or else on the queries.
 
         Raises:
-            InvalidInput: loss or parameters are not those of the index.
+            InvalidInput: loss, parameters or weights are not those of the index.
         """
+        self.built_at.check(_BUILD)
         if "" not in self._known:
             problem = self.problem
             if problem is None:
@@ -107,8 +114,10 @@ class Asker:
             count: how many examples the index holds.
 
         Raises:
-            InvalidInput: there are no training data, or others; or the index's method is not known by name.
+            InvalidInput: there are no training data, or others; the weights have changed; or the index's method is not
+                known by name.
         """
+        self.built_at.check(_BUILD)
         if self.problem is None or len(self.problem) != count:
             held = "none are given" if self.problem is None else f"{len(self.problem):,} are given"
             raise InvalidInput(

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..linalg import blocks as _blocks
 from ..linalg.blocks import AbstractBlock, Conv, Dense, Indexed, Outer, Sum
-from ..linalg.rows import Rows
 from ..linalg.window import Window
-
-
-def join_rows(parts: Sequence[Rows]) -> Rows:
-    """Rows of several batches, one after the other, in factors: shorter ones get terms of zeros."""
-    return Rows({name: _join([rows.blocks[name] for rows in parts]) for name in parts[0].blocks})
-
-
-def _join(several: Sequence[AbstractBlock]) -> AbstractBlock:
-    outers = [b for b in several if isinstance(b, Outer)]
-    if len(outers) == len(several):
-        most = max(b.terms for b in outers)
-        return _blocks.cat([Outer(_padded(b.left, most), _padded(b.right, most)) for b in outers])
-    tables = [b for b in several if isinstance(b, Indexed)]
-    if len(tables) == len(several):
-        most = max(b.index.shape[1] for b in tables)
-        return _blocks.cat([Indexed(_padded(b.index, most), _padded(b.values, most), b.size) for b in tables])
-    return _blocks.cat(several)
-
-
-def _padded(x: Tensor, terms: int) -> Tensor:
-    if x.shape[1] == terms:
-        return x
-    return torch.cat([x, x.new_zeros(len(x), terms - x.shape[1], *x.shape[2:])], 1)
 
 
 def split_block(block: AbstractBlock, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -28,7 +28,6 @@ from ..problem.ingredients import CODE, WEIGHTS, describe_model, digest_data, di
 from ..problem.labels import labels_of
 from ..problem.problem import Problem, sweep
 from ..problem.working_precision import in_working_precision
-from .block_forms import join_rows
 from .codecs import CODECS
 from .columns import Columns
 from .examples import Examples, ShardSource, hash_examples
@@ -376,7 +375,7 @@ def encode_shard(
             rows.append(gradients.rows)
     if rows and any(forms != coded[0][1] for _, forms in coded):
         # Batches differ in their number of terms, as padded texts do; the form is that of all together.
-        coded = [layout.encode(join_rows(rows))]
+        coded = [layout.encode(Rows.cat(rows))]
     together = {name: [piece for tensors, _ in coded for piece in tensors[name]] for name in coded[0][0]}
     together[HASHES] = hashes
     known = [label for label in labels if label is not None]
@@ -428,3 +427,28 @@ def check_model_is_same(manifest: Manifest, problem: Problem, where: str) -> Non
             f"The model is not the one that the index in {where!r} was built from: its {' and '.join(changed)} differ; "
             "load that model, or build another index."
         )
+
+
+def fitted_of(folder: IndexFolder) -> FittedBasis:
+    """What stays the same for all rows of an index."""
+    manifest = folder.manifest
+    return FittedBasis.from_file(folder.read(manifest.basis), representation_of(manifest))
+
+
+def whole_layout(folder: IndexFolder, fitted: FittedBasis) -> AbstractLayout:
+    """How the rows of an index are stored.
+
+    Args:
+        folder: the index.
+        fitted: its basis.
+
+    Raises:
+        InvalidInput: it was not built to its end.
+    """
+    manifest = folder.manifest
+    if not manifest.complete:
+        raise InvalidInput(
+            f"The index in {os.fspath(folder.path)!r} was not built to its end: {manifest.examples:,} examples are "
+            "stored; call Index.build(...) or append(...) again, which goes on, or wait for the process that is at it."
+        )
+    return layout_of(manifest, fitted, representation_of(manifest))

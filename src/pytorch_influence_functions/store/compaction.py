@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .filters import choose_examples
+from ..core.errors import InvalidInput, name_ids
+from .filters import mask_of
 from .folder import IndexFolder, writing
 from .manifest import Shard, ranges_of
 from .shard_files import write_file
@@ -27,7 +27,16 @@ def remove(folder: IndexFolder, ids: Any) -> IndexFolder:
     """
     if not isinstance(ids, (slice, Tensor)):
         ids = [ids] if isinstance(ids, int) else list(ids) if isinstance(ids, Iterable) else ids
-    chosen = choose_examples(folder, ids, None, lambda: None)
+    alive = folder.manifest.mask()
+    asked = mask_of(ids, len(alive))
+    gone = (asked & ~alive).nonzero().flatten().tolist()
+    if gone and not isinstance(ids, slice):
+        raise InvalidInput(
+            f"Example {name_ids(gone)} was removed from the index before; name only what it still holds."
+        )
+    chosen = asked & alive
+    if not bool(chosen.any()):
+        raise InvalidInput("No example was named that the index still holds; name at least one to remove.")
     with writing(folder.path):
         opened = IndexFolder.open(folder.path, folder.check)
         opened.write(opened.manifest.without(chosen.nonzero().flatten().tolist()))
@@ -46,7 +55,7 @@ def compact(folder: IndexFolder) -> IndexFolder:
         opened = IndexFolder.open(folder.path, folder.check)
         mask = opened.manifest.mask()
         shards = tuple(_compacted(opened, shard, mask[shard.ids]) for shard in opened.manifest.shards)
-        opened.write(replace(opened.manifest, shards=shards))
+        opened.write(opened.manifest.with_shards(shards))
         opened.drop_unlisted()
     return opened
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def choose_examples(
     alive = folder.manifest.mask()
     mask = alive
     if ids is not None:
-        asked = _as_mask(ids, len(alive))
+        asked = mask_of(ids, len(alive))
         gone = (asked & ~alive).nonzero().flatten().tolist()
         if gone and not isinstance(ids, slice):
             raise InvalidInput(f"Example {name_ids(gone)} was removed from the index; leave it out of ids=.")
@@ -71,12 +71,22 @@ def candidates_of(ids: Any, where: Any, n_rows: int, size: int) -> Candidates | 
     return Candidates(positions, positions)
 
 
-def _as_mask(ids: Any, n: int) -> Tensor:
+def mask_of(ids: Any, n: int) -> Bool[Tensor, " n"]:
+    """Positions, a slice or a mask among n examples as a mask.
+
+    Args:
+        ids: which of them.
+        n: how many there are, those that were removed included.
+
+    Raises:
+        InvalidInput: they are none of these, or outside.
+    """
     mask = torch.zeros(n, dtype=torch.bool)
     if isinstance(ids, slice):
         mask[ids] = True
         return mask
     try:
+        ids = sorted(ids) if isinstance(ids, Set) else ids
         positions = torch.as_tensor(ids if isinstance(ids, Tensor) else np.asarray(ids))
     except (TypeError, ValueError, RuntimeError) as cause:
         named = '; names of examples are a column: where={"name": [...]}' if _names_examples(ids) else ""

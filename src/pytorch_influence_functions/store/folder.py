@@ -17,9 +17,11 @@ from ..core.distributed import alone, current
 from ..core.errors import InvalidInput
 from ..core.files import cannot_write, locked, make_folder, remove_leftovers
 from .manifest import MANIFEST, Manifest, Shard, StoredFile
-from .shard_files import MappedFile, map_file, write_file
+from .shard_files import MappedFile, map_bytes, map_file, write_file
 
-_BASIS, _ROWS, _COLUMNS = "basis", "rows", "columns"
+_BASIS, _ROWS, _COLUMNS, GRAPH = "basis", "rows", "columns", "graph"
+# Files of tensors, and the graph in the format of its library.
+_OWN = (*(f"{stem}-*.safetensors" for stem in (_BASIS, _ROWS, _COLUMNS)), f"{GRAPH}-*.faiss")
 
 
 @final
@@ -37,6 +39,7 @@ class IndexFolder:
     manifest: Manifest
     check: bool = True
     _verified: set[str] = field(default_factory=set)
+    _graphs: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def open(path: str | os.PathLike[str], check: bool = True) -> IndexFolder:
@@ -56,6 +59,21 @@ class IndexFolder:
         mapped = map_file(self.path, stored, self.check and stored.name not in self._verified)
         self._verified.add(stored.name)
         return mapped
+
+    def open_graph(self, stored: StoredFile, restore: Callable[[Path], Any]) -> Any:
+        """The graph, opened once; its contents are verified before.
+
+        Args:
+            stored: its file.
+            restore: opens it.
+
+        Raises:
+            InvalidInput: it is missing, cut off or damaged.
+        """
+        if stored.name not in self._graphs:
+            map_bytes(self.path, stored, self.check).close()
+            self._graphs[stored.name] = restore(self.path / stored.name)
+        return self._graphs[stored.name]
 
     def glance(self, stored: StoredFile) -> MappedFile:
         """One of the files, of which little will be read: its contents are not verified for that."""
@@ -111,14 +129,23 @@ class IndexFolder:
         for stored in self.manifest.files:
             map_file(self.path, stored, verify=True)
             self._verified.add(stored.name)
+        if self.manifest.graph is not None:
+            map_bytes(self.path, self.manifest.graph.file, verify=True)
 
     def drop_unlisted(self) -> None:
         """Remove files of an index that do not count: a killed process left them, or they were replaced."""
         listed = {file.name for file in self.manifest.files}
-        for path in self.path.glob("*.safetensors"):
-            if path.name.startswith((f"{_BASIS}-", f"{_ROWS}-", f"{_COLUMNS}-")) and path.name not in listed:
+        if self.manifest.graph is not None:
+            listed.add(self.manifest.graph.file.name)
+        for path in own_files(self.path):
+            if path.name not in listed:
                 with suppress(OSError):
                     path.unlink()
+
+
+def own_files(folder: Path) -> list[Path]:
+    """All files of an index but its record, whether they count or not."""
+    return [path for pattern in _OWN for path in folder.glob(pattern)]
 
 
 def write_basis(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> StoredFile:
@@ -140,6 +167,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         InvalidInput: another process writes there, or the folder cannot be written to.
     """
+    if not os.fspath(path):
+        raise InvalidInput("The folder of the index is named ''; give the path of a folder of its own.")
     if current().rank > 0:
         yield Path(path)
         return
@@ -155,10 +184,9 @@ def clear(folder: Path) -> None:
     """Remove an index: its record first, so that what is left does not count."""
     with suppress(OSError):
         (folder / MANIFEST).unlink()
-    for stem in (_BASIS, _ROWS, _COLUMNS):
-        for path in folder.glob(f"{stem}-*.safetensors"):
-            with suppress(OSError):
-                path.unlink()
+    for path in own_files(folder):
+        with suppress(OSError):
+            path.unlink()
 
 
 def check_room(folder: Path, wanted: int) -> None:

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from ..core.digest import digest
 from ..core.distributed import current
 from ..core.errors import InvalidInput
-from ..core.validate import flag, whole_number
+from ..core.validate import flag
 from ..curvature.base import Budget
 from ..damping.rules import AbstractDamping
 from ..gradients.per_example import Derivatives
-from ..influence.attribution import Attribution
-from ..influence.candidates import lists_of
 from ..influence.checks import check_top
 from ..influence.parts import By
 from ..influence.question import Question
@@ -34,7 +32,7 @@ from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from .answering import Search, parts_of
 from .asking import Asker
-from .build import Plan, add_examples, build, layout_of, refuse_cut_up, representation_of
+from .build import Plan, add_examples, build, fitted_of, refuse_cut_up, whole_layout
 from .columns import Columns, annotate, further_columns
 from .compaction import compact, remove
 from .describe import IndexForecast, diagnostics_of, labels_of_index
@@ -42,7 +40,9 @@ from .examples import Examples
 from .filters import candidates_of, choose_examples
 from .fitted_basis import FittedBasis
 from .folder import IndexFolder, by_first, writing
+from .graph import Shortlist, build_graph, check_ef
 from .layouts import AbstractLayout
+from .rerank import check_rerank, exact_method
 from .rerank import rerank as rescore
 from .search import StoredRows
 
@@ -178,15 +178,15 @@ class Index:
     def score(
         self, queries: Any, measure: Any = None, top: int | None = None, *, aggregate: Any = None, contrast: Any = None,
         ids: Any = None, where: Any = None, normalised: bool = False, damping: AbstractDamping | float | None = None,
-        rerank: int | None = None, method: MethodLike | None = None, audit: int = 256, by: None = None,
-        memory: Budget | int | str = "1GB", batch_size: int | None = None,
+        ef: int | None = None, rerank: int | None = None, method: MethodLike | None = None, audit: int = 256,
+        by: None = None, memory: Budget | int | str = "1GB", batch_size: int | None = None,
     ) -> Scores: ...
     @overload
     def score(
         self, queries: Any, measure: Any = None, top: int | None = None, *, aggregate: Any = None, contrast: Any = None,
         ids: Any = None, where: Any = None, normalised: bool = False, damping: AbstractDamping | float | None = None,
-        rerank: int | None = None, method: MethodLike | None = None, audit: int = 256, by: By,
-        memory: Budget | int | str = "1GB", batch_size: int | None = None,
+        ef: int | None = None, rerank: int | None = None, method: MethodLike | None = None, audit: int = 256,
+        by: By, memory: Budget | int | str = "1GB", batch_size: int | None = None,
     ) -> PartScores: ...
     # fmt: on
     @entry
@@ -202,6 +202,7 @@ class Index:
         where: Any = None,
         normalised: bool = False,
         damping: AbstractDamping | float | None = None,
+        ef: int | None = None,
         rerank: int | None = None,
         method: MethodLike | None = None,
         audit: int = 256,
@@ -227,11 +228,13 @@ class Index:
             normalised: divide every score by sqrt(g^T (C + lambda)^-1 g) of its example, as RelatIF does.
             damping: `PerDirection(share)`, `Relative(share)`, `Absolute(value)` or a number, no rule that measures
                 gradients; `None`: that of the method. Any other costs nothing.
+            ef: look only at so many candidates for each end, which the graph of `build_graph` names for every query
+                (ef of HNSW), instead of at all rows; scores are as they are stored. `None`: look at all rows.
             rerank: take so many candidates from each end of the index's ranking, and rank them by exact scores, which
                 a method computes on the training data; `top` of them are kept. `None`: the index's scores.
             method: that method; `None`: the one that the index was built with, whose gradients are not projected then.
-            audit: how many other examples, drawn at random, get exact scores too: what the index missed among them
-                bounds what it missed among all, and stands in the diagnostics.
+            audit: how many other examples, drawn at random, are scored too with `ef=` or `rerank=`: what was missed
+                among them bounds what was missed among all, and stands in the diagnostics.
             by: `"layer"`, patterns of names, or patterns by the name of the part: the scores of every part, which add
                 up to the whole. With `top` each part has its own extremes.
             memory: what scores and solved queries may take.
@@ -248,27 +251,27 @@ class Index:
         start = time.perf_counter()
         check_top(top)
         flag("normalised", normalised)
-        given = {"ids=": ids, "where=": where, "normalised=": normalised, "damping=": damping, "rerank=": rerank}
+        given = {
+            "ids=": ids,
+            "where=": where,
+            "normalised=": normalised,
+            "damping=": damping,
+            "rerank=": rerank,
+            "ef=": ef,
+        }
         agree_on_given({**given, "method=": method, "by=": by, "audit=": audit, "the index": self._contents()})
         if rerank is not None:
-            if lists_of(ids) is not None:
-                raise InvalidInput(
-                    "rerank= finds candidates, and ids= names them for every query; leave rerank= out, or have the "
-                    "live method compute them: ptif.ekfac().fit(problem).score(queries, ids=ids)."
-                )
-            if by is not None:
-                raise InvalidInput(
-                    "by= tells the index's own scores apart, and rerank= replaces them by exact ones; leave one out, "
-                    "or have the live method tell them apart: ptif.ekfac().fit(problem).score(queries, ids=ids, by=by)."
-                )
-            exact = self._attribution(top, rerank, normalised, method, damping, audit)
+            check_rerank(rerank, top, audit, ids, by, normalised)
+            exact = exact_method(self.asker, self.folder.manifest, method, damping)
             asked: dict[str, Any] = {"aggregate": aggregate, "contrast": contrast, "batch_size": batch_size}
             chosen_by: dict[str, Any] = {"ids": ids, "where": where, "damping": damping, "memory": memory}
-            first = self.score(queries, measure, rerank, **asked, **chosen_by)
+            first = self.score(queries, measure, rerank, ef=ef, audit=0, **asked, **chosen_by)
             mask = choose_examples(self.folder, ids, where, lambda: self.labels)
             return rescore(
                 first, lambda chosen: exact.score(queries, measure, ids=chosen, **asked), mask, int(top or 0), audit
             )
+        if ef is not None:
+            check_ef(ef, top, audit, ids, by, normalised)
         if method is not None:
             raise InvalidInput("method= is that of rerank=, which is not given; add rerank=, or leave method= out.")
         budget = Budget.of(memory)
@@ -283,7 +286,8 @@ class Index:
         some = ids if own is None else own.union
         mask = choose_examples(self.folder, some, where, lambda: labels_of_index(self.folder))
         stored = StoredRows(self.folder, layout, mask, current())
-        search = Search(question, stored, own, parts, inverse, normalised, budget)
+        few = None if ef is None else Shortlist.open(self.folder, fitted, ef, audit, mask)
+        search = Search(question, stored, own, parts, inverse, normalised, budget, few)
         search.check_memory()
         decay = derivatives.whole.decay
         record = diagnostics_of(self.folder.manifest, derivatives.problem, shift, decay, len(question), start)
@@ -308,28 +312,6 @@ class Index:
         for ids, values in stored.self_influence(inverse):
             own[ids] = values.cpu() / len(self)
         return current().sum_into(own)
-
-    def _attribution(
-        self, top: int | None, candidates: int, normalised: bool, method: Any, damping: Any, audit: int
-    ) -> Attribution:
-        """The method that computes exact scores, fitted once."""
-        whole_number(
-            "rerank", candidates, top or 1, hint="it is how many candidates are taken for the top= that is kept"
-        )
-        whole_number("audit", audit, 0)
-        if top is None or normalised:
-            what = "normalised=True" if normalised else "no top="
-            raise InvalidInput(
-                f"rerank= gives exact scores to the ends of a ranking, and {what} was asked for; write top=10, "
-                f"rerank={candidates} without normalised=."
-            )
-        manifest = self.folder.manifest
-        if len(manifest.parts) > 1:
-            raise InvalidInput(
-                "rerank= reads examples from the training data by their place, and this index has appended ones; build "
-                "an index of all data, or leave rerank= out."
-            )
-        return self.asker.attribution(method, damping, manifest.fingerprint, len(self))
 
     # ---------------------------------------------------------------- changing what is stored
 
@@ -420,6 +402,27 @@ class Index:
         """
         return replace(self, folder=self._changed(lambda: compact(self.folder)))
 
+    @entry
+    def build_graph(self, links: int = 16, ef: int = 64) -> Index:
+        """Make a graph of nearest neighbours over the rows, which `score(..., ef=)` asks instead of reading them all.
+
+        Made once and kept in the folder. Examples that are appended later are all looked at, removed ones have no
+        score; calling it again makes it anew. Needs faiss: `pip install 'pytorch-influence-functions[ann]'`.
+
+        Args:
+            links: how many neighbours each row is linked with (M of HNSW).
+            ef: candidates that are looked at for these links (ef_construction of HNSW); more take longer and find more.
+
+        Returns:
+            The index with it.
+
+        Raises:
+            InvalidInput: the index keeps factors, or was not built to its end.
+            MissingExtra: faiss is not installed.
+        """
+        agree_on_given({"links=": links, "ef=": ef, "the index": self._contents()})
+        return replace(self, folder=self._changed(lambda: build_graph(self.folder, links, ef)))
+
     def _changed(self, work: Callable[[], IndexFolder]) -> IndexFolder:
         """The index after what the first of the processes that share the work does to it."""
         opened = by_first(self.folder.path, self.folder.check, work)
@@ -464,17 +467,10 @@ class Index:
         return (whole if fitted.projector is None else replace(whole, projector=fitted.projector)), fitted
 
     def _fitted(self) -> FittedBasis:
-        manifest = self.folder.manifest
-        return FittedBasis.from_file(self.folder.read(manifest.basis), representation_of(manifest))
+        return fitted_of(self.folder)
 
     def _layout(self, fitted: FittedBasis) -> AbstractLayout:
-        manifest = self.folder.manifest
-        if not manifest.complete:
-            raise InvalidInput(
-                f"The index in {self._where!r} was not built to its end: {manifest.examples:,} examples are stored; "
-                "call Index.build(...) or append(...) again, which goes on, or wait for the process that is at it."
-            )
-        return layout_of(manifest, fitted, representation_of(manifest))
+        return whole_layout(self.folder, fitted)
 
 
 def _plan(problem: Problem, method: Any, representation: Any, dtype: Any, budget: Any, data: Any, shard: Any) -> Plan:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .._version import __version__
+from ..core.digest import digest
 from ..core.errors import InvalidInput
 from ..core.files import write_bytes
 from ..core.fingerprint import Fingerprint
@@ -84,6 +85,36 @@ class Shard:
 
 @final
 @dataclass(frozen=True)
+class GraphRecord:
+    """A graph of nearest neighbours over stored rows.
+
+    Args:
+        file: which one.
+        rows: the digest of what it was built on.
+        stop: it tells of the examples before this one.
+        left: how many of them are not in it, because their rows are small.
+        largest_left: the size of the largest of these rows.
+    """
+
+    file: StoredFile
+    rows: str
+    stop: int
+    left: int
+    largest_left: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**vars(self), "file": vars(self.file)}
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> GraphRecord:
+        """What `to_dict` gave."""
+        file, rows = StoredFile.from_dict(stored["file"]), str(stored["rows"])
+        return GraphRecord(file, rows, int(stored["stop"]), int(stored["left"]), float(stored["largest_left"]))
+
+
+@final
+@dataclass(frozen=True)
 class Manifest:
     """What `index.json` says.
 
@@ -97,6 +128,7 @@ class Manifest:
         removed: examples that do not count, as ranges (first, one after the last).
         complete: whether the last build or append came to its end.
         columns: files of what else is known of the examples, one part of them after the other.
+        graph: that names candidates; None: there is none.
     """
 
     fingerprint: Fingerprint
@@ -108,6 +140,7 @@ class Manifest:
     complete: bool = False
     notes: tuple[str, ...] = field(default=())
     columns: tuple[StoredFile, ...] = ()
+    graph: GraphRecord | None = None
 
     @property
     def examples(self) -> int:
@@ -117,11 +150,11 @@ class Manifest:
     @property
     def bytes(self) -> int:
         """Of all files together."""
-        return sum(file.bytes for file in self.files)
+        return sum(file.bytes for file in self.files) + (0 if self.graph is None else self.graph.file.bytes)
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
-        """All files that count."""
+        """All files of tensors that count."""
         return (self.basis, *(shard.file for shard in self.shards), *self.columns)
 
     def mask(self) -> Bool[Tensor, " n"]:
@@ -136,6 +169,25 @@ class Manifest:
         mask = self.mask()
         mask[torch.tensor(sorted(set(ids)), dtype=torch.long)] = False
         return replace(self, removed=ranges_of((~mask).nonzero().flatten().tolist()))
+
+    def digest_rows(self, stop: int) -> str:
+        """Of the rows of all examples before this one, and of what they are coordinates in.
+
+        Args:
+            stop: the first example of another part.
+        """
+        return digest(self.basis.sha256, [shard.file.sha256 for shard in self.shards if shard.stop <= stop])
+
+    def with_shards(self, shards: tuple[Shard, ...]) -> Manifest:
+        """The same rows in other files.
+
+        Args:
+            shards: in their order; some rows of removed examples may be missing.
+        """
+        changed = replace(self, shards=shards)
+        if self.graph is None or self.graph.rows != self.digest_rows(self.graph.stop):
+            return changed
+        return replace(changed, graph=replace(self.graph, rows=changed.digest_rows(self.graph.stop)))
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -190,6 +242,7 @@ class Manifest:
                 bool(stored["complete"]),
                 tuple(map(str, stored["notes"])),
                 tuple(StoredFile.from_dict(entry) for entry in stored.get("columns", [])),
+                None if stored.get("graph") is None else GraphRecord.from_dict(stored["graph"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as cause:
             if isinstance(cause, InvalidInput):
@@ -216,6 +269,8 @@ class Manifest:
             "notes": self.notes,
             "columns": [vars(file) for file in self.columns],
         }
+        if self.graph is not None:
+            content["graph"] = self.graph.to_dict()
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 

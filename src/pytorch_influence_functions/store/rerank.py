@@ -2,93 +2,68 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final, final
+from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from ..core.errors import InvalidInput
+from ..core.validate import whole_number
+from ..influence.attribution import Attribution
+from ..influence.candidates import lists_of
 from ..scores.scores import Scores
+from .asking import Asker
+from .audit import Recall, count_entering, draw_audit
+from .manifest import Manifest
 
-_SEED: Final = 0
-# The chance that a bound is wrong.
-_RISK: Final = 0.05
 
+def check_rerank(candidates: int, top: int | None, audit: int, ids: Any, by: Any, normalised: bool) -> None:
+    """Refuse what exact scores of candidates cannot be given with; the arguments are those of `Index.score`.
 
-@final
-@dataclass(frozen=True, eq=False)
-class Recall:
-    """What the first stage missed, as far as a random sample of the other examples tells.
-
-    Args:
-        candidates: examples whose exact scores were computed because the index named them.
-        audited: examples drawn at random from all others, with exact scores.
-        better: how many of these would have entered a query's top k at either end, over all queries.
-        queries: how many queries there were.
-        others: examples that were neither.
+    Raises:
+        InvalidInput: they cannot.
     """
-
-    candidates: int
-    audited: int
-    better: int
-    queries: int
-    others: int
-
-    @property
-    def bound(self) -> float:
-        """The share of the other examples that would have entered is below this, with 95 % confidence."""
-        return clopper_pearson(self.better, self.audited * self.queries, _RISK)
-
-    def __str__(self) -> str:
-        return (
-            f"exact scores for {self.candidates:,} candidates of the index; of {self.audited:,} other examples drawn "
-            f"at random {self.better:,} of {self.audited * self.queries:,} scores would have entered a top list, so at "
-            f"most {self.bound:.2g} of the {self.others:,} that were not looked at, with 95 % confidence"
+    if lists_of(ids) is not None:
+        raise InvalidInput(
+            "rerank= finds candidates, and ids= names them for every query; leave rerank= out, or have the "
+            "live method compute them: ptif.ekfac().fit(problem).score(queries, ids=ids)."
+        )
+    if by is not None:
+        raise InvalidInput(
+            "by= tells the index's own scores apart, and rerank= replaces them by exact ones; leave one out, "
+            "or have the live method tell them apart: ptif.ekfac().fit(problem).score(queries, ids=ids, by=by)."
+        )
+    whole_number("rerank", candidates, top or 1, hint="it is how many candidates are taken for the top= that is kept")
+    whole_number("audit", audit, 0)
+    if top is None or normalised:
+        what = "normalised=True" if normalised else "no top="
+        raise InvalidInput(
+            f"rerank= gives exact scores to the ends of a ranking, and {what} was asked for; write top=10, "
+            f"rerank={candidates} without normalised=."
         )
 
 
-def clopper_pearson(successes: int, trials: int, risk: float = _RISK) -> float:
-    """The upper end of the exact one-sided confidence interval of a share; 1 where nothing was tried.
+def exact_method(asker: Asker, manifest: Manifest, method: Any, damping: Any) -> Attribution:
+    """The method that computes exact scores, fitted once.
 
     Args:
-        successes: how many there were.
-        trials: out of how many.
-        risk: the chance that the share is above.
+        asker: how gradients of queries are taken.
+        manifest: of the index.
+        method: as for `Index.score`.
+        damping: as for `Index.score`.
 
-    Reference: Clopper & Pearson (1934).
-
-    >>> round(clopper_pearson(0, 100), 4), round(clopper_pearson(3, 100), 3), clopper_pearson(5, 5)
-    (0.0295, 0.076, 1.0)
+    Raises:
+        InvalidInput: the training data are not at hand, or the method is not known.
     """
-    if successes >= trials:
-        return 1.0
-    low, high = successes / trials, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        # P(at most so many successes) falls as the share rises.
-        low, high = (middle, high) if _at_most(successes, trials, middle) > risk else (low, middle)
-    return high
-
-
-def _at_most(successes: int, trials: int, share: float) -> float:
-    log_share, log_rest = math.log(share), math.log1p(-share)
-    total = 0.0
-    for k in range(successes + 1):
-        ways = math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
-        total += math.exp(ways + k * log_share + (trials - k) * log_rest)
-    return total
-
-
-def draw_audit(mask: Tensor, candidates: Int[Tensor, " c"], audit: int) -> Int[Tensor, " a"]:
-    """Examples at random among those that count and are no candidates, the same ones every time."""
-    free = mask.clone()
-    free[candidates] = False
-    others = free.nonzero().flatten()
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(_SEED))
-    return others[order[:audit]].sort().values
+    if len(manifest.parts) > 1:
+        raise InvalidInput(
+            "rerank= reads examples from the training data by their place, and this index has appended ones; build "
+            "an index of all data, or leave rerank= out."
+        )
+    return asker.attribution(method, damping, manifest.fingerprint, manifest.examples)
 
 
 def rerank(
@@ -110,18 +85,12 @@ def rerank(
     computed = exact_scores(ids)
     values = computed.values.gather(1, torch.searchsorted(ids, first.indices))
     exact = replace(first, values=values).top(top)
-    better = _entering(exact, computed.values[:, torch.searchsorted(ids, others)], top)
-    recall = Recall(len(candidates), len(others), better, len(first), int(mask.sum()) - len(ids))
+    better = count_entering(exact.values, computed.values[:, torch.searchsorted(ids, others)], top)
+    looked_at = f"exact scores for {len(candidates):,} candidates of the index"
+    left = int(mask.sum()) - len(ids)
+    recall = Recall(looked_at, len(others), len(others) * len(first), better, left)
     index_notes = tuple(note for note in first.diagnostics.notes if note not in computed.diagnostics.notes)
     notes = (*computed.diagnostics.notes, *index_notes, str(recall))
     seconds = first.diagnostics.seconds + computed.diagnostics.seconds
     diagnostics = replace(computed.diagnostics, notes=notes, seconds=seconds)
     return replace(exact, diagnostics=diagnostics, provenance=computed.provenance)
-
-
-def _entering(exact: Scores, audited: Float[Tensor, "q a"], top: int) -> int:
-    """How many audited scores lie beyond the last of a query's top list, at either end."""
-    sorted_values = exact.values.double().sort(1, descending=True).values
-    k = min(top, sorted_values.shape[1])
-    highest, lowest = sorted_values[:, k - 1 : k], sorted_values[:, -k][:, None]
-    return int(((audited > highest) | (audited < lowest)).sum())

@@ -23,6 +23,8 @@ from .layouts import AbstractLayout, Stored
 _MOST: Final = 1 << 18
 _NUMBERS: Final = 1 << 23
 _SCORES: Final = 1 << 20
+# Where fewer than this share of a file's rows count, these are taken out, and no other is read.
+_FEW: Final = 1 / 4
 
 
 @final
@@ -73,8 +75,7 @@ class StoredRows:
             asked = self.mask[shard.first : shard.stop]
             if not bool(asked.any()):
                 continue
-            file = self.folder.read(shard.file)
-            ids = shard.ids
+            file, ids = self.folder.read(shard.file), shard.ids
             kept = asked if shard.kept is None else self.mask[ids]
             stored = {k: v for k, v in file.tensors.items() if k not in (HASHES, LABELS)}
             numbers = 1.0 if as_stored else max(width, sum(v.numel() for v in stored.values()) / max(1, len(ids)))
@@ -82,6 +83,10 @@ class StoredRows:
             yield from self._pieces(ids, stored, file.record["forms"], kept, step)
 
     def _pieces(self, ids: Tensor, stored: Stored, forms: Any, kept: Tensor, step: int) -> Iterator[Part]:
+        if int(kept.sum()) < _FEW * len(ids):
+            for some in torch.split(kept.nonzero().flatten(), step):
+                yield Part(ids[some], {k: v[some] for k, v in stored.items()}, forms, None)
+            return
         everything = bool(kept.all())
         for start in range(0, len(ids), step):
             chunk = slice(start, start + step)

@@ -31,6 +31,8 @@ _DTYPES: Final = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+# Bytes that are read at once.
+_PIECE: Final = 1 << 22
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -82,7 +84,7 @@ def write_file(
 
 
 def map_file(folder: Path, stored: StoredFile, verify: bool) -> MappedFile:
-    """Map a file into memory.
+    """Map a file of tensors into memory.
 
     Args:
         folder: where it lies.
@@ -92,6 +94,11 @@ def map_file(folder: Path, stored: StoredFile, verify: bool) -> MappedFile:
     Raises:
         InvalidInput: it is not there, cut off, or its contents have changed.
     """
+    return _parse(map_bytes(folder, stored, verify), os.fspath(folder / stored.name))
+
+
+def map_bytes(folder: Path, stored: StoredFile, verify: bool) -> mmap.mmap:
+    """Map any file into memory; the arguments and refusals are those of `map_file`."""
     path = folder / stored.name
     where = os.fspath(path)
     try:
@@ -118,7 +125,17 @@ def map_file(folder: Path, stored: StoredFile, verify: bool) -> MappedFile:
             f"{where!r} is damaged: its contents are not those that were written; restore it, or remove the folder and "
             "build the index anew."
         )
-    return _parse(mapped, where)
+    return mapped
+
+
+def describe_file(folder: Path, name: str) -> StoredFile:
+    """What a file is that lies in the folder."""
+    sha256, size = hashlib.sha256(), 0
+    with open(folder / name, "rb") as file:
+        while piece := file.read(_PIECE):
+            sha256.update(piece)
+            size += len(piece)
+    return StoredFile(name, size, sha256.hexdigest())
 
 
 def _parse(mapped: mmap.mmap, where: str) -> MappedFile:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from os import PathLike
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -12,57 +11,38 @@ from torch import Tensor
 
 from ...core.distributed import World, current
 from ...core.errors import NonFinite
-from ...core.indexing import spread_sample
-from ...gradients.per_example import MOST_TOGETHER, Derivatives, Tape
+from ...gradients.per_example import Derivatives, Tape
 from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, matrix_shape
-from ...linalg.chunks import CHUNK_NUMBERS
 from ...linalg.kronecker import Kronecker
 from ...linalg.kronecker_block import KroneckerBlock
 from ...linalg.rows import Rows
 from ...objectives.base import AbstractObjective
 from ...objectives.differentiated import output_curvature
 from ...problem.checkpoints import Checkpoint, at_checkpoint
-from ...problem.data import Source, suited_size
+from ...problem.data import Source
 from ...problem.problem import first_batch, sweep
 from ..base import Budget
 from ..cost import BlockSize, terms_of
-from ..exact import ENUMERATED_OUTPUTS, GGN, Fisher, finite_outputs
+from ..exact import GGN, Fisher, finite_outputs
 from ..fisher import AbstractFisher
 from ..own_losses import require_output_curvature
 from .cache import FactorCache, fingerprint_factors
-from .moments import IN_TURN, BlockFactors, Moments, Sharing, teaching_terms, unified
-
-# Share of the memory budget that rows kept for a second look may take.
-_KEPT_SHARE = 1 / 16
-# A side of length d is measured on at least this many gradients times d.
-_TERMS_PER_SIDE = 2
-# At least so many examples for the basis and for the eigenvalues in it: where every example is one term, and where it
-# is the sum of many. Linear datamodelling score of a perceptron (one term) with 2,000, 512, 256 and 128 examples for
-# the eigenvalues: .44, .44, .43, .41.
-_ALONE, _SHARED = (256, 512), (128, 256)
-
+from .moments import BlockFactors, teaching_terms, unified
+from .plan import (
+    KEPT_SHARE,
+    Plan,
+    check_layers,
+    columns_by_default,
+    needed_examples,
+    nested_samples,
+    numbers_of,
+    stretches,
+    workspace_of,
+)
 
 AtCheckpoint: TypeAlias = tuple[Checkpoint | None, Derivatives]
 Columns: TypeAlias = dict[str, list[AbstractBlock]]
 """Rows of one batch: per block, one entry per column of the Fisher matrix's root."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured, on what, and where it is kept: the settings of one fit."""
-
-    moments: Moments
-    sharing: Sharing
-    corrected: bool
-    fisher: AbstractFisher | None
-    examples: int | None
-    largest: int
-    folder: str | PathLike[str] | None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that change the numbers: all but where they are kept."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"}
 
 
 @dataclass(eq=False)
@@ -74,11 +54,13 @@ class Fit:
     budget: Budget
     world: World = field(default_factory=current)
     columns: int = 1
-    ids: Tensor = field(default_factory=lambda: torch.arange(0))
-    more: Tensor = field(default_factory=lambda: torch.arange(0))
+    ids: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of every block, the examples that its basis is measured on: those of a block that needs fewer are among them."""
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+    """Likewise the examples that its eigenvalues are measured on."""
     wide: Source | None = None
     counted: float | None = None
-    """The output directions of this process's share of `more`, once a pass has gone over them."""
+    """The output directions of this process's share of `_shared`, once a pass has gone over them."""
 
     def run(self) -> Kronecker:
         """Measure every block, in groups that fit in memory.
@@ -96,7 +78,7 @@ class Fit:
         shapes = [b.shape for b in look.blocks.values()]
         numbers = sum(numbers_of(shape, self.plan) for shape in shapes)
         # With what decomposing the largest takes, while all are held.
-        size = (numbers + max(_workspace(shape, self.plan.largest) for shape in shapes)) * look.dtype.itemsize
+        size = (numbers + max(workspace_of(shape, self.plan.largest) for shape in shapes)) * look.dtype.itemsize
         cache = self._cache(size)
         # Read and verified; kept in memory where all blocks have room there.
         on_disk = iter(()) if cache is None else cache.finished_by_all(self.world)
@@ -121,7 +103,7 @@ class Fit:
         notes, short, long = [], [], []
         for name, block in look.blocks.items():
             terms = teaching_terms(block)
-            count = int(len(self.ids) * len(self.members) * terms * (self.columns if terms_of(block) == 1 else 1))
+            count = int(len(self.ids[name]) * len(self.members) * terms * (self.columns if terms_of(block) == 1 else 1))
             if float(blocks[name].values.abs().max()) == 0.0:
                 notes.append(f"no training example moves {name!r}: its gradients are all zero, and so is its influence")
             elif isinstance(block, (Outer, Conv)) and count < self._side(block):
@@ -167,17 +149,25 @@ class Fit:
             return Fisher(samples=1), 1
         return fisher, columns
 
-    def _ids(self, look: Rows) -> tuple[Tensor, Tensor]:
-        """The examples that the basis, and the eigenvalues in it, are measured on: spread over all.
+    def _ids(self, look: Rows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The examples that each basis, and the eigenvalues in it, are measured on: spread over all.
 
         A basis needs more terms than a side is long, which examples with many positions give sooner than eigenvalues
-        are known to a few per cent.
+        are known to a few per cent. A layer that few positions reach, as the last of a classifier of texts, needs more
+        examples than the others, which do not read them all for its sake.
         """
         n = len(self.members[0][1].problem)
         # Padding teaches nothing, and must not decide on how many examples the basis is measured.
-        sizes = [replace(BlockSize.of(b), terms=max(1, round(teaching_terms(b)))) for b in look.blocks.values()]
+        sizes = {
+            name: replace(BlockSize.of(b), terms=max(1, round(teaching_terms(b)))) for name, b in look.blocks.items()
+        }
         basis, values = needed_examples(self.plan, sizes)
-        return spread_sample(n, basis), spread_sample(n, values)
+        return nested_samples(n, basis), nested_samples(n, values)
+
+    @property
+    def _shared(self) -> Tensor:
+        """The examples that the eigenvalues of all blocks are measured on."""
+        return min(self.more.values(), key=len)
 
     def _side(self, block: AbstractBlock) -> int:
         """The longest side that is decomposed."""
@@ -189,7 +179,10 @@ class Fit:
         names, device = tuple(first.space.blocks), first.problem.device
         if self.plan.folder is None:
             return FactorCache.temporary(size, self.budget, names, device) if size > self.budget.bytes else None
-        every = torch.tensor(sorted({*self.ids.tolist(), *self.more.tolist()}))
+        samples = [*stretches(self.ids, names), *stretches(self.more, names)]
+        # Where all blocks are measured on the same, as a set: which of it was read first changes nothing.
+        every = torch.cat([ids for _, ids in samples])
+        every = torch.unique(every) if len(samples) == 2 else every
         checkpoints = [checkpoint for checkpoint, _ in self.members]
         fingerprint = fingerprint_factors(self.plan.settings, first, checkpoints, every)
         return FactorCache.of(self.plan.folder, fingerprint, names, device)
@@ -198,7 +191,7 @@ class Fit:
         """Blocks that are fitted together: as many as the budget holds, with what decomposing one of them takes."""
         shapes, size = {k: look.blocks[k].shape for k in names}, look.dtype.itemsize
         check_layers(shapes, self.plan, size, self.budget)
-        room = self.budget.bytes / size - max((_workspace(s, self.plan.largest) for s in shapes.values()), default=0)
+        room = self.budget.bytes / size - max((workspace_of(s, self.plan.largest) for s in shapes.values()), default=0)
         group: list[str] = []
         filled = 0
         for name, shape in shapes.items():
@@ -216,33 +209,47 @@ class Fit:
     def _fit(self, blocks: Mapping[str, AbstractBlock], cache: FactorCache | None) -> dict[str, KroneckerBlock]:
         plan = self.plan
         factors = {
-            k: BlockFactors.of(k, b, plan.moments, plan.sharing, plan.largest, int(teaching_terms(b) * len(self.ids)))
+            k: BlockFactors.of(
+                k, b, plan.moments, plan.sharing, plan.largest, int(teaching_terms(b) * len(self.ids[k]))
+            )
             for k, b in blocks.items()
         }
-        keep = plan.corrected and len(self.ids) == len(self.more) and self._fits(blocks)
+        alike = all(torch.equal(self.ids[k], self.more[k]) for k in blocks)
+        keep = plan.corrected and alike and self._fits(blocks)
         kept: list[Columns] = []
-        for one, other in self._batches(tuple(blocks), self.ids, (0, 1) if keep else (0,)):
-            for name, factor in factors.items():
-                factor.see(one[name])
-            if keep:
-                kept.append(other)
+        for names, ids in stretches(self.ids, tuple(blocks)):
+            for one, other in self._batches(names, ids, (0, 1) if keep else (0,)):
+                for name in names:
+                    factors[name].see(one[name])
+                if keep:
+                    kept.append(other)
         weight = len(self.members) * self.fisher.averaged
-        self._decompose(factors, len(self.ids) * weight)
+        self._decompose(factors, weight)
         fitted = {}
         if plan.corrected:
-            again = iter(kept) if keep else (other for _, other in self._batches(tuple(blocks), self.more, (1,)))
-            for columns in again:
-                for name, factor in factors.items():
-                    factor.see_squares(columns[name])
+            for columns in iter(kept) if keep else self._second_look(tuple(blocks)):
+                for name, rows in columns.items():
+                    factors[name].see_squares(rows)
         for name, factor in factors.items():
-            block = self._finished(factor, len(self.more) * weight)
+            block = self._finished(factor, len(self.more[name]) * weight)
             if cache is not None:
                 cache.write_once(name, block, self.world)
             fitted[name] = block
         return fitted
 
-    def _decompose(self, factors: Mapping[str, BlockFactors], count: int) -> None:
-        """Sum the moments of every process's share of the data, and decompose them: each side on one process."""
+    def _second_look(self, blocks: tuple[str, ...]) -> Iterator[Columns]:
+        """The columns that eigenvalues are measured on, of the blocks that take part in each batch."""
+        for names, ids in stretches(self.more, blocks):
+            for _, columns in self._batches(names, ids, (1,)):
+                yield columns
+
+    def _decompose(self, factors: Mapping[str, BlockFactors], weight: int) -> None:
+        """Sum the moments of every process's share of the data, and decompose them: each side on one process.
+
+        Args:
+            factors: of every block.
+            weight: how often each example was seen.
+        """
         sides = [(factor, axis, what) for factor in factors.values() for axis, what in factor.sides()]
         for _, axis, _ in sides:
             self.world.sum_into(axis.moment)
@@ -259,8 +266,8 @@ class Fit:
                 vectors, values = eigen.get(id(axis)) or axis.room()
                 assert vectors is not None
                 eigen[id(axis)] = self.world.broadcast(vectors, owner), self.world.broadcast(values, owner)
-        for factor in factors.values():
-            factor.rebase(eigen[id(factor.left)], eigen[id(factor.right)], count)
+        for name, factor in factors.items():
+            factor.rebase(eigen[id(factor.left)], eigen[id(factor.right)], len(self.ids[name]) * weight)
 
     def _finished(self, factor: BlockFactors, count: int) -> KroneckerBlock:
         assert factor.basis is not None, "decompose() came first"
@@ -282,29 +289,30 @@ class Fit:
     def _fits(self, blocks: Mapping[str, AbstractBlock]) -> bool:
         """Whether the rows of a whole pass may be kept for a second look."""
         bytes_each = sum(_held(b, self.columns) * b.reference.element_size() / len(b) for b in blocks.values())
-        return bytes_each * len(self.ids) * len(self.members) <= self.budget.bytes * _KEPT_SHARE
+        most = max(len(self.more[name]) for name in blocks)
+        return bytes_each * most * len(self.members) <= self.budget.bytes * KEPT_SHARE
 
     def _output_directions(self) -> float:
-        """In how many directions the outputs of all examples have curvature, from those that the fit reads."""
+        """In how many directions the outputs of all examples have curvature, from those that all blocks read."""
         (checkpoint, derivatives), n = self.members[0], len(self.members[0][1].problem)
         if self.fisher.given_labels:
             return float(n)  # one gradient each
         if self.counted is None:  # every block was on disk
             objective, model, self.counted = derivatives.objective, derivatives.problem.model, 0.0
             with at_checkpoint(model, checkpoint), torch.no_grad():
-                for ids, batch in sweep(derivatives.problem, self.wide, self.more, "output directions", self.world):
+                for ids, batch in sweep(derivatives.problem, self.wide, self._shared, "output directions", self.world):
                     self.counted += _count_directions(objective, objective.outputs(model, batch), batch, len(ids))
         counted = self.world.all_sum(torch.tensor([self.counted], dtype=torch.float64))
-        return float(counted) * n / len(self.more)
+        return float(counted) * n / len(self._shared)
 
     def _batches(
         self, names: tuple[str, ...], over: Tensor, draws: tuple[int, ...]
     ) -> Iterator[tuple[Columns, Columns]]:
         """For every batch the columns of draw 0 and of draw 1, as far as asked for.
 
-        Both are the same where nothing is drawn. The first pass over all that the fit reads counts output directions.
+        Both are the same where nothing is drawn. The first pass over what all blocks read counts output directions.
         """
-        counts = self.counted is None and len(over) == len(self.more) and not self.fisher.given_labels
+        counts = self.counted is None and torch.equal(over, self._shared) and not self.fisher.given_labels
         counted = 0.0
         for number, (checkpoint, derivatives) in enumerate(self.members):
             if derivatives.projector is None and len(names) < len(derivatives.space.blocks):
@@ -322,8 +330,8 @@ class Fit:
                             cotangent = cotangents.pop(0)
                             rows = tape.rows(cotangent, keep_graph=bool(cotangents) or not last)
                             for k in names:
-                                of_block = columns.setdefault(k, [])
-                                of_block += unified([*of_block[:1], rows.blocks[k]])[-1:]
+                                so_far = columns.setdefault(k, [])
+                                so_far += unified([*so_far[:1], rows.blocks[k]])[-1:]
                             del rows  # its inputs, which the columns share, before those of the next are made
                         column_sets.append(columns)
                     yield column_sets[0], column_sets[-1]
@@ -352,26 +360,6 @@ def _count_directions(objective: AbstractObjective, outputs: Tensor, batch: Any,
     return examples * output_curvature(objective).output_directions(outputs, batch)
 
 
-def needed_examples(plan: Plan, blocks: Sequence[BlockSize]) -> tuple[int, int]:
-    """On how many examples the basis is measured, and on how many the eigenvalues in it."""
-    if plan.examples is not None:
-        return plan.examples, plan.examples
-    alone = all(block.terms == 1 for block in blocks)
-    needed, measured = _ALONE if alone else _SHARED
-    for block in blocks:
-        # Scales and biases alone are few: their block may be of low rank, and damping fills it up.
-        if block.factored:
-            side = max((d for d in matrix_shape(block.shape) if d <= plan.largest), default=0)
-            needed = max(needed, _TERMS_PER_SIDE * side // block.terms)
-    more = max(needed, measured)
-    return (needed if plan.corrected else more), more
-
-
-def columns_by_default(columns: int, blocks: Sequence[BlockSize]) -> int | None:
-    """How many columns are enumerated where nothing was asked for; None where a label is drawn instead."""
-    return columns if columns <= ENUMERATED_OUTPUTS and all(block.terms == 1 for block in blocks) else None
-
-
 def owners_of(sizes: Sequence[int], workers: int) -> list[int]:
     """Which of `workers` processes decomposes each side: the longest first, each to whom has the least work, of d^3.
 
@@ -383,62 +371,6 @@ def owners_of(sizes: Sequence[int], workers: int) -> list[int]:
         owners[k] = min(range(workers), key=work.__getitem__)
         work[owners[k]] += float(sizes[k]) ** 3
     return owners
-
-
-def numbers_of(shape: tuple[int, ...], plan: Plan) -> int:
-    """What a finished block holds: two bases and eigenvalues, which are float64 where they are products."""
-    o, i = matrix_shape(shape)
-    return sum(d * d for d in (o, i) if d <= plan.largest) + (1 if plan.corrected else 2) * o * i
-
-
-def passing_bytes(plan: Plan, blocks: Sequence[BlockSize], n: int, columns: int, number_bytes: int) -> float:
-    """What a fit on `n` examples holds beside its factors, and lets go: rows for the second look, or of one batch, the
-    space of the largest decomposition, and what is written out of rows that are no single outer product.
-
-    Args:
-        plan: what is measured.
-        blocks: of parameters.
-        n: training examples.
-        columns: rows per example.
-        number_bytes: of each number.
-    """
-    basis, values = (min(n, count) for count in needed_examples(plan, blocks))
-    each = sum(_held_each(block, columns) for block in blocks)
-    rows, most = each * basis, _KEPT_SHARE * Budget().bytes / number_bytes
-    together = min(max(basis, values), MOST_TOGETHER, suited_size(each))
-    if not plan.corrected or basis != values or rows > most:
-        rows = each * together
-    workspace = max((_workspace(block.shape, plan.largest) for block in blocks), default=0)
-    # Squares of single outer products, and on a CPU of large blocks, are taken without writing the gradients out.
-    shared = [block for block in blocks if not block.factored or (block.terms > 1 and block.numel < IN_TURN)]
-    written = max((min(CHUNK_NUMBERS, together * block.numel) for block in shared), default=0)
-    return float(number_bytes) * (rows + max(workspace, written))
-
-
-def _held_each(block: BlockSize, columns: int) -> float:
-    """Numbers that the columns of one example hold in one block, when their input is kept once."""
-    if not block.factored:
-        return float(block.numbers * columns)
-    return float(block.numbers + (columns - 1) * block.terms * matrix_shape(block.shape)[0])
-
-
-def check_layers(shapes: Mapping[str, tuple[int, ...]], plan: Plan, number_bytes: int, budget: Budget) -> None:
-    """Refuse a layer whose factors alone, with what their decomposition takes, are above the budget.
-
-    Raises:
-        TooLarge: there is one; it is named.
-    """
-    sizes = {k: (numbers_of(s, plan) + _workspace(s, plan.largest)) * number_bytes for k, s in shapes.items()}
-    if sizes:
-        worst = max(sizes, key=lambda k: sizes[k])
-        budget.check(
-            sizes[worst], f"The Kronecker factors of one layer, {worst!r},", "lower `largest`, or leave the layer out"
-        )
-
-
-def _workspace(shape: tuple[int, ...], largest: int) -> int:
-    """What decomposing takes beside it: the longer side four times in float64."""
-    return 8 * max((d * d for d in matrix_shape(shape) if d <= largest), default=0)
 
 
 def _held(block: AbstractBlock, columns: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...linalg.blocks import AbstractBlock, Conv, Indexed, Outer, Sum, matrix_shape
 from ...linalg.chunks import chunks
@@ -17,8 +18,9 @@ from ...linalg.eigh import eigh_shared
 from ...linalg.kronecker_block import KroneckerBlock
 from ..cost import terms_of
 
-# Moments at least this long are added up in so many panels, to leave out most of the lower triangle.
-_PANELLED, _PANELS = 256, 4
+# Moments at least this long are added up in at most so many panels, to leave out most of the lower triangle, but none
+# narrower than products are fast.
+_PANELLED, _PANELS, _NARROWEST = 256, 8, 96
 # Uses of a weight beyond this many times the longer side tell nothing new about a basis: positions are then skipped.
 _USES_PER_SIDE = 64
 # Numbers of a gradient from which on its squares are added example by example.
@@ -60,11 +62,11 @@ class Axis:
         return Axis(size, full, like.new_zeros((size, size) if full else (size,)))
 
     def add(self, x: Float[Tensor, "m d"], weight: float = 1.0) -> None:
-        """weight * sum_m x x^T; of a full moment only the upper panels: it is symmetric, five eighths of the work."""
+        """weight * sum_m x x^T; of a full moment only the upper panels, nine sixteenths of the work."""
         if not self.full:
             self.moment.add_(x.square().sum(0), alpha=weight)
             return
-        step = self.size if self.size < _PANELLED else -(-self.size // _PANELS)
+        step = self.size if self.size < _PANELLED else max(_NARROWEST, -(-self.size // _PANELS))
         for start in range(0, self.size, step):
             self.moment[start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:], alpha=weight)
 
@@ -246,47 +248,56 @@ class BlockFactors:
                 self._add_squares(self.basis.into_basis(column.take(chunk)))
 
     def _squares_of_outers(self, columns: list[Outer]) -> None:
+        """Uses without any gradient are left out before anything is turned: padding, what no label depends on."""
         assert self.basis is not None
+        n, terms = columns[0].left.shape[:2]
         lefts, rights = _distinct([c.left for c in columns]), _distinct([c.right for c in columns])
-        if columns[0].terms == 1 and min(len(lefts), len(rights)) == 1:
+        if terms == 1 and min(len(lefts), len(rights)) == 1:
             # sum_c (Q^T g_c)^2 x (Q^T a)^2: one product for all columns.
             left = sum(_turn(x[:, 0], self.basis.left).square_() for x in lefts)
             right = sum(_turn(x[:, 0], self.basis.right).square_() for x in rights)
             self.squares.addmm_(torch.as_tensor(left).T, torch.as_tensor(right))
             return
-        if not self.basis.factors_are_cheaper(columns[0].terms):
+        teaches = teaching_uses(columns) if terms > 1 else None
+        counts = [terms] * n if teaches is None else teaches.sum(1).tolist()
+        if not self.basis.factors_are_cheaper(-(-sum(counts) // n)):
             for column in columns:
                 self._add_squares(self.basis.into_basis(column))
             return
-        known = {x.data_ptr(): _turn(x, self.basis.left) for x in lefts}
-        others = {x.data_ptr(): _turn(x, self.basis.right) for x in rights}
+        chosen = slice(None) if teaches is None else teaches
+        known = {x.data_ptr(): _turn(_choose(x, chosen), self.basis.left) for x in lefts}
+        others = {x.data_ptr(): _turn(_choose(x, chosen), self.basis.right) for x in rights}
         for column in columns:
-            self._add_outer_squares(Outer(known[column.left.data_ptr()], others[column.right.data_ptr()]))
+            self._add_outer_squares(known[column.left.data_ptr()], others[column.right.data_ptr()], counts)
 
-    def _add_outer_squares(self, turned: Outer) -> None:
-        """The squares of sums of outer products.
+    def _add_outer_squares(self, left: Float[Tensor, "m o"], right: Float[Tensor, "m i"], counts: list[int]) -> None:
+        """The squares of sums of outer products, of so many neighbours each.
 
         On a CPU one example after the other, some rows of the matrix at a time: it stays in the cache, which takes a
         third of the time of writing all of them out.
         """
         assert self.squares is not None
-        if turned.terms == 1 or self.squares.numel() < IN_TURN or turned.left.device.type != "cpu":
-            self._add_squares(turned.dense())
+        if max(counts) <= 1:
+            self.squares.addmm_(left.square().T, right.square())
+            return
+        lefts, rights = torch.split(left, counts), torch.split(right, counts)
+        if self.squares.numel() < IN_TURN or left.device.type != "cpu":
+            self._add_squares(torch.bmm(pad_sequence(list(lefts), True).mT, pad_sequence(list(rights), True)))
             return
         rows, width = self.squares.shape
         panels = chunks(rows, width, most=_CACHED)
         gradient = torch.empty_like(self.squares[panels[0]])
-        for left, right in zip(turned.left, turned.right, strict=True):
+        for one, other in zip(lefts, rights, strict=True):
             for panel in panels:
                 squares = self.squares[panel]
-                some = torch.mm(left[:, panel].T, right, out=gradient[: len(squares)])
+                some = torch.mm(one[:, panel].T, other, out=gradient[: len(squares)])
                 squares.addcmul_(some, some)
 
     def _squares_of_tied(self, table: Indexed, outer: Outer) -> None:
         """(G + E)^2 = G^2 + (2 G + E) E, and E, the part of the inputs, is zero in all rows but the words of a text."""
         assert self.basis is not None and self.squares is not None
         outer = Outer(outer.left, _turn(outer.right, self.basis.right))
-        self._add_outer_squares(outer)
+        self._add_outer_squares(outer.left.flatten(0, 1), outer.right.flatten(0, 1), [outer.terms] * len(outer))
         values = _turn(table.values, self.basis.right)
         for index, value, left, right in zip(table.index, values, outer.left, outer.right, strict=True):
             words, which = torch.unique(index, return_inverse=True)

@@ -29,8 +29,9 @@ from ...problem.checkpoints import Checkpoint
 from ..base import AbstractCurvature, Budget, Form
 from ..cost import EIGENDECOMPOSITION, SINGLE_EIGENDECOMPOSITION, Amount, Cost, ProblemSize, passes_for_rows
 from ..fisher import AbstractFisher
-from .fit import Fit, Plan, check_layers, columns_by_default, needed_examples, numbers_of, passing_bytes
+from .fit import Fit
 from .moments import Moments, Sharing
+from .plan import Plan, check_layers, columns_by_default, needed_examples, numbers_of, passing_bytes
 
 
 class AbstractKronecker(AbstractCurvature):
@@ -62,7 +63,7 @@ class AbstractKronecker(AbstractCurvature):
 
     def cost(self, size: ProblemSize, form: Form) -> Cost:
         plan, blocks, n = self.plan, list(size.blocks.values()), size.examples
-        basis, values = (min(n, count) / n for count in needed_examples(plan, blocks))
+        basis, values = (min(n, max(counts.values())) / n for counts in needed_examples(plan, size.blocks))
         columns = self._columns(size)
         # Where basis and eigenvalues are measured on the same examples, their rows are kept for the second look.
         looks = basis + (values if plan.corrected and basis != values else 0.0)
@@ -75,7 +76,7 @@ class AbstractKronecker(AbstractCurvature):
             passes_for_rows(columns) * looks,
             algebra + 2 * per_example * looks * n,
             float(size.number_bytes) * sum(numbers_of(block.shape, plan) for block in blocks),
-            passing=passing_bytes(plan, blocks, n, columns, size.number_bytes),
+            passing=passing_bytes(plan, size.blocks, n, columns, size.number_bytes),
         )
 
     def product_cost(self, size: ProblemSize, vectors: Amount) -> Cost:

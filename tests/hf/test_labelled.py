@@ -1,0 +1,127 @@
+"""`ptif.hf.problem` of a model for classes and rows of texts with labels."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+
+import pytorch_influence_functions as ptif
+from tests.hf.test_command_line import write
+from tests.hf.tiny import build, gradient, products, settings, texts, tokenizer
+from tests.interface.cli_cases import Ran
+from tests.tolerance import gap
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+CLASSES = {"label2id": {"good": 0, "bad": 1, "so-so": 2}, "id2label": {0: "good", 1: "bad", 2: "so-so"}}
+# What the loss of one text is, by the type of the problem, and a label for text i.
+KINDS: dict[str, Any] = {
+    "classes": (lambda out, y: cross_entropy(out[None], torch.tensor([y])), lambda i: i % 3, {"num_labels": 3}),
+    "regression": (lambda out, y: mse_loss(out[0], torch.tensor(y).double()), lambda i: i / 3, {"num_labels": 1}),
+    "several": (
+        lambda out, y: binary_cross_entropy_with_logits(out, torch.tensor(y).double()),
+        lambda i: [i % 2, 1, 0],
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+    ),
+}
+
+
+def classifier(kind: str = "Bert", **options: Any) -> Any:
+    return build(f"{kind}ForSequenceClassification", getattr(transformers, f"{kind}Config")(**settings(**options)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["Bert", "Llama"])
+def test_rows_with_labels_give_the_gradients_of_every_text_alone(kind: str, architecture: str) -> None:
+    loss, label, options = KINDS[kind]
+    model, words = classifier(architecture, **options), tokenizer()
+    rows = [{"text": text, "label": label(i)} for i, text in enumerate(texts(6))]
+    problem = ptif.hf.problem(model, words, rows, batch_size=4)
+    own = [
+        gradient(model, loss(model(**words(row["text"], return_tensors="pt")).logits[0], row["label"])) for row in rows
+    ]
+    scores = ptif.attribute(problem, queries=rows[:2], method="grad_dot")
+    assert gap(scores.values.double(), products(model, own[:2], own)) < 1e-6
+    assert gap(ptif.grad_dot().fit(problem).score(rows[:2]).values, scores.values) < 1e-9
+
+
+def test_a_text_alone_is_asked_about_the_class_that_the_model_gives() -> None:
+    model, words = classifier(num_labels=3, **CLASSES), tokenizer()
+    names = list(CLASSES["label2id"])
+    rows = [{"review": text, "stars": names[i % 3]} for i, text in enumerate(texts(6))]
+    problem = ptif.hf.problem(model, words, rows, label_column="stars")
+    model.train()
+    with torch.no_grad():
+        answer = int(model.eval()(**words("who wrote this book", return_tensors="pt")).logits.argmax())
+    model.train()
+    scores = ptif.attribute(problem, queries="who wrote this book", method="ekfac")
+    assert model.training
+    asked = {"review": "who wrote this book", "stars": names[answer]}
+    for same in (asked, {"text": "who wrote this book", "label": answer}):
+        assert gap(ptif.attribute(problem, queries=[same], method="ekfac").values, scores.values) < 1e-9
+    other = asked | {"stars": names[(answer + 1) % 3]}
+    assert gap(ptif.attribute(problem, queries=[other], method="ekfac").values, scores.values) > 1e-3
+
+
+def test_pairs_of_texts_are_read_together() -> None:
+    model, words = classifier(num_labels=2), tokenizer()
+    rows = [{"premise": a, "hypothesis": b, "label": i % 2} for i, (a, b) in enumerate(itertools.pairwise(texts(6)))]
+    data = ptif.hf.problem(model, words, rows).data.dataset
+    assert data[0]["input_ids"] == words(rows[0]["premise"], rows[0]["hypothesis"])["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "match"),
+    [
+        ([{"words": "the cat", "label": 0}], {}, "'words', 'label' holds the texts .* give text_column="),
+        ([{"text": "the cat", "grade": 0}], {}, "'text', 'grade' holds the labels .* give label_column="),
+        ([{"text": "the cat", "label": "god"}], {}, r"label 'god', .*'good'.* Did you mean 'good'\?"),
+        ([{"text": "the cat", "label": 3}], {}, "the label 3; expected a whole number from 0 to 2"),
+        ([{"text": "the cat", "label": 0.5}], {}, "the label 0.5; expected a whole number"),
+        ([{"text": "the cat", "label": None}], {}, "Example 0 has nothing under 'label'"),
+        ([{"text": "the cat", "label": 0}], {"label_column": "lable"}, "label_column='lable' is not a column"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_refused(rows: Any, options: Any, match: str) -> None:
+    with pytest.raises(ptif.errors.InvalidInput, match=match):
+        ptif.hf.problem(classifier(num_labels=3, **CLASSES), tokenizer(), rows, **options)
+
+
+def test_what_has_no_answer_or_padding_is_refused() -> None:
+    regression = ptif.hf.problem(classifier(num_labels=1), tokenizer(), [{"text": "the cat", "label": 0.5}])
+    with pytest.raises(ptif.errors.InvalidInput, match="gives no single class that could stand in its place"):
+        ptif.attribute(regression, queries="the cat", method="grad_dot")
+    words = tokenizer()
+    words.pad_token = None
+    with pytest.raises(ptif.errors.InvalidInput, match=r"set tokenizer.pad_token = tokenizer.eos_token"):
+        ptif.hf.problem(classifier(num_labels=2), words, [{"text": "the cat", "label": 0}])
+    with pytest.warns(ptif.errors.TrainingDataWarning, match="1 of 2 texts are longer than 2 tokens"):
+        ptif.hf.problem(
+            classifier(num_labels=2),
+            tokenizer(),
+            [{"text": "the cat sat", "label": 0}, {"text": "moon", "label": 1}],
+            max_length=2,
+        )
+
+
+def test_the_command_line_asks_a_model_for_classes(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    classifier(num_labels=3, **CLASSES).float().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    rows = [{"text": text, "label": list(CLASSES["label2id"])[i % 3]} for i, text in enumerate(texts(6))]
+    told = ("--hf", folder, "--dataset", write(tmp_path / "t.jsonl", rows), "--method", "grad-dot")
+    for number, (flags, query) in enumerate(
+        (((), "the moon"), (("--answer", "bad"), {"text": "the moon", "label": "bad"}))
+    ):
+        out = tmp_path / str(number)
+        assert Ran("attribute", *told, "--query", "the moon", *flags, "--out", out, "--report").code == 0
+        problem = ptif.hf.problem(folder, None, rows)
+        expected = ptif.attribute(problem, queries=[query], method="grad-dot").values
+        scores = ptif.Scores.load(out / "scores.safetensors")
+        torch.testing.assert_close(scores.values, expected, rtol=1e-4, atol=1e-6)
+        assert number == 0 or scores.label_name(scores.query_labels[0]) == "bad"
