@@ -162,7 +162,7 @@ def _convex_composition(curvature: AbstractCurvature, size: ProblemSize, budget:
     """The cheapest exact solver for a single layer, whose loss is convex, if conjugate gradients are affordable.
 
     There the exact solution is what retraining gives: for logistic regression over MNIST a linear datamodelling score
-    of .97, where EK-FAC has .86.
+    of .97, where EK-FAC has .87.
     """
     if len(size.blocks) > 1 or not size.used_once or not curvature.gauss_newton or not size.affine:
         return None
