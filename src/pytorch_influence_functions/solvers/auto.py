@@ -55,7 +55,7 @@ class Auto(Record):
     | situation | choice |
     |---|---|
     | outputs affine in the parameters; the GGN, densely or in its dual form, within seconds or twenty passes | exact |
-    | a single layer, whose loss is convex, where 100 queries take up to half a minute | exact, also by products |
+    | one layer with a convex loss, where 100 queries are counted at half a minute | exact, by conjugate gradients too |
     | a network; the same within half a second of one core, or twice what EK-FAC takes | exact |
     | more | EK-FAC: about one pass over the data for any number of queries |
     | its factors are too large, and the dual of the empirical Fisher fits | nearly free, a little less faithful |
