@@ -91,7 +91,6 @@ class Advice(NamedTuple):
 def methods() -> list[Advice]:
     return [
         Advice("dry_run=", put_in(dry_run=True), r"write ptif.forecast\(model, train, queries, \.\.\.\)", (costs(),)),
-        Advice("top= of a forecast", costs(top=3), r"takes no top=.*leave it out", (costs(),)),
         Advice("misspelt", put_in(dampng=0.1), r"Did you mean 'damping'", (put_in(damping=0.1),)),
         Advice(
             "a name alone",

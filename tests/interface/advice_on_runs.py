@@ -95,7 +95,7 @@ def edits() -> list[Advice]:
         Advice(
             "inputs of a pair",
             edited(replace={0: (X[0], X[1])}),
-            "give a tuple with one for each",
+            "replace= takes the new inputs alone",
             (edited(replace={0: (X[0],)}), edited(replace=gone)),
         ),
         Advice("a batch axis", edited(replace={0: X[:1]}), "without a batch axis", (edited(replace={0: X[0]}),)),

@@ -577,7 +577,6 @@ CHOICES = [
         NAMED,
         r"has no argument 'wieght_decay'\. Did you mean 'weight_decay'",
     ),
-    Row("forecast of top", costs(top=3), INPUT, r"^forecast\(\) takes no top=, which does not change"),
     Row(
         "forecast argument",
         costs(batchsize=1),

@@ -190,7 +190,7 @@ def denoise(out: Any, _: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("seeded", "message"),
     [
-        (False, r"different outputs for the same batch twice.*draw the noise once per example in the dataset"),
+        (False, r"different outputs for the same batch twice.*draw noise once per example in the dataset"),
         (
             True,
             r"examples beside it .* generator that forward seeds anew; .* draw noise once per example in the dataset",

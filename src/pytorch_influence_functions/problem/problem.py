@@ -87,15 +87,16 @@ class Problem:
         model, prefix = unwrap(model)
         check_policy(deterministic)
         source = Source.of(data, batch_size)
+        loss = objective
+        model, objective = join_loss(model, as_objective(objective))
         decay = as_weight_decay(weight_decay, model, prefix)
-        if not decay.is_zero and divides_by_class_weights(objective):
+        if not decay.is_zero and divides_by_class_weights(loss):
             warn_caller(
-                f"{type(objective).__name__}(weight=...) divides by the total class weight of a batch, and here losses "
+                f"{type(loss).__name__}(weight=...) divides by the total class weight of a batch, and here losses "
                 "are averaged over the examples, beside which weight_decay= is too small or too large: give it times "
                 "weight[labels].mean() of the training labels, with loss=ptif.CrossEntropy(weight=...).",
                 TrainingDataWarning,
             )
-        model, objective = join_loss(model, as_objective(objective))
         # An iterator of parameters would be used up by the first look at it.
         chosen = _without_prefix(tuple(parameters) if isinstance(parameters, Iterator) else parameters, prefix)
         values = {
