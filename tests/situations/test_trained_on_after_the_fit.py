@@ -124,3 +124,18 @@ def test_an_index_refuses_other_weights(tmp_path: Path) -> None:
         with pytest.raises(InvalidInput, match=r"weights have changed .* build another index, or load"):
             asked.append(TRAIN)
     assert ptif.Index.build(problem, tmp_path / "another").score(QUERIES).shape == (2, 24)
+
+
+def test_running_statistics_that_a_forward_pass_in_training_mode_moved_are_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    fitted = ptif.ekfac().fit(ptif.Problem(model, LOSS, TRAIN))
+    assert model.training
+    fitted.score(QUERIES)  # our own passes move nothing
+    model.eval()(X)
+    before = copy.deepcopy(model.state_dict())
+    model.train()(X)
+    with pytest.raises(InvalidInput, match=r"in '1.running_mean' and 1 more"):
+        fitted.score(QUERIES)
+    model.load_state_dict(before)
+    fitted.score(QUERIES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, final
 
@@ -16,6 +16,8 @@ from .model_state import normalised_by
 from .problem import Problem
 
 _WORD: Final = 8
+# Other buffers may count or keep what no output depends on.
+_RUNNING: Final = ("running_mean", "running_var")
 
 
 @final
@@ -28,7 +30,7 @@ class FittedWeights:
 
     Args:
         model: whose weights; None: nothing is watched.
-        sums: shape, type and sum of bits of every parameter by name.
+        sums: shape, type and sum of bits of every parameter and running statistic by name.
     """
 
     model: nn.Module | None = None
@@ -86,6 +88,13 @@ def _sums(model: nn.Module) -> dict[str, str]:
     # Frozen weights that accelerate keeps elsewhere between passes are not read for it.
     return {
         name: f"{tuple(weight.shape)} {weight.dtype} {sum_of_bits(weight)}"
-        for name, weight in model.named_parameters()
+        for name, weight in (*model.named_parameters(), *_statistics(model))
         if id(weight) not in shortened and not weight.is_meta
     }
+
+
+def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What batch normalisation divides by outside of training, which a forward pass in training mode moves."""
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in _RUNNING and isinstance(buffer, Tensor):
+            yield name, buffer
