@@ -22,7 +22,7 @@ from .influence.checks import check_top, in_queries
 from .influence.combination import aggregate_of
 from .influence.method import AbstractMethod
 from .influence.parts import By
-from .influence.question import model_functions
+from .influence.question import model_functions, take_sides
 from .linalg.rows import Route
 from .linalg.space import Selection
 from .methods.names import MethodLike, along_the_run, as_method
@@ -191,7 +191,8 @@ def _attribute(
     if contrast is not None and (isinstance(model, Problem) or knows_texts(model)):
         contrast = _known_queries(whole, contrast, model, "contrast")
     if isinstance(source, TextQueries):
-        source, contrast, names = _sides(source, contrast)
+        names = source.names
+        source, contrast = take_sides(source, contrast)
     fitted: Any = spec.fit(whole, n_queries=_count_rows(source, asked["aggregate"]))
     asked = {name: value for name, value in (asked | {"contrast": contrast}).items() if value is not None}
     _check_asked(spec, fitted, asked)
@@ -213,14 +214,6 @@ def _finished(scores: Scores, names: list[str] | None, inferred: bool) -> Scores
     if names is not None and len(names) == len(scores) and MEAN not in scores.query_ids.tolist():
         scores = replace(scores, query_names=names)
     return replace(scores, diagnostics=replace(scores.diagnostics, inferred=inferred))
-
-
-def _sides(queries: TextQueries, contrast: Any) -> tuple[TextQueries, Any, list[str]]:
-    """Texts, what they are contrasted with, and what to call them."""
-    if contrast is not None and queries.pairs:
-        raise InvalidInput("These queries hold what they are contrasted with (against=); leave contrast= out.")
-    answers, others = queries.sides
-    return answers, contrast if others is None else others, queries.names
 
 
 def _refuse_to_verify(verify: Any, aggregate: Any, contrast: Any, ids: Any, by: Any, source: Any) -> None:

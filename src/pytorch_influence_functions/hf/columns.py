@@ -162,10 +162,8 @@ def choose_columns(
     """
     asked = {"messages": messages, "text": text, "prompt": prompt, "completion": completion}
     for role, name in asked.items():
-        if name is not None and name not in names:
-            raise UnknownName(
-                f"{role}_column={name!r} is not a column; there are {listed(names)}.{nearest(name, names)}"
-            )
+        if name is not None:
+            check_column(f"{role}_column", name, names)
     if (prompt is None) != (completion is None):
         raise InvalidInput("prompt_column= and completion_column= belong together; give both.")
     readings = [reading for reading in (messages, text, prompt) if reading is not None]
@@ -183,6 +181,21 @@ def choose_columns(
     if "text" in names:
         return Columns(text="text")
     raise InvalidInput(f"Which of the columns {listed(names)} holds the texts cannot be told; give {_cure(names)}.")
+
+
+def check_column(argument: str, name: str, names: Sequence[str]) -> None:
+    """Refuse a column that there is not.
+
+    Args:
+        argument: which names it.
+        name: the column.
+        names: of all columns.
+
+    Raises:
+        UnknownName: there is none of that name.
+    """
+    if name not in names:
+        raise UnknownName(f"{argument}={name!r} is not a column; there are {listed(names)}.{nearest(name, names)}")
 
 
 def _cure(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -16,7 +17,7 @@ from ..problem.data import BATCH_SIZE, Source
 from ..problem.model_state import preserved
 from ..problem.problem import model_device
 from .chats import is_nothing
-from .columns import listed, read_cell, rows_of
+from .columns import check_column, listed, read_cell, rows_of
 from .models import accepted_arguments, base_model
 from .padding import Padding, TrainersCollate
 from .texts import longest
@@ -65,7 +66,7 @@ class LabelledTexts:
             InvalidInput: a cell is empty, or a label is none of the model's.
         """
         encoded = [self._encode(rows[i], i) | {"labels": self._label(rows[i], i)} for i in range(len(rows))]
-        self._warn_of_cut(rows)
+        self._warn_of_cut(rows, encoded)
         return encoded
 
     def query_rows(self, queries: Any) -> list[dict[str, Any]]:
@@ -91,7 +92,11 @@ class LabelledTexts:
     def _encode(self, row: Any, index: int) -> dict[str, Any]:
         texts = [str(read_cell(row, name, index)) for name in self.texts]
         tokens = self.tokenizer(*texts, truncation=self.limit is not None, max_length=self.limit)
-        return {name: tokens[name] for name in tokens if name in accepted_arguments(self.model)}
+        return {name: tokens[name] for name in tokens if name in self._accepted}
+
+    @cached_property
+    def _accepted(self) -> tuple[str, ...]:
+        return accepted_arguments(self.model)
 
     def _label(self, row: Any, index: int) -> Any:
         value = read_cell(row, self.label, index)
@@ -127,10 +132,12 @@ class LabelledTexts:
             self.model.eval()
             return int(self.model(**to_device(given, model_device(self.model))).logits[0].argmax())
 
-    def _warn_of_cut(self, rows: Sequence[Any]) -> None:
+    def _warn_of_cut(self, rows: Sequence[Any], encoded: Sequence[Mapping[str, Any]]) -> None:
         if self.limit is None:
             return
-        whole = (self.tokenizer(*(str(rows[i][name]) for name in self.texts), verbose=False) for i in range(len(rows)))
+        # Only a text that is as long as allowed may have been longer.
+        full = [i for i, tokens in enumerate(encoded) if len(tokens[IDS]) >= self.limit]
+        whole = (self.tokenizer(*(str(rows[i][name]) for name in self.texts), verbose=False) for i in full)
         cut = sum(len(tokens[IDS]) > self.limit for tokens in whole)
         if cut:
             warn_caller(
@@ -196,10 +203,7 @@ def _class_names(config: Any) -> tuple[str, ...] | None:
 def _choose(names: Sequence[str], given: str | None, argument: str, usual: Sequence[str]) -> str:
     """The column that was named, checked; else the one with a usual name."""
     if given is not None:
-        if given not in names:
-            raise UnknownName(
-                f"{argument}={given!r} is not a column; there are {listed(names)}.{nearest(given, names)}"
-            )
+        check_column(argument, given, names)
         return given
     for name in usual:
         if name in names:
