@@ -12,7 +12,7 @@ from ..core.errors import InvalidInput, nearest
 from ..problem.data import Source
 from ..problem.problem import Problem
 from .chats import BESIDE_A_CHAT, is_chat, is_nothing, naming, read_chat
-from .columns import MESSAGES, Columns, listed, refuse_splits, rows_of_columns
+from .columns import MESSAGES, Columns, listed, refuse_splits, rows_of_columns, rows_of_frame
 from .encoding import encode_text
 from .models import find_tokenizer, is_seq2seq, token_shift
 from .padding import Padding
@@ -52,10 +52,7 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
     if isinstance(queries, (Source, DataLoader)):
         return Source.of(queries)
     refuse_splits(queries, "There are", "is asked, queries")
-    if callable(getattr(queries, "to_dicts", None)):  # of polars
-        queries = queries.to_dicts()
-    elif callable(getattr(queries, "to_dict", None)) and hasattr(queries, "columns"):
-        queries = queries.to_dict("records")
+    queries = rows_of_frame(queries)
     if isinstance(queries, Mapping) and IDS in queries:
         queries = rows_of_columns(queries)
     single = isinstance(queries, (str, Mapping)) or is_chat(queries)

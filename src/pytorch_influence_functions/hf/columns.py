@@ -83,11 +83,8 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
             f"{type(data).__name__} can only be iterated, but texts are named by index; pass list(dataset.take(n)) "
             "of as many as fit in memory."
         )
-    if callable(getattr(data, "to_dicts", None)):  # of polars
-        data = data.to_dicts()
-    elif callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):
-        data = data.to_dict("records")
-    elif columns is not None and callable(getattr(data, "with_format", None)):
+    data = rows_of_frame(data)
+    if columns is not None and callable(getattr(data, "with_format", None)):
         return data.with_format(None), list(columns)
     if len(data) == 0:
         raise InvalidInput("The dataset holds no text; at least one is needed.")
@@ -102,6 +99,19 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
         f"The first example is of type {type(first).__name__}; expected texts, chats (lists of messages), or rows with "
         "named columns."
     )
+
+
+def rows_of_frame(data: Any) -> Any:
+    """The rows of a frame of pandas or polars as dictionaries; anything else as it is.
+
+    Args:
+        data: anything.
+    """
+    if callable(getattr(data, "to_dicts", None)):  # of polars
+        return data.to_dicts()
+    if callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):
+        return data.to_dict("records")
+    return data
 
 
 def rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
