@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,20 @@ from ..scaling.base import AbstractScaling
 
 
 class TokenScores:
-    """Sums over checkpoints of weight / N <x_q, gradient of each token's part of the loss>, for chosen examples."""
+    """Sums over checkpoints of weight / N <x_q, gradient of each token's part of the loss>, for chosen examples.
 
-    def __init__(self, problem: Problem, ids: Any, n_queries: int) -> None:
+    Args:
+        problem: model, loss and training data.
+        ids: positions of the examples in the training dataset.
+        n_queries: how many queries there are.
+        along: example -> the queries along which it is followed, `None`: all; at the others its values stay 0.
+    """
+
+    def __init__(
+        self, problem: Problem, ids: Any, n_queries: int, along: Mapping[int, Sequence[int]] | None = None
+    ) -> None:
         self.problem, self.ids, self.n_queries = problem, checked_ids(ids, len(problem.data.whole)), n_queries
+        self._along = along
         self.values: dict[int, Tensor] = {}
         self._products: dict[Derivatives, Products] = {}  # tried once at each checkpoint
 
@@ -32,14 +42,20 @@ class TokenScores:
         # One by one: texts differ in length, and few are asked for. They share one bar.
         own = self.ids[current().share(len(self.ids))]
         for i in track(own, len(own), "tokens"):
+            rows, chosen = query_ids, directions
+            if self._along is not None:
+                places = torch.isin(query_ids, torch.tensor(self._along[i])).nonzero().flatten()
+                if not len(places):
+                    continue
+                rows, chosen = query_ids[places], directions.take(places)
             index = self.problem.data.index_of(i)
             for ids, batch in sweep(self.problem, ids=[index], label=UNSEEN, world=World()):
                 products = self._products[d] = self._products.get(d) or Products.of(d, batch, len(ids))
-                token_scores = products.token_losses_along(batch, directions)[:, 0].double().cpu()
+                token_scores = products.token_losses_along(batch, chosen)[:, 0].double().cpu()
                 total = self.values.setdefault(
                     i, torch.zeros(self.n_queries, token_scores.shape[1], dtype=torch.float64)
                 )
-                total[query_ids] += token_scores * (weights[query_ids] / len(self.problem))[:, None]
+                total[rows] += token_scores * (weights[rows] / len(self.problem))[:, None]
 
     def everyones(self) -> dict[int, Tensor]:
         """The values of all texts, on every process: each of them added those of its share of the texts."""

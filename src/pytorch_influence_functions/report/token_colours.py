@@ -15,7 +15,7 @@ from ..core.errors import InvalidInput, NonFinite
 from ..core.text import printable
 from ..core.token_text import TokenText
 from ..influence.attribution import Attribution
-from ..influence.query_tokens import query_token_scores
+from ..influence.token_pairs import query_token_scores, text_token_scores
 from ..problem.data import Source
 from ..scores.scores import Scores
 from .ranking import four_digits, score_row
@@ -56,27 +56,26 @@ class TokenColours:
         if tokens is None:
             return TokenColours()
         listed = [[int(i) for side in ("help", "harm") for i, _ in entry[side]] for entry in shown]
-        helping = [[int(i) for i, _ in entry["help"]] for entry in shown]
         ids = sorted({i for some in listed for i in some})
         sign = 1.0 if scores.lower_is_better else -1.0
+        explained: list[Tensor] = []
         if isinstance(tokens, Mapping):
-            values = {i: sign * _checked(tokens, i, len(scores)) for i in ids if i in tokens}
-            explained: list[Tensor] = []
+            given = {i: sign * _checked(tokens, i, len(scores)) for i in ids if i in tokens}
+            values = [{i: given[i][q] for i in some if i in given} for q, some in enumerate(listed)]
         else:
-            values, explained = _ask(tokens, scores, ids, sign)
+            values, explained = _ask(tokens, scores, listed, sign)
         documents: dict[int, dict[int, list[int]]] = {}
         strongest = {}
-        for q, some in enumerate(listed):
-            rows = {i: values[i][q] for i in some if i in values}
+        for q, rows in enumerate(values):
             largest = max((float(row.abs().max()) for row in rows.values() if row.numel()), default=0.0)
             strongest[q] = four_digits(largest)
             for i, row in rows.items():
                 documents.setdefault(i, {})[q] = _steps(row, largest)
-        place = {i: at for at, i in enumerate(ids)}
         queries = {
-            q: {-1: _own_steps(rows[[place[i] for i in helping[q]]].sum(0))}
-            | {i: _own_steps(rows[place[i]]) for i in listed[q]}
+            q: {-1: _own_steps(rows[: len(shown[q]["help"])].sum(0))}
+            | {i: _own_steps(row) for i, row in zip(listed[q], rows, strict=True)}
             for q, rows in enumerate(explained)
+            if len(rows)
         }
         return TokenColours(documents, queries, strongest)
 
@@ -186,8 +185,10 @@ def _own_steps(row: Tensor) -> list[int]:
     return _steps(row, float(row.abs().max()) if row.numel() else 0.0)
 
 
-def _ask(tokens: Any, scores: Scores, ids: list[int], sign: float) -> tuple[dict[int, Tensor], list[Tensor]]:
-    """Token scores of training texts, and of the queries, from a fitted method."""
+def _ask(
+    tokens: Any, scores: Scores, listed: list[list[int]], sign: float
+) -> tuple[list[dict[int, Tensor]], list[Tensor]]:
+    """Token scores of the texts that each query lists, and of the queries for these, from a fitted method."""
     if not isinstance(tokens, Attribution):
         raise InvalidInput(
             f"tokens= is {type(tokens).__name__}; pass the fitted method that gave the scores, such as "
@@ -208,11 +209,15 @@ def _ask(tokens: Any, scores: Scores, ids: list[int], sign: float) -> tuple[dict
     # The answers that others are held against stand behind them.
     pairs = int(getattr(source, "pairs", 0))
     asked = source.subset(rows + [row + pairs for row in rows] if pairs else rows)
-    values = {i: sign * row for i, row in tokens.token_scores(asked, ids).items()}
+    if not any(listed):
+        return [{} for _ in listed], []
+    values = text_token_scores(tokens, asked, listed * 2 if pairs else listed)
     if pairs:
-        values = {i: row[: len(rows)] - row[len(rows) :] for i, row in values.items()}
+        both = zip(values[: len(rows)], values[len(rows) :], strict=True)
+        values = [{i: own[i] - other[i] for i in own} for own, other in both]
     # Of a pair the page shows the first answer.
-    return values, [sign * row for row in query_token_scores(tokens, source.subset(rows), ids)]
+    explained = query_token_scores(tokens, source.subset(rows), listed)
+    return [{i: sign * row for i, row in own.items()} for own in values], [sign * row for row in explained]
 
 
 def _checked(tokens: Mapping[int, Any], index: int, queries: int) -> Tensor:
