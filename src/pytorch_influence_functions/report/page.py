@@ -121,7 +121,8 @@ def write_report(
         target: what a predicted number is called, with its unit in brackets: `"price [$]"`.
         denormalize_target: gives back raw values of labels and predicted numbers: a function, or `(mean, std)`.
         tokens: colours the tokens of texts: the fitted method that gave the scores, which is asked about all texts
-            shown and about the queries' own tokens (one pass per query and text it shows), or what its `token_scores` gave.
+            shown and about the queries' own tokens (two passes per query and text that it shows), or what its
+            `token_scores` gave.
         sources: [N], where each training example comes from: a column to filter by, with the sum of every source's
             scores; None: the data's own, from `ptif.hf.problem(..., source_column=)`.
         k: helpful and harmful examples kept per query.
