@@ -37,7 +37,7 @@ from .layer_rules import Layout, ParameterPart, find_rule, layout_of
 from .one_by_one import Gathered, Known, gradients_one_by_one, rows_one_by_one
 from .projections import AbstractProjector, AbstractReduction
 from .recording import Capture, HookedLayer, NarrowestType, record_calls
-from .separability import refuse_batch_loss, refuse_mixing, refuse_shared_losses
+from .separability import loss_together, refuse_batch_loss, refuse_mixing, refuse_shared_losses, refuse_sum
 from .vjp import detach_parameters, per_example_vjp
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -294,7 +294,11 @@ def _slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, ids: Tens
             f"The loss of {type(objective).__name__} has no derivative in the model's outputs; it was probably "
             "detached or computed through argmax or numpy. Use a differentiable loss."
         )
-    return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
+    slope = torch.autograd.grad(losses.sum(), leaf)[0]
+    with torch.no_grad():
+        if (together := loss_together(objective, outputs, batch)) is not None:
+            refuse_sum(objective, lambda: outputs, batch, losses.detach(), together, ids)
+    return losses.detach(), slope
 
 
 def _refuse_nonfinite(values: Tensor, ids: Tensor, what: str, batch: Any = None) -> None:
@@ -405,7 +409,9 @@ class _Probe:
                     continue
                 expected = reference.dense(name).flatten(1)
                 gap = (some.blocks[name].dense().flatten(1) - expected).norm(dim=1)
-                if bool((gap > tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)).any()):
+                allowed = tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)
+                # NaN agrees with nothing but NaN, which is refused with its index.
+                if bool((~(gap <= allowed) & allowed.isfinite()).any()):
                     differing.add(name)
         return [name for name in plan.whole.blocks if name in differing]
 

@@ -255,13 +255,14 @@ class Source:
         )
 
     @cached_property
-    def _fast(self) -> tuple[Any, Tensor | None] | None:
+    def columns(self) -> tuple[Any, Tensor | None] | None:
+        """The tensors of all examples and the rows of them that are taken, None for all; None where items are read."""
         return _fast_columns(self.dataset) if self.collate is default_collate else None
 
     @property
     def in_memory(self) -> bool:
         """Whether a batch is picked out of tensors, so that reading it costs next to nothing."""
-        return self._fast is not None
+        return self.columns is not None
 
     def item(self, index: int) -> Any:
         """One example as the dataset gives it, not collated."""
@@ -314,8 +315,8 @@ class Source:
         Raises:
             InvalidInput: an item cannot be read, or a batch not collated; the item is named.
         """
-        if self._fast is not None:
-            columns, index = self._fast
+        if self.columns is not None:
+            columns, index = self.columns
             for ids in plan:
                 rows = ids if index is None else index[ids]
                 named = isinstance(columns, Mapping)
