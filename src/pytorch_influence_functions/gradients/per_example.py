@@ -35,6 +35,7 @@ from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
 from .layer_rules import Layout, ParameterPart, find_rule, layout_of
 from .one_by_one import Gathered, Known, gradients_one_by_one, rows_one_by_one
+from .padding import warn_of_padding
 from .projections import AbstractProjector, AbstractReduction
 from .recording import Capture, HookedLayer, NarrowestType, record_calls
 from .separability import loss_together, refuse_batch_loss, refuse_mixing, refuse_shared_losses, refuse_sum
@@ -369,6 +370,7 @@ class _Probe:
                 outputs = objective.outputs(model, batch)
             refuse_batch_loss(problem, objective)
         refuse_shared_losses(objective, batch, outputs)
+        warn_of_padding(problem, objective, tolerance(precision))
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         reference = None

@@ -117,6 +117,7 @@ class RunLog:
             deterministic=problem.data.determinism,
             objective=problem.describe_objective(),
             reading=problem.data.reading,
+            padding=problem.data.padding or "",
             routes=routes,
             **(logged | facts | {"notes": (*facts.get("notes", ()), *note_on_processes())}),
         )

@@ -88,6 +88,7 @@ class Diagnostics:
         objective: the training loss that was taken, as it would be written.
         inferred: whether the loss was inferred from outputs and targets rather than given.
         reading: how a loader's sampler was read, in words; empty where the whole dataset is the training set.
+        padding: what padding does to an example, in words; empty where it does nothing.
         rows: how the rows were made of the queries, in words; empty where each query is a row of its own.
         measures_gradients: whether a damping rule may look at the training data's gradients (those of an index cannot).
         needs_minimum: whether the method assumes that training had ended at a minimum (unrolled ones do not).
@@ -137,6 +138,7 @@ class Diagnostics:
     weight_decay_most: float = 0.0
     rows: str = ""
     measures_gradients: bool = True
+    padding: str = ""
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
@@ -351,9 +353,10 @@ def _mode(d: Diagnostics) -> Check:
 
 def _data(d: Diagnostics) -> Check:
     reading = f"; {d.reading}" if d.reading else ""
+    reading += f"; {d.padding}, so scores depend on who shares a batch" if d.padding else ""
     if d.deterministic == "yes":
         # What a sampler drew is not known where all examples were taken in its stead.
-        status: Status = "warn" if d.reading.startswith("all") else "ok"
+        status: Status = "warn" if d.reading.startswith("all") or d.padding else "ok"
         return Check("data", status, f"an example reads the same twice{reading}")
     if d.deterministic == "no":
         text = "an example reads differently twice (random augmentation?): scores belong to one random draw"
