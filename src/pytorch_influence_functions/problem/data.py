@@ -38,8 +38,8 @@ BATCH_SIZE = 64
 # of one batch hold together. Measured over networks of 34 to 205,000 parameters: passes in batches of 64 take up to 25
 # times as long as in batches of 2^20 to 2^22 numbers, and above 2^24 they become slower again.
 _FEWEST, _WIDEST, _NUMBERS = 8, 4096, 1 << 22
-# Items that are read twice beside the first, middle and last, as long as all of it takes no more seconds: 1 in 800 flips
-# with probability 0.1 is missed so.
+# Items that are read twice beside the first, middle and last, as long as all of it takes no more seconds. Of flips with
+# probability 0.1 this misses 1 in 800.
 _PROBES, _PROBE_SECONDS = 32, 0.02
 POLICIES = ("warn", "error", "ignore")
 
