@@ -159,9 +159,9 @@ class Products:
         with preserved(self._model, self._names), double_backward_safe(self._model):
             current = self._current
             if self.mode is PushforwardMode.FORWARD:
-                push = vmap(lambda v: jvp(f, (current,), (v,)), chunk_size=DIRECTIONS, randomness="different")
+                push = vmap(lambda v: jvp(f, (current,), (v,))[:2], chunk_size=DIRECTIONS, randomness="different")
                 with silence_slow_batching():
-                    values, pushed = push(tree)
+                    values, pushed = cast(tuple[Tensor, Tensor], push(tree))
                 return values[0], pushed
             both = [_push_by_reverse(f, current, v) for v in _unstack(tree)]
             return both[0][0], torch.stack([pushed for _, pushed in both])
