@@ -11,6 +11,8 @@ from ..core.errors import InvalidInput, UnknownName, nearest
 from .chats import is_chat, is_nothing
 
 MESSAGES: Final = ("messages", "conversations", "conversation")
+# Which tokens of a tokenised row are taught, as TRL leaves them: of completions, and of the assistant's turns.
+_MASKS: Final = ("completion_mask", "assistant_masks")
 _ONE_OF: Final = "messages_column=, text_column=, or prompt_column= with completion_column="
 
 
@@ -25,6 +27,7 @@ class Columns:
         completion: see `prompt`.
         ids: token numbers; `labels` beside them where there are any.
         labels: see `ids`.
+        masks: beside `ids`, 1 where a token is taught and 0 where it is not.
     """
 
     messages: str | None = None
@@ -33,6 +36,7 @@ class Columns:
     completion: str | None = None
     ids: str | None = None
     labels: str | None = None
+    masks: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -187,7 +191,8 @@ def choose_columns(
     if "prompt" in names and "completion" in names:
         return Columns(prompt="prompt", completion="completion")
     if "input_ids" in names:
-        return Columns(ids="input_ids", labels="labels" if "labels" in names else None)
+        masks = tuple(name for name in _MASKS if name in names)
+        return Columns(ids="input_ids", labels="labels" if "labels" in names else None, masks=masks)
     if "text" in names:
         return Columns(text="text")
     raise InvalidInput(f"Which of the columns {listed(names)} holds the texts cannot be told; give {_cure(names)}.")

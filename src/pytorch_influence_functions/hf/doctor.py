@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
@@ -17,7 +18,7 @@ from ..linalg.space import Selection
 from ..problem.model_state import derivative_safe, plain_autograd, preserved
 from ..problem.problem import Problem, model_device
 from .chats import is_chat
-from .models import accepts_positions, find_tokenizer, is_causal, is_seq2seq
+from .models import accepts_positions, find_tokenizer, is_causal, is_seq2seq, load_model
 from .normalisation import token_objective
 from .padding import Padding
 from .problem import Reading
@@ -79,7 +80,7 @@ class Checkup(Printable):
 
 @plain_autograd()
 def doctor(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     texts: Sequence[Any],
     *,
@@ -94,7 +95,7 @@ def doctor(
     backward pass per text and situation.
 
     Args:
-        model: a causal, masked or encoder-decoder model of transformers.
+        model: a causal or masked model of transformers, or the path of its folder.
         tokenizer: its tokenizer; None: the one that lies beside the model.
         texts: some texts or chats of unequal length; two at least.
         parameters: whose gradients are compared, see `ptif.Problem`; None: all that are trainable.
@@ -112,6 +113,9 @@ def doctor(
         print(ptif.hf.doctor(model, tokenizer, ["A short text.", "A text that is quite a bit longer than the other."]))
         ```
     """
+    if isinstance(model, (str, os.PathLike)):
+        tokenizer = model if tokenizer is None else tokenizer
+        model = load_model(model)
     if is_seq2seq(model):
         raise InvalidInput("doctor() looks at models that read one text; an encoder-decoder pads labels by itself.")
     tokenizer = find_tokenizer(model, tokenizer)

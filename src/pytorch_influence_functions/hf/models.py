@@ -79,6 +79,18 @@ def token_shift(model: nn.Module) -> bool | None:
     return next((shift for loss, shift in _TOKEN_LOSSES.items() if name.endswith(loss)), None)
 
 
+def classifies_tokens(model: nn.Module) -> bool:
+    """Whether every token of a text is given a class."""
+    inside = base_model(model)
+    named = any(kind.__name__.endswith("ForTokenClassification") for kind in type(inside).__mro__)
+    return named or getattr(inside, "loss_type", None) == "ForTokenClassification"
+
+
+def fills_blanks(model: nn.Module) -> bool:
+    """Whether outputs say what stands at tokens that were hidden."""
+    return token_shift(model) is False and not is_seq2seq(model) and not classifies_tokens(model)
+
+
 def _is_classifier(model: nn.Module) -> bool:
     return type(model).__name__.endswith(_CLASS_LOSSES)
 

@@ -63,6 +63,15 @@ class Reading:
         columns = (self.messages_column, self.text_column, self.prompt_column, self.completion_column)
         return any((*columns, self.label_column))
 
+    def query_texts(self, data: Any, tokenizer: Any, model: nn.Module) -> Texts:
+        """Encode queries in the form of the dataset, or rows of token numbers."""
+        plain = replace(self, packing=None, source_column=None)
+        own = (self.messages_column, self.text_column, self.prompt_column, self.completion_column)
+        names = rows_of(data)[1]
+        if IDS in names and any(name and name not in names for name in own):
+            plain = replace(plain, messages_column=None, text_column=None, prompt_column=None, completion_column=None)
+        return plain.texts(data, tokenizer, model)
+
     def texts(self, data: Any, tokenizer: Any, model: nn.Module) -> Texts:
         """Encode the rows of a dataset."""
         rows, names = rows_of(data)
@@ -129,9 +138,10 @@ def problem(
         label_column: of a model for the classes of texts (`…ForSequenceClassification`) their labels, as numbers or as
             names in `model.config.label2id`; None: `"label"` or `"labels"`. Pairs of texts are found by their names.
         source_column: where each text comes from: a name that the report page shows.
-        completion_only: whether answers alone are taught, as chats and completions are usually trained; False: all
-            tokens.
-        add_eos: whether texts end with the tokenizer's end token; None: completions do, texts do not.
+        completion_only: whether answers alone are taught, as chats and completions are usually trained, and of rows of
+            token numbers those that `completion_mask` and `assistant_masks` name (TRL leaves these); False: all tokens.
+        add_eos: whether texts end with the tokenizer's end token, one in any case; of an encoder-decoder what it
+            writes. None: completions do, other texts as the tokenizer has them. Chats end as their template says.
         max_length: the most tokens of a text; None: the most that model and tokenizer were made for. What is cut is
             told in one warning.
         packing: train on blocks of so many tokens, the texts put end to end; `ptif.hf.document_scores` gives scores of
@@ -258,7 +268,7 @@ def texts_source(
 ) -> Source:
     """Texts as data by index, padded for a model."""
     texts = reading.texts(dataset, tokenizer, model)
-    again = partial(replace(reading, packing=None, source_column=None).texts, tokenizer=tokenizer, model=model)
+    again = partial(reading.query_texts, tokenizer=tokenizer, model=model)
     texts = replace(texts, encode=again)
     cut = sum(bool(row.cut) for row in texts.encoded)
     words = describe(normalisation, float(texts.taught.double().mean()))
