@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, TypedDict, overload
 
 import torch
+from torch.utils.data import DataLoader
 
 from .core.distributed import distributed as shared_out
 from .core.errors import InvalidInput, UnknownName, nearest
@@ -32,6 +33,7 @@ from .problem.data import Source
 from .problem.infer_loss import infer_objective
 from .problem.model_state import plain_autograd
 from .problem.problem import Problem, check_model
+from .problem.random_state import same_rng
 from .problem.weight_decay import WeightDecay
 from .scores.parts import PartScores
 from .scores.scores import MEAN, Scores
@@ -189,7 +191,7 @@ def _attribute(
     contrast, names = asked["contrast"], None
     _refuse_to_verify(verify, asked["aggregate"], contrast, asked["ids"], asked["by"], source)
     if contrast is not None and (isinstance(model, Problem) or knows_texts(model)):
-        contrast = _known_queries(whole, contrast, model, "contrast")
+        contrast = _known_queries(whole, contrast, "contrast")
     if isinstance(source, TextQueries):
         names = source.names
         source, contrast = take_sides(source, contrast)
@@ -297,6 +299,7 @@ def _prepare(
         return spec, *_known_problem(name, model, train, queries, loss, options)
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
+    _check_numbers(name, train, data)
     functions = model_functions(queries)
     with in_queries():
         source = functions or Source.of(queries, batch_size, data.class_names or ())
@@ -317,21 +320,21 @@ def _known_problem(
         raise InvalidInput(f"{name}() got nothing that is asked; write queries=, as in {name}(trainer, queries=...).")
     if not isinstance(known, Problem):
         whole = hf_problem(known, dataset=train, loss=loss, **options)
-        return whole, _known_queries(whole, queries, known)
+        return whole, _known_queries(whole, queries)
     given = [*options, *(["loss"] if loss is not None else []), *(["train"] if train is not None else [])]
     if given:
         raise InvalidInput(
             f"{name}() got a problem and {given[0]}=, which belongs to it; write problem.with_({given[0]}=...), or "
             f"{name}(problem, queries=...)."
         )
-    return known, _known_queries(known, queries, known)
+    return known, _known_queries(known, queries)
 
 
-def _known_queries(problem: Problem, queries: Any, known: Any, place: str = "queries") -> Any:
+def _known_queries(problem: Problem, queries: Any, place: str = "queries") -> Any:
     """Queries in the form that a problem reads, or functions of the whole model."""
     functions = model_functions(queries)
     with in_queries(place):
-        return functions or queries_for(problem, queries, None if known is problem else known)
+        return functions or (problem.data.ask or queries_for)(problem, queries)
 
 
 def _check_asked(spec: AbstractMethod, fitted: Any, asked: Mapping[str, Any]) -> None:
@@ -353,6 +356,22 @@ def _check_given(name: str, train: Any, queries: Any) -> None:
         raise InvalidInput(
             "A text is asked and a model alone has no tokenizer; write "
             f"{name}(ptif.hf.problem(model, tokenizer, texts), queries=...)."
+        )
+
+
+def _check_numbers(name: str, train: Any, data: Source) -> None:
+    """Refuse rows of texts beside a model alone, which reads numbers; a loader may still make these of texts."""
+    if isinstance(train, (Source, DataLoader)):
+        return
+    with same_rng():
+        first = data.item(0)
+    cells = first.values() if isinstance(first, Mapping) else (first,)
+    if any(isinstance(cell, str) for cell in cells) and not any(
+        hasattr(cell, "__len__") and not isinstance(cell, str) for cell in cells
+    ):
+        raise InvalidInput(
+            "The training data are texts and a model alone has no tokenizer; write "
+            f"{name}(ptif.hf.problem(model, tokenizer, data), queries=...), or give a DataLoader that tokenises them."
         )
 
 

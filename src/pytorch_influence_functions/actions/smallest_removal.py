@@ -15,6 +15,7 @@ from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
 from ..curvature.own_losses import find_obstacle
 from ..influence.attribution import Attribution, Influence
+from ..influence.question import read_asked
 from ..methods.names import as_method
 from ..objectives.likelihoods import SquaredError
 from ..problem.agreement import entry
@@ -184,7 +185,7 @@ def flip_prediction(
     Args:
         problem, most, method, recipe, seed: as for `smallest_removal`.
         query: one query, as data: `(x[None], y[None])`, or a dataset of one example. Its label is not used, so the
-            inputs alone, `x[None]`, will do.
+            inputs alone, `x[None]`, will do; a text where the problem is of texts with labels (`ptif.hf.problem`).
 
     Raises:
         InvalidInput: the problem is none, there is more than one query, or the model gives no class scores (a
@@ -200,6 +201,7 @@ def flip_prediction(
     if isinstance(query, Tensor):
         label = torch.as_tensor(label_of(problem.data.item(0)))
         query = (query, label.expand(len(query), *label.shape))
+    query = read_asked(problem, query, "query")
     source = Source.of(query, problem.batch_size, problem.data.class_names or ())
     if len(source) != 1:
         raise InvalidInput(f"flip_prediction() is about one query, and {len(source)} were given; pick one.")

@@ -21,12 +21,15 @@ from .queries import as_queries, ask_rows, ask_texts, ask_whole_texts, check_say
 from .questions import ANSWERS, OTHERS, check_alike, is_question
 from .texts import Texts
 from .tokenised import IDS, TokenisedRows
-from .trainers import padding_as_trained, trainers_tokenizer
+from .trainers import padding_as_trained
 
-_LABELS: Final = ("label", "labels", "label_ids")
+_BY_HAND: Final = (
+    "give the one that training used, ptif.attribute(ptif.hf.problem(trainer, tokenizer), queries=...), or "
+    "ptif.hf.problem(model, tokenizer, texts)"
+)
 
 
-def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
+def queries_for(problem: Problem, queries: Any, labelled: bool = False, tokenizer: Any = None) -> Source:
     """Queries as data for a problem.
 
     A text is asked about as a whole, a chat about the assistant's last turn (generated where it ends with the user's),
@@ -37,7 +40,8 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
     Args:
         problem: the problem.
         queries: what is asked.
-        trainer: the Trainer, whose tokenizer is taken where the problem's texts have none.
+        labelled: whether texts asked of a model for classes have to have their own labels.
+        tokenizer: taken where the problem's texts have none.
 
     Raises:
         InvalidInput: nothing is asked, texts of a model that predicts no tokens, or columns that say neither what is
@@ -57,9 +61,9 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
     asked = [queries] if single else queries
     check_alike(asked)
     first = asked[0] if hasattr(asked, "__getitem__") and hasattr(asked, "__len__") and len(asked) else None
-    labelled = _labelled_queries(problem.data, asked, first)
-    if labelled is not None:
-        return _in_the_form_of(problem.data, labelled)
+    rows = _labelled_queries(problem.data, asked, first, labelled)
+    if rows is not None:
+        return _in_the_form_of(problem.data, rows)
     if not _asks(problem, first):
         return _in_the_form_of(problem.data, asked)
     check_says_texts(problem.model)
@@ -68,7 +72,8 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
             f"{type(problem.model).__name__} predicts no tokens, so a text alone asks nothing; pass queries= with "
             "their labels, in the form of the training data."
         )
-    tokenizer = _tokenizer(problem, trainer)
+    own = getattr(problem.data.dataset, "tokenizer", None)
+    tokenizer = find_tokenizer(problem.model, tokenizer if own is None else own, _BY_HAND)
     padding = padding_as_trained(Padding.of(problem.model, tokenizer), problem.data)
     if isinstance(first, str):
         return ask_whole_texts(problem.model, tokenizer, list(asked), padding)
@@ -80,11 +85,12 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
     return ask_rows(problem.model, tokenizer, list(asked), padding, add_eos=ends, read_from=read_from)
 
 
-def _labelled_queries(data: Source, asked: Any, first: Any) -> list[dict[str, Any]] | None:
+def _labelled_queries(data: Source, asked: Any, first: Any, labelled: bool) -> list[dict[str, Any]] | None:
     """Texts, with labels or without, as examples of a model for classes; None where nothing such is asked."""
     encode = data.dataset.encode_queries if isinstance(data.dataset, TokenisedRows) else None
-    texts = isinstance(first, str) or (isinstance(first, Mapping) and IDS not in first)
-    return encode(asked) if encode is not None and texts else None
+    pair = isinstance(first, (list, tuple)) and any(isinstance(part, str) for part in first)
+    texts = pair or isinstance(first, str) or (isinstance(first, Mapping) and IDS not in first)
+    return encode(asked, labelled) if encode is not None and texts else None
 
 
 def _asks(problem: Problem, first: Any) -> bool:
@@ -112,13 +118,6 @@ def _columns(data: Source) -> Columns | None:
     return data.dataset.columns if isinstance(data.dataset, Texts) else None
 
 
-def _tokenizer(problem: Problem, trainer: Any) -> Any:
-    own = getattr(problem.data.dataset, "tokenizer", None)
-    if own is None and trainer is not None:
-        own = trainers_tokenizer(trainer)
-    return find_tokenizer(problem.model, own)
-
-
 def _ends(problem: Problem) -> bool:
     """Whether what an encoder-decoder was taught to write ends with the token that ends a text."""
     texts = problem.data.dataset
@@ -131,13 +130,7 @@ def _ends(problem: Problem) -> bool:
 
 
 def _in_the_form_of(data: Source, queries: Any) -> Source:
-    """Examples read and collated as the training data are; texts with labels of a Trainer's classes tokenised."""
-    first = queries[0] if isinstance(data.dataset, TokenisedRows) and len(queries) else None
-    if isinstance(first, Mapping) and IDS not in first and isinstance(first.get("text"), str):
-        words = data.dataset.tokenizer
-        queries = [
-            dict(words(row["text"], truncation=True)) | {k: row[k] for k in _LABELS if k in row} for row in queries
-        ]
+    """Examples read and collated as the training data are."""
     encode = getattr(data.dataset, "encode", None)
     if encode is not None:
         return as_queries(encode(queries), data.collate)

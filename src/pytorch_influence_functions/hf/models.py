@@ -189,8 +189,15 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
     return loaded
 
 
-def find_tokenizer(model: nn.Module, given: Any = None) -> Any:
+def find_tokenizer(
+    model: nn.Module, given: Any = None, cure: str = "pass tokenizer=, the one that training used"
+) -> Any:
     """The tokenizer that was given, or the one that lies beside the model.
+
+    Args:
+        model: the model.
+        given: a tokenizer, or the path of one.
+        cure: what to do where there is none.
 
     Raises:
         InvalidInput: none was given and none lies where the model was loaded from.
@@ -205,4 +212,4 @@ def find_tokenizer(model: nn.Module, given: Any = None) -> Any:
         return transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as cause:
         where = f"at {place!r}" if place else "beside the model, which was not loaded from a folder or the hub"
-        raise InvalidInput(f"There is no tokenizer {where}; pass tokenizer=, the one that training used.") from cause
+        raise InvalidInput(f"There is no tokenizer {where}; {cure}.") from cause

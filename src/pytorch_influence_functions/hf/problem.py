@@ -18,7 +18,7 @@ from ..problem.problem import Problem, check_model
 from ..problem.weight_decay import WeightDecay
 from .asking import queries_for
 from .columns import choose_columns, rows_of
-from .labelled import labelled_source, reads_labelled_texts
+from .labelled import labelled_source, reads_labelled_texts, with_labelled_queries
 from .models import (
     adapter_parameters,
     base_model,
@@ -194,7 +194,8 @@ def problem(
     _refuse_other_shift(whole, loss)
     if trainer is not None and loss is None:
         check_compute_loss(trainer, data, objective)
-    made = Problem(whole, objective, replace(data, ask=queries_for), **options)
+    words = trainers_tokenizer(trainer) if trainer is not None and tokenizer is None else tokenizer
+    made = Problem(whole, objective, replace(data, ask=partial(queries_for, tokenizer=words)), **options)
     return _with_decay_of_batches(made, normalisation) if loss is None and token_shift(whole) is not None else made
 
 
@@ -225,7 +226,7 @@ def _training_data(
     padding = Padding.of(model, given, reading.padding_side)
     weighed = describe(normalisation, None) if token_shift(model) is not None else ""
     if trainer is not None and not reading.names_columns:
-        return trainers_data(trainer, dataset, padding, batch_size, weighed)
+        return with_labelled_queries(trainers_data(trainer, dataset, padding, batch_size, weighed, given), model)
     if dataset is None and trainer is not None:
         dataset = trainer.train_dataset
     if dataset is None:

@@ -42,7 +42,9 @@ def trainers_tokenizer(trainer: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int | None, reading: str = "") -> Source:
+def trainers_data(
+    trainer: Any, dataset: Any, padding: Padding, batch_size: int | None, reading: str = "", tokenizer: Any = None
+) -> Source:
     """Examples through the Trainer's own columns and collate function.
 
     Args:
@@ -51,6 +53,7 @@ def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int 
         padding: what the model has to be told about padded texts.
         batch_size: the most examples of a batch.
         reading: how the texts are weighed, in words.
+        tokenizer: shows token numbers as texts; None: the Trainer's.
 
     Raises:
         InvalidInput: there is no training set, or it can only be iterated.
@@ -71,8 +74,9 @@ def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int 
     if callable(getattr(data, "with_format", None)) and getattr(data, "format", {}).get("type") not in (None, "torch"):
         data = data.with_format(None)
     collate = TrainersCollate(_collator(trainer.data_collator, padding), _accepted(trainer), padding)
+    words = trainers_tokenizer(trainer) if tokenizer is None else tokenizer
     return Source(
-        TokenisedRows.of(data, trainers_tokenizer(trainer), collate, token_shift(trainer.model)),
+        TokenisedRows.of(data, words, collate, token_shift(trainer.model)),
         collate,
         batch_size=batch_size or BATCH_SIZE,
         fixed=batch_size is not None,

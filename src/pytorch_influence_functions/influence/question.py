@@ -81,8 +81,8 @@ class Question:
             question = _about_model(functions, top)
         else:
             asked = (problem.batch_size if problem.data.fixed else None) if batch_size is None else batch_size
-            contrast = None if contrast is None else _as_data(problem, contrast, "contrast")
-            read = _as_data(problem, queries, "queries")
+            contrast = None if contrast is None else read_asked(problem, contrast, "contrast")
+            read = read_asked(problem, queries, "queries")
             own_names = None if read is queries else read.names
             queries, contrast = (queries, contrast) if read is queries else take_sides(read, contrast)
             source = _read(problem, queries, asked, "queries")
@@ -185,12 +185,22 @@ def _refuse_beside_model(**options: Any) -> None:
             )
 
 
-def _as_data(problem: Problem, queries: Any, place: str) -> Any:
-    """Queries that are no examples, where the problem's data say how such are read: texts, chats, prompts."""
+def read_asked(problem: Problem, queries: Any, place: str, labelled: bool = False) -> Any:
+    """Queries that are no examples, where the problem's data say how such are read: texts, chats, prompts.
+
+    Args:
+        problem: the problem.
+        queries: what is asked.
+        place: the name of the argument.
+        labelled: whether each has to have its own label, and not the model's answer in its place.
+
+    Raises:
+        InvalidInput: they cannot be read, or lack labels.
+    """
     if problem.data.ask is None or isinstance(queries, (Source, DataLoader)):
         return queries
     with in_queries(place):
-        return problem.data.ask(problem, queries)
+        return problem.data.ask(problem, queries, labelled)
 
 
 def _read(problem: Problem, data: Any, batch_size: int | None, place: str) -> Source:

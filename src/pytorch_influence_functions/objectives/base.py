@@ -60,9 +60,15 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
                     "A batch has no 'labels' but 'start_positions', as models that mark answers in texts are given; "
                     "pass such a model's Trainer, which says what its loss is, as in attribute(trainer, queries=rows)."
                 )
+            cure = "so rename it in the dataset or the collate function"
+            if "input_ids" in batch:
+                cure = (
+                    "for a language model the token numbers, -100 where they are not taught; "
+                    "ptif.hf.problem(model, tokenizer, texts) makes them of texts"
+                )
             raise InvalidInput(
                 f"A batch with keys {', '.join(map(repr, batch))} has no target; expected it under "
-                "'labels' or 'label', so rename it in the dataset or the collate function."
+                f"'labels' or 'label', {cure}."
             )
         return (), {k: v for k, v in batch.items() if k != key}, batch[key]
     if not isinstance(batch, (tuple, list)):

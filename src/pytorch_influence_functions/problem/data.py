@@ -116,9 +116,9 @@ class Source:
     """Whether float64 says nothing about the data, as in NumPy's arrays, whose default it is: the model's is taken."""
     reading: str = ""
     """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
-    ask: Callable[[Any, Any], Source] | None = field(default=None, repr=False)
-    """Reads what is asked of a problem with these data, `(problem, queries) -> Source`, where it has a form of its own,
-    as texts have; None: queries have the form of the data."""
+    ask: Callable[..., Source] | None = field(default=None, repr=False)
+    """Reads what is asked of a problem with these data, `(problem, queries, labelled=False) -> Source`, where it has a
+    form of its own, as texts have; `labelled`: each has to have its label. None: queries have the form of the data."""
     _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
 
     @classmethod
