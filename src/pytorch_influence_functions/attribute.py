@@ -35,6 +35,7 @@ from .problem.model_state import plain_autograd
 from .problem.problem import Problem, check_model
 from .problem.random_state import same_rng
 from .problem.weight_decay import WeightDecay
+from .scores.difference import CONTRASTED
 from .scores.parts import PartScores
 from .scores.scores import MEAN, Scores
 from .solvers.forecast import Forecast
@@ -188,12 +189,12 @@ def _attribute(
     """What `attribute` gives: `given` are the arguments of `_prepare` behind the name, `asked` those of `score`."""
     model, loss = given[0], given[3]
     spec, whole, source = _prepare("attribute", *given)
-    contrast, names = asked["contrast"], None
+    contrast, names, both = asked["contrast"], None, None
     _refuse_to_verify(verify, asked["aggregate"], contrast, asked["ids"], asked["by"], source)
     if contrast is not None and (isinstance(model, Problem) or knows_texts(model)):
         contrast = _known_queries(whole, contrast, "contrast")
     if isinstance(source, TextQueries):
-        names = source.names
+        names, both = source.names, source if source.pairs else None
         source, contrast = take_sides(source, contrast)
     fitted: Any = spec.fit(whole, n_queries=_count_rows(source, asked["aggregate"]))
     asked = {name: value for name, value in (asked | {"contrast": contrast}).items() if value is not None}
@@ -201,8 +202,8 @@ def _attribute(
     scores: Scores | PartScores = fitted.score(source, measure, top=top if verify is None else None, **asked)
     inferred = loss is None and not isinstance(model, Problem)
     if isinstance(scores, PartScores):
-        return PartScores({part: _finished(one, names, inferred) for part, one in scores.items()})
-    scores = _finished(scores, names, inferred)
+        return PartScores({part: _finished(one, names, both, inferred) for part, one in scores.items()})
+    scores = _finished(scores, names, both, inferred)
     if verify is None:
         return scores
     verdict = scores.verify(verify, measure=whole.objective if measure is None else measure)
@@ -211,8 +212,10 @@ def _attribute(
     return scores if top is None else scores.top(top)
 
 
-def _finished(scores: Scores, names: list[str] | None, inferred: bool) -> Scores:
-    """The scores with the queries' own names, where each is a row, and whether the loss was inferred."""
+def _finished(scores: Scores, names: list[str] | None, both: TextQueries | None, inferred: bool) -> Scores:
+    """The scores with the queries' own names, where each is a row, both sides of pairs, and where the loss is from."""
+    if both is not None and scores.diagnostics.rows == CONTRASTED:
+        scores = replace(scores, query_source=both)
     if names is not None and len(names) == len(scores) and MEAN not in scores.query_ids.tolist():
         scores = replace(scores, query_names=names)
     return replace(scores, diagnostics=replace(scores.diagnostics, inferred=inferred))
@@ -361,7 +364,7 @@ def _check_given(name: str, train: Any, queries: Any) -> None:
 
 def _check_numbers(name: str, train: Any, data: Source) -> None:
     """Refuse rows of texts beside a model alone, which reads numbers; a loader may still make these of texts."""
-    if isinstance(train, (Source, DataLoader)):
+    if isinstance(train, (Source, DataLoader)) or data.in_memory:
         return
     with same_rng():
         first = data.item(0)

@@ -15,6 +15,7 @@ from ..core.validate import whole_number
 from ..problem.data import BATCH_SIZE, Source
 from ..problem.model_state import preserved
 from ..problem.reading import Collate
+from ..scores.difference import CONTRASTED
 from ..scores.scores import Scores
 from .chats import Chat, is_chat, is_nothing, join_answer, naming, read_chat
 from .columns import listed, rows_of_frame
@@ -118,6 +119,7 @@ class TextQueries(Source):
             query_ids=scores.query_ids[:n],
             query_labels=None,
             query_names=self.names,
+            diagnostics=replace(scores.diagnostics, rows=CONTRASTED),
         )
 
 

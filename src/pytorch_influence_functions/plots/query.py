@@ -54,7 +54,7 @@ def plot_influences(
     denormalize: Denormalize = None,
     class_names: list[str] | None = None,
     path: str | os.PathLike[str] | None = None,
-    tokens: Mapping[int, Any] | None = None,
+    tokens: Any = None,
     pieces: Pieces = None,
 ) -> Figure:
     """The query large, and beside it a row of helpful and a row of harmful training examples.
@@ -71,8 +71,9 @@ def plot_influences(
             stretched, on one scale for the whole picture.
         class_names: names of integer labels; by default those of the scores.
         path: also write the picture there; the ending says the format.
-        tokens: training index -> [queries, tokens], from `attribution.token_scores`: texts in full width, every token
-            coloured by its share of the score; `pieces` then turns an input into its tokens as strings.
+        tokens: the fitted method that gave the scores, or training index -> [queries, tokens], from its `token_scores`:
+            texts in full width, every token coloured by its share of the score; `pieces` then turns an input into its
+            tokens as strings.
         q: which query, as a row of the scores.
         pieces: an input's tokens as strings, one per token score; not needed where inputs are strings.
 

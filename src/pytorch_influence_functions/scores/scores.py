@@ -454,7 +454,7 @@ class Scores:
             path: where to write the picture; the ending says the format (png, pdf, svg).
             denormalize: a function applied to an example before it is shown, or `(mean, std)` per channel.
             train, queries: the data, where these scores do not remember them (after `load`).
-            tokens: for texts, what `attribution.token_scores(queries, ids)` gave: every token is coloured by its share.
+            tokens: for texts, the fitted method, or its `token_scores(queries, ids)`: tokens coloured by their shares.
             pieces: an input's tokens as strings, one per token score; not needed where inputs are strings.
 
         Returns:
