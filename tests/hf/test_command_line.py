@@ -120,7 +120,7 @@ def test_chats_are_asked_as_a_users_turn_and_prompts_as_prompts(folder: Path, tm
     pairs = [{"prompt": "who wrote", "completion": " " + text} for text in texts(4)]
     given: list[tuple[list[Any], Any]] = [
         (chats, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on a mat"}]),
-        (pairs, {"prompt": "the cat", "completion": "sat on a mat"}),
+        (pairs, ptif.hf.query(folder, prompt="the cat", completion="sat on a mat")),
     ]
     for kind, (rows, query) in enumerate(given):
         out = tmp_path / str(kind)

@@ -187,16 +187,15 @@ def query(
     padding = Padding.of(model, tokenizer, padding_side)
     if is_trainer(whole) and hasattr(getattr(whole, "train_dataset", None), "__getitem__"):
         padding = padding_as_trained(padding, trainers_data(whole, None, padding, None))
-    options: tuple[Any, ...] = (padding, max_new_tokens, add_eos)
     prompts = _listed(prompt)
     if not any(isinstance(one, Mapping) for one in prompts):
         prompts = prompts if tools is None else _with_tools(prompts, tools)
-        return ask_texts(model, tokenizer, prompts, completion, against, *options)
+        return ask_texts(model, tokenizer, prompts, completion, against, padding, max_new_tokens, add_eos)
     if completion is not None or against is not None:
         name = "against" if completion is None else "completion"
         raise InvalidInput(f"The prompts are rows, which hold their answers, beside {name}=; put it into the rows.")
     check_alike(prompts)
-    return ask_rows(model, tokenizer, prompts, *options, tools=tools)
+    return ask_rows(model, tokenizer, prompts, padding, max_new_tokens, add_eos, tools)
 
 
 def check_says_texts(model: nn.Module) -> None:
