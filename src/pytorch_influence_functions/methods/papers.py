@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, Final
 
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
@@ -25,6 +25,7 @@ from ..damping.rules import Absolute, AbstractDamping, Relative
 from ..gradients.projections import AbstractReduction
 from ..influence.agreement import Units
 from ..influence.attribution import Influence
+from ..objectives.base import AbstractObjective
 from ..objectives.measures import Margin
 from ..scaling.leverage import Leverage
 from ..scaling.relative import Cosine, RelatIF
@@ -38,6 +39,8 @@ from ..solvers.neumann import Neumann
 from ..trajectory.along import Along
 from ..trajectory.recording import RunLike
 from .projected import sketched
+
+_MARGIN: Final = Margin()
 
 
 def grad_dot() -> Influence:
@@ -109,6 +112,7 @@ def trak(
     damping: AbstractDamping | float | None = None,
     seed: int = 0,
     projection: AbstractReduction | None = None,
+    measure: AbstractObjective | None = _MARGIN,
 ) -> Influence:
     """TRAK: margin gradients projected to k dimensions, and their second moment as curvature.
 
@@ -124,12 +128,13 @@ def trak(
         seed: of the projection.
         projection: in place of k and seed, which mean `ptif.gradients.Sketch(k)`: `TwoSided(k_in)` of every layer,
             cheapest on convolutions and texts, or the dense `Gaussian(k)` of the original.
+        measure: whose gradients make the kernel; `None`: the training loss, for examples without a margin (texts).
 
     Cost: two epochs, N P operations for the sketch (N P k for `Gaussian`), k^3 for the kernel.
     Reference: Park et al. (2023). Identity: equals phi_q^T (Phi^T Phi + N lambda)^-1 phi_i (1 - p_i) in float64.
     """
     reduction, solver = sketched("trak", k, per_layer, seed, projection)
-    return Influence(EmpiricalFisher(measure=Margin()), solver, damping, projection=reduction)
+    return Influence(EmpiricalFisher(measure=measure), solver, damping, projection=reduction)
 
 
 def koh_liang(damping: AbstractDamping | float = 0.01, rtol: float = 1e-5, max_steps: int = 500) -> Influence:

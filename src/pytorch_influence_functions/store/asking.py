@@ -28,7 +28,14 @@ from .build import LOSS, METHOD, PARAMETERS, check_model_is_same, describe_param
 from .folder import IndexFolder
 
 _BUILD: Final = "build another index"
-_KNOWN_LOSSES: Final = (CrossEntropy(), SquaredError(), Bernoulli(), TokenCrossEntropy())
+_KNOWN_LOSSES: Final = (
+    CrossEntropy(),
+    SquaredError(),
+    SquaredError(average=True, half=False),
+    Bernoulli(),
+    Bernoulli(average=True),
+    *(TokenCrossEntropy(average=average, shift=shift) for average in (True, False) for shift in (False, True)),
+)
 
 
 @final
@@ -77,7 +84,8 @@ class Asker:
             loss = known_loss(manifest.fingerprint)
         if loss is None:
             raise InvalidInput(
-                f"The index in {where!r} was built with a loss of your own, {manifest.facts['loss']}; give it as loss=."
+                f"The index in {where!r} was built with the loss {manifest.facts['loss']}, which it does not keep; "
+                "give it as loss=."
             )
         # Nothing is read from the data of a problem until it is asked for.
         data = (torch.zeros(2, 1), torch.zeros(2)) if train is None else train
