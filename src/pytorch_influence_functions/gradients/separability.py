@@ -160,8 +160,8 @@ def warn_of_batch_loss(problem: Problem, objective: ModelLoss) -> None:
     warn_caller(
         f"The model returns the loss {float(together):.4g} for examples {name_ids(ids.tolist())} together, and for "
         f"each alone {float(means[0]):.4g} on average: it depends on which examples share a batch, and ModelLoss() "
-        "takes each alone, so that weights of classes cancel (write loss=ptif.CrossEntropy(weight=...)) and a balance of "
-        "experts is that of each example.",
+        "takes each alone, so that weights of classes cancel (write loss=ptif.CrossEntropy(weight=...)) and a balance "
+        "of experts is that of each example.",
         TrainingDataWarning,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Final
+from typing import Any
 
 from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
@@ -25,7 +25,6 @@ from ..damping.rules import Absolute, AbstractDamping, Relative
 from ..gradients.projections import AbstractReduction
 from ..influence.agreement import Units
 from ..influence.attribution import Influence
-from ..objectives.base import AbstractObjective
 from ..objectives.measures import Margin
 from ..scaling.leverage import Leverage
 from ..scaling.relative import Cosine, RelatIF
@@ -39,8 +38,6 @@ from ..solvers.neumann import Neumann
 from ..trajectory.along import Along
 from ..trajectory.recording import RunLike
 from .projected import sketched
-
-_MARGIN: Final = Margin()
 
 
 def grad_dot() -> Influence:
@@ -112,7 +109,7 @@ def trak(
     damping: AbstractDamping | float | None = None,
     seed: int = 0,
     projection: AbstractReduction | None = None,
-    measure: AbstractObjective | None = _MARGIN,
+    measure: Any = Margin(),
 ) -> Influence:
     """TRAK: margin gradients projected to k dimensions, and their second moment as curvature.
 
@@ -200,8 +197,7 @@ def gauss_newton(
         preconditioner: a curvature whose damped inverse guides the search, such as `EKFAC()`; `None`: none.
 
     Cost: 2 x (queries) epochs per step.
-    Reference: Martens (2010); Bae et al. (2022) for why the Gauss-Newton matrix.
-    Identity: equals the dense float64 solve.
+    Reference: Martens (2010); Bae et al. (2022) for why Gauss-Newton. Identity: equals the dense float64 solve.
     """
     return Influence(GGN(), CG(rtol=rtol, max_steps=max_steps), damping, preconditioner=preconditioner)
 
@@ -297,8 +293,7 @@ def shampoo(
         folder: where the factors of finished layers are kept, and found again; `None`: nowhere.
 
     Cost: as `ekfac()`; more where weights are shared.
-    Reference: Gupta et al. (2018), Vyas et al. (2024). Identity: its eigenvalues equal E[(Q^T grad Q)^2]; exact for one
-    example.
+    Reference: Gupta et al. (2018), Vyas et al. (2024). Identity: eigenvalues are E[(Q^T grad Q)^2]; exact for N = 1.
     """
     return Influence(Shampoo(fisher, examples, folder=folder), Spectral(), damping)
 

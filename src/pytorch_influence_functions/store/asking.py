@@ -84,8 +84,7 @@ class Asker:
             loss = known_loss(manifest.fingerprint)
         if loss is None:
             raise InvalidInput(
-                f"The index in {where!r} was built with the loss {manifest.facts['loss']}, which it does not keep; "
-                "give it as loss=."
+                f"The index in {where!r} was built with a loss of your own, {manifest.facts['loss']}; give it as loss=."
             )
         # Nothing is read from the data of a problem until it is asked for.
         data = (torch.zeros(2, 1), torch.zeros(2)) if train is None else train
