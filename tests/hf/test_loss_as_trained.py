@@ -218,6 +218,33 @@ def test_a_loader_of_texts_gives_the_scores_of_its_trainer(tmp_path: Path) -> No
     )
 
 
+class OwnModel(torch.nn.Module):
+    """A model of one's own, which returns what models of transformers return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = llama()
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None) -> dict[str, Any]:
+        logits = self.inside(input_ids=input_ids, attention_mask=attention_mask).logits
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+def test_a_model_of_ones_own_that_returns_its_loss_is_weighed_by_it(tmp_path: Path) -> None:
+    model, data = OwnModel(), tokens().remove_columns("book")
+    training = [gradient(model, own_loss(model.inside, row)) for row in ids()]
+    asked, loader = trainer(model, data, tmp_path), DataLoader(data, 3, collate_fn=collator())
+    scores = ptif.attribute(asked, queries=data.select([0, 1]), method="grad_dot")
+    assert gap(scores.values.double(), products(model, training[:2], training)) < 1e-6
+    decayed = [
+        ptif.attribute(asked, queries=data.select([0]), method=ptif.dual(damping=0.1), weight_decay=0.3),
+        ptif.attribute(model, loader, loader, method=ptif.dual(damping=0.1), weight_decay=0.3),
+    ]
+    assert gap(decayed[0].values[0], decayed[1].values[0]) < 1e-9
+
+
 def test_labels_in_tuples_that_repeat_the_inputs_are_shifted() -> None:
     model, words = llama(), tokenizer()(texts(5), padding=True, return_tensors="pt")
     training = [gradient(model, own_loss(model, row)) for row in ids()]
@@ -239,7 +266,7 @@ def test_an_encoder_decoder_without_what_its_decoder_reads_is_told_what_to_give(
         "T5ForConditionalGeneration", transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
     )
     rows = [{"input_ids": torch.tensor(row[:3]), "labels": torch.tensor(row[:3])} for row in ids()]
-    with pytest.raises(ptif.errors.InvalidInput, match=r"decoder_input_ids=model\.prepare_decoder_input_ids_from_labels"):
+    with pytest.raises(ptif.errors.InvalidInput, match=r"decoder_input_ids=model\.prepare_decoder_input_ids"):
         ptif.attribute(model, rows, rows[:1], method="grad_dot")
     for row in rows:
         row["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=row["labels"][None])[0]

@@ -197,6 +197,9 @@ def problem(
     own = OwnLoss.of(whole) if trainer is None else trainers_loss(trainer)
     objective = _objective(whole, trainer, data, weighing, options.get("device"), own)
     check_loss(whole, own, data, objective)
+    if weighing is None and isinstance(objective, TokenCrossEntropy):  # of a model that is none of transformers
+        weighing = "mean" if objective.average else "trainer"
+        data = replace(data, reading="; ".join(filter(None, (describe(weighing, None), data.reading))))
     made = Problem(whole, objective, replace(data, ask=queries_for), **options)
     return with_decay_of_batches(made, _mean_tokens(data)) if weighing == "trainer" else made
 

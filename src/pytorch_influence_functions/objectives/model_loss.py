@@ -75,7 +75,8 @@ class ModelLoss(AbstractObjective):
         """
         targets = inputs_and_targets(batch)[2]
         predicted = targets[:, 1:] if self.shift else targets
-        return (predicted != _IGNORED).reshape(len(targets), -1).sum(1)
+        counts: Tensor = (predicted != _IGNORED).reshape(len(targets), -1).sum(1)
+        return counts
 
 
 def returned_loss(model: Model, batch: Batch) -> Tensor | None:
@@ -91,8 +92,10 @@ def returned_loss(model: Model, batch: Batch) -> Tensor | None:
     args, kwargs, targets = inputs_and_targets(batch)
     with same_config(model):
         returned = run_model(model, args, {**kwargs, "labels": targets})
-    loss = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
-    return widen(loss.reshape(())) if isinstance(loss, Tensor) and loss.numel() == 1 else None
+    loss: Any = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        return None
+    return widen(loss.reshape(()))
 
 
 @contextmanager

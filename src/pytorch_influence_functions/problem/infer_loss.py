@@ -97,8 +97,9 @@ def _as_training_computes(
                 first = (ids.tolist(), gap) if first is None else first
                 break
         else:
-            alike = isinstance(candidate, TokenCrossEntropy) and singly
-            return replace(candidate, average=True) if alike else candidate
+            if singly and isinstance(candidate, TokenCrossEntropy):
+                return replace(candidate, average=True)
+            return candidate
     assert first is not None, "some reading differed"
     raise own.refusal(objective, *first, "which their outputs and targets suggest")
 
@@ -111,8 +112,10 @@ def _meets_its_labels(objective: AbstractObjective, batch: Any) -> bool:
     batch = whole_batch(batch)
     if isinstance(batch, Mapping):
         inputs, targets = batch.get("input_ids"), inputs_and_targets(batch)[2]
-        moved = isinstance(objective, TokenCrossEntropy) and isinstance(inputs, Tensor)
-        return not (moved and inputs.shape == targets.shape and _repeats(inputs[:, 1:], targets[:, :-1]))
+        if not isinstance(objective, TokenCrossEntropy) or not isinstance(inputs, Tensor):
+            return True
+        moved = inputs.shape == targets.shape and _repeats(inputs[:, 1:], targets[:, :-1])
+        return not moved or _repeats(inputs, targets) or not bool((targets[:, :-1] >= 0).any())
     return isinstance(objective, TokenCrossEntropy) and _is_causal(batch, inputs_and_targets(batch)[2])
 
 
