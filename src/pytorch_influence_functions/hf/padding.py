@@ -94,7 +94,7 @@ def positions_of(mask: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
 def _positions_as_trained(mask: Int[Tensor, "n t"], labels: Any) -> Int[Tensor, "n t"]:
     """The places that do not count padding; where padding is taught, which has places too, those of all tokens."""
     places = positions_of(mask)
-    if not isinstance(labels, Tensor) or labels.shape != mask.shape:
+    if not isinstance(labels, Tensor) or labels.shape != mask.shape or labels.is_floating_point():
         return places
     taught = labels_at_padding(labels, mask, IGNORED).any(1, keepdim=True)
     return torch.where(taught, torch.arange(mask.shape[1], device=mask.device), places)

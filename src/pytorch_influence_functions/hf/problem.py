@@ -196,7 +196,6 @@ def problem(
         return Problem(whole, loss, replace(data, ask=queries_for), **options)
     own = OwnLoss.of(whole) if trainer is None else trainers_loss(trainer)
     objective = _objective(whole, trainer, data, weighing, options.get("device"), own)
-    check_loss(whole, own, data, objective)
     if weighing is None and isinstance(objective, TokenCrossEntropy):  # of a model that is none of transformers
         weighing = "mean" if objective.average else "trainer"
         data = replace(data, reading="; ".join(filter(None, (describe(weighing, None), data.reading))))
@@ -321,10 +320,16 @@ def texts_source(
 def _objective(
     model: nn.Module, trainer: Any, data: Source, weighing: str | None, device: Any, own: OwnLoss
 ) -> AbstractObjective:
-    if weighing is not None:
-        return token_objective(model, weighing, trainer)
-    known = class_objective(model, trainer)
-    return infer_objective(model, data, device, own) if known is None else known
+    """The loss of the model's head, which is that of training.
+
+    Raises:
+        InvalidInput: training computes another.
+    """
+    known = class_objective(model, trainer) if weighing is None else token_objective(model, weighing, trainer)
+    if known is None:
+        return infer_objective(model, data, device, own)
+    check_loss(model, own, data, known)
+    return known
 
 
 def _mean_tokens(data: Source) -> float | None:

@@ -189,11 +189,14 @@ def check_loss(model: nn.Module, own: OwnLoss, data: Source, objective: Any) -> 
     with preserved(model), torch.no_grad():
         for ids in (*([i] for i in range(min(2, len(data)))), several):
             try:
-                batch = to_device(data.collate([data.dataset[i] for i in ids]), device)
+                batch = data.collate([data.dataset[i] for i in ids])
+            except InvalidInput:
+                raise
             except Exception:
-                if len(ids) == 1:
-                    raise
-                break  # examples that only batches of one can hold
+                if len(ids) > 1:
+                    break  # examples that only batches of one can hold
+                _, batch = next(data.batches(ids))  # where it fails with the example named
+            batch = to_device(batch, device)
             batches.append(batch)
             outputs = ours.outputs(model, batch)
             try:

@@ -80,10 +80,11 @@ class OwnLoss:
                 return None
             targets = inputs_and_targets(batch)[2]
             batch = with_targets(batch, torch.where(taught, targets, torch.full_like(targets, _IGNORED)))
-        theirs, ours = self.value(batch), mean_loss(objective, outputs, batch)
+        theirs, (ours, total) = self.value(batch), mean_and_sum(objective, outputs, batch)
         if theirs is None or (not math.isfinite(theirs) and not math.isfinite(ours)):
             return None
-        return None if same_value(theirs, ours, half) else (theirs, ours)
+        # A sum over the batch weighs examples as the mean does.
+        return None if same_value(theirs, ours, half) or same_value(theirs, total, half) else (theirs, ours)
 
     def refusal(
         self, objective: AbstractObjective, ids: Sequence[int], gap: tuple[float, float], why: str
@@ -123,7 +124,7 @@ def same_value(theirs: float, ours: float, half: bool) -> bool:
     return math.isclose(theirs, ours, rel_tol=relative, abs_tol=absolute)
 
 
-def mean_loss(objective: AbstractObjective, outputs: Tensor, batch: Any) -> float:
+def mean_and_sum(objective: AbstractObjective, outputs: Tensor, batch: Any) -> tuple[float, float]:
     """The loss of a batch as training means it: over all its tokens, where these are added up, else over its examples.
 
     Args:
@@ -132,9 +133,9 @@ def mean_loss(objective: AbstractObjective, outputs: Tensor, batch: Any) -> floa
         batch: the batch that they came from.
     """
     losses = objective.losses(outputs, batch)
-    if isinstance(objective, TokenCrossEntropy) and not objective.average:
-        return float(losses.sum() / objective.taught(batch).sum())
-    return float(losses.mean())
+    summed = isinstance(objective, TokenCrossEntropy) and not objective.average
+    count = int(objective.taught(batch).sum()) if isinstance(objective, TokenCrossEntropy) and summed else len(losses)
+    return float(losses.sum() / count), float(losses.sum())
 
 
 def is_half(model: nn.Module) -> bool:
