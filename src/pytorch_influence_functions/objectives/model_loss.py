@@ -16,6 +16,10 @@ from ..core.errors import InvalidInput
 from .base import AbstractObjective, Batch, Model, check_outputs, inputs_and_targets, run_model, widen
 
 _IGNORED = -100
+_NONE = (
+    "ModelLoss() is the loss that a model returns for labels=, and this one returns none; pass loss=, a function of "
+    "(outputs, targets)."
+)
 
 
 @final
@@ -52,12 +56,14 @@ class ModelLoss(AbstractObjective):
         n = count_examples(batch, inputs_and_targets(batch)[2])
         for e in range(n):
             one = batch_slice(batch, n, slice(e, e + 1))
-            loss = returned_loss(model, one)
+            try:
+                loss = returned_loss(model, one)
+            except InvalidInput as failure:
+                if "unexpected keyword argument 'labels'" not in str(failure):
+                    raise
+                raise InvalidInput(_NONE) from failure
             if loss is None:
-                raise InvalidInput(
-                    "ModelLoss() is the loss that a model returns for labels=, and this one returns none; pass loss= a "
-                    "function of (outputs, targets)."
-                )
+                raise InvalidInput(_NONE)
             losses.append(loss if self.average else loss * self.counts(one)[0])
         return torch.stack(losses)
 
