@@ -19,7 +19,7 @@ from ..problem.problem import model_device
 from ..problem.random_state import same_rng
 from .chats import is_nothing
 from .columns import check_column, listed, read_cell, rows_of
-from .models import accepted_arguments, base_model, marks_answers
+from .models import accepted_arguments, base_model, is_kind, marks_answers
 from .padding import Padding, TrainersCollate
 from .texts import longest
 from .tokenised import IDS, TokenisedRows
@@ -39,7 +39,7 @@ _MULTIPLE: Final = "multi_label_classification"
 
 def reads_labelled_texts(model: nn.Module) -> bool:
     """Whether the model gives a whole text its class, or a number."""
-    return type(base_model(model)).__name__.endswith("ForSequenceClassification")
+    return is_kind(model, "ForSequenceClassification")
 
 
 @dataclass(frozen=True, eq=False)

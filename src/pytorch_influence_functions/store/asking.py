@@ -28,7 +28,14 @@ from .build import LOSS, METHOD, PARAMETERS, check_model_is_same, describe_param
 from .folder import IndexFolder
 
 _BUILD: Final = "build another index"
-_KNOWN_LOSSES: Final = (CrossEntropy(), SquaredError(), Bernoulli(), TokenCrossEntropy())
+_KNOWN_LOSSES: Final = (
+    CrossEntropy(),
+    SquaredError(),
+    SquaredError(average=True, half=False),
+    Bernoulli(),
+    Bernoulli(average=True),
+    *(TokenCrossEntropy(average=average, shift=shift) for average in (True, False) for shift in (False, True)),
+)
 
 
 @final
