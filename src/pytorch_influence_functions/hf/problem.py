@@ -158,13 +158,15 @@ def problem(
             texts. None: every text by itself, also right where packing kept texts apart (by positions, as in TRL).
         padding_side: where padding stands; it does not matter. None: at the right.
         normalisation: `"trainer"`, `"sum"` or `"mean"`, see above; None: read from the Trainer, else `"trainer"`.
-        loss: the training loss, where it is not the one of the model's head.
+        loss: the training loss, where it is not the one of the model's head; `ptif.objectives.ModelLoss()` is what the
+            model returns for each example alone.
         options: those of `ptif.Problem`: parameters, weight_decay (in units of the Trainer's loss), checkpoints (also
             `checkpoint-*` folders, and adapters alone), batch_size, deterministic, device.
 
     Raises:
         MissingExtra: transformers is needed and not installed.
-        InvalidInput: columns, texts or the model's loss cannot be read; the message says what to give.
+        InvalidInput: columns, texts or the model's loss cannot be read, or training computes another loss than the one
+            of the model's head; the message says what to give.
 
     Example:
         ```python
