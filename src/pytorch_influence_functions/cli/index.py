@@ -153,7 +153,7 @@ def query_command(
             named = with_query_ids(scores, positions)
         if out is not None:
             named.save(out / file_of(named))
-        _print_scores(output, named, loaded.names, out)
+        _print_scores(output, named, None if index.asker.train is None else loaded.names, out)
 
 
 def graph_command(

@@ -15,14 +15,19 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..core.batches import Collated, tensors_of
+from ..core.batches import Collated, tensors_of, whole_batch
 from ..core.digest import digest, tensor_bytes
 from ..core.errors import InvalidInput
+from ..core.indexing import spread_sample
 from ..gradients.sketches import random_words
 from ..problem.data import Source
+from ..problem.ingredients import seeded
 
 # Bytes of the words that digests are made from.
 _WORD: Final = 4
+# Examples of a file whose own digests are kept, by which other data are told later, and the most that are compared.
+_KEPT: Final = 16
+COMPARED: Final = 64
 
 
 @final
@@ -98,6 +103,39 @@ class Examples:
     def _listed(self, part: list[Any]) -> Source:
         like = self.like
         return replace(Source.of(part), collate=like.collate, batch_size=like.batch_size, fixed=like.fixed)
+
+
+def sample_digests(source: Source, ids: Int[Tensor, " n"], most: int = _KEPT) -> list[tuple[int, str]]:
+    """(place in `ids`, digest) of some examples.
+
+    Args:
+        source: what holds the examples.
+        ids: which ones these stand for.
+        most: how many.
+    """
+    places = spread_sample(len(ids), most)
+    return list(zip(places.tolist(), digest_alone(source, ids[places]), strict=True))
+
+
+def digest_alone(source: Source, ids: Int[Tensor, " n"]) -> list[str]:
+    """A digest of every example read and collated by itself, so that no batch, padding or precision counts.
+
+    Args:
+        source: what holds the examples.
+        ids: which ones.
+    """
+    alone = replace(source, num_workers=0, worker_options={})
+    with seeded():
+        return [_digest_single(whole_batch(batch)) for _, batch in alone.load(ids.split(1))]
+
+
+def _digest_single(batch: Any) -> str:
+    """Of all tensors, real numbers in float32: arrays are often in float64 for no reason."""
+    tensors = {
+        where: tensor.detach().float() if tensor.dtype == torch.float64 else tensor.detach()
+        for where, tensor in tensors_of(batch)
+    }
+    return digest(tensors or batch)[:16]
 
 
 def hash_examples(batch: Any, n: int) -> Int[Tensor, " n"]:
