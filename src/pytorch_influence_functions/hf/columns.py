@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from ..core.errors import InvalidInput, UnknownName, nearest
 from .chats import is_chat, is_nothing
+from .streams import only_iterates, read_stream
 
 MESSAGES: Final = ("messages", "conversations", "conversation")
 _ONE_OF: Final = "messages_column=, text_column=, or prompt_column= with completion_column="
@@ -58,7 +59,8 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
     """The rows of a dataset as plain Python objects, and the names of its columns; a list of texts has one, `text`.
 
     Args:
-        data: a `datasets.Dataset` in any format, a frame, or a list of texts, of chats or of mappings.
+        data: a `datasets.Dataset` in any format, a frame, or a list of texts, of chats or of mappings; or what can only
+            be iterated, which is read once.
 
     Raises:
         InvalidInput: several splits, data without an index, or rows that are none of these.
@@ -78,11 +80,8 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
             f"The dataset is of type {type(data).__name__}; pass a list of texts, chats (lists of messages), or rows "
             "with named columns."
         )
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise InvalidInput(
-            f"{type(data).__name__} can only be iterated, but texts are named by index; pass list(dataset.take(n)) "
-            "of as many as fit in memory."
-        )
+    if only_iterates(data):
+        data, columns = read_stream(data), None
     data = rows_of_frame(data)
     if columns is not None and callable(getattr(data, "with_format", None)):
         return data.with_format(None), list(columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -76,7 +76,7 @@ class Examples:
             if loader is not None:
                 like = replace(like, collate=loader.collate_fn, batch_size=loader.batch_size or like.batch_size)
             return Examples(None, inner, like)
-        source = data if isinstance(data, Source) else Source.of(data, like.batch_size if like.fixed else None)
+        source = data if isinstance(data, Source) else _read_as(like, data)
         if source.positions is not None:
             raise InvalidInput(
                 "The loader's sampler draws a part of its dataset, and an index names examples by their place in what "
@@ -101,8 +101,21 @@ class Examples:
             yield ShardSource(self._listed(part), torch.arange(len(part)))
 
     def _listed(self, part: list[Any]) -> Source:
-        like = self.like
-        return replace(Source.of(part), collate=like.collate, batch_size=like.batch_size, fixed=like.fixed)
+        like, source = self.like, _read_as(self.like, part)
+        return replace(source, collate=like.collate, batch_size=like.batch_size, fixed=like.fixed)
+
+
+def _read_as(like: Source, data: Any) -> Source:
+    """Data by index; texts and rows of them are encoded as those of the problem were."""
+    encode = getattr(like.dataset, "encode", None) if like.ask is not None else None
+    if encode is None or isinstance(data, DataLoader) or _is_item(data[0], like.dataset[0]):
+        return Source.of(data, like.batch_size if like.fixed else None)
+    return replace(like, dataset=encode(data), reading="", _determinism={})
+
+
+def _is_item(first: Any, known: Any) -> bool:
+    """Whether an example has the form of one that is encoded already."""
+    return isinstance(first, Mapping) and all(isinstance(first.get(name), Tensor) for name in known)
 
 
 def sample_digests(source: Source, ids: Int[Tensor, " n"], most: int = _KEPT) -> list[tuple[int, str]]:
