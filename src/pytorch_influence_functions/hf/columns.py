@@ -95,7 +95,7 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
     if isinstance(first, Mapping):
         return data, [str(name) for name in first]
     raise InvalidInput(
-        f"The first example is of type {type(first).__name__}; expected texts, chats (lists of messages), or rows with "
+        f"Example 0 is of type {type(first).__name__}; expected texts, chats (lists of messages), or rows with "
         "named columns."
     )
 
@@ -151,6 +151,8 @@ def refuse_splits(data: Any, has: str, use: str) -> None:
         InvalidInput: it names the splits.
     """
     columns = getattr(data, "column_names", None)
+    if isinstance(data, Mapping) and data and all(hasattr(part, "column_names") for part in data.values()):
+        columns = data  # a plain dictionary of datasets, as eval_dataset= takes it
     if isinstance(columns, Mapping):
         first = next(iter(columns), "train")
         raise InvalidInput(f"{has} the splits {', '.join(map(repr, columns))}; pass the one that {use}[{first!r}].")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, Final
 
+from torch.utils.data import DataLoader
+
 from ..core.errors import InvalidInput
 
 MOST: Final = 100_000
@@ -23,8 +25,13 @@ def read_stream(data: Any) -> list[Any]:
         data: an `IterableDataset` of datasets or torch, a generator, or anything else that can be iterated.
 
     Raises:
-        InvalidInput: there are more than `MOST`, or none.
+        InvalidInput: there are more than `MOST`, or none, or batches of a loader in their place.
     """
+    if isinstance(data, DataLoader):
+        raise InvalidInput(
+            "A DataLoader gives batches, and texts are encoded one by one; pass its dataset, loader.dataset, or of "
+            "tokenised batches ptif.attribute(model, loader, queries)."
+        )
     plain = data.with_format(None) if callable(getattr(data, "with_format", None)) else data
     examples = list(islice(iter(plain), MOST + 1))
     if len(examples) > MOST:
