@@ -164,7 +164,11 @@ def refused() -> list[tuple[str, Any, dict[str, Any]]]:
         ("holds no text", [], {}),
         ("Example 0 is of type int", [3], {}),
         ("Example 0 is of type NoneType", [None, "the cat sat"], {}),
-        ("A DataLoader gives batches, .* pass its dataset, loader.dataset", torch.utils.data.DataLoader(texts(2)), {}),
+        (
+            "A DataLoader gives batches, and texts are encoded one by one; pass its dataset",
+            torch.utils.data.DataLoader(texts(2)),
+            {},
+        ),
         ("has the splits 'train', 'test'", type("Splits", (dict,), {"column_names": {"train": [], "test": []}})(), {}),
         ("hf.problem() needs dataset=", None, {}),
         ("hf.problem() has no argument 'text_colum'. Did you mean 'text_column'?", rows, {"text_colum": "body"}),
