@@ -139,7 +139,9 @@ def digest_alone(source: Source, ids: Int[Tensor, " n"]) -> list[str]:
     """
     alone = replace(source, num_workers=0, worker_options={})
     with seeded():
-        return [_digest_single(whole_batch(batch)) for _, batch in alone.load(ids.split(1))]
+        return [
+            _digest_single(whole_batch(batch)) for _, batch in alone.load([ids[k : k + 1] for k in range(len(ids))])
+        ]
 
 
 def _digest_single(batch: Any) -> str:

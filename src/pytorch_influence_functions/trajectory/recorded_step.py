@@ -47,14 +47,13 @@ class GroupState:
             decoupled: whether its weight decay is AdamW's, where the group does not say so itself.
         """
         betas = group.get("betas")
-        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         return GroupState(
             lr=float(group["lr"]),
             lr_sum=lr_sum,
             weight_decay=_number(group.get("weight_decay")) or 0.0,
             decoupled=bool(group.get("decoupled_weight_decay", decoupled)),
             momentum=_number(group.get("momentum")) or 0.0,
-            beta2=_number(betas[-1]) if pair else None,
+            beta2=_number(betas[-1]) if isinstance(betas, (tuple, list)) and len(betas) == 2 else None,
             eps=_number(group.get("eps")),
         )
 
