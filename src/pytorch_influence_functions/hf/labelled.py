@@ -18,7 +18,7 @@ from ..problem.model_state import preserved
 from ..problem.problem import model_device
 from .chats import is_nothing
 from .columns import check_column, listed, read_cell, rows_of
-from .models import accepted_arguments, base_model
+from .models import accepted_arguments, base_model, is_kind
 from .padding import Padding, TrainersCollate
 from .texts import longest
 from .tokenised import IDS, TokenisedRows
@@ -38,7 +38,7 @@ _MULTIPLE: Final = "multi_label_classification"
 
 def reads_labelled_texts(model: nn.Module) -> bool:
     """Whether the model gives a whole text its class, or a number."""
-    return type(base_model(model)).__name__.endswith("ForSequenceClassification")
+    return is_kind(model, "ForSequenceClassification")
 
 
 @dataclass(frozen=True, eq=False)

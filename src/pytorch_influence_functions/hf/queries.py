@@ -39,6 +39,7 @@ class TextQueries(Source):
         worker_options: of those processes.
         fixed: whether the batch size was asked for.
         any_precision: whether the type of real numbers says nothing; texts have none.
+        loaded_singly: whether a loader gave them one by one; what training did counts, so False.
         reading: how they were read, in words.
         ask: queries are asked nothing; None.
         pairs: how many pairs of answers they are; 0: they are no pairs.

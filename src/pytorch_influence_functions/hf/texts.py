@@ -179,6 +179,7 @@ def encode_rows(
     texts = Texts(encoded, tokenizer, targets, kinds, limit, token_shift(model) is not False, columns=columns)
     texts.check_taught()
     warn_of_cut(texts, max_length is not None)
+    _warn_of_padding_left_out(rows, columns)
     if token_shift(model) is False and targets is None and columns.ids is None:
         warn_caller(
             f"{type(base_model(model)).__name__} fills in blanks and these texts have none: every token is taught "
@@ -186,6 +187,23 @@ def encode_rows(
             TrainingDataWarning,
         )
     return texts
+
+
+def _warn_of_padding_left_out(rows: Sequence[Any], columns: Columns) -> None:
+    """Say where labels of one's own stand at padding, which is no part of a text."""
+    if columns.ids is None or columns.labels is None or not len(rows) or "attention_mask" not in rows[0]:
+        return
+    lost = sum(
+        int(label) != IGNORED and not int(kept)
+        for row in rows
+        for label, kept in zip(row[columns.labels], row["attention_mask"], strict=False)
+    )
+    if lost:
+        warn_caller(
+            f"{lost:,} labels stand at padding (attention_mask 0) and take no part; where training taught them, pass "
+            "the Trainer, or ptif.attribute(model, loader, queries) with its loader, which count them as it did.",
+            TrainingDataWarning,
+        )
 
 
 def _source_and_written(columns: Columns) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from ..core.batches import tensors_of
 from ..core.errors import InfluenceError, InvalidInput, first_line
 
-# What torch writes when numbers of two types meet.
+# What a function of a model and a batch calls its first argument; and what torch writes when numbers of two types meet.
+_MODELS = ("model", "net", "network", "module")
 _TYPE_PHRASES = ("dtype", "same type", "scalar type", "expected scalar")
 
 
@@ -28,6 +30,7 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
     floats = _first_float(layer)
     odd_input = None if floats is None else _find_misfit(floats.dtype, [t for _, t in _tensors(args, kwargs)])
     shapes = _describe_shapes(args, kwargs)
+    lacks_decoder_inputs = _writes_texts(cause.__traceback__) and "decoder_input_ids" not in kwargs
     if (
         floats is not None
         and odd_input is not None
@@ -41,7 +44,7 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
         )
     return InvalidInput(
         f"The model failed{f' at {where}' if where else ''} on inputs of shape {shapes} "
-        f"({type(cause).__name__}: {first_line(cause)}); {_way_out(cause, layer)}."
+        f"({type(cause).__name__}: {first_line(cause)}); {_way_out(cause, layer, lacks_decoder_inputs)}."
     )
 
 
@@ -54,7 +57,25 @@ def lacks_graph(cause: Exception) -> bool:
     return isinstance(cause, RuntimeError) and "does not require grad" in str(cause)
 
 
-def _way_out(cause: Exception, layer: nn.Module | None) -> str:
+def way_to_write(loss: Any) -> str:
+    """What to write instead of a loss function that failed.
+
+    Args:
+        loss: the function.
+    """
+    try:
+        first = next(iter(inspect.signature(loss).parameters), "")
+    except (TypeError, ValueError):
+        first = ""
+    if first in _MODELS:
+        return (
+            f"its first argument, {first!r}, is what the model returned and not the model: write it as a function of "
+            "(outputs, targets), or loss=ptif.objectives.ModelLoss() for the loss that the model itself returns"
+        )
+    return "write it as a function of (outputs, targets) that takes any number of examples"
+
+
+def _way_out(cause: Exception, layer: nn.Module | None, lacks_decoder_inputs: bool) -> str:
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return (
             f"the embedding takes whole numbers from 0 to {layer.num_embeddings - 1}, so check the ids and convert "
@@ -62,6 +83,12 @@ def _way_out(cause: Exception, layer: nn.Module | None) -> str:
         )
     if isinstance(cause, NotImplementedError) and "forward" in str(cause):
         return "give the model a forward method that takes the inputs of a batch"
+    if lacks_decoder_inputs:
+        return (
+            "an encoder-decoder is called without its labels here, so let a batch hold what its decoder reads, "
+            "decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels), or pass its Trainer, or "
+            "ptif.hf.problem(model, tokenizer, rows with prompt and completion)"
+        )
     if isinstance(cause, TypeError) and ("argument" in str(cause) or "keyword" in str(cause)):
         return (
             "a batch (a, ..., y) is used as model(a, ...) and a mapping as model(**batch) without its labels, so let "
@@ -75,8 +102,8 @@ def _way_out(cause: Exception, layer: nn.Module | None) -> str:
     return "give examples as the model was trained on, or try model(x) on one batch of them by hand"
 
 
-def _innermost(trace: TracebackType | None) -> tuple[nn.Module | None, str]:
-    """The last module that was running, and its name in the outermost one."""
+def _running(trace: TracebackType | None) -> list[nn.Module]:
+    """The modules that were running, the outermost first."""
     running: list[nn.Module] = []
     while trace is not None:
         code = trace.tb_frame.f_code
@@ -85,6 +112,17 @@ def _innermost(trace: TracebackType | None) -> tuple[nn.Module | None, str]:
         if isinstance(owner, nn.Module):
             running.append(owner)
         trace = trace.tb_next
+    return running
+
+
+def _writes_texts(trace: TracebackType | None) -> bool:
+    """Whether a model of transformers failed that reads one text and writes another."""
+    return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in _running(trace)[:1])
+
+
+def _innermost(trace: TracebackType | None) -> tuple[nn.Module | None, str]:
+    """The last module that was running, and its name in the outermost one."""
+    running = _running(trace)
     if not running:
         return None, ""
     last = running[-1]

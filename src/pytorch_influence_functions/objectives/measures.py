@@ -33,6 +33,7 @@ from .base import (
     widen,
 )
 from .draws import refuse_draws
+from .failure import way_to_write
 from .loss_weights import TrainedLoss, refuse_hidden_weights
 from .networks import in_eval_mode, networks_of
 from .outputs import (
@@ -128,8 +129,8 @@ def class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     shape, target_shape, n = tuple(outputs.shape), tuple(targets.shape), outputs.shape[0]
     if len(shape) > 2:
         raise InvalidInput(
-            f"{name} got outputs of shape {shape}, expected [n, C] or one logit per example; for tokens or "
-            "dense outputs measure the loss (measure=None), or write FromFunction(...)."
+            f"{name} got outputs of shape {shape}, expected [n, C] or one logit per example; for tokens or dense "
+            "outputs measure the loss (measure=None, of TRAK trak(measure=None)), or write FromFunction(...)."
         )
     single = is_single(outputs)
     if target_shape != (n,) and not (single and target_shape == (n, 1)):
@@ -464,8 +465,7 @@ def _evaluate(apply: Callable[[Any, Any], Any], function: Any, outputs: Any, tar
         shape = f"shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else f"type {type(targets).__name__}"
         raise InvalidInput(
             f"The loss {_name(function)} failed on outputs of {describe_outputs(outputs)} and targets of "
-            f"{shape} ({first_line(cause)}); write it as a function of (outputs, targets) that takes any number of "
-            "examples."
+            f"{shape} ({type(cause).__name__}: {first_line(cause)}); {way_to_write(function)}."
         ) from cause
     return require_tensor(value)
 

@@ -114,6 +114,8 @@ class Source:
     """Whether the batch size was asked for: batches are never larger then."""
     any_precision: bool = False
     """Whether float64 says nothing about the data, as in NumPy's arrays, whose default it is: the model's is taken."""
+    loaded_singly: bool = False
+    """Whether it is a loader whose batches are single examples: a loss averaged over a batch is then each example's."""
     reading: str = ""
     """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
     ask: Callable[[Any, Any], Source] | None = field(default=None, repr=False)
@@ -163,7 +165,10 @@ class Source:
             }
         dataset, reading = examples_of(data)
         fixed = batch_size is not None
-        return cls(dataset, data.collate_fn, int(size), data.num_workers, options, fixed, reading=reading)
+        singly = (data.batch_size or getattr(data.batch_sampler, "batch_size", None)) == 1
+        return cls(
+            dataset, data.collate_fn, int(size), data.num_workers, options, fixed, loaded_singly=singly, reading=reading
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -72,6 +72,8 @@ class WeightDecay:
             InvalidInput: the decay is decoupled (AdamW) or of a kind that is not known to be an L2 term, or
                 the optimiser trains no parameter of this model.
         """
+        inside = getattr(optimizer, "optimizer", None)  # of what accelerate wraps around it
+        optimizer = inside if isinstance(inside, torch.optim.Optimizer) else optimizer
         name_of = {id(p): name for name, p in unwrap(model)[0].named_parameters()}
         strengths: dict[str, float] = {}
         known = False

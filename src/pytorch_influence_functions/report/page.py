@@ -29,6 +29,8 @@ from .target import Target, UndoScaling
 from .thumbnails import LEVELS, Detail, ExampleReader, make_reader, set_common_scale
 from .token_colours import Sources, TokenColours
 
+SHOWN = 10
+"""Helpful examples, and harmful ones, that a page shows of every query if it is not told how many."""
 LIMIT = 30_000_000
 """Bytes of one file; above it the examples go to a folder beside the page."""
 _PROBES = 24  # records made to forecast the size
@@ -100,7 +102,7 @@ def write_report(
     denormalize_target: UndoScaling = None,
     tokens: Any = None,
     sources: Sequence[Any] | None = None,
-    k: int = 10,
+    k: int = SHOWN,
     title: str = "Influence report",
     about: str = "",
     dry_run: bool = False,

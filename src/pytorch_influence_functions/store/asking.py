@@ -30,7 +30,14 @@ from .folder import IndexFolder
 from .same_data import check_data
 
 _BUILD: Final = "build another index"
-_KNOWN_LOSSES: Final = (CrossEntropy(), SquaredError(), Bernoulli(), TokenCrossEntropy())
+_KNOWN_LOSSES: Final = (
+    CrossEntropy(),
+    SquaredError(),
+    SquaredError(average=True, half=False),
+    Bernoulli(),
+    Bernoulli(average=True),
+    *(TokenCrossEntropy(average=average, shift=shift) for average in (True, False) for shift in (False, True)),
+)
 
 
 @final
