@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.text import as_title
 from tests.hf.test_command_line import write
 from tests.hf.test_trainer import trainer
 from tests.hf.tiny import build, gradient, products, settings, texts, tokenizer
@@ -67,6 +68,33 @@ def test_a_text_alone_is_asked_about_the_class_that_the_model_gives() -> None:
         assert gap(ptif.attribute(problem, queries=[same], method="ekfac").values, scores.values) < 1e-9
     other = asked | {"stars": names[(answer + 1) % 3]}
     assert gap(ptif.attribute(problem, queries=[other], method="ekfac").values, scores.values) > 1e-3
+
+
+def test_queries_that_hold_texts_are_named_by_them(tmp_path: Path) -> None:
+    """Of models for classes, of tokens' classes, of an encoder-decoder, and of a Trainer; a title leaves them be."""
+    words = tokenizer()
+    bert = transformers.BertConfig(**settings(num_labels=3))
+    rows = [{"text": text, "label": i % 3} for i, text in enumerate(texts(4))]
+    tagged = [dict(words(text)) | {"labels": [0] * len(words(text)["input_ids"])} for text in texts(4)]
+    written = [{"prompt": a, "completion": b} for a, b in itertools.pairwise(texts(4))]
+    sizes = {"vocab_size": 41, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    t5 = build("T5ForConditionalGeneration", transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+    trained = transformers.Trainer(
+        build("BertForTokenClassification", bert),
+        transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True),
+        train_dataset=tagged,
+        processing_class=words,
+        data_collator=transformers.DataCollatorForTokenClassification(words),
+    )
+    for problem, asked, name in (
+        (ptif.hf.problem(classifier(num_labels=3), words, rows), rows[1:3], texts(4)[1]),
+        (ptif.hf.problem(build("BertForTokenClassification", bert), words, tagged), tagged[1:3], texts(4)[1]),
+        (ptif.hf.problem(trained), tagged[1:3], texts(4)[1]),
+        (ptif.hf.problem(t5, words, written), written[1:3], texts(4)[2]),
+    ):
+        scores = ptif.attribute(problem, queries=asked, method="grad_dot")
+        assert name.startswith(scores.describe_query(0).removesuffix("…")) and scores.describe_query(0) in repr(scores)
+        assert as_title(scores.describe_query(0)) == scores.describe_query(0)
 
 
 def test_pairs_of_texts_are_read_together() -> None:

@@ -44,6 +44,7 @@ from .normalisation import (
 )
 from .packing import pack
 from .padding import Padding
+from .streams import refuse_trainers_stream
 from .texts import Texts, encode_rows
 from .tokenised import IDS
 from .trainers import check_loss, trainers_data, trainers_loss, trainers_model, trainers_tokenizer
@@ -140,7 +141,8 @@ def problem(
         model: a model of transformers (with adapters of PEFT: they alone take part), a pipeline, a Trainer, or the path
             of a model's folder.
         tokenizer: the tokenizer of training; None: the Trainer's, or the one that lies beside the model.
-        dataset: the texts: a `datasets.Dataset` in any format, or a list of texts, chats or rows. None: the Trainer's.
+        dataset: the texts: a `datasets.Dataset` in any format, or a list of texts, chats or rows. What can only be
+            iterated (an `IterableDataset`, a generator) is read once, 100,000 examples at most. None: the Trainer's.
         messages_column: chats: lists of `{"role", "content"}`, written out by the chat template.
         text_column: texts.
         prompt_column: what the model was given; with `completion_column`. An encoder-decoder reads it.
@@ -277,6 +279,7 @@ def _training_data(
         return with_labelled_queries(trainers_data(trainer, dataset, padding, batch_size, weighed, given), model)
     if dataset is None and trainer is not None:
         dataset = trainer.train_dataset
+        refuse_trainers_stream(dataset)
     if dataset is None:
         raise InvalidInput("hf.problem() needs dataset=, the texts that the model was trained on.")
     if marks_answers(model):

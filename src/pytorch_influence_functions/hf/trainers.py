@@ -23,6 +23,7 @@ from ..problem.random_state import same_rng
 from .models import accepted_arguments, marks_answers, token_shift
 from .padding import KINDS, Padding, TrainersCollate
 from .spans import labels_as_spans
+from .streams import refuse_trainers_stream
 from .tokenised import TokenisedRows
 
 _PACKED = "seq_lengths"  # the column that TRL adds
@@ -63,11 +64,7 @@ def trainers_data(
     data = getattr(trainer, "train_dataset", None) if dataset is None else dataset
     if data is None:
         raise InvalidInput("The Trainer has no train_dataset; pass the data it was trained on as dataset=.")
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise InvalidInput(
-            f"The Trainer's data, a {type(data).__name__}, can only be iterated, but examples are named by index; pass "
-            "list(dataset.take(n)) of as many as fit in memory as dataset=."
-        )
+    refuse_trainers_stream(data)
     if _PACKED in (getattr(data, "column_names", None) or ()):
         raise InvalidInput(
             "The Trainer's examples are packed from several texts (packing=True), which are trained as if each stood "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput, require
-from ..core.text import printable
+from ..core.text import as_title, printable
 from ..core.token_text import token_text_of
 from ..influence.token_pairs import shown_token_scores
 from ..problem.data import Source
@@ -196,7 +196,7 @@ def _draw_texts(query: _TokenText, texts: list[list[_TokenText]], name: str, sig
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     y = _TITLE
-    _write(axes, _MARGIN, y - 0.1, name[:1].upper() + name[1:], fontsize=10.5, fontweight="bold")
+    _write(axes, _MARGIN, y - 0.1, as_title(name), fontsize=10.5, fontweight="bold")
     _draw_card(axes, query, y, card_width, strongest, style.INK)
     y += _height(query)
     for side, side_heights, title, colour in zip(
