@@ -299,7 +299,7 @@ def _prepare(
     data = Source.of(train, batch_size)
     functions = model_functions(queries)
     with in_queries():
-        source = functions or Source.of(queries, batch_size, data.class_names or ())
+        source = functions or data.read_alike(queries, batch_size)
     objective = infer_objective(model, data, options.get("device")) if loss is None else loss
     return spec, Problem(model, objective, data, **options), source
 

@@ -11,9 +11,10 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import chain
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -63,7 +64,7 @@ class Attributes:
     """
 
     dictionaries: list[tuple[dict[str, Any], dict[str, Any], frozenset[str]]] = field(default_factory=list)
-    """Of modules and objects: the dictionary itself, what was in it, and names in it that are looked after elsewhere."""
+    """Of modules and objects: the dictionary itself, what was in it, and what in it is looked after elsewhere."""
     contents: list[Callable[[], None]] = field(default_factory=list)
     """Each puts back the content of one other thing that can be changed in place."""
     _seen: set[int] = field(default_factory=set)
@@ -179,12 +180,12 @@ class Attributes:
 _NONE: Final[frozenset[str]] = frozenset()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _may_be_state(kind: type) -> bool:
     return not issubclass(kind, Enum) and str(kind.__module__).partition(".")[0] not in _NOT_STATE
 
 
-@lru_cache(maxsize=None)
+@cache
 def _slots(kind: type) -> tuple[str, ...]:
     named = [vars(base).get("__slots__", ()) for base in kind.__mro__]
     names = chain.from_iterable((name,) if isinstance(name, str) else tuple(name) for name in named)
@@ -193,10 +194,8 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 def _slots_of(value: Any, kind: type) -> Iterator[tuple[str, Any]]:
     for name in _slots(kind):
-        try:
+        with suppress(AttributeError):  # not filled
             yield name, object.__getattribute__(value, name)
-        except AttributeError:  # not filled
-            pass
 
 
 # --------------------------------------------------------------------------- putting back

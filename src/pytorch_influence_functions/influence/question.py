@@ -195,7 +195,7 @@ def _as_data(problem: Problem, queries: Any, place: str) -> Any:
 
 def _read(problem: Problem, data: Any, batch_size: int | None, place: str) -> Source:
     with in_queries(place):
-        return Source.of(data, batch_size, problem.data.class_names or ())
+        return problem.data.read_alike(data, batch_size)
 
 
 def _several(measure: Any) -> dict[str, Any]:

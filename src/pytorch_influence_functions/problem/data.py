@@ -28,7 +28,7 @@ from .cutting import is_cut_by_rows, same
 from .random_state import same_rng
 from .reading import Collate, NamingCollate, NamingDataset, Reader
 from .samplers import SampledSubset, examples_of
-from .tables import LabelledTensors, NamedTensors, as_dataset, holds_double_arrays
+from .tables import LabelledTensors, NamedTensors, as_dataset, columns_of, holds_double_arrays, in_order_of
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
 
@@ -116,13 +116,21 @@ class Source:
     """Whether float64 says nothing about the data, as in NumPy's arrays, whose default it is: the model's is taken."""
     reading: str = ""
     """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    """The names of the columns, where frames were given: other frames are put in their order, see `read_alike`."""
     ask: Callable[[Any, Any], Source] | None = field(default=None, repr=False)
     """Reads what is asked of a problem with these data, `(problem, queries) -> Source`, where it has a form of its own,
     as texts have; None: queries have the form of the data."""
     _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
 
     @classmethod
-    def of(cls, data: Any, batch_size: int | None = None, classes: Sequence[str] | None = None) -> Source:
+    def of(
+        cls,
+        data: Any,
+        batch_size: int | None = None,
+        classes: Sequence[str] | None = None,
+        columns: Mapping[str, tuple[Any, ...]] | None = None,
+    ) -> Source:
         """Wrap a dataset, a loader, or tensors or arrays `(x, y)`; reads nothing.
 
         Args:
@@ -132,20 +140,23 @@ class Source:
                 lists are taken in torch's default precision, NumPy's float64 in the model's. Labels may be words.
             batch_size: examples per batch, never more; `None`: what suits an example's size, see `suited_to`.
             classes: what labels in words are numbered by; `None`: a categorical series' own order, else alphabetical.
+            columns: the order of the columns of frames, see `Source.columns`; `None`: their own.
 
         Raises:
             InvalidInput: data that can only be iterated, has no length or is empty; arrays of different
-                lengths or without numbers; a loader without batches.
+                lengths or without numbers; frames with other columns; a loader without batches.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size)
         if isinstance(data, Source):
             return data if batch_size is None else replace(data, batch_size=batch_size, fixed=True)
         if not isinstance(data, DataLoader):
+            data = in_order_of(data, columns or {})
             dataset = as_dataset(data, classes)
             _check_dataset(dataset)
             fixed, loose = batch_size is not None, holds_double_arrays(data)
-            return cls(dataset, batch_size=batch_size or BATCH_SIZE, fixed=fixed, any_precision=loose)
+            named = columns_of(data)
+            return cls(dataset, batch_size=batch_size or BATCH_SIZE, fixed=fixed, any_precision=loose, columns=named)
         _check_dataset(data.dataset)
         if data.batch_sampler is None:
             raise InvalidInput(
@@ -164,6 +175,25 @@ class Source:
         dataset, reading = examples_of(data)
         fixed = batch_size is not None
         return cls(dataset, data.collate_fn, int(size), data.num_workers, options, fixed, reading=reading)
+
+    def read_alike(self, data: Any, batch_size: int | None = None) -> Source:
+        """Other examples in the form of these: columns of frames go together by name, and labels in words too.
+
+        Args:
+            data: as for `Source.of`.
+            batch_size: as for `Source.of`.
+
+        Raises:
+            InvalidInput: as `Source.of`; columns or labels that these do not have.
+
+        Example:
+            >>> import pandas
+            >>> source = Source.of((pandas.DataFrame({"a": [1.0, 2.0], "b": [3.0, 4.0]}), [0, 1]))
+            >>> other = source.read_alike((pandas.DataFrame({"b": [3.0], "a": [1.0]}), [0]))
+            >>> other.item(0)[0].tolist()
+            [1.0, 3.0]
+        """
+        return Source.of(data, batch_size, self.class_names or (), self.columns)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -21,6 +21,7 @@ from ..objectives.base import AbstractObjective
 from ..objectives.bernoulli import Bernoulli
 from ..objectives.likelihoods import CrossEntropy, SquaredError
 from ..objectives.tokens import TokenCrossEntropy
+from ..problem.data import Source
 from ..problem.fitted_weights import FittedWeights
 from ..problem.problem import Problem, check_model
 from ..problem.working_precision import in_working_precision
@@ -161,4 +162,7 @@ def known_method(fingerprint: Fingerprint) -> Influence | None:
 
 
 def _problem(model: nn.Module, loss: Any, data: Any, facts: Mapping[str, Any]) -> Problem:
-    return Problem(model, loss, data, parameters=list(facts["parameters"]), weight_decay=facts["weight_decay"])
+    columns = {place: tuple(names) for place, names in facts.get("columns", {}).items()}
+    source = Source.of(data, columns=columns)
+    source = replace(source, columns=columns or source.columns)
+    return Problem(model, loss, source, parameters=list(facts["parameters"]), weight_decay=facts["weight_decay"])

@@ -189,6 +189,7 @@ class Plan:
             "parameters": list(self.problem.space.shapes),
             "weight_decay": strength if isinstance(strength, (int, float)) else dict(strength),
             "class_names": self.problem.data.class_names,
+            "columns": {k: list(v) for k, v in self.problem.data.columns.items() if all(isinstance(n, str) for n in v)},
             "stationarity": {**vars(check), "shares": dict(check.shares)},
             "routes": self.derivatives.routes,
             "precision": self.method.precision,

@@ -71,7 +71,7 @@ class Examples:
             if loader is not None:
                 like = replace(like, collate=loader.collate_fn, batch_size=loader.batch_size or like.batch_size)
             return Examples(None, inner, like)
-        source = data if isinstance(data, Source) else Source.of(data, like.batch_size if like.fixed else None)
+        source = data if isinstance(data, Source) else like.read_alike(data, like.batch_size if like.fixed else None)
         if source.positions is not None:
             raise InvalidInput(
                 "The loader's sampler draws a part of its dataset, and an index names examples by their place in what "
