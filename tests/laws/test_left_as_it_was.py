@@ -116,7 +116,7 @@ def contents(value: Any, names: frozenset[str] = frozenset()) -> Any:
 def contents_of_object(value: Any) -> Any:
     slots = {name: getattr(value, name, "missing") for name in getattr(type(value), "__slots__", ())}
     members = vars(value) | slots if hasattr(value, "__dict__") else slots
-    if isinstance(value, type) or callable(value) and not isinstance(value, nn.Module):
+    if isinstance(value, type) or (callable(value) and not isinstance(value, nn.Module)):
         return None
     return [(name, contents(members[name])) for name in sorted(members)]
 
@@ -142,11 +142,11 @@ CALLS: dict[str, Callable[[nn.Module, Any, Any], Any]] = {
         for method in ("grad_dot", "dual", "ekfac", "exact")
     },
     "attribute": lambda model, train, queries: ptif.attribute(model, train, queries).values,
-    "label issues": lambda model, train, queries: (
-        ptif.find_label_issues(problem_of(model, train), method="ekfac").ids(3)
+    "label issues": lambda model, train, queries: ptif.find_label_issues(problem_of(model, train), method="ekfac").ids(
+        3
     ),
-    "what if": lambda model, train, queries: (
-        ptif.what_if(problem_of(model, train), remove=[1], method="dual").change(queries)
+    "what if": lambda model, train, queries: ptif.what_if(problem_of(model, train), remove=[1], method="dual").change(
+        queries
     ),
 }
 

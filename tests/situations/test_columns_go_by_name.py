@@ -67,16 +67,12 @@ CALLS: dict[str, Callable[[bool, Path], Tensor]] = {
         .score(TURNED if frames else PLAIN, contrast=OTHER_TURNED if frames else OTHER)
         .values
     ),
-    "added": lambda frames, folder: (
-        ptif.what_if(problem(frames), add=OTHER_TURNED if frames else OTHER, method="dual").change(
-            TURNED if frames else PLAIN
-        )
-    ),
-    "replaced": lambda frames, folder: (
-        ptif.what_if(
-            problem(frames), replace={3: OTHER_TURNED[0].iloc[0] if frames else OTHER[0][0]}, method="dual"
-        ).change(PLAIN)
-    ),
+    "added": lambda frames, folder: ptif.what_if(
+        problem(frames), add=OTHER_TURNED if frames else OTHER, method="dual"
+    ).change(TURNED if frames else PLAIN),
+    "replaced": lambda frames, folder: ptif.what_if(
+        problem(frames), replace={3: OTHER_TURNED[0].iloc[0] if frames else OTHER[0][0]}, method="dual"
+    ).change(PLAIN),
     "index": indexed,
 }
 

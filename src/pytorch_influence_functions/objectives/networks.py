@@ -87,7 +87,7 @@ def in_eval_mode(networks: tuple[nn.Module, ...]) -> Iterator[None]:
     """
     modules = list({id(module): module for network in networks for module in network.modules()}.values())
     before = Attributes.of(modules, buffers=True)
-    training = [module for module in modules if module.training]
+    training = [module for module in modules if getattr(module, "training", False)]
     for module in training:
         module.training = False
     try:

@@ -220,6 +220,7 @@ class _Snapshot:
     """Everything of a model that a pass can change, with the values from before it."""
 
     modes: list[tuple[nn.Module, bool]]
+    """Of all modules but frozen ones of TorchScript, which have none."""
     attributes: Attributes
     """What a forward may keep: a weight that pruning computes, the last features, a hidden state, counts."""
     normalised: list[tuple[Tensor, Tensor]]
@@ -243,7 +244,7 @@ class _Snapshot:
         copies = {id(s.copy): s.copy for s in stand_ins if isinstance(s.copy, nn.Parameter)}
         own = [p for p in model.parameters() if not p.is_inference()]
         return cls(
-            modes=[(m, m.training) for m in modules],
+            modes=[(m, m.training) for m in modules if hasattr(m, "training")],
             attributes=Attributes.of(modules),
             normalised=[(weight, weight.detach().clone()) for m in modules for weight in normalised_by(m)],
             stand_ins=stand_ins,

@@ -37,7 +37,7 @@ class LabelledTensors(TensorDataset):
 
 @dataclass(frozen=True, eq=False)
 class SparseRows(Dataset[Any]):
-    """A sparse matrix, of scipy or torch, beside dense columns; rows are written out when they are read, a batch at a time."""
+    """A sparse matrix, of scipy or torch, beside dense columns; rows are written out when read, a batch at a time."""
 
     matrix: Any
     columns: Dataset[Any]
