@@ -41,7 +41,7 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
         )
     return InvalidInput(
         f"The model failed{f' at {where}' if where else ''} on inputs of shape {shapes} "
-        f"({type(cause).__name__}: {first_line(cause)}); {_way_out(cause, layer)}."
+        f"({type(cause).__name__}: {first_line(cause)}); {_way_out(cause, layer, args, kwargs)}."
     )
 
 
@@ -54,7 +54,13 @@ def lacks_graph(cause: Exception) -> bool:
     return isinstance(cause, RuntimeError) and "does not require grad" in str(cause)
 
 
-def _way_out(cause: Exception, layer: nn.Module | None) -> str:
+def _way_out(cause: Exception, layer: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
+        keys = ", ".join(map(repr, args[0]))
+        return (
+            f"the keys of the batch without its labels ({keys}) are no arguments of forward, so it is given the "
+            "mapping whole: let forward take what it needs from there, or name the keys as its arguments"
+        )
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return (
             f"the embedding takes whole numbers from 0 to {layer.num_embeddings - 1}, so check the ids and convert "
@@ -65,7 +71,8 @@ def _way_out(cause: Exception, layer: nn.Module | None) -> str:
     if isinstance(cause, TypeError) and ("argument" in str(cause) or "keyword" in str(cause)):
         return (
             "a batch (a, ..., y) is used as model(a, ...) and a mapping as model(**batch) without its labels, so let "
-            "the dataset give what forward takes, and several targets as one, (x, (y1, y2))"
+            "the dataset give what forward takes and no more, or wrap the model in a module with forward(self, "
+            "**batch), and give several targets as one, (x, (y1, y2))"
         )
     if lacks_graph(cause):
         return (

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import (
-    ConcatDataset,
     DataLoader,
     IterableDataset,
     Subset,
@@ -24,11 +23,19 @@ from ..core.batches import Collated, map_tensors, tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
-from .cutting import is_cut_by_rows, same
+from .cutting import holds_words, is_cut_by_rows, same
 from .random_state import same_rng
 from .reading import Collate, NamingCollate, NamingDataset, Reader
 from .samplers import SampledSubset, examples_of
-from .tables import LabelledTensors, NamedTensors, as_dataset, columns_of, holds_double_arrays, in_order_of
+from .tables import (
+    LabelledTensors,
+    NamedTensors,
+    as_dataset,
+    class_names_of,
+    columns_of,
+    holds_double_arrays,
+    in_order_of,
+)
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
 
@@ -367,12 +374,22 @@ class Source:
     @property
     def class_names(self) -> list[str] | None:
         """The names of the classes, where the dataset knows them."""
-        return _class_names(self.dataset)
+        return class_names_of(self.dataset)
 
     @property
     def is_cut_by_rows(self) -> bool:
         """Whether every example of a batch is a row of its tensors; else its examples are collated again one by one."""
-        return self.collate is default_collate or self._try_collate()["rows"]
+        return (self.collate is default_collate and not self._holds_words) or self._try_collate()["rows"]
+
+    @property
+    def _holds_words(self) -> bool:
+        """Whether examples hold texts, of which a batch has a list, which no tensor's axis runs over."""
+        if self.in_memory:
+            return False
+        if "words" not in self._determinism:
+            with same_rng():
+                self._determinism["words"] = holds_words(self.item(0))
+        return bool(self._determinism["words"])
 
     @property
     def _collate_draws(self) -> bool:
@@ -411,8 +428,9 @@ class Source:
         if "differs" not in self._determinism:
             probes = sorted({0, len(self) // 2, len(self) - 1})
             with same_rng():
-                odd = next((i for i in probes if not same(self.item(i), self.item(i))), None)
-            self._determinism["differs"] = odd
+                first = self.item(0)
+                odd = next((i for i in probes if not same(first if i == 0 else self.item(i), self.item(i))), None)
+            self._determinism.update(differs=odd, words=holds_words(first))
         differs, drawn = self._determinism["differs"], self._collate_draws
         if (differs is None and not drawn) or (policy == "warn" and self._determinism.get("warned")):
             return
@@ -478,21 +496,3 @@ def _refuse_meta(data: Any, what: str) -> None:
                 f"{what} lies on the meta device{f' (in {where})' if where else ''}, which holds no values; load the "
                 "data on the CPU or on the model's device."
             )
-
-
-def _class_names(dataset: Any) -> list[str] | None:
-    for attribute in ("classes", "class_names"):
-        names = getattr(dataset, attribute, None)
-        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
-            return list(names)
-    features = getattr(dataset, "features", None)
-    if isinstance(features, Mapping):
-        for label in ("label", "labels"):
-            names = getattr(features.get(label), "names", None)
-            if isinstance(names, list) and all(isinstance(name, str) for name in names):
-                return list(names)
-    if isinstance(dataset, ConcatDataset):
-        several = [_class_names(part) for part in dataset.datasets]
-        return several[0] if all(names == several[0] for names in several) else None
-    inner = getattr(dataset, "dataset", None)
-    return None if inner is None or inner is dataset else _class_names(inner)

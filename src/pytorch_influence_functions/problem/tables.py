@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 from ..core.errors import InvalidInput
 
@@ -317,6 +317,29 @@ def _check_lengths(columns: dict[str, Any]) -> dict[str, Any]:
             "written as a list of one, [(x, y)]."
         )
     return columns
+
+
+def class_names_of(dataset: Any) -> list[str] | None:
+    """The names of the classes, where a dataset knows them.
+
+    Args:
+        dataset: any dataset, or one around another.
+    """
+    for attribute in ("classes", "class_names"):
+        names = getattr(dataset, attribute, None)
+        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+            return list(names)
+    features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping):
+        for label in ("label", "labels"):
+            names = getattr(features.get(label), "names", None)
+            if isinstance(names, list) and all(isinstance(name, str) for name in names):
+                return list(names)
+    if isinstance(dataset, ConcatDataset):
+        several = [class_names_of(part) for part in dataset.datasets]
+        return several[0] if all(names == several[0] for names in several) else None
+    inner = getattr(dataset, "dataset", None)
+    return None if inner is None or inner is dataset else class_names_of(inner)
 
 
 # --------------------------------------------------------------------------- what is what
