@@ -305,7 +305,7 @@ def _prepare(
     _check_numbers(name, train, data)
     functions = model_functions(queries)
     with in_queries():
-        source = functions or Source.of(queries, batch_size, data.class_names or ())
+        source = functions or data.read_alike(queries, batch_size)
     whole = inferred_problem(model, data, **options) if loss is None else Problem(model, loss, data, **options)
     return spec, whole, source
 

@@ -19,7 +19,6 @@ from ..influence.question import read_asked
 from ..methods.names import as_method
 from ..objectives.likelihoods import SquaredError
 from ..problem.agreement import entry
-from ..problem.data import Source
 from ..problem.edited import label_of
 from ..problem.problem import Problem, first_batch
 from ..problem.weight_decay import WeightDecay
@@ -202,7 +201,7 @@ def flip_prediction(
         label = torch.as_tensor(label_of(problem.data.item(0)))
         query = (query, label.expand(len(query), *label.shape))
     query = read_asked(problem, query, "query")
-    source = Source.of(query, problem.batch_size, problem.data.class_names or ())
+    source = problem.data.read_alike(query, problem.batch_size)
     if len(source) != 1:
         raise InvalidInput(f"flip_prediction() is about one query, and {len(source)} were given; pick one.")
     with first_batch(problem, source) as (_, batch), torch.no_grad():

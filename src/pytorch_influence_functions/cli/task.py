@@ -106,7 +106,7 @@ def load_task(path: Path, overrides: Overrides | None = None) -> Task:
     if flags.device is not None:
         move_model(problem.model, flags.device)
     problem = problem.with_(**changes) if changes else problem
-    source = None if queries is None else Source.of(queries, flags.batch_size)
+    source = None if queries is None else problem.data.read_alike(queries, flags.batch_size)
     method, inferred = _read_method(path, options.get("method")), "problem" not in names and options.get("loss") is None
     added = [options.get(name) for name in (*_ACTION_OPTIONS, *_INDEX_OPTIONS)]
     return Task(path, problem, source, options.get("measure"), method, inferred, *added)

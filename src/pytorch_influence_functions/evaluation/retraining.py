@@ -85,7 +85,8 @@ def retrain(
     torch.Size([6, 2, 1])
     """
     began = time.perf_counter()
-    source, query_source = Source.of(train), Source.of(queries)
+    source = Source.of(train)
+    query_source = source.read_alike(queries)
     subsets = Subsets.of(subsets)
     if subsets.n != len(source):
         raise InvalidInput(

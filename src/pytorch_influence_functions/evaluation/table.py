@@ -19,7 +19,6 @@ from ..influence.method import AbstractMethod
 from ..methods.baselines import EmbeddingSimilarity, Random, TrainingLoss
 from ..methods.bm25 import BM25
 from ..methods.names import as_method
-from ..problem.data import Source
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..scores.scores import Scores
@@ -249,6 +248,6 @@ def _score(name: str, method: Any, problem: Problem | None, queries: Any, measur
     if problem is None or queries is None:
         raise InvalidInput(f"The method {name} has nothing to score; pass problem= and queries=, or its scores.")
     began = time.perf_counter()
-    source = Source.of(queries, problem.batch_size)
+    source = problem.data.read_alike(queries, problem.batch_size)
     scores = method.fit(problem, n_queries=len(source)).score(source, measure)
     return Contender(name, scores, time.perf_counter() - began, max(1, len(problem.checkpoints)))

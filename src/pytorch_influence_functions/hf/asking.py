@@ -134,7 +134,7 @@ def _in_the_form_of(data: Source, queries: Any) -> Source:
     encode = getattr(data.dataset, "encode", None)
     if encode is not None:
         return as_queries(encode(queries), data.collate)
-    rows = Source.of(queries).dataset
+    rows = data.read_alike(queries).dataset
     if isinstance(data.dataset, TokenisedRows):
         rows = replace(data.dataset, rows=rows)
     return replace(data, dataset=rows, reading="", _determinism={})

@@ -216,7 +216,7 @@ def read_asked(problem: Problem, queries: Any, place: str, labelled: bool = Fals
 
 def _read(problem: Problem, data: Any, batch_size: int | None, place: str) -> Source:
     with in_queries(place):
-        return Source.of(data, batch_size, problem.data.class_names or ())
+        return problem.data.read_alike(data, batch_size)
 
 
 def _several(measure: Any) -> dict[str, Any]:

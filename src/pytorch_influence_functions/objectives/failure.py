@@ -30,7 +30,6 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
     floats = _first_float(layer)
     odd_input = None if floats is None else _find_misfit(floats.dtype, [t for _, t in _tensors(args, kwargs)])
     shapes = _describe_shapes(args, kwargs)
-    lacks_decoder_inputs = _writes_texts(cause.__traceback__) and "decoder_input_ids" not in kwargs
     if (
         floats is not None
         and odd_input is not None
@@ -44,7 +43,7 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
         )
     return InvalidInput(
         f"The model failed{f' at {where}' if where else ''} on inputs of shape {shapes} "
-        f"({type(cause).__name__}: {first_line(cause)}); {_way_out(cause, layer, lacks_decoder_inputs)}."
+        f"({type(cause).__name__}: {first_line(cause)}); {_way_out(cause, layer, args, kwargs)}."
     )
 
 
@@ -75,7 +74,13 @@ def way_to_write(loss: Any) -> str:
     return "write it as a function of (outputs, targets) that takes any number of examples"
 
 
-def _way_out(cause: Exception, layer: nn.Module | None, lacks_decoder_inputs: bool) -> str:
+def _way_out(cause: Exception, layer: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
+        keys = ", ".join(map(repr, args[0]))
+        return (
+            f"the keys of the batch without its labels ({keys}) are no arguments of forward, so it is given the "
+            "mapping whole: let forward take what it needs from there, or name the keys as its arguments"
+        )
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return (
             f"the embedding takes whole numbers from 0 to {layer.num_embeddings - 1}, so check the ids and convert "
@@ -83,7 +88,7 @@ def _way_out(cause: Exception, layer: nn.Module | None, lacks_decoder_inputs: bo
         )
     if isinstance(cause, NotImplementedError) and "forward" in str(cause):
         return "give the model a forward method that takes the inputs of a batch"
-    if lacks_decoder_inputs:
+    if _writes_texts(cause.__traceback__) and "decoder_input_ids" not in kwargs:
         return (
             "an encoder-decoder is called without its labels here, so let a batch hold what its decoder reads, "
             "decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels), or pass its Trainer, or "
@@ -92,7 +97,8 @@ def _way_out(cause: Exception, layer: nn.Module | None, lacks_decoder_inputs: bo
     if isinstance(cause, TypeError) and ("argument" in str(cause) or "keyword" in str(cause)):
         return (
             "a batch (a, ..., y) is used as model(a, ...) and a mapping as model(**batch) without its labels, so let "
-            "the dataset give what forward takes, and several targets as one, (x, (y1, y2))"
+            "the dataset give what forward takes and no more, or wrap the model in a module with forward(self, "
+            "**batch), and give several targets as one, (x, (y1, y2))"
         )
     if lacks_graph(cause):
         return (

@@ -12,7 +12,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..core.batches import Collated, batch_slice, count_examples, example_tensors, with_example_tensors
+from ..core.batches import Collated, batch_slice, count_examples, example_tensors, map_tensors, with_example_tensors
 from ..core.errors import InfluenceError, InvalidInput, NonFinite, first_line
 from ..core.validate import choice
 from .base import (
@@ -270,7 +270,8 @@ class FromFunction(AbstractObjective):
             outputs: from `outputs`, or some rows of it.
             targets: as many targets.
         """
-        returned = self.layouts.restore(outputs)
+        # Copies: a loss may write to what it is given, as it may in training.
+        returned, targets = self.layouts.restore(outputs.clone()), map_tensors(targets, Tensor.clone)
         if self.takes_one:
             return self._call(with_main(returned), targets)
         if self.takes_one is None and has_main(returned):

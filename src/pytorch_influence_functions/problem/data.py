@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import (
-    ConcatDataset,
     DataLoader,
     IterableDataset,
     Subset,
@@ -24,11 +23,19 @@ from ..core.batches import Collated, map_tensors, tensors_of
 from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
-from .cutting import is_cut_by_rows, same
+from .cutting import holds_words, is_cut_by_rows, same
 from .random_state import same_rng
 from .reading import Collate, NamingCollate, NamingDataset, Reader
 from .samplers import SampledSubset, examples_of
-from .tables import LabelledTensors, NamedTensors, as_dataset, holds_double_arrays
+from .tables import (
+    LabelledTensors,
+    NamedTensors,
+    as_dataset,
+    class_names_of,
+    columns_of,
+    holds_double_arrays,
+    in_order_of,
+)
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
 
@@ -118,13 +125,21 @@ class Source:
     """Whether it is a loader whose batches are single examples: a loss averaged over a batch is then each example's."""
     reading: str = ""
     """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    """The names of the columns, where frames were given: other frames are put in their order, see `read_alike`."""
     ask: Callable[..., Source] | None = field(default=None, repr=False)
     """Reads what is asked of a problem with these data, `(problem, queries, labelled=False) -> Source`, where it has a
     form of its own, as texts have; `labelled`: each has to have its label. None: queries have the form of the data."""
     _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
 
     @classmethod
-    def of(cls, data: Any, batch_size: int | None = None, classes: Sequence[str] | None = None) -> Source:
+    def of(
+        cls,
+        data: Any,
+        batch_size: int | None = None,
+        classes: Sequence[str] | None = None,
+        columns: Mapping[str, tuple[Any, ...]] | None = None,
+    ) -> Source:
         """Wrap a dataset, a loader, or tensors or arrays `(x, y)`; reads nothing.
 
         Args:
@@ -134,20 +149,23 @@ class Source:
                 lists are taken in torch's default precision, NumPy's float64 in the model's. Labels may be words.
             batch_size: examples per batch, never more; `None`: what suits an example's size, see `suited_to`.
             classes: what labels in words are numbered by; `None`: a categorical series' own order, else alphabetical.
+            columns: the order of the columns of frames, see `Source.columns`; `None`: their own.
 
         Raises:
             InvalidInput: data that can only be iterated, has no length or is empty; arrays of different
-                lengths or without numbers; a loader without batches.
+                lengths or without numbers; frames with other columns; a loader without batches.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size)
         if isinstance(data, Source):
             return data if batch_size is None else replace(data, batch_size=batch_size, fixed=True)
         if not isinstance(data, DataLoader):
+            data = in_order_of(data, columns or {})
             dataset = as_dataset(data, classes)
             _check_dataset(dataset)
             fixed, loose = batch_size is not None, holds_double_arrays(data)
-            return cls(dataset, batch_size=batch_size or BATCH_SIZE, fixed=fixed, any_precision=loose)
+            named = columns_of(data)
+            return cls(dataset, batch_size=batch_size or BATCH_SIZE, fixed=fixed, any_precision=loose, columns=named)
         _check_dataset(data.dataset)
         if data.batch_sampler is None:
             raise InvalidInput(
@@ -169,6 +187,25 @@ class Source:
         return cls(
             dataset, data.collate_fn, int(size), data.num_workers, options, fixed, loaded_singly=singly, reading=reading
         )
+
+    def read_alike(self, data: Any, batch_size: int | None = None) -> Source:
+        """Other examples in the form of these: columns of frames go together by name, and labels in words too.
+
+        Args:
+            data: as for `Source.of`.
+            batch_size: as for `Source.of`.
+
+        Raises:
+            InvalidInput: as `Source.of`; columns or labels that these do not have.
+
+        Example:
+            >>> import pandas
+            >>> source = Source.of((pandas.DataFrame({"a": [1.0, 2.0], "b": [3.0, 4.0]}), [0, 1]))
+            >>> other = source.read_alike((pandas.DataFrame({"b": [3.0], "a": [1.0]}), [0]))
+            >>> other.item(0)[0].tolist()
+            [1.0, 3.0]
+        """
+        return Source.of(data, batch_size, self.class_names or (), self.columns)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -342,12 +379,22 @@ class Source:
     @property
     def class_names(self) -> list[str] | None:
         """The names of the classes, where the dataset knows them."""
-        return _class_names(self.dataset)
+        return class_names_of(self.dataset)
 
     @property
     def is_cut_by_rows(self) -> bool:
         """Whether every example of a batch is a row of its tensors; else its examples are collated again one by one."""
-        return self.collate is default_collate or self._try_collate()["rows"]
+        return (self.collate is default_collate and not self._holds_words) or self._try_collate()["rows"]
+
+    @property
+    def _holds_words(self) -> bool:
+        """Whether examples hold texts, of which a batch has a list, which no tensor's axis runs over."""
+        if self.in_memory:
+            return False
+        if "words" not in self._determinism:
+            with same_rng():
+                self._determinism["words"] = holds_words(self.item(0))
+        return bool(self._determinism["words"])
 
     @property
     def _collate_draws(self) -> bool:
@@ -386,8 +433,9 @@ class Source:
         if "differs" not in self._determinism:
             probes = sorted({0, len(self) // 2, len(self) - 1})
             with same_rng():
-                odd = next((i for i in probes if not same(self.item(i), self.item(i))), None)
-            self._determinism["differs"] = odd
+                first = self.item(0)
+                odd = next((i for i in probes if not same(first if i == 0 else self.item(i), self.item(i))), None)
+            self._determinism.update(differs=odd, words=holds_words(first))
         differs, drawn = self._determinism["differs"], self._collate_draws
         if (differs is None and not drawn) or (policy == "warn" and self._determinism.get("warned")):
             return
@@ -453,21 +501,3 @@ def _refuse_meta(data: Any, what: str) -> None:
                 f"{what} lies on the meta device{f' (in {where})' if where else ''}, which holds no values; load the "
                 "data on the CPU or on the model's device."
             )
-
-
-def _class_names(dataset: Any) -> list[str] | None:
-    for attribute in ("classes", "class_names"):
-        names = getattr(dataset, attribute, None)
-        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
-            return list(names)
-    features = getattr(dataset, "features", None)
-    if isinstance(features, Mapping):
-        for label in ("label", "labels"):
-            names = getattr(features.get(label), "names", None)
-            if isinstance(names, list) and all(isinstance(name, str) for name in names):
-                return list(names)
-    if isinstance(dataset, ConcatDataset):
-        several = [_class_names(part) for part in dataset.datasets]
-        return several[0] if all(names == several[0] for names in several) else None
-    inner = getattr(dataset, "dataset", None)
-    return None if inner is None or inner is dataset else _class_names(inner)

@@ -176,4 +176,7 @@ def known_method(fingerprint: Fingerprint) -> Influence | None:
 
 
 def _problem(model: nn.Module, loss: Any, data: Any, facts: Mapping[str, Any]) -> Problem:
-    return Problem(model, loss, data, parameters=list(facts["parameters"]), weight_decay=facts["weight_decay"])
+    columns = {place: tuple(names) for place, names in facts.get("columns", {}).items()}
+    source = Source.of(data, columns=columns)
+    source = replace(source, columns=columns or source.columns)
+    return Problem(model, loss, source, parameters=list(facts["parameters"]), weight_decay=facts["weight_decay"])

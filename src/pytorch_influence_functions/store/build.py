@@ -194,6 +194,7 @@ class Plan:
                 "examples": len(self.given),
                 SAMPLE: sample_digests(self.given.data, torch.arange(len(self.given)), COMPARED),
             },
+            "columns": {k: list(v) for k, v in self.problem.data.columns.items() if all(isinstance(n, str) for n in v)},
             "stationarity": {**vars(check), "shares": dict(check.shares)},
             "routes": self.derivatives.routes,
             "precision": self.method.precision,

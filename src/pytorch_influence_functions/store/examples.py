@@ -109,7 +109,7 @@ def _read_as(like: Source, data: Any) -> Source:
     """Data by index; texts and rows of them are encoded as those of the problem were."""
     encode = getattr(like.dataset, "encode", None) if like.ask is not None else None
     if encode is None or isinstance(data, DataLoader) or _is_item(data[0], like.dataset[0]):
-        return Source.of(data, like.batch_size if like.fixed else None)
+        return like.read_alike(data, like.batch_size if like.fixed else None)
     return replace(like, dataset=encode(data), reading="", _determinism={})
 
 
