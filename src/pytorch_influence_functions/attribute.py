@@ -150,7 +150,8 @@ def attribute(
         weight_decay: the L2 strength of training, one number or by name of a parameter or glob such as `"0.*"`, or the
             optimiser it is read from; by default 0.
         checkpoints: state dicts or files; scores are averaged over them. By default the model's weights alone.
-        batch_size: the most examples per batch; by default what suits an example's size. Scores do not depend on it.
+        batch_size: the most examples per batch; by default what suits an example's size. Scores do not depend on it,
+            unless the model takes padding for input, which a warning says.
         deterministic: `"warn"` (the default), `"error"` or `"ignore"` when reading an example twice gives different
             values.
         device: where to compute; by default where the model is.

@@ -108,3 +108,68 @@ def test_where_padding_has_labels_all_of_them_count(left: bool) -> None:
     torch.testing.assert_close(losses[:2], each[:2])
     torch.testing.assert_close(losses[2:], plain[2:])
     assert bool((losses[:2] > plain[:2]).all())
+
+
+# --------------------------------------------------------------------------- models that are not told the lengths
+
+LENGTHS = [3, 3, 5, 2, 4, 1, 5, 3]
+SEQUENCES = [torch.randn(length, 2, generator=torch.Generator().manual_seed(length)).double() for length in LENGTHS]
+CLASSES = torch.arange(len(LENGTHS)) % 3
+
+
+class MeanOfSteps(torch.nn.Module):
+    """Takes padding for steps, unless it is told that zeros are none."""
+
+    def __init__(self, masked: bool = False) -> None:
+        super().__init__()
+        self.body, self.head, self.masked = torch.nn.Linear(2, 4), torch.nn.Linear(4, 3), masked
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        steps = self.body(x).tanh()
+        counted = (x != 0).any(-1, keepdim=True).to(x) if self.masked else torch.ones_like(x[..., :1])
+        output: torch.Tensor = self.head((steps * counted).sum(1) / counted.sum(1))
+        return output
+
+
+def sequences(length: int | None, **options: Any) -> torch.utils.data.DataLoader[Any]:
+    """Padded to the longest of a batch, or to one length."""
+
+    def collate(items: list[Any]) -> Any:
+        rows = [x for x, _ in items] + ([torch.zeros(length, 2).double()] if length else [])
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[: len(items)]
+        return padded, torch.stack([y for _, y in items])
+
+    return torch.utils.data.DataLoader(list(zip(SEQUENCES, CLASSES, strict=True)), collate_fn=collate, **options)
+
+
+def ask(model: torch.nn.Module, length: int | None = None, batch_size: int | None = None) -> Any:
+    data = sequences(length, batch_size=8)
+    return ptif.attribute(model, data, data, loss=torch.nn.CrossEntropyLoss(), method="grad_dot", batch_size=batch_size)
+
+
+def oracle(model: torch.nn.Module, length: int = 0) -> torch.Tensor:
+    """Inner products of the gradients of examples alone, padded to one length where one is given."""
+    rows = []
+    for x, y in zip(SEQUENCES, CLASSES, strict=True):
+        padded = torch.cat([x, x.new_zeros(max(0, length - len(x)), 2)])[None]
+        loss = torch.nn.functional.cross_entropy(model(padded), y[None])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    return torch.stack(rows) @ torch.stack(rows).T / len(rows)
+
+
+def test_a_model_that_takes_padding_for_input_is_named_and_every_cure_works() -> None:
+    """Its scores depend on who shares a batch, and are those of the examples alone in none but batches of one."""
+    torch.manual_seed(0)
+    model = MeanOfSteps().double()
+    for batch_size in (None, 4):
+        with pytest.warns(ptif.errors.TrainingDataWarning, match=r"Example 5 .* beside example 2, .*batch_size=1"):
+            scores = ask(model, batch_size=batch_size)
+        assert (scores.values - oracle(model)).abs().max() > 0.05 * oracle(model).abs().max()
+        check = next(check for check in scores.diagnostics.checks() if check.name == "data")
+        assert check.status == "warn" and "padding changes the outputs of an example by" in check.text
+    masked = MeanOfSteps(masked=True).double()
+    cures = [(ask(model, batch_size=1), oracle(model)), (ask(model, length=6), oracle(model, 6))]
+    cures += [(ask(model, length=6, batch_size=3), oracle(model, 6)), (ask(masked), oracle(masked))]
+    for scores, want in cures:  # without a warning, which would be an error here
+        torch.testing.assert_close(scores.values, want, rtol=1e-8, atol=1e-12)
+        assert next(check for check in scores.diagnostics.checks() if check.name == "data").status == "ok"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
+from pytorch_influence_functions.core.indexing import spread_sample
+from pytorch_influence_functions.gradients.per_example import Derivatives
+from pytorch_influence_functions.gradients.products import Products, PushforwardMode
 from pytorch_influence_functions.objectives.base import AbstractObjective, call_model, inputs_and_targets
+from pytorch_influence_functions.objectives.convert import as_objective
+from tests.oracles.autograd import example_gradients
 from tests.tolerance import gap, rounding
 
 N = 24
@@ -63,6 +69,81 @@ def test_a_loss_over_the_batch_is_refused(loss: Any, targets: Tensor, message: s
     model = nn.Linear(4, 3)
     with pytest.raises(InvalidInput, match=message):
         ptif.attribute(model, (X, targets), (X[:2], targets[:2]), loss=loss, method=method)
+
+
+WEIGHT = torch.tensor([1.0, 50.0])
+RARE = torch.zeros(200).long().index_fill(0, torch.tensor([133]), 1)
+MARKED = (
+    torch.linspace(-2, 2, 800)
+    .reshape(200, 4)
+    .cos()
+    .index_put((torch.tensor(133), torch.arange(3)), torch.tensor(-99.0))
+)
+MANY = torch.linspace(-9, 9, 800).reshape(200, 4).sin()
+
+
+def rare_weight(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f, y, WEIGHT)
+
+
+def mean_of_marked(f: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(f[y != -99], y[y != -99])
+
+
+@pytest.mark.parametrize("method", ["grad_dot", "dual", "ekfac", ptif.gauss_newton()], ids=str)
+@pytest.mark.parametrize("in_memory", [True, False], ids=["tensors", "items"])
+@pytest.mark.parametrize(("loss", "targets"), [(rare_weight, RARE), (mean_of_marked, MARKED)], ids=["class", "mark"])
+def test_what_only_one_example_shows_is_met_in_a_pass(loss: Any, targets: Tensor, in_memory: bool, method: Any) -> None:
+    """None of the examples that are looked at first has the rare class, or a mark."""
+    assert 133 not in spread_sample(len(MANY), 16)
+    model = nn.Linear(4, 2 if targets is RARE else 4)
+    train = (MANY, targets) if in_memory else list(zip(MANY, targets, strict=True))
+    with pytest.raises(InvalidInput, match=r"of examples .* together is .* which examples share a batch"):
+        ptif.attribute(model, train, (MANY[:1], targets[:1]), loss=loss, method=method)
+
+
+def test_forward_mode_meets_it_too() -> None:
+    """Where no gradient of an example is written out, in either of the two modes."""
+    problem = ptif.Problem(nn.Linear(4, 4), mean_of_marked, list(zip(MANY, MARKED, strict=True)))
+    derivatives = Derivatives.of(problem)
+    batch, ids = (MANY[100:], MARKED[100:]), torch.arange(100, 200)
+    along = derivatives.space.rows(torch.ones(1, derivatives.space.size))
+    for mode in (PushforwardMode.FORWARD, PushforwardMode.REVERSE):
+        with pytest.raises(InvalidInput, match=r"examples 132, 133, .* together"):
+            Products(derivatives, mode).losses_along(ids, batch, along)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_in_a_partial_are_those_of_the_module(method: str) -> None:
+    torch.manual_seed(0)
+    model, yes = nn.Linear(4, 2), F.one_hot(RARE, 2).float()
+    pairs = [
+        (
+            partial(F.cross_entropy, weight=WEIGHT, label_smoothing=0.1),
+            nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1),
+            RARE,
+        ),
+        (partial(F.binary_cross_entropy_with_logits, pos_weight=WEIGHT), nn.BCEWithLogitsLoss(pos_weight=WEIGHT), yes),
+        (partial(F.mse_loss, reduction="sum"), nn.MSELoss(reduction="sum"), yes),
+    ]
+    for written, module, y in pairs:
+        assert repr(as_objective(written)) == repr(as_objective(module))
+        values = [
+            ptif.attribute(model, (MANY, y), (MANY[130:134], y[130:134]), loss=loss, method=method).values
+            for loss in (written, module)
+        ]
+        assert gap(*values) < rounding(torch.float32)
+
+
+def test_a_loss_whose_forward_was_replaced_is_taken_as_it_is_called() -> None:
+    replaced, hooked, y = nn.MSELoss(), nn.MSELoss(), MANY.flip(1)
+    replaced.forward = lambda f, t: (f - t).abs().pow(1.5).mean()  # type: ignore[method-assign]
+    hooked.register_forward_hook(lambda _, __, value: 3 * value)
+    model = nn.Linear(4, 4)
+    for loss in (replaced, hooked):
+        values = ptif.attribute(model, (MANY, y), (MANY[:2], y[:2]), loss=loss, method="grad_dot").values
+        rows = example_gradients(model, loss, MANY, y)
+        assert gap(values, rows[:2] @ rows.T / len(MANY)) < rounding(torch.float32)
 
 
 def test_a_group_as_one_item_is_accepted() -> None:
@@ -218,6 +299,53 @@ def test_a_diffusion_model_with_one_draw_per_example_in_the_dataset_is_right(met
     fisher = g.T @ g / N * (method == "dual")
     damped = fisher + (0.1 if method == "dual" else 1.1) * torch.eye(len(fisher), dtype=torch.float64)
     assert gap(scores.values, g[:3] @ torch.linalg.solve(damped, g.T) / N) < rounding(torch.float32, 100)
+
+
+class Standardised(nn.Module):
+    def __init__(self, unbiased: bool) -> None:
+        super().__init__()
+        self.layer, self.unbiased = nn.Linear(4, 3), unbiased
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer((x - x.mean(0)) / (x.std(0, unbiased=self.unbiased) + 1e-5))
+        return output
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_statistics_of_the_batch_are_refused_also_where_one_example_has_none(unbiased: bool) -> None:
+    """torch's standard deviation of one example is NaN, which is no smaller than any bound."""
+    with pytest.raises(InvalidInput, match=r"output for one example changes .* with the examples beside it .*std\(0\)"):
+        ptif.attribute(Standardised(unbiased), (X, Y), (X[:2], Y[:2]), loss=nn.CrossEntropyLoss(), method="grad_dot")
+
+    def collate(items: list[Any]) -> Any:
+        x, y = torch.utils.data.default_collate(items)
+        return (x - x.mean(0)) / (x.std(0, unbiased=unbiased) + 1e-5), y
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8, collate_fn=collate)
+    with pytest.raises(InvalidInput, match=r"output for one example changes .* collate function or the model"):
+        ptif.attribute(nn.Linear(4, 3), loader, (X[:2], Y[:2]), loss=nn.CrossEntropyLoss(), method="grad_dot")
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+def test_a_loss_over_the_spread_of_a_batch_is_refused() -> None:
+    def spread(f: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(f, y, reduction="none")
+        return losses / (losses.detach().std() if len(losses) > 2 else 1.0)
+
+    with pytest.raises(InvalidInput, match=r"The loss spread of one example changes by .* beside it"):
+        ptif.attribute(nn.Linear(4, 3), (X, Y), (X[:2], Y[:2]), loss=spread, method="grad_dot")
+
+
+def test_logits_that_are_masked_by_infinity_are_accepted() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.pad(super().forward(x), (0, 1), value=-torch.inf)
+
+    model = Masked(4, 3)
+    scores = ptif.attribute(model, (X, Y), (X[:2], Y[:2]), loss=nn.CrossEntropyLoss(), method="grad_dot")
+    rows = example_gradients(model, F.cross_entropy, X, Y)
+    assert gap(scores.values, rows[:2] @ rows.T / N) < rounding(torch.float32)
 
 
 def test_batch_statistics_are_still_named() -> None:

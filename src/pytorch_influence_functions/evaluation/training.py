@@ -297,7 +297,8 @@ def _stack_agrees(recipe: Recipe, objective: AbstractObjective, data: Examples, 
         paired_gradients = zip(gradients, stacked_gradients, strict=True)
         pairs += [(a, b[row]) for a, b in paired_gradients if a is not None and b is not None]
         tolerance = 1e-8 if each.dtype == torch.float64 else 1e-4
-        if any(float((a - b).detach().abs().max()) > tolerance * float(a.detach().abs().max()) for a, b in pairs):
+        gaps = [(float((a - b).detach().abs().max()), float(a.detach().abs().max())) for a, b in pairs]
+        if not all(gap <= tolerance * size for gap, size in gaps):  # NaN is no agreement
             return False
     return True
 

@@ -36,9 +36,17 @@ from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
 from .layer_rules import Layout, ParameterPart, find_rule, layout_of
 from .one_by_one import Gathered, Known, gradients_one_by_one, rows_one_by_one
+from .padding import warn_of_padding
 from .projections import AbstractProjector, AbstractReduction
 from .recording import Capture, HookedLayer, NarrowestType, record_calls
-from .separability import refuse_batch_loss, refuse_mixing, refuse_shared_losses, warn_of_batch_loss
+from .separability import (
+    loss_together,
+    refuse_batch_loss,
+    refuse_mixing,
+    refuse_shared_losses,
+    refuse_sum,
+    warn_of_batch_loss,
+)
 from .vjp import detach_parameters, per_example_vjp
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -295,7 +303,11 @@ def _slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, ids: Tens
             f"The loss of {type(objective).__name__} has no derivative in the model's outputs; it was probably "
             "detached or computed through argmax or numpy. Use a differentiable loss."
         )
-    return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
+    slope = torch.autograd.grad(losses.sum(), leaf)[0]
+    with torch.no_grad():
+        if (together := loss_together(objective, outputs, batch)) is not None:
+            refuse_sum(objective, lambda: outputs, batch, losses.detach(), together, ids)
+    return losses.detach(), slope
 
 
 def _refuse_nonfinite(values: Tensor, ids: Tensor, what: str, batch: Any = None) -> None:
@@ -368,6 +380,7 @@ class _Probe:
         if isinstance(objective, ModelLoss):
             warn_of_batch_loss(problem, objective)
         refuse_shared_losses(objective, batch, outputs)
+        warn_of_padding(problem, objective, tolerance(precision))
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         reference = None
@@ -408,7 +421,9 @@ class _Probe:
                     continue
                 expected = reference.dense(name).flatten(1)
                 gap = (some.blocks[name].dense().flatten(1) - expected).norm(dim=1)
-                if bool((gap > tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)).any()):
+                allowed = tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)
+                # NaN agrees with nothing but NaN, which is refused with its index.
+                if bool((~(gap <= allowed) & allowed.isfinite()).any()):
                     differing.add(name)
         return [name for name in plan.whole.blocks if name in differing]
 

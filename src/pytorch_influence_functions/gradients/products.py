@@ -28,6 +28,7 @@ from ..objectives.differentiated import output_curvature
 from ..objectives.tokens import TokenCrossEntropy
 from ..problem.model_state import double_backward_safe, preserved
 from .per_example import Derivatives, tolerance
+from .separability import loss_together, refuse_sum
 from .vjp import as_function, detach_parameters, grads, silence_slow_batching
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -84,7 +85,7 @@ class Products:
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
                 log.info("No %s for this model: %s", mode.value, first_line(reason))
                 continue
-            if not products._can_push_losses(batch, v):
+            if not products._can_push_losses(batch, v, n):
                 continue
             gap = ((pushed * c).reshape(n, -1).sum(1) - expected).norm()
             if bool(gap <= tolerance(derivatives.precision) * (expected.norm() + 1e-6 * pushed.norm() * c.norm())):
@@ -100,22 +101,32 @@ class Products:
         if self.mode is PushforwardMode.ROWS:
             return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
         if objective is self.derivatives.objective:
-            return self._push_losses(batch, directions, objective).T
+            return self._push_losses(batch, directions, objective, ids).T
         try:
-            return self._push_losses(batch, directions, objective).T
+            return self._push_losses(batch, directions, objective, ids).T
         except (RuntimeError, NotImplementedError, InvalidInput) as reason:  # only the training loss was tried before
             log.info("No %s for this measure: %s", self.mode.value, first_line(reason))
             return self.derivatives.loss_rows(ids, batch, objective).rows.inner(directions)
 
-    def _push_losses(self, batch: Any, directions: Rows, objective: AbstractObjective) -> Tensor:
-        return self._push(
-            lambda p: objective.losses(objective.outputs(as_function(self._model, p), batch), batch), directions
-        )
+    def _push_losses(self, batch: Any, directions: Rows, objective: AbstractObjective, ids: Tensor) -> Tensor:
+        def losses(p: Tree) -> Tensor:
+            outputs = objective.outputs(as_function(self._model, p), batch)
+            own = objective.losses(outputs, batch)
+            together = loss_together(objective, outputs, batch)
+            return own if together is None else torch.cat([own, together[None].to(own)])
 
-    def _can_push_losses(self, batch: Any, directions: Rows) -> bool:
+        values, pushed = self._push_with_values(losses, directions)
+        n = len(ids)
+        if len(values) > n:
+            with torch.no_grad(), preserved(self._model, self._names):
+                own, together = values[:n].detach(), values[n].detach()
+                refuse_sum(objective, lambda: objective.outputs(self._model, batch), batch, own, together, ids)
+        return pushed[:, :n]
+
+    def _can_push_losses(self, batch: Any, directions: Rows, n: int) -> bool:
         """Whether a loss of the user's own has the derivative that this mode needs, as the model has."""
         try:
-            self._push_losses(batch, directions, self.derivatives.objective)
+            self._push_losses(batch, directions, self.derivatives.objective, torch.arange(n))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
             log.info("No %s for this loss: %s", self.mode.value, first_line(reason))
             return False
@@ -140,14 +151,20 @@ class Products:
 
     def _push(self, f: Callable[[Tree], Tensor], directions: Rows) -> Tensor:
         """The derivative of f along every direction, [q, *shape of f]."""
+        return self._push_with_values(f, directions)[1]
+
+    def _push_with_values(self, f: Callable[[Tree], Tensor], directions: Rows) -> tuple[Tensor, Tensor]:
+        """f itself, and its derivative along every direction, [q, *shape of f]."""
         tree = self.derivatives.space.to_parameters(directions)
         with preserved(self._model, self._names), double_backward_safe(self._model):
             current = self._current
             if self.mode is PushforwardMode.FORWARD:
-                push = vmap(lambda v: jvp(f, (current,), (v,))[1], chunk_size=DIRECTIONS, randomness="different")
+                push = vmap(lambda v: jvp(f, (current,), (v,)), chunk_size=DIRECTIONS, randomness="different")
                 with silence_slow_batching():
-                    return cast(Tensor, push(tree))
-            return torch.stack([_push_by_reverse(f, current, v)[1] for v in _unstack(tree)])
+                    values, pushed = push(tree)
+                return values[0], pushed
+            both = [_push_by_reverse(f, current, v) for v in _unstack(tree)]
+            return both[0][0], torch.stack([pushed for _, pushed in both])
 
     def ggn_product(self, ids: Tensor, batch: Any, directions: Rows) -> Rows:
         """sum over the batch of J^T (d^2 loss / d outputs^2) J v, for every direction."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ _AFFORDABLE, _FEWEST = 1 << 30, 16
 # Groups of the jackknife: the fewest, the most, and the numbers that their sums may take.
 _GROUPS, _GROUP_NUMBERS = (2, 16), 1 << 26
 
+# A factor of the loss is told where it leaves a tenth of the gradient that a minimum may have, or sampling error; where
+# gradient of loss and decay are opposite up to this tangent; and of so many parameters, as fewer may be so by chance.
+_MET, _OPPOSITE, _PARAMETERS = 0.006, 0.1, 3
+
 # Examples on which the parameters that take no part are looked at, one by one.
 _ONE_BY_ONE = 3
 
@@ -49,6 +53,8 @@ class StationarityCheck:
     if they are not trainable."""
     used: int
     total: int
+    loss_factor: float = 1.0
+    """The factor of the loss with which it is, beside the decay, at a minimum; 1 where no other number makes it one."""
 
     @staticmethod
     def of(
@@ -68,9 +74,11 @@ class StationarityCheck:
             look.add(gradients)
             if also is not None:
                 also(gradients)
-        relative, error = look.moments().relative()
+        moments = look.moments()
+        relative, error = moments.relative()
+        factor = moments.loss_factor() if relative > _MET and space.size >= _PARAMETERS else 1.0
         total_count = sum(p.numel() for p in problem.model.parameters())
-        return StationarityCheck(relative, error, len(sample.ids), look.shares(), space.size, total_count)
+        return StationarityCheck(relative, error, len(sample.ids), look.shares(), space.size, total_count, factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +157,31 @@ class Moments:
         # the root, which stays finite.
         return value, math.sqrt(value**2 + math.sqrt(variance)) - value
 
+    def loss_factor(self) -> float:
+        """The c with which c times the losses and the decay are at a minimum; 1 where no other number makes it one.
+
+        A loss that training took c times (a sum over the examples, a mean over fewer positions, without a factor 1/2)
+        has its minimum where its gradient g is -w / c. The c that leaves least is -<g, w> / |g|^2.
+        """
+        n = float(self.counts.sum())
+        mean = self.counts.new_ones(len(self.counts)) / n
+        of_losses, along = float(mean @ self.products[:-1, :-1] @ mean), float(mean @ self.products[:-1, -1])
+        decay = float(self.products[-1, -1])
+        unbiased = of_losses - self._noise(n, float(self.squares.sum()) / n, of_losses)
+        if along >= 0 or unbiased <= 0 or decay * unbiased > (1 + _OPPOSITE**2) * along**2:
+            return 1.0
+        factor = -along / unbiased
+        products = self.products.clone()
+        products[-1] /= factor
+        products[:, -1] /= factor
+        square = max(0.0, of_losses + 2 * along / factor + decay / factor**2)
+        value, error = replace(self, products=products, square=square).relative()
+        return factor if value <= max(_MET, 2 * error) and error < 5 * _MET else 1.0
+
+    def _noise(self, n: float, mean_square: float, of_losses: float) -> float:
+        """By how much the square of a sample's mean is too large: the variance of that mean."""
+        return (1 - n / self.population) * (mean_square - of_losses) / (n - 1) if n > 1 else 0.0
+
     def _relative_square(self, taken: Tensor, of_objective: float | None = None) -> float:
         """The unbiased square of the objective's gradient over the examples' mean square, of the groups `taken`."""
         n, mean_square = float(taken @ self.counts), float(taken @ self.squares)
@@ -157,8 +190,7 @@ class Moments:
         decay = float(self.products[-1, -1])
         of_losses = float(mean[:-1] @ self.products[:-1, :-1] @ mean[:-1])
         of_objective = float(mean @ self.products @ mean) if of_objective is None else of_objective
-        # The square of a sample's mean is too large by the variance of that mean.
-        noise = (1 - n / self.population) * (mean_square - of_losses) / (n - 1) if n > 1 else 0.0
+        noise = self._noise(n, mean_square, of_losses)
         # A fixed decay is no example's; where it outweighs all of them, it is the scale.
         typical = mean_square + of_objective - of_losses if self.per_example else max(mean_square, decay)
         return (of_objective - noise) / typical if typical > 0 else 0.0

@@ -113,10 +113,12 @@ class RunLog:
             relative_gradient=stationarity.relative_gradient,
             relative_gradient_error=stationarity.error,
             gradient_examples=stationarity.looked_at,
+            loss_factor=stationarity.loss_factor,
             mode=describe_mode(problem),
             deterministic=problem.data.determinism,
             objective=problem.describe_objective(),
             reading=problem.data.reading,
+            padding=problem.data.padding or "",
             routes=routes,
             **(logged | facts | {"notes": (*facts.get("notes", ()), *note_on_processes())}),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,9 @@ def as_objective(loss: Any) -> AbstractObjective:
 
     `CrossEntropyLoss`, `NLLLoss`, `MSELoss`, `BCEWithLogitsLoss` and `BCELoss` become likelihoods with the
     same settings; every other loss module or function of (outputs, targets) is wrapped in `FromFunction`.
-    Whatever the module's reduction, the objective gives one number per example; with several outputs per example
-    "sum" adds them up, "mean" and "none" average them.
+    `functools.partial(F.cross_entropy, weight=w)` is the module with these settings. A module whose forward was
+    replaced on the instance, or that has hooks, is taken as it is called. Whatever the reduction, the objective gives
+    one number per example; with several outputs per example "sum" adds them up, "mean" and "none" average them.
 
     `NLLLoss` becomes `CrossEntropy`: log-probabilities have logsumexp 0, whatever the parameters, so
     log-softmax leaves them, and hence value and parameter gradient, as they are; the Gauss-Newton matrix
@@ -39,14 +41,16 @@ def as_objective(loss: Any) -> AbstractObjective:
     """
     if isinstance(loss, AbstractObjective):
         return loss
+    loss = _as_module(loss)
     if isinstance(loss, type):
         known = issubclass(loss, (nn.Module, AbstractObjective))
         hint = f"pass an instance, {loss.__name__}(...)" if known else "pass a loss"
         raise InvalidInput(f"The loss is the class {loss.__name__}; {hint}.")
     if isinstance(loss, nn.Module):
         # Subclasses may compute something else, so the type must be the very one.
-        convert = _MODULES.get(type(loss))
-        takes_one = True if type(loss).__module__ == nn.modules.loss.__name__ else None
+        own = _computes_its_own(loss)
+        convert = None if own else _MODULES.get(type(loss))
+        takes_one = True if type(loss).__module__ == nn.modules.loss.__name__ and not own else None
         return convert(loss) if convert is not None else FromFunction(_with_mean_reduction(loss), takes_one=takes_one)
     if not callable(loss):
         raise InvalidInput(
@@ -54,7 +58,7 @@ def as_objective(loss: Any) -> AbstractObjective:
             "CrossEntropy(), a torch.nn loss, or a function of (outputs, targets)."
         )
     takes_one = True if getattr(loss, "__module__", "") == F.__name__ else None
-    return _FUNCTIONS.get(loss) or FromFunction(loss, takes_one=takes_one)
+    return FromFunction(loss, takes_one=takes_one)
 
 
 def divides_by_class_weights(loss: Any) -> bool:
@@ -63,9 +67,34 @@ def divides_by_class_weights(loss: Any) -> bool:
     Args:
         loss: any loss.
     """
-    if type(loss) not in (nn.CrossEntropyLoss, nn.NLLLoss) or loss.reduction != "mean":
+    loss = _as_module(loss)
+    if type(loss) not in (nn.CrossEntropyLoss, nn.NLLLoss) or loss.reduction != "mean" or _computes_its_own(loss):
         return False
     return loss.weight is not None and not bool((loss.weight == 1).all())
+
+
+def _as_module(loss: Any) -> Any:
+    """The module of torch that a loss of `torch.nn.functional` with settings is; anything else as it is.
+
+    Args:
+        loss: any loss.
+    """
+    partial = isinstance(loss, functools.partial)
+    function, settings = (loss.func, loss.keywords) if partial else (loss, {})
+    module = next((module for known, module in _MODULE_OF if known is function), None)
+    if module is None or (partial and loss.args):
+        return loss
+    if any(isinstance(value, Tensor) and value.requires_grad for value in settings.values()):
+        return loss  # refused as a loss with weights of its own
+    try:
+        return module(**settings)
+    except TypeError:  # a setting that the module does not have
+        return loss
+
+
+def _computes_its_own(loss: nn.Module) -> bool:
+    """Whether forward was replaced on this instance, or hooks may change what it gives."""
+    return "forward" in vars(loss) or bool(loss._forward_hooks or loss._forward_pre_hooks)
 
 
 def _with_mean_reduction(loss: nn.Module) -> nn.Module:
@@ -108,10 +137,11 @@ _MODULES: dict[type[nn.Module], Callable[[Any], AbstractObjective]] = {
     nn.BCELoss: _bce,
 }
 
-_FUNCTIONS: dict[Any, AbstractObjective] = {
-    F.cross_entropy: CrossEntropy(),
-    F.nll_loss: CrossEntropy(from_log_probabilities=True),
-    F.mse_loss: SquaredError(average=True, half=False),
-    F.binary_cross_entropy_with_logits: Bernoulli(average=True),
-    F.binary_cross_entropy: Bernoulli(average=True, from_probabilities=True),
-}
+# What each of these takes besides outputs and targets is what its module's constructor takes.
+_MODULE_OF: tuple[tuple[Any, Callable[..., nn.Module]], ...] = (
+    (F.cross_entropy, nn.CrossEntropyLoss),
+    (F.nll_loss, nn.NLLLoss),
+    (F.mse_loss, nn.MSELoss),
+    (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
+    (F.binary_cross_entropy, nn.BCELoss),
+)

@@ -41,9 +41,10 @@ class CrossEntropy(AbstractLikelihood):
 
     Outputs are [n, C] with targets [n] (integers) or [n, C] (probabilities), or dense, [n, C, d1, ...] with
     [n, d1, ...] (segmentation): then the loss is the mean over the example's own positions, ignored ones
-    counted. torch's own mean divides by the total weight (or the count not ignored) instead: one factor for
-    all examples alike, which scales the whole objective and cancels in a score up to damping. Dividing by
-    each example's own count would not.
+    counted. torch's own mean divides by the total weight (or the count not ignored) of a batch instead, and so is
+    this one times a factor, the same for all examples; dividing by each example's own count would not be. A query's
+    loss is measured without that factor. Beside a `weight_decay` it matters: give the decay divided by it (where most
+    positions are ignored a decay is too strong for this loss), which the check `minimum` tells where it shows.
 
     Args:
         weight: [C] factor of each class.

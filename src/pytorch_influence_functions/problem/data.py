@@ -19,11 +19,13 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ..core.batches import Collated, map_tensors, tensors_of
-from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
+from ..core.batches import map_tensors
+from ..core.errors import InvalidInput, TrainingDataWarning, name_ids
+from ..core.indexing import spread_sample, while_cheap
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
 from .cutting import holds_words, is_cut_by_rows, same
+from .finite import check_finite, refuse_meta
 from .random_state import same_rng
 from .reading import Collate, NamingCollate, NamingDataset, Reader
 from .samplers import SampledSubset, examples_of
@@ -44,6 +46,9 @@ BATCH_SIZE = 64
 # of one batch hold together. Measured over networks of 34 to 205,000 parameters: passes in batches of 64 take up to 25
 # times as long as in batches of 2^20 to 2^22 numbers, and above 2^24 they become slower again.
 _FEWEST, _WIDEST, _NUMBERS = 8, 4096, 1 << 22
+# Items that are read twice beside the first, middle and last, as long as all of it takes no more seconds. Of flips with
+# probability 0.1 this misses 1 in 800.
+_PROBES, _PROBE_SECONDS = 32, 0.02
 POLICIES = ("warn", "error", "ignore")
 
 
@@ -297,19 +302,20 @@ class Source:
         )
 
     @cached_property
-    def _fast(self) -> tuple[Any, Tensor | None] | None:
+    def tensor_columns(self) -> tuple[Any, Tensor | None] | None:
+        """The tensors of all examples and the rows of them that are taken, None for all; None where items are read."""
         return _fast_columns(self.dataset) if self.collate is default_collate else None
 
     @property
     def in_memory(self) -> bool:
         """Whether a batch is picked out of tensors, so that reading it costs next to nothing."""
-        return self._fast is not None
+        return self.tensor_columns is not None
 
     def item(self, index: int) -> Any:
         """One example as the dataset gives it, not collated."""
         self.plan([index])
         item = NamingDataset(self.dataset)[int(index)]
-        _refuse_meta(item, f"Item {int(index)} of the dataset")
+        refuse_meta(item, f"Item {int(index)} of the dataset")
         return item
 
     def subset(self, ids: IdsLike) -> Source:
@@ -325,11 +331,8 @@ class Source:
         Raises:
             InvalidInput: an index outside the dataset.
         """
-        every = torch.arange(len(self))
-        if ids is None:
-            return every
-        if isinstance(ids, slice):
-            return every[ids]
+        if ids is None or isinstance(ids, slice):
+            return torch.arange(len(self))[slice(None) if ids is None else ids]
         chosen = torch.as_tensor(ids, device="cpu")
         if chosen.dtype == torch.bool or (chosen.is_floating_point() and chosen.numel()):
             raise InvalidInput(f"Indices must be whole numbers, got {chosen.dtype}.")
@@ -356,8 +359,8 @@ class Source:
         Raises:
             InvalidInput: an item cannot be read, or a batch not collated; the item is named.
         """
-        if self._fast is not None:
-            columns, index = self._fast
+        if self.tensor_columns is not None:
+            columns, index = self.tensor_columns
             for ids in plan:
                 rows = ids if index is None else index[ids]
                 named = isinstance(columns, Mapping)
@@ -420,7 +423,7 @@ class Source:
         return "yes" if self._determinism["differs"] is None and not self._collate_draws else "no"
 
     def check_deterministic(self, policy: str = "warn") -> None:
-        """Read item 0 twice, and for transforms that act only sometimes also a middle and the last item.
+        """Read item 0 twice, and for transforms that act only sometimes others too: more of them where that is cheap.
 
         The random generators are put back afterwards. Read, and warned about, once per source.
 
@@ -431,10 +434,11 @@ class Source:
         if policy == "ignore":
             return
         if "differs" not in self._determinism:
-            probes = sorted({0, len(self) // 2, len(self) - 1})
             with same_rng():
                 first = self.item(0)
-                odd = next((i for i in probes if not same(first if i == 0 else self.item(i), self.item(i))), None)
+                odd = next(
+                    (i for i in self._probes() if not same(first if i == 0 else self.item(i), self.item(i))), None
+                )
             self._determinism.update(differs=odd, words=holds_words(first))
         differs, drawn = self._determinism["differs"], self._collate_draws
         if (differs is None and not drawn) or (policy == "warn" and self._determinism.get("warned")):
@@ -455,49 +459,25 @@ class Source:
         self._determinism["warned"] = True
         warn_caller(message + ", or silence this with deterministic='ignore'.", TrainingDataWarning)
 
-    def check_finite(self, ids: Int[Tensor, "_"], batch: Any) -> None:
-        """Refuse NaN and infinity in the floating point tensors of a batch that have one row per example.
+    def _probes(self) -> Iterator[int]:
+        """Items to read twice: three, and where that is cheap others spread over the data."""
+        three = sorted({0, len(self) // 2, len(self) - 1})
+        others = [] if self.in_memory else spread_sample(len(self), _PROBES).tolist()
+        return while_cheap([*three, *others], len(three), _PROBE_SECONDS)
 
-        Raises:
-            NonFinite: names the dataset indices.
+    @property
+    def padding(self) -> str | None:
+        """What padding does to an example, in words, empty where it does nothing; None where it was not looked at."""
+        return self._determinism.get("padding")
+
+    def note_padding(self, text: str) -> None:
+        """Remember what padding does to an example.
+
+        Args:
+            text: in words; empty where it does nothing.
         """
-        _refuse_meta(batch, "The batch")
-        if isinstance(batch, Collated):
-            self._check_items(ids, batch)
-            return
-        for where, tensor in tensors_of(batch):
-            if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.shape[:1] != ids.shape:
-                continue
-            # The sum is one cheap pass; a sum that is not finite may also be an overflow, hence the second check.
-            if bool(torch.isfinite(tensor.sum())):
-                continue
-            finite = torch.isfinite(tensor)
-            if not bool(finite.all()):
-                self._refuse_nonfinite(ids[(~finite).reshape(len(ids), -1).any(1).cpu()], f"batch{where}")
+        self._determinism["padding"] = text
 
-    def _check_items(self, ids: Int[Tensor, "_"], batch: Collated) -> None:
-        """As `check_finite`, where an example is no row: its tensors are looked at before they were collated."""
-        for place, item in zip(ids, batch.items, strict=True):
-            for where, tensor in tensors_of(item):
-                if not bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
-                    self._refuse_nonfinite(place[None], f"item{where}")
-
-    def _refuse_nonfinite(self, ids: Int[Tensor, "_"], where: str) -> None:
-        places = ids if self.positions is None else self.positions[ids]
-        part = "" if where == "batch" else f" (in {where})"
-        raise NonFinite(
-            f"The data hold NaN or infinity at dataset index {name_ids(places.tolist())}{part}; "
-            "repair or remove these examples."
-        )
-
-
-# --------------------------------------------------------------------------- what a dataset says of itself
-
-
-def _refuse_meta(data: Any, what: str) -> None:
-    for where, tensor in tensors_of(data):
-        if tensor.is_meta:
-            raise InvalidInput(
-                f"{what} lies on the meta device{f' (in {where})' if where else ''}, which holds no values; load the "
-                "data on the CPU or on the model's device."
-            )
+    def check_finite(self, ids: Int[Tensor, "_"], batch: Any) -> None:
+        """Refuse NaN and infinity in the floating point tensors of a batch, see `check_finite`."""
+        check_finite(ids, batch, self.positions)

@@ -92,7 +92,7 @@ class Problem:
         decay = as_weight_decay(weight_decay, model, prefix)
         if not decay.is_zero and divides_by_class_weights(loss):
             warn_caller(
-                f"{type(loss).__name__}(weight=...) divides by the total class weight of a batch, and here losses "
+                "A loss with class weights divides by the total class weight of a batch, and here losses "
                 "are averaged over the examples, beside which weight_decay= is too small or too large: give it times "
                 "weight[labels].mean() of the training labels, with loss=ptif.CrossEntropy(weight=...).",
                 TrainingDataWarning,

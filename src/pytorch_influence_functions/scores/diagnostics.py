@@ -19,6 +19,8 @@ LEFT_OUT, FROZEN = "(left out)", "(frozen)"
 # The objective's gradient beside a typical example's: 0 at a minimum. `docs/trust.md` has what was measured on trained
 # networks (at most the first) and on networks stopped after an epoch (above it).
 _STATIONARY, _MOVING = 0.06, 0.1
+# Where the gradient is below both, a factor of the loss is told from here on.
+_SLIGHT = 1.1
 # An alarm needs the gradient to be above a bound by so many standard errors.
 _ERRORS = 2.0
 # Relative residuals: below the first a ranking is safe, above the second it is the solver's noise.
@@ -77,6 +79,8 @@ class Diagnostics:
         relative_gradient: |gradient of the mean training objective|, weight decay included, over the root mean square
             of the examples' gradients; sampling noise is taken off, so it is 0 at a minimum.
         relative_gradient_error: its standard error; 0 where every example was looked at.
+        loss_factor: the factor of the training loss with which the weights are at a minimum beside the weight decay; 1
+            where no other factor makes it one.
         gradient_examples: how many examples the three lines above were measured on.
         mode: the mode the model was in, in words: eval, dropout, batch norm.
         deterministic: whether reading an example twice gave the same: `"yes"`, `"no"` or other words.
@@ -88,6 +92,7 @@ class Diagnostics:
         objective: the training loss that was taken, as it would be written.
         inferred: whether the loss was inferred from outputs and targets rather than given.
         reading: how a loader's sampler was read, in words; empty where the whole dataset is the training set.
+        padding: what padding does to an example, in words; empty where it does nothing.
         rows: how the rows were made of the queries, in words; empty where each query is a row of its own.
         measures_gradients: whether a damping rule may look at the training data's gradients (those of an index cannot).
         needs_minimum: whether the method assumes that training had ended at a minimum (unrolled ones do not).
@@ -137,6 +142,8 @@ class Diagnostics:
     weight_decay_most: float = 0.0
     rows: str = ""
     measures_gradients: bool = True
+    padding: str = ""
+    loss_factor: float = 1.0
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
@@ -258,6 +265,8 @@ def _minimum(d: Diagnostics) -> Check:
     if not d.needs_minimum:
         return Check(name, "ok", f"{fact}; this method follows training and needs no minimum")
     least = value - _ERRORS * error
+    if least > _STATIONARY and d.loss_factor != 1.0:
+        return Check(name, "bad" if least > _MOVING else "warn", f"{fact}: {_describe_factor(d)}")
     # Without the weight decay it was trained with, a model at its minimum looks as if it were not.
     decay = ", pass the weight_decay= that it was trained with," if d.weight_decay_most == 0 else ""
     if least > _MOVING:
@@ -270,7 +279,24 @@ def _minimum(d: Diagnostics) -> Check:
     if least > _STATIONARY:
         advice = f"train longer{decay} or let the learning rate fall to 0 at the end"
         return Check(name, "warn", f"{fact}: not quite at a minimum; {advice}")
-    return Check(name, "ok", fact)
+    told = abs(math.log(d.loss_factor)) > math.log(_SLIGHT)
+    return Check(name, "ok", f"{fact}; {_describe_factor(d)}" if told else fact)
+
+
+def _describe_factor(d: Diagnostics) -> str:
+    """Of which multiple of the loss it is the minimum, and what to pass."""
+    factor, outputs = d.loss_factor, round(2 / d.loss_factor)
+    digits = 2 if d.relative_gradient_error > 0 else 4  # from a sample it is not known better
+    # Squared errors are added up and halved where no loss is given; torch averages them over an example's outputs.
+    averaged = d.objective == "SquaredError()" and outputs >= 1 and abs(2 / factor - outputs) < 0.02 * outputs
+    divided = f"weight_decay={d.weight_decay_most / factor:.{digits}g}"
+    if d.weight_decay != d.weight_decay_most:
+        divided = f"each weight_decay divided by {factor:.{digits}g}"
+    advice = f"loss=torch.nn.MSELoss(), or for this loss {divided}" if averaged else f"{divided} for this loss"
+    return (
+        f"with this weight decay the weights are at the minimum of {factor:.{digits}g} times this loss (training may "
+        f"have added up examples, left ignored positions out of its mean, or had no factor 1/2); pass {advice}"
+    )
 
 
 def _describe_examples(d: Diagnostics) -> str:
@@ -351,9 +377,10 @@ def _mode(d: Diagnostics) -> Check:
 
 def _data(d: Diagnostics) -> Check:
     reading = f"; {d.reading}" if d.reading else ""
+    reading += f"; {d.padding}, so scores depend on who shares a batch" if d.padding else ""
     if d.deterministic == "yes":
         # What a sampler drew is not known where all examples were taken in its stead.
-        status: Status = "warn" if d.reading.startswith("all") else "ok"
+        status: Status = "warn" if d.reading.startswith("all") or d.padding else "ok"
         return Check("data", status, f"an example reads the same twice{reading}")
     if d.deterministic == "no":
         text = "an example reads differently twice (random augmentation?): scores belong to one random draw"

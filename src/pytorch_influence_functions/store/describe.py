@@ -162,6 +162,7 @@ def diagnostics_of(
         relative_gradient=check.relative_gradient,
         relative_gradient_error=check.error,
         gradient_examples=check.looked_at,
+        loss_factor=check.loss_factor,
         mode=describe_mode(problem),
         objective=facts["loss"],
         routes=facts["routes"],
