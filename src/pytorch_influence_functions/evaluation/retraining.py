@@ -151,7 +151,10 @@ def train_model(
         return Recorder(model, optimizer, record, at, steps, batch_size=recipe.batch_size, overwrite=True)
 
     hook = None if record is None else recording
-    with _seeded(seed), Meter(recipe.steps(len(source)), "training", "step") as meter:
+    steps = recipe.steps(len(source))
+    if training.LastBatch.of(recipe, objective, examples, job, problem.model) is not training.LastBatch.KEPT:
+        steps -= recipe.epochs
+    with _seeded(seed), Meter(steps, "training", "step") as meter:
         return training.train_alone(recipe, objective, examples, job, meter.advance, hook)
 
 
@@ -196,6 +199,8 @@ class _Retraining:
         # Always of the same seed, so that other seeds find what was made before.
         model, probes = describe_model(Problem(recipe.fresh(0), objective, source))
         model |= {"model function": recipe.model, "loss": objective, "recipe": settings}
+        if source.drops_last and training.has_batch_norm(problem.model):
+            model |= {"a last batch of one": "left out"}
         return _Retraining(*parts, _fingerprint(model, probes, source, queries, measured))
 
     @staticmethod

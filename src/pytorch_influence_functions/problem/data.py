@@ -94,7 +94,7 @@ def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
 class Source:
     """Examples by index, batched in dataset order. Made with `Source.of`.
 
-    A loader gives its dataset, collate function, workers and batch size; shuffling and `drop_last` are ignored. A
+    A loader gives its dataset, collate function, workers and batch size, whatever its shuffling and `drop_last`. A
     sampler that draws the same part of the dataset in every epoch (`SubsetRandomSampler`, or one of your own) says what
     the training set is: the source is that part, in dataset order, and `positions` are its places in the dataset, by
     which scores name it. Other samplers are refused (weights) or warned about once.
@@ -116,6 +116,8 @@ class Source:
     """Whether float64 says nothing about the data, as in NumPy's arrays, whose default it is: the model's is taken."""
     reading: str = ""
     """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
+    drops_last: bool = False
+    """Whether a loader leaves out the last batch of an epoch where it is not full: told to what trains again."""
     ask: Callable[[Any, Any], Source] | None = field(default=None, repr=False)
     """Reads what is asked of a problem with these data, `(problem, queries) -> Source`, where it has a form of its own,
     as texts have; None: queries have the form of the data."""
@@ -162,8 +164,10 @@ class Source:
                 "multiprocessing_context": data.multiprocessing_context,
             }
         dataset, reading = examples_of(data)
-        fixed = batch_size is not None
-        return cls(dataset, data.collate_fn, int(size), data.num_workers, options, fixed, reading=reading)
+        fixed, drops = batch_size is not None, bool(getattr(data.batch_sampler, "drop_last", False))
+        return cls(
+            dataset, data.collate_fn, int(size), data.num_workers, options, fixed, reading=reading, drops_last=drops
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
