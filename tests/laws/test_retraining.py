@@ -377,6 +377,10 @@ def test_diverged_training_is_named() -> None:
     wild = Recipe(net, partial(torch.optim.SGD, lr=float("inf")), epochs=3, batch_size=5)
     with pytest.raises(NonFinite, match="seed 0 measures NaN or infinity"):
         made(wild, seeds=1)
+    with pytest.raises(
+        NonFinite, match=r"trained with seed 2 has NaN or infinity in '0\.weight', .*lower the learning"
+    ):
+        train_model(wild, data(), seed=2)
 
 
 @pytest.mark.parametrize(

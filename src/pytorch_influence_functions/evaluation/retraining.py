@@ -137,6 +137,9 @@ def train_model(
             `None`: it is not recorded.
         at: the shares of the run at which it is recorded; `None`: those of `Recorder`.
 
+    Raises:
+        NonFinite: the training diverged.
+
     >>> x = torch.arange(12.0).reshape(6, 2).sin()
     >>> train_model(Recipe(lambda: nn.Linear(2, 1), loss=nn.MSELoss()), (x, x[:, :1])).training
     False
@@ -155,7 +158,14 @@ def train_model(
     if training.LastBatch.of(recipe, objective, examples, job, problem.model) is not training.LastBatch.KEPT:
         steps -= recipe.epochs
     with _seeded(seed), Meter(steps, "training", "step") as meter:
-        return training.train_alone(recipe, objective, examples, job, meter.advance, hook)
+        model = training.train_alone(recipe, objective, examples, job, meter.advance, hook)
+    diverged = next((name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    if diverged is not None:
+        raise NonFinite(
+            f"The model trained with seed {seed} has NaN or infinity in {diverged!r}, so its training diverged; lower "
+            "the learning rate of the recipe."
+        )
+    return model
 
 
 def _training_loss(recipe: Recipe, source: Source, seed: int) -> tuple[Problem, AbstractObjective]:

@@ -10,8 +10,8 @@ from .blocks import AbstractBlock, Dense
 from .chunks import chunks
 
 # Of fewer roundings of what it is the difference of, a row holds nothing else. Measured: gradients of the same example
-# in batches of 1, 3 and 16 differ, half by half, by up to 1.5 of them in perceptrons of 3 layers and transformers, 2.3 in
-# a convolutional network and 5.5 in a perceptron of 12 layers.
+# in batches of 1, 3 and 16 differ by up to 1.5 of them in perceptrons of 3 layers and transformers, 2.3 in a
+# convolutional network and 5.5 in a perceptron of 12 layers.
 _ROUNDINGS = 32
 # Below this share, products of the two sides' factors are mostly rounding: the difference is written out for them.
 _CLOSE = 0.1

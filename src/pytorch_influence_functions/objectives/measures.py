@@ -455,6 +455,15 @@ def _describe_not_scalar(function: Callable[..., Any], value: Tensor) -> str:
     )
 
 
+_WAY_OUT = "write it as a function of (outputs, targets) that takes any number of examples"
+_WAY_OUT_OF_PARTS = (
+    "the model is asked in eval mode, so write it as a function of what it returns there and the targets, for any "
+    "number of examples; a model that returns its losses in training mode only, as detectors do, needs a module around "
+    "it whose forward takes images and targets, calls train() on it and returns each image's loss, with items (image, "
+    "target, 0) and loss=lambda losses, _: losses"
+)
+
+
 def _evaluate(apply: Callable[[Any, Any], Any], function: Any, outputs: Any, targets: Any) -> Tensor:
     try:
         value = apply(outputs, targets)
@@ -464,8 +473,7 @@ def _evaluate(apply: Callable[[Any, Any], Any], function: Any, outputs: Any, tar
         shape = f"shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else f"type {type(targets).__name__}"
         raise InvalidInput(
             f"The loss {_name(function)} failed on outputs of {describe_outputs(outputs)} and targets of "
-            f"{shape} ({first_line(cause)}); write it as a function of (outputs, targets) that takes any number of "
-            "examples."
+            f"{shape} ({first_line(cause)}); {_WAY_OUT if isinstance(outputs, Tensor) else _WAY_OUT_OF_PARTS}."
         ) from cause
     return require_tensor(value)
 
