@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, NonFinite
 from ..core.fingerprint import Fingerprint, Probe
 from ..core.progress import Meter
 from ..core.threads import one_thread

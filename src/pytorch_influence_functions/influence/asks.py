@@ -126,7 +126,7 @@ class DataAsk(AbstractAsk):
             terms.append(rows)
         if len(terms) == 1:
             return terms[0]
-        sizes = {name: sum(_norms(rows, name) for rows in terms) for name in terms[0].blocks}
+        sizes = {name: torch.stack([_norms(rows, name) for rows in terms]).sum(0) for name in terms[0].blocks}
         return _settled(reduce(_added, terms), sizes)
 
     def _summed(

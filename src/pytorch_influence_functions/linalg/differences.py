@@ -43,4 +43,5 @@ def without_rounding(block: AbstractBlock, sizes: Float[Tensor, " n"]) -> Abstra
 
 
 def _norms(block: AbstractBlock) -> Float[Tensor, " n"]:
-    return torch.linalg.vector_norm(block.dense().flatten(1), dim=1, dtype=torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(block.dense().flatten(1), dim=1, dtype=torch.float64)
+    return norms
