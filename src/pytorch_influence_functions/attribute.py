@@ -63,7 +63,7 @@ class ProblemOptions(TypedDict, total=False):
     """The keyword arguments of `attribute` and `forecast` that are handed to `Problem`."""
 
     parameters: Selection
-    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay
+    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | WeightDecay
     checkpoints: Sequence[Checkpoint] | Checkpoint
     batch_size: int | None
     deterministic: str
@@ -148,7 +148,7 @@ def attribute(
             `ptif.distributed`. By default every process computes alone.
         parameters: names, globs, modules or a predicate; by default everything that is trainable.
         weight_decay: the L2 strength of training, one number or by name of a parameter or glob such as `"0.*"`, or the
-            optimiser it is read from; by default 0.
+            optimiser it is read from, or several in a list; by default 0.
         checkpoints: state dicts or files; scores are averaged over them. By default the model's weights alone.
         batch_size: the most examples per batch; by default what suits an example's size. Scores do not depend on it,
             unless the model takes padding for input, which a warning says.

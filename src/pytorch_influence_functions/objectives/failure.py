@@ -17,6 +17,14 @@ from ..core.errors import InfluenceError, InvalidInput, first_line
 _MODELS = ("model", "net", "network", "module")
 _TYPE_PHRASES = ("dtype", "same type", "scalar type", "expected scalar")
 
+_WAY_OUT = "write it as a function of (outputs, targets) that takes any number of examples"
+_WAY_OUT_OF_PARTS = (
+    "the model is asked in eval mode, so write it as a function of what it returns there and the targets, for any "
+    "number of examples; a model that returns its losses in training mode only, as detectors do, needs a module around "
+    "it whose forward takes images and targets, calls train() on it and returns each image's loss, with items (image, "
+    "target, 0) and loss=lambda losses, _: losses"
+)
+
 
 def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exception:
     """The error to raise for `cause`, met in the model's forward pass.
@@ -56,11 +64,12 @@ def lacks_graph(cause: Exception) -> bool:
     return isinstance(cause, RuntimeError) and "does not require grad" in str(cause)
 
 
-def way_to_write(loss: Any) -> str:
+def way_to_write(loss: Any, outputs: Any) -> str:
     """What to write instead of a loss function that failed.
 
     Args:
         loss: the function.
+        outputs: what it was given.
     """
     try:
         first = next(iter(inspect.signature(loss).parameters), "")
@@ -71,7 +80,7 @@ def way_to_write(loss: Any) -> str:
             f"its first argument, {first!r}, is what the model returned and not the model: write it as a function of "
             "(outputs, targets), or loss=ptif.objectives.ModelLoss() for the loss that the model itself returns"
         )
-    return "write it as a function of (outputs, targets) that takes any number of examples"
+    return _WAY_OUT if isinstance(outputs, Tensor) else _WAY_OUT_OF_PARTS
 
 
 def _way_out(cause: Exception, layer: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -466,7 +466,7 @@ def _evaluate(apply: Callable[[Any, Any], Any], function: Any, outputs: Any, tar
         shape = f"shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else f"type {type(targets).__name__}"
         raise InvalidInput(
             f"The loss {_name(function)} failed on outputs of {describe_outputs(outputs)} and targets of "
-            f"{shape} ({type(cause).__name__}: {first_line(cause)}); {way_to_write(function)}."
+            f"{shape} ({type(cause).__name__}: {first_line(cause)}); {way_to_write(function, outputs)}."
         ) from cause
     return require_tensor(value)
 

@@ -106,7 +106,7 @@ def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
 class Source:
     """Examples by index, batched in dataset order. Made with `Source.of`.
 
-    A loader gives its dataset, collate function, workers and batch size; shuffling and `drop_last` are ignored. A
+    A loader gives its dataset, collate function, workers and batch size, whatever its shuffling and `drop_last`. A
     sampler that draws the same part of the dataset in every epoch (`SubsetRandomSampler`, or one of your own) says what
     the training set is: the source is that part, in dataset order, and `positions` are its places in the dataset, by
     which scores name it. Other samplers are refused (weights) or warned about once.
@@ -130,6 +130,8 @@ class Source:
     """Whether it is a loader whose batches are single examples: a loss averaged over a batch is then each example's."""
     reading: str = ""
     """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
+    drops_last: bool = False
+    """Whether a loader leaves out the last batch of an epoch where it is not full: told to what trains again."""
     columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
     """The names of the columns, where frames were given: other frames are put in their order, see `read_alike`."""
     ask: Callable[..., Source] | None = field(default=None, repr=False)
@@ -187,11 +189,12 @@ class Source:
                 "multiprocessing_context": data.multiprocessing_context,
             }
         dataset, reading = examples_of(data)
-        fixed = batch_size is not None
+        fixed, drops = batch_size is not None, bool(getattr(data.batch_sampler, "drop_last", False))
         singly = (data.batch_size or getattr(data.batch_sampler, "batch_size", None)) == 1
         return cls(
-            dataset, data.collate_fn, int(size), data.num_workers, options, fixed, loaded_singly=singly, reading=reading
-        )
+            dataset, data.collate_fn, int(size), data.num_workers, options, fixed, loaded_singly=singly,
+            reading=reading, drops_last=drops,
+        )  # fmt: skip
 
     def read_alike(self, data: Any, batch_size: int | None = None) -> Source:
         """Other examples in the form of these: columns of frames go together by name, and labels in words too.
