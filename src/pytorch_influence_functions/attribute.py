@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, TypedDict, overload
 
 import torch
+from torch.utils.data import DataLoader
 
 from .core.distributed import distributed as shared_out
 from .core.errors import InvalidInput, UnknownName, nearest
@@ -29,10 +30,12 @@ from .methods.names import MethodLike, along_the_run, as_method
 from .problem.agreement import entry
 from .problem.checkpoints import Checkpoint
 from .problem.data import Source
-from .problem.infer_loss import infer_objective
+from .problem.inferred import inferred_problem
 from .problem.model_state import plain_autograd
 from .problem.problem import Problem, check_model
+from .problem.random_state import same_rng
 from .problem.weight_decay import WeightDecay
+from .scores.difference import CONTRASTED
 from .scores.parts import PartScores
 from .scores.scores import MEAN, Scores
 from .solvers.forecast import Forecast
@@ -60,7 +63,7 @@ class ProblemOptions(TypedDict, total=False):
     """The keyword arguments of `attribute` and `forecast` that are handed to `Problem`."""
 
     parameters: Selection
-    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay
+    weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | WeightDecay
     checkpoints: Sequence[Checkpoint] | Checkpoint
     batch_size: int | None
     deterministic: str
@@ -145,7 +148,7 @@ def attribute(
             `ptif.distributed`. By default every process computes alone.
         parameters: names, globs, modules or a predicate; by default everything that is trainable.
         weight_decay: the L2 strength of training, one number or by name of a parameter or glob such as `"0.*"`, or the
-            optimiser it is read from; by default 0.
+            optimiser it is read from, or several in a list; by default 0.
         checkpoints: state dicts or files; scores are averaged over them. By default the model's weights alone.
         batch_size: the most examples per batch; by default what suits an example's size. Scores do not depend on it,
             unless the model takes padding for input, which a warning says.
@@ -187,12 +190,12 @@ def _attribute(
     """What `attribute` gives: `given` are the arguments of `_prepare` behind the name, `asked` those of `score`."""
     model, loss = given[0], given[3]
     spec, whole, source = _prepare("attribute", *given)
-    contrast, names = asked["contrast"], None
+    contrast, names, both = asked["contrast"], None, None
     _refuse_to_verify(verify, asked["aggregate"], contrast, asked["ids"], asked["by"], source)
     if contrast is not None and (isinstance(model, Problem) or knows_texts(model)):
-        contrast = _known_queries(whole, contrast, model, "contrast")
+        contrast = _known_queries(whole, contrast, "contrast")
     if isinstance(source, TextQueries):
-        names = source.names
+        names, both = source.names, source if source.pairs else None
         source, contrast = take_sides(source, contrast)
     fitted: Any = spec.fit(whole, n_queries=_count_rows(source, asked["aggregate"]))
     asked = {name: value for name, value in (asked | {"contrast": contrast}).items() if value is not None}
@@ -200,8 +203,8 @@ def _attribute(
     scores: Scores | PartScores = fitted.score(source, measure, top=top if verify is None else None, **asked)
     inferred = loss is None and not isinstance(model, Problem)
     if isinstance(scores, PartScores):
-        return PartScores({part: _finished(one, names, inferred) for part, one in scores.items()})
-    scores = _finished(scores, names, inferred)
+        return PartScores({part: _finished(one, names, both, inferred) for part, one in scores.items()})
+    scores = _finished(scores, names, both, inferred)
     if verify is None:
         return scores
     verdict = scores.verify(verify, measure=whole.objective if measure is None else measure)
@@ -210,8 +213,10 @@ def _attribute(
     return scores if top is None else scores.top(top)
 
 
-def _finished(scores: Scores, names: list[str] | None, inferred: bool) -> Scores:
-    """The scores with the queries' own names, where each is a row, and whether the loss was inferred."""
+def _finished(scores: Scores, names: list[str] | None, both: TextQueries | None, inferred: bool) -> Scores:
+    """The scores with the queries' own names, where each is a row, both sides of pairs, and where the loss is from."""
+    if both is not None and scores.diagnostics.rows == CONTRASTED:
+        scores = replace(scores, query_source=both)
     if names is not None and len(names) == len(scores) and MEAN not in scores.query_ids.tolist():
         scores = replace(scores, query_names=names)
     return replace(scores, diagnostics=replace(scores.diagnostics, inferred=inferred))
@@ -298,11 +303,12 @@ def _prepare(
         return spec, *_known_problem(name, model, train, queries, loss, options)
     batch_size = options.get("batch_size")
     data = Source.of(train, batch_size)
+    _check_numbers(name, train, data)
     functions = model_functions(queries)
     with in_queries():
-        source = functions or Source.of(queries, batch_size, data.class_names or ())
-    objective = infer_objective(model, data, options.get("device")) if loss is None else loss
-    return spec, Problem(model, objective, data, **options), source
+        source = functions or data.read_alike(queries, batch_size)
+    whole = inferred_problem(model, data, **options) if loss is None else Problem(model, loss, data, **options)
+    return spec, whole, source
 
 
 def _known_problem(
@@ -318,21 +324,21 @@ def _known_problem(
         raise InvalidInput(f"{name}() got nothing that is asked; write queries=, as in {name}(trainer, queries=...).")
     if not isinstance(known, Problem):
         whole = hf_problem(known, dataset=train, loss=loss, **options)
-        return whole, _known_queries(whole, queries, known)
+        return whole, _known_queries(whole, queries)
     given = [*options, *(["loss"] if loss is not None else []), *(["train"] if train is not None else [])]
     if given:
         raise InvalidInput(
             f"{name}() got a problem and {given[0]}=, which belongs to it; write problem.with_({given[0]}=...), or "
             f"{name}(problem, queries=...)."
         )
-    return known, _known_queries(known, queries, known)
+    return known, _known_queries(known, queries)
 
 
-def _known_queries(problem: Problem, queries: Any, known: Any, place: str = "queries") -> Any:
+def _known_queries(problem: Problem, queries: Any, place: str = "queries") -> Any:
     """Queries in the form that a problem reads, or functions of the whole model."""
     functions = model_functions(queries)
     with in_queries(place):
-        return functions or queries_for(problem, queries, None if known is problem else known)
+        return functions or (problem.data.ask or queries_for)(problem, queries)
 
 
 def _check_asked(spec: AbstractMethod, fitted: Any, asked: Mapping[str, Any]) -> None:
@@ -354,6 +360,22 @@ def _check_given(name: str, train: Any, queries: Any) -> None:
         raise InvalidInput(
             "A text is asked and a model alone has no tokenizer; write "
             f"{name}(ptif.hf.problem(model, tokenizer, texts), queries=...)."
+        )
+
+
+def _check_numbers(name: str, train: Any, data: Source) -> None:
+    """Refuse rows of texts beside a model alone, which reads numbers; a loader may still make these of texts."""
+    if isinstance(train, (Source, DataLoader)) or data.in_memory:
+        return
+    with same_rng():
+        first = data.item(0)
+    cells = first.values() if isinstance(first, Mapping) else (first,)
+    if any(isinstance(cell, str) for cell in cells) and not any(
+        hasattr(cell, "__len__") and not isinstance(cell, str) for cell in cells
+    ):
+        raise InvalidInput(
+            "The training data are texts and a model alone has no tokenizer; write "
+            f"{name}(ptif.hf.problem(model, tokenizer, data), queries=...), or give a DataLoader that tokenises them."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_chats_are_asked_as_a_users_turn_and_prompts_as_prompts(folder: Path, tm
     pairs = [{"prompt": "who wrote", "completion": " " + text} for text in texts(4)]
     given: list[tuple[list[Any], Any]] = [
         (chats, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on a mat"}]),
-        (pairs, {"prompt": "the cat", "completion": "sat on a mat"}),
+        (pairs, ptif.hf.query(folder, prompt="the cat", completion="sat on a mat")),
     ]
     for kind, (rows, query) in enumerate(given):
         out = tmp_path / str(kind)
@@ -199,3 +200,31 @@ def test_a_step_with_a_name_is_shown_at_once_and_a_look_at_a_first_batch_leaves_
     assert [task.description for task in bars.display.tasks] == ["loading the model"]
     bars("loading the model", 1, 1)
     assert bars.display.tasks == []
+
+
+def test_the_command_line_says_what_was_asked_and_warns_in_its_own_words(folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": text, "from": "ab"[i % 2]} for i, text in enumerate(texts(6))]
+    told = ("--hf", folder, "--dataset", write(tmp_path / "t.jsonl", rows), "--max-length", 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        ran = Ran("index", "build", tmp_path / "i", *told, "--keep", "two-sided:8", "--normalisation", "mean")
+    assert ran.code == 0
+    assert re.search(
+        r"^ptif: \d of 6 texts are longer than 4 tokens \(max_length\) .*; give --max-length as training did\.$",
+        ran.stderr,
+        re.MULTILINE,
+    )
+    ask = ("index", "query", tmp_path / "i", *told, "--query", "who wrote this", "--query", "the moon")
+    ran = Ran(*ask)
+    assert ran.code == 2 and "built with another loss" in ran.sentence.splitlines()[-1]
+    ran = Ran(*ask, "--normalisation", "mean", "--where", "from=b", "--top", 2)
+    assert ran.stdout.startswith("2 queries × 3 of 6 stored examples in")
+    assert re.search(r"query 0 +who wrote this\s+query 1 +the moon\s", ran.stdout)
+    assert Ran(*ask, "--normalisation", "mean", "--quiet").stderr == ""
+    ran = Ran(*ask, "--normalisation", "median")
+    assert ran.code == 2 and "--normalisation is 'median'; it must be one of trainer, sum, mean." in ran.stderr
+    other = write(tmp_path / "o.jsonl", [*rows[1:], rows[0]])
+    ran = Ran("index", "query", tmp_path / "i", "--hf", folder, "--dataset", other, *told[4:], "--query", "the moon")
+    assert ran.code == 2 and "These are not the data that the index in" in ran.stderr
+    ran = Ran("self-influence", *told, "--source-column", "from", "--method", "ekfac", "--out", tmp_path / "s")
+    assert ran.code == 0

@@ -11,7 +11,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.text import as_title
 from tests.hf.test_command_line import write
+from tests.hf.test_trainer import trainer
 from tests.hf.tiny import build, gradient, products, settings, texts, tokenizer
 from tests.interface.cli_cases import Ran
 from tests.tolerance import gap
@@ -66,6 +68,33 @@ def test_a_text_alone_is_asked_about_the_class_that_the_model_gives() -> None:
         assert gap(ptif.attribute(problem, queries=[same], method="ekfac").values, scores.values) < 1e-9
     other = asked | {"stars": names[(answer + 1) % 3]}
     assert gap(ptif.attribute(problem, queries=[other], method="ekfac").values, scores.values) > 1e-3
+
+
+def test_queries_that_hold_texts_are_named_by_them(tmp_path: Path) -> None:
+    """Of models for classes, of tokens' classes, of an encoder-decoder, and of a Trainer; a title leaves them be."""
+    words = tokenizer()
+    bert = transformers.BertConfig(**settings(num_labels=3))
+    rows = [{"text": text, "label": i % 3} for i, text in enumerate(texts(4))]
+    tagged = [dict(words(text)) | {"labels": [0] * len(words(text)["input_ids"])} for text in texts(4)]
+    written = [{"prompt": a, "completion": b} for a, b in itertools.pairwise(texts(4))]
+    sizes = {"vocab_size": 41, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    t5 = build("T5ForConditionalGeneration", transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+    trained = transformers.Trainer(
+        build("BertForTokenClassification", bert),
+        transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True),
+        train_dataset=tagged,
+        processing_class=words,
+        data_collator=transformers.DataCollatorForTokenClassification(words),
+    )
+    for problem, asked, name in (
+        (ptif.hf.problem(classifier(num_labels=3), words, rows), rows[1:3], texts(4)[1]),
+        (ptif.hf.problem(build("BertForTokenClassification", bert), words, tagged), tagged[1:3], texts(4)[1]),
+        (ptif.hf.problem(trained), tagged[1:3], texts(4)[1]),
+        (ptif.hf.problem(t5, words, written), written[1:3], texts(4)[2]),
+    ):
+        scores = ptif.attribute(problem, queries=asked, method="grad_dot")
+        assert name.startswith(scores.describe_query(0).removesuffix("…")) and scores.describe_query(0) in repr(scores)
+        assert as_title(scores.describe_query(0)) == scores.describe_query(0)
 
 
 def test_pairs_of_texts_are_read_together() -> None:
@@ -125,3 +154,90 @@ def test_the_command_line_asks_a_model_for_classes(tmp_path: Path) -> None:
         scores = ptif.Scores.load(out / "scores.safetensors")
         torch.testing.assert_close(scores.values, expected, rtol=1e-4, atol=1e-6)
         assert number == 0 or scores.label_name(scores.query_labels[0]) == "bad"
+
+
+def labelled_data(n: int = 6) -> Any:
+    """Texts with classes that the data set names, in numbers."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["sea", "land"])}
+    )
+    return datasets.Dataset.from_dict({"text": texts(n), "label": [i % 2 for i in range(n)]}, features=features)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_trainer_for_classes_is_asked_as_a_problem_of_the_rows_is(kept: bool, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model, words = classifier(num_labels=2), tokenizer()
+    data = labelled_data()
+    rows = data.map(lambda row: words(row["text"]), remove_columns=[] if kept else ["text"])
+    asked = trainer(model, rows, tmp_path, transformers.DataCollatorWithPadding(words))
+    problem = ptif.hf.problem(model, words, data)
+    with torch.no_grad():
+        answer = int(model(**words("who wrote this book", return_tensors="pt")).logits.argmax())
+    for queries in (
+        "who wrote this book",
+        ["the moon", "who wrote this book"],
+        [{"text": "who wrote this book", "label": ["sea", "land"][answer]}, {"text": "the moon", "label": 1}],
+        data.select([1, 2]),
+    ):
+        scores = ptif.attribute(asked, queries=queries, method="grad_dot")
+        assert gap(scores.values, ptif.attribute(problem, queries=queries, method="grad_dot").values) < 1e-6
+        assert scores.class_names == ["sea", "land"]
+    loss = cross_entropy(model(**words("the moon", return_tensors="pt")).logits, torch.tensor([1]))
+    losses = [cross_entropy(model(**words(row["text"], return_tensors="pt")).logits, torch.tensor([row["label"]]))
+              for row in data]  # fmt: skip
+    expected = products(model, [gradient(model, loss)], [gradient(model, one) for one in losses])
+    scores = ptif.attribute(asked, queries={"text": "the moon", "label": "land"}, method="grad_dot")
+    assert gap(scores.values.double(), expected) < 1e-6
+    with pytest.raises(ptif.errors.UnknownName, match=r"label 'lnd', and the model knows 'sea', 'land'. Did you mean"):
+        ptif.attribute(asked, queries={"text": "the moon", "label": "lnd"})
+    with pytest.raises(ptif.errors.InvalidInput, match="Query 0 has the columns 'body'; expected 'text'"):
+        ptif.attribute(asked, queries={"body": "the moon"})
+
+
+def test_pairs_are_asked_as_pairs() -> None:
+    model, words = classifier(num_labels=2), tokenizer()
+    rows = [{"sentence1": a, "sentence2": b, "label": i % 2} for i, (a, b) in enumerate(itertools.pairwise(texts(5)))]
+    problem = ptif.hf.problem(model, words, rows)
+    named, bare = (
+        ptif.attribute(problem, queries=queries, method="grad_dot").values
+        for queries in ({"sentence1": "the cat", "sentence2": "a dog"}, [("the cat", "a dog")])
+    )
+    assert gap(named, bare) < 1e-9
+    for queries in ("the cat", {"text": "the cat"}):
+        with pytest.raises(
+            ptif.errors.InvalidInput, match="expected 'sentence1', 'sentence2', and 'label' beside them"
+        ):
+            ptif.attribute(problem, queries=queries)
+    with pytest.raises(
+        ptif.errors.InvalidInput, match=r"holds no text for each .* {'sentence1': …, 'sentence2': …, 'la"
+    ):
+        ptif.attribute(problem, queries=[("the cat", 1)])
+
+
+def test_labels_are_doubted_and_predictions_flipped_in_texts() -> None:
+    """Validation texts count as their token numbers do, and never with the model's own answers for labels."""
+    model, words = classifier(num_labels=2), tokenizer()
+    data = labelled_data()
+    problem = ptif.hf.problem(model, words, data)
+    trusted = [{"text": "the moon", "label": "land"}, {"text": "who wrote this", "label": 0}]
+    numbers = [dict(words(row["text"])) | {"labels": label} for row, label in zip(trusted, (1, 0), strict=True)]
+    in_texts, in_numbers = (ptif.actions.find_label_issues(problem, rows) for rows in (trusted, numbers))
+    assert gap(in_texts.harm, in_numbers.harm) < 1e-9 and gap(in_texts.votes, in_numbers.votes) < 1e-9
+    for untold in (["the moon"], [{"text": "the moon"}]):
+        with pytest.raises(
+            ptif.errors.InvalidInput, match=r"In validation=, .* no 'label', and labels are trusted here"
+        ):
+            ptif.actions.find_label_issues(problem, untold)
+    flipped = ptif.actions.flip_prediction(problem, numbers[:1], most=2)
+    for query in ("the moon", {"text": "the moon"}, {"text": "the moon", "label": "land"}):
+        assert ptif.actions.flip_prediction(problem, query, most=2).before == pytest.approx(flipped.before)
+
+
+def test_texts_beside_a_model_alone_are_refused() -> None:
+    for data in (labelled_data(), texts(3)):
+        with pytest.raises(
+            ptif.errors.InvalidInput, match=r"The training data are texts .* attribute\(ptif.hf.problem\("
+        ):
+            ptif.attribute(classifier(num_labels=2), data, data)

@@ -74,7 +74,9 @@ def t5() -> Case:
     rows = [{"read": a, "write": b} for a, b in zip(texts(5), texts(5, seed=2), strict=True)]
 
     def loss(row: dict[str, str]) -> Tensor:
-        ids = {key: torch.tensor([words(text)["input_ids"]]) for key, text in row.items()}
+        # What it writes ends with the token that ends a text.
+        ends = {"read": [], "write": [1]}
+        ids = {key: torch.tensor([words(text)["input_ids"] + ends[key]]) for key, text in row.items()}
         mean: Tensor = model(input_ids=ids["read"], labels=ids["write"]).loss
         return mean * ids["write"].numel()
 

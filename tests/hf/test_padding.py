@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pytorch_influence_functions as ptif
-from tests.hf.tiny import build, gpt2, llama, settings, texts, tokenizer
+from tests.hf.tiny import build, gpt2, gradient, llama, settings, texts, tokenizer
 from tests.tolerance import gap
 
 transformers = pytest.importorskip("transformers")
@@ -22,9 +23,18 @@ def bert() -> Any:
     return build("BertForMaskedLM", transformers.BertConfig(**settings()))
 
 
+def t5() -> Any:
+    sizes = {"vocab_size": 41, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return build(
+        "T5ForConditionalGeneration",
+        transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1),
+    )
+
+
 def scores(model: Any, method: Any, **options: Any) -> Tensor:
     problem = ptif.hf.problem(model, tokenizer(), texts(7), **options)
-    return ptif.attribute(problem, queries=ASKED, method=method).values.double()
+    # In the form of the training data, which a model that fills in blanks is asked in too.
+    return ptif.attribute(problem, queries=[{"text": text} for text in ASKED], method=method).values.double()
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, bert])
@@ -101,6 +111,59 @@ def test_doctor_tries_the_users_own_collate_function() -> None:
     checkup = ptif.hf.doctor(model, tokenizer(), texts(4), collate=no_mask)
     assert [f.situation for f in checkup.findings if f.cure] == ["by your collate function"]
     assert model.model.embed_tokens.weight.grad is None and not model.training
+
+
+def test_doctor_takes_the_collate_functions_of_transformers() -> None:
+    """They make labels themselves or pad those of items; the truth is that of each text alone, by autograd."""
+    words, model = tokenizer(), llama()
+    own = transformers.DataCollatorForLanguageModeling(words, mlm=False)
+    found = ptif.hf.doctor(model, words, texts(4), collate=own).findings[-2:]
+    assert [f.situation for f in found] == ["alone, by your collate function", "by your collate function"]
+    assert all(f.cosine > 1 - 1e-9 and not f.cure for f in found)
+
+    def cut(items: list[dict[str, Tensor]]) -> Any:
+        return own([{"input_ids": item["input_ids"][:3]} for item in items])
+
+    found = ptif.hf.doctor(model, words, texts(4), collate=cut).findings[-2:]
+    whole, part = (words(texts(4)[found[0].text], return_tensors="pt")["input_ids"][:, :n] for n in (64, 3))
+    grads = [gradient(model, model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)) for ids in (whole, part)]
+    assert abs(found[0].cosine - float(torch.nn.functional.cosine_similarity(*grads, dim=0))) < 1e-6
+    assert "max_length=" in found[0].cure and not found[1].cure
+    left = tokenizer(padding_side="left")
+    padded_left = transformers.DataCollatorForLanguageModeling(left, mlm=False)
+    found = ptif.hf.doctor(gpt2(), left, texts(4), collate=padded_left).findings[-2:]
+    assert not found[0].cure and "position_ids" in found[1].cure
+    for collate, match in (
+        (transformers.DataCollatorForLanguageModeling(tokenizer(mask_token="<unk>"), mlm=True), "hides other tokens"),
+        (
+            transformers.DataCollatorWithPadding(words),
+            "gives a mapping of 'input_ids', 'attention_mask', from which no",
+        ),
+        (torch.utils.data.default_collate, "failed on items with 'input_ids', 'labels', and without labels too"),
+    ):
+        with pytest.raises(ptif.errors.InvalidInput, match=match):
+            ptif.hf.doctor(model, words, texts(4), collate=collate)
+
+
+def test_doctor_of_models_that_do_more_than_read_one_text() -> None:
+    words = tokenizer()
+    written = [{"prompt": a, "completion": b} for a, b in itertools.pairwise(texts(4))]
+    labelled = [{"text": text, "label": i % 2} for i, text in enumerate(texts(4))]
+    bert = transformers.BertConfig(**settings())
+    for model, rows, collate in (
+        (t5(), written, transformers.DataCollatorForSeq2Seq(words)),
+        (build("BertForSequenceClassification", bert), labelled, transformers.DataCollatorWithPadding(words)),
+    ):
+        checkup = ptif.hf.doctor(model, words, rows, collate=collate)
+        assert checkup.healthy and len(checkup.findings) == 4
+        with pytest.raises(ptif.errors.InvalidInput, match=r"give doctor\(\) rows \{'(prompt|text)': …, '"):
+            ptif.hf.doctor(model, words, texts(4))
+    for kind, match in (
+        ("TokenClassification", "rows that hold input_ids and labels"),
+        ("QuestionAnswering", "one len"),
+    ):
+        with pytest.raises(ptif.errors.InvalidInput, match=match):
+            ptif.hf.doctor(build(f"BertFor{kind}", bert), words, texts(4))
 
 
 def test_doctor_needs_texts_to_compare() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.hf import streams as streams_module
 from tests.hf.tiny import MARKED_CHAT, gpt2, gradient, llama, own_loss, products, texts, tokenizer
 from tests.tolerance import gap
 
@@ -158,9 +160,15 @@ def refused() -> list[tuple[str, Any, dict[str, Any]]]:
             {"prompt_column": "body", "completion_column": "title", "text_column": "body"},
         ),
         ("Example 1 has nothing under 'text'", [{"text": "the cat"}, {"text": None}], {}),
-        ("can only be iterated", iter(rows), {}),
+        ("list_iterator gives no example; one that was read before may be used up", iter([]), {}),
         ("holds no text", [], {}),
-        ("The first example is of type int", [3], {}),
+        ("Example 0 is of type int", [3], {}),
+        ("Example 0 is of type NoneType", [None, "the cat sat"], {}),
+        (
+            "A DataLoader gives batches, and texts are encoded one by one; pass its dataset",
+            torch.utils.data.DataLoader(texts(2)),
+            {},
+        ),
         ("has the splits 'train', 'test'", type("Splits", (dict,), {"column_names": {"train": [], "test": []}})(), {}),
         ("hf.problem() needs dataset=", None, {}),
         ("hf.problem() has no argument 'text_colum'. Did you mean 'text_column'?", rows, {"text_colum": "body"}),
@@ -228,17 +236,36 @@ def test_packed_texts_get_their_own_scores_back() -> None:
         ptif.hf.document_scores(plain, queries)
 
 
-def test_data_that_can_only_be_iterated_are_refused_and_what_is_advised_works() -> None:
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(texts(5))
+
+
+def test_data_that_can_only_be_iterated_are_read_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the texts that a problem holds, up to a bound; an index of more of them takes the stream itself."""
     datasets = pytest.importorskip("datasets")
-    model, words = llama(), tokenizer()
-    stream = datasets.Dataset.from_dict({"text": texts(5)}).to_iterable_dataset()
+    model, words, asked = llama(), tokenizer(), "who wrote this book"
+    rows = datasets.Dataset.from_dict({"text": texts(5)})
+    some = ptif.hf.problem(model, words, texts(5))
+    expected = ptif.attribute(some, queries=asked, method="ekfac")
+    for stream in (rows.with_format("torch").to_iterable_dataset(), Stream(), iter(texts(5))):
+        encoded = ptif.hf.problem(model, words, stream).data.dataset
+        assert [encoded.text(i) for i in range(len(encoded))] == texts(5)
+    problem = ptif.hf.problem(model, words, rows.to_iterable_dataset())
+    index = ptif.Index.build(problem, tmp_path / "index", "ekfac", ptif.store.Factors())
+    assert gap(index.score(asked).values, expected.values) < 1e-7
+    assert ptif.Index.open(tmp_path / "index", some).score(asked).train_source.dataset.text(2) == texts(5)[2]
+    endless = (text for _ in range(2) for text in texts(5))
+    index = ptif.Index.build(some, tmp_path / "more", "ekfac", ptif.store.Factors(), data=endless)
+    index = index.append([{"text": texts(5)[0]}, {"text": texts(5)[1]}]).append([some.data.dataset[2]])
+    again = torch.cat([expected.values, expected.values, expected.values[:, :3]], 1)
+    assert gap(index.score(asked).values, again * 5 / 13) < 1e-7
+    monkeypatch.setattr(streams_module, "MOST", 4)
     with pytest.raises(
-        ptif.errors.InvalidInput, match=r"IterableDataset can only be iterated.*list\(dataset.take\(n\)\)"
+        ptif.errors.InvalidInput, match=r"IterableDataset can only be iterated and goes on after 4 examples.*islice\("
     ):
-        ptif.hf.problem(model, words, stream)
-    taken, whole = (ptif.hf.problem(model, words, data) for data in (list(stream.take(5)), texts(5)))
-    values = [ptif.attribute(p, queries="who wrote this book", method="grad_dot").values for p in (taken, whole)]
-    assert gap(*values) < 1e-7
+        ptif.hf.problem(model, words, rows.to_iterable_dataset())
+    assert len(ptif.hf.problem(model, words, rows.to_iterable_dataset().take(4))) == 4
 
 
 def test_a_folder_of_shards_is_a_checkpoint_and_a_model(tmp_path: Any) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.influence.token_pairs import shown_token_scores
 from tests.hf.tiny import gpt2, gradient, llama, own_loss, products, texts, tokenizer
+from tests.interface.report_cases import Page
 from tests.tolerance import gap
 
 transformers = pytest.importorskip("transformers")
@@ -68,6 +70,7 @@ def test_a_fitted_method_is_asked_in_texts_as_attribute_is(tmp_path: Path) -> No
     assert fitted.token_scores("the moon", ids=[1])
     index = ptif.Index.build(problem, tmp_path / "index", representation=ptif.store.Factors())
     assert gap(index.score(pair).values, fitted.score(pair).values) < 1e-4
+    assert len(index.score(pair).query_source) == 2  # both sides, for the colours of a page
     with pytest.raises(ptif.errors.InvalidInput, match="leave contrast= out"):
         fitted.score(pair, contrast="the moon")
     with pytest.raises(ptif.errors.InvalidInput, match=r"In contrast=, .*'answer'"):
@@ -157,6 +160,41 @@ def test_top_tokens_of_pairs_are_those_of_the_difference() -> None:
     assert abs(differences[best.index, best.position] - best.score) < 1e-6 * abs(best.score)
     with pytest.raises(ptif.errors.InvalidInput, match="hold what they are contrasted with"):
         fitted.top_tokens(queries, contrast=queries)
+
+
+def test_pages_of_pairs_colour_tokens_by_the_difference(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    model, words = llama(), tokenizer()
+    problem = ptif.hf.problem(model, words, texts(4))
+    fitted = ptif.methods.grad_dot().fit(problem)
+    pair = {"prompt": "who wrote", "completion": " this book", "against": " the moon"}
+    rows = [{"prompt": "the", "completion": " cat", "against": " dog"}, pair]
+    queries = ptif.hf.query(model, words, rows)
+    shares = fitted.token_scores(queries.sides[0], range(4)), fitted.token_scores(queries.sides[1], range(4))
+    asked_at_once = ptif.attribute(problem, queries=rows, method="grad_dot")
+    several = (fitted.score(rows), asked_at_once, queries.contrast(fitted.score(queries)))
+    for scores in (*several, fitted.score(pair)):
+        assert len(scores.query_source) == 2 * len(scores)
+        row = len(scores) - 1
+        asked = shown_token_scores(fitted, scores[row], [[0, 3]])[0]
+        for i in (0, 3):
+            expected = shares[0][i][1] - shares[1][i][1]
+            assert gap(asked[i], expected) < 1e-9
+            assert abs(float(asked[i].sum() - scores.values[row, i])) < 1e-4 * float(scores.values[row].abs().max())
+    scores = fitted.score(rows)
+    scores.report(tmp_path / "page.html", tokens=fitted)
+    page = Page(tmp_path / "page.html")
+    for q in (0, 1):
+        differences = torch.stack([(shares[0][i][q] - shares[1][i][q]).abs().max() for i in range(4)])
+        assert page.queries[q]["x"] == pytest.approx(float(differences.max()), rel=1e-3)
+    with pytest.raises(
+        ptif.errors.InvalidInput, match=r"\(one row for each of 2 measures.* score the queries one by one"
+    ):
+        fitted.score(rows, [None, ptif.TokenCrossEntropy(shift=True)]).report(tmp_path / "m.html", tokens=fitted)
+    apart = shown_token_scores(fitted, fitted.score(queries), [[0]] * 4)  # all answers, one below the other
+    assert gap(apart[3][0], shares[1][0][1]) < 1e-9
+    with pytest.raises(ptif.errors.InvalidInput, match="a contrast or a difference"):
+        several[2].verify(lambda data, seed: model)
 
 
 def test_the_difference_of_two_cosines_is_refused_and_that_of_the_gradients_is_right() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +251,13 @@ def test_a_classifiers_trainer_has_its_own_loss(tmp_path: Path) -> None:
 
     training = [gradient(model, loss(row)) for row in rows]
     assert gap(scores.values.double(), products(model, [training[0], training[3]], training)) < 1e-6
-    with pytest.raises(ptif.errors.InvalidInput, match=re.escape("predicts no tokens, so a text alone asks nothing")):
-        ptif.attribute(asked, queries="the cat sat")
+    with torch.no_grad():
+        answer = int(model(**words("the cat sat", return_tensors="pt")).logits.argmax())
+    alone, labelled = (
+        ptif.attribute(asked, queries=queries, method="grad_dot").values
+        for queries in ("the cat sat", {"text": "the cat sat", "label": answer})
+    )
+    assert gap(alone, labelled) < 1e-9
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -291,3 +295,39 @@ def test_a_run_is_recorded_and_asked_along(tmp_path: Path) -> None:
     recorded.train()
     scores = ptif.attribute(recorded, queries="who wrote this book", method="grad_dot", run=tmp_path / "run")
     assert scores.shape == (1, 8) and scores.diagnostics.members > 1
+
+
+@pytest.mark.parametrize("tokenised", [True, False])
+def test_a_tokenizer_given_beside_a_trainer_is_used(tokenised: bool, tmp_path: Path) -> None:
+    """Where the Trainer has none, as with a collate function that tokenises by itself."""
+    model, words = gpt2(), tokenizer()
+
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(row["input_ids"] if tokenised else words(row["text"])["input_ids"]) for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        mask = padded != 0
+        return {"input_ids": padded, "attention_mask": mask.long(), "labels": padded.where(mask, -100)}
+
+    data = tokens() if tokenised else datasets.Dataset.from_dict({"text": texts(5)})
+    asked = trainer(model, data, tmp_path, collate, remove_unused_columns=False)
+    asked.processing_class = None
+    expected = ptif.attribute(ptif.hf.problem(model, words, texts(5)), queries="the cat sat", method="grad_dot").values
+    for problem in (ptif.hf.problem(asked, words), ptif.hf.problem(asked, tokenizer=words)):
+        assert gap(ptif.attribute(problem, queries="the cat sat", method="grad_dot").values, expected) < 1e-6
+        assert gap(ptif.methods.grad_dot().fit(problem).score("the cat sat").values, expected) < 1e-6
+    sentence = r"no tokenizer .* give the one that training used, ptif.attribute\(ptif.hf.problem\(trainer, tokenizer\)"
+    with pytest.raises(ptif.errors.InvalidInput, match=sentence):
+        ptif.attribute(asked, queries="the cat sat")
+
+
+def test_what_is_wrong_with_a_batch_is_said_once(tmp_path: Path) -> None:
+    words, model = tokenizer(), gpt2()
+    untokenised = trainer(model, datasets.Dataset.from_dict({"text": texts(3)}), tmp_path)
+    with pytest.raises(ptif.errors.InvalidInput, match=r"^None of the columns 'text'"):
+        ptif.attribute(untokenised, queries="the cat sat")
+    ids = words(texts(3), padding=True, return_tensors="pt")
+    sentence = (
+        "has no target; expected it under 'labels' or 'label', for a language model the token numbers, .* taught; "
+    )
+    with pytest.raises(ptif.errors.InvalidInput, match=sentence + r"ptif.hf.problem\(model, tokenizer, texts\) makes"):
+        ptif.attribute(model, ids, ids)

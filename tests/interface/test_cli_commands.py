@@ -207,6 +207,13 @@ def test_doctor_names_missing_extras_and_the_line_that_installs_them(monkeypatch
     )
 
 
+def test_doctor_works_in_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PACKAGE", "not-installed-anywhere")
+    told = Ran("doctor")
+    assert told.code == 0 and "not-installed-anywhere is not installed, only on the" in told.stdout
+    assert "pip install -e ." in told.stdout and doctor.missing_libraries() == {}
+
+
 def test_a_requirement_for_an_older_python_is_no_missing_one() -> None:
     assert not doctor._applies_here("extra == 'cli' and python_version < '3.9'")
     assert doctor._applies_here("python_version < '9.0' and extra == 'cli'") and doctor._applies_here("extra == 'cli'")

@@ -217,6 +217,8 @@ def test_a_method_that_is_fitted_is_not_fitted_again() -> None:
 
 
 def test_a_wrong_name_offers_the_nearest() -> None:
+    with pytest.raises(UnknownName, match=r"^There is no method 'bm25' .* takes as method=ptif\.methods\.BM25\(\)\.$"):
+        find_method("bm25")
     with pytest.raises(UnknownName, match=r"^There is no method 'ekfca'\. Did you mean 'ekfac'\? The names are auto, "):
         find_method("ekfca")
     with pytest.raises(InvalidInput, match=r"'source' needs checkpoints, lr, steps, .*\.source\(checkpoints=\.\.\., "):

@@ -86,3 +86,18 @@ def test_long_texts_show_the_lines_around_their_strongest_tokens() -> None:
 def test_what_does_not_fit_is_refused_in_one_sentence(tokens: Any, words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         made().plot(1, 1, tokens=tokens)
+
+
+def test_a_fitted_method_is_asked_about_what_a_picture_shows() -> None:
+    import pytorch_influence_functions as ptif
+    from tests.laws.test_token_scores import setting
+
+    problem, queries = setting()
+    attribution = ptif.methods.grad_dot().fit(problem)
+    scores = attribution.score(queries)
+    options: dict[str, Any] = {"pieces": lambda ids: [f"{i} " for i in ids.tolist()]}
+    asked = drawn(scores.plot(1, 2, tokens=attribution, **options))
+    assert asked == drawn(scores.plot(1, 2, tokens=attribution.token_scores(queries, range(9)), **options))
+    assert asked[1]
+    with pytest.raises(InvalidInput, match="tokens= is Tensor; pass the fitted method"):
+        scores.plot(1, 2, tokens=torch.zeros(3), **options)

@@ -321,6 +321,18 @@ def test_a_table_with_its_baselines() -> None:
     assert several[repr(ptif.gauss_newton(damping=0.1))].value == pytest.approx(table["influence"].value)
 
 
+def test_methods_are_given_as_method_takes_them() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(N, 4).double(), torch.arange(N) % 3
+    problem = ptif.Problem(nn.Linear(4, 3).double(), nn.CrossEntropyLoss(), (x, y))
+    curvature, method = ptif.curvature.GGN(), ptif.Influence(ptif.curvature.GGN())
+    given = {"curvature": curvature, "method": method, "function": ptif.dual, "name": "dual"}
+    table = evaluate(given, additive(drawn()), problem=problem, queries=(x[:7], y[:7]), resamples=10)
+    assert table["curvature"].value == table["method"].value and table["function"].value == table["name"].value
+    named = evaluate([curvature, "dual"], additive(drawn()), problem=problem, queries=(x[:7], y[:7]), resamples=10)
+    assert named[repr(method)].value == table["method"].value and named["dual"].value == table["name"].value
+
+
 @pytest.mark.slow
 def test_removing_the_top_hurts_more_than_removing_at_random() -> None:
     recipe, problem, train, queries = classes()
@@ -381,6 +393,10 @@ def test_trajectory_specific_removal_is_less_noisy() -> None:
         (lambda: lds(drawn(), additive(drawn(), subsets=Subsets.halves(N, 2))), "at least 3 subsets"),
         (lambda: evaluate({}, additive(drawn())), "No methods were given"),
         (lambda: evaluate({"a": 3}, additive(drawn())), "a is a int; expected scores"),
+        (
+            lambda: evaluate([drawn(), drawn()], additive(drawn())),
+            "Two of the methods are called 'scores'; give them by",
+        ),
         (lambda: evaluate(ptif.ekfac(), additive(drawn())), "has nothing to score; pass problem="),
         (lambda: mislabel_auc(drawn()[0], torch.zeros(N, dtype=torch.bool)), "both kinds are needed"),
         (lambda: mislabel_auc(drawn()[0], torch.zeros(3, dtype=torch.bool)), "Expected one number and one bool"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -778,3 +779,43 @@ def test_reranking_needs_the_data_and_the_method(tmp_path: Path) -> None:
     assert index.score(queries, top=3, rerank=5, method=method).shape == (4, 6)
     with pytest.raises(InvalidInput, match=r"and this index has appended ones; build an index of all data"):
         index.append((x, y)).score(queries, top=3, rerank=5, method=method)
+
+
+# --------------------------------------------------------------------------- the data that it was built from
+
+
+def test_other_data_than_those_of_the_index_are_refused(tmp_path: Path) -> None:
+    """They would name scores by other examples; earlier versions kept no digests, and their indices open as before."""
+    problem, queries = problem_of()
+    x, y = problem.data.dataset.tensors
+    more = (torch.cat([x, x[:7] + 1]), torch.cat([y, y[:7]]))
+    index = ptif.Index.build(problem, tmp_path / "i", data=(x[:40], y[:40]), shard=2000)
+    assert index.score(queries).train_source.dataset.tensors[0].shape == (40, 5)
+    index = index.append((x[40:], y[40:])).append((more[0][60:], more[1][60:])).remove([0, 5]).compact()
+    for n in (40, 60, 67):
+        for same in ((more[0][:n], more[1][:n]), [(more[0][i], int(more[1][i])) for i in range(n)]):
+            opened = ptif.Index.open(tmp_path / "i", problem.with_(data=same))
+            assert opened.score(queries).train_source is not None
+    for other, match in (
+        ((x.flip(0), y.flip(0)), r"holds 67 examples, and example 0 is another one; give the same data in the same"),
+        ((x[:50], y[:50]), r"These are not the data that the index in .* it holds 67 examples, and 50 were given"),
+        ((x, 1 - y), "example 0 is another one"),
+        ((torch.cat([x[:59], x[:1]]), y), "example 59 is another one"),
+    ):
+        with pytest.raises(InvalidInput, match=match):
+            ptif.Index.open(tmp_path / "i", problem.with_(data=other))
+        with pytest.raises(InvalidInput, match=match):
+            ptif.Index.open(tmp_path / "i", problem.model, train=other)
+    # An index of other examples than its curvature is of opens with either, and names only its own.
+    index = ptif.Index.build(problem, tmp_path / "s", data=Stream(more[0][7:], more[1][7:]))
+    opened = ptif.Index.open(tmp_path / "s", problem)
+    assert index.score(queries).train_source is None and opened.score(queries).train_source is None
+    with pytest.raises(InvalidInput, match="needs the 60 training examples of the index, and 60 others are given"):
+        opened.score(queries, top=2, rerank=5)
+    file = tmp_path / "i" / "index.json"
+    stored = json.loads(file.read_text())
+    del stored["facts"]["curvature data"]
+    for shard in stored["shards"]:
+        del shard["sample"]
+    file.write_text(json.dumps(stored))
+    assert ptif.Index.open(tmp_path / "i", problem.with_(data=(x[:50], y[:50]))).score(queries).shape == (4, 65)

@@ -95,6 +95,21 @@ def test_a_label_that_padding_would_predict_does_not_count() -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_where_padding_has_labels_all_of_them_count(left: bool) -> None:
+    """As in cross entropy over all labels; a text beside it without labels there is left as it is."""
+    torch.manual_seed(0)
+    model, objective = TinyLM().double(), ptif.TokenCrossEntropy(average=False, shift=True)
+    batch = padding(12, left)(texts(4))
+    taught = {**batch, "labels": torch.where(torch.arange(4)[:, None] < 2, batch["input_ids"], batch["labels"])}
+    logits = objective.outputs(model, batch)
+    losses, plain = objective.losses(logits, taught), objective.losses(logits, batch)
+    each = torch.nn.functional.cross_entropy(logits[:, :-1].mT, batch["input_ids"][:, 1:], reduction="none").sum(1)
+    torch.testing.assert_close(losses[:2], each[:2])
+    torch.testing.assert_close(losses[2:], plain[2:])
+    assert bool((losses[:2] > plain[:2]).all())
+
+
 # --------------------------------------------------------------------------- models that are not told the lengths
 
 LENGTHS = [3, 3, 5, 2, 4, 1, 5, 3]

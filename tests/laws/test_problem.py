@@ -107,6 +107,16 @@ def test_decay_is_read_from_the_groups(make: Callable[[Any], torch.optim.Optimiz
     }
 
 
+def test_decay_is_read_from_several_optimisers_of_which_each_trains_a_part() -> None:
+    model = net()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1, weight_decay=0.1)
+    second = torch.optim.Adam(model[3].parameters(), weight_decay=0.2)
+    of_another_model = torch.optim.Adam(net().parameters(), weight_decay=0.3)
+    decay = problem(model, weight_decay=[first, second, of_another_model]).space.decay
+    assert decay == {"0": 0.1, "1.weight": 0.0, "1.bias": 0.0, "3": 0.2}
+    assert problem(model, weight_decay=(first,)).weight_decay == problem(model, weight_decay=first).weight_decay
+
+
 def test_decay_as_the_optimiser_means_it() -> None:
     """One SGD step moves as the gradient of loss + ½·strength·|θ|² says."""
     model = nn.Linear(2, 3)
@@ -157,6 +167,12 @@ def _decay(make: Callable[[Any], Any]) -> Problem:
         ),
         (Homemade, r"weight decay of Homemade \(0.1\) is not known to be an L2 term"),
         (lambda p: torch.optim.SGD(nn.Linear(1, 1).parameters()), "holds no parameter of the model"),
+        (lambda p: [torch.optim.SGD(nn.Linear(1, 1).parameters())], "holds no parameter of the model"),
+        (
+            lambda p: [torch.optim.SGD(parameters := list(p)), torch.optim.Adam(parameters)],
+            "^Two of the optimisers given as weight_decay train '0.weight', .*; pass numbers by name",
+        ),
+        (lambda p: [0.1, 0.2], "^weight_decay must be a number, an optimiser, a list of optimisers or .*, got list"),
         (lambda p: -0.1, "^weight_decay=-0.1 must be a finite number of at least 0"),
         (lambda p: float("nan"), "^weight_decay=nan must be a finite number of at least 0"),
         (

@@ -394,6 +394,77 @@ def test_where_a_resumed_training_stands(tmp_path: Path) -> None:
     assert recording.recording.steps == (1,) and len(list(tmp_path.glob("step-*"))) == 1
 
 
+def test_a_training_that_starts_anew_does_not_go_on_with_another_run(tmp_path: Path) -> None:
+    """A warmup's first rate is 0, so the weights after that step are those of every start."""
+
+    def run(**options: Any) -> ptif.Recorder:
+        again = nn.Sequential(nn.Linear(3, 2))
+        again.load_state_dict(start)
+        optimizer = sgd(again)
+        with ptif.Recorder(again, optimizer, tmp_path, steps=6, **options) as recording:
+            for step in range(recording.step, 6):
+                optimizer.param_groups[0]["lr"] = 0.1 * step
+                optimizer.zero_grad()
+                x, y = data(step)
+                nn.functional.cross_entropy(again(x), y).backward()
+                optimizer.step()
+        return recording
+
+    start = nn.Sequential(nn.Linear(3, 2)).state_dict()
+    first = run()
+    identities = [r.identity for r in first.recording.recorded]
+    assert first.recording.recorded[0].unmoved and not first.recording.recorded[-1].unmoved
+    match = r"holds a recorded run up to step 6, and this training starts anew; give start= .* overwrite=True to"
+    for options in ({}, {"start": 0}):
+        with pytest.raises(InvalidInput, match=match):
+            run(**options)
+    assert [r.identity for r in ptif.Recording.open(tmp_path).recorded] == identities
+    assert run(start=2).step == 6
+    assert run(start=0, overwrite=True).recording.steps == first.recording.steps
+    start = load_checkpoint(first.recording.checkpoints[1])  # step 2, whose weights have moved: found by them
+    assert first.recording.steps[1] == 2 and run().recording.steps == first.recording.steps
+
+
+@pytest.mark.parametrize("name", [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type)])
+def test_every_optimiser_of_torch_is_recorded(name: str, tmp_path: Path) -> None:
+    """Also one with a pair for eps, without rates or with other settings than Adam's."""
+    if name == "Optimizer":
+        return
+    sparse = name == "SparseAdam"
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 2, bias=False))
+    optimizer = getattr(torch.optim, name)([model[0].weight] if sparse else list(model.parameters()))
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(model(torch.tensor([[0, 1], [2, 3]])), torch.tensor([0, 1]))
+        value.backward()
+        return value
+
+    with ptif.Recorder(model, optimizer, tmp_path, steps=2) as recording:
+        for _ in range(2):
+            optimizer.step(loss)
+    assert recording.recording.steps == (1, 2)
+    assert recording.recording.recorded[-1].groups[0].lr == pytest.approx(float(optimizer.defaults["lr"]))
+
+
+def test_what_cannot_be_recorded_does_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    optimizer = sgd(model)
+    optimizer.param_groups[0] |= {"eps": (None, 1e-3), "betas": (0.9, 0.99, 0.999), "weight_decay": torch.tensor(0.1)}
+    with ptif.Recorder(model, optimizer, tmp_path, steps=2) as recording:
+        list(train(model, optimizer, 1))
+        (group,) = recording.recording.recorded[0].groups
+        assert (group.eps, group.beta2, group.weight_decay) == (None, None, pytest.approx(0.1))
+        optimizer.param_groups[0]["lr"] = None  # as Adafactor's, which finds its own
+        recording._after_step(optimizer)
+    assert recording.recording.recorded[-1].groups == ()
+    model = net()
+    monkeypatch.setattr(ptif.Recorder, "_groups", lambda self: {}["what"])
+    stopped = pytest.warns(TrainingDataWarning, match=r"Recording stopped at step 1: KeyError: 'what'")
+    with ptif.Recorder(model, optimizer := sgd(model), tmp_path, steps=2, overwrite=True), stopped:
+        list(train(model, optimizer, 2))
+
+
 KILLED = """
 import os, random, signal, sys, time
 import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, NonFinite
@@ -24,6 +26,7 @@ from pytorch_influence_functions.evaluation import (
     train_model,
     training,
 )
+from tests.tolerance import gap
 
 N, Q = 24, 5
 
@@ -264,6 +267,73 @@ def test_dropout_follows_the_seed() -> None:
     assert "Dropout" in first.how
 
 
+# --------------------------------------------------------------------------- a last batch of one
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def trained_on(recipe: Recipe, kept: Tensor, cut: Any) -> dict[str, Tensor]:
+    """An ordinary loop over the batches that `cut` makes of an epoch's examples."""
+    x, y = data()
+    torch.manual_seed(0)
+    model, order = recipe.model(), torch.Generator().manual_seed(0)
+    optimizer = recipe.optimizer(model.parameters())
+    orders = [torch.randperm(N, generator=order) for _ in range(recipe.epochs)]
+    batches = [batch for ids in orders for batch in cut(ids[kept[ids]])]
+    rates = [g["lr"] for g in optimizer.param_groups]
+    for step, batch in enumerate(batches):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * recipe.schedule(step, len(batches))
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.allclose(one[k].double(), other[k].double(), rtol=1e-9, atol=1e-12) for k in one)
+
+
+def test_a_last_batch_of_one_joins_the_batch_before_under_batch_normalisation() -> None:
+    recipe = replace(RECIPE, model=normalised, batch_size=23)
+    everyone = torch.ones(N, dtype=torch.bool)
+    assert same(train_model(recipe, data()).state_dict(), trained_on(recipe, everyone, lambda ids: [ids]))
+    loader = DataLoader(TensorDataset(*data()), 23, drop_last=True)
+    dropped = trained_on(recipe, everyone, lambda ids: [ids[:23]])
+    assert same(train_model(recipe, loader).state_dict(), dropped)
+    # Of 24 examples without one, two batches of 11 leave one; the baseline has batches of 11, 11 and 2.
+    smaller = replace(recipe, batch_size=11)
+    assert same(train_model(smaller, data()).state_dict(), trained_on(smaller, everyone, lambda ids: ids.split(11)))
+    subsets = Subsets.leave_one_out(N, [3])
+    truth = made(smaller, subsets, seeds=1)
+    state = trained_on(smaller, subsets.kept[0], lambda ids: [ids[:11], ids[11:]])
+    model = normalised()
+    model.load_state_dict(state)
+    qx, qy = queries()
+    with torch.no_grad():
+        expected = functional.cross_entropy(model.eval()(qx), qy, reduction="none")
+    assert gap(truth.measured[0, 0], expected) < 1e-9
+    assert bool(made(replace(recipe, hold_batches=True), subsets, seeds=1).measured.isfinite().all())
+
+
+def test_a_last_batch_of_one_stays_where_the_model_can_be_trained_on_it() -> None:
+    images = nn.Sequential(nn.Unflatten(1, (1, 6)), nn.BatchNorm1d(1), nn.Flatten(), nn.Linear(6, 3)).double()
+    for model in (net, lambda: copy.deepcopy(images)):
+        recipe = replace(RECIPE, model=model, batch_size=23)
+        apart = trained_on(recipe, torch.ones(N, dtype=torch.bool), lambda ids: ids.split(23))
+        assert same(train_model(recipe, DataLoader(TensorDataset(*data()), 23, drop_last=True)).state_dict(), apart)
+
+
+def test_batch_normalisation_needs_a_batch_of_two() -> None:
+    recipe = replace(RECIPE, model=normalised)
+    with pytest.raises(InvalidInput, match=r"^The recipe's batch_size=1 gives batches of one example, .* larger batch"):
+        train_model(replace(recipe, batch_size=1), data())
+    with pytest.raises(InvalidInput, match=r"^One example is left to train on, .*; keep two or more\.$"):
+        made(recipe, torch.arange(N)[None] == 3, seeds=1)
+
+
 def test_a_warm_start() -> None:
     start = {k: torch.ones_like(v) for k, v in net().state_dict().items()}
     still = Recipe(net, partial(torch.optim.SGD, lr=0.0), epochs=1, start=start)
@@ -307,6 +377,10 @@ def test_diverged_training_is_named() -> None:
     wild = Recipe(net, partial(torch.optim.SGD, lr=float("inf")), epochs=3, batch_size=5)
     with pytest.raises(NonFinite, match="seed 0 measures NaN or infinity"):
         made(wild, seeds=1)
+    with pytest.raises(
+        NonFinite, match=r"trained with seed 2 has NaN or infinity in '0\.weight', .*lower the learning"
+    ):
+        train_model(wild, data(), seed=2)
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,10 @@ def all_hashes_equal(original: Any, batch: Any, n: int) -> Any:
     return torch.zeros(n, dtype=torch.long)
 
 
-def in_the_first_place(original: Any, self: Any, first: int, stop: int, tensors: Any, record: Any) -> Any:
+def in_the_first_place(original: Any, self: Any, first: int, stop: int, *content: Any) -> Any:
     length = stop - first
     before = self.manifest.examples if len(self.manifest.parts) < 2 else 0
-    return original(self, before, before + length, tensors, record)
+    return original(self, before, before + length, *content)
 
 
 def first_for_all(original: Any, self: Any) -> Any:

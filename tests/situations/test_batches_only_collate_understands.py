@@ -422,6 +422,47 @@ def test_a_loss_over_the_boxes_of_a_batch_is_refused() -> None:
         score(situation, make(situation), "grad_dot")
 
 
+class TrainsOnly(nn.Module):
+    """Gives its losses in training mode only, as the detectors of torchvision do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.detector = Detector("lists")
+
+    def forward(self, images: Any, truths: Any = None) -> Any:
+        out = self.detector(images)
+        return {"sum": list_detection(out, truths)} if self.training else out
+
+
+class ItsLosses(nn.Module):
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Any, truths: Any) -> Tensor:
+        self.detector.train()
+        return torch.stack([sum(self.detector([i], [t]).values()) for i, t in zip(images, truths, strict=True)])
+
+
+def test_a_detector_that_gives_losses_in_training_mode_only_works_as_the_refusal_says() -> None:
+    situation = SITUATIONS["detection, lists"]
+    torch.manual_seed(0)
+    model = TrainsOnly().double()
+    data = loader(situation)
+    words = (
+        r"failed on outputs of a list .*; the model is asked in eval mode, so write .* there and the targets, .* needs "
+        r"a module around it whose forward .* calls train\(\) on it .* items \(image, target, 0\) and loss=lambda"
+    )
+    with pytest.raises(InvalidInput, match=words):
+        ptif.attribute(model, data, data, loss=lambda out, truths: sum(out.values()), method="grad_dot")
+    expected = ptif.attribute(model, data, data, loss=list_detection, method="grad_dot")
+    wrapped = loader(situation._replace(item=lambda i: (*situation.item(i), 0)))
+    around = ItsLosses(model).eval()
+    scores = ptif.attribute(around, wrapped, wrapped, loss=lambda losses, _: losses, method="grad_dot")
+    assert gap(scores.values, expected.values) < rounding(torch.float64)
+    assert not any(module.training for module in around.modules())
+
+
 @pytest.mark.parametrize("policy", ["warn", "error", "ignore"])
 def test_a_collate_function_that_draws_is_named(policy: str) -> None:
     def drop(items: list[Any]) -> tuple[Tensor, Tensor]:

@@ -350,3 +350,44 @@ def test_torchs_mean_over_class_weights_beside_a_decay_is_said_and_the_advice_is
     as_advised = ptif.Problem(model, *advised, weight_decay=decay * float(weight[LABELS].mean()))
     verdicts = [str(ptif.dual().fit(p).score((x, LABELS)).diagnostics) for p in (as_written, as_advised)]
     assert ["[ok]   minimum" in verdict for verdict in verdicts] == [False, True]
+
+
+class ReturnsItsLoss(nn.Module):
+    """A classifier that computes a loss where it is given labels, in a way that its outputs do not show."""
+
+    def __init__(self, smoothing: float, reduction: str = "mean") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.smoothing, self.reduction = nn.Linear(3, 3).double(), smoothing, reduction
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.layer(x)
+        if labels is None:
+            return {"logits": logits}
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction=self.reduction)
+        return {"logits": logits, "loss": loss}
+
+
+class Silent(ReturnsItsLoss):
+    """Takes labels and returns no loss."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"logits": self.layer(x)}
+
+
+def test_a_loss_that_the_model_returns_is_compared_with_the_one_that_is_taken() -> None:
+    x, y = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 3
+    data = [{"x": x[i], "labels": y[i]} for i in range(9)]
+    for reduction in ("mean", "sum"):
+        scores = ptif.attribute(ReturnsItsLoss(0.0, reduction), data, data, method="dual")
+        assert "CrossEntropy() (inferred" in str(scores.diagnostics)
+    model = ReturnsItsLoss(0.2)
+    said = r"ReturnsItsLoss\(labels=...\) gives .* and CrossEntropy\(\), .* pass loss=.*ModelLoss\(\)"
+    with pytest.raises(ptif.errors.InvalidInput, match=said):
+        ptif.attribute(model, data, data, method="dual")
+    smoothed = ptif.attribute(model, data, data, loss=nn.CrossEntropyLoss(label_smoothing=0.2), method="grad_dot")
+    own = ptif.attribute(model, data, data, loss=ptif.objectives.ModelLoss(), method="grad_dot")
+    torch.testing.assert_close(own.values, smoothed.values)
+    for silent in (nn.Linear(3, 3).double(), Silent(0.0)):
+        with pytest.raises(ptif.errors.InvalidInput, match="this one returns none; pass loss="):
+            ptif.attribute(silent, (x, y), (x, y), loss=ptif.objectives.ModelLoss(), method="grad_dot")

@@ -111,7 +111,7 @@ class CuratedData:
             >>> effect.after.low <= effect.after.value <= effect.after.high
             True
         """
-        test_source = Source.of(test, classes=self.source.class_names or ())
+        test_source = self.source.read_alike(test)
         measured = Accuracy() if measure is None else measure
         truth = retrain(
             recipe, self._subsets, seeds, train=self.source, queries=test_source, measure=measured, folder=folder,

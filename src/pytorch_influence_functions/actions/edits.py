@@ -17,6 +17,7 @@ from ..core.validate import finite_number
 from ..problem.data import Source
 from ..problem.edited import EditedExamples, label_of
 from ..problem.problem import Problem
+from ..problem.tables import row_in_order_of
 
 
 @final
@@ -80,6 +81,7 @@ class Edit:
             )
         }
         inputs = _by_index(problem.data, replace, "replace")
+        inputs = {i: row_in_order_of(row, problem.data.columns) for i, row in inputs.items()}
         weights = _by_index(problem.data, reweight, "reweight")
         _refuse_twice(removed=removed, reweighted=weights, changed=[*labels, *(i for i in inputs if i not in labels)])
         terms, parts = [], []
@@ -96,7 +98,7 @@ class Edit:
             parts += [f"{_count(labels)} relabelled"] if labels else []
             parts += [f"{_count(inputs)} replaced"] if inputs else []
         if add is not None:
-            more = Source.of(add, problem.batch_size, problem.data.class_names or ())
+            more = problem.data.read_alike(add, problem.batch_size)
             terms.append(_term(more, range(len(more)), 1.0))
             parts.append(f"{_count(range(len(more)))} added")
         if weights:

@@ -15,6 +15,7 @@ from ..core.text import printable
 from ..evaluation.recipe import Recipe
 from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution
+from ..influence.question import read_asked
 from ..methods.papers import ekfac
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
@@ -151,7 +152,7 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
     Args:
         problem: model, loss and training data; or what a method's `fit(problem)` gave.
         validation: labelled data that the model did not train on and that will not judge the result: not the test set,
-            whose labels would leak into the choice.
+            whose labels would leak into the choice. Rows of texts with labels, where the problem is of such.
         method: of self-influence and harm, an `Influence` by name or made; `None`: `ekfac()`.
 
     Raises:
@@ -169,6 +170,8 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
     fitted = fit_system(problem, given_method, "find_label_issues")
     given, probabilities, loss = _look(fitted.problem)
     rows = torch.arange(len(given))
+    if validation is not None:
+        validation = read_asked(fitted.problem, validation, "validation", labelled=True)
     harms = None if validation is None else -fitted.score(validation).values.double()
     votes = label_votes(fitted, given, probabilities.shape[1], validation)
     spread = fitted.problem.data.spread

@@ -52,7 +52,7 @@ def label_votes(
     trusted = None
     if validation is not None:
         asked = problem.batch_size if problem.data.fixed else None
-        trusted = Source.of(validation, asked, problem.data.class_names or ())
+        trusted = problem.data.read_alike(validation, asked)
     random = torch.Generator().manual_seed(0)
     groups = torch.randperm(len(given), generator=random).chunk(-(-len(given) // _TOGETHER))
     votes = torch.zeros(len(given), width, dtype=torch.float64)

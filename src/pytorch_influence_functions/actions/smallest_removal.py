@@ -15,10 +15,10 @@ from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
 from ..curvature.own_losses import find_obstacle
 from ..influence.attribution import Attribution, Influence
+from ..influence.question import read_asked
 from ..methods.names import as_method
 from ..objectives.likelihoods import SquaredError
 from ..problem.agreement import entry
-from ..problem.data import Source
 from ..problem.edited import label_of
 from ..problem.problem import Problem, first_batch
 from ..problem.weight_decay import WeightDecay
@@ -184,7 +184,7 @@ def flip_prediction(
     Args:
         problem, most, method, recipe, seed: as for `smallest_removal`.
         query: one query, as data: `(x[None], y[None])`, or a dataset of one example. Its label is not used, so the
-            inputs alone, `x[None]`, will do.
+            inputs alone, `x[None]`, will do; a text where the problem is of texts with labels (`ptif.hf.problem`).
 
     Raises:
         InvalidInput: the problem is none, there is more than one query, or the model gives no class scores (a
@@ -200,7 +200,8 @@ def flip_prediction(
     if isinstance(query, Tensor):
         label = torch.as_tensor(label_of(problem.data.item(0)))
         query = (query, label.expand(len(query), *label.shape))
-    source = Source.of(query, problem.batch_size, problem.data.class_names or ())
+    query = read_asked(problem, query, "query")
+    source = problem.data.read_alike(query, problem.batch_size)
     if len(source) != 1:
         raise InvalidInput(f"flip_prediction() is about one query, and {len(source)} were given; pick one.")
     with first_batch(problem, source) as (_, batch), torch.no_grad():

@@ -183,7 +183,7 @@ def attack_training_set(
     """
     whole_number("controls", controls, 0)
     attack = _Attack(
-        problem, Source.of(queries, classes=problem.data.class_names or ()), recipe, as_method(method),
+        problem, problem.data.read_alike(queries), recipe, as_method(method),
         SignSteps(2 / 255) if steps is None else steps, front, seed,
     )  # fmt: skip
     before = attack.look(problem)

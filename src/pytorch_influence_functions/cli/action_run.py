@@ -23,7 +23,7 @@ from ..scores.indexing import plain_value
 from .options import RunSettings
 from .parsing import override_damping, parse_method, parse_query_positions
 from .predictions import as_predictions
-from .task import Task, load_task
+from .task import Task
 
 
 @final
@@ -49,7 +49,7 @@ class ActionRun:
             InvalidInput: a setting or the task file cannot be used.
         """
         named = None if settings.method is None else parse_method(settings.method)
-        task = load_task(settings.task_file, settings.overrides)
+        task = settings.load(asks=False)
         method = override_damping(named or task.method or default or Influence(), settings.damping)
         return ActionRun(settings, task, method)
 

@@ -46,6 +46,7 @@ def attribute_command(
     label_column: options.LabelColumn = None,
     source_column: options.SourceColumn = None,
     max_length: options.MaxLength = None,
+    normalisation: options.Normalisation = None,
     config: options.ConfigFile = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,

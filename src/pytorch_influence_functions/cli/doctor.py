@@ -38,6 +38,8 @@ def doctor_command(json: options.Json = False, quiet: options.Quiet = False) -> 
         report = examine()
         missing = [name for name, libraries in report["extras"].items() if libraries]
         extras = [(k, f"missing: {', '.join(v)}" if v else "installed") for k, v in report["extras"].items()]
+        if not extras:
+            extras = [("not known", f"{PACKAGE} is not installed, only on the path; in its folder: pip install -e .")]
         output.print_text(
             show.heading("Versions"),
             show.fact_table([(k, str(v)) for k, v in report["versions"].items()]),
@@ -110,8 +112,10 @@ def _product_speed() -> float:
 
 
 def missing_libraries() -> dict[str, list[str]]:
-    """For every extra of the package, its libraries that are not installed."""
+    """For every extra of the package, its libraries that are not installed; nothing where the package itself is not."""
     missing: dict[str, list[str]] = {}
+    if not _is_installed(PACKAGE):
+        return missing
     for line in metadata.requires(PACKAGE) or []:
         name, _, condition = line.partition(";")
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", condition)

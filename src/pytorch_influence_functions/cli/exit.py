@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def exit_with_code(output: Output) -> Iterator[Interruption]:
     interruption = Interruption()
     try:
         _refuse_several()
-        yield interruption
+        with _warnings_as_lines(output):
+            yield interruption
     except KeyboardInterrupt:
         output.print_failure(INTERRUPTED, "KeyboardInterrupt", interruption.sentence)
         code = INTERRUPTED
@@ -114,6 +116,22 @@ def exit_with_code(output: Output) -> Iterator[Interruption]:
     else:
         return
     raise typer.Exit(code)
+
+
+@contextmanager
+def _warnings_as_lines(output: Output) -> Iterator[None]:
+    """Print the package's own warnings as one line each, without the place in Python where they arose."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if category.__module__.partition(".")[0] != __name__.partition(".")[0]:
+                usual(message, category, *place, **more)
+            elif not output.quiet:
+                print(f"ptif: {as_typed(str(message))}", file=sys.stderr, flush=True)
+
+        warnings.showwarning = show
+        yield
 
 
 def _refuse_several() -> None:

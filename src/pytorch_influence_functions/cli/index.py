@@ -11,13 +11,14 @@ from ..scores.parts import PartScores
 from ..scores.scores import Scores
 from ..store.compaction import compact, remove
 from ..store.describe import IndexForecast
+from ..store.filters import choose_examples
 from ..store.folder import IndexFolder
 from ..store.gradient_index import Index
 from ..store.graph import build_graph
 from ..store.manifest import GraphRecord
 from ..store.representation import parse_representation
 from . import options, show
-from .by_part import by_part, file_of, influences_of, read_by, with_query_ids
+from .by_part import by_part, file_of, influences_of, read_by, with_data, with_query_ids
 from .exit import Output, exit_with_code
 from .machine import format_bytes, format_duration, free_disk
 from .parsing import (
@@ -60,7 +61,9 @@ def build_command(
     prompt_column: options.PromptColumn = None,
     completion_column: options.CompletionColumn = None,
     label_column: options.LabelColumn = None,
+    source_column: options.SourceColumn = None,
     max_length: options.MaxLength = None,
+    normalisation: options.Normalisation = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another index in the folder.")] = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
@@ -122,7 +125,9 @@ def query_command(
     prompt_column: options.PromptColumn = None,
     completion_column: options.CompletionColumn = None,
     label_column: options.LabelColumn = None,
+    source_column: options.SourceColumn = None,
     max_length: options.MaxLength = None,
+    normalisation: options.Normalisation = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -150,10 +155,11 @@ def query_command(
                 rerank=rerank,
                 by=parts,
             )
-            named = with_query_ids(scores, positions)
+            named = with_data(with_query_ids(scores, positions), index.asker.train, loaded.query_source)
+            mask = choose_examples(index.folder, None, parse_where(where or (), texts), lambda: index.labels)
         if out is not None:
             named.save(out / file_of(named))
-        _print_scores(output, named, loaded.names, out)
+        _print_scores(output, named, None if index.asker.train is None else loaded.names, out, int(mask.sum()))
 
 
 def graph_command(
@@ -300,9 +306,22 @@ def _describe_graph(graph: GraphRecord) -> str:
     return f"of the first {graph.stop:,} examples, without the {graph.left:,} smallest rows"
 
 
+def _count(chosen: int, stored: int) -> str:
+    return f"{stored:,}" if chosen == stored else f"{chosen:,} of {stored:,}"
+
+
 def _print_scores(
-    output: Output, scores: Scores | PartScores, names: Callable[[int], str] | None, out: Path | None
+    output: Output, scores: Scores | PartScores, names: Callable[[int], str] | None, out: Path | None, chosen: int
 ) -> None:
+    """Print what was found.
+
+    Args:
+        output: of the command.
+        scores: of the queries.
+        names: what to call the examples.
+        out: where they were written.
+        chosen: how many examples were looked at.
+    """
     d, parts = scores.diagnostics, by_part(scores)
     first = next(iter(parts.values()))
     written = (
@@ -312,7 +331,8 @@ def _print_scores(
     )
     output.print_text(
         show.heading(
-            f"{show.count_queries(len(first))} × {first.n_train:,} stored examples in {format_duration(d.seconds)}"
+            f"{show.count_queries(len(first))} × {_count(chosen, first.n_train)} stored examples in "
+            f"{format_duration(d.seconds)}"
         ),
         show.fact_table([("method", d.method)]),
         "",

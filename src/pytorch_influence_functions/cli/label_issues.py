@@ -35,6 +35,11 @@ def label_issues_command(
     weight_decay: options.WeightDecay = None,
     batch_size: options.BatchSize = None,
     device: options.Device = None,
+    hf: options.LanguageModel = None,
+    dataset: options.Texts = None,
+    text_column: options.TextColumn = None,
+    label_column: options.LabelColumn = None,
+    max_length: options.MaxLength = None,
     config: options.ConfigFile = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -42,7 +47,8 @@ def label_issues_command(
     """Which training labels are wrong? The most doubtful first.
 
     With validation in get_options() (labelled data that neither trained the model nor will judge it) these vote too,
-    and the harm that each example does is told. ptif curate carries out what you decide in the table.
+    and the harm that each example does is told. ptif curate carries out what you decide in the table. Of a language
+    model for classes of texts --hf and --dataset stand for the task file.
     """
     output = Output(json, quiet or csv)
     flags = options.settings_among(locals())

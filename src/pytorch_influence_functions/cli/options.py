@@ -11,6 +11,7 @@ import typer
 
 from ..core.errors import InvalidInput, UnknownName, nearest, require
 from ..core.validate import is_finite, is_whole
+from ..hf.normalisation import NORMALISATIONS
 from .task import Overrides, Task, load_task
 from .texts import TextFlags, load_text_task
 
@@ -63,6 +64,10 @@ SourceColumn = Annotated[
     str | None, typer.Option("--source-column", help="The column that says where a text comes from, for the page.")
 ]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="The most tokens of a text.")]
+Normalisation = Annotated[
+    str | None,
+    typer.Option("--normalisation", help="How a text counts: trainer, sum or mean of its tokens. (default: trainer)"),
+]
 By = Annotated[
     list[str] | None,
     typer.Option("--by", help="Scores by part of the model: layer, a pattern, or NAME=PATTERN,PATTERN; repeatable."),
@@ -111,6 +116,7 @@ class RunSettings:
     label_column: str | None = None
     source_column: str | None = None
     max_length: int | None = None
+    normalisation: str | None = None
 
     @property
     def texts(self) -> TextFlags:
@@ -203,6 +209,7 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "label_column": _TEXT,
     "source_column": _TEXT,
     "max_length": _COUNT,
+    "normalisation": (lambda v: v in NORMALISATIONS, f"one of {', '.join(NORMALISATIONS)}", str),
 }
 
 

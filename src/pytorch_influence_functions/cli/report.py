@@ -49,6 +49,7 @@ def report_command(
     label_column: options.LabelColumn = None,
     source_column: options.SourceColumn = None,
     max_length: options.MaxLength = None,
+    normalisation: options.Normalisation = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -73,6 +74,7 @@ def report_command(
         "label_column": label_column,
         "source_column": source_column,
         "max_length": max_length,
+        "normalisation": normalisation,
     }
     notes: list[Text] = []
     with exit_with_code(output) as interruption:

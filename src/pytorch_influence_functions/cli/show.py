@@ -68,9 +68,17 @@ def influence_table(scores: Scores, names: Callable[[int], str] | None = None) -
     return [indent(table), *([Text(f"  and {more:,} more queries")] if more > 0 else [])]
 
 
+def _query_names(scores: Scores) -> list[Any]:
+    """The first queries by their names, where they have any; the table has no room for them."""
+    places, rows = scores.query_ids.tolist(), range(min(_MAX_QUERIES, len(scores)))
+    names = [(str(places[row]), scores.describe_query(row)) for row in rows]
+    known = [(place, printable(name, 60)) for place, name in names if name != f"query {place}"]
+    return [fact_table([(f"query {place}", name) for place, name in known])] if known else []
+
+
 def influence_tables(parts: Mapping[str, Scores], names: Callable[[int], str] | None = None) -> list[Any]:
-    """The table of the whole model, or one for each of the first parts."""
-    lines: list[Any] = []
+    """The names of the queries, and the table of the whole model or one for each of the first parts."""
+    lines = _query_names(next(iter(parts.values())))
     for part, scores in list(parts.items())[:_MAX_PARTS]:
         lines += ([indent(Text(printable(part, 60)))] if part else []) + influence_table(scores, names)
     more = len(parts) - _MAX_PARTS

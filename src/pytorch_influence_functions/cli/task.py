@@ -15,7 +15,7 @@ from ..core.token_text import text_name_of
 from ..influence.method import AbstractMethod
 from ..methods.names import as_method
 from ..problem.data import Source
-from ..problem.infer_loss import infer_objective
+from ..problem.inferred import inferred_problem
 from ..problem.problem import Problem, check_model
 
 MODULE: Final = "ptif_task"
@@ -106,7 +106,7 @@ def load_task(path: Path, overrides: Overrides | None = None) -> Task:
     if flags.device is not None:
         move_model(problem.model, flags.device)
     problem = problem.with_(**changes) if changes else problem
-    source = None if queries is None else Source.of(queries, flags.batch_size)
+    source = None if queries is None else problem.data.read_alike(queries, flags.batch_size)
     method, inferred = _read_method(path, options.get("method")), "problem" not in names and options.get("loss") is None
     added = [options.get(name) for name in (*_ACTION_OPTIONS, *_INDEX_OPTIONS)]
     return Task(path, problem, source, options.get("measure"), method, inferred, *added)
@@ -209,7 +209,8 @@ def _build_problem(
     if flags.device is not None:
         move_model(model, flags.device)
     source = Source.of(train, flags.batch_size)
-    objective = infer_objective(model, source) if objective is None else objective
+    if objective is None:
+        return inferred_problem(model, source, **settings), queries
     return Problem(model, objective, source, **settings), queries
 
 

@@ -26,6 +26,7 @@ _COLUMNS: Final = (
     "label_column",
     "source_column",
     "max_length",
+    "normalisation",
 )
 # Longer texts are content and not facts of a row.
 _WORDS: Final = 100
@@ -51,6 +52,7 @@ class TextFlags:
     label_column: str | None = None
     source_column: str | None = None
     max_length: int | None = None
+    normalisation: str | None = None
 
     @property
     def given(self) -> list[str]:

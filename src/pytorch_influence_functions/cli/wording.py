@@ -1,5 +1,6 @@
 """What the library calls by its name in Python, as it is typed on the command line."""
 
+import re
 from typing import Final
 
 _TYPED: Final = (
@@ -13,14 +14,35 @@ _TYPED: Final = (
         "of that kind; --where may be given again for another.",
     ),
 )
+# Arguments that are flags under the same name.
+_FLAGS: Final = (
+    "messages_column",
+    "text_column",
+    "prompt_column",
+    "completion_column",
+    "label_column",
+    "source_column",
+    "max_length",
+    "normalisation",
+)
+_ARGUMENT: Final = re.compile(rf"\b({'|'.join(_FLAGS)})=(?=(\S?))")
 
 
 def as_typed(sentence: str) -> str:
     """A sentence with flags and commands in place of arguments and functions.
+
+    >>> as_typed("give max_length= as training did, or text_column='body'.")
+    "give --max-length as training did, or --text-column 'body'."
 
     >>> as_typed("'ix' holds another index; give another folder, or overwrite=True to replace it.")
     "'ix' holds another index; give another folder, or --overwrite to replace it."
     """
     for in_python, typed in _TYPED:
         sentence = sentence.replace(in_python, typed)
-    return sentence
+    return _ARGUMENT.sub(_as_flag, sentence)
+
+
+def _as_flag(argument: re.Match[str]) -> str:
+    """`max_length=` as `--max-length`, with a space before a value."""
+    flag, follows = f"--{argument[1].replace('_', '-')}", argument[2]
+    return f"{flag} " if follows and follows not in ".,;:)" else flag

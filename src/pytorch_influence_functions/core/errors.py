@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -78,10 +79,13 @@ def name_ids(ids: Iterable[int], limit: int = 8) -> str:
 def first_line(failure: BaseException, most: int = 200) -> str:
     """The first line of a failure's message without a full stop, at most so long; its class where it has none.
 
+    A message that begins with the numbers of a tensor, as where one is called, is shown without them.
+
     >>> first_line(ValueError("no such layer.\\nTraceback"))
     'no such layer'
     """
-    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    text = re.sub(r"^tensor\(.*\)(?= )", "a tensor", str(failure).strip(), flags=re.DOTALL)
+    lines = text.splitlines() or [type(failure).__name__]
     return lines[0][:most].rstrip(".")
 
 

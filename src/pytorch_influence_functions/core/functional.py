@@ -2,13 +2,65 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import InvalidInput, UnknownName, nearest
+
+
+def fit_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The arguments as forward takes them: a mapping whole, where forward has one argument and none of the names.
+
+    A forward that takes the batch itself, `model(batch)`, could not be called with its members by name.
+
+    Args:
+        module: the module.
+        args: of forward.
+        kwargs: of forward, by name.
+
+    Example:
+        >>> class Net(nn.Linear):
+        ...     def forward(self, batch):
+        ...         return super().forward(batch["x"])
+        >>> fit_arguments(Net(1, 1), (), {"x": 1, "mask": 2})
+        (({'x': 1, 'mask': 2},), {})
+    """
+    if args or not kwargs:
+        return args, kwargs
+    names = _arguments(module)
+    whole = names is not None and names[1] == 1 and not names[0] & kwargs.keys()
+    return ((dict(kwargs),), {}) if whole else (args, kwargs)
+
+
+def _arguments(module: nn.Module) -> tuple[frozenset[str], int] | None:
+    own = vars(module).get("forward")
+    original = getattr(own, "copied_from", None)  # a copy in another precision takes what its original takes
+    if original is not None:
+        return _arguments(original)
+    return _arguments_of_method(type(module).forward) if own is None else _arguments_of(own)
+
+
+def _arguments_of(function: Any, bound: bool = True) -> tuple[frozenset[str], int] | None:
+    """The names of a function's arguments, and how many have to be given; None where it takes any."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[0 if bound else 1 :]
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) for parameter in parameters):
+        return None
+    required = [p for p in parameters if p.default is p.empty]
+    positional = all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required)
+    return frozenset(p.name for p in parameters), len(required) if positional else -1
+
+
+@lru_cache(maxsize=256)
+def _arguments_of_method(function: Any) -> tuple[frozenset[str], int] | None:
+    return _arguments_of(function, bound=False)
 
 
 def call_with(
@@ -52,4 +104,5 @@ def call_with(
         for key, own in (*inner._parameters.items(), *inner._buffers.items()):
             if own is not None and id(own) in by_identity:
                 everywhere[f"{path}.{key}" if path else key] = by_identity[id(own)]
+    args, kwargs = fit_arguments(module, args, kwargs or {})
     return functional_call(module, everywhere, args, kwargs, tie_weights=False)

@@ -54,7 +54,6 @@ def is_affine(problem: Problem) -> bool:
         id(parameters[name]): part_like(_random_step(whole(parameters[name]).detach(), k), parameters[name])
         for k, name in enumerate(problem.space.names)
     }
-    tensors = named_tensors(model, persistent_only=True)
     with first_batch(problem, ids=spread_sample(len(problem), _EXAMPLES)) as (_, batch), torch.no_grad():
 
         def outputs(sign: float) -> Tensor:
@@ -65,6 +64,7 @@ def is_affine(problem: Problem) -> bool:
                 return problem.objective.outputs(model, batch).double()
 
         here = problem.objective.outputs(model, batch)
+        tensors = named_tensors(model, persistent_only=True)  # with the buffers that a first pass makes
         try:
             there, back = outputs(1.0), outputs(-1.0)
         except InfluenceError:  # a model that does not run at other weights is not affine in them

@@ -288,10 +288,10 @@ class ProblemSize:
 
 
 def root_size(derivatives: Derivatives) -> int:
-    """Columns of H^(1/2) per example, from the outputs of the first one."""
-    objective = derivatives.objective
-    with first_batch(derivatives.problem, ids=torch.arange(1)) as (_, batch), torch.no_grad():
-        return output_curvature(objective).root_size(objective.outputs(derivatives.problem.model, batch))
+    """Columns of H^(1/2) per example, from the outputs of two: `.squeeze()` takes the axis of one alone away."""
+    objective, problem = derivatives.objective, derivatives.problem
+    with first_batch(problem, ids=torch.arange(min(2, len(problem)))) as (_, batch), torch.no_grad():
+        return output_curvature(objective).root_size(objective.outputs(problem.model, batch))
 
 
 def timed_examples(source: Source) -> int:

@@ -27,7 +27,6 @@ from ..linalg.operator import AbstractSymmetric
 from ..linalg.resolvent import Resolvent
 from ..linalg.rows import Rows
 from ..objectives.base import AbstractObjective
-from ..problem.data import Source
 from ..problem.problem import sweep
 from .rules import Absolute, AbstractDamping, HasMeanEigenvalue
 
@@ -406,7 +405,7 @@ def _multiply(rows: Rows, vector: Rows | None) -> Float[Tensor, "n 1"]:
 def _held_out_loss(derivatives: Derivatives, data: Any) -> float:
     """The mean training loss on examples that were not trained on."""
     problem, objective = derivatives.problem, derivatives.objective
-    source = Source.of(data, problem.batch_size)
+    source = problem.data.read_alike(data, problem.batch_size)
     total = 0.0
     for ids, batch in sweep(problem, source, label="held-out loss", world=World()):
         with torch.no_grad():

@@ -16,7 +16,6 @@ from ..core.validate import finite_number
 from ..gradients.vjp import as_function, detach_parameters
 from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
-from ..problem.data import Source
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from .subsets import Subsets
@@ -66,7 +65,7 @@ def pbrf(
     """
     finite_number("damping", damping, above=0, hint="take scores.diagnostics.damping")
     finite_number("step", step, above=0, most=1)
-    query_source = Source.of(queries)
+    query_source = problem.data.read_alike(queries)
     training_loss = resolve_measure(problem, problem.objective, problem.objective, problem.data)
     measured = resolve_measure(problem, training_loss, measure, query_source)
     subsets = Subsets.leave_one_out(len(problem), ids)

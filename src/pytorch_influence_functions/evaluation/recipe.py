@@ -89,7 +89,10 @@ class Recipe:
         optimizer: makes the optimiser from parameters, such as `partial(torch.optim.Adam, lr=1e-3)`. Weight decay
             belongs to it.
         epochs: passes over the subset.
-        batch_size: examples per step; `None`: all of them (for L-BFGS, say).
+        batch_size: examples per step; `None`: all of them (for L-BFGS, say). An epoch's last batch holds what is left
+            over. Where that is one example, and the model has batch normalisation that cannot be trained on one, it
+            joins the batch before; where the training data are a loader with `drop_last=True` it is left out, as that
+            loader does.
         schedule: `ConstantRate()`, `LinearDecay(warmup)` or `CosineDecay(warmup)`, per step.
         loss: the training loss, as `ptif.attribute` takes it; the mean over the batch is minimised. `None`: inferred.
         start: weights to begin with instead of the seed's own: a warm start.
@@ -123,7 +126,7 @@ class Recipe:
                 )
 
     def steps(self, examples: int) -> int:
-        """Optimiser steps for so many examples.
+        """Optimiser steps for so many examples, where no last batch of one joins another; see `batch_size`.
 
         Args:
             examples: how many examples are trained on.

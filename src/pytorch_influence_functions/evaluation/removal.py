@@ -107,7 +107,8 @@ def removal_curves(
 
     Reference: Ilyas et al. (2022), "Datamodels".
     """
-    source, query_source = Source.of(train), Source.of(queries)
+    source = Source.of(train)
+    query_source = source.read_alike(queries)
     n, q = len(source), len(query_source)
     removed = tuple(int(k) for k in counts)
     if not removed or min(removed) < 1 or max(removed) >= n or len(set(removed)) < len(removed):

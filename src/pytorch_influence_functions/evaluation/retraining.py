@@ -9,13 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, NonFinite
 from ..core.fingerprint import Fingerprint, Probe
 from ..core.progress import Meter
 from ..core.threads import one_thread
@@ -24,6 +24,7 @@ from ..influence.question import resolve_measure
 from ..objectives.base import AbstractObjective
 from ..objectives.convert import as_objective
 from ..objectives.measures import FromFunction
+from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.ingredients import describe_model, digest_data
@@ -84,7 +85,8 @@ def retrain(
     torch.Size([6, 2, 1])
     """
     began = time.perf_counter()
-    source, query_source = Source.of(train), Source.of(queries)
+    source = Source.of(train)
+    query_source = source.read_alike(queries)
     subsets = Subsets.of(subsets)
     if subsets.n != len(source):
         raise InvalidInput(
@@ -137,6 +139,9 @@ def train_model(
             `None`: it is not recorded.
         at: the shares of the run at which it is recorded; `None`: those of `Recorder`.
 
+    Raises:
+        NonFinite: the training diverged.
+
     >>> x = torch.arange(12.0).reshape(6, 2).sin()
     >>> train_model(Recipe(lambda: nn.Linear(2, 1), loss=nn.MSELoss()), (x, x[:, :1])).training
     False
@@ -151,14 +156,28 @@ def train_model(
         return Recorder(model, optimizer, record, at, steps, batch_size=recipe.batch_size, overwrite=True)
 
     hook = None if record is None else recording
-    with _seeded(seed), Meter(recipe.steps(len(source)), "training", "step") as meter:
-        return training.train_alone(recipe, objective, examples, job, meter.advance, hook)
+    steps = recipe.steps(len(source))
+    if training.LastBatch.of(recipe, objective, examples, job, problem.model) is not training.LastBatch.KEPT:
+        steps -= recipe.epochs
+    with _seeded(seed), Meter(steps, "training", "step") as meter:
+        model = training.train_alone(recipe, objective, examples, job, meter.advance, hook)
+    diverged = next((name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    if diverged is not None:
+        raise NonFinite(
+            f"The model trained with seed {seed} has NaN or infinity in {diverged!r}, so its training diverged; lower "
+            "the learning rate of the recipe."
+        )
+    return model
 
 
 def _training_loss(recipe: Recipe, source: Source, seed: int) -> tuple[Problem, AbstractObjective]:
     """The training loss, inferred if it is not given, with its reduction known."""
     model = recipe.fresh(seed)
-    problem = Problem(model, recipe.objective() or infer_objective(model, source), source)
+    objective = recipe.objective() or infer_objective(model, source)
+    if recipe.loss is None and isinstance(objective, TokenCrossEntropy):
+        # A step of training is one of a mean over tokens: a sum would make every step as many times longer.
+        objective = replace(objective, average=True)
+    problem = Problem(model, objective, source)
     return problem, resolve_measure(problem, problem.objective, problem.objective, source)
 
 
@@ -196,6 +215,8 @@ class _Retraining:
         # Always of the same seed, so that other seeds find what was made before.
         model, probes = describe_model(Problem(recipe.fresh(0), objective, source))
         model |= {"model function": recipe.model, "loss": objective, "recipe": settings}
+        if source.drops_last and training.has_batch_norm(problem.model):
+            model |= {"a last batch of one": "left out"}
         return _Retraining(*parts, _fingerprint(model, probes, source, queries, measured))
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput, UnknownName, nearest, require
 from ..core.token_text import token_text_of
+from ..curvature.base import AbstractCurvature
 from ..curvature.exact import Identity
 from ..damping.rules import Absolute
 from ..influence.attribution import Influence
@@ -19,7 +20,6 @@ from ..influence.method import AbstractMethod
 from ..methods.baselines import EmbeddingSimilarity, Random, TrainingLoss
 from ..methods.bm25 import BM25
 from ..methods.names import as_method
-from ..problem.data import Source
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem
 from ..scores.scores import Scores
@@ -152,8 +152,8 @@ def evaluate(
     similarity, gradient dot product. Without them it includes random numbers only.
 
     Args:
-        methods: scores (`Scores` or [Q, N]), or methods such as `ptif.ekfac()` or `"ekfac"`: one, a list, or a mapping
-            from names.
+        methods: scores (`Scores` or [Q, N]), or what `method=` takes, such as `ptif.ekfac()`, `"ekfac"` or
+            `ptif.curvature.GGN()`: one, a list, or a mapping from names.
         truth: from `retrain` or `Truth.load`.
         problem: the trained model with its data; with checkpoints, every method is an ensemble.
         queries: those of the truth, in its order.
@@ -161,7 +161,7 @@ def evaluate(
         resamples: of the subsets, for intervals.
 
     Raises:
-        InvalidInput: methods without a problem, or scores that do not fit the truth.
+        InvalidInput: methods without a problem, two that are called the same, or scores that do not fit the truth.
 
     >>> from pytorch_influence_functions.evaluation import Subsets
     >>> values = torch.randn(4, 10)
@@ -215,17 +215,23 @@ def contenders(
 def _named(methods: Any) -> dict[str, Any]:
     """What was given, by the name it has in the table."""
     if isinstance(methods, Mapping):
-        given = dict(methods)
-    elif isinstance(methods, (list, tuple)):
-        given = {_default_name(method): method for method in methods}
-    else:
-        given = {_default_name(methods): methods}
-    return {name: as_method(method) if isinstance(method, str) else method for name, method in given.items()}
+        return {name: _as_contender(method) for name, method in methods.items()}
+    given = list(methods) if isinstance(methods, (list, tuple)) else [methods]
+    named = [(method if isinstance(method, str) else "", _as_contender(method)) for method in given]
+    names = [name or _default_name(method) for name, method in named]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidInput(f"Two of the methods are called {twice!r}; give them by name, {{'name': method}}.")
+    return dict(zip(names, (method for _, method in named), strict=True))
+
+
+def _as_contender(given: Any) -> Any:
+    """A method from what `method=` takes, such as a name or a curvature; anything else as it is."""
+    is_method = isinstance(given, (str, AbstractCurvature)) or (callable(given) and not isinstance(given, Tensor))
+    return as_method(given) if is_method else given
 
 
 def _default_name(method: Any) -> str:
-    if isinstance(method, str):
-        return method
     if isinstance(method, AbstractMethod):
         return repr(method)
     return (method.provenance if isinstance(method, Scores) else "") or "scores"
@@ -249,6 +255,6 @@ def _score(name: str, method: Any, problem: Problem | None, queries: Any, measur
     if problem is None or queries is None:
         raise InvalidInput(f"The method {name} has nothing to score; pass problem= and queries=, or its scores.")
     began = time.perf_counter()
-    source = Source.of(queries, problem.batch_size)
+    source = problem.data.read_alike(queries, problem.batch_size)
     scores = method.fit(problem, n_queries=len(source)).score(source, measure)
     return Contender(name, scores, time.perf_counter() - began, max(1, len(problem.checkpoints)))

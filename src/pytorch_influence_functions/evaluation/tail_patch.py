@@ -131,7 +131,7 @@ def tail_patch(
             f"optimizer must be a function of parameters that makes one, got {type(optimizer).__name__}; every step "
             "needs a new one, so give functools.partial(torch.optim.SGD, lr=1e-3) or the like."
         )
-    source = Source.of(queries)
+    source = problem.data.read_alike(queries)
     trained = resolve_measure(problem, problem.objective, problem.objective, problem.data)
     measured = resolve_measure(problem, trained, measure, source)
     scored, left_out = contenders(methods, (len(source), n), problem, source, measure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from ..core.batches import Collated, map_tensors, tensors_of
-from ..core.errors import InvalidInput, NonFinite
+from ..core.errors import InfluenceError, InvalidInput, NonFinite
 from ..gradients.vjp import as_function, grads, silence_slow_batching
 from ..objectives.base import AbstractObjective, tensor_targets, with_targets
 from ..problem.data import Source
+from ..problem.random_state import same_rng
 from .recipe import Recipe, draw_orders
 
 # A stack of models is trained well up to so many parameters in all: larger stacks fall out of the cache.
@@ -51,6 +53,8 @@ class Examples:
 
     batch: Any
     n: int
+    drops_last: bool = False
+    """Whether the loader that they come from leaves out a last batch that is not full."""
 
     @staticmethod
     def of(source: Source, model: nn.Module | None = None) -> Examples:
@@ -69,7 +73,7 @@ class Examples:
                 "The built-in recipe needs examples that batch into tensors with one row each; give retrain() your own "
                 "training function instead."
             )
-        return Examples(batch, len(ids))
+        return Examples(batch, len(ids), source.drops_last)
 
     def rows(self, ids: Int[Tensor, "*m"], targets: Tensor | None = None) -> Any:
         """Some examples; `targets` [N, ...] or [M, N, ...] replace the dataset's."""
@@ -104,16 +108,93 @@ class Job:
     seed: int
 
 
-def draw_batches(recipe: Recipe, job: Job) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, " b"] | None]]:
+class LastBatch(enum.Enum):
+    """What becomes of an epoch's last batch."""
+
+    KEPT = enum.auto()
+    JOINED = enum.auto()
+    DROPPED = enum.auto()
+
+    @staticmethod
+    def of(
+        recipe: Recipe, objective: AbstractObjective, data: Examples, job: Job, model: nn.Module | None = None
+    ) -> LastBatch:
+        """Kept, unless it is one example and the model's batch normalisation cannot be trained on one.
+
+        Then it joins the batch before. Where the user's loader drops a last batch it is left out: so the user trained.
+
+        Args:
+            recipe: how the model is trained.
+            objective: the training loss.
+            data: all examples.
+            job: which are kept.
+            model: of the recipe, before its first step.
+
+        Raises:
+            InvalidInput: no batch has two examples.
+        """
+        count = len(job.kept) if recipe.hold_batches else int(job.kept.sum())
+        size = recipe.batch_size or len(job.kept)
+        if (min(count, size) != 1 and count % size != 1) or not _needs_two(recipe, objective, data, job.seed, model):
+            return LastBatch.KEPT
+        if count == 1:
+            raise InvalidInput(
+                "One example is left to train on, and the recipe's model has batch normalisation, which needs two in a "
+                "batch; keep two or more."
+            )
+        if size == 1:
+            raise InvalidInput(
+                "The recipe's batch_size=1 gives batches of one example, and its model has batch normalisation, which "
+                "needs two; take a larger batch_size."
+            )
+        return LastBatch.DROPPED if data.drops_last else LastBatch.JOINED
+
+    def split(self, ids: Int[Tensor, " n"], size: int) -> list[Int[Tensor, " b"]]:
+        """An epoch's examples in batches."""
+        batches = list(torch.split(ids, size))
+        if self is LastBatch.KEPT:
+            return batches
+        *full, last = batches
+        return full if self is LastBatch.DROPPED else [*full[:-1], torch.cat([full[-1], last])]
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model normalises by the statistics of its batch in training."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def _needs_two(
+    recipe: Recipe, objective: AbstractObjective, data: Examples, seed: int, model: nn.Module | None
+) -> bool:
+    """Whether the model fails in training on one example and not on two: of images it normalises over the pixels."""
+    if data.n < 2 or not (model is None or has_batch_norm(model)):
+        return False
+    model = recipe.fresh(seed)
+
+    def works(count: int) -> bool:
+        batch = data.rows(torch.arange(count))
+        try:
+            objective.losses(objective.outputs(model, batch), batch)
+        except (InfluenceError, RuntimeError, ValueError):
+            return False
+        return True
+
+    with same_rng(), torch.no_grad():
+        return has_batch_norm(model) and not works(1) and works(2)
+
+
+def draw_batches(
+    recipe: Recipe, job: Job, last: LastBatch = LastBatch.KEPT
+) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, " b"] | None]]:
     """Yield the indices of every step's examples, with their weights if the recipe holds batches."""
     n = len(job.kept)
     size = recipe.batch_size or n
     for ids in draw_orders(n, recipe.epochs, job.seed):
         if recipe.hold_batches:
-            for batch in torch.split(ids, size):
+            for batch in last.split(ids, size):
                 yield batch, job.kept[batch].float()
         else:
-            for batch in torch.split(ids[job.kept[ids]], size):
+            for batch in last.split(ids[job.kept[ids]], size):
                 yield batch, None
 
 
@@ -130,7 +211,7 @@ def train_alone(
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = recipe.optimizer(trainable)
     targets = data.targets(job.change)
-    steps = list(draw_batches(recipe, job))
+    steps = list(draw_batches(recipe, job, LastBatch.of(recipe, objective, data, job, model)))
     scheduled = _ScheduledOptimizer(recipe, optimizer, len(steps))
     with nullcontext() if recording is None else recording(model, optimizer, len(steps)):
         for ids, weights in steps:
@@ -288,8 +369,8 @@ def _stack_agrees(recipe: Recipe, objective: AbstractObjective, data: Examples, 
     try:
         losses = stack.losses(objective, data.rows(torch.stack([probe, probe])))
         stacked_gradients = grads(losses.sum(), [stack.tensors[k] for k in names])
-    except RuntimeError:
-        return False
+    except (RuntimeError, InvalidInput):
+        return False  # a fault of the model itself shows again where it is trained alone
     for row, model in enumerate(models):
         each = objective.losses(objective.outputs(model, batch), batch)
         gradients = grads(each.sum(), [dict(model.named_parameters())[k] for k in names])

@@ -160,7 +160,7 @@ def verify(
     count = max(1, scores.n_train // 50) if size is None else size
     whole_number("size", count, 1, scores.n_train // 2, hint="no more than half the training data")
     groups = _choose_groups(scores, n, count)
-    query_source = _queries_of(scores, query_source)
+    query_source = _queries_of(scores, Source.of(source).read_alike(query_source))
     truth = retrain(
         recipe, Subsets.groups(scores.n_train, [ids for _, _, ids in groups]), seeds, train=source,
         queries=query_source, measure=measure, folder=folder, workers=workers,
@@ -178,9 +178,9 @@ def verify(
     return judge(removals, f"{truth.name}; {truth.recipe}")
 
 
-def _queries_of(scores: Scores, queries: Any) -> Source:
+def _queries_of(scores: Scores, source: Source) -> Source:
     """The queries that the rows are of, where rows were picked or a sampler chose among the queries."""
-    source, ids = Source.of(queries), scores.query_ids
+    ids = scores.query_ids
     in_order = len(ids) == len(source) and bool((ids == torch.arange(len(ids))).all())
     fits = int(ids.min()) >= 0 and int(ids.max()) < len(source)
     return source.subset(ids) if fits and not in_order else source

@@ -29,6 +29,7 @@ from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
 from ..objectives.base import AbstractObjective, check_outputs
 from ..objectives.measures import FromFunction
+from ..objectives.model_loss import ModelLoss
 from ..objectives.tokens import attention_mask_of
 from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
@@ -38,7 +39,14 @@ from .one_by_one import Gathered, Known, gradients_one_by_one, rows_one_by_one
 from .padding import warn_of_padding
 from .projections import AbstractProjector, AbstractReduction
 from .recording import Capture, HookedLayer, NarrowestType, record_calls
-from .separability import loss_together, refuse_batch_loss, refuse_mixing, refuse_shared_losses, refuse_sum
+from .separability import (
+    loss_together,
+    refuse_batch_loss,
+    refuse_mixing,
+    refuse_shared_losses,
+    refuse_sum,
+    warn_of_batch_loss,
+)
 from .vjp import detach_parameters, per_example_vjp
 
 log = logging.getLogger("pytorch_influence_functions")
@@ -369,6 +377,8 @@ class _Probe:
             with torch.no_grad():
                 outputs = objective.outputs(model, batch)
             refuse_batch_loss(problem, objective)
+        if isinstance(objective, ModelLoss):
+            warn_of_batch_loss(problem, objective)
         refuse_shared_losses(objective, batch, outputs)
         warn_of_padding(problem, objective, tolerance(precision))
         generator = torch.Generator().manual_seed(0)

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from ..core.batches import Collated, batch_slice, tensors_of
 from ..core.distributed import World
-from ..core.errors import InvalidInput, first_line, name_ids
+from ..core.errors import InvalidInput, TrainingDataWarning, first_line, name_ids
 from ..core.indexing import spread_sample
+from ..core.warn import warn_caller
 from ..objectives.base import AbstractObjective, inputs_and_targets
 from ..objectives.measures import FromFunction
+from ..objectives.model_loss import ModelLoss, returned_loss
 from ..problem.labels import labels_of
+from ..problem.own_loss import is_half, same_value
 from ..problem.problem import Problem, first_batch, sweep
 
 # Examples whose losses are taken together and apart, and at most how many pairs of them.
@@ -160,10 +163,34 @@ def refuse_batch_loss(problem: Problem, objective: FromFunction) -> None:
         )
 
 
+def warn_of_batch_loss(problem: Problem, objective: ModelLoss) -> None:
+    """Say where what the model returns for several examples is no mean of what it returns for each alone.
+
+    Args:
+        problem: whose training examples are looked at.
+        objective: the model's own loss.
+    """
+    ids = spread_sample(len(problem), _GROUP)
+    several = replace(problem.data, batch_size=min(len(ids), max(problem.batch_size, 4)))
+    with first_batch(problem, several, ids) as (ids, batch), torch.no_grad():
+        alone = replace(objective, average=True).outputs(problem.model, batch)
+        together, counts = returned_loss(problem.model, batch), objective.counts(batch).to(alone)
+    means = (alone.mean(), (alone * counts).sum() / counts.sum())
+    if together is None or any(same_value(float(together), float(mean), is_half(problem.model)) for mean in means):
+        return
+    warn_caller(
+        f"The model returns the loss {float(together):.4g} for examples {name_ids(ids.tolist())} together, and for "
+        f"each alone {float(means[0]):.4g} on average: it depends on which examples share a batch, and ModelLoss() "
+        "takes each alone, so that weights of classes cancel (write loss=ptif.CrossEntropy(weight=...)) and a balance "
+        "of experts is that of each example.",
+        TrainingDataWarning,
+    )
+
+
 def _one_of_each_class(problem: Problem) -> Tensor:
     """An example of every class, of the rarest where there are many; none where labels do not lie in memory."""
     none = torch.arange(0)
-    columns, index = problem.data.columns or (None, None)
+    columns, index = problem.data.tensor_columns or (None, None)
     labels = None if columns is None else labels_of(columns, next(len(tensor) for _, tensor in tensors_of(columns)))
     if labels is None or labels.is_floating_point() or labels.is_complex():
         return none

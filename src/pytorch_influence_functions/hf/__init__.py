@@ -3,6 +3,7 @@
 Needs the extra `hf` (transformers, datasets, accelerate, peft) where one of these libraries has something to do.
 """
 
+from ..trajectory.callbacks import lightning_callback
 from ..trajectory.callbacks import trainer_callback as PtifCallback
 from .doctor import Checkup, Finding, doctor
 from .document_scores import document_scores
@@ -18,6 +19,7 @@ __all__ = [
     "Texts",
     "doctor",
     "document_scores",
+    "lightning_callback",
     "problem",
     "query",
 ]

@@ -6,40 +6,42 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+import torch
 from torch.utils.data import DataLoader
 
-from ..core.errors import InvalidInput, nearest
+from ..core.errors import InvalidInput
 from ..problem.data import Source
 from ..problem.problem import Problem
-from .chats import BESIDE_A_CHAT, is_chat, is_nothing, naming, read_chat
-from .columns import MESSAGES, Columns, listed, refuse_splits, rows_of_columns, rows_of_frame
-from .encoding import encode_text
+from ..problem.random_state import same_rng
+from .chats import is_chat, is_nothing
+from .columns import Columns, refuse_splits, rows_of_columns, rows_of_frame
 from .models import find_tokenizer, is_seq2seq, token_shift
 from .padding import Padding
-from .queries import TextQueries, as_queries, ask_texts
-from .texts import Texts, longest
+from .queries import as_queries, ask_rows, ask_texts, ask_whole_texts, check_says_texts
+from .questions import ANSWERS, OTHERS, check_alike, is_question
+from .texts import Texts
 from .tokenised import IDS, TokenisedRows
-from .trainers import padding_as_trained, trainers_tokenizer
+from .trainers import padding_as_trained
 
-# What a question's columns are called: its answer, and the one that this is held against.
-_ANSWERS: Final = ("completion", "chosen")
-_OTHERS: Final = ("against", "rejected")
-_KNOWN: Final = ("prompt", *_ANSWERS, *_OTHERS, *BESIDE_A_CHAT)
-_LABELS: Final = ("label", "labels", "label_ids")
+_BY_HAND: Final = (
+    "give the one that training used, ptif.attribute(ptif.hf.problem(trainer, tokenizer), queries=...), or "
+    "ptif.hf.problem(model, tokenizer, texts)"
+)
 
 
-def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
+def queries_for(problem: Problem, queries: Any, labelled: bool = False, tokenizer: Any = None) -> Source:
     """Queries as data for a problem.
 
     A text is asked about as a whole, a chat about the assistant's last turn (generated where it ends with the user's),
-    `{"prompt", "completion", "against"}` (or `{"prompt", "chosen", "rejected"}`) about the completion, `{"text"}` and
-    `{"messages"}` as a text and a chat where the training data have no such column. Anything else is examples in the
-    form of the training data.
+    `{"prompt", "completion", "against"}` (or `{"prompt", "chosen", "rejected"}`) about the completion, without the end
+    of the text, `{"text"}` and `{"messages"}` as a text and a chat. Rows with the columns of the training data alone,
+    and anything else, are examples in their form: they end as those do.
 
     Args:
         problem: the problem.
         queries: what is asked.
-        trainer: the Trainer, whose tokenizer is taken where the problem's texts have none.
+        labelled: whether texts asked of a model for classes have to have their own labels.
+        tokenizer: taken where the problem's texts have none.
 
     Raises:
         InvalidInput: nothing is asked, texts of a model that predicts no tokens, or columns that say neither what is
@@ -57,137 +59,82 @@ def queries_for(problem: Problem, queries: Any, trainer: Any = None) -> Source:
         queries = rows_of_columns(queries)
     single = isinstance(queries, (str, Mapping)) or is_chat(queries)
     asked = [queries] if single else queries
+    check_alike(asked)
     first = asked[0] if hasattr(asked, "__getitem__") and hasattr(asked, "__len__") and len(asked) else None
-    if isinstance(first, Mapping) and not _is_question(first, problem.data):
-        asked = _plain(problem, asked, first)
-        first = asked[0]
-    labelled = _labelled_queries(problem.data, asked, first)
-    if labelled is not None:
-        return _in_the_form_of(problem.data, labelled)
-    if not (isinstance(first, str) or is_chat(first) or _is_question(first, problem.data)):
+    rows = _labelled_queries(problem.data, asked, first, labelled)
+    if rows is not None:
+        return _in_the_form_of(problem.data, rows)
+    if not _asks(problem, first):
         return _in_the_form_of(problem.data, asked)
+    check_says_texts(problem.model)
     if token_shift(problem.model) is None:
         raise InvalidInput(
             f"{type(problem.model).__name__} predicts no tokens, so a text alone asks nothing; pass queries= with "
             "their labels, in the form of the training data."
         )
-    tokenizer = _tokenizer(problem, trainer)
+    own = getattr(problem.data.dataset, "tokenizer", None)
+    tokenizer = find_tokenizer(problem.model, tokenizer if own is None else own, _BY_HAND)
     padding = padding_as_trained(Padding.of(problem.model, tokenizer), problem.data)
     if isinstance(first, str):
-        return _whole_texts(problem, tokenizer, list(asked), padding)
+        return ask_whole_texts(problem.model, tokenizer, list(asked), padding)
+    ends = _ends(problem) if is_seq2seq(problem.model) else None
     if is_chat(first):
-        return ask_texts(problem.model, tokenizer, list(asked), None, None, padding)
-    questions = []
-    for index, row in enumerate(asked):
-        with naming(f"Query {index}"):
-            questions.append(_read_question(row))
-    prompts, answers, others = zip(*questions, strict=True)
-    completion, against = (
-        list(column) if any(value is not None for value in column) else None for column in (answers, others)
-    )
-    return ask_texts(problem.model, tokenizer, list(prompts), completion, against, padding)
+        return ask_texts(problem.model, tokenizer, list(asked), None, None, padding, add_eos=ends)
+    named = _columns(problem.data)
+    read_from = "token numbers, 'input_ids'" if named is None else named.described
+    return ask_rows(problem.model, tokenizer, list(asked), padding, add_eos=ends, read_from=read_from)
 
 
-def _labelled_queries(data: Source, asked: Any, first: Any) -> list[dict[str, Any]] | None:
+def _labelled_queries(data: Source, asked: Any, first: Any, labelled: bool) -> list[dict[str, Any]] | None:
     """Texts, with labels or without, as examples of a model for classes; None where nothing such is asked."""
     encode = data.dataset.encode_queries if isinstance(data.dataset, TokenisedRows) else None
-    texts = isinstance(first, str) or (isinstance(first, Mapping) and IDS not in first)
-    return encode(asked) if encode is not None and texts else None
+    pair = isinstance(first, (list, tuple)) and any(isinstance(part, str) for part in first)
+    texts = pair or isinstance(first, str) or (isinstance(first, Mapping) and IDS not in first)
+    return encode(asked, labelled) if encode is not None and texts else None
 
 
-def _is_question(row: Any, data: Source) -> bool:
-    """Whether a row asks: it has a prompt, or an answer that is a whole chat, and is no row of the training data."""
-    if not isinstance(row, Mapping):
+def _asks(problem: Problem, first: Any) -> bool:
+    """Whether it is a text, a chat, or a row that asks, and no example in the form of the training data."""
+    if isinstance(first, str) or is_chat(first):
+        return True
+    if not isinstance(first, Mapping):
         return False
-    named = _columns(data)
-    if not any(name in row for name in (*_ANSWERS, *_OTHERS)) and named is not None and named.are_in(row):
+    named = _columns(problem.data)
+    if named is not None and _is_training_row(first, named):
         return False
-    return isinstance(row.get("prompt"), (str, list, tuple)) or is_chat(row.get("chosen"))
+    if is_question(first):
+        return True
+    texts = named is not None or isinstance(problem.data.dataset, TokenisedRows)
+    return texts and token_shift(problem.model) is not None and IDS not in first
 
 
-def _read_question(row: Any) -> tuple[Any, Any, Any]:
-    """Prompt, answer and the answer that it is held against; None where there is none.
-
-    Raises:
-        InvalidInput: two answers, or columns of which one may be the answer.
-    """
-    answer, other = (_only(row, names) for names in (_ANSWERS, _OTHERS))
-    prompt = row.get("prompt")
-    prompt = read_chat(answer, row).opening if prompt is None and is_chat(answer) else prompt
-    unknown = [str(name) for name in row if name not in _KNOWN]
-    if answer is None and unknown and not (is_chat(prompt) and len(read_chat(prompt).opening) < len(prompt)):
-        raise InvalidInput(
-            f"A query has the columns {listed(list(row))}, of which none is known to hold the answer; call the answer "
-            "'completion' (or 'chosen') and the one that it is held against 'against' (or 'rejected'), or give "
-            f"'prompt' alone for an answer that the model writes.{nearest(unknown[0], _KNOWN)}"
-        )
-    prompt, answer, other = (read_chat(value, row) if is_chat(value) else value for value in (prompt, answer, other))
-    return prompt, answer, other
-
-
-def _only(row: Any, names: tuple[str, ...]) -> Any:
-    values = [row[name] for name in names if not is_nothing(row.get(name))]
-    if len(values) > 1:
-        raise InvalidInput(f"A query has both {names[0]!r} and {names[1]!r}, which mean the same; leave one out.")
-    return values[0] if values else None
+def _is_training_row(row: Mapping[str, Any], named: Columns) -> bool:
+    """Whether a row has the columns of the training data, filled, and none beside them that asks more."""
+    more = any(name in row and name not in named.names for name in (*ANSWERS, *OTHERS))
+    return named.are_in(row) and not more and not any(is_nothing(row[name]) for name in named.names)
 
 
 def _columns(data: Source) -> Columns | None:
     return data.dataset.columns if isinstance(data.dataset, Texts) else None
 
 
-def _plain(problem: Problem, asked: Any, first: Mapping[str, Any]) -> Any:
-    """Rows of `text` or `messages` as texts or chats, where the training data are not read from such columns."""
-    named = _columns(problem.data)
-    tokenised = isinstance(problem.data.dataset, TokenisedRows)
-    if token_shift(problem.model) is None or not (named or tokenised):
-        return asked
-    if IDS in first or (named is not None and named.are_in(first)):
-        return asked
-    if isinstance(first.get("text"), str):
-        return [row["text"] for row in asked]
-    chats = next((name for name in MESSAGES if is_chat(first.get(name))), None)
-    if chats is not None:
-        read_chats = []
-        for index, row in enumerate(asked):
-            with naming(f"Query {index}"):
-                read_chats.append(read_chat(row.get(chats), row))
-        return read_chats
-    read = "token numbers, 'input_ids'" if named is None else named.described
-    raise InvalidInput(
-        f"A query has the columns {listed([str(name) for name in first])} and the training data were read from {read}; "
-        "give the same columns, 'prompt' with 'completion', 'text' or 'messages', or texts and chats themselves."
-    )
-
-
-def _tokenizer(problem: Problem, trainer: Any) -> Any:
-    own = getattr(problem.data.dataset, "tokenizer", None)
-    if own is None and trainer is not None:
-        own = trainers_tokenizer(trainer)
-    return find_tokenizer(problem.model, own)
-
-
-def _whole_texts(problem: Problem, tokenizer: Any, asked: list[str], padding: Padding) -> TextQueries:
-    if is_seq2seq(problem.model):
-        raise InvalidInput("An encoder-decoder reads one text and writes another; ask {'prompt': …, 'completion': …}.")
-    texts = Texts(tuple(encode_text(tokenizer, text) for text in asked), tokenizer)
-    texts.check_taught("query")
-    texts.check_length(longest(problem.model, tokenizer))
-    return as_queries(texts, padding)
+def _ends(problem: Problem) -> bool:
+    """Whether what an encoder-decoder was taught to write ends with the token that ends a text."""
+    texts = problem.data.dataset
+    if not isinstance(texts, TokenisedRows):
+        return not isinstance(texts, Texts) or texts.ends is not False
+    with same_rng():
+        labels = texts[0].get("labels")
+    end = getattr(texts.tokenizer, "eos_token_id", None)
+    return labels is None or end in torch.as_tensor(labels).reshape(-1).tolist()
 
 
 def _in_the_form_of(data: Source, queries: Any) -> Source:
-    """Examples read and collated as the training data are; texts with labels of a Trainer's classes tokenised."""
-    first = queries[0] if isinstance(data.dataset, TokenisedRows) and len(queries) else None
-    if isinstance(first, Mapping) and IDS not in first and isinstance(first.get("text"), str):
-        words = data.dataset.tokenizer
-        queries = [
-            dict(words(row["text"], truncation=True)) | {k: row[k] for k in _LABELS if k in row} for row in queries
-        ]
+    """Examples read and collated as the training data are."""
     encode = getattr(data.dataset, "encode", None)
     if encode is not None:
         return as_queries(encode(queries), data.collate)
-    rows = Source.of(queries).dataset
+    rows = data.read_alike(queries).dataset
     if isinstance(data.dataset, TokenisedRows):
         rows = replace(data.dataset, rows=rows)
     return replace(data, dataset=rows, reading="", _determinism={})

@@ -9,8 +9,11 @@ from typing import Any, Final
 
 from ..core.errors import InvalidInput, UnknownName, nearest
 from .chats import is_chat, is_nothing
+from .streams import only_iterates, read_stream
 
 MESSAGES: Final = ("messages", "conversations", "conversation")
+# Which tokens of a tokenised row are taught, as TRL leaves them: of completions, and of the assistant's turns.
+_MASKS: Final = ("completion_mask", "assistant_masks")
 _ONE_OF: Final = "messages_column=, text_column=, or prompt_column= with completion_column="
 
 
@@ -25,6 +28,7 @@ class Columns:
         completion: see `prompt`.
         ids: token numbers; `labels` beside them where there are any.
         labels: see `ids`.
+        masks: beside `ids`, 1 where a token is taught and 0 where it is not.
     """
 
     messages: str | None = None
@@ -33,6 +37,7 @@ class Columns:
     completion: str | None = None
     ids: str | None = None
     labels: str | None = None
+    masks: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,7 +63,8 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
     """The rows of a dataset as plain Python objects, and the names of its columns; a list of texts has one, `text`.
 
     Args:
-        data: a `datasets.Dataset` in any format, a frame, or a list of texts, of chats or of mappings.
+        data: a `datasets.Dataset` in any format, a frame, or a list of texts, of chats or of mappings; or what can only
+            be iterated, which is read once.
 
     Raises:
         InvalidInput: several splits, data without an index, or rows that are none of these.
@@ -78,11 +84,8 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
             f"The dataset is of type {type(data).__name__}; pass a list of texts, chats (lists of messages), or rows "
             "with named columns."
         )
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise InvalidInput(
-            f"{type(data).__name__} can only be iterated, but texts are named by index; pass list(dataset.take(n)) "
-            "of as many as fit in memory."
-        )
+    if only_iterates(data):
+        data, columns = read_stream(data), None
     data = rows_of_frame(data)
     if columns is not None and callable(getattr(data, "with_format", None)):
         return data.with_format(None), list(columns)
@@ -96,7 +99,7 @@ def rows_of(data: Any) -> tuple[Sequence[Any], list[str]]:
     if isinstance(first, Mapping):
         return data, [str(name) for name in first]
     raise InvalidInput(
-        f"The first example is of type {type(first).__name__}; expected texts, chats (lists of messages), or rows with "
+        f"Example 0 is of type {type(first).__name__}; expected texts, chats (lists of messages), or rows with "
         "named columns."
     )
 
@@ -152,6 +155,8 @@ def refuse_splits(data: Any, has: str, use: str) -> None:
         InvalidInput: it names the splits.
     """
     columns = getattr(data, "column_names", None)
+    if isinstance(data, Mapping) and data and all(hasattr(part, "column_names") for part in data.values()):
+        columns = data  # a plain dictionary of datasets, as eval_dataset= takes it
     if isinstance(columns, Mapping):
         first = next(iter(columns), "train")
         raise InvalidInput(f"{has} the splits {', '.join(map(repr, columns))}; pass the one that {use}[{first!r}].")
@@ -187,7 +192,8 @@ def choose_columns(
     if "prompt" in names and "completion" in names:
         return Columns(prompt="prompt", completion="completion")
     if "input_ids" in names:
-        return Columns(ids="input_ids", labels="labels" if "labels" in names else None)
+        masks = tuple(name for name in _MASKS if name in names)
+        return Columns(ids="input_ids", labels="labels" if "labels" in names else None, masks=masks)
     if "text" in names:
         return Columns(text="text")
     raise InvalidInput(f"Which of the columns {listed(names)} holds the texts cannot be told; give {_cure(names)}.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
@@ -10,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import to_device
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, first_line
 from ..core.notebook import Printable
 from ..gradients.vjp import weighted_gradient
 from ..linalg.space import Selection
 from ..problem.model_state import derivative_safe, plain_autograd, preserved
 from ..problem.problem import Problem, model_device
 from .chats import is_chat
-from .models import accepts_positions, find_tokenizer, is_causal, is_seq2seq
+from .columns import rows_of
+from .labelled import reads_labelled_texts
+from .models import accepts_positions, base_model, is_causal, is_seq2seq, load_model, marks_answers, token_shift
 from .normalisation import token_objective
-from .padding import Padding
-from .problem import Reading
-from .texts import Item, Texts
+from .padding import Padding, Shift
+from .problem import problem
 
 SAME: Final = 0.99
 """A text whose gradient has a smaller cosine with that of the text alone is another text for the scores."""
@@ -79,7 +81,7 @@ class Checkup(Printable):
 
 @plain_autograd()
 def doctor(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     texts: Sequence[Any],
     *,
@@ -94,59 +96,137 @@ def doctor(
     backward pass per text and situation.
 
     Args:
-        model: a causal, masked or encoder-decoder model of transformers.
+        model: a causal, masked or encoder-decoder model of transformers, or one for classes of texts; or its folder.
         tokenizer: its tokenizer; None: the one that lies beside the model.
-        texts: some texts or chats of unequal length; two at least.
+        texts: some texts or chats of unequal length; two at least. Rows as for `ptif.hf.problem` too: an
+            encoder-decoder needs `{"prompt", "completion"}`, a model for classes `{"text", "label"}`.
         parameters: whose gradients are compared, see `ptif.Problem`; None: all that are trainable.
-        collate: your own, from items `{"input_ids", "labels"}` to a batch: it is tried too.
+        collate: your own, as a `DataLoader` or a Trainer has it, from items `{"input_ids", "labels"}` to a batch: it is
+            tried too, on the items without labels where it cannot put those together.
         most: how many texts are looked at.
 
     Returns:
         a `Checkup`: `print` it; `.healthy` says whether all cosines are above 0.99.
 
     Raises:
-        InvalidInput: fewer than two texts, or texts that cannot be encoded.
+        InvalidInput: fewer than two texts, or texts that cannot be encoded or put into a batch.
 
     Example:
         ```python
         print(ptif.hf.doctor(model, tokenizer, ["A short text.", "A text that is quite a bit longer than the other."]))
         ```
     """
-    if is_seq2seq(model):
-        raise InvalidInput("doctor() looks at models that read one text; an encoder-decoder pads labels by itself.")
-    tokenizer = find_tokenizer(model, tokenizer)
-    chosen = list(texts)[: max(2, most)] if not isinstance(texts, str) and not is_chat(texts) else [texts]
+    rows = [texts] if isinstance(texts, str) or is_chat(texts) else rows_of(texts)[0]
+    chosen = [rows[i] for i in range(min(len(rows), max(2, most)))]
     if len(chosen) < 2:
         raise InvalidInput("doctor() compares texts beside each other; give at least two, of unequal length.")
-    encoded = Reading().texts(chosen, tokenizer, model)
-    gradients = _Gradients.of(model, encoded, parameters)
-    padding = Padding.of(model, tokenizer)
+    if isinstance(model, (str, os.PathLike)):
+        tokenizer = model if tokenizer is None else tokenizer
+        model = load_model(model)
+    _refuse_texts_alone(model, chosen[0])
+    loss = None if token_shift(model) is None else token_objective(model, "sum")
+    made = problem(model, tokenizer, chosen, parameters=parameters, loss=loss, device=model_device(model))
+    gradients = _Gradients(made)
     with preserved(model, gradients.names), derivative_safe(model):
-        alone = [gradients.of_text([encoded[i]], 0, padding) for i in range(len(encoded))]
+        alone = gradients.alone(made.data.collate)
         findings = [
             gradients.compare(words, make, alone, cure, neighbours)
-            for words, make, cure, neighbours in _situations(model, padding, collate)
+            for words, make, cure, neighbours in _situations(model, made.data.collate)
         ]
+        if collate is not None:
+            findings += gradients.try_users(_UsersCollate(collate, getattr(made.data.collate, "shift", None)), alone)
     return Checkup(tuple(findings), str(next(model.parameters()).dtype).removeprefix("torch."))
 
 
-def _situations(
-    model: nn.Module, padding: Padding, collate: Collate | None
-) -> Iterator[tuple[str, Collate, str, bool]]:
+def _refuse_texts_alone(model: nn.Module, first: Any) -> None:
+    """Refuse texts that teach a model nothing by themselves.
+
+    Raises:
+        InvalidInput: it says which rows do.
+    """
+    name = type(base_model(model)).__name__
+    if marks_answers(model):
+        raise InvalidInput(
+            f"{name} marks answers by a softmax over all places of a batch, padding too, so its gradients depend on "
+            'what a text is batched with; pad every text to one length (padding="max_length").'
+        )
+    if set(first) == {"text"} and is_seq2seq(model):
+        raise InvalidInput(
+            f"{name} reads one text and writes another; give doctor() rows {{'prompt': …, 'completion': …}}."
+        )
+    if set(first) == {"text"} and reads_labelled_texts(model):
+        raise InvalidInput(f"{name} gives every text a class; give doctor() rows {{'text': …, 'label': …}}.")
+
+
+_PLACES: Final = (
+    "tell the model its tokens' places: position_ids = attention_mask.cumsum(1) - 1, as ptif.hf.problem does"
+)
+
+
+def _situations(model: nn.Module, padding: Collate) -> Iterator[tuple[str, Collate, str, bool]]:
     """(words, collate function, cure, whether other texts stand beside it rather than padding alone)."""
-    places = "tell the model its tokens' places: position_ids = attention_mask.cumsum(1) - 1, as ptif.hf.problem does"
     mask = "the model does not hide padding from a text; use batches of one (batch_size=1) or texts of one length"
     mixed = "texts of a batch see each other (experts with a capacity, normalisation over the batch); use batch_size=1"
+    if not isinstance(padding, Padding):  # as the tokenizer of a model for classes pads
+        yield "padded by its tokenizer", padding, mask, False
+        yield "beside another text", padding, mixed, True
+        return
     right, left = replace(padding, side="right"), replace(padding, side="left")
     yield "padded on the right", right, mask, False
     if is_causal(model) or accepts_positions(model):
         yield "padded on the left", left, mask, False
         if accepts_positions(model):
-            cure = f"pad on the right (tokenizer.padding_side = 'right'), or {places}"
+            cure = f"pad on the right (tokenizer.padding_side = 'right'), or {_PLACES}"
             yield "padded on the left, places not told", replace(left, positions=False), cure, False
     yield "beside another text", right, mixed, True
-    if collate is not None:
-        yield "by your collate function", collate, f"{places}, or leave padding to ptif.hf.problem", True
+
+
+@dataclass(frozen=True, eq=False)
+class _UsersCollate:
+    """A collate function of the user's, given items in the form that it can put together.
+
+    Args:
+        own: the function.
+        shift: labels of a decoder -> what it reads; None for other models.
+    """
+
+    own: Collate
+    shift: Shift | None = None
+
+    def __call__(self, items: list[Any]) -> Any:
+        """A batch with labels.
+
+        Raises:
+            InvalidInput: it fails, draws what it hides anew every time, or gives no labels.
+        """
+        if getattr(self.own, "mlm", False):
+            raise InvalidInput(
+                "The collate function hides other tokens every time (mlm=True), so no text has one gradient; hide "
+                "them once, in rows with input_ids and labels, and give doctor() these."
+            )
+        batch = self._together(items)
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+            keys = f"a mapping of {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise InvalidInput(
+                f"The collate function gives {keys}, from which no loss of a text can be told; give one that returns a "
+                "mapping with 'labels', as the one of training does."
+            )
+        if self.shift is not None and "decoder_input_ids" not in batch:  # what the model makes of labels by itself
+            return {**batch, "decoder_input_ids": self.shift(batch["labels"])}
+        return batch
+
+    def _together(self, items: list[Any]) -> Any:
+        try:
+            return self.own([dict(item) for item in items])
+        except Exception as cause:
+            # DataCollatorForLanguageModeling and the like make labels themselves, and cannot pad those of items.
+            try:
+                return self.own([{k: v for k, v in item.items() if k != "labels"} for item in items])
+            except Exception:
+                raise InvalidInput(
+                    f"The collate function failed on items with {', '.join(map(repr, items[0]))}, and without labels "
+                    f"too ({type(cause).__name__}: {first_line(cause)}); give one that takes these items."
+                ) from cause
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,18 +234,12 @@ class _Gradients:
     """Gradients of single texts of a batch."""
 
     problem: Problem
-    texts: Texts
-
-    @staticmethod
-    def of(model: nn.Module, texts: Texts, parameters: Selection) -> _Gradients:
-        made = Problem(model, token_objective(model, "sum"), texts, parameters, device=model_device(model))
-        return _Gradients(made, texts)
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.problem.space.names
 
-    def of_text(self, items: list[Item], place: int, collate: Collate) -> Tensor:
+    def of_text(self, items: list[Any], place: int, collate: Collate) -> Tensor:
         """The gradient of the loss of the text at a place of a batch, as one vector on the CPU."""
         made = self.problem
         batch = to_device(collate(items), made.device)
@@ -175,22 +249,53 @@ class _Gradients:
         gradients = weighted_gradient(loss, weights, torch.ones_like(loss))
         return torch.cat([gradient.flatten().float().cpu() for gradient in gradients])
 
+    def alone(self, collate: Collate) -> list[Tensor]:
+        """Of every text in a batch of its own."""
+        texts = self.problem.data.dataset
+        return [self.of_text([texts[i]], 0, collate) for i in range(len(texts))]
+
     def compare(self, words: str, collate: Collate, alone: list[Tensor], cure: str, neighbours: bool) -> Finding:
         """The text that a situation changes most."""
-        count, worst = len(self.texts), Finding(words, 2.0, 1.0, 0)
-        longest = max(range(count), key=lambda i: len(self.texts[i]["input_ids"]))
-        for i in range(count):
-            beside = self.texts[longest if i != longest else (i + 1) % count]
-            if not neighbours:
-                beside = _filler(self.texts[i])
-            gradient = self.of_text([self.texts[i], beside], 0, collate)
-            cosine = float(torch.nn.functional.cosine_similarity(gradient.double(), alone[i].double(), dim=0))
-            if cosine < worst.cosine:
-                worst = Finding(words, cosine, float(gradient.norm() / alone[i].norm()), i)
-        return worst if worst.cosine >= SAME else replace(worst, cure=cure)
+        texts = self.problem.data.dataset
+        longest = max(range(len(texts)), key=lambda i: len(texts[i]["input_ids"]))
+        gradients = []
+        for i in range(len(texts)):
+            beside = texts[longest if i != longest else (i + 1) % len(texts)] if neighbours else _filler(texts[i])
+            gradients.append(self.of_text([texts[i], beside], 0, collate))
+        return _most_changed(words, gradients, alone, cure)
+
+    def try_users(self, collate: _UsersCollate, alone: list[Tensor]) -> list[Finding]:
+        """Whether a collate function leaves texts as they are, and whether a text's gradient depends on its batch."""
+        changes = (
+            "it changes a text by itself, such as what is cut off or taught; give ptif.hf.problem the same, by "
+            "max_length=, completion_only=False, or rows with input_ids and labels"
+        )
+        own = self.alone(collate)
+        beside = f"{_PLACES}, or leave padding to ptif.hf.problem"
+        return [
+            _most_changed("alone, by your collate function", own, alone, changes),
+            self.compare("by your collate function", collate, own, beside, True),
+        ]
 
 
-def _filler(item: Item) -> Item:
+def _most_changed(words: str, gradients: list[Tensor], alone: list[Tensor], cure: str) -> Finding:
+    worst = Finding(words, 2.0, 1.0, 0)
+    for i, (gradient, single) in enumerate(zip(gradients, alone, strict=True)):
+        cosine = float(torch.nn.functional.cosine_similarity(gradient.double(), single.double(), dim=0))
+        if cosine < worst.cosine:
+            worst = Finding(words, cosine, float(gradient.norm() / single.norm()), i)
+    return worst if worst.cosine >= SAME else replace(worst, cure=cure)
+
+
+def _filler(item: Mapping[str, Any]) -> dict[str, Any]:
     """A text twice as long and more, which makes the other one be padded."""
     times = 2 + 8 // len(item["input_ids"])
-    return {name: values.repeat(times) for name, values in item.items()}
+    return {name: _repeated(values, times) if _is_long(values) else values for name, values in item.items()}
+
+
+def _is_long(values: Any) -> bool:
+    return isinstance(values, list) or (isinstance(values, Tensor) and values.ndim > 0)
+
+
+def _repeated(values: Any, times: int) -> Any:
+    return values.repeat(times) if isinstance(values, Tensor) else values * times

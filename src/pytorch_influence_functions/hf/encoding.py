@@ -31,6 +31,17 @@ class Encoded:
     chat: Chat | None = None
     dropped: int = 0
 
+    def filled(self, mask: int | None) -> tuple[int, ...]:
+        """The token numbers, with what is taught of blanks in their place.
+
+        Args:
+            mask: the token number of a blank; None: there are none.
+        """
+        if self.own_labels is None or mask is None:
+            return self.ids
+        pairs = zip(self.ids, self.own_labels, strict=True)
+        return tuple(label if token == mask and label != IGNORED else token for token, label in pairs)
+
     @property
     def labels(self) -> list[int]:
         """What each token is taught to be, by default itself; `IGNORED` where it is not taught."""
@@ -49,15 +60,17 @@ class Encoded:
         return Encoded(self.ids[kept], self.taught[kept], extra, own, self.chat, dropped)
 
 
-def encode_text(tokenizer: Any, text: str, end: bool = False) -> Encoded:
+def encode_text(tokenizer: Any, text: str, end: bool | None = None) -> Encoded:
     """A text with the special tokens that the tokenizer adds; all of them taught.
 
     Args:
         tokenizer: a tokenizer of transformers.
         text: the text.
-        end: whether the token that ends a text is put behind it.
+        end: whether the token that ends a text stands behind it, once; None: as the tokenizer has it.
     """
-    ids = [*_ids(tokenizer, text), *(_end(tokenizer) if end else ())]
+    ids = _ids(tokenizer, text)
+    if end is not None:
+        ids = _ended(tokenizer, ids) if end else _without_end(tokenizer, text, ids)
     return Encoded(tuple(ids), (True,) * len(ids))
 
 
@@ -68,15 +81,15 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str, end: bool = True, 
         tokenizer: a tokenizer of transformers.
         prompt: what the model is given.
         completion: what it is taught to answer.
-        end: whether the token that ends a text is put behind it.
+        end: whether the token that ends a text is put behind it, where the completion does not end with it.
         everything: whether the prompt is taught as well.
     """
-    given = _without_end(tokenizer, _ids(tokenizer, prompt))
-    whole = _without_end(tokenizer, _ids(tokenizer, prompt + completion))
+    given = encode_prompt(tokenizer, prompt)
+    whole = encode_prompt(tokenizer, prompt + completion)
     if whole[: len(given)] != given:
         # A token spans the border: training code that puts token numbers together never sees that token.
         whole = given + _ids(tokenizer, completion, special=False)
-    whole += _end(tokenizer) if end else []
+    whole = _ended(tokenizer, whole) if end else whole
     return Encoded(tuple(whole), (everything,) * len(given) + (True,) * (len(whole) - len(given)))
 
 
@@ -144,6 +157,34 @@ def encode_chat_pair(
     return Encoded(tuple(ids), (everything,) * len(given) + (True,) * (len(ids) - len(given)), chat=chat)
 
 
+def encode_blanks(tokenizer: Any, text: str, words: str) -> Encoded:
+    """A text with blanks, of which alone it is taught what stands there.
+
+    Args:
+        tokenizer: a tokenizer of transformers with a token for blanks.
+        text: the text, with that token.
+        words: what stands in the blanks, a token for each.
+
+    Raises:
+        InvalidInput: there is no blank, or another number of them than of tokens.
+    """
+    blank, mask = (getattr(tokenizer, name, None) for name in ("mask_token", "mask_token_id"))
+    ids, fill = _ids(tokenizer, text), _ids(tokenizer, words, special=False)
+    places = [place for place, token in enumerate(ids) if token == mask]
+    if mask is None or not places:
+        write = "give rows with input_ids and labels" if mask is None else f"write {blank} where the answer stands"
+        raise InvalidInput(f"The model fills in blanks and the prompt {text[:_SHOWN]!r} has none; {write}.")
+    if len(places) != len(fill):
+        raise InvalidInput(
+            f"The number of blanks in the prompt is {len(places)} and that of tokens in the answer "
+            f"{words[:_SHOWN]!r} is {len(fill)}; write {blank} once for each token."
+        )
+    labels = [IGNORED] * len(ids)
+    for place, token in zip(places, fill, strict=True):
+        labels[place] = token
+    return Encoded(tuple(ids), tuple(label != IGNORED for label in labels), own_labels=tuple(labels))
+
+
 def begin_of(tokenizer: Any, ids: Sequence[int]) -> str:
     """The beginning of a text on one line, to call it by; marks of start and end are left out where words are left.
 
@@ -190,7 +231,7 @@ def encode_chat_prompt(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> lis
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """A prompt up to where the model goes on."""
-    return _without_end(tokenizer, _ids(tokenizer, prompt))
+    return _without_end(tokenizer, prompt, _ids(tokenizer, prompt))
 
 
 # --------------------------------------------------------------------------- the tokenizer
@@ -208,8 +249,24 @@ def _end(tokenizer: Any) -> list[int]:
     return [] if token is None else [int(token)]
 
 
-def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
+def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """With the token that ends a text, once."""
+    end = _end(tokenizer)
+    while end and ids[-2:] == end * 2:  # written out, and put there by the tokenizer
+        ids = ids[:-1]
+    return ids if ids[-1:] == end else ids + end
+
+
+def _without_end(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """Without what the tokenizer itself puts behind a text; an end token that is written out in the text stays."""
     ends = {token for token in (*_end(tokenizer), getattr(tokenizer, "sep_token_id", None)) if token is not None}
+    if not ids or ids[-1] not in ends:
+        return ids
+    own = _ids(tokenizer, text, special=False)
+    starts = range(len(ids) - len(own) + 1) if own else ()
+    start = next((start for start in starts if ids[start : start + len(own)] == own), None)
+    if start is not None:
+        return ids[: start + len(own)]
     while len(ids) > 1 and ids[-1] in ends:
         ids = ids[:-1]
     return ids

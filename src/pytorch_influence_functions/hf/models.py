@@ -15,8 +15,11 @@ from ..core.errors import InvalidInput, require
 # The library's own names of losses that are means over tokens, and whether outputs predict the next token.
 _TOKEN_LOSSES: Final = {"ForCausalLM": True, "ForMaskedLM": False, "ForTokenClassification": False}
 _CLASS_LOSSES: Final = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
-# Classes that are older than the names of losses.
+# Classes that are older than the names of losses, and three of them whose labels are not shifted.
 _CAUSAL_CLASSES: Final = ("ForCausalLM", "LMHeadModel", "ForCausalLMWithValueHead")
+_UNSHIFTED: Final = ("XLNetLMHeadModel", "XLMWithLMHeadModel", "FlaubertWithLMHeadModel")
+# Of models without an encoder of texts, such as those that read pictures beside a text.
+_GENERATION: Final = "ForConditionalGeneration"
 _VIRTUAL_TOKENS: Final = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 ADAPTER_CONFIG: Final = "adapter_config.json"
 
@@ -65,33 +68,59 @@ def is_causal(model: nn.Module) -> bool:
     return not is_seq2seq(model) and bool(token_shift(model))
 
 
+def is_kind(model: nn.Module, *endings: str) -> bool:
+    """Whether the class of the model, or one that it builds on, has a name that ends so.
+
+    Args:
+        model: the model, with adapters or without.
+        endings: ends of names, such as `"ForSequenceClassification"`.
+    """
+    return any(kind.__name__.endswith(endings) for kind in type(base_model(model)).__mro__)
+
+
 def token_shift(model: nn.Module) -> bool | None:
     """Whether outputs predict the next token (True) or their own (False); None where the loss is not one of tokens."""
     inside = base_model(model)
     if is_seq2seq(inside):
         return None if _is_classifier(inside) or marks_answers(inside) else False
-    name = type(inside).__name__
-    if name.endswith(_CAUSAL_CLASSES):
+    # A class of one's own is what the first class that it builds on is.
+    shifts = (_shift_by_name(kind.__name__) for kind in type(inside).__mro__)
+    by_name = next((shift for shift in shifts if shift is not None), None)
+    return _TOKEN_LOSSES.get(str(getattr(inside, "loss_type", None))) if by_name is None else by_name
+
+
+def _shift_by_name(name: str) -> bool | None:
+    """What the name of a class says."""
+    if name.endswith(_UNSHIFTED):
+        return False
+    if name.endswith((*_CAUSAL_CLASSES, _GENERATION)):
         return True
-    kind = getattr(inside, "loss_type", None)
-    if kind in _TOKEN_LOSSES:
-        return _TOKEN_LOSSES[kind]
     return next((shift for loss, shift in _TOKEN_LOSSES.items() if name.endswith(loss)), None)
 
 
+def classifies_tokens(model: nn.Module) -> bool:
+    """Whether every token of a text is given a class."""
+    named = is_kind(model, "ForTokenClassification")
+    return named or getattr(base_model(model), "loss_type", None) == "ForTokenClassification"
+
+
+def fills_blanks(model: nn.Module) -> bool:
+    """Whether outputs say what stands at tokens that were hidden."""
+    return token_shift(model) is False and not is_seq2seq(model) and not classifies_tokens(model)
+
+
 def _is_classifier(model: nn.Module) -> bool:
-    return type(model).__name__.endswith(_CLASS_LOSSES)
+    return is_kind(model, *_CLASS_LOSSES)
 
 
 def marks_answers(model: nn.Module) -> bool:
     """Whether outputs say where in a text an answer starts and where it ends."""
-    return type(base_model(model)).__name__.endswith("ForQuestionAnswering")
+    return is_kind(model, "ForQuestionAnswering")
 
 
 def is_classifier(model: nn.Module) -> bool:
     """Whether the loss is the one that transformers chooses by `num_labels` and the type of the labels."""
-    inside = base_model(model)
-    return _is_classifier(inside) or getattr(inside, "loss_type", None) in _CLASS_LOSSES
+    return _is_classifier(model) or getattr(base_model(model), "loss_type", None) in _CLASS_LOSSES
 
 
 def adapter_parameters(model: nn.Module) -> list[str] | None:
@@ -177,8 +206,15 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
     return loaded
 
 
-def find_tokenizer(model: nn.Module, given: Any = None) -> Any:
+def find_tokenizer(
+    model: nn.Module, given: Any = None, cure: str = "pass tokenizer=, the one that training used"
+) -> Any:
     """The tokenizer that was given, or the one that lies beside the model.
+
+    Args:
+        model: the model.
+        given: a tokenizer, or the path of one.
+        cure: what to do where there is none.
 
     Raises:
         InvalidInput: none was given and none lies where the model was loaded from.
@@ -193,4 +229,4 @@ def find_tokenizer(model: nn.Module, given: Any = None) -> Any:
         return transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as cause:
         where = f"at {place!r}" if place else "beside the model, which was not loaded from a folder or the hub"
-        raise InvalidInput(f"There is no tokenizer {where}; pass tokenizer=, the one that training used.") from cause
+        raise InvalidInput(f"There is no tokenizer {where}; {cure}.") from cause

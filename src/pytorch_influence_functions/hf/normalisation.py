@@ -17,6 +17,8 @@ from .models import base_model, is_classifier, marks_answers, token_shift
 from .spans import SpanCrossEntropy
 
 NORMALISATIONS: Final = ("trainer", "sum", "mean")
+# What a Trainer calls optimisers whose weight decay is added to the gradient.
+_COUPLED: Final = ("sgd", "rmsprop", "adagrad")
 
 
 def token_objective(model: nn.Module, normalisation: str, trainer: Any = None) -> TokenCrossEntropy:
@@ -72,6 +74,20 @@ def trainers_normalisation(trainer: Any) -> str:
     single = getattr(trainer.args, "per_device_train_batch_size", None) == 1
     counts = getattr(trainer, "model_accepts_loss_kwargs", True) and _smooths_by_count(trainer)
     return "mean" if single and not counts else "trainer"
+
+
+def describe_decay(trainer: Any) -> str:
+    """What a Trainer's weight decay means for scores, in words; empty where it has none."""
+    decay = float(getattr(trainer.args, "weight_decay", 0.0) or 0.0)
+    if decay == 0:
+        return ""
+    kind = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    said = f"the Trainer's weight_decay={decay:g} takes no part"
+    if kind.startswith(_COUPLED):
+        return f"{said}: with {kind} it is a term of its loss, so pass weight_decay=trainer.optimizer"
+    return (
+        f"{said}: with {kind} it is decoupled, no term of its loss, and damping=FromTraining(lr, steps) stands for it"
+    )
 
 
 def _smooths_by_count(trainer: Any) -> bool:

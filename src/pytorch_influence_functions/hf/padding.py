@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
+from ..objectives.tokens import labels_at_padding
 from .encoding import IGNORED
 from .models import accepted_arguments, accepts_positions, base_model, is_seq2seq
 from .spans import spans_as_labels
@@ -90,6 +91,15 @@ def positions_of(mask: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
     return (mask.long().cumsum(1) - 1).clamp_min(0) * (mask != 0)
 
 
+def _positions_as_trained(mask: Int[Tensor, "n t"], labels: Any) -> Int[Tensor, "n t"]:
+    """The places that do not count padding; where padding is taught, which has places too, those of all tokens."""
+    places = positions_of(mask)
+    if not isinstance(labels, Tensor) or labels.shape != mask.shape or labels.is_floating_point():
+        return places
+    taught = labels_at_padding(labels, mask, IGNORED).any(1, keepdim=True)
+    return torch.where(taught, torch.arange(mask.shape[1], device=mask.device), places)
+
+
 def shift_of(model: nn.Module) -> Shift:
     """What turns labels into what the decoder reads: the model's own, else the start token and the labels before.
 
@@ -164,7 +174,7 @@ class TrainersCollate:
         batch = dict(batch)
         mask, labels = batch.get("attention_mask"), batch.get("labels")
         if self.padding.positions and "position_ids" not in batch and isinstance(mask, Tensor) and mask.dim() == 2:
-            batch["position_ids"] = positions_of(mask)
+            batch["position_ids"] = _positions_as_trained(mask, labels)
         if self.padding.shift is not None and "decoder_input_ids" not in batch and isinstance(labels, Tensor):
             batch["decoder_input_ids"] = self.padding.shift(labels)
         return spans_as_labels(batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -11,19 +10,23 @@ from typing import Any, Final
 from torch import nn
 
 from ..core.errors import InvalidInput, UnknownName, nearest
+from ..core.validate import choice
+from ..objectives.base import AbstractObjective
 from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import BATCH_SIZE, Source
 from ..problem.infer_loss import infer_objective
+from ..problem.inferred import with_decay_of_batches
+from ..problem.own_loss import OwnLoss
 from ..problem.problem import Problem, check_model
-from ..problem.weight_decay import WeightDecay
 from .asking import queries_for
 from .columns import choose_columns, rows_of
-from .labelled import labelled_source, reads_labelled_texts
+from .labelled import labelled_source, reads_labelled_texts, with_labelled_queries
 from .models import (
     adapter_parameters,
     base_model,
     find_tokenizer,
     is_classifier,
+    is_kind,
     is_pipeline,
     is_trainer,
     load_model,
@@ -31,12 +34,20 @@ from .models import (
     refuse_adapters,
     token_shift,
 )
-from .normalisation import class_objective, describe, token_objective, trainers_normalisation
+from .normalisation import (
+    NORMALISATIONS,
+    class_objective,
+    describe,
+    describe_decay,
+    token_objective,
+    trainers_normalisation,
+)
 from .packing import pack
 from .padding import Padding
+from .streams import refuse_trainers_stream
 from .texts import Texts, encode_rows
 from .tokenised import IDS
-from .trainers import check_compute_loss, trainers_data, trainers_model, trainers_tokenizer
+from .trainers import check_loss, trainers_data, trainers_loss, trainers_model, trainers_tokenizer
 
 _OPTIONS: Final = ("parameters", "weight_decay", "checkpoints", "batch_size", "deterministic", "device")
 
@@ -62,6 +73,15 @@ class Reading:
         """Whether a column was named, so that texts are encoded here and not by a Trainer."""
         columns = (self.messages_column, self.text_column, self.prompt_column, self.completion_column)
         return any((*columns, self.label_column))
+
+    def query_texts(self, data: Any, tokenizer: Any, model: nn.Module) -> Texts:
+        """Encode queries in the form of the dataset, or rows of token numbers."""
+        plain = replace(self, packing=None, source_column=None)
+        own = (self.messages_column, self.text_column, self.prompt_column, self.completion_column)
+        names = rows_of(data)[1]
+        if IDS in names and any(name and name not in names for name in own):
+            plain = replace(plain, messages_column=None, text_column=None, prompt_column=None, completion_column=None)
+        return plain.texts(data, tokenizer, model)
 
     def texts(self, data: Any, tokenizer: Any, model: nn.Module) -> Texts:
         """Encode the rows of a dataset."""
@@ -121,7 +141,8 @@ def problem(
         model: a model of transformers (with adapters of PEFT: they alone take part), a pipeline, a Trainer, or the path
             of a model's folder.
         tokenizer: the tokenizer of training; None: the Trainer's, or the one that lies beside the model.
-        dataset: the texts: a `datasets.Dataset` in any format, or a list of texts, chats or rows. None: the Trainer's.
+        dataset: the texts: a `datasets.Dataset` in any format, or a list of texts, chats or rows. What can only be
+            iterated (an `IterableDataset`, a generator) is read once, 100,000 examples at most. None: the Trainer's.
         messages_column: chats: lists of `{"role", "content"}`, written out by the chat template.
         text_column: texts.
         prompt_column: what the model was given; with `completion_column`. An encoder-decoder reads it.
@@ -129,22 +150,25 @@ def problem(
         label_column: of a model for the classes of texts (`…ForSequenceClassification`) their labels, as numbers or as
             names in `model.config.label2id`; None: `"label"` or `"labels"`. Pairs of texts are found by their names.
         source_column: where each text comes from: a name that the report page shows.
-        completion_only: whether answers alone are taught, as chats and completions are usually trained; False: all
-            tokens.
-        add_eos: whether texts end with the tokenizer's end token; None: completions do, texts do not.
+        completion_only: whether answers alone are taught, as chats and completions are usually trained, and of rows of
+            token numbers those that `completion_mask` and `assistant_masks` name (TRL leaves these); False: all tokens.
+        add_eos: whether texts end with the tokenizer's end token, one in any case; of an encoder-decoder what it
+            writes. None: completions do, other texts as the tokenizer has them. Chats end as their template says.
         max_length: the most tokens of a text; None: the most that model and tokenizer were made for. What is cut is
             told in one warning.
         packing: train on blocks of so many tokens, the texts put end to end; `ptif.hf.document_scores` gives scores of
             texts. None: every text by itself, also right where packing kept texts apart (by positions, as in TRL).
         padding_side: where padding stands; it does not matter. None: at the right.
         normalisation: `"trainer"`, `"sum"` or `"mean"`, see above; None: read from the Trainer, else `"trainer"`.
-        loss: the training loss, where it is not the one of the model's head.
+        loss: the training loss, where it is not the one of the model's head; `ptif.objectives.ModelLoss()` is what the
+            model returns for each example alone.
         options: those of `ptif.Problem`: parameters, weight_decay (in units of the Trainer's loss), checkpoints (also
             `checkpoint-*` folders, and adapters alone), batch_size, deterministic, device.
 
     Raises:
         MissingExtra: transformers is needed and not installed.
-        InvalidInput: columns, texts or the model's loss cannot be read; the message says what to give.
+        InvalidInput: columns, texts or the model's loss cannot be read, or training computes another loss than the one
+            of the model's head; the message says what to give.
 
     Example:
         ```python
@@ -177,15 +201,52 @@ def problem(
     refuse_adapters(whole)
     if options.get("parameters") is None:
         options["parameters"] = adapter_parameters(whole)
+    weighing = _weighing(whole, trainer, normalisation, loss)
+    data = _training_data(trainer, whole, tokenizer, dataset, reading, weighing, options.pop("batch_size", None))
+    words = trainers_tokenizer(trainer) if trainer is not None and tokenizer is None else tokenizer
+    data = replace(data, ask=partial(queries_for, tokenizer=words))
+    if trainer is not None and options.get("weight_decay") is None:
+        data = replace(data, reading="; ".join(filter(None, (data.reading, describe_decay(trainer)))))
+    if loss is not None:
+        _refuse_other_shift(whole, loss)
+        return Problem(whole, loss, data, **options)
+    own = OwnLoss.of(whole) if trainer is None else trainers_loss(trainer)
+    objective = _objective(whole, trainer, data, weighing, options.get("device"), own)
+    if weighing is None and isinstance(objective, TokenCrossEntropy):  # of a model that is none of transformers
+        weighing = "mean" if objective.average else "trainer"
+        data = replace(data, reading="; ".join(filter(None, (describe(weighing, None), data.reading))))
+    made = Problem(whole, objective, data, **options)
+    return with_decay_of_batches(made, _mean_tokens(data)) if weighing == "trainer" else made
+
+
+def _weighing(model: nn.Module, trainer: Any, normalisation: str | None, loss: Any) -> str | None:
+    """How texts are weighed; None where `loss` says it, or the model predicts no tokens.
+
+    Raises:
+        InvalidInput: a normalisation was given that nothing would use.
+    """
+    name = type(base_model(model)).__name__
+    if normalisation is not None:
+        choice("normalisation", normalisation, NORMALISATIONS)
+    if loss is not None:
+        if normalisation is not None:
+            raise InvalidInput(
+                f"normalisation={normalisation!r} says over what the model's own loss is a mean, and loss= takes its "
+                "place; leave normalisation= out, and write loss=ptif.TokenCrossEntropy(average=...) if that is meant."
+            )
+        return None
+    if token_shift(model) is None:
+        if trainer is not None:
+            trainers_normalisation(trainer)
+        if normalisation is not None:
+            raise InvalidInput(
+                f"normalisation={normalisation!r} is of models that predict tokens, and {name} is not known to be one; "
+                "leave it out, or pass loss=ptif.TokenCrossEntropy(...) if it is."
+            )
+        return None
     if normalisation is None:
-        normalisation = "trainer" if trainer is None or loss is not None else trainers_normalisation(trainer)
-    data = _training_data(trainer, whole, tokenizer, dataset, reading, normalisation, options.pop("batch_size", None))
-    objective = _objective(whole, trainer, data, normalisation, options.get("device")) if loss is None else loss
-    _refuse_other_shift(whole, loss)
-    if trainer is not None and loss is None:
-        check_compute_loss(trainer, data, objective)
-    made = Problem(whole, objective, replace(data, ask=queries_for), **options)
-    return _with_decay_of_batches(made, normalisation) if loss is None and token_shift(whole) is not None else made
+        return "trainer" if trainer is None else trainers_normalisation(trainer)
+    return normalisation
 
 
 def _refuse_other_shift(model: nn.Module, loss: Any) -> None:
@@ -208,16 +269,17 @@ def _training_data(
     tokenizer: Any,
     dataset: Any,
     reading: Reading,
-    normalisation: str,
+    weighing: str | None,
     batch_size: int | None,
 ) -> Source:
     given = trainers_tokenizer(trainer) if trainer is not None and tokenizer is None else tokenizer
     padding = Padding.of(model, given, reading.padding_side)
-    weighed = describe(normalisation, None) if token_shift(model) is not None else ""
+    weighed = "" if weighing is None else describe(weighing, None)
     if trainer is not None and not reading.names_columns:
-        return trainers_data(trainer, dataset, padding, batch_size, weighed)
+        return with_labelled_queries(trainers_data(trainer, dataset, padding, batch_size, weighed, given), model)
     if dataset is None and trainer is not None:
         dataset = trainer.train_dataset
+        refuse_trainers_stream(dataset)
     if dataset is None:
         raise InvalidInput("hf.problem() needs dataset=, the texts that the model was trained on.")
     if marks_answers(model):
@@ -240,12 +302,12 @@ def _training_data(
             f"{type(base_model(model)).__name__} predicts classes, so texts alone teach it nothing; pass its Trainer, "
             "or ptif.attribute(model, loader, queries) with a DataLoader of tokenised rows and their labels."
         )
-    if type(base_model(model)).__name__.endswith("ForTokenClassification") and IDS not in rows_of(dataset)[1]:
+    if is_kind(model, "ForTokenClassification") and IDS not in rows_of(dataset)[1]:
         raise InvalidInput(
             f"{type(base_model(model)).__name__} gives every token a class, so texts alone teach it nothing; pass its "
             "Trainer, or rows that hold input_ids and labels."
         )
-    return texts_source(model, find_tokenizer(model, given), dataset, reading, normalisation, batch_size)
+    return texts_source(model, find_tokenizer(model, given), dataset, reading, weighing, batch_size)
 
 
 def texts_source(
@@ -253,47 +315,40 @@ def texts_source(
     tokenizer: Any,
     dataset: Any,
     reading: Reading,
-    normalisation: str = "trainer",
+    weighing: str | None = "trainer",
     batch_size: int | None = None,
 ) -> Source:
     """Texts as data by index, padded for a model."""
     texts = reading.texts(dataset, tokenizer, model)
-    again = partial(replace(reading, packing=None, source_column=None).texts, tokenizer=tokenizer, model=model)
+    again = partial(reading.query_texts, tokenizer=tokenizer, model=model)
     texts = replace(texts, encode=again)
     cut = sum(bool(row.cut) for row in texts.encoded)
-    words = describe(normalisation, float(texts.taught.double().mean()))
-    words += f"; {cut:,} of {len(texts):,} were cut at {texts.limit:,} tokens" if cut else ""
+    words = [] if weighing is None else [describe(weighing, float(texts.taught.double().mean()))]
+    words += [f"{cut:,} of {len(texts):,} were cut at {texts.limit:,} tokens"] if cut else []
     return Source(
         texts,
         Padding.of(model, tokenizer, reading.padding_side),
         batch_size=batch_size or BATCH_SIZE,
         fixed=batch_size is not None,
-        reading=words,
+        reading="; ".join(words),
     )
 
 
-def _objective(model: nn.Module, trainer: Any, data: Source, normalisation: str, device: Any) -> Any:
-    if token_shift(model) is not None:
-        return token_objective(model, normalisation, trainer)
-    known = class_objective(model, trainer)
-    return infer_objective(model, data, device) if known is None else known
+def _objective(
+    model: nn.Module, trainer: Any, data: Source, weighing: str | None, device: Any, own: OwnLoss
+) -> AbstractObjective:
+    """The loss of the model's head, which is that of training.
+
+    Raises:
+        InvalidInput: training computes another.
+    """
+    known = class_objective(model, trainer) if weighing is None else token_objective(model, weighing, trainer)
+    if known is None:
+        return infer_objective(model, data, device, own)
+    check_loss(model, own, data, known)
+    return known
 
 
-def _with_decay_of_batches(made: Problem, normalisation: str) -> Problem:
-    """The decay beside a sum over tokens: beside their mean it is the number that was given, so that times as large."""
-    decay = made.weight_decay
-    if normalisation != "trainer" or decay.is_zero:
-        return made
-    tokens = _mean_tokens(made)
-    strength: Any = decay.strength
-    scaled = {k: v * tokens for k, v in strength.items()} if isinstance(strength, Mapping) else strength * tokens
-    return made.with_(weight_decay=WeightDecay(scaled, decay.per_example))
-
-
-def _mean_tokens(made: Problem) -> float:
-    """How many tokens of a text are predicted, on average over the training data."""
-    if isinstance(made.data.dataset, Texts):
-        return float(made.data.dataset.taught.double().mean())
-    shift = bool(token_shift(made.model))
-    counts = [int((batch["labels"][:, int(shift) :] != -100).sum()) for _, batch in made.data.batches()]
-    return sum(counts) / len(made)
+def _mean_tokens(data: Source) -> float | None:
+    """How many tokens of a text are predicted, on average over the training data; None: they have to be counted."""
+    return float(data.dataset.taught.double().mean()) if isinstance(data.dataset, Texts) else None

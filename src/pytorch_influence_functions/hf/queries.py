@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -10,14 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
+from ..core.validate import whole_number
 from ..problem.data import BATCH_SIZE, Source
 from ..problem.model_state import preserved
 from ..problem.reading import Collate
+from ..scores.difference import CONTRASTED
 from ..scores.scores import Scores
 from .chats import Chat, is_chat, is_nothing, join_answer, naming, read_chat
-from .encoding import Encoded, encode_chat, encode_chat_prompt, encode_pair, encode_prompt, encode_text
-from .models import find_tokenizer, is_seq2seq, is_trainer, knows_texts
+from .columns import listed, rows_of_frame
+from .encoding import Encoded, encode_blanks, encode_chat, encode_chat_prompt, encode_pair, encode_prompt, encode_text
+from .models import (
+    base_model,
+    classifies_tokens,
+    fills_blanks,
+    find_tokenizer,
+    is_classifier,
+    is_seq2seq,
+    is_trainer,
+    knows_texts,
+    load_model,
+    marks_answers,
+    token_shift,
+)
 from .padding import KINDS, Padding
+from .questions import Questions, check_alike
 from .texts import Texts, longest
 from .trainers import padding_as_trained, trainers_data, trainers_tokenizer
 
@@ -39,6 +56,7 @@ class TextQueries(Source):
         worker_options: of those processes.
         fixed: whether the batch size was asked for.
         any_precision: whether the type of real numbers says nothing; texts have none.
+        loaded_singly: whether a loader gave them one by one; what training did counts, so False.
         reading: how they were read, in words.
         ask: queries are asked nothing; None.
         pairs: how many pairs of answers they are; 0: they are no pairs.
@@ -102,6 +120,7 @@ class TextQueries(Source):
             query_ids=scores.query_ids[:n],
             query_labels=None,
             query_names=self.names,
+            diagnostics=replace(scores.diagnostics, rows=CONTRASTED),
         )
 
 
@@ -114,31 +133,35 @@ def query(
     against: Any = None,
     tools: Any = None,
     max_new_tokens: int = 64,
-    add_eos: bool = False,
+    add_eos: bool | None = None,
     padding_side: str | None = None,
 ) -> TextQueries:
     """What a model answers, as a query: the loss is that of the answer's tokens, given the prompt.
 
     Args:
-        model: the model, or the Trainer or pipeline that holds it; a text that it generates is its most likely one,
-            token by token (greedy).
+        model: the model, the path of its folder, or the Trainer or pipeline that holds it; a text that it generates is
+            its most likely one, token by token (greedy).
         tokenizer: its tokenizer; None: the Trainer's or pipeline's, or the one that lies beside the model.
         prompt: a text or a chat, or a list of texts or chats. A chat that ends with the assistant's turn holds the
-            answer itself.
+            answer itself. Also rows, as `ptif.attribute` takes them: `{"prompt", "completion", "against"}` (or
+            `{"prompt", "chosen", "rejected"}`), `{"messages"}`, or `{"text"}`, which is asked about as a whole. A model
+            that fills in blanks is given a text with them, and as its answer what stands there.
         completion: the answer, or one per prompt, as a text or as the messages of a chat; None: the model generates it.
         against: another answer, or one per prompt: what is measured is the loss of the answer minus that of the other.
             Scores of both come out one below the other, and `queries.contrast(scores)` subtracts them; `ptif.attribute`
             does.
         tools: what the chat template is told of functions that can be called, for all chats; None: nothing.
         max_new_tokens: the longest answer that is generated.
-        add_eos: whether the end of the answer is part of what is asked.
+        add_eos: whether the end of the answer is part of what is asked; None: of an encoder-decoder, as it is taught
+            to end, and of other models not.
         padding_side: as for `problem`; it does not matter.
 
     Returns:
         queries that `score`, `token_scores` and `ptif.attribute` take.
 
     Raises:
-        InvalidInput: a prompt is neither a text nor a chat, or there is another number of answers than prompts.
+        InvalidInput: a prompt is neither a text nor a chat, there is another number of answers than prompts, or the
+            model says nothing about texts.
 
     Example:
         ```python
@@ -146,18 +169,122 @@ def query(
         ```
     """
     whole = model
+    if isinstance(model, (str, os.PathLike)):
+        tokenizer = model if tokenizer is None else tokenizer
+        model = load_model(model)
     if knows_texts(model):
         tokenizer = (trainers_tokenizer(model) or getattr(model, "tokenizer", None)) if tokenizer is None else tokenizer
         model = model.model
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(
+            f"The model is of type {type(model).__name__}; write ptif.hf.query(model, tokenizer, prompt), with a model "
+            "of transformers."
+        )
+    check_says_texts(model)
     tokenizer = find_tokenizer(model, tokenizer)
     if prompt is None:
         raise InvalidInput("There is no prompt; write ptif.hf.query(model, tokenizer, prompt), a text or a chat.")
-    if tools is not None:
-        prompt = _with_tools(prompt, tools)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     padding = Padding.of(model, tokenizer, padding_side)
     if is_trainer(whole) and hasattr(getattr(whole, "train_dataset", None), "__getitem__"):
         padding = padding_as_trained(padding, trainers_data(whole, None, padding, None))
-    return ask_texts(model, tokenizer, prompt, completion, against, padding, max_new_tokens, add_eos)
+    prompts = _listed(prompt)
+    if not any(isinstance(one, Mapping) for one in prompts):
+        prompts = prompts if tools is None else _with_tools(prompts, tools)
+        return ask_texts(model, tokenizer, prompts, completion, against, padding, max_new_tokens, add_eos)
+    if completion is not None or against is not None:
+        name = "against" if completion is None else "completion"
+        raise InvalidInput(f"The prompts are rows, which hold their answers, beside {name}=; put it into the rows.")
+    check_alike(prompts)
+    return ask_rows(model, tokenizer, prompts, padding, max_new_tokens, add_eos, tools)
+
+
+def check_says_texts(model: nn.Module) -> None:
+    """Refuse models of which a text asks nothing.
+
+    Raises:
+        InvalidInput: it gives texts, or their tokens, classes.
+    """
+    name = type(base_model(model)).__name__
+    if classifies_tokens(model):
+        raise InvalidInput(
+            f"{name} gives every token a class, so a text alone asks nothing; ask ptif.attribute(..., queries=rows), "
+            "rows with input_ids and labels: a class for each token, -100 where it has none."
+        )
+    if is_classifier(model) or marks_answers(model):
+        raise InvalidInput(
+            f"{name} predicts no tokens, so a text alone asks nothing; ask ptif.attribute(..., queries=rows), rows in "
+            "the form of the training data with their labels."
+        )
+
+
+def _listed(prompt: Any) -> list[Any]:
+    """Prompts, or rows, as a list, also of one."""
+    if isinstance(prompt, (str, Mapping)) or is_chat(prompt):
+        return [prompt]
+    prompt = rows_of_frame(prompt)
+    if not hasattr(prompt, "__iter__"):
+        raise InvalidInput(f"The prompt is of type {type(prompt).__name__}; give a text, a chat, or a list of them.")
+    return list(prompt)
+
+
+def ask_rows(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    padding: Padding,
+    max_new_tokens: int = 64,
+    add_eos: bool | None = None,
+    tools: Any = None,
+    read_from: str | None = None,
+) -> TextQueries:
+    """What rows ask, by their columns.
+
+    Args:
+        model, tokenizer, padding, max_new_tokens, add_eos: as for `ask_texts`.
+        rows: of `prompt` with an answer or without, of `text`, of `messages`, or single messages.
+        tools: what the chat template is told, for all chats; None: what the rows say.
+        read_from: the columns of the training data, in words.
+
+    Raises:
+        InvalidInput: the columns do not say what is asked.
+    """
+    asked = Questions.of(rows)
+    if asked is None:
+        columns = "" if read_from is None else f" and the training data were read from {read_from}"
+        raise InvalidInput(
+            f"A query has the columns {listed([str(name) for name in rows[0]])}{columns}; give "
+            f"{'' if read_from is None else 'the same columns, '}'prompt' with 'completion', 'text' or 'messages', or "
+            "texts and chats themselves."
+        )
+    prompts = asked.prompts if tools is None else _with_tools(asked.prompts, tools)
+    if asked.whole:
+        return ask_whole_texts(model, tokenizer, prompts, padding)
+    return ask_texts(model, tokenizer, prompts, asked.answers, asked.others, padding, max_new_tokens, add_eos)
+
+
+def ask_whole_texts(model: nn.Module, tokenizer: Any, asked: Sequence[str], padding: Padding) -> TextQueries:
+    """Texts, each asked about as a whole.
+
+    Raises:
+        InvalidInput: a text teaches nothing or is too long, or the model reads one text and writes another, or fills in
+            blanks.
+    """
+    if is_seq2seq(model):
+        raise InvalidInput("An encoder-decoder reads one text and writes another; ask {'prompt': …, 'completion': …}.")
+    if fills_blanks(model):
+        raise InvalidInput(_blanks_alone(model, tokenizer))
+    texts = Texts(tuple(encode_text(tokenizer, text) for text in asked), tokenizer)
+    texts.check_taught("query")
+    texts.check_length(longest(model, tokenizer))
+    return as_queries(texts, padding)
+
+
+def _blanks_alone(model: nn.Module, tokenizer: Any) -> str:
+    blank = getattr(tokenizer, "mask_token", None)
+    rows = "rows with input_ids and labels, -100 where nothing is hidden"
+    cure = rows if blank is None else f"{{'prompt': a text with {blank}, 'completion': what stands there}}, or {rows}"
+    return f"{type(base_model(model)).__name__} fills in blanks, so a text alone asks nothing; give {cure}."
 
 
 def ask_texts(
@@ -168,10 +295,10 @@ def ask_texts(
     against: Any,
     padding: Padding,
     max_new_tokens: int = 64,
-    add_eos: bool = False,
+    add_eos: bool | None = None,
 ) -> TextQueries:
     """What `query` asks, where model, tokenizer and padding are known."""
-    prompts: list[Any] = [prompt] if isinstance(prompt, str) or is_chat(prompt) else list(prompt)
+    prompts = _listed(prompt)
     if not prompts:
         raise InvalidInput("There is no prompt; give a text or a chat.")
     for number, one in enumerate(prompts):
@@ -192,6 +319,7 @@ def ask_texts(
         tuple(encoded for encoded, _ in asked),
         tokenizer,
         tuple(target for _, target in asked if target is not None) if is_seq2seq(model) else None,
+        shift=token_shift(model) is not False,
     )
     texts.check_taught("query")
     texts.check_length(longest(model, tokenizer))
@@ -225,9 +353,8 @@ def _holds_answer(prompt: Any) -> bool:
     return is_chat(prompt) and len(_open(prompt)) < len(prompt)
 
 
-def _with_tools(prompt: Any, tools: Any) -> Any:
-    prompts = [prompt] if is_chat(prompt) else prompt
-    if isinstance(prompts, str) or not all(is_chat(one) for one in prompts):
+def _with_tools(prompts: list[Any], tools: Any) -> list[Any]:
+    if not all(is_chat(one) for one in prompts):
         raise InvalidInput("tools= is told to a chat template, and a prompt is a text; give lists of messages.")
     return [read_chat(one, {"tools": tools}) for one in prompts]
 
@@ -237,7 +364,7 @@ def _open(prompt: Prompt) -> Prompt:
     return read_chat(prompt).opening if is_chat(prompt) else prompt
 
 
-def _ask(writing: Writing, prompt: Any, answer: Any, end: bool) -> tuple[Encoded, Encoded | None]:
+def _ask(writing: Writing, prompt: Any, answer: Any, end: bool | None) -> tuple[Encoded, Encoded | None]:
     """The prompt with its answer; for an encoder-decoder the prompt, and the answer beside it."""
     tokenizer = writing.tokenizer
     if not isinstance(prompt, str) and not is_chat(prompt):
@@ -246,14 +373,18 @@ def _ask(writing: Writing, prompt: Any, answer: Any, end: bool) -> tuple[Encoded
             "and content."
         )
     if is_seq2seq(writing.model):
-        return _ask_seq2seq(writing, prompt, answer)
+        return _ask_seq2seq(writing, prompt, answer, end)
+    if fills_blanks(writing.model):
+        if not isinstance(prompt, str) or not isinstance(answer, str):
+            raise InvalidInput(_blanks_alone(writing.model, tokenizer))
+        return encode_blanks(tokenizer, prompt, answer), None
     if answer is not None and (is_chat(prompt) or is_chat(answer)):
         whole, _ = join_answer(prompt, answer)
         return _last_answer(encode_chat(tokenizer, whole)), None
     turns: Chat | None = None
     if isinstance(prompt, str):
         if answer is not None:
-            return encode_pair(tokenizer, prompt, answer, end), None
+            return encode_pair(tokenizer, prompt, answer, bool(end)), None
         given = encode_prompt(tokenizer, prompt)
     else:
         chat = read_chat(prompt)
@@ -265,10 +396,10 @@ def _ask(writing: Writing, prompt: Any, answer: Any, end: bool) -> tuple[Encoded
     return Encoded((*given, *written), (False,) * len(given) + (True,) * len(written), chat=turns), None
 
 
-def _ask_seq2seq(writing: Writing, prompt: Any, answer: Any) -> tuple[Encoded, Encoded]:
+def _ask_seq2seq(writing: Writing, prompt: Any, answer: Any, end: bool | None) -> tuple[Encoded, Encoded]:
     source = encode_text(writing.tokenizer, prompt)
     if answer is not None:
-        return source, encode_text(writing.tokenizer, answer)
+        return source, encode_text(writing.tokenizer, answer, end is not False)
     written = writing.answer(list(source.ids))
     return source, Encoded(tuple(written), (True,) * len(written))
 
@@ -308,11 +439,13 @@ class Writing:
         model: Any = self.model
         if not callable(getattr(model, "generate", None)):
             raise InvalidInput(f"{type(model).__name__} cannot generate an answer; pass completion=.")
+        if not ids:
+            raise InvalidInput("A prompt holds no token, which nothing can be written behind; pass completion=.")
         room = longest(model, self.tokenizer)
         most = self.most if room is None else min(self.most, room - (0 if is_seq2seq(model) else len(ids)))
         if most < 1:
             raise InvalidInput(f"A prompt of {len(ids)} tokens leaves no room for an answer within {room}; shorten it.")
-        given = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        given = torch.tensor([list(ids)], dtype=torch.long, device=next(model.parameters()).device)
         pad = getattr(self.tokenizer, "pad_token_id", None)
         pad = getattr(self.tokenizer, "eos_token_id", None) if pad is None else pad
         with preserved(model), torch.no_grad():

@@ -34,6 +34,16 @@ def spans_as_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in _PLACES} | {"labels": labels}
 
 
+def labels_as_spans(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What `spans_as_labels` made, as a model that marks answers is given it in training.
+
+    Args:
+        batch: with `labels` [n, 2].
+    """
+    places = dict(zip(_PLACES, batch["labels"].unbind(1), strict=True))
+    return {key: value for key, value in batch.items() if key != "labels"} | places
+
+
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class SpanCrossEntropy(AbstractLikelihood):

@@ -38,6 +38,7 @@ class Texts:
         shift: whether a token is predicted at the one before it, so that the first is not predicted.
         encode: what makes texts of other rows in the same way, for queries.
         columns: the columns that they were read from.
+        ends: whether they end with the token that ends a text, as `problem(add_eos=)` says it.
     """
 
     encoded: tuple[Encoded, ...]
@@ -48,6 +49,7 @@ class Texts:
     shift: bool = True
     encode: Callable[[Any], Texts] | None = None
     columns: Columns | None = None
+    ends: bool | None = None
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -104,7 +106,7 @@ class Texts:
         """
         row = self.encoded[index] if self.targets is None else self.targets[index]
         first = row.taught.index(True) if True in row.taught else 0
-        return begin_of(self.tokenizer, row.ids[first:])
+        return begin_of(self.tokenizer, row.filled(getattr(self.tokenizer, "mask_token_id", None))[first:])
 
     @property
     def taught(self) -> Int[Tensor, " n"]:
@@ -170,15 +172,18 @@ def encode_rows(
     if is_seq2seq(model):
         source, written = _source_and_written(columns)
         whole = tuple(encode_text(tokenizer, read_cell(rows[i], source, i)) for i in range(len(rows)))
-        targets = tuple(encode_text(tokenizer, read_cell(rows[i], written, i)) for i in range(len(rows)))
+        answers = (read_cell(rows[i], written, i) for i in range(len(rows)))
+        targets = tuple(encode_text(tokenizer, answer, end is not False) for answer in answers)
         targets = tuple(row if limit is None else row.shortened(limit) for row in targets)
     else:
         whole = tuple(encode(rows[i], i) for i in range(len(rows)))
     encoded = tuple(row if limit is None else row.shortened(limit, side) for row in whole)
     kinds = None if kind_column is None else tuple(str(read_cell(rows[i], kind_column, i)) for i in range(len(rows)))
-    texts = Texts(encoded, tokenizer, targets, kinds, limit, token_shift(model) is not False, columns=columns)
+    shift = token_shift(model) is not False
+    texts = Texts(encoded, tokenizer, targets, kinds, limit, shift, columns=columns, ends=end)
     texts.check_taught()
     warn_of_cut(texts, max_length is not None)
+    _warn_of_padding_left_out(rows, columns)
     if token_shift(model) is False and targets is None and columns.ids is None:
         warn_caller(
             f"{type(base_model(model)).__name__} fills in blanks and these texts have none: every token is taught "
@@ -186,6 +191,23 @@ def encode_rows(
             TrainingDataWarning,
         )
     return texts
+
+
+def _warn_of_padding_left_out(rows: Sequence[Any], columns: Columns) -> None:
+    """Say where labels of one's own stand at padding, which is no part of a text."""
+    if columns.ids is None or columns.labels is None or not len(rows) or "attention_mask" not in rows[0]:
+        return
+    lost = sum(
+        int(label) != IGNORED and not int(kept)
+        for row in rows
+        for label, kept in zip(row[columns.labels], row["attention_mask"], strict=False)
+    )
+    if lost:
+        warn_caller(
+            f"{lost:,} labels stand at padding (attention_mask 0) and take no part; where training taught them, pass "
+            "the Trainer, or ptif.attribute(model, loader, queries) with its loader, which count them as it did.",
+            TrainingDataWarning,
+        )
 
 
 def _source_and_written(columns: Columns) -> tuple[str, str]:
@@ -212,20 +234,31 @@ def _encoder(
                     return encode_chat_pair(tokenizer, given, written, not completion_only, row)
             return encode_pair(tokenizer, given, written, end is not False, not completion_only)
         if columns.ids is not None:
-            ids = [int(token) for token in read_cell(row, columns.ids, index)]
-            labels = ids if columns.labels is None else [int(token) for token in read_cell(row, columns.labels, index)]
-            if len(labels) != len(ids):
-                raise InvalidInput(
-                    f"Example {index} has {len(ids)} token numbers and {len(labels)} labels; give as many."
-                )
-            mask = row.get("attention_mask")
-            if mask is not None and len(mask) == len(ids):  # what the tokenizer has padded is no part of the text
-                ids, labels = ([t for t, kept in zip(side, mask, strict=True) if int(kept)] for side in (ids, labels))
-            return Encoded(tuple(ids), tuple(label != IGNORED for label in labels), own_labels=tuple(labels))
+            return _read_tokens(row, columns, index, completion_only)
         with naming(f"Example {index}"):
-            return encode_text(tokenizer, read_cell(row, columns.text or "text", index), bool(end))
+            return encode_text(tokenizer, read_cell(row, columns.text or "text", index), end)
 
     return encode
+
+
+def _read_tokens(row: Any, columns: Columns, index: int, completion_only: bool) -> Encoded:
+    """A row of token numbers, with its labels and without its padding."""
+    ids = [int(token) for token in read_cell(row, columns.ids or "input_ids", index)]
+
+    def beside(name: str, what: str) -> list[int]:
+        cells = [int(cell) for cell in read_cell(row, name, index)]
+        if len(cells) != len(ids):
+            raise InvalidInput(f"Example {index} has {len(ids)} token numbers and {len(cells)} {what}; give as many.")
+        return cells
+
+    labels = ids if columns.labels is None else beside(columns.labels, "labels")
+    for name in columns.masks if completion_only else ():
+        mask = beside(name, f"under {name!r}")
+        labels = [label if taught else IGNORED for label, taught in zip(labels, mask, strict=True)]
+    mask = row.get("attention_mask")
+    if mask is not None and len(mask) == len(ids):  # what the tokenizer has padded is no part of the text
+        ids, labels = ([t for t, kept in zip(side, mask, strict=True) if int(kept)] for side in (ids, labels))
+    return Encoded(tuple(ids), tuple(label != IGNORED for label in labels), own_labels=tuple(labels))
 
 
 def longest(model: nn.Module, tokenizer: Any) -> int | None:

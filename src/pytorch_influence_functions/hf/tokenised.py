@@ -25,7 +25,8 @@ class TokenisedRows:
         tokenizer: turns token numbers into text.
         collate: the Trainer's collate function, which says which tokens are taught.
         shift: whether a token is predicted at the one before it; None where labels are no tokens.
-        encode_queries: makes such examples of what is asked in texts; None: the tokenizer alone does.
+        encode_queries: makes such examples of what is asked in texts (with True, refusing texts without a label); None:
+            texts are asked otherwise.
         classes: what labels are called, in their order; None: as the dataset says.
     """
 
@@ -33,7 +34,7 @@ class TokenisedRows:
     tokenizer: Any
     collate: Callable[[list[Any]], Any]
     shift: bool | None
-    encode_queries: Callable[[Any], list[dict[str, Any]]] | None = None
+    encode_queries: Callable[[Any, bool], list[dict[str, Any]]] | None = None
     classes: tuple[str, ...] | None = None
 
     @staticmethod
@@ -50,6 +51,12 @@ class TokenisedRows:
     def features(self) -> Any:
         """What the dataset says of its columns, such as the names of classes."""
         return getattr(self.rows, "features", None)
+
+    @property
+    def columns(self) -> list[str] | None:
+        """The names of its columns; None where only the rows say them."""
+        names = getattr(self.rows, "column_names", None)
+        return None if names is None else list(names)
 
     def __len__(self) -> int:
         return len(self.rows)

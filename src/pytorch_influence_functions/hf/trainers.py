@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -12,20 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import to_device
-from ..core.errors import InvalidInput, name_ids
+from ..core.errors import InvalidInput, first_line
 from ..objectives.base import AbstractObjective
+from ..objectives.model_loss import same_config
 from ..objectives.tokens import TokenCrossEntropy
 from ..problem.data import BATCH_SIZE, Source
 from ..problem.model_state import preserved
+from ..problem.own_loss import OwnLoss, is_half, warn_of_taught_padding
 from ..problem.problem import model_device
 from ..problem.random_state import same_rng
-from .models import accepted_arguments, token_shift
+from .models import accepted_arguments, marks_answers, token_shift
 from .padding import KINDS, Padding, TrainersCollate
+from .spans import labels_as_spans
+from .streams import refuse_trainers_stream
 from .tokenised import TokenisedRows
 
 _PACKED = "seq_lengths"  # the column that TRL adds
-# Examples whose loss together is compared with that of a compute_loss of one's own.
-_TOGETHER = 8
+# Examples whose loss together is compared with that of training; of texts, whose losses hold many tokens each, fewer.
+_TOGETHER, _TEXTS_TOGETHER = 8, 2
 
 
 def trainers_model(trainer: Any) -> nn.Module:
@@ -42,7 +45,9 @@ def trainers_tokenizer(trainer: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int | None, reading: str = "") -> Source:
+def trainers_data(
+    trainer: Any, dataset: Any, padding: Padding, batch_size: int | None, reading: str = "", tokenizer: Any = None
+) -> Source:
     """Examples through the Trainer's own columns and collate function.
 
     Args:
@@ -51,6 +56,7 @@ def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int 
         padding: what the model has to be told about padded texts.
         batch_size: the most examples of a batch.
         reading: how the texts are weighed, in words.
+        tokenizer: shows token numbers as texts; None: the Trainer's.
 
     Raises:
         InvalidInput: there is no training set, or it can only be iterated.
@@ -58,11 +64,7 @@ def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int 
     data = getattr(trainer, "train_dataset", None) if dataset is None else dataset
     if data is None:
         raise InvalidInput("The Trainer has no train_dataset; pass the data it was trained on as dataset=.")
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise InvalidInput(
-            f"The Trainer's data, a {type(data).__name__}, can only be iterated, but examples are named by index; pass "
-            "list(dataset.take(n)) of as many as fit in memory as dataset=."
-        )
+    refuse_trainers_stream(data)
     if _PACKED in (getattr(data, "column_names", None) or ()):
         raise InvalidInput(
             "The Trainer's examples are packed from several texts (packing=True), which are trained as if each stood "
@@ -71,8 +73,9 @@ def trainers_data(trainer: Any, dataset: Any, padding: Padding, batch_size: int 
     if callable(getattr(data, "with_format", None)) and getattr(data, "format", {}).get("type") not in (None, "torch"):
         data = data.with_format(None)
     collate = TrainersCollate(_collator(trainer.data_collator, padding), _accepted(trainer), padding)
+    words = trainers_tokenizer(trainer) if tokenizer is None else tokenizer
     return Source(
-        TokenisedRows.of(data, trainers_tokenizer(trainer), collate, token_shift(trainer.model)),
+        TokenisedRows.of(data, words, collate, token_shift(trainer.model)),
         collate,
         batch_size=batch_size or BATCH_SIZE,
         fixed=batch_size is not None,
@@ -134,46 +137,78 @@ def padding_as_trained(padding: Padding, data: Source) -> Padding:
     return replace(padding, kinds=isinstance(batch, Mapping) and KINDS in batch)
 
 
-def check_compute_loss(trainer: Any, data: Source, objective: Any) -> None:
-    """Compare a `compute_loss` of one's own with the loss that is taken for it, on the first examples alone.
+def trainers_loss(trainer: Any) -> OwnLoss:
+    """What a Trainer's `compute_loss` gives for a batch, as `OwnLoss` describes it.
 
-    Where labels are smoothed it is compared too: for a class that it does not know a Trainer leaves the shift out.
+    Args:
+        trainer: the Trainer; it is left as it is.
+    """
+    own = not type(trainer).compute_loss.__module__.startswith("transformers")
+    marks = marks_answers(trainer.model)
+
+    def value(batch: Any) -> float | None:
+        # A copy, as some count in themselves what they have seen.
+        twin = copy.copy(trainer)
+        twin.__dict__ |= {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in ("_metrics", "_logs")}
+        with preserved(trainer.model), torch.no_grad(), same_config(trainer.model):
+            try:
+                return float(twin.compute_loss(trainer.model, labels_as_spans(batch) if marks else dict(batch)))
+            except Exception as cause:
+                if not own:
+                    return None  # the model gives no loss for such labels, so the Trainer never trained on them
+                raise InvalidInput(
+                    f"{type(trainer).__name__}.compute_loss failed on training examples ({type(cause).__name__}: "
+                    f"{first_line(cause)}), so its loss is not known; pass loss=, an objective or a function of "
+                    "(outputs, targets) that computes the loss of each example."
+                ) from cause
+
+    smooths = getattr(trainer, "label_smoother", None) is not None
+    return OwnLoss(f"{type(trainer).__name__}.compute_loss", value, not (own or smooths))
+
+
+def check_loss(model: nn.Module, own: OwnLoss, data: Source, objective: Any) -> None:
+    """Compare the loss that training computes with the one that is taken for it, on the first examples alone.
+
+    Weights of classes cancel in the mean over one example, so some are looked at together too, spread over the data.
+
+    Args:
+        model: the model.
+        own: what training computes.
+        data: the training data.
+        objective: what is taken for it.
 
     Raises:
         InvalidInput: they differ.
     """
-    own = not type(trainer).compute_loss.__module__.startswith("transformers")
-    smooths = getattr(trainer, "label_smoother", None) is not None and isinstance(objective, TokenCrossEntropy)
-    if not (own or smooths) or not isinstance(objective, AbstractObjective):
+    if not isinstance(objective, AbstractObjective):
         return
-    ours = replace(objective, average=True) if isinstance(objective, TokenCrossEntropy) else objective
-    # A copy, as some count in themselves what they have seen.
-    twin = copy.copy(trainer)
-    twin.__dict__ |= {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in ("_metrics", "_logs")}
-    # Weights of classes cancel in the mean over one example, so some are looked at together too, spread over the data.
-    several = sorted({place * len(data) // _TOGETHER for place in range(_TOGETHER)})
-    with preserved(trainer.model), torch.no_grad():
+    # A Trainer averages over the tokens of a batch, as the models do.
+    ours = replace(objective, average=False) if isinstance(objective, TokenCrossEntropy) else objective
+    together = _TEXTS_TOGETHER if isinstance(objective, TokenCrossEntropy) and own.is_models else _TOGETHER
+    several = sorted({place * len(data) // together for place in range(together)})
+    device, half, batches = model_device(model), is_half(model), list[Any]()
+    with preserved(model), torch.no_grad():
         for ids in (*([i] for i in range(min(2, len(data)))), several):
-            batch = to_device(data.collate([data.dataset[i] for i in ids]), model_device(trainer.model))
-            theirs = float(twin.compute_loss(trainer.model, dict(batch)))
-            expected = _mean_loss(ours, trainer.model, batch)
-            if not math.isclose(theirs, expected, rel_tol=1e-2, abs_tol=1e-4):
-                what = f"example {ids[0]}" if len(ids) == 1 else f"examples {name_ids(ids)} together"
-                raise InvalidInput(
-                    f"{type(trainer).__name__}.compute_loss gives {theirs:.4g} for {what} and the loss of the "
-                    f"model's head is {expected:.4g}; pass loss=, an objective (for weights of classes "
-                    "ptif.CrossEntropy(weight=...)) or a function of (outputs, targets) that computes the loss of each "
-                    "example."
-                )
-
-
-def _mean_loss(objective: AbstractObjective, model: nn.Module, batch: Any) -> float:
-    """As a Trainer means it: of tokens over all in the batch, else over its examples."""
-    losses = objective.losses(objective.outputs(model, batch), batch)
-    if not isinstance(objective, TokenCrossEntropy):
-        return float(losses.mean())
-    counts = objective.taught(batch).sum(1).to(losses)
-    return float((losses * counts).sum() / counts.sum())
+            try:
+                batch = data.collate([data.dataset[i] for i in ids])
+            except InvalidInput:
+                raise
+            except Exception:
+                if len(ids) > 1:
+                    break  # examples that only batches of one can hold
+                _, batch = next(data.batches(ids))  # where it fails with the example named
+            batch = to_device(batch, device)
+            batches.append(batch)
+            outputs = ours.outputs(model, batch)
+            try:
+                ours.check(outputs, batch, torch.tensor(ids))
+            except InvalidInput:
+                return  # refused in its own words where the losses are used
+            gap = own.gap(ours, batch, outputs, half)
+            if gap is not None:
+                raise own.refusal(objective, ids, gap, "the loss taken for it")
+    if isinstance(objective, TokenCrossEntropy):
+        warn_of_taught_padding(batches)
 
 
 def _accepted(trainer: Any) -> tuple[str, ...] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import final
 
 import torch
@@ -15,6 +16,7 @@ from ..core.distributed import World
 from ..core.errors import InvalidInput, NonFinite
 from ..gradients.per_example import Derivatives, GradientBatch
 from ..linalg.blocks import add
+from ..linalg.differences import without_rounding
 from ..linalg.rows import Rows
 from ..objectives.base import AbstractObjective
 from ..objectives.model_functions import FromModel
@@ -114,16 +116,18 @@ class DataAsk(AbstractAsk):
 
     def _picked(self, derivatives: Derivatives, parts: list[tuple[Term, Combination]], labels: Labels) -> Rows:
         """Rows of one query per term, in the form of gradients: the terms stand side by side."""
-        total: Rows | None = None
+        terms: list[Rows] = []
         for term, combination in parts:
             queries, place = torch.unique(combination.queries, return_inverse=True)
             read = [g.rows for g in term.gradients(derivatives, self.measure, queries, labels)]
             rows = Rows.cat(read).take(place)
             if not bool((combination.weights == 1).all()):
                 rows = rows.scaled(combination.weights)
-            total = rows if total is None else _added(total, rows)
-        assert total is not None
-        return total
+            terms.append(rows)
+        if len(terms) == 1:
+            return terms[0]
+        sizes = {name: torch.stack([_norms(rows, name) for rows in terms]).sum(0) for name in terms[0].blocks}
+        return _settled(reduce(_added, terms), sizes)
 
     def _summed(
         self, derivatives: Derivatives, parts: list[tuple[Term, Combination]], labels: Labels, size: int
@@ -132,6 +136,8 @@ class DataAsk(AbstractAsk):
         space = derivatives.space
         like = derivatives.whole.like(derivatives.problem.model)
         total = space.rows(like.detach().new_zeros(size, space.size))
+        sizes = {name: torch.zeros(size, dtype=torch.float64, device=like.device) for name in total.blocks}
+        signed = any(bool((combination.weights < 0).any()) for _, combination in parts)
         for term, combination in parts:
             order = torch.argsort(combination.queries, stable=True)
             entries = combination.queries[order]
@@ -146,7 +152,19 @@ class DataAsk(AbstractAsk):
                 columns = torch.searchsorted(gradients.ids, combination.queries[here])
                 weights.index_put_((combination.rows[here], columns), combination.weights[here], accumulate=True)
                 _add_sums(total, gradients.rows, weights)
-        return total
+                for name in sizes if signed else ():
+                    norms = _norms(gradients.rows, name)
+                    sizes[name] += weights.abs().to(norms) @ norms
+        return _settled(total, sizes) if signed else total
+
+
+def _norms(rows: Rows, name: str) -> Float[Tensor, " n"]:
+    return rows.blocks[name].squared_norms().double().clamp_min(0.0).sqrt()
+
+
+def _settled(rows: Rows, sizes: Mapping[str, Float[Tensor, " n"]]) -> Rows:
+    """Rows that are sums of terms of both signs, whose norms add up to `sizes`, without what rounding left of them."""
+    return rows.map(lambda name, block: without_rounding(block, sizes[name]))
 
 
 def _added(a: Rows, b: Rows) -> Rows:

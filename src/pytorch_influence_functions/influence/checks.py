@@ -186,7 +186,7 @@ def in_queries(place: str = "queries") -> Iterator[None]:
     except (InvalidInput, NonFinite) as error:
         message = str(error)
         if not message.startswith((where, "Query ") if place == "queries" else where):
-            if "has no target" in message:
+            if "has no target" in message and "language model" not in message:
                 message += (
                     " To ask about unlabelled examples, give the model's own answers as labels: queries=(x, "
                     "model(x).argmax(1))."

@@ -22,6 +22,7 @@ from ..problem.data import Source
 from ..problem.labels import Labels
 from ..problem.model_and_loss import ModelAndLoss
 from ..problem.problem import Problem, first_batch
+from ..scores.difference import CONTRASTED
 from ..scores.scores import MEAN
 from .asks import AbstractAsk, DataAsk, ModelAsk, Term
 from .candidates import Candidates
@@ -44,6 +45,7 @@ class Question:
         labels: of the queries.
         candidates: the training examples that are scored; None: all.
         measure: what is measured, where every row is one query's own; None: rows are made otherwise.
+        both: the queries with what each is contrasted with, where they were asked as pairs.
     """
 
     asks: tuple[AbstractAsk, ...]
@@ -56,6 +58,13 @@ class Question:
     labels: Labels
     candidates: Candidates | None = None
     measure: AbstractObjective | None = None
+    both: Source | None = None
+
+    @property
+    def shown(self) -> Source | None:
+        """The queries that scores hold, by whose places rows are named: of pairs both sides."""
+        source = self.source if self.both is None else self.both
+        return None if source is None else source.whole
 
     @staticmethod
     def of(
@@ -81,8 +90,8 @@ class Question:
             question = _about_model(functions, top)
         else:
             asked = (problem.batch_size if problem.data.fixed else None) if batch_size is None else batch_size
-            contrast = None if contrast is None else _as_data(problem, contrast, "contrast")
-            read = _as_data(problem, queries, "queries")
+            contrast = None if contrast is None else read_asked(problem, contrast, "contrast")
+            read = read_asked(problem, queries, "queries")
             own_names = None if read is queries else read.names
             queries, contrast = (queries, contrast) if read is queries else take_sides(read, contrast)
             source = _read(problem, queries, asked, "queries")
@@ -95,6 +104,8 @@ class Question:
             question = _about_data(source, against, measures, aggregate, top)
             if len(measures) == 1 and aggregate is None and contrast is None:
                 question = replace(question, measure=next(iter(measures.values())))
+            if read is not queries and read.sides[1] is not None and question.description == CONTRASTED:
+                question = replace(question, both=read)
             if own_names is not None and len(own_names) == len(question) and MEAN not in question.query_ids.tolist():
                 question = replace(question, names=own_names)
         if ids is None:
@@ -185,17 +196,27 @@ def _refuse_beside_model(**options: Any) -> None:
             )
 
 
-def _as_data(problem: Problem, queries: Any, place: str) -> Any:
-    """Queries that are no examples, where the problem's data say how such are read: texts, chats, prompts."""
+def read_asked(problem: Problem, queries: Any, place: str, labelled: bool = False) -> Any:
+    """Queries that are no examples, where the problem's data say how such are read: texts, chats, prompts.
+
+    Args:
+        problem: the problem.
+        queries: what is asked.
+        place: the name of the argument.
+        labelled: whether each has to have its own label, and not the model's answer in its place.
+
+    Raises:
+        InvalidInput: they cannot be read, or lack labels.
+    """
     if problem.data.ask is None or isinstance(queries, (Source, DataLoader)):
         return queries
     with in_queries(place):
-        return problem.data.ask(problem, queries)
+        return problem.data.ask(problem, queries, labelled)
 
 
 def _read(problem: Problem, data: Any, batch_size: int | None, place: str) -> Source:
     with in_queries(place):
-        return Source.of(data, batch_size, problem.data.class_names or ())
+        return problem.data.read_alike(data, batch_size)
 
 
 def _several(measure: Any) -> dict[str, Any]:
@@ -278,8 +299,7 @@ def _rows(
     names = [
         f"query {a} rather than contrast {b}" for a, b in zip(places.tolist(), right.queries.tolist(), strict=True)
     ]
-    description = "each row is the measure of a query less that of the one that it is contrasted with"
-    return _contrasted(source, left, against, right), names, places, description
+    return _contrasted(source, left, against, right), names, places, CONTRASTED
 
 
 def _pairs(source: Source, against: Source) -> tuple[Combination, Combination]:

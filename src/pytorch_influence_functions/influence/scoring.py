@@ -149,7 +149,7 @@ class ScoringPass:
             class_names=data.class_names or (None if queries is None else queries.class_names),
             diagnostics=diagnostics,
             train_source=data.whole,
-            query_source=None if queries is None else queries.whole,
+            query_source=question.shown,
             measure=question.measure,
         )
         return scores.top(question.top) if question.top is not None and matrix.holds_all else scores

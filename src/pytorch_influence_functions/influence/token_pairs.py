@@ -10,11 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.distributed import World
+from ..core.errors import InvalidInput
 from ..core.progress import UNSEEN, Meter
 from ..gradients.products import Products
 from ..problem.agreement import entry
 from ..problem.model_state import plain_autograd
 from ..problem.problem import sweep
+from ..scores.difference import CONTRASTED
+from ..scores.scores import Scores
 from .attribution import Attribution
 from .scoring import ScoringPass
 from .tokens import TokenScores, check_tokens
@@ -47,6 +50,52 @@ def text_token_scores(
     attribution._follow(question, tokens.add)
     shares = tokens.everyones()
     return [{i: shares[i][q] for i in ids} for q, ids in enumerate(listed)]
+
+
+def shown_token_scores(
+    tokens: Any, scores: Scores, listed: Sequence[Sequence[int]]
+) -> list[dict[int, Float[Tensor, " l"]]]:
+    """Shares of the tokens of the texts that are shown beside each query, in the units of the scores.
+
+    Args:
+        tokens: the fitted method that gave the scores.
+        scores: which hold their queries; of pairs both sides, and the shares are those of the difference.
+        listed: for each row, positions of texts in the training dataset.
+
+    Returns:
+        for each row {position of a text: float64 [tokens]}.
+
+    Raises:
+        InvalidInput: it is no fitted method, or rows are of several queries, or of queries that are not at hand.
+    """
+    if not isinstance(tokens, Attribution):
+        raise InvalidInput(
+            f"tokens= is {type(tokens).__name__}; pass the fitted method that gave the scores, such as "
+            "ptif.ekfac().fit(problem), or its token_scores(queries, ids)."
+        )
+    source = scores.query_source
+    if source is None or bool((scores.query_ids < 0).any()):
+        raise InvalidInput(
+            "The scores do not hold their queries, which tokens= asks about; pass tokens=attribution.token_scores("
+            "queries, ids)."
+        )
+    pairs = int(getattr(source, "pairs", 0)) if scores.diagnostics.rows == CONTRASTED else 0
+    if scores.diagnostics.rows and not pairs:
+        raise InvalidInput(
+            f"The rows of these scores are made of several queries ({scores.diagnostics.rows.rstrip('.')}), whose "
+            "tokens cannot be told apart; score the queries one by one (pairs as rows with 'against'), or leave "
+            "tokens= out."
+        )
+    if not any(listed):
+        return [{} for _ in listed]
+    rows = scores.query_ids.tolist()
+    # The answers that others are held against stand behind them.
+    asked = source.subset(rows + [row + pairs for row in rows] if pairs else rows)
+    values = text_token_scores(tokens, asked, [*listed, *listed] if pairs else listed)
+    if not pairs:
+        return values
+    both = zip(values[: len(rows)], values[len(rows) :], strict=True)
+    return [{i: own[i] - other[i] for i in own} for own, other in both]
 
 
 @plain_autograd()

@@ -350,6 +350,8 @@ def _decay_strengths(model: nn.Module, names: _Names, decay: Mapping[str, float]
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is the transformer-style Conv1D: a linear layer whose weight is stored `[in, out]`."""
+    if isinstance(module, torch.jit.ScriptModule):  # its parameters are no dictionary
+        return False
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if type(module).__name__ != "Conv1D" or weight is None or bias is None or not hasattr(module, "nf"):
         return False

@@ -20,6 +20,8 @@ from ..trajectory.recording import RunLike
 from ..trajectory.source import source
 from ..trajectory.unrolled import unrolled
 from . import papers, selection
+from .baselines import EmbeddingSimilarity, Random, RepresenterPoints, TrainingLoss
+from .bm25 import BM25
 
 AUTO: Final = "auto"
 METHODS: Final[Mapping[str, Callable[[], Influence]]] = {
@@ -55,7 +57,11 @@ _WITH_ARGUMENTS: Final[Mapping[str, Callable[..., AbstractMethod]]] = {
     "unrolled": unrolled,
 }
 
-# Of these, which take a whole training run and nothing else.
+_BASELINES: Final[Mapping[str, Callable[..., AbstractMethod]]] = {
+    kind.__name__: kind for kind in (BM25, EmbeddingSimilarity, Random, RepresenterPoints, TrainingLoss)
+}
+
+# Of those with arguments, which take a whole training run and nothing else.
 _OF_A_RUN: Final = ("along", "less", "trackstar", "unrolled")
 
 MethodLike: TypeAlias = AbstractMethod | AbstractCurvature | str | Callable[..., AbstractMethod | AbstractCurvature]
@@ -84,6 +90,12 @@ def find_method(name: str) -> Influence:
     by_key = {_key(known): known for known in (*METHODS, *_WITH_ARGUMENTS)}
     known = by_key.get(_key(name))
     if known is None:
+        baseline = next((kind for kind in _BASELINES if _key(kind) == _key(name)), None)
+        if baseline is not None:
+            raise UnknownName(
+                f"There is no method {name!r} among those with a name; it is a baseline, which Python takes as "
+                f"method=ptif.methods.{baseline}({', '.join(f'{n}=...' for n in _required(_BASELINES[baseline]))})."
+            )
         close = nearest(name.strip().lower(), by_key.values())
         raise UnknownName(f"There is no method {name!r}.{close} The names are {', '.join(METHODS)}.")
     if known in _WITH_ARGUMENTS:

@@ -109,6 +109,7 @@ def trak(
     damping: AbstractDamping | float | None = None,
     seed: int = 0,
     projection: AbstractReduction | None = None,
+    measure: Any = Margin(),
 ) -> Influence:
     """TRAK: margin gradients projected to k dimensions, and their second moment as curvature.
 
@@ -124,12 +125,13 @@ def trak(
         seed: of the projection.
         projection: in place of k and seed, which mean `ptif.gradients.Sketch(k)`: `TwoSided(k_in)` of every layer,
             cheapest on convolutions and texts, or the dense `Gaussian(k)` of the original.
+        measure: whose gradients make the kernel; `None`: the training loss, for examples without a margin (texts).
 
     Cost: two epochs, N P operations for the sketch (N P k for `Gaussian`), k^3 for the kernel.
     Reference: Park et al. (2023). Identity: equals phi_q^T (Phi^T Phi + N lambda)^-1 phi_i (1 - p_i) in float64.
     """
     reduction, solver = sketched("trak", k, per_layer, seed, projection)
-    return Influence(EmpiricalFisher(measure=Margin()), solver, damping, projection=reduction)
+    return Influence(EmpiricalFisher(measure=measure), solver, damping, projection=reduction)
 
 
 def koh_liang(damping: AbstractDamping | float = 0.01, rtol: float = 1e-5, max_steps: int = 500) -> Influence:
@@ -195,8 +197,7 @@ def gauss_newton(
         preconditioner: a curvature whose damped inverse guides the search, such as `EKFAC()`; `None`: none.
 
     Cost: 2 x (queries) epochs per step.
-    Reference: Martens (2010); Bae et al. (2022) for why the Gauss-Newton matrix.
-    Identity: equals the dense float64 solve.
+    Reference: Martens (2010); Bae et al. (2022) for why Gauss-Newton. Identity: equals the dense float64 solve.
     """
     return Influence(GGN(), CG(rtol=rtol, max_steps=max_steps), damping, preconditioner=preconditioner)
 
@@ -292,8 +293,7 @@ def shampoo(
         folder: where the factors of finished layers are kept, and found again; `None`: nowhere.
 
     Cost: as `ekfac()`; more where weights are shared.
-    Reference: Gupta et al. (2018), Vyas et al. (2024). Identity: its eigenvalues equal E[(Q^T grad Q)^2]; exact for one
-    example.
+    Reference: Gupta et al. (2018), Vyas et al. (2024). Identity: eigenvalues are E[(Q^T grad Q)^2]; exact for N = 1.
     """
     return Influence(Shampoo(fisher, examples, folder=folder), Spectral(), damping)
 

@@ -5,6 +5,7 @@ from .bernoulli import Bernoulli
 from .likelihoods import CrossEntropy, SquaredError
 from .measures import FromFunction, Logit, Margin
 from .model_functions import FromModel, Output
+from .model_loss import ModelLoss
 from .tokens import TokenCrossEntropy
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FromModel",
     "Logit",
     "Margin",
+    "ModelLoss",
     "Output",
     "SquaredError",
     "TokenCrossEntropy",

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.batches import Collated, whole_batch
+from ..core.batches import Collated, tensors_of, whole_batch
 from ..core.errors import InvalidInput, name_ids
+from ..core.functional import fit_arguments
 from ..core.records import describe_record, settings_of
 from .draws import Randomness
 from .failure import lacks_graph, model_failed
@@ -60,9 +61,15 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
                     "A batch has no 'labels' but 'start_positions', as models that mark answers in texts are given; "
                     "pass such a model's Trainer, which says what its loss is, as in attribute(trainer, queries=rows)."
                 )
+            cure = "so rename it in the dataset or the collate function"
+            if "input_ids" in batch:
+                cure = (
+                    "for a language model the token numbers, -100 where they are not taught; "
+                    "ptif.hf.problem(model, tokenizer, texts) makes them of texts"
+                )
             raise InvalidInput(
                 f"A batch with keys {', '.join(map(repr, batch))} has no target; expected it under "
-                "'labels' or 'label', so rename it in the dataset or the collate function."
+                f"'labels' or 'label', {cure}."
             )
         return (), {k: v for k, v in batch.items() if k != key}, batch[key]
     if not isinstance(batch, (tuple, list)):
@@ -129,13 +136,15 @@ def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Whatever the model returns.
+    """Whatever the model returns; a forward that takes a batch as a mapping is given it whole, without the labels.
 
     Where gradients are not recorded and forward differentiates by itself, it runs with a graph that is cut afterwards.
 
     Raises:
         InvalidInput: the model failed.
     """
+    if isinstance(model, nn.Module):
+        args, kwargs = fit_arguments(model, args, kwargs)
     try:
         if model in _differentiating and not torch.is_grad_enabled():
             return _run_with_graph(model, args, kwargs)
@@ -400,9 +409,10 @@ def require_tensor(value: Any) -> Tensor:
         value: that.
     """
     if not isinstance(value, Tensor):
+        holds = any(True for _ in tensors_of(value))
+        way_out = "return the loss alone" if holds else "leave out .item(), float() and numpy"
         raise InvalidInput(
-            f"The loss returned {type(value).__name__}, expected a tensor that can be differentiated; "
-            "leave out .item(), float() and numpy."
+            f"The loss returned {type(value).__name__}, expected a tensor that can be differentiated; {way_out}."
         )
     return value
 

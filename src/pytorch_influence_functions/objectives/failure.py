@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -12,8 +13,17 @@ from torch import Tensor, nn
 from ..core.batches import tensors_of
 from ..core.errors import InfluenceError, InvalidInput, first_line
 
-# What torch writes when numbers of two types meet.
+# What a function of a model and a batch calls its first argument; and what torch writes when numbers of two types meet.
+_MODELS = ("model", "net", "network", "module")
 _TYPE_PHRASES = ("dtype", "same type", "scalar type", "expected scalar")
+
+_WAY_OUT = "write it as a function of (outputs, targets) that takes any number of examples"
+_WAY_OUT_OF_PARTS = (
+    "the model is asked in eval mode, so write it as a function of what it returns there and the targets, for any "
+    "number of examples; a model that returns its losses in training mode only, as detectors do, needs a module around "
+    "it whose forward takes images and targets, calls train() on it and returns each image's loss, with items (image, "
+    "target, 0) and loss=lambda losses, _: losses"
+)
 
 
 def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exception:
@@ -41,7 +51,7 @@ def model_failed(cause: Exception, args: tuple[Any, ...], kwargs: Mapping[str, A
         )
     return InvalidInput(
         f"The model failed{f' at {where}' if where else ''} on inputs of shape {shapes} "
-        f"({type(cause).__name__}: {first_line(cause)}); {_way_out(cause, layer)}."
+        f"({type(cause).__name__}: {first_line(cause)}); {_way_out(cause, layer, args, kwargs)}."
     )
 
 
@@ -54,7 +64,32 @@ def lacks_graph(cause: Exception) -> bool:
     return isinstance(cause, RuntimeError) and "does not require grad" in str(cause)
 
 
-def _way_out(cause: Exception, layer: nn.Module | None) -> str:
+def way_to_write(loss: Any, outputs: Any) -> str:
+    """What to write instead of a loss function that failed.
+
+    Args:
+        loss: the function.
+        outputs: what it was given.
+    """
+    try:
+        first = next(iter(inspect.signature(loss).parameters), "")
+    except (TypeError, ValueError):
+        first = ""
+    if first in _MODELS:
+        return (
+            f"its first argument, {first!r}, is what the model returned and not the model: write it as a function of "
+            "(outputs, targets), or loss=ptif.objectives.ModelLoss() for the loss that the model itself returns"
+        )
+    return _WAY_OUT if isinstance(outputs, Tensor) else _WAY_OUT_OF_PARTS
+
+
+def _way_out(cause: Exception, layer: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
+        keys = ", ".join(map(repr, args[0]))
+        return (
+            f"the keys of the batch without its labels ({keys}) are no arguments of forward, so it is given the "
+            "mapping whole: let forward take what it needs from there, or name the keys as its arguments"
+        )
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return (
             f"the embedding takes whole numbers from 0 to {layer.num_embeddings - 1}, so check the ids and convert "
@@ -62,10 +97,17 @@ def _way_out(cause: Exception, layer: nn.Module | None) -> str:
         )
     if isinstance(cause, NotImplementedError) and "forward" in str(cause):
         return "give the model a forward method that takes the inputs of a batch"
+    if _writes_texts(cause.__traceback__) and "decoder_input_ids" not in kwargs:
+        return (
+            "an encoder-decoder is called without its labels here, so let a batch hold what its decoder reads, "
+            "decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels), or pass its Trainer, or "
+            "ptif.hf.problem(model, tokenizer, rows with prompt and completion)"
+        )
     if isinstance(cause, TypeError) and ("argument" in str(cause) or "keyword" in str(cause)):
         return (
             "a batch (a, ..., y) is used as model(a, ...) and a mapping as model(**batch) without its labels, so let "
-            "the dataset give what forward takes, and several targets as one, (x, (y1, y2))"
+            "the dataset give what forward takes and no more, or wrap the model in a module with forward(self, "
+            "**batch), and give several targets as one, (x, (y1, y2))"
         )
     if lacks_graph(cause):
         return (
@@ -75,8 +117,8 @@ def _way_out(cause: Exception, layer: nn.Module | None) -> str:
     return "give examples as the model was trained on, or try model(x) on one batch of them by hand"
 
 
-def _innermost(trace: TracebackType | None) -> tuple[nn.Module | None, str]:
-    """The last module that was running, and its name in the outermost one."""
+def _running(trace: TracebackType | None) -> list[nn.Module]:
+    """The modules that were running, the outermost first."""
     running: list[nn.Module] = []
     while trace is not None:
         code = trace.tb_frame.f_code
@@ -85,6 +127,17 @@ def _innermost(trace: TracebackType | None) -> tuple[nn.Module | None, str]:
         if isinstance(owner, nn.Module):
             running.append(owner)
         trace = trace.tb_next
+    return running
+
+
+def _writes_texts(trace: TracebackType | None) -> bool:
+    """Whether a model of transformers failed that reads one text and writes another."""
+    return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in _running(trace)[:1])
+
+
+def _innermost(trace: TracebackType | None) -> tuple[nn.Module | None, str]:
+    """The last module that was running, and its name in the outermost one."""
+    running = _running(trace)
     if not running:
         return None, ""
     last = running[-1]

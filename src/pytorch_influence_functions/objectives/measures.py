@@ -12,7 +12,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..core.batches import Collated, batch_slice, count_examples, example_tensors, with_example_tensors
+from ..core.batches import Collated, batch_slice, count_examples, example_tensors, map_tensors, with_example_tensors
 from ..core.errors import InfluenceError, InvalidInput, NonFinite, first_line
 from ..core.validate import choice
 from .base import (
@@ -33,6 +33,7 @@ from .base import (
     widen,
 )
 from .draws import refuse_draws
+from .failure import way_to_write
 from .loss_weights import TrainedLoss, refuse_hidden_weights
 from .networks import in_eval_mode, networks_of
 from .outputs import (
@@ -128,8 +129,8 @@ def class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     shape, target_shape, n = tuple(outputs.shape), tuple(targets.shape), outputs.shape[0]
     if len(shape) > 2:
         raise InvalidInput(
-            f"{name} got outputs of shape {shape}, expected [n, C] or one logit per example; for tokens or "
-            "dense outputs measure the loss (measure=None), or write FromFunction(...)."
+            f"{name} got outputs of shape {shape}, expected [n, C] or one logit per example; for tokens or dense "
+            "outputs measure the loss (measure=None, of TRAK trak(measure=None)), or write FromFunction(...)."
         )
     single = is_single(outputs)
     if target_shape != (n,) and not (single and target_shape == (n, 1)):
@@ -269,7 +270,8 @@ class FromFunction(AbstractObjective):
             outputs: from `outputs`, or some rows of it.
             targets: as many targets.
         """
-        returned = self.layouts.restore(outputs)
+        # Copies: a loss may write to what it is given, as it may in training.
+        returned, targets = self.layouts.restore(outputs.clone()), map_tensors(targets, Tensor.clone)
         if self.takes_one:
             return self._call(with_main(returned), targets)
         if self.takes_one is None and has_main(returned):
@@ -464,8 +466,7 @@ def _evaluate(apply: Callable[[Any, Any], Any], function: Any, outputs: Any, tar
         shape = f"shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else f"type {type(targets).__name__}"
         raise InvalidInput(
             f"The loss {_name(function)} failed on outputs of {describe_outputs(outputs)} and targets of "
-            f"{shape} ({first_line(cause)}); write it as a function of (outputs, targets) that takes any number of "
-            "examples."
+            f"{shape} ({type(cause).__name__}: {first_line(cause)}); {way_to_write(function, outputs)}."
         ) from cause
     return require_tensor(value)
 

@@ -1,4 +1,4 @@
-"""Networks that a loss uses beside the model, such as a teacher: asked in eval mode, and left in the mode they had."""
+"""Networks that a loss is or uses, such as a teacher: asked in eval mode, and left as they were."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import CodeType
 from typing import Any, Final
 
 from torch import nn
+
+from ..core.attributes import Attributes
 
 # A helper that calls a helper; what lies deeper is not looked for.
 _DEPTH: Final = 4
@@ -78,10 +80,14 @@ def _may_hold(value: Any) -> bool:
 def in_eval_mode(networks: tuple[nn.Module, ...]) -> Iterator[None]:
     """Eval mode for a while: in training mode a loss would differ with its batch and move running statistics.
 
+    What they keep of the call, such as its result, is put back too: from inside a transform it cannot be used outside.
+
     Args:
         networks: the modules.
     """
-    training = [module for network in networks for module in network.modules() if module.training]
+    modules = list({id(module): module for network in networks for module in network.modules()}.values())
+    before = Attributes.of(modules, buffers=True)
+    training = [module for module in modules if getattr(module, "training", False)]
     for module in training:
         module.training = False
     try:
@@ -89,3 +95,4 @@ def in_eval_mode(networks: tuple[nn.Module, ...]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        before.put_back()

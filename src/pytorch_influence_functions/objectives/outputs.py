@@ -8,16 +8,18 @@ side by side, and `restore` gives the object back, so that a loss of the user's 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import accumulate
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution, Independent, Transform, TransformedDistribution
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, first_line
 
 #: Where an object of several outputs keeps the one that its loss is of.
 MAIN: Final = ("logits", "out")
@@ -46,6 +48,8 @@ def map_outputs(returned: Any, f: Callable[[Any], Any]) -> Any:
         return _rebuild(returned, members)
     if isinstance(returned, (Distribution, _Unmade)):
         return _Unmade.of(returned).mapped(f)
+    if isinstance(returned, Transform):
+        return _mapped_transform(returned, f)
     attributes = _attributes(returned)
     if not attributes:
         return None
@@ -70,17 +74,76 @@ class _Unmade:
         if isinstance(returned, Independent):
             inside = {"base_distribution": returned.base_dist}
             return _Unmade(Independent, inside | {"reinterpreted_batch_ndims": returned.reinterpreted_batch_ndims})
-        names: Any = type(returned).arg_constraints
-        arguments = {name: vars(returned)[name] for name in names if name in vars(returned)}
-        if "logits" in arguments:  # probabilities may have been worked out from them
-            arguments.pop("probs", None)
-        return _Unmade(type(returned), arguments)
+        kind, own = type(returned), vars(returned)
+        if kind is TransformedDistribution:
+            return _Unmade(kind, {"base_distribution": returned.base_dist, "transforms": returned.transforms})
+        arguments: dict[str, Any] = {}
+        for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+            if name == "validate_args" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            others = next((group for group in _ALTERNATIVES if name in group), (name,))
+            # Of several ways to say the same the one that was given: the rest may have been worked out from it.
+            if name != next((other for other in others if other in own), others[0]):
+                continue
+            private = f"_{name}"
+            try:
+                arguments[name] = own[private] if private in own and name not in own else getattr(returned, name)
+            except AttributeError as cause:
+                raise _not_made(kind, f"it does not tell its argument {name!r}") from cause
+        return _Unmade(kind, arguments)
 
     def mapped(self, f: Callable[[Any], Any]) -> Any:
         arguments = {name: map_outputs(value, f) for name, value in self.arguments.items()}
-        if all(isinstance(value, (Tensor, Distribution, *_PLAIN)) for value in arguments.values()):
+        if not all(map(_is_made, arguments.values())):
+            return _Unmade(self.kind, arguments)
+        try:
             return self.kind(**arguments, validate_args=False)
-        return _Unmade(self.kind, arguments)
+        except (TypeError, ValueError, AttributeError) as cause:
+            raise _not_made(self.kind, f"{type(cause).__name__}: {first_line(cause)}") from cause
+
+
+# Of each of these a distribution takes one.
+_ALTERNATIVES: Final = (("logits", "probs"), ("scale_tril", "covariance_matrix", "precision_matrix"))
+
+
+def _not_made(kind: type, why: str) -> InvalidInput:
+    return InvalidInput(
+        f"The model returned a {kind.__name__}, which cannot be made again for other examples ({why}); return its "
+        "parameters as tensors, and make the distribution of them in the loss."
+    )
+
+
+def _mapped_transform(transform: Transform, f: Callable[[Any], Any]) -> Transform:
+    """A transform of a distribution with `f` of every tensor in it."""
+    if _is_inverse(transform):
+        return _mapped_transform(transform.inv, f).inv
+    twin = copy.copy(transform)
+    for name, value in vars(transform).items():
+        if name == "_cached_x_y":
+            vars(twin)[name] = (None, None)
+        elif name == "_inv":  # of the other
+            vars(twin)[name] = None
+        elif isinstance(value, (Tensor, Transform, _Place)):
+            vars(twin)[name] = map_outputs(value, f)
+        elif isinstance(value, (list, tuple)) and any(isinstance(member, Transform) for member in value):
+            vars(twin)[name] = [map_outputs(member, f) for member in value]
+    return twin
+
+
+def _is_inverse(transform: Transform) -> bool:
+    """Whether a transform is made of the one that it inverts."""
+    return type(transform).__name__ == "_InverseTransform"
+
+
+def _is_made(value: Any) -> bool:
+    """Whether nothing in an argument stands for a tensor."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_made, value))
+    if isinstance(value, Transform):
+        members = vars(value.inv if _is_inverse(value) else value)
+        inner = [member for name, member in members.items() if name not in ("_inv", "_cached_x_y")]
+        return not any(isinstance(m, _Place) or (isinstance(m, (list, Transform)) and not _is_made(m)) for m in inner)
+    return isinstance(value, (Tensor, Distribution, *_PLAIN))
 
 
 def _attributes(returned: Any) -> dict[str, Any]:
@@ -282,7 +345,9 @@ class _Layout:
         return _skeleton(self.template), self.leaves
 
     def restore(self, flat: Tensor) -> Any:
-        parts = torch.split(flat, [leaf.size for leaf in self.leaves], 1)
+        # Not by `split`, whose parts may not be written to.
+        starts = accumulate((leaf.size for leaf in self.leaves), initial=0)
+        parts = [flat.narrow(1, start, leaf.size) for start, leaf in zip(starts, self.leaves, strict=False)]
         return map_outputs(self.template, lambda place: self.leaves[place.index].restored(parts[place.index]))
 
 

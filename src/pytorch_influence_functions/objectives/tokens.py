@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..core.batches import whole_batch
@@ -41,7 +41,8 @@ class TokenCrossEntropy(AbstractLikelihood):
         shift: for causal language models, whose outputs at position t predict token t + 1 and whose labels
             are the input ids. A batch without "labels" then takes "input_ids", where "attention_mask" is not
             0. What a padding position predicts (the first token, where texts are padded on the left) does not
-            count, so that the loss of a text does not depend on how it is padded.
+            count, so that the loss of a text does not depend on how it is padded; unless padding itself has labels,
+            which then all count, as in the loss of a model that is given them.
         label_smoothing: share ε of every target that is spread evenly over the C classes, in [0, 1]: a token's loss is
             -(1 - ε) log p_y - ε/C Σ_c log p_c, as in `torch.nn.CrossEntropyLoss` and in a Trainer with
             `label_smoothing_factor`. The Hessian in the outputs stays that of the softmax.
@@ -196,13 +197,30 @@ class TokenCrossEntropy(AbstractLikelihood):
             # Padding on the left would be taught to predict the text's first token, and only where there is padding.
             mask = attention_mask_of(batch)
             if mask is not None and mask.shape == label.shape:
-                label = torch.where(mask == 0, torch.full_like(label, self.ignore_index), label)
+                taught = labels_at_padding(targets, mask, self.ignore_index).any(1, keepdim=True)
+                label = torch.where((mask == 0) & ~taught, torch.full_like(label, self.ignore_index), label)
         return label
 
 
 def _counted(logp: Float[Tensor, "n l"], factor: Float[Tensor, "n l"]) -> Float[Tensor, "n l"]:
     """`where` rather than a product: 0 · inf would be NaN at a token that does not count."""
     return torch.where(factor > 0, -logp * factor, torch.zeros_like(logp))
+
+
+def labels_at_padding(
+    targets: Int[Tensor, "n l"], mask: Shaped[Tensor, "n l"], ignore_index: int = -100
+) -> Bool[Tensor, "n l"]:
+    """Which labels stand at padding, so that padding is taught.
+
+    Args:
+        targets: class numbers of tokens.
+        mask: 0 at padding.
+        ignore_index: what labels that do not count are.
+
+    >>> labels_at_padding(torch.tensor([[5, 7, 0, -100]]), torch.tensor([[1, 1, 0, 0]]))
+    tensor([[False, False,  True, False]])
+    """
+    return (mask == 0) & (targets != ignore_index)
 
 
 def attention_mask_of(batch: Batch) -> Tensor | None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput, require
-from ..core.text import printable
+from ..core.text import as_title, printable
 from ..core.token_text import token_text_of
 from ..problem.data import Source
 from ..scores.scores import MEAN, Scores
@@ -54,7 +54,7 @@ def plot_influences(
     denormalize: Denormalize = None,
     class_names: list[str] | None = None,
     path: str | os.PathLike[str] | None = None,
-    tokens: Mapping[int, Any] | None = None,
+    tokens: Any = None,
     pieces: Pieces = None,
 ) -> Figure:
     """The query large, and beside it a row of helpful and a row of harmful training examples.
@@ -71,8 +71,9 @@ def plot_influences(
             stretched, on one scale for the whole picture.
         class_names: names of integer labels; by default those of the scores.
         path: also write the picture there; the ending says the format.
-        tokens: training index -> [queries, tokens], from `attribution.token_scores`: texts in full width, every token
-            coloured by its share of the score; `pieces` then turns an input into its tokens as strings.
+        tokens: the fitted method that gave the scores, or training index -> [queries, tokens], from its `token_scores`:
+            texts in full width, every token coloured by its share of the score; `pieces` then turns an input into its
+            tokens as strings.
         q: which query, as a row of the scores.
         pieces: an input's tokens as strings, one per token score; not needed where inputs are strings.
 
@@ -140,7 +141,7 @@ def _query_tile(row: Scores, queries: Source | None, denormalize: Denormalize) -
     """The query's example and label; of a row of several queries its name on a card."""
     query, name = int(row.query_ids[0]), row.describe_query(0)
     if queries is None:
-        return _Tile(ExampleView(card=name), "asked together", ("", ""))
+        return _Tile(ExampleView(card=name), "Asked together", ("", ""))
     if query >= len(queries):
         raise InvalidInput(f"queries= has {len(queries)} examples and the scores are of query {query}; pass theirs.")
     item = queries.item(query)
@@ -215,7 +216,7 @@ class _FigurePage:
         """Write the query's name, level with the first row's title, and its label, level with the scores."""
         name, label = query.above, query.below[0]
         room += 0.2
-        self.text(_MARGIN, _HEAD + 0.2, name[:1].upper() + name[1:], room, fontsize=10.5, fontweight="bold")
+        self.text(_MARGIN, _HEAD + 0.2, as_title(name), room, fontsize=10.5, fontweight="bold")
         if label:
             self.text(_MARGIN, _HEAD + _TITLE + _ABOVE - 0.07, f"label: {label}", room, fontsize=9)
 
@@ -384,7 +385,7 @@ def plot_damping_curve(
             axes.tick_params(labelsize=8)
             axes.set_title(title, fontsize=10, fontweight="bold")
         name = printable(by_lambda[middle].describe_query(q))
-        figure.text(0.085, 0.94, name[:1].upper() + name[1:], fontsize=9, color=style.FAINT, parse_math=False)
+        figure.text(0.085, 0.94, as_title(name), fontsize=9, color=style.FAINT, parse_math=False)
         style.save_figure(figure, path)
     return figure
 

@@ -6,15 +6,16 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput, require
-from ..core.text import printable
+from ..core.text import as_title, printable
 from ..core.token_text import token_text_of
+from ..influence.token_pairs import shown_token_scores
 from ..problem.data import Source
 from ..scores.scores import Scores
 from . import style
@@ -74,7 +75,7 @@ def plot_tokens(
     k: int,
     train: Source,
     queries: Source,
-    tokens: Mapping[int, Any],
+    tokens: Any,
     pieces: Pieces = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
@@ -84,7 +85,8 @@ def plot_tokens(
     texts show the lines around their strongest tokens.
 
     Args:
-        tokens: training index -> [queries, tokens], from `attribution.token_scores`.
+        tokens: training index -> [queries, tokens], from `attribution.token_scores`; or the fitted method, which is
+            asked about what is shown.
         pieces: input -> its tokens as strings, as many as there are scores; by default a string's words or letters.
 
     Raises:
@@ -95,10 +97,12 @@ def plot_tokens(
     if not 0 <= query < len(queries):
         raise InvalidInput(f"The scores are of query {query} and queries= has {len(queries)} texts; pass theirs.")
     sign = 1.0 if scores.lower_is_better else -1.0
-    texts = [
-        [_scored_text(scores, train, i, score, tokens, query, sign, pieces) for i, score in side]
-        for side in (scores.helpful(q, k), scores.harmful(q, k))
-    ]
+    sides, row = (scores.helpful(q, k), scores.harmful(q, k)), query
+    if not isinstance(tokens, Mapping):
+        listed = [list(dict.fromkeys(i for side in sides for i, _ in side))]
+        shares = shown_token_scores(tokens, replace(query_scores, query_source=queries), listed)[0]
+        tokens, row = {i: share[None] for i, share in shares.items()}, 0
+    texts = [[_scored_text(scores, train, i, score, tokens, row, sign, pieces) for i, score in side] for side in sides]
     known = token_text_of(queries.dataset, query) if pieces is None else None
     query_pieces = (
         _split_pieces(queries.item(query), None, pieces, f"query {query}") if known is None else readable(known.pieces)
@@ -192,7 +196,7 @@ def _draw_texts(query: _TokenText, texts: list[list[_TokenText]], name: str, sig
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     y = _TITLE
-    _write(axes, _MARGIN, y - 0.1, name[:1].upper() + name[1:], fontsize=10.5, fontweight="bold")
+    _write(axes, _MARGIN, y - 0.1, as_title(name), fontsize=10.5, fontweight="bold")
     _draw_card(axes, query, y, card_width, strongest, style.INK)
     y += _height(query)
     for side, side_heights, title, colour in zip(

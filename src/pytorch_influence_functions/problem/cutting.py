@@ -42,6 +42,17 @@ def is_cut_by_rows(collate: Callable[[list[Any]], Any], items: Sequence[Any]) ->
     )
 
 
+def holds_words(item: Any) -> bool:
+    """Whether an example holds a text.
+
+    Args:
+        item: one example as the dataset gives it.
+    """
+    if isinstance(item, Mapping):
+        return any(map(holds_words, item.values()))
+    return isinstance(item, (str, bytes)) or (isinstance(item, (tuple, list)) and any(map(holds_words, item[:1000])))
+
+
 def _agrees(row: Any, alone: Any) -> bool:
     """Whether a row of a batch is the example alone, or the same with padding."""
     if isinstance(row, Tensor) and isinstance(alone, Tensor):

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import (
-    ConcatDataset,
     DataLoader,
     IterableDataset,
     Subset,
@@ -20,16 +19,25 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ..core.batches import Collated, map_tensors, tensors_of
-from ..core.errors import InvalidInput, NonFinite, TrainingDataWarning, name_ids
+from ..core.batches import map_tensors
+from ..core.errors import InvalidInput, TrainingDataWarning, name_ids
 from ..core.indexing import spread_sample, while_cheap
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
-from .cutting import is_cut_by_rows, same
+from .cutting import holds_words, is_cut_by_rows, same
+from .finite import check_finite, refuse_meta
 from .random_state import same_rng
 from .reading import Collate, NamingCollate, NamingDataset, Reader
 from .samplers import SampledSubset, examples_of
-from .tables import LabelledTensors, NamedTensors, as_dataset, holds_double_arrays
+from .tables import (
+    LabelledTensors,
+    NamedTensors,
+    as_dataset,
+    class_names_of,
+    columns_of,
+    holds_double_arrays,
+    in_order_of,
+)
 
 IdsLike: TypeAlias = Tensor | Sequence[int] | slice | None
 
@@ -98,7 +106,7 @@ def _fast_columns(dataset: Any) -> tuple[Any, Tensor | None] | None:
 class Source:
     """Examples by index, batched in dataset order. Made with `Source.of`.
 
-    A loader gives its dataset, collate function, workers and batch size; shuffling and `drop_last` are ignored. A
+    A loader gives its dataset, collate function, workers and batch size, whatever its shuffling and `drop_last`. A
     sampler that draws the same part of the dataset in every epoch (`SubsetRandomSampler`, or one of your own) says what
     the training set is: the source is that part, in dataset order, and `positions` are its places in the dataset, by
     which scores name it. Other samplers are refused (weights) or warned about once.
@@ -118,15 +126,27 @@ class Source:
     """Whether the batch size was asked for: batches are never larger then."""
     any_precision: bool = False
     """Whether float64 says nothing about the data, as in NumPy's arrays, whose default it is: the model's is taken."""
+    loaded_singly: bool = False
+    """Whether it is a loader whose batches are single examples: a loss averaged over a batch is then each example's."""
     reading: str = ""
     """How a loader's sampler was read, in words; empty where it visits the whole dataset."""
-    ask: Callable[[Any, Any], Source] | None = field(default=None, repr=False)
-    """Reads what is asked of a problem with these data, `(problem, queries) -> Source`, where it has a form of its own,
-    as texts have; None: queries have the form of the data."""
+    drops_last: bool = False
+    """Whether a loader leaves out the last batch of an epoch where it is not full: told to what trains again."""
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    """The names of the columns, where frames were given: other frames are put in their order, see `read_alike`."""
+    ask: Callable[..., Source] | None = field(default=None, repr=False)
+    """Reads what is asked of a problem with these data, `(problem, queries, labelled=False) -> Source`, where it has a
+    form of its own, as texts have; `labelled`: each has to have its label. None: queries have the form of the data."""
     _determinism: dict[str, Any] = field(default_factory=dict, repr=False)  # what reading items twice has shown
 
     @classmethod
-    def of(cls, data: Any, batch_size: int | None = None, classes: Sequence[str] | None = None) -> Source:
+    def of(
+        cls,
+        data: Any,
+        batch_size: int | None = None,
+        classes: Sequence[str] | None = None,
+        columns: Mapping[str, tuple[Any, ...]] | None = None,
+    ) -> Source:
         """Wrap a dataset, a loader, or tensors or arrays `(x, y)`; reads nothing.
 
         Args:
@@ -136,20 +156,23 @@ class Source:
                 lists are taken in torch's default precision, NumPy's float64 in the model's. Labels may be words.
             batch_size: examples per batch, never more; `None`: what suits an example's size, see `suited_to`.
             classes: what labels in words are numbered by; `None`: a categorical series' own order, else alphabetical.
+            columns: the order of the columns of frames, see `Source.columns`; `None`: their own.
 
         Raises:
             InvalidInput: data that can only be iterated, has no length or is empty; arrays of different
-                lengths or without numbers; a loader without batches.
+                lengths or without numbers; frames with other columns; a loader without batches.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size)
         if isinstance(data, Source):
             return data if batch_size is None else replace(data, batch_size=batch_size, fixed=True)
         if not isinstance(data, DataLoader):
+            data = in_order_of(data, columns or {})
             dataset = as_dataset(data, classes)
             _check_dataset(dataset)
             fixed, loose = batch_size is not None, holds_double_arrays(data)
-            return cls(dataset, batch_size=batch_size or BATCH_SIZE, fixed=fixed, any_precision=loose)
+            named = columns_of(data)
+            return cls(dataset, batch_size=batch_size or BATCH_SIZE, fixed=fixed, any_precision=loose, columns=named)
         _check_dataset(data.dataset)
         if data.batch_sampler is None:
             raise InvalidInput(
@@ -166,8 +189,31 @@ class Source:
                 "multiprocessing_context": data.multiprocessing_context,
             }
         dataset, reading = examples_of(data)
-        fixed = batch_size is not None
-        return cls(dataset, data.collate_fn, int(size), data.num_workers, options, fixed, reading=reading)
+        fixed, drops = batch_size is not None, bool(getattr(data.batch_sampler, "drop_last", False))
+        singly = (data.batch_size or getattr(data.batch_sampler, "batch_size", None)) == 1
+        return cls(
+            dataset, data.collate_fn, int(size), data.num_workers, options, fixed, loaded_singly=singly,
+            reading=reading, drops_last=drops,
+        )  # fmt: skip
+
+    def read_alike(self, data: Any, batch_size: int | None = None) -> Source:
+        """Other examples in the form of these: columns of frames go together by name, and labels in words too.
+
+        Args:
+            data: as for `Source.of`.
+            batch_size: as for `Source.of`.
+
+        Raises:
+            InvalidInput: as `Source.of`; columns or labels that these do not have.
+
+        Example:
+            >>> import pandas
+            >>> source = Source.of((pandas.DataFrame({"a": [1.0, 2.0], "b": [3.0, 4.0]}), [0, 1]))
+            >>> other = source.read_alike((pandas.DataFrame({"b": [3.0], "a": [1.0]}), [0]))
+            >>> other.item(0)[0].tolist()
+            [1.0, 3.0]
+        """
+        return Source.of(data, batch_size, self.class_names or (), self.columns)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -259,20 +305,20 @@ class Source:
         )
 
     @cached_property
-    def columns(self) -> tuple[Any, Tensor | None] | None:
+    def tensor_columns(self) -> tuple[Any, Tensor | None] | None:
         """The tensors of all examples and the rows of them that are taken, None for all; None where items are read."""
         return _fast_columns(self.dataset) if self.collate is default_collate else None
 
     @property
     def in_memory(self) -> bool:
         """Whether a batch is picked out of tensors, so that reading it costs next to nothing."""
-        return self.columns is not None
+        return self.tensor_columns is not None
 
     def item(self, index: int) -> Any:
         """One example as the dataset gives it, not collated."""
         self.plan([index])
         item = NamingDataset(self.dataset)[int(index)]
-        _refuse_meta(item, f"Item {int(index)} of the dataset")
+        refuse_meta(item, f"Item {int(index)} of the dataset")
         return item
 
     def subset(self, ids: IdsLike) -> Source:
@@ -316,8 +362,8 @@ class Source:
         Raises:
             InvalidInput: an item cannot be read, or a batch not collated; the item is named.
         """
-        if self.columns is not None:
-            columns, index = self.columns
+        if self.tensor_columns is not None:
+            columns, index = self.tensor_columns
             for ids in plan:
                 rows = ids if index is None else index[ids]
                 named = isinstance(columns, Mapping)
@@ -339,12 +385,22 @@ class Source:
     @property
     def class_names(self) -> list[str] | None:
         """The names of the classes, where the dataset knows them."""
-        return _class_names(self.dataset)
+        return class_names_of(self.dataset)
 
     @property
     def is_cut_by_rows(self) -> bool:
         """Whether every example of a batch is a row of its tensors; else its examples are collated again one by one."""
-        return self.collate is default_collate or self._try_collate()["rows"]
+        return (self.collate is default_collate and not self._holds_words) or self._try_collate()["rows"]
+
+    @property
+    def _holds_words(self) -> bool:
+        """Whether examples hold texts, of which a batch has a list, which no tensor's axis runs over."""
+        if self.in_memory:
+            return False
+        if "words" not in self._determinism:
+            with same_rng():
+                self._determinism["words"] = holds_words(self.item(0))
+        return bool(self._determinism["words"])
 
     @property
     def _collate_draws(self) -> bool:
@@ -382,8 +438,11 @@ class Source:
             return
         if "differs" not in self._determinism:
             with same_rng():
-                odd = next((i for i in self._probes() if not same(self.item(i), self.item(i))), None)
-            self._determinism["differs"] = odd
+                first = self.item(0)
+                odd = next(
+                    (i for i in self._probes() if not same(first if i == 0 else self.item(i), self.item(i))), None
+                )
+            self._determinism.update(differs=odd, words=holds_words(first))
         differs, drawn = self._determinism["differs"], self._collate_draws
         if (differs is None and not drawn) or (policy == "warn" and self._determinism.get("warned")):
             return
@@ -423,66 +482,5 @@ class Source:
         self._determinism["padding"] = text
 
     def check_finite(self, ids: Int[Tensor, "_"], batch: Any) -> None:
-        """Refuse NaN and infinity in the floating point tensors of a batch that have one row per example.
-
-        Raises:
-            NonFinite: names the dataset indices.
-        """
-        _refuse_meta(batch, "The batch")
-        if isinstance(batch, Collated):
-            self._check_items(ids, batch)
-            return
-        for where, tensor in tensors_of(batch):
-            if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.shape[:1] != ids.shape:
-                continue
-            # The sum is one cheap pass; a sum that is not finite may also be an overflow, hence the second check.
-            if bool(torch.isfinite(tensor.sum())):
-                continue
-            finite = torch.isfinite(tensor)
-            if not bool(finite.all()):
-                self._refuse_nonfinite(ids[(~finite).reshape(len(ids), -1).any(1).cpu()], f"batch{where}")
-
-    def _check_items(self, ids: Int[Tensor, "_"], batch: Collated) -> None:
-        """As `check_finite`, where an example is no row: its tensors are looked at before they were collated."""
-        for place, item in zip(ids, batch.items, strict=True):
-            for where, tensor in tensors_of(item):
-                if not bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
-                    self._refuse_nonfinite(place[None], f"item{where}")
-
-    def _refuse_nonfinite(self, ids: Int[Tensor, "_"], where: str) -> None:
-        places = ids if self.positions is None else self.positions[ids]
-        part = "" if where == "batch" else f" (in {where})"
-        raise NonFinite(
-            f"The data hold NaN or infinity at dataset index {name_ids(places.tolist())}{part}; "
-            "repair or remove these examples."
-        )
-
-
-# --------------------------------------------------------------------------- what a dataset says of itself
-
-
-def _refuse_meta(data: Any, what: str) -> None:
-    for where, tensor in tensors_of(data):
-        if tensor.is_meta:
-            raise InvalidInput(
-                f"{what} lies on the meta device{f' (in {where})' if where else ''}, which holds no values; load the "
-                "data on the CPU or on the model's device."
-            )
-
-
-def _class_names(dataset: Any) -> list[str] | None:
-    for attribute in ("classes", "class_names"):
-        names = getattr(dataset, attribute, None)
-        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
-            return list(names)
-    features = getattr(dataset, "features", None)
-    if isinstance(features, Mapping):
-        for label in ("label", "labels"):
-            names = getattr(features.get(label), "names", None)
-            if isinstance(names, list) and all(isinstance(name, str) for name in names):
-                return list(names)
-    if isinstance(dataset, ConcatDataset):
-        several = [_class_names(part) for part in dataset.datasets]
-        return several[0] if all(names == several[0] for names in several) else None
-    inner = getattr(dataset, "dataset", None)
-    return None if inner is None or inner is dataset else _class_names(inner)
+        """Refuse NaN and infinity in the floating point tensors of a batch, see `check_finite`."""
+        check_finite(ids, batch, self.positions)

@@ -18,6 +18,7 @@ from ..objectives.likelihoods import CrossEntropy, SquaredError
 from ..objectives.tokens import TokenCrossEntropy
 from .data import Source
 from .model_state import preserved
+from .own_loss import OwnLoss, is_half, warn_of_taught_padding
 from .problem import check_weights, model_device
 
 # Values are judged on up to this many examples, evenly spaced.
@@ -27,26 +28,109 @@ _NEAR_LABELS: Final = (-1.0, 2.0)
 _MOST_OUTSIDE: Final = 0.25
 
 
-def infer_objective(model: nn.Module, source: Source, device: torch.device | str | None = None) -> AbstractObjective:
+def infer_objective(
+    model: nn.Module, source: Source, device: torch.device | str | None = None, own: OwnLoss | None = None
+) -> AbstractObjective:
     """The training loss, from shapes, types and values of outputs and targets of a few examples.
+
+    Where the model returns a loss of its own for labels, as models of transformers do, this says what outputs and
+    targets leave open (whether a loss of tokens is shifted, and over what it is a mean), and must be the same.
 
     Args:
         model: the trained model.
         source: its training data.
         device: where to compute; None: where the model is.
+        own: what training computes for a batch; None: what the model returns.
 
     Raises:
-        InvalidInput: more than one loss fits; the message names the readings and what to write for each.
+        InvalidInput: more than one loss fits, or the model returns another; the message names the readings and what to
+            write for each.
     """
     check_weights(model)
     source = replace(source, batch_size=min(_LOOK, source.batch_size))
-    device, looks = model_device(model, device), list[tuple[Any, Tensor]]()
+    device, looks, every = model_device(model, device), list[tuple[Any, Tensor]](), list[Tensor]()
     for ids, batch in source.batches(spread_sample(len(source), _LOOK)):
         source.check_finite(ids, batch)
         batch = source.in_precision_of(to_device(batch, device), model)
         with preserved(model), torch.no_grad():
             looks.append((batch, CrossEntropy().outputs(model, batch)))
         check_outputs(looks[-1][1], ids)
+        every.append(ids)
+    objective = _from_values(looks)
+    if isinstance(objective, TokenCrossEntropy):
+        warn_of_taught_padding([batch for batch, _ in looks])
+    own = OwnLoss.of(model) if own is None else own
+    return _as_training_computes(objective, list(zip(every, looks, strict=True)), model, own, source.loaded_singly)
+
+
+def _as_training_computes(
+    objective: AbstractObjective,
+    looks: list[tuple[Tensor, tuple[Any, Tensor]]],
+    model: nn.Module,
+    own: OwnLoss,
+    singly: bool,
+) -> AbstractObjective:
+    """The objective, or what it leaves open, as training's own loss of the same batches says it.
+
+    Args:
+        objective: what outputs and targets suggest.
+        looks: the indices of each batch that was looked at, the batch, and its outputs.
+        model: the model.
+        own: what training computes.
+        singly: whether training saw batches of one example.
+
+    Raises:
+        InvalidInput: training's own loss is another.
+    """
+    ids, (batch, outputs) = looks[0]
+    try:
+        objective.check(outputs, batch, ids)
+    except InvalidInput:
+        return objective  # refused in its own words, with the examples named, where the losses are used
+    if (own.is_models and not _meets_its_labels(objective, batch)) or own.value(batch) is None:
+        return objective
+    half, first = is_half(model), None
+    for candidate in _readings(objective):
+        for ids, (batch, outputs) in looks:
+            gap = own.gap(candidate, batch, outputs, half)
+            if gap is not None:
+                first = (ids.tolist(), gap) if first is None else first
+                break
+        else:
+            if singly and isinstance(candidate, TokenCrossEntropy):
+                return replace(candidate, average=True)
+            return candidate
+    assert first is not None, "some reading differed"
+    raise own.refusal(objective, *first, "which their outputs and targets suggest")
+
+
+def _meets_its_labels(objective: AbstractObjective, batch: Any) -> bool:
+    """Whether training gave the model these labels: named ones, or in a tuple those that repeat the inputs.
+
+    Labels that are moved by one already are for a loss of the outputs.
+    """
+    batch = whole_batch(batch)
+    if isinstance(batch, Mapping):
+        inputs, targets = batch.get("input_ids"), inputs_and_targets(batch)[2]
+        if not isinstance(objective, TokenCrossEntropy) or not isinstance(inputs, Tensor):
+            return True
+        moved = inputs.shape == targets.shape and _repeats(inputs[:, 1:], targets[:, :-1])
+        return not moved or _repeats(inputs, targets) or not bool((targets[:, :-1] >= 0).any())
+    return isinstance(objective, TokenCrossEntropy) and _is_causal(batch, inputs_and_targets(batch)[2])
+
+
+def _readings(objective: AbstractObjective) -> list[AbstractObjective]:
+    """What outputs and targets leave open, the likeliest first."""
+    if isinstance(objective, TokenCrossEntropy):
+        shifts = (objective.shift, not objective.shift)
+        return [replace(objective, shift=shift, average=average) for shift in shifts for average in (False, True)]
+    if isinstance(objective, SquaredError):
+        return [objective, SquaredError(average=True, half=False)]
+    return [objective, Bernoulli(average=True)] if isinstance(objective, Bernoulli) else [objective]
+
+
+def _from_values(looks: list[tuple[Any, Tensor]]) -> AbstractObjective:
+    """The loss that shapes, types and values suggest."""
     batch, outputs = looks[0]
     targets = inputs_and_targets(batch)[2]
     if not isinstance(targets, Tensor):
@@ -117,7 +201,8 @@ def _infer_classes(outputs: Tensor) -> AbstractObjective:
 
 
 def _infer_tokens(outputs: Tensor, targets: Tensor, batch: Any) -> AbstractObjective:
-    shift = _is_causal(batch, targets)
+    # Of a tuple only a model that returns a loss for such labels says so: an autoencoder's repeat the inputs too.
+    shift = isinstance(whole_batch(batch), Mapping) and _is_causal(batch, targets)
     if outputs.shape[1] == outputs.shape[2]:
         length = outputs.shape[1]
         raise InvalidInput(
@@ -213,8 +298,13 @@ def _is_causal(batch: Any, targets: Tensor) -> bool:
     """Whether the labels repeat the inputs, so that position t predicts token t + 1."""
     batch = whole_batch(batch)
     inputs = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(inputs, Tensor) or inputs.shape != targets.shape:
-        return False
+    if isinstance(batch, (tuple, list)):
+        inputs = batch[0].get("input_ids") if isinstance(batch[0], Mapping) else batch[0]
+    return isinstance(inputs, Tensor) and inputs.shape == targets.shape and _repeats(inputs, targets)
+
+
+def _repeats(inputs: Tensor, targets: Tensor) -> bool:
+    """Whether the labels that count are the inputs beside them."""
     counted = targets >= 0
     return bool((inputs[counted] == targets[counted]).all())
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from ..core.functional import fit_arguments
 from ..objectives.base import AbstractObjective
 from ..objectives.loss_weights import TrainedLoss, loss_module
 from ..objectives.measures import FromFunction
@@ -52,6 +53,7 @@ class ModelAndLoss(nn.Module):
         return f"{self.loss_name}."
 
     def forward(self, *args: Any, **kwargs: Any) -> OutputsAndWeights:
+        args, kwargs = fit_arguments(self.inner, args, kwargs)
         outputs = self.inner(*args, **kwargs)
         present = dict(self.trained.module.named_parameters())
         return OutputsAndWeights(outputs, {name: present[name] for name in self.weights})

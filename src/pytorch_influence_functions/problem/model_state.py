@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +16,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..core.attributes import Attributes, put_back_tensor
 from ..core.cut_up import cut_modules, free_gathered
 from ..core.errors import UnknownName, nearest
-from .packed_weights import is_packed
+from ..core.packed_weights import is_packed
 from .random_state import rng_state, set_rng_state
 from .session import session
 
@@ -219,8 +220,9 @@ class _Snapshot:
     """Everything of a model that a pass can change, with the values from before it."""
 
     modes: list[tuple[nn.Module, bool]]
-    attributes: list[tuple[nn.Module, dict[str, Any]]]
-    """What a forward may keep: a weight that pruning computes, the last features, counts, and copies of small lists."""
+    """Of all modules but frozen ones of TorchScript, which have none."""
+    attributes: Attributes
+    """What a forward may keep: a weight that pruning computes, the last features, a hidden state, counts."""
     normalised: list[tuple[Tensor, Tensor]]
     """Embeddings with `max_norm`, whose forward changes the weight itself."""
     stand_ins: list[_StandIn]
@@ -242,8 +244,8 @@ class _Snapshot:
         copies = {id(s.copy): s.copy for s in stand_ins if isinstance(s.copy, nn.Parameter)}
         own = [p for p in model.parameters() if not p.is_inference()]
         return cls(
-            modes=[(m, m.training) for m in modules],
-            attributes=[(m, {name: _copied(value) for name, value in _kept(m).items()}) for m in modules],
+            modes=[(m, m.training) for m in modules if hasattr(m, "training")],
+            attributes=Attributes.of(modules),
             normalised=[(weight, weight.detach().clone()) for m in modules for weight in normalised_by(m)],
             stand_ins=stand_ins,
             parameters=[(p, p.requires_grad, p.grad) for p in [*own, *copies.values()]],
@@ -259,8 +261,9 @@ class _Snapshot:
 
     def enter(self) -> None:
         # The flag is set directly: train() is often overridden, with effects that eval() would not undo.
-        for module, _ in self.modes:
-            module.training = False
+        for module, training in self.modes:
+            if training:
+                module.training = False
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 module.sparse = False  # put back with the attributes; its gradients would be of a layout of their own
         for stand_in in self.stand_ins:
@@ -282,60 +285,23 @@ class _Snapshot:
             hook.remove()
         free_gathered(self.cut)
         for module, training in self.modes:
-            module.training = training
+            if module.training != training:
+                module.training = training
         for parameter, requires_grad, grad in self.parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         with torch.no_grad():
             for module, name, buffer, value in self.buffers:
                 module._buffers[name] = buffer
-                if buffer is not value and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                if buffer is not value:
+                    put_back_tensor(buffer, value)
             for weight, value in self.normalised:
                 if not torch.equal(weight, value):
                     weight.copy_(value)
         for stand_in in self.stand_ins:
             setattr(stand_in.module, stand_in.name, stand_in.tensor)
-        for module, before in self.attributes:
-            for name in _kept(module).keys() - before.keys():
-                del module.__dict__[name]
-            for name, value in before.items():
-                _put_back(module, name, value)
+        self.attributes.put_back()
         set_rng_state(self.rng)
-
-
-# A list or dictionary of more members is data, and no forward fills it in a call.
-_SMALL: Final = 1000
-
-
-def _kept(module: nn.Module) -> dict[str, Any]:
-    """Attributes of the user's own that a forward may set: tensors, numbers, small lists and dictionaries."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name != "training"
-        and (not name.startswith("_") or isinstance(value, Tensor))
-        and (isinstance(value, (Tensor, int, float)) or (type(value) in (list, dict) and len(value) <= _SMALL))
-    }
-
-
-def _copied(value: Any) -> Any:
-    """A list or dictionary with its members of now; anything else itself."""
-    return (value, value.copy()) if type(value) in (list, dict) else value
-
-
-def _put_back(module: nn.Module, name: str, before: Any) -> None:
-    if type(before) is not tuple:
-        module.__dict__[name] = before
-        return
-    container, members = before
-    module.__dict__[name] = container
-    if len(container) == len(members) and all(a is b for a, b in zip(container, members, strict=True)):
-        same = type(container) is list or all(container[key] is members[key] for key in members)
-        if same:
-            return
-    container.clear()
-    container.extend(members) if type(container) is list else container.update(members)
 
 
 def normalised_by(module: nn.Module) -> list[Tensor]:
@@ -355,8 +321,8 @@ def preserved(model: nn.Module, trainable: Iterable[str] | None = None) -> Itera
     Inside, every module is in eval mode, `.grad` is empty, and exactly the parameters named by `trainable`
     have `requires_grad` (`None`: as they were); the switches are those of `plain_autograd`, and copies stand in for
     parameters and buffers made in inference mode. Afterwards, also after an exception, the mode of each module,
-    `requires_grad`, `.grad` (the same tensors), the values of buffers, tensors that a layer computed (the weight of
-    pruning and of the old `weight_norm`) and all random generators are as before.
+    `requires_grad`, `.grad` (the same tensors), buffers, all that a forward kept on its module (see `Attributes`) and
+    all random generators are as before.
 
     Nested use on one model costs nothing and may end in any order (generators do): the state is taken when the first
     begins and restored when the last ends. Weights and hooks are not restored; whoever changes them restores them.

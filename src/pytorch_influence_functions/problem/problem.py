@@ -44,7 +44,8 @@ class Problem:
             module take part as parameters under `loss.`.
         data: what `Source.of` takes: dataset, loader, tensors or arrays.
         parameters: which parameters take part, see `Space.of`; `None`: all that are trainable.
-        weight_decay: a number, numbers by name or glob, the optimiser that trained the model, or `WeightDecay(...)`.
+        weight_decay: a number, numbers by name or glob, the optimiser (or optimisers) that trained the model, or
+            `WeightDecay(...)`.
         checkpoints: state dicts, or paths of `.safetensors` or torch files, loaded when they are used.
         batch_size: the most examples per batch; `None`: what suits an example's size, see `Source.suited_to`.
         deterministic: what to do when reading an example twice gives different values:
@@ -77,7 +78,11 @@ class Problem:
         objective: Any,
         data: Any,
         parameters: Selection = None,
-        weight_decay: float | Mapping[str, float] | torch.optim.Optimizer | WeightDecay = 0.0,
+        weight_decay: float
+        | Mapping[str, float]
+        | torch.optim.Optimizer
+        | Sequence[torch.optim.Optimizer]
+        | WeightDecay = 0.0,
         checkpoints: Sequence[Checkpoint] | Checkpoint = (),
         batch_size: int | None = None,
         deterministic: str = "warn",

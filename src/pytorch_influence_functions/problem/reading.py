@@ -76,6 +76,8 @@ class NamingCollate:
             )
         try:
             return self.collate(items)
+        except InvalidInput:  # says itself what to do
+            raise
         except Exception as cause:
             raise InvalidInput(
                 f"The collate function failed on {len(items)} examples with {type(cause).__name__}: "

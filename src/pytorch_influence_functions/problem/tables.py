@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 from ..core.errors import InvalidInput
 
@@ -37,7 +37,7 @@ class LabelledTensors(TensorDataset):
 
 @dataclass(frozen=True, eq=False)
 class SparseRows(Dataset[Any]):
-    """A sparse matrix beside dense columns; rows are written out when they are read, a batch at a time."""
+    """A sparse matrix, of scipy or torch, beside dense columns; rows are written out when read, a batch at a time."""
 
     matrix: Any
     columns: Dataset[Any]
@@ -49,7 +49,10 @@ class SparseRows(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, ids: list[int]) -> list[Any]:
-        rows = torch.as_tensor(self.matrix[ids].toarray()).to(torch.get_default_dtype())
+        if isinstance(self.matrix, Tensor):
+            rows = self.matrix.index_select(0, torch.tensor(ids, device=self.matrix.device)).to_dense()
+        else:
+            rows = torch.as_tensor(self.matrix[ids].toarray()).to(torch.get_default_dtype())
         return [(row, *self.columns[i]) for row, i in zip(rows, ids, strict=True)]
 
     @property
@@ -76,6 +79,8 @@ def as_dataset(data: Any, classes: Sequence[str] | None = None) -> Any:
         )
     if _is_array(data) or _is_frame(data):
         data = (data,)
+    if type(data) is TensorDataset and any(map(_is_sparse, data.tensors)):
+        data = data.tensors  # of which no batch could be made
     if isinstance(data, (tuple, list)) and data and _are_columns(data):
         return _dataset_of_columns(data, classes)
     if isinstance(data, Mapping) and not isinstance(data, Dataset):
@@ -86,6 +91,107 @@ def as_dataset(data: Any, classes: Sequence[str] | None = None) -> Any:
             "pass one split of it, or a mapping of equally long tensors or arrays."
         )
     return data
+
+
+def columns_of(data: Any) -> dict[str, tuple[Any, ...]]:
+    """The names of the columns of every frame in the data, by the frame's place, or its key in a mapping.
+
+    Args:
+        data: what was given.
+    """
+    return {place: names for place, member in _members(data).items() if (names := _column_names(member))}
+
+
+def in_order_of(data: Any, columns: Mapping[str, tuple[Any, ...]]) -> Any:
+    """The data with their frames' columns in the order that these have: by name, not by place.
+
+    Args:
+        data: what was given.
+        columns: see `columns_of`; a place that is not in it has no names, and is taken as it stands.
+
+    Raises:
+        InvalidInput: a frame has other columns.
+    """
+    members = _members(data)
+    changed = {
+        place: _ordered(member, columns[place], f"Array {place}")
+        for place, member in members.items()
+        if place in columns and _column_names(member) not in ((), columns[place])
+    }
+    if not changed:
+        return data
+    if isinstance(data, Mapping):
+        return {key: changed.get(str(key), member) for key, member in data.items()}
+    return type(data)(changed.get(place, member) for place, member in members.items())
+
+
+def row_in_order_of(row: Any, columns: Mapping[str, tuple[Any, ...]]) -> Any:
+    """New inputs of one example, of which a series with the names of the columns is put in their order.
+
+    Args:
+        row: one input, a tuple of one for each, or a mapping of them.
+        columns: see `columns_of`.
+
+    Raises:
+        InvalidInput: a series has other names.
+    """
+    if isinstance(row, Mapping):
+        return {key: _row_ordered(value, columns.get(str(key)), f"The new {key}") for key, value in row.items()}
+    if isinstance(row, tuple) and any(_is_frame(value) for value in row):
+        return tuple(_row_ordered(value, columns.get(str(i)), f"New input {i}") for i, value in enumerate(row))
+    return _row_ordered(row, columns.get("0"), "The new input")
+
+
+def _members(data: Any) -> dict[str, Any]:
+    """What stands side by side in the data, where that is a pair or a mapping of arrays."""
+    if isinstance(data, Mapping) and not isinstance(data, Dataset):
+        return {str(key): member for key, member in data.items()}
+    if isinstance(data, (tuple, list)) and any(map(_is_frame, data[:8])) and _are_columns(data):
+        return {str(place): member for place, member in enumerate(data)}
+    return {}
+
+
+def _column_names(member: Any) -> tuple[Any, ...]:
+    """Those of a frame of several columns; none where they are only numbered, as in a frame made of an array."""
+    if not _is_frame(member) or len(member.shape) != 2 or not hasattr(member, "columns"):
+        return ()
+    names = tuple(member.columns)
+    return () if len(names) < 2 or names == tuple(range(len(names))) else names
+
+
+def _ordered(frame: Any, names: tuple[Any, ...], what: str) -> Any:
+    given = _column_names(frame)
+    if len(set(given)) == len(given) and set(given) == set(names):
+        return frame[list(names)]
+    raise InvalidInput(_other_columns(what, given, names, "frame[[...]]", "frame"))
+
+
+def _row_ordered(row: Any, names: tuple[Any, ...] | None, what: str) -> Any:
+    labels = getattr(row, "index", None)
+    if names is None or not _is_frame(row) or len(row.shape) != 1 or labels is None:
+        return row
+    given = tuple(labels)
+    if given in (names, tuple(range(len(given)))):
+        return np.array(row)
+    if len(set(given)) == len(given) and set(given) == set(names):
+        return np.array(row[list(names)])
+    raise InvalidInput(_other_columns(what, given, names, "row[[...]]", "row"))
+
+
+def _other_columns(what: str, given: tuple[Any, ...], names: tuple[Any, ...], choice: str, variable: str) -> str:
+    missing, more = [n for n in names if n not in given], [n for n in given if n not in names]
+    differences = [f"lacks {_listed(missing)}"] if missing else []
+    differences += [f"has {_listed(more)} besides"] if more else []
+    differences = differences or ["has a name twice"]
+    return (
+        f"{what} {' and '.join(differences)}, and columns go together by name with those of the training data "
+        f"({_listed(names)}); choose or rename them, {choice} or rename(), or pass {variable}.to_numpy() where the "
+        "places are right."
+    )
+
+
+def _listed(names: Sequence[Any]) -> str:
+    return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
 
 
 def holds_double_arrays(data: Any) -> bool:
@@ -108,6 +214,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
     """
     if isinstance(value, Tensor):
         tensor = value.detach()
+        tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     else:
         array = value.to_numpy() if _is_frame(value) else np.asarray(value)
         if array.dtype == object and _is_frame(value):
@@ -179,7 +286,8 @@ def _dataset_of_columns(data: Sequence[Any], classes: Sequence[str] | None) -> A
         rest = _dataset_of_columns([*first[1:], last], None)
         rest = rest if names is None else LabelledTensors(rest.tensors, names)
         _check_lengths({"0": data[0], "1": rest})
-        return SparseRows(data[0].tocsr(), rest)
+        sparse = data[0].detach().to_sparse_coo().coalesce() if isinstance(data[0], Tensor) else data[0].tocsr()
+        return SparseRows(sparse, rest)
     _refuse_other_order(data)
     tensors = _check_lengths({str(i): as_tensor(x, str(i)) for i, x in enumerate([*first, last])})
     return TensorDataset(*tensors.values()) if names is None else LabelledTensors(list(tensors.values()), names)
@@ -211,6 +319,29 @@ def _check_lengths(columns: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
+def class_names_of(dataset: Any) -> list[str] | None:
+    """The names of the classes, where a dataset knows them.
+
+    Args:
+        dataset: any dataset, or one around another.
+    """
+    for attribute in ("classes", "class_names"):
+        names = getattr(dataset, attribute, None)
+        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+            return list(names)
+    features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping):
+        for label in ("label", "labels"):
+            names = getattr(features.get(label), "names", None)
+            if isinstance(names, list) and all(isinstance(name, str) for name in names):
+                return list(names)
+    if isinstance(dataset, ConcatDataset):
+        several = [class_names_of(part) for part in dataset.datasets]
+        return several[0] if all(names == several[0] for names in several) else None
+    inner = getattr(dataset, "dataset", None)
+    return None if inner is None or inner is dataset else class_names_of(inner)
+
+
 # --------------------------------------------------------------------------- what is what
 
 
@@ -224,6 +355,8 @@ def _is_frame(value: Any) -> bool:
 
 
 def _is_sparse(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.layout not in (torch.strided, torch.jagged)
     return hasattr(value, "nnz") and callable(getattr(value, "tocsr", None))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,8 @@ class WeightDecay:
             InvalidInput: the decay is decoupled (AdamW) or of a kind that is not known to be an L2 term, or
                 the optimiser trains no parameter of this model.
         """
+        inside = getattr(optimizer, "optimizer", None)  # of what accelerate wraps around it
+        optimizer = inside if isinstance(inside, torch.optim.Optimizer) else optimizer
         name_of = {id(p): name for name, p in unwrap(model)[0].named_parameters()}
         strengths: dict[str, float] = {}
         known = False
@@ -106,8 +108,34 @@ def _check_coupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], d
         )
 
 
+def _from_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> WeightDecay:
+    """The decay of each parameter, from the one of several optimisers that trains it.
+
+    Raises:
+        InvalidInput: two of them train the same parameter, or none trains any of the model.
+    """
+    strengths: dict[str, float] = {}
+    trained: set[int] = set()
+    known = {id(p): name for name, p in unwrap(model)[0].named_parameters()}
+    for optimizer in optimizers:
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]} & known.keys()
+        if own & trained:
+            twice = next(name for key, name in known.items() if key in own & trained)
+            raise InvalidInput(
+                f"Two of the optimisers given as weight_decay train {twice!r}, and which decay is meant "
+                "cannot be told; pass numbers by name of a parameter."
+            )
+        trained |= own
+        if own:
+            decay = WeightDecay.from_optimizer(optimizer, model).strength
+            strengths |= decay if isinstance(decay, Mapping) else {}
+    if not trained:
+        return WeightDecay.from_optimizer(optimizers[0], model)  # says that it holds no parameter of the model
+    return WeightDecay(strengths or 0.0)
+
+
 def as_weight_decay(given: Any, model: nn.Module, prefix: str = "") -> WeightDecay:
-    """A `WeightDecay` from a number, a mapping by parameter name, an optimiser, or a `WeightDecay`.
+    """A `WeightDecay` from a number, a mapping by parameter name, an optimiser or several, or a `WeightDecay`.
 
     Args:
         given: one of these.
@@ -122,11 +150,17 @@ def as_weight_decay(given: Any, model: nn.Module, prefix: str = "") -> WeightDec
         return WeightDecay(_without_prefix(given, prefix))
     if isinstance(given, torch.optim.Optimizer):
         return WeightDecay.from_optimizer(given, model)
+    several = list(given) if isinstance(given, (list, tuple)) else []
+    if several and all(isinstance(one, torch.optim.Optimizer) for one in several):
+        return _from_optimizers(several, model)
     if given is None:
         return WeightDecay()
     if isinstance(given, (int, float, Mapping)):
         return WeightDecay(given)
-    raise InvalidInput(f"weight_decay must be a number, an optimiser or WeightDecay(...), got {type(given).__name__}.")
+    raise InvalidInput(
+        f"weight_decay must be a number, an optimiser, a list of optimisers or WeightDecay(...), got "
+        f"{type(given).__name__}."
+    )
 
 
 def _without_prefix(strengths: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput, NonFinite
 from ..core.text import printable
 from ..core.token_text import TokenText
-from ..influence.attribution import Attribution
-from ..influence.token_pairs import query_token_scores, text_token_scores
+from ..influence.token_pairs import query_token_scores, shown_token_scores
 from ..problem.data import Source
 from ..scores.scores import Scores
 from .ranking import four_digits, score_row
@@ -189,34 +188,12 @@ def _ask(
     tokens: Any, scores: Scores, listed: list[list[int]], sign: float
 ) -> tuple[list[dict[int, Tensor]], list[Tensor]]:
     """Token scores of the texts that each query lists, and of the queries for these, from a fitted method."""
-    if not isinstance(tokens, Attribution):
-        raise InvalidInput(
-            f"tokens= is {type(tokens).__name__}; pass the fitted method that gave the scores, such as "
-            "ptif.ekfac().fit(problem), or its token_scores(queries, ids)."
-        )
-    source = scores.query_source
-    if source is None or bool((scores.query_ids < 0).any()):
-        raise InvalidInput(
-            "The scores do not hold their queries, which tokens= asks about; pass tokens=attribution.token_scores("
-            "queries, ids)."
-        )
-    if scores.diagnostics.rows:
-        raise InvalidInput(
-            f"The rows of these scores are made of several queries ({scores.diagnostics.rows.rstrip('.')}), whose "
-            "tokens cannot be told apart; score the queries one by one, or leave tokens= out."
-        )
-    rows = scores.query_ids.tolist()
-    # The answers that others are held against stand behind them.
-    pairs = int(getattr(source, "pairs", 0))
-    asked = source.subset(rows + [row + pairs for row in rows] if pairs else rows)
+    values = shown_token_scores(tokens, scores, listed)
     if not any(listed):
-        return [{} for _ in listed], []
-    values = text_token_scores(tokens, asked, listed * 2 if pairs else listed)
-    if pairs:
-        both = zip(values[: len(rows)], values[len(rows) :], strict=True)
-        values = [{i: own[i] - other[i] for i in own} for own, other in both]
+        return values, []
     # Of a pair the page shows the first answer.
-    explained = query_token_scores(tokens, source.subset(rows), listed)
+    queries = scores.query_source.subset(scores.query_ids.tolist())
+    explained = query_token_scores(tokens, queries, listed)
     return [{i: sign * row for i, row in own.items()} for own in values], [sign * row for row in explained]
 
 

@@ -11,6 +11,8 @@ from ..core.errors import InvalidInput
 from .diagnostics import Diagnostics
 
 Scores: TypeAlias = Any  # the class is of the file above, which imports this one
+CONTRASTED = "each row is the measure of a query less that of the one that it is contrasted with"
+"""How rows of pairs are described: `Diagnostics.rows`."""
 
 
 def check_comparable(a: Scores, b: Scores) -> None:

@@ -315,9 +315,12 @@ class Scores:
         return f"{label:.4g}" if isinstance(label, float) else "" if label is None else str(label)
 
     def describe_query(self, q: int = 0) -> str:
-        """Query `q` by its name, else by its position in the query dataset."""
+        """Query `q` by its name, else by the beginning of its text, else by its position in the query dataset."""
         row = self._position(q)
-        return f"query {int(self.query_ids[row])}" if self.query_names is None else self.query_names[row]
+        if self.query_names is not None:
+            return self.query_names[row]
+        place = int(self.query_ids[row])
+        return text_name_of(self.query_source, place) or f"query {place}"
 
     def describe_train(self, index: int) -> str:
         """Training example `index` as `#index` with its label and its name, or the beginning of its text."""
@@ -454,7 +457,7 @@ class Scores:
             path: where to write the picture; the ending says the format (png, pdf, svg).
             denormalize: a function applied to an example before it is shown, or `(mean, std)` per channel.
             train, queries: the data, where these scores do not remember them (after `load`).
-            tokens: for texts, what `attribution.token_scores(queries, ids)` gave: every token is coloured by its share.
+            tokens: for texts, the fitted method, or its `token_scores(queries, ids)`: tokens coloured by their shares.
             pieces: an input's tokens as strings, one per token score; not needed where inputs are strings.
 
         Returns:

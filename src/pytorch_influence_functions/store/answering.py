@@ -130,7 +130,7 @@ class Search:
             query_labels=question.query_labels(),
             query_names=question.names,
             query_ids=question.query_ids,
-            query_source=None if question.source is None else question.source.whole,
+            query_source=question.shown,
             diagnostics=record,
             **told,
         )

@@ -21,14 +21,23 @@ from ..objectives.base import AbstractObjective
 from ..objectives.bernoulli import Bernoulli
 from ..objectives.likelihoods import CrossEntropy, SquaredError
 from ..objectives.tokens import TokenCrossEntropy
+from ..problem.data import Source
 from ..problem.fitted_weights import FittedWeights
 from ..problem.problem import Problem, check_model
 from ..problem.working_precision import in_working_precision
 from .build import LOSS, METHOD, PARAMETERS, check_model_is_same, describe_parameters
 from .folder import IndexFolder
+from .same_data import check_data
 
 _BUILD: Final = "build another index"
-_KNOWN_LOSSES: Final = (CrossEntropy(), SquaredError(), Bernoulli(), TokenCrossEntropy())
+_KNOWN_LOSSES: Final = (
+    CrossEntropy(),
+    SquaredError(),
+    SquaredError(average=True, half=False),
+    Bernoulli(),
+    Bernoulli(average=True),
+    *(TokenCrossEntropy(average=average, shift=shift) for average in (True, False) for shift in (False, True)),
+)
 
 
 @final
@@ -39,7 +48,7 @@ class Asker:
     Args:
         model: the model.
         loss: its training loss.
-        train: the training data; None: not given.
+        train: the examples of the index, by which its rows are named; None: not given.
         problem: all of it, where that was given.
         built_at: the model's weights when the index was built or opened.
         facts: what the index says of parameters and weight decay.
@@ -47,7 +56,7 @@ class Asker:
 
     model: nn.Module
     loss: Any
-    train: Any
+    train: Source | None
     problem: Problem | None
     built_at: FittedWeights
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -55,23 +64,28 @@ class Asker:
     _fitted: dict[str, Attribution] = field(default_factory=dict)
 
     @staticmethod
-    def of(problem: Problem) -> Asker:
-        """Of a whole problem."""
-        return Asker(problem.model, problem.objective, problem.data, problem, FittedWeights.of(problem))
+    def of(problem: Problem, train: Source | None) -> Asker:
+        """Of a whole problem.
+
+        Args:
+            problem: model, loss and the data that the curvature is of.
+            train: the examples of the index, where they are known.
+        """
+        return Asker(problem.model, problem.objective, train, problem, FittedWeights.of(problem))
 
     @staticmethod
     def at_open(opened: IndexFolder, model: Any, loss: Any, train: Any) -> Asker:
         """Of what was given to `Index.open`.
 
         Raises:
-            InvalidInput: it is another model, or the loss is not known.
+            InvalidInput: it is another model, other data, or the loss is not known.
         """
         manifest, where = opened.manifest, os.fspath(opened.path)
         if isinstance(model, Problem):
             if loss is not None or train is not None:
                 raise InvalidInput("The problem has its loss and its data; leave loss= and train= out.")
             check_model_is_same(manifest, model, where)
-            return Asker.of(model)
+            return Asker.of(model, model.data if check_data(opened, model.data) else None)
         check_model(model)
         if loss is None:
             loss = known_loss(manifest.fingerprint)
@@ -84,7 +98,8 @@ class Asker:
         problem = _problem(model, loss, data, manifest.facts)
         check_model_is_same(manifest, problem, where)
         whole = None if train is None else problem
-        return Asker(model, loss, train, whole, FittedWeights.of(problem), manifest.facts)
+        rows = None if whole is None or not check_data(opened, whole.data) else whole.data
+        return Asker(model, loss, rows, whole, FittedWeights.of(problem), manifest.facts)
 
     def derivatives(self, queries: Any, where: str, fingerprint: Fingerprint) -> Derivatives:
         """How gradients are taken, not projected; looked at once, on the training data or else on the queries.
@@ -118,8 +133,8 @@ class Asker:
                 known by name.
         """
         self.built_at.check(_BUILD)
-        if self.problem is None or len(self.problem) != count:
-            held = "none are given" if self.problem is None else f"{len(self.problem):,} are given"
+        if self.problem is None or self.train is not self.problem.data or len(self.problem) != count:
+            held = "none are given" if self.problem is None else f"{len(self.problem):,} others are given"
             raise InvalidInput(
                 f"rerank= needs the {count:,} training examples of the index, and {held}; open it with "
                 "Index.open(folder, problem), or with train=."
@@ -161,4 +176,7 @@ def known_method(fingerprint: Fingerprint) -> Influence | None:
 
 
 def _problem(model: nn.Module, loss: Any, data: Any, facts: Mapping[str, Any]) -> Problem:
-    return Problem(model, loss, data, parameters=list(facts["parameters"]), weight_decay=facts["weight_decay"])
+    columns = {place: tuple(names) for place, names in facts.get("columns", {}).items()}
+    source = Source.of(data, columns=columns)
+    source = replace(source, columns=columns or source.columns)
+    return Problem(model, loss, source, parameters=list(facts["parameters"]), weight_decay=facts["weight_decay"])

@@ -30,7 +30,7 @@ from ..problem.problem import Problem, sweep
 from ..problem.working_precision import in_working_precision
 from .codecs import CODECS
 from .columns import Columns
-from .examples import Examples, ShardSource, hash_examples
+from .examples import COMPARED, Examples, ShardSource, hash_examples, sample_digests
 from .fidelity import estimate_fidelity
 from .fitted_basis import FittedBasis, check_method, composition_of, fit_basis
 from .folder import IndexFolder, by_first, check_room, clear, write_basis, writing
@@ -39,6 +39,7 @@ from .manifest import MANIFEST, Manifest, Shard
 from .representation import Choice, Factors, Representation, choose
 
 HASHES, LABELS = "hashes", "labels"
+CURVATURE_DATA, SAMPLE = "curvature data", "sample"
 LOSS, PARAMETERS, DATA, METHOD = "loss", "parameters", "training data", "method"
 SHARD_BYTES: Final = 128 << 20
 # Examples that stand for the data in the fingerprint; all others are compared where they are stored.
@@ -189,6 +190,11 @@ class Plan:
             "parameters": list(self.problem.space.shapes),
             "weight_decay": strength if isinstance(strength, (int, float)) else dict(strength),
             "class_names": self.problem.data.class_names,
+            CURVATURE_DATA: {
+                "examples": len(self.given),
+                SAMPLE: sample_digests(self.given.data, torch.arange(len(self.given)), COMPARED),
+            },
+            "columns": {k: list(v) for k, v in self.problem.data.columns.items() if all(isinstance(n, str) for n in v)},
             "stationarity": {**vars(check), "shares": dict(check.shares)},
             "routes": self.derivatives.routes,
             "precision": self.method.precision,
@@ -304,7 +310,8 @@ def add_examples(
             )
         elif own:
             tensors, record = encode_shard(layout, projected, shard)
-            fresh.append(opened.write_shard(place, place + n, tensors, record))
+            sample = sample_digests(shard.source, shard.ids)
+            fresh.append(opened.write_shard(place, place + n, tensors, record, sample))
         place += n
         if (number + 1) % world.size == 0:
             _list(opened, fresh, place)

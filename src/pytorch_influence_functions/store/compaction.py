@@ -66,4 +66,4 @@ def _compacted(opened: IndexFolder, shard: Shard, kept: torch.Tensor) -> Shard:
     file = opened.read(shard.file)
     tensors = {name: tensor[kept] for name, tensor in file.tensors.items()}
     stored = write_file(opened.path, f"rows-{shard.first:012d}-{shard.stop:012d}", tensors, file.record)
-    return Shard(stored, shard.first, shard.stop, ranges_of(shard.ids[kept].tolist()))
+    return Shard(stored, shard.first, shard.stop, ranges_of(shard.ids[kept].tolist()), shard.sample)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -15,14 +15,19 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..core.batches import Collated, tensors_of
+from ..core.batches import Collated, tensors_of, whole_batch
 from ..core.digest import digest, tensor_bytes
 from ..core.errors import InvalidInput
+from ..core.indexing import spread_sample
 from ..gradients.sketches import random_words
 from ..problem.data import Source
+from ..problem.ingredients import seeded
 
 # Bytes of the words that digests are made from.
 _WORD: Final = 4
+# Examples of a file whose own digests are kept, by which other data are told later, and the most that are compared.
+_KEPT: Final = 16
+COMPARED: Final = 64
 
 
 @final
@@ -71,7 +76,7 @@ class Examples:
             if loader is not None:
                 like = replace(like, collate=loader.collate_fn, batch_size=loader.batch_size or like.batch_size)
             return Examples(None, inner, like)
-        source = data if isinstance(data, Source) else Source.of(data, like.batch_size if like.fixed else None)
+        source = data if isinstance(data, Source) else _read_as(like, data)
         if source.positions is not None:
             raise InvalidInput(
                 "The loader's sampler draws a part of its dataset, and an index names examples by their place in what "
@@ -96,8 +101,56 @@ class Examples:
             yield ShardSource(self._listed(part), torch.arange(len(part)))
 
     def _listed(self, part: list[Any]) -> Source:
-        like = self.like
-        return replace(Source.of(part), collate=like.collate, batch_size=like.batch_size, fixed=like.fixed)
+        like, source = self.like, _read_as(self.like, part)
+        return replace(source, collate=like.collate, batch_size=like.batch_size, fixed=like.fixed)
+
+
+def _read_as(like: Source, data: Any) -> Source:
+    """Data by index; texts and rows of them are encoded as those of the problem were."""
+    encode = getattr(like.dataset, "encode", None) if like.ask is not None else None
+    if encode is None or isinstance(data, DataLoader) or _is_item(data[0], like.dataset[0]):
+        return like.read_alike(data, like.batch_size if like.fixed else None)
+    return replace(like, dataset=encode(data), reading="", _determinism={})
+
+
+def _is_item(first: Any, known: Any) -> bool:
+    """Whether an example has the form of one that is encoded already."""
+    return isinstance(first, Mapping) and all(isinstance(first.get(name), Tensor) for name in known)
+
+
+def sample_digests(source: Source, ids: Int[Tensor, " n"], most: int = _KEPT) -> list[tuple[int, str]]:
+    """(place in `ids`, digest) of some examples.
+
+    Args:
+        source: what holds the examples.
+        ids: which ones these stand for.
+        most: how many.
+    """
+    places = spread_sample(len(ids), most)
+    return list(zip(places.tolist(), digest_alone(source, ids[places]), strict=True))
+
+
+def digest_alone(source: Source, ids: Int[Tensor, " n"]) -> list[str]:
+    """A digest of every example read and collated by itself, so that no batch, padding or precision counts.
+
+    Args:
+        source: what holds the examples.
+        ids: which ones.
+    """
+    alone = replace(source, num_workers=0, worker_options={})
+    with seeded():
+        return [
+            _digest_single(whole_batch(batch)) for _, batch in alone.load([ids[k : k + 1] for k in range(len(ids))])
+        ]
+
+
+def _digest_single(batch: Any) -> str:
+    """Of all tensors, real numbers in float32: arrays are often in float64 for no reason."""
+    tensors = {
+        where: tensor.detach().float() if tensor.dtype == torch.float64 else tensor.detach()
+        for where, tensor in tensors_of(batch)
+    }
+    return digest(tensors or batch)[:16]
 
 
 def hash_examples(batch: Any, n: int) -> Int[Tensor, " n"]:

@@ -80,12 +80,17 @@ class IndexFolder:
         return map_file(self.path, stored, verify=False)
 
     def write_shard(
-        self, first: int, stop: int, tensors: Mapping[str, Tensor | Sequence[Tensor]], record: Mapping[str, Any]
+        self,
+        first: int,
+        stop: int,
+        tensors: Mapping[str, Tensor | Sequence[Tensor]],
+        record: Mapping[str, Any],
+        sample: Sequence[tuple[int, str]],
     ) -> Shard:
         """Write a shard, which is to be listed next: killed in between, it does not count and is written again."""
         stored = write_file(self.path, f"{_ROWS}-{first:012d}-{stop:012d}", tensors, record)
         self._verified.add(stored.name)
-        return Shard(stored, first, stop)
+        return Shard(stored, first, stop, sample=tuple(sample))
 
     def list_shards(self, written: Sequence[Shard]) -> None:
         """Let shards count that follow those that are listed.

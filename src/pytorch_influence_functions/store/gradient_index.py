@@ -124,8 +124,9 @@ class Index:
         refuse_cut_up(problem)
         table = None if columns is None else Columns.of(columns, Examples.of(data, problem.data).count)
         kept = {"what is kept": f"{plan.choice.representation!r} in {plan.choice.codec.name}, {plan.shard_rows} a file"}
-        agree_on_given({**kept, "overwrite=": overwrite}, Examples.of(data, problem.data).source)
-        index = Index(IndexFolder(Path(folder), build(plan, folder, data, overwrite, table)), Asker.of(problem))
+        source = Examples.of(data, problem.data).source
+        agree_on_given({**kept, "overwrite=": overwrite}, source)
+        index = Index(IndexFolder(Path(folder), build(plan, folder, data, overwrite, table)), Asker.of(problem, source))
         return index if table is None else index._with_columns(table)
 
     @staticmethod
@@ -161,11 +162,12 @@ class Index:
             folder: where it lies.
             model: the model that it was built from, or its problem.
             loss: the training loss; `None`: the library's own that it was built with, else it must be given.
-            train: the training data, which only `append` and `rerank=` need.
+            train: the training data, which only `append` and `rerank=` need. Some of them are compared with what the
+                index was built from.
             check: compare the digest of every file when it is first read.
 
         Raises:
-            InvalidInput: there is no index, it is damaged, or it was built from another model or loss.
+            InvalidInput: there is no index, it is damaged, or it was built from another model, loss or other data.
         """
         flag("check", check)
         opened = IndexFolder.open(folder, check)

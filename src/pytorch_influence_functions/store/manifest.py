@@ -59,12 +59,14 @@ class Shard:
         first: the example at its start.
         stop: one after the example at its end.
         kept: the examples whose rows it holds, as ranges; None: all between `first` and `stop`.
+        sample: (place behind `first`, digest) of some examples; empty in what an earlier version wrote.
     """
 
     file: StoredFile
     first: int
     stop: int
     kept: tuple[tuple[int, int], ...] | None = None
+    sample: tuple[tuple[int, str], ...] = ()
 
     @property
     def ids(self) -> Int[Tensor, " n"]:
@@ -74,13 +76,14 @@ class Shard:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {**vars(self.file), "first": self.first, "stop": self.stop, "kept": self.kept}
+        return {**vars(self.file), "first": self.first, "stop": self.stop, "kept": self.kept, "sample": self.sample}
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> Shard:
         """What `to_dict` gave."""
         kept = None if stored["kept"] is None else tuple((int(first), int(stop)) for first, stop in stored["kept"])
-        return Shard(StoredFile.from_dict(stored), int(stored["first"]), int(stored["stop"]), kept)
+        sample = tuple((int(place), str(digest)) for place, digest in stored.get("sample", ()))
+        return Shard(StoredFile.from_dict(stored), int(stored["first"]), int(stored["stop"]), kept, sample)
 
 
 @final

@@ -14,11 +14,11 @@ def trainer_callback(folder: str | PathLike[str], **options: Any) -> Any:
     """A callback for the Hugging Face `Trainer`: `Trainer(..., callbacks=[trainer_callback(folder)])` records its run.
 
     The length of the run, the batch size and, after `resume_from_checkpoint`, the step at which it goes on are the
-    Trainer's.
+    Trainer's. A training that starts anew is not put into a folder that holds another run, but with `overwrite=True`.
 
     Args:
         folder: where the recording lies.
-        options: other arguments of `Recorder`, such as `dtype` or `most_bytes`.
+        options: other arguments of `Recorder`, such as `dtype`, `most_bytes` or `overwrite`.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -35,7 +35,7 @@ def trainer_callback(folder: str | PathLike[str], **options: Any) -> Any:
                 return
             workers = max(1, getattr(args, "world_size", 1))
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * workers
-            known: dict[str, Any] = {"steps": state.max_steps, "batch_size": batch, "start": state.global_step or None}
+            known: dict[str, Any] = {"steps": state.max_steps, "batch_size": batch, "start": state.global_step}
             self.recorder = Recorder(parts["model"], parts["optimizer"], folder, **(known | options))
             self.recorder.begin()
 
@@ -50,11 +50,12 @@ def lightning_callback(folder: str | PathLike[str], **options: Any) -> Any:
     """A callback for Lightning's `Trainer`: `Trainer(callbacks=[lightning_callback(folder)])` records its run.
 
     The weights are those of the LightningModule, under its names. The length of the run and, after `ckpt_path=`, the
-    step at which it goes on are the Trainer's.
+    step at which it goes on are the Trainer's. A training that starts anew is not put into a folder that holds another
+    run, but with `overwrite=True`.
 
     Args:
         folder: where the recording lies.
-        options: other arguments of `Recorder`, such as `dtype` or `batch_size`.
+        options: other arguments of `Recorder`, such as `dtype`, `batch_size` or `overwrite`.
 
     Raises:
         MissingExtra: neither lightning nor pytorch_lightning is installed.
@@ -74,7 +75,7 @@ def lightning_callback(folder: str | PathLike[str], **options: Any) -> Any:
                 return
             length = trainer.estimated_stepping_batches
             steps = int(length) if length not in (None, float("inf")) and length > 0 else None
-            known: dict[str, Any] = {"steps": steps, "start": trainer.global_step or None}
+            known: dict[str, Any] = {"steps": steps, "start": trainer.global_step}
             self.recorder = Recorder(module, trainer.optimizers[0], folder, **(known | options))
             self.recorder.begin()
 

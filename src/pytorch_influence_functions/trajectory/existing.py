@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import InvalidInput, first_line
 from ..problem.adapters import FILES as ADAPTER_FILES
-from .recorded_step import GroupState, RecordedStep
+from .recorded_step import GroupState, RecordedStep, with_rates
 
 _TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", *ADAPTER_FILES)
@@ -61,9 +61,9 @@ def _read_trainer_state(path: Path) -> Mapping[str, Any]:
 def _trainer_groups(path: Path, state: Mapping[str, Any], step: int) -> tuple[GroupState, ...]:
     """The optimiser's settings; else the learning rate that was logged; else nothing."""
     lr_sum = _sum_logged_rates(state, step)
-    with_rates = _read_groups(path / "optimizer.pt")
-    if with_rates:
-        return tuple(GroupState.of(g, lr_sum, decoupled=True) for g in with_rates)
+    groups = _read_groups(path / "optimizer.pt")
+    if groups:
+        return tuple(GroupState.of(g, lr_sum, decoupled=True) for g in groups)
     logged = [e["learning_rate"] for e in _logged(state) if e["step"] <= step]
     return (GroupState(float(logged[-1]), lr_sum),) if logged else ()
 
@@ -94,7 +94,7 @@ def _read_groups(path: Path) -> list[Mapping[str, Any]]:
     except Exception:
         return []
     groups = state.get("param_groups") if isinstance(state, dict) else None
-    return [g for g in groups if isinstance(g, dict) and "lr" in g] if isinstance(groups, list) else []
+    return with_rates(groups) if isinstance(groups, list) else []
 
 
 # --------------------------------------------------------------------------- Lightning
@@ -121,7 +121,7 @@ def read_lightning(paths: list[Path]) -> list[RecordedStep]:
                 "or a list of state dicts."
             )
         optimizers = content.get("optimizer_states") or [{}]
-        groups = [g for g in optimizers[0].get("param_groups", []) if isinstance(g, dict) and "lr" in g]
+        groups = with_rates(optimizers[0].get("param_groups", []))
         step = int(content["global_step"])
         # last.ckpt is a copy of another one.
         steps.setdefault(step, RecordedStep(step, path, tuple(GroupState.of(g, None, decoupled=False) for g in groups)))

@@ -50,11 +50,11 @@ class GroupState:
         return GroupState(
             lr=float(group["lr"]),
             lr_sum=lr_sum,
-            weight_decay=float(group.get("weight_decay") or 0.0),
+            weight_decay=_number(group.get("weight_decay")) or 0.0,
             decoupled=bool(group.get("decoupled_weight_decay", decoupled)),
-            momentum=float(group.get("momentum") or 0.0),
-            beta2=None if betas is None else float(betas[-1]),
-            eps=None if group.get("eps") is None else float(group["eps"]),
+            momentum=_number(group.get("momentum")) or 0.0,
+            beta2=_number(betas[-1]) if isinstance(betas, (tuple, list)) and len(betas) == 2 else None,
+            eps=_number(group.get("eps")),
         )
 
     @staticmethod
@@ -92,9 +92,32 @@ class RecordedStep:
     def __repr__(self) -> str:
         return f"RecordedStep({self.step})"
 
+    @property
+    def unmoved(self) -> bool:
+        """Whether the rates of all steps so far were 0, so that these are the weights of the start."""
+        return bool(self.groups) and all(group.lr_sum == 0 for group in self.groups)
+
     def __fingerprint__(self) -> tuple[Any, ...]:
         """What results depend on: the weights, wherever they lie."""
         return (self.step, self.identity or digest(load_checkpoint(self.weights)))
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of every parameter group; empty where the optimiser finds them itself, as Adafactor can."""
+    groups = with_rates(optimizer.param_groups)
+    return [float(group["lr"]) for group in groups] if len(groups) == len(optimizer.param_groups) else []
+
+
+def with_rates(groups: Iterable[Any]) -> list[Mapping[str, Any]]:
+    """The parameter groups that hold a learning rate."""
+    return [g for g in groups if isinstance(g, Mapping) and _number(g.get("lr")) is not None]
+
+
+def _number(setting: Any) -> float | None:
+    """One real number, or a tensor of one; None for pairs and the like, such as Adafactor's eps."""
+    if isinstance(setting, Tensor) and setting.numel() == 1:
+        return float(setting)
+    return float(setting) if isinstance(setting, (int, float)) else None
 
 
 def named_state(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..core.digest import digest
 from ..core.distributed import process_rank
-from ..core.errors import InvalidInput, TrainingDataWarning
+from ..core.errors import InvalidInput, TrainingDataWarning, first_line
 from ..core.files import locked, make_folder, remove_leftovers, write_tensors
 from ..core.validate import whole_number
 from ..curvature.base import Budget
@@ -25,7 +25,7 @@ from ..problem.model_and_loss import ModelAndLoss
 from ..problem.problem import check_model
 from ..problem.wrappers import unwrap
 from .manifest import MANIFEST, Manifest
-from .recorded_step import GroupState, RecordedStep, named_state
+from .recorded_step import GroupState, RecordedStep, named_state, rates_of
 from .recording import MOMENTS_FILE, Recording
 from .schedule import Schedule, make_schedule
 
@@ -179,7 +179,7 @@ class Recorder:
             return
         self.step += 1
         # Kept: a scheduler sets the next step's rate before the end of the training is recorded.
-        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._rates = rates_of(optimizer)
         self._rate_sums += [0.0] * (len(self._rates) - len(self._rate_sums))
         for k, rate in enumerate(self._rates):
             self._rate_sums[k] += rate
@@ -196,10 +196,11 @@ class Recorder:
             kept = schedule.keep(sorted(recorded))
             listed = replace(manifest.with_recorded([recorded[s] for s in kept]), finished=False)
             listed.write()
-        except InvalidInput as cause:
-            # A full disk must not end a training of days.
+        except Exception as cause:
+            # Neither a full disk nor an optimiser of an unknown kind must end a training of days.
             self._stop()
-            warnings.warn(f"Recording stopped at step {self.step:,}: {cause}", TrainingDataWarning, stacklevel=2)
+            reason = str(cause) if isinstance(cause, InvalidInput) else f"{type(cause).__name__}: {first_line(cause)}"
+            warnings.warn(f"Recording stopped at step {self.step:,}: {reason}", TrainingDataWarning, stacklevel=2)
             return
         self._manifest = listed
         self._drop_unlisted(listed)
@@ -229,7 +230,8 @@ class Recorder:
             for parameter in group["params"]:
                 entry = self.optimizer.state.get(parameter, {})
                 second = entry.get("max_exp_avg_sq", entry.get("exp_avg_sq"))
-                if second is None or id(parameter) not in names or len(group.get("betas", ())) != 2:
+                known = isinstance(second, Tensor) and second.shape == parameter.shape and "step" in entry
+                if not known or id(parameter) not in names or len(group.get("betas", ())) != 2:
                     continue
                 corrected = second.detach() / (1.0 - group["betas"][1] ** float(entry["step"]))
                 moments[names[id(parameter)]] = corrected
@@ -344,19 +346,23 @@ class Recorder:
 
     def _find_step(self, known: Manifest) -> int:
         """The step of a recorded run at which the training goes on."""
-        if self.start is not None:
-            return self.start
+        step, last = self._recognise(known) if self.start is None else self.start, known.recorded[-1].step
+        if step is None or (step == 0 and last > 0):
+            stands = "this training starts anew" if step == 0 else "the model's weights are none of its checkpoints"
+            raise InvalidInput(
+                f"{os.fspath(self.folder)!r} holds a recorded run up to step {last:,}, and {stands}; give start= the "
+                "number of steps already taken to go on with it, another folder, or overwrite=True to replace it."
+            )
+        return step
+
+    def _recognise(self, known: Manifest) -> int | None:
+        """The step at which the model or the optimiser says that it stands; None: neither does."""
         identity, counted = digest(self._weights()), self._counted()
-        at_weights = next((r.step for r in known.recorded if r.identity == identity), None)
-        if at_weights is not None:
-            return at_weights
-        if counted:
-            return counted
-        raise InvalidInput(
-            f"{os.fspath(self.folder)!r} holds a recorded run up to step {known.recorded[-1].step:,}, and the model's "
-            "weights are none of its checkpoints; give start= the number of steps already taken to go on with it, "
-            "another folder, or overwrite=True."
-        )
+        same = next((r for r in known.recorded if r.identity == identity), None)
+        if same is None:
+            return counted or None
+        # While a warmup's rate is 0 the weights stay those of the start.
+        return 0 if not counted and same.unmoved else same.step
 
     def _counted(self) -> int:
         """The steps that the optimiser itself has counted; 0 for one that does not count."""
@@ -365,7 +371,7 @@ class Recorder:
 
     def _continue_sums(self, last: RecordedStep | None) -> list[float]:
         """The sums of learning rates so far; between the last checkpoint and the present step the rate is as now."""
-        rates = self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        rates = self._rates = rates_of(self.optimizer)
         known = [] if last is None else [g.lr_sum or 0.0 for g in last.groups]
         before = [*known, *[0.0] * len(rates)][: len(rates)]
         steps = self.step - (0 if last is None else last.step)

@@ -9,6 +9,7 @@
       taught without one are doubtful as texts. */
   const numeric = index.numeric, labelled = index.labelled, things = labelled ? "examples" : "texts", LABEL = numeric ? "value" : labelled ? "label" : "text";
   const target = (numeric && index.target.replace(/\s*\[.+\]\s*$/, "")) || LABEL, LABELLED = numeric ? target : "labelled";
+  const titled = (name) => /^(query -?\d|mean over )/.test(name) ? capital(name) : name;  // somebody's text stays as it is
   const capital = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 
   /** An element; `on…` are listeners, `dataset` and ARIA names are attributes, children are nodes or text. */
@@ -453,7 +454,7 @@
     box.replaceChildren(
       el("div", { class: "steps" }, el("a", { href: "#queries" }, "All queries"), step(-1, "← Previous"), step(1, "Next →"),
         el("span", { class: "where" }, whole(at + 1) + " of " + whole(visible.length), el("span", { class: "keys" }, " · arrow keys move"))),
-      el("h1", { dir: "auto" }, brief(Q.name[q], 160)), warning(),
+      el("h1", { dir: "auto" }, titled(brief(Q.name[q], 160))), warning(),
       el("div", { class: "query" },
         el("div", { class: "side" }, asked.box,
           el("div", {}, Q.label[q] ? el("p", {}, capital(target) + ": ", isolated(brief(Q.label[q], 160), "label")) : "", answer(q) || ""),
