@@ -146,6 +146,26 @@ def test_a_loss_whose_forward_was_replaced_is_taken_as_it_is_called() -> None:
         assert gap(values, rows[:2] @ rows.T / len(MANY)) < rounding(torch.float32)
 
 
+def test_an_axis_that_only_outputs_or_targets_have_is_named_and_the_advice_is_the_loss() -> None:
+    torch.manual_seed(0)
+    model, flat, y = nn.Linear(4, 1), nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), MANY.sum(1)
+
+    def written(f: Tensor, t: Tensor) -> Tensor:
+        return (f - t).square().mean()
+
+    cases: list[Any] = [
+        (model, y, lambda f, t: written(f.squeeze(-1), t), "outputs"),
+        (flat, y[:, None], lambda f, t: written(f, t.squeeze(-1)), "targets"),
+    ]
+    for net, targets, advised, which in cases:
+        data = (MANY, targets), (MANY[:2], targets[:2])
+        with pytest.raises(InvalidInput, match=rf"broadcast to \(2, 2\), .* write {which}\.squeeze\(-1\)"):
+            ptif.attribute(net, *data, loss=written, method="grad_dot")
+        values = ptif.attribute(net, *data, loss=advised, method="grad_dot").values
+        rows = example_gradients(net, advised, MANY, targets)
+        assert gap(values, rows[:2] @ rows.T / len(MANY)) < rounding(torch.float32)
+
+
 def test_a_group_as_one_item_is_accepted() -> None:
     """The advice: one item of the dataset is a whole group, so that its loss is its own."""
     groups, views = X.reshape(6, 4, 4), X.flip(1).reshape(6, 4, 4)

@@ -42,6 +42,7 @@ from .outputs import (
     has_main,
     has_rows,
     map_outputs,
+    refuse_broadcast,
     with_main,
     without_weights,
 )
@@ -362,7 +363,11 @@ class FromFunction(AbstractObjective):
         n = min(2, len(outputs))
         together = self.evaluate(outputs, batch, range(n))
         refuse_draws(_name(self.function), together, self.evaluate(outputs, batch, range(n)))
-        return self._reduction_of(together, [self.evaluate(outputs, batch, [e]).detach() for e in range(n)])
+        try:
+            return self._reduction_of(together, [self.evaluate(outputs, batch, [e]).detach() for e in range(n)])
+        except InvalidInput:
+            refuse_broadcast(_name(self.function), outputs, inputs_and_targets(batch)[2])
+            raise
 
     def _reduction_of(self, together: Tensor, alone: Any) -> Reduction:
         return _compare(self.function, together, list(alone))

@@ -451,3 +451,26 @@ def _skeleton(template: Any) -> Any:
 
 def _shapes(leaves: Sequence[_Leaf]) -> str:
     return ", ".join(str(leaf.shape) for leaf in leaves)
+
+
+def refuse_broadcast(name: str, outputs: Tensor, targets: Any) -> None:
+    """Say so where a loss puts every output beside every target: an axis of 1 that only one of the two has.
+
+    Args:
+        name: of the loss.
+        outputs: of a few examples.
+        targets: theirs.
+
+    Raises:
+        InvalidInput: one has the shape (n, 1) and the other (n,).
+    """
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+        return
+    n, shapes = len(outputs), [tuple(outputs.shape), tuple(targets.shape)]
+    if n > 1 and sorted(shapes) == [(n,), (n, 1)]:
+        advice = "outputs.squeeze(-1)" if outputs.dim() == 2 else "targets.squeeze(-1)"
+        raise InvalidInput(
+            f"The loss {name} of {n} examples is neither the mean nor the sum of their own: its outputs of shape "
+            f"{shapes[0]} and targets of shape {shapes[1]} broadcast to ({n}, {n}), every output beside every target; "
+            f"write {advice} in it, and train the model again if training had it so."
+        )
