@@ -400,11 +400,8 @@ TYPES_AND_SHAPES = [
         INPUT,
         r"on inputs of shape \(3, 4\), \(3, 4\) .*used as model\(a, \.\.\.\)",
     ),
-    Row("keyword", put_in(train={"pixels": X, "labels": Y}), INPUT, r"\('pixels'\) are no arguments of forward, .*name the keys"),
-        "keyword",
-        put_in(train={"pixels": X, "labels": Y}),
-        INPUT,
-        r"\('pixels'\) are no arguments of forward, .*name the keys as its arguments",
+    Row(
+        "keyword", put_in(train={"pixels": X, "labels": Y}), INPUT, r"\('pixels'\) are no arguments of forward, .* keys"
     ),
     Row("float ids", put_in(train=(X[:, 0], Y)), INPUT, r"layer 'table' \(Embedding\).* 0 to 4, .*\.long\(\)", Words),
     Row("ids out of range", put_in(train=(Y + 5, Y)), INPUT, r"layer 'table' .*IndexError.* 0 to 4, so check", Words),
