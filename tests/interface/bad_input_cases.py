@@ -400,7 +400,9 @@ TYPES_AND_SHAPES = [
         INPUT,
         r"on inputs of shape \(3, 4\), \(3, 4\) .*used as model\(a, \.\.\.\)",
     ),
-    Row("keyword", put_in(train={"pixels": X, "labels": Y}), INPUT, r"keyword argument 'pixels'.*model\(\*\*batch\)"),
+    Row(
+        "keyword", put_in(train={"pixels": X, "labels": Y}), INPUT, r"\('pixels'\) are no arguments of forward, .* keys"
+    ),
     Row("float ids", put_in(train=(X[:, 0], Y)), INPUT, r"layer 'table' \(Embedding\).* 0 to 4, .*\.long\(\)", Words),
     Row("ids out of range", put_in(train=(Y + 5, Y)), INPUT, r"layer 'table' .*IndexError.* 0 to 4, so check", Words),
     Row("no target", put_in(train=X), INPUT, r"^A batch of 1 member has no target; expected \(inputs, target\)"),

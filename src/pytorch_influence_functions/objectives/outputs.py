@@ -75,7 +75,7 @@ class _Unmade:
             inside = {"base_distribution": returned.base_dist}
             return _Unmade(Independent, inside | {"reinterpreted_batch_ndims": returned.reinterpreted_batch_ndims})
         kind, own = type(returned), vars(returned)
-        if kind is TransformedDistribution:
+        if isinstance(returned, TransformedDistribution) and kind is TransformedDistribution:
             return _Unmade(kind, {"base_distribution": returned.base_dist, "transforms": returned.transforms})
         arguments: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:

@@ -286,7 +286,7 @@ def _dataset_of_columns(data: Sequence[Any], classes: Sequence[str] | None) -> A
         rest = _dataset_of_columns([*first[1:], last], None)
         rest = rest if names is None else LabelledTensors(rest.tensors, names)
         _check_lengths({"0": data[0], "1": rest})
-        sparse = data[0].detach().to_sparse_coo().coalesce() if isinstance(data[0], Tensor) else data[0].tocsr()
+        sparse = data[0].detach().to_sparse().coalesce() if isinstance(data[0], Tensor) else data[0].tocsr()
         return SparseRows(sparse, rest)
     _refuse_other_order(data)
     tensors = _check_lengths({str(i): as_tensor(x, str(i)) for i, x in enumerate([*first, last])})
