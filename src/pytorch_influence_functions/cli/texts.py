@@ -16,18 +16,9 @@ from ..hf.queries import query as ask
 from ..hf.texts import Texts
 from ..problem.problem import Problem
 from .task import Overrides, Task, move_model
+from .wording import TEXT_ARGUMENTS
 
 _FORMATS: Final = (".jsonl", ".json")
-_COLUMNS: Final = (
-    "messages_column",
-    "text_column",
-    "prompt_column",
-    "completion_column",
-    "label_column",
-    "source_column",
-    "max_length",
-    "normalisation",
-)
 # Longer texts are content and not facts of a row.
 _WORDS: Final = 100
 
@@ -88,7 +79,7 @@ def load_text_task(flags: TextFlags, overrides: Overrides, asks: bool = True) ->
         meter.advance()
     if overrides.device is not None:
         move_model(model, overrides.device)
-    options: dict[str, Any] = {name: getattr(flags, name) for name in _COLUMNS}
+    options: dict[str, Any] = {name: getattr(flags, name) for name in TEXT_ARGUMENTS}
     options |= {name: value for name, value in vars(overrides).items() if value is not None and name != "device"}
     problem = text_problem(model, flags.hf, rows, **options)
     queries = _questions(problem, flags, rows) if asks else None

@@ -14,8 +14,7 @@ _TYPED: Final = (
         "of that kind; --where may be given again for another.",
     ),
 )
-# Arguments that are flags under the same name.
-_FLAGS: Final = (
+TEXT_ARGUMENTS: Final = (
     "messages_column",
     "text_column",
     "prompt_column",
@@ -25,7 +24,8 @@ _FLAGS: Final = (
     "max_length",
     "normalisation",
 )
-_ARGUMENT: Final = re.compile(rf"\b({'|'.join(_FLAGS)})=(?=(\S?))")
+"""Arguments of `ptif.hf.problem` that are flags under the same name."""
+_ARGUMENT: Final = re.compile(rf"\b({'|'.join(TEXT_ARGUMENTS)})=(?=(\S?))")
 
 
 def as_typed(sentence: str) -> str:
