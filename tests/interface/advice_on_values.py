@@ -86,7 +86,7 @@ def parts() -> list[Advice]:
         Advice(
             "decay as text",
             put_in(weight_decay="much"),
-            r"must be a number, an optimiser or WeightDecay",
+            r"must be a number, an optimiser, .* or WeightDecay",
             (put_in(weight_decay=0.1), put_in(weight_decay=ptif.WeightDecay(0.1))),
         ),
         Advice(

@@ -530,7 +530,7 @@ CHOICES = [
         "decay negative", put_in(weight_decay=-1.0), INPUT, r"^weight_decay=-1.0 must be a finite number of at least 0"
     ),
     Row("decay NaN", put_in(weight_decay=NAN), INPUT, r"^weight_decay=nan must be a finite number of at least 0"),
-    Row("decay text", put_in(weight_decay="1e-3"), INPUT, r"must be a number, an optimiser or .*, got str"),
+    Row("decay text", put_in(weight_decay="1e-3"), INPUT, r"must be a number, an optimiser, .* or .*, got str"),
     Row(
         "decay name",
         put_in(weight_decay={"0.wieght": 1.0}),

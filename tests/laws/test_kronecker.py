@@ -566,7 +566,7 @@ def test_a_layer_too_large_is_refused_before_the_data_are_read() -> None:
         read = 0
 
         def __len__(self) -> int:
-            return 50
+            return 500
 
         def __getitem__(self, i: int) -> Any:
             Counting.read += 1
@@ -576,7 +576,7 @@ def test_a_layer_too_large_is_refused_before_the_data_are_read() -> None:
     problem = ptif.Problem(model, ptif.CrossEntropy(), Counting())
     with pytest.raises(TooLarge, match="factors of one layer, '0', would"):
         ptif.Influence(EKFAC(), memory=10_000).fit(problem)
-    assert Counting.read < 20
+    assert Counting.read < 100  # some are read twice, to see whether they stay the same
 
 
 def test_a_disk_too_small_for_the_factors_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,8 @@ class TextQueries(Source):
         num_workers: processes that read; 0: this one.
         worker_options: of those processes.
         fixed: whether the batch size was asked for.
+        drops_last: whether a loader left out a last batch; no loader gave them, so False.
+        columns: names of the columns of frames; texts have none.
         any_precision: whether the type of real numbers says nothing; texts have none.
         loaded_singly: whether a loader gave them one by one; what training did counts, so False.
         reading: how they were read, in words.

@@ -37,6 +37,8 @@ def check_alike(asked: Any) -> None:
     """
     if not isinstance(asked, (list, tuple)):
         return
+    if isinstance(asked, tuple) and not all(isinstance(one, (str, Mapping)) or is_chat(one) for one in asked):
+        return  # inputs and targets
     kinds = [_kind_of(one) for one in asked]
     other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     if other is not None:
