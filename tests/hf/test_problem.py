@@ -248,7 +248,7 @@ def test_data_that_can_only_be_iterated_are_read_once(tmp_path: Any, monkeypatch
     rows = datasets.Dataset.from_dict({"text": texts(5)})
     some = ptif.hf.problem(model, words, texts(5))
     expected = ptif.attribute(some, queries=asked, method="ekfac")
-    for stream in (rows.with_format("torch").to_iterable_dataset(), Stream(), iter(texts(5))):
+    for stream in (rows.to_iterable_dataset().with_format("torch"), Stream(), iter(texts(5))):
         encoded = ptif.hf.problem(model, words, stream).data.dataset
         assert [encoded.text(i) for i in range(len(encoded))] == texts(5)
     problem = ptif.hf.problem(model, words, rows.to_iterable_dataset())
