@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
@@ -20,7 +19,15 @@ from ..problem.problem import Problem, model_device
 from .chats import is_chat
 from .columns import rows_of
 from .labelled import reads_labelled_texts
-from .models import accepts_positions, base_model, is_causal, is_seq2seq, load_model, marks_answers, token_shift
+from .models import (
+    accepts_positions,
+    base_model,
+    is_causal,
+    is_seq2seq,
+    load_with_tokenizer,
+    marks_answers,
+    token_shift,
+)
 from .normalisation import token_objective
 from .padding import Padding, Shift
 from .problem import problem
@@ -120,9 +127,7 @@ def doctor(
     chosen = [rows[i] for i in range(min(len(rows), max(2, most)))]
     if len(chosen) < 2:
         raise InvalidInput("doctor() compares texts beside each other; give at least two, of unequal length.")
-    if isinstance(model, (str, os.PathLike)):
-        tokenizer = model if tokenizer is None else tokenizer
-        model = load_model(model)
+    model, tokenizer = load_with_tokenizer(model, tokenizer)
     _refuse_texts_alone(model, chosen[0])
     loss = None if token_shift(model) is None else token_objective(model, "sum")
     made = problem(model, tokenizer, chosen, parameters=parameters, loss=loss, device=model_device(model))

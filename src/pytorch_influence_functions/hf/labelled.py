@@ -17,6 +17,7 @@ from ..problem.data import BATCH_SIZE, Source
 from ..problem.model_state import preserved
 from ..problem.problem import model_device
 from ..problem.random_state import same_rng
+from ..problem.tables import class_names_in
 from .chats import is_nothing
 from .columns import check_column, listed, read_cell, rows_of
 from .models import accepted_arguments, base_model, is_kind, marks_answers
@@ -227,8 +228,8 @@ def labelled_source(
     texts = _usual_texts(names) if text_column is None else None
     texts = texts or (_choose(names, text_column, "text_column", ()),)
     limit = longest(model, tokenizer) if max_length is None else max_length
-    called = _classes_of(dataset, label)
-    numbers = {name: number for number, name in enumerate(called or ())}
+    called = class_names_in(dataset, label) or []
+    numbers = {name: number for number, name in enumerate(called)}
     reading = LabelledTexts(model, tokenizer, texts, label, limit, numbers)
     config: Any = base_model(model).config
     if getattr(tokenizer, "pad_token_id", None) is None or config.pad_token_id is None:
@@ -239,7 +240,7 @@ def labelled_source(
     padding = Padding.of(model, tokenizer)
     collator = require("transformers", "hf").DataCollatorWithPadding(tokenizer)
     collate = TrainersCollate(collator, None, padding)
-    classes = _class_names(config) or called
+    classes = _class_names(config) or tuple(called) or None
     data = TokenisedRows(reading.training_rows(rows), tokenizer, collate, None, reading.query_rows, classes)
     return Source(data, collate, batch_size=batch_size or BATCH_SIZE, fixed=batch_size is not None)
 
@@ -260,7 +261,7 @@ def with_labelled_queries(data: Source, model: nn.Module) -> Source:
     else:
         names = rows.columns
     label = next((name for name in _LABELS if name in names), _LABELS[0])
-    numbers = {name: number for number, name in enumerate(_classes_of(rows, label) or ())}
+    numbers = {name: number for number, name in enumerate(class_names_in(rows, label) or ())}
     limit = longest(model, rows.tokenizer)
     reading = LabelledTexts(model, rows.tokenizer, _usual_texts(names), label, limit, numbers)
     return replace(data, dataset=replace(rows, encode_queries=reading.query_rows))
@@ -270,13 +271,6 @@ def _usual_texts(names: Sequence[str]) -> tuple[str, ...] | None:
     """The columns with a pair of texts, or with one, by their usual names; None where there are none of these."""
     pair = next((pair for pair in _PAIRS if set(pair) <= set(names)), None)
     return pair or next(((name,) for name in _TEXTS if name in names), None)
-
-
-def _classes_of(data: Any, label: str) -> tuple[str, ...] | None:
-    """What a dataset calls the classes in a column; None where it does not say."""
-    features = getattr(data, "features", None)
-    names = getattr(features.get(label), "names", None) if isinstance(features, Mapping) else None
-    return tuple(map(str, names)) if isinstance(names, list) else None
 
 
 def _class_names(config: Any) -> tuple[str, ...] | None:

@@ -206,6 +206,21 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
     return loaded
 
 
+def load_with_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """A model and its tokenizer, where the model is given by its path, whose folder then holds both; else as they are.
+
+    Args:
+        model: a model, or the path of its folder.
+        tokenizer: a tokenizer, or the path of one; None: not given.
+
+    Raises:
+        InvalidInput: as `load_model`.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return model, tokenizer
+    return load_model(model), model if tokenizer is None else tokenizer
+
+
 def find_tokenizer(
     model: nn.Module, given: Any = None, cure: str = "pass tokenizer=, the one that training used"
 ) -> Any:

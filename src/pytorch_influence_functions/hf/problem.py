@@ -202,9 +202,9 @@ def problem(
     if options.get("parameters") is None:
         options["parameters"] = adapter_parameters(whole)
     weighing = _weighing(whole, trainer, normalisation, loss)
+    tokenizer = trainers_tokenizer(trainer) if trainer is not None and tokenizer is None else tokenizer
     data = _training_data(trainer, whole, tokenizer, dataset, reading, weighing, options.pop("batch_size", None))
-    words = trainers_tokenizer(trainer) if trainer is not None and tokenizer is None else tokenizer
-    data = replace(data, ask=partial(queries_for, tokenizer=words))
+    data = replace(data, ask=partial(queries_for, tokenizer=tokenizer))
     if trainer is not None and options.get("weight_decay") is None:
         data = replace(data, reading="; ".join(filter(None, (data.reading, describe_decay(trainer)))))
     if loss is not None:
@@ -272,11 +272,10 @@ def _training_data(
     weighing: str | None,
     batch_size: int | None,
 ) -> Source:
-    given = trainers_tokenizer(trainer) if trainer is not None and tokenizer is None else tokenizer
-    padding = Padding.of(model, given, reading.padding_side)
+    padding = Padding.of(model, tokenizer, reading.padding_side)
     weighed = "" if weighing is None else describe(weighing, None)
     if trainer is not None and not reading.names_columns:
-        return with_labelled_queries(trainers_data(trainer, dataset, padding, batch_size, weighed, given), model)
+        return with_labelled_queries(trainers_data(trainer, dataset, padding, batch_size, weighed, tokenizer), model)
     if dataset is None and trainer is not None:
         dataset = trainer.train_dataset
         refuse_trainers_stream(dataset)
@@ -288,7 +287,7 @@ def _training_data(
             "Trainer, whose rows hold start_positions and end_positions."
         )
     if reads_labelled_texts(model):
-        words = find_tokenizer(model, given)
+        words = find_tokenizer(model, tokenizer)
         return labelled_source(
             model, words, dataset, reading.text_column, reading.label_column, reading.max_length, batch_size
         )
@@ -307,7 +306,7 @@ def _training_data(
             f"{type(base_model(model)).__name__} gives every token a class, so texts alone teach it nothing; pass its "
             "Trainer, or rows that hold input_ids and labels."
         )
-    return texts_source(model, find_tokenizer(model, given), dataset, reading, weighing, batch_size)
+    return texts_source(model, find_tokenizer(model, tokenizer), dataset, reading, weighing, batch_size)
 
 
 def texts_source(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -29,7 +28,7 @@ from .models import (
     is_seq2seq,
     is_trainer,
     knows_texts,
-    load_model,
+    load_with_tokenizer,
     marks_answers,
     token_shift,
 )
@@ -171,9 +170,7 @@ def query(
         ```
     """
     whole = model
-    if isinstance(model, (str, os.PathLike)):
-        tokenizer = model if tokenizer is None else tokenizer
-        model = load_model(model)
+    model, tokenizer = load_with_tokenizer(model, tokenizer)
     if knows_texts(model):
         tokenizer = (trainers_tokenizer(model) or getattr(model, "tokenizer", None)) if tokenizer is None else tokenizer
         model = model.model

@@ -329,17 +329,26 @@ def class_names_of(dataset: Any) -> list[str] | None:
         names = getattr(dataset, attribute, None)
         if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
             return list(names)
-    features = getattr(dataset, "features", None)
-    if isinstance(features, Mapping):
-        for label in ("label", "labels"):
-            names = getattr(features.get(label), "names", None)
-            if isinstance(names, list) and all(isinstance(name, str) for name in names):
-                return list(names)
+    for label in ("label", "labels"):
+        if (named := class_names_in(dataset, label)) is not None:
+            return named
     if isinstance(dataset, ConcatDataset):
         several = [class_names_of(part) for part in dataset.datasets]
         return several[0] if all(names == several[0] for names in several) else None
     inner = getattr(dataset, "dataset", None)
     return None if inner is None or inner is dataset else class_names_of(inner)
+
+
+def class_names_in(dataset: Any, column: str) -> list[str] | None:
+    """The names of the classes in a column, where a dataset of Hugging Face has them (`ClassLabel`).
+
+    Args:
+        dataset: any dataset.
+        column: of the labels.
+    """
+    features = getattr(dataset, "features", None)
+    names = getattr(features.get(column), "names", None) if isinstance(features, Mapping) else None
+    return list(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 # --------------------------------------------------------------------------- what is what
