@@ -175,6 +175,7 @@ def test_gradients_written_out_in_the_cache_have_the_same_products(monkeypatch: 
     expected = torch.einsum("noi,moi->nm", outer.dense(), dense.values)
     monkeypatch.setattr(rows_module, "_CACHED", 20)
     monkeypatch.setattr(rows_module, "_WRITTEN_TOGETHER", 3)
+    monkeypatch.setattr(rows_module, "_PANEL_ROWS", 2)
     torch.testing.assert_close(inner(outer, dense, Route.MATERIALISE), expected)
 
 

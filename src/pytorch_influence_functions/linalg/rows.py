@@ -27,8 +27,9 @@ from .turned import Turned
 _OPERATIONS_PER_BYTE = {"cpu": 12.0, "cuda": 100.0}
 # Numbers of a block that are held at once in another precision.
 _CONVERTED = 1 << 24
-# Numbers that stay in a core's cache, and examples whose gradients are written out there together.
-_CACHED, _WRITTEN_TOGETHER = 1 << 18, 32
+# Numbers that stay in a core's cache; examples whose gradients are written out there together, of at least so many rows
+# of the matrix: fewer make the products thin, which costs more than leaving the cache does.
+_CACHED, _WRITTEN_TOGETHER, _PANEL_ROWS = 1 << 18, 16, 32
 
 
 class Route(enum.Enum):
@@ -178,7 +179,7 @@ def _materialise_in_cache(a: Outer, v: Float[Tensor, "m o i"]) -> Tensor:
     out, (o, i) = v.new_zeros(len(a), len(v)), a.shape
     for some in chunks(len(a), 1, _WRITTEN_TOGETHER):
         part, scores = a.take(some), out[some]
-        for panel in chunks(o, len(part) * i, _CACHED):
+        for panel in chunks(o, len(part) * i, max(_CACHED, _PANEL_ROWS * len(part) * i)):
             written = torch.bmm(part.left[:, :, panel].mT, part.right)
             scores.addmm_(written.flatten(1), v[:, panel].flatten(1).T)
     return out
