@@ -3,7 +3,7 @@
 Loss rows, margin rows, sampled-Fisher rows and the Gauss-Newton's H^(1/2) J rows differ only in the
 cotangent c. Layers with a rule are captured by hooks in one forward and one backward pass; any other parameter goes
 through `torch.func.vmap`, and what vmap cannot do through one backward pass per example. Which parameter takes which
-route is decided once, on two and three real examples, by comparing every block with one-example autograd.
+route is decided once, on a few real examples, by comparing every block with one-example autograd.
 """
 
 from __future__ import annotations
@@ -22,39 +22,33 @@ from torch import Tensor, nn
 from ..core.batches import batch_slice, tensors_of, whole_batch
 from ..core.distributed import World, current
 from ..core.errors import InvalidInput, NonFinite, name_ids
+from ..core.indexing import spread_sample
 from ..linalg.block_diagonal import subspace
 from ..linalg.blocks import AbstractBlock, Dense
 from ..linalg.chunks import chunks
 from ..linalg.rows import Route, Rows
 from ..linalg.space import Space
-from ..objectives.base import AbstractObjective, check_outputs
-from ..objectives.measures import FromFunction
-from ..objectives.model_loss import ModelLoss
+from ..objectives.base import AbstractObjective
 from ..objectives.tokens import attention_mask_of
 from ..problem.data import Source
 from ..problem.model_state import double_backward_safe, preserved
 from ..problem.problem import Problem, check_weights, first_batch, sweep
+from .assignment import misassigned
 from .layer_rules import Layout, ParameterPart, find_rule, layout_of
-from .one_by_one import Gathered, Known, gradients_one_by_one, rows_one_by_one
-from .padding import warn_of_padding
+from .one_by_one import rows_one_by_one
+from .probe import Probe, tolerance
 from .projections import AbstractProjector, AbstractReduction
-from .recording import Capture, HookedLayer, NarrowestType, record_calls
-from .separability import (
-    loss_together,
-    refuse_batch_loss,
-    refuse_mixing,
-    refuse_shared_losses,
-    refuse_sum,
-    warn_of_batch_loss,
-)
+from .recording import Capture, HookedLayer, record_calls
+from .separability import loss_together, refuse_sum
 from .vjp import detach_parameters, per_example_vjp
 
 log = logging.getLogger("pytorch_influence_functions")
 
 # Share of the memory that a batch may take; what the backward pass and the inner products hold comes beside it.
 _BATCH_SHARE = 1 / 16
-# The numbers that the rows of the examples on which rules are verified may take together.
-_PROBE_NUMBERS = 1 << 26
+# Examples, spread over all, of which it is looked at whether layers read them in place; half as many where one takes
+# more numbers than this.
+_LOOKED_AT, _LARGE = 8, 1 << 24
 # The most examples whose gradients are taken together.
 MOST_TOGETHER = 1 << 12
 # Largest temporary of a vmapped fallback, in numbers.
@@ -129,7 +123,7 @@ class Derivatives:
         check_weights(problem.model)
         space = problem.space
         with preserved(problem.model, space.names):
-            probe = _Probe.take(problem)
+            probe = Probe.take(problem)
             every = tuple(space.blocks)
             start = Derivatives(problem, probe.objective, space, {}, held=probe.held, precision=probe.precision)
             if problem.is_cut_up and route in (Route.LOOP, Route.VMAP, Route.FORWARD):
@@ -141,16 +135,20 @@ class Derivatives:
             layers = _find_layers(problem.model, space, probe)
             covered = {b for s in layers.values() for b in s.parts}
             plan = replace(start, layers=layers)
-            wrong = probe.disagreeing(plan, covered)
+            wrong = probe.disagreeing(plan.pullback, covered)
             if len(wrong) == len(covered):
                 # What examples share is given an axis of its own, which code after the layer may not bear.
                 layers = {k: s for k, s in layers.items() if "shared" not in s.layouts}
                 plan = replace(plan, layers=layers)
                 covered = {b for s in layers.values() for b in s.parts}
-                wrong = probe.disagreeing(plan, covered)
+                wrong = probe.disagreeing(plan.pullback, covered)
             unusable = [b for b in every if b not in covered] + wrong
-            layers = {k: _drop_blocks(s, unusable) for k, s in layers.items() if set(s.parts) - set(unusable)}
+            layers = _without(layers, unusable)
             plan = replace(plan, layers=layers)
+            for wider, blocks in _suspects(plan, probe):
+                probe = wider
+                unusable += [b for b in probe.disagreeing(plan.pullback, blocks) if b not in unusable]
+            plan = replace(plan, layers=_without(layers, unusable))
             if unusable and problem.is_cut_up:
                 refuse_fallback(unusable, "no rule gives them: the layer is of another kind, or is not called")
             plan = _add_fallbacks(plan, probe, tuple(b for b in every if b in unusable), space.blocks)
@@ -342,102 +340,7 @@ def refuse_fallback(blocks: Sequence[str], why: str) -> None:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Probe:
-    """A few real examples, and their rows by definition."""
-
-    problem: Problem
-    objective: AbstractObjective
-    batch: Any
-    n: int
-    outputs: Tensor
-    cotangent: Tensor
-    reference: Rows | None
-    """The rows by definition; None where three of them are large, and are made one at a time."""
-    precision: torch.dtype
-    held: float
-    """Numbers that one example's inputs and activations take."""
-
-    @staticmethod
-    def take(problem: Problem) -> _Probe:
-        model, space = problem.model, problem.space
-        count = min(3, len(problem.data))
-        together = replace(problem.data, batch_size=count)
-        ids = torch.arange(3) % count
-        with first_batch(problem, together, torch.arange(count)) as (_, several), torch.no_grad():
-            batch = batch_slice(several, count, ids)
-            with NarrowestType() as narrowest:
-                outputs = _look(problem.objective, model, batch)
-        check_outputs(outputs, ids)
-        objective = problem.objective
-        precision = max(narrowest.dtype, outputs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        refuse_mixing(model, objective, batch, outputs, tolerance(precision))
-        if isinstance(objective, FromFunction):
-            objective = objective.resolved_on(outputs, batch)
-            with torch.no_grad():
-                outputs = objective.outputs(model, batch)
-            refuse_batch_loss(problem, objective)
-        if isinstance(objective, ModelLoss):
-            warn_of_batch_loss(problem, objective)
-        refuse_shared_losses(objective, batch, outputs)
-        warn_of_padding(problem, objective, tolerance(precision))
-        generator = torch.Generator().manual_seed(0)
-        cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-        reference = None
-        if 3 * space.size <= _PROBE_NUMBERS and not problem.is_cut_up:
-            rows = rows_one_by_one(model, objective, list(space.names), batch, cotangent)
-            reference = space.from_parameters(rows)
-        held = (narrowest.numbers + sum(tensor.numel() for _, tensor in tensors_of(batch))) / 3
-        return _Probe(problem, objective, batch, 3, outputs, cotangent, reference, precision, held)
-
-    def _references(self) -> Iterator[tuple[slice, Known | Gathered]]:
-        """Rows by definition, with which examples they belong to."""
-        if self.reference is not None:
-            yield slice(0, self.n), Known(self.reference)
-            return
-        space, model, names = self.problem.space, self.problem.model, list(self.problem.space.names)
-        if self.problem.is_cut_up:
-            several = gradients_one_by_one(model, self.objective, names, self.batch, self.cotangent)
-            yield from ((slice(e, e + 1), Gathered(space, parts)) for e, parts in enumerate(several))
-            return
-        for e in range(self.n):
-            part = slice(e, e + 1)
-            one = batch_slice(self.batch, self.n, part)
-            rows = rows_one_by_one(model, self.objective, names, one, self.cotangent[part])
-            yield part, Known(space.from_parameters(rows))
-
-    def disagreeing(self, plan: Derivatives, blocks: Any) -> list[str]:
-        """The blocks on which `plan` differs from the definition."""
-        try:
-            rows = plan.pullback(self.batch, self.n, self.cotangent)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError) as failure:
-            log.debug("probe failed: %s", failure)
-            return list(blocks)
-        differing: set[str] = set()
-        for part, reference in self._references():
-            total, some = reference.squared_norms().sqrt(), rows.take(part)
-            for name in plan.whole.blocks:
-                if name not in blocks or name in differing:
-                    continue
-                expected = reference.dense(name).flatten(1)
-                gap = (some.blocks[name].dense().flatten(1) - expected).norm(dim=1)
-                allowed = tolerance(self.precision) * (expected.norm(dim=1) + 1e-3 * total)
-                # NaN agrees with nothing but NaN, which is refused with its index.
-                if bool((~(gap <= allowed) & allowed.isfinite()).any()):
-                    differing.add(name)
-        return [name for name in plan.whole.blocks if name in differing]
-
-
-def _look(objective: AbstractObjective, model: nn.Module, batch: Any) -> Tensor:
-    return objective.look(model, batch, 3) if isinstance(objective, FromFunction) else objective.outputs(model, batch)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """The largest relative difference of two correct results in a dtype."""
-    return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 5e-2)
-
-
-def _find_layers(model: nn.Module, space: Space, probe: _Probe) -> dict[str, HookedLayer]:
+def _find_layers(model: nn.Module, space: Space, probe: Probe) -> dict[str, HookedLayer]:
     """Modules with a rule that feed selected parameters, with the place of the examples at each call."""
     canonical = {id(p): name for name, p in model.named_parameters()}
     block_of = {p: b for b, spec in space.blocks.items() for p in spec.parameters}
@@ -457,9 +360,9 @@ def _find_layers(model: nn.Module, space: Space, probe: _Probe) -> dict[str, Hoo
             layers[name] = HookedLayer(name, module, rule, parts)
     shapes = []
     for count in (2, 3):
-        with torch.no_grad(), record_calls(layers, count, plan_only=True) as capture:
+        with torch.no_grad(), record_calls(layers, count, lambda layer, number, x: tuple(x.shape)) as capture:
             probe.objective.outputs(model, batch_slice(probe.batch, probe.n, slice(0, count)))
-        shapes.append(capture.shapes)
+        shapes.append(capture.seen)
     return {k: replace(s, layouts=lay) for k, s in layers.items() if (lay := _layouts(k, *shapes)) is not None}
 
 
@@ -471,17 +374,33 @@ def _layouts(site: str, two: Mapping[str, Any], three: Mapping[str, Any]) -> tup
     return None if None in layouts else tuple(x for x in layouts if x is not None)
 
 
-def _drop_blocks(site: HookedLayer, blocks: list[str]) -> HookedLayer:
-    return replace(site, parts={k: v for k, v in site.parts.items() if k not in blocks})
+def _without(layers: Mapping[str, HookedLayer], blocks: Sequence[str]) -> dict[str, HookedLayer]:
+    """The layers without some of the blocks that they feed, and without those that feed no other."""
+    parts = {name: {k: v for k, v in layer.parts.items() if k not in blocks} for name, layer in layers.items()}
+    return {name: replace(layer, parts=parts[name]) for name, layer in layers.items() if parts[name]}
 
 
-def _add_fallbacks(plan: Derivatives, probe: _Probe, blocks: tuple[str, ...], spec: Mapping[str, Any]) -> Derivatives:
+def _suspects(plan: Derivatives, probe: Probe) -> Iterator[tuple[Probe, set[str]]]:
+    """Examples spread over the data, in two orders, and the blocks of layers that may take one's rows for another's."""
+    problem = probe.problem
+    ids = spread_sample(len(problem.data), _LOOKED_AT if probe.held <= _LARGE else _LOOKED_AT // 2)
+    n = len(ids)
+    if n < 2 or not plan.layers:
+        return
+    with first_batch(problem, replace(problem.data, batch_size=n), ids) as (_, batch):
+        names = misassigned(plan.layers, problem.model, probe.objective, batch, n, tolerance(probe.precision))
+        blocks = {block for name in names for block in plan.layers[name].parts}
+        for order in (torch.arange(n), torch.arange(n).flip(0)) if blocks else ():
+            yield probe.wider(batch_slice(batch, n, order), n), blocks
+
+
+def _add_fallbacks(plan: Derivatives, probe: Probe, blocks: tuple[str, ...], spec: Mapping[str, Any]) -> Derivatives:
     """Blocks without a rule: by vmap where that agrees with the definition, else one by one; the log says which."""
     if not blocks:
         return plan
-    wrong = probe.disagreeing(replace(plan, vmapped=blocks), blocks)
+    wrong = probe.disagreeing(replace(plan, vmapped=blocks).pullback, blocks)
     vmapped, looped = tuple(b for b in blocks if b not in wrong), tuple(wrong)
-    if vmapped and wrong and probe.disagreeing(replace(plan, vmapped=vmapped), vmapped):
+    if vmapped and wrong and probe.disagreeing(replace(plan, vmapped=vmapped).pullback, vmapped):
         vmapped, looped = (), blocks
     for route, names in (("torch.func.vmap", vmapped), ("one backward pass per example", looped)):
         if names and spec:

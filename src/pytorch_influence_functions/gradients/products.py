@@ -27,7 +27,8 @@ from ..objectives.base import AbstractObjective, AbstractOutputCurvature
 from ..objectives.differentiated import output_curvature
 from ..objectives.tokens import TokenCrossEntropy
 from ..problem.model_state import double_backward_safe, preserved
-from .per_example import Derivatives, tolerance
+from .per_example import Derivatives
+from .probe import tolerance
 from .separability import loss_together, refuse_sum
 from .vjp import as_function, detach_parameters, grads, silence_slow_batching
 

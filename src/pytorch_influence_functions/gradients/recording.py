@@ -6,7 +6,8 @@ weight gradient is ever computed: the cost is two thirds of an ordinary training
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.errors import InfluenceError
+from ..core.errors import InfluenceError, InvalidInput
 from ..linalg.blocks import AbstractBlock, add
 from .layer_rules import Layout, ParameterPart, Rule, rows_first
 from .vjp import grads
@@ -55,7 +56,8 @@ class Capture:
 
     n: int
     calls: list[Call] = field(default_factory=list)
-    shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    seen: dict[str, list[Any]] = field(default_factory=dict)
+    """Of every layer, what was looked at of each of its inputs, where only that was asked for."""
 
     def rows(self, outputs: Tensor, cotangent: Tensor, keep_graph: bool) -> dict[str, AbstractBlock]:
         """Blocks of J_n^T c_n for every layer; `cotangent` has the shape of `outputs`."""
@@ -119,12 +121,21 @@ def _expand_examples(output: Tensor, n: int) -> Tensor:
 
 
 @contextmanager
-def record_calls(layers: Mapping[str, HookedLayer], n: int, plan_only: bool = False) -> Iterator[Capture]:
+def record_calls(
+    layers: Mapping[str, HookedLayer], n: int, look: Callable[[HookedLayer, int, Tensor], Any] | None = None
+) -> Iterator[Capture]:
     """Hook the layers for the forward passes inside the block; hooks are gone afterwards whatever happens.
 
-    With `plan_only` only input shapes are recorded: what `layer_rules.layout_of` needs.
+    Args:
+        layers: with the place of the examples at each call.
+        n: how many examples are run.
+        look: keep only what this gives of a layer, the number of its call, and its input.
+
+    Raises:
+        InvalidInput: a layer does not read the rows that its layout says.
     """
     capture = Capture(n)
+    calls: Counter[str] = Counter()
     handles = []
 
     def hook(layer: HookedLayer) -> Any:
@@ -132,11 +143,13 @@ def record_calls(layers: Mapping[str, HookedLayer], n: int, plan_only: bool = Fa
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 return None
-            shapes = capture.shapes.setdefault(layer.name, [])
-            shapes.append(tuple(x.shape))
-            if plan_only or not output.requires_grad or len(shapes) > len(layer.layouts):
+            number, calls[layer.name] = calls[layer.name], calls[layer.name] + 1
+            if look is not None:
+                capture.seen.setdefault(layer.name, []).append(look(layer, number, x))
                 return None
-            layout = layer.layouts[len(shapes) - 1]
+            if not output.requires_grad:
+                return None
+            layout = _layout_of_call(layer, number, x, n)
             changed = None
             if layout == "shared":
                 if x.dim() == 0 or x.shape[0] != 1 or output.shape[0] != 1:
@@ -156,3 +169,26 @@ def record_calls(layers: Mapping[str, HookedLayer], n: int, plan_only: bool = Fa
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _layout_of_call(layer: HookedLayer, number: int, x: Tensor, n: int) -> Layout:
+    """Where the examples are at this call, as was found on a few of them.
+
+    Raises:
+        InvalidInput: they cannot be there, as where a layer reads only those that some condition chooses.
+    """
+    if number < len(layer.layouts):
+        layout = layer.layouts[number]
+        fits = {
+            "first": x.dim() > 0 and x.shape[0] == n,
+            "second": x.dim() > 1 and x.shape[1] == n,
+            "folded": x.dim() > 0 and x.shape[0] % n == 0,
+            "shared": True,
+        }
+        if fits[layout]:
+            return layout
+    raise InvalidInput(
+        f"Call {number + 1} of layer {layer.name!r} read {tuple(x.shape)} for {n} examples, which is not what it reads "
+        "for the few it was tried on: which rows it reads depends on what is in a batch, so they cannot be told apart; "
+        "ask with method.with_options(route='loop'), one pass per example."
+    )
