@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -381,17 +381,30 @@ def _without(layers: Mapping[str, HookedLayer], blocks: Sequence[str]) -> dict[s
 
 
 def _suspects(plan: Derivatives, probe: Probe) -> Iterator[tuple[Probe, set[str]]]:
-    """Examples spread over the data, in two orders, and the blocks of layers that may take one's rows for another's."""
-    problem = probe.problem
-    ids = spread_sample(len(problem.data), _LOOKED_AT if probe.held <= _LARGE else _LOOKED_AT // 2)
-    n = len(ids)
-    if n < 2 or not plan.layers:
+    """Examples of the data, in two orders, and the blocks of layers that may take one's rows for another's."""
+    if not plan.layers:
         return
-    with first_batch(problem, replace(problem.data, batch_size=n), ids) as (_, batch):
-        names = misassigned(plan.layers, problem.model, probe.objective, batch, n, tolerance(probe.precision))
+    with _examples_that_differ(probe) as (n, batch):
+        model, allowed = probe.problem.model, tolerance(probe.precision)
+        names = misassigned(plan.layers, model, probe.objective, batch, n, allowed) if n > 1 else []
         blocks = {block for name in names for block in plan.layers[name].parts}
         for order in (torch.arange(n), torch.arange(n).flip(0)) if blocks else ():
             yield probe.wider(batch_slice(batch, n, order), n), blocks
+
+
+@contextmanager
+def _examples_that_differ(probe: Probe) -> Iterator[tuple[int, Any]]:
+    """A batch spread over the data, or the first one where only examples of one shape go together; and its length."""
+    problem, most = probe.problem, _LOOKED_AT if probe.held <= _LARGE else _LOOKED_AT // 2
+    with ExitStack() as stack:
+        try:
+            ids = spread_sample(len(problem.data), most)
+            some = first_batch(problem, replace(problem.data, batch_size=len(ids)), ids)
+            _, batch = stack.enter_context(some)
+        except InvalidInput:
+            ids = torch.arange(min(len(problem.data), most, problem.batch_size))
+            _, batch = stack.enter_context(first_batch(problem, problem.data, ids))
+        yield len(ids), batch
 
 
 def _add_fallbacks(plan: Derivatives, probe: Probe, blocks: tuple[str, ...], spec: Mapping[str, Any]) -> Derivatives:
