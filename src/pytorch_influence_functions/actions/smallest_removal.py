@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
@@ -17,7 +16,7 @@ from ..curvature.own_losses import find_obstacle
 from ..influence.attribution import Attribution, Influence
 from ..influence.question import read_asked
 from ..methods.names import as_method
-from ..objectives.likelihoods import SquaredError
+from ..objectives.class_scores import check_class_scores, class_scores
 from ..problem.agreement import entry
 from ..problem.edited import label_of
 from ..problem.problem import Problem, first_batch
@@ -204,22 +203,17 @@ def flip_prediction(
     source = problem.data.read_alike(query, problem.batch_size)
     if len(source) != 1:
         raise InvalidInput(f"flip_prediction() is about one query, and {len(source)} were given; pick one.")
+    _check_classes(problem)
     with first_batch(problem, source) as (_, batch), torch.no_grad():
-        outputs = problem.objective.outputs(problem.model, batch)
-    if isinstance(problem.objective, SquaredError) or (outputs[0].numel() > 1 and outputs.dim() != 2):
-        raise InvalidInput(
-            f"The model's output for the query has shape {tuple(outputs.shape)} under {problem.objective!r}, which "
-            "is no score for each class; use smallest_removal() with a statistic of your own."
-        )
-    predicted = outputs.argmax(1) if outputs[0].numel() > 1 else (outputs.reshape(-1) > 0).long()
+        scores = class_scores(problem.objective, problem.objective.outputs(problem.model, batch))[0]
+    predicted = int(scores.argmax()) if len(scores) > 1 else int(scores[0] > 0)
 
     def lead(model: nn.Module) -> Tensor:
-        scores = problem.objective.outputs(model, batch)
-        if scores[0].numel() == 1:
-            return (2 * predicted - 1)[0] * scores.reshape(-1)[0]
-        others = scores.clone()
-        others[0, predicted[0]] = -math.inf
-        return scores[0, predicted[0]] - others[0].max()
+        scores = class_scores(problem.objective, problem.objective.outputs(model, batch))[0]
+        if len(scores) == 1:
+            return (2 * predicted - 1) * scores[0]
+        others = torch.cat([scores[:predicted], scores[predicted + 1 :]])
+        return scores[predicted] - others.max()
 
     return smallest_removal(problem, lead, 0.0, most, method, recipe, seed)
 
@@ -324,6 +318,20 @@ def _check_problem(problem: Any, asking: str) -> None:
             f"{asking}() takes a Problem, got {type(problem).__name__}; write "
             f"{asking}(ptif.Problem(model, loss, train), ...)."
         )
+
+
+def _check_classes(problem: Problem) -> None:
+    """Refuse a model whose outputs are no score for each class: the label of a query may be a stand-in."""
+    with first_batch(problem) as (_, batch):
+        with torch.no_grad():
+            outputs = problem.objective.outputs(problem.model, batch)
+        try:
+            check_class_scores(problem.objective, outputs, batch)
+        except InvalidInput as misfit:
+            raise InvalidInput(
+                f"flip_prediction() needs a score for each class, and {misfit}; use smallest_removal() with a "
+                "statistic of your own that changes its sign with the answer, such as lambda m: m(x)[0, 0]."
+            ) from None
 
 
 def _limit(problem: Problem, most: int | float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -101,6 +102,10 @@ def with_targets(batch: Batch, targets: Tensor) -> Batch:
         return replace(batch, whole=with_targets(batch.whole, targets))
     if isinstance(batch, Mapping):
         return {**batch, label_key(batch) or LABELS[0]: targets}
+    if not isinstance(batch, (tuple, list)):
+        twin = copy.copy(batch)
+        twin.y = targets
+        return twin
     members = [*batch[:-1], targets]
     if hasattr(batch, "_fields"):
         return type(batch)(*members)
@@ -284,6 +289,14 @@ class AbstractObjective(ABC):
             batch: the batch that the outputs came from.
         """
         return None
+
+    def as_returned(self, outputs: Float[Tensor, "n *out"]) -> Any:
+        """What the model returned, whose numbers `outputs` may have put side by side; by default that one tensor.
+
+        Args:
+            outputs: from `outputs`.
+        """
+        return outputs
 
     @abstractmethod
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:

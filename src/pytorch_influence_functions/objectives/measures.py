@@ -264,6 +264,9 @@ class FromFunction(AbstractObjective):
             return _evaluate_one_by_one(self.apply, self.function, outputs, targets)
         return torch.stack([self.evaluate(outputs, batch, [e]).reshape(()) for e in range(len(outputs))])
 
+    def as_returned(self, outputs: Float[Tensor, "n *out"]) -> Any:
+        return self.layouts.restore(outputs)
+
     def apply(self, outputs: Tensor, targets: Any) -> Any:
         """The function of outputs and targets, the outputs being what the model returned.
 
