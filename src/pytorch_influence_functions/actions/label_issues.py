@@ -17,13 +17,13 @@ from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution
 from ..influence.question import read_asked
 from ..methods.papers import ekfac
-from ..objectives.base import AbstractObjective, Batch
-from ..objectives.class_scores import check_class_scores, class_scores
+from ..objectives.class_scores import class_scores
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, sweep
 from ..scores.doubt import harm_reliability, label_doubt, likeliest_other
+from .classes import require_class_scores
 from .fitted_system import fit_system
 from .label_votes import class_labels, label_votes
 
@@ -169,6 +169,14 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
         5
     """
     given_method = ekfac() if method is None and isinstance(problem, Problem) else method
+    asked = problem.problem if isinstance(problem, Attribution) else problem
+    if isinstance(asked, Problem):
+        require_class_scores(
+            asked,
+            "find_label_issues",
+            "give a problem whose model returns the scores of the classes alone, [n, C], under a loss of them such as "
+            "nn.CrossEntropyLoss(), and for numbers and counts look at the residuals",
+        )
     fitted = fit_system(problem, given_method, "find_label_issues")
     given, probabilities, loss = _look(fitted.problem)
     rows = torch.arange(len(given))
@@ -204,21 +212,8 @@ def _look(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             objective.check(outputs, batch, ids)
             losses.append(objective.losses(outputs, batch).double().cpu())
         labels.append(class_labels(batch, len(ids)))
-        if not probabilities:
-            _check_classes(objective, outputs, batch)
         probabilities.append(_probabilities(class_scores(objective, outputs).double().cpu()))
     return torch.cat(labels), torch.cat(probabilities), torch.cat(losses)
-
-
-def _check_classes(objective: AbstractObjective, outputs: Tensor, batch: Batch) -> None:
-    try:
-        check_class_scores(objective, outputs, batch)
-    except InvalidInput as misfit:
-        raise InvalidInput(
-            f"find_label_issues() needs a score for each class, and {misfit}; give a problem whose model returns the "
-            "scores of the classes alone, [n, C], under a loss of them such as nn.CrossEntropyLoss(), and for numbers "
-            "and counts look at the residuals."
-        ) from None
 
 
 def _probabilities(scores: Float[Tensor, "n c"]) -> Float[Tensor, "n k"]:

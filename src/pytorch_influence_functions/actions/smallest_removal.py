@@ -16,13 +16,14 @@ from ..curvature.own_losses import find_obstacle
 from ..influence.attribution import Attribution, Influence
 from ..influence.question import read_asked
 from ..methods.names import as_method
-from ..objectives.class_scores import check_class_scores, class_scores
+from ..objectives.class_scores import class_scores
 from ..problem.agreement import entry
 from ..problem.edited import label_of
 from ..problem.problem import Problem, first_batch
 from ..problem.weight_decay import WeightDecay
 from ..scaling.base import Raw
 from ..scaling.leverage import Leverage
+from .classes import require_class_scores
 from .statistic import DataStatistic
 from .training_once import train_once
 from .what_if import what_if
@@ -203,7 +204,12 @@ def flip_prediction(
     source = problem.data.read_alike(query, problem.batch_size)
     if len(source) != 1:
         raise InvalidInput(f"flip_prediction() is about one query, and {len(source)} were given; pick one.")
-    _check_classes(problem)
+    require_class_scores(
+        problem,
+        "flip_prediction",
+        "use smallest_removal() with a statistic of your own that changes its sign with the answer, such as lambda m: "
+        "m(x)[0, 0]",
+    )
     with first_batch(problem, source) as (_, batch), torch.no_grad():
         scores = class_scores(problem.objective, problem.objective.outputs(problem.model, batch))[0]
     predicted = int(scores.argmax()) if len(scores) > 1 else int(scores[0] > 0)
@@ -318,20 +324,6 @@ def _check_problem(problem: Any, asking: str) -> None:
             f"{asking}() takes a Problem, got {type(problem).__name__}; write "
             f"{asking}(ptif.Problem(model, loss, train), ...)."
         )
-
-
-def _check_classes(problem: Problem) -> None:
-    """Refuse a model whose outputs are no score for each class: the label of a query may be a stand-in."""
-    with first_batch(problem) as (_, batch):
-        with torch.no_grad():
-            outputs = problem.objective.outputs(problem.model, batch)
-        try:
-            check_class_scores(problem.objective, outputs, batch)
-        except InvalidInput as misfit:
-            raise InvalidInput(
-                f"flip_prediction() needs a score for each class, and {misfit}; use smallest_removal() with a "
-                "statistic of your own that changes its sign with the answer, such as lambda m: m(x)[0, 0]."
-            ) from None
 
 
 def _limit(problem: Problem, most: int | float) -> int:

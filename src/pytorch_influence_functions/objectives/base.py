@@ -131,13 +131,37 @@ def as_tensor_targets(targets: Any) -> Tensor:
     return targets
 
 
-def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any], otherwise: str = "") -> Tensor:
     """The model's outputs as one tensor: the only one that it returns, or `logits` or `out` of several.
+
+    Args:
+        model: the model, or any callable with its arguments.
+        args: of its forward.
+        kwargs: of its forward.
+        otherwise: see `main_output`.
 
     Raises:
         InvalidInput: the model failed, or returned no tensor, or several of which any may be meant.
     """
-    return widen(main_output(without_weights(run_model(model, args, kwargs))))
+    return widen(main_output(without_weights(run_model(model, args, kwargs)), otherwise))
+
+
+def measured_outputs(measure: AbstractObjective, model: Model, batch: Batch) -> Tensor:
+    """The outputs as one tensor for a measure of these, which the training loss need not be.
+
+    Args:
+        measure: which.
+        model: the model, or any callable with its arguments.
+        batch: see `inputs_and_targets`.
+    """
+    args, kwargs, _ = inputs_and_targets(batch)
+    return call_model(
+        model,
+        args,
+        kwargs,
+        f"{measure!r} is of one tensor; measure the loss (measure=None, of TRAK trak(measure=None)), or a function of "
+        "all that the model returns, such as measure=ptif.FromFunction(lambda out, y: ...)",
+    )
 
 
 def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -224,7 +248,13 @@ def offenders(bad: Tensor, ids: Tensor) -> str:
     return f"dataset {'index' if len(bad_ids) == 1 else 'indices'} {name_ids(bad_ids)}"
 
 
-def check_labels(targets: Tensor, classes: int, ids: Tensor, ignore_index: int | None = None) -> None:
+def check_labels(
+    targets: Tensor,
+    classes: int,
+    ids: Tensor,
+    ignore_index: int | None = None,
+    instead: str = "relabel from 0 or widen the last layer",
+) -> None:
     """Refuse class numbers outside 0..classes-1, naming index and label.
 
     Raises:
@@ -236,7 +266,7 @@ def check_labels(targets: Tensor, classes: int, ids: Tensor, ignore_index: int |
     if bool(bad.any()):
         raise InvalidInput(
             f"Label {int(targets[bad][0])} at {offenders(bad, ids)} is out of range: the model has {classes} "
-            f"classes, so labels must lie in 0..{classes - 1}; relabel from 0 or widen the last layer."
+            f"classes, so labels must lie in 0..{classes - 1}; {instead}."
         )
 
 

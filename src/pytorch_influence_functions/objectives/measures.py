@@ -19,12 +19,12 @@ from .base import (
     AbstractObjective,
     Batch,
     Model,
-    call_model,
     check_batch,
     check_labels,
     check_outputs,
     inputs_and_targets,
     is_integer,
+    measured_outputs,
     offenders,
     require_one_per_example,
     require_tensor,
@@ -49,6 +49,7 @@ from .outputs import (
 
 Reduction = Literal["none", "mean", "sum"]
 _REDUCTIONS = ("none", "mean", "sum")
+_MEASURE_THE_LOSS = "measure the loss (measure=None, of TRAK trak(measure=None))"
 
 # --------------------------------------------------------------------------- classes
 
@@ -71,8 +72,7 @@ class Margin(AbstractObjective):
     reads_logits: ClassVar[bool] = True
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
-        args, kwargs, _ = inputs_and_targets(batch)
-        return call_model(model, args, kwargs)
+        return measured_outputs(self, model, batch)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
         y = class_labels(outputs, tensor_targets(batch), "Margin()")
@@ -101,8 +101,7 @@ class Logit(AbstractObjective):
     reads_logits: ClassVar[bool] = True
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
-        args, kwargs, _ = inputs_and_targets(batch)
-        return call_model(model, args, kwargs)
+        return measured_outputs(self, model, batch)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
         y = class_labels(outputs, tensor_targets(batch), "Logit()")
@@ -131,13 +130,13 @@ def class_labels(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     if len(shape) > 2:
         raise InvalidInput(
             f"{name} got outputs of shape {shape}, expected [n, C] or one logit per example; for tokens or dense "
-            "outputs measure the loss (measure=None, of TRAK trak(measure=None)), or write FromFunction(...)."
+            f"outputs {_MEASURE_THE_LOSS}, or write FromFunction(...)."
         )
     single = is_single(outputs)
     if target_shape != (n,) and not (single and target_shape == (n, 1)):
         raise InvalidInput(
             f"{name} got targets of shape {target_shape} for outputs of shape {shape}, expected one class number per "
-            f"example, ({n},); use argmax on one-hot targets."
+            f"example, ({n},); use argmax on one-hot targets, and where they are several answers {_MEASURE_THE_LOSS}."
         )
     if not single and not is_integer(targets):
         raise InvalidInput(
@@ -156,7 +155,11 @@ def check_class_labels(outputs: Tensor, batch: Batch, ids: Tensor, name: str) ->
             f"{name} got soft targets for one logit per example ({float(targets.reshape(-1)[bad][0]):g} at "
             f"{offenders(bad, ids)}), expected 0 or 1; round them, or for a regression measure the loss (measure=None)."
         )
-    check_labels(y, 2 if single else outputs.shape[1], ids)
+    instead = (
+        f"relabel from 0 or widen the last layer, and where the outputs are no score for each class (ordinal, counts) "
+        f"{_MEASURE_THE_LOSS}"
+    )
+    check_labels(y, 2 if single else outputs.shape[1], ids, instead=instead)
 
 
 # --------------------------------------------------------------------------- any function
