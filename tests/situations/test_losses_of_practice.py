@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import NotLikelihood
+from pytorch_influence_functions.core.indexing import spread_sample
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.curvature.exact import GGN, EmpiricalFisher
 from pytorch_influence_functions.gradients.per_example import Derivatives
@@ -280,6 +281,27 @@ def test_the_first_call_takes_the_empirical_fisher_and_says_why(name: str) -> No
     assert "EmpiricalFisher()" in scores.diagnostics.method
     with pytest.raises(NotLikelihood, match=message):
         raise NotLikelihood(scores.diagnostics.why)
+
+
+def test_the_first_call_takes_the_empirical_fisher_where_the_fit_alone_meets_a_loss_that_curves_down() -> None:
+    x, curved_down = (
+        torch.randn(600, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)),
+        torch.ones(600),
+    )
+    seen = set(spread_sample(len(x), 256).tolist())
+    curved_down[next(i for i in range(len(x)) if i not in seen)] = -0.5
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return (y * out.square().sum(1)).mean()
+
+    model, queries = nn.Linear(4, 3).double(), (x[:2], curved_down[:2])
+    scores = ptif.attribute(model, (x, curved_down), queries, loss=loss)
+    expected = ptif.attribute(model, (x, curved_down), queries, loss=loss, method=ptif.exact(EmpiricalFisher()))
+    assert gap(scores.values, expected.values) < rounding(torch.float64, condition=1e3)
+    with pytest.raises(NotLikelihood, match=r"no Gauss-Newton matrix: loss is not convex .*eigenvalue of -1"):
+        raise NotLikelihood(scores.diagnostics.why)
+    with pytest.raises(NotLikelihood, match="is not convex"):
+        ptif.exact().fit(ptif.Problem(model, loss, (x, curved_down)))
 
 
 def test_a_loss_that_is_known_equals_itself_written_by_hand() -> None:
