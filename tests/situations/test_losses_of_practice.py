@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -413,3 +414,37 @@ def test_a_loss_that_the_model_returns_is_compared_with_the_one_that_is_taken() 
     for silent in (nn.Linear(3, 3).double(), Silent(0.0)):
         with pytest.raises(ptif.errors.InvalidInput, match="this one returns none; pass loss="):
             ptif.attribute(silent, (x, y), (x, y), loss=ptif.objectives.ModelLoss(), method="grad_dot")
+
+
+class _Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(4, 3).double()
+
+    def forward(self, *several: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.embed(one) for one in several)
+
+
+# Of operations that torch batches slowly, of which it warns.
+SLOWLY_BATCHED: dict[str, tuple[nn.Module, int, Any]] = {
+    "triplets": (_Three(), 3, lambda out, y: F.triplet_margin_loss(*out)),
+    "divergence": (
+        nn.Linear(4, 3).double(),
+        1,
+        lambda out, y: F.kl_div(out.log_softmax(1), F.one_hot(y, 3) * 0.7 + 0.1, reduction="batchmean"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOWLY_BATCHED)
+@pytest.mark.parametrize("method", [None, "grad_dot", "dual"])
+def test_nothing_is_said_that_nobody_can_help(name: str, method: str | None) -> None:
+    model, inputs, loss = SLOWLY_BATCHED[name]
+    x = torch.randn(inputs, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(*x, torch.arange(20) % 3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ptif.attribute(model, data, data, loss, method=method)
+    own = (ptif.errors.TrainingDataWarning,)
+    assert [str(w.message) for w in said if not issubclass(w.category, own)] == []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.validate import finite_number
 from ..objectives.base import AbstractObjective, Batch, Model, measured_outputs, tensor_targets
-from ..objectives.measures import check_class_labels, class_labels, is_single
+from ..objectives.margins import check_class_labels, class_labels, is_single
 
 
 @final
