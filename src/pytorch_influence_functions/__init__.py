@@ -59,7 +59,8 @@ from .influence.attribution import Attribution, Influence
 from .methods.papers import dual, ekfac, exact, gauss_newton, tracin, trak
 from .objectives.bernoulli import Bernoulli
 from .objectives.likelihoods import CrossEntropy, SquaredError
-from .objectives.measures import FromFunction, Logit, Margin
+from .objectives.margins import Logit, Margin
+from .objectives.measures import FromFunction
 from .objectives.tokens import TokenCrossEntropy
 from .problem.problem import Problem
 from .problem.weight_decay import WeightDecay

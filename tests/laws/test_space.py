@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput, UnknownName
 from pytorch_influence_functions.linalg.blocks import Dense, Outer
 from pytorch_influence_functions.linalg.rows import Rows
 from pytorch_influence_functions.linalg.space import ROOT, Space, is_conv1d
+from tests.tolerance import gap, rounding
 
 
 class Conv1D(nn.Module):
@@ -106,6 +108,36 @@ def test_a_scalar_parameter_is_a_block_of_its_own() -> None:
     space = Space.of(Scale())
     assert space.blocks["factor"].shape == (1,) and space.size == 1
     assert space.to_parameters(space.rows(torch.ones(3, 1)))["factor"].shape == (3,)
+
+
+class WithoutElements(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.empty, self.none, self.layer = (
+            nn.Parameter(torch.empty(0)),
+            nn.Parameter(torch.empty(4, 0).double()),
+            layer,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(x) + (x @ self.none).sum(1, keepdim=True)
+        return outputs
+
+
+@pytest.mark.parametrize("method", [None, "grad_dot", "dual", "ekfac", "lissa"])
+def test_a_parameter_without_elements_takes_no_part(method: str | None) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3
+    layer = nn.Linear(4, 3).double()
+    model = WithoutElements(layer)
+    assert list(Space.of(model).blocks) == ["layer"]
+    with pytest.raises(InvalidInput, match=r"^The chosen parameters have no elements; choose others with par"):
+        Space.of(model, "none")
+    values = [
+        ptif.attribute(one, (x, y), (x[:2], y[:2]), nn.CrossEntropyLoss(), method=method).values
+        for one in (model, layer)
+    ]
+    assert gap(values[0], values[1]) < rounding(torch.float64)
 
 
 def test_a_root_layer_has_a_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import NotLikelihood
+from pytorch_influence_functions.core.indexing import spread_sample
 from pytorch_influence_functions.curvature.base import Budget, Form
 from pytorch_influence_functions.curvature.exact import GGN, EmpiricalFisher
 from pytorch_influence_functions.gradients.per_example import Derivatives
@@ -282,6 +284,27 @@ def test_the_first_call_takes_the_empirical_fisher_and_says_why(name: str) -> No
         raise NotLikelihood(scores.diagnostics.why)
 
 
+def test_the_first_call_takes_the_empirical_fisher_where_the_fit_alone_meets_a_loss_that_curves_down() -> None:
+    x, curved_down = (
+        torch.randn(600, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)),
+        torch.ones(600),
+    )
+    seen = set(spread_sample(len(x), 256).tolist())
+    curved_down[next(i for i in range(len(x)) if i not in seen)] = -0.5
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return (y * out.square().sum(1)).mean()
+
+    model, queries = nn.Linear(4, 3).double(), (x[:2], curved_down[:2])
+    scores = ptif.attribute(model, (x, curved_down), queries, loss=loss)
+    expected = ptif.attribute(model, (x, curved_down), queries, loss=loss, method=ptif.exact(EmpiricalFisher()))
+    assert gap(scores.values, expected.values) < rounding(torch.float64, condition=1e3)
+    with pytest.raises(NotLikelihood, match=r"no Gauss-Newton matrix: loss is not convex .*eigenvalue of -1"):
+        raise NotLikelihood(scores.diagnostics.why)
+    with pytest.raises(NotLikelihood, match="is not convex"):
+        ptif.exact().fit(ptif.Problem(model, loss, (x, curved_down)))
+
+
 def test_a_loss_that_is_known_equals_itself_written_by_hand() -> None:
     """Closed forms and second derivatives are two ways to one matrix."""
     model, x, y, _ = data_of(CONVEX["CrossEntropyLoss"])
@@ -391,3 +414,37 @@ def test_a_loss_that_the_model_returns_is_compared_with_the_one_that_is_taken() 
     for silent in (nn.Linear(3, 3).double(), Silent(0.0)):
         with pytest.raises(ptif.errors.InvalidInput, match="this one returns none; pass loss="):
             ptif.attribute(silent, (x, y), (x, y), loss=ptif.objectives.ModelLoss(), method="grad_dot")
+
+
+class _Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(4, 3).double()
+
+    def forward(self, *several: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.embed(one) for one in several)
+
+
+# Of operations that torch batches slowly, of which it warns.
+SLOWLY_BATCHED: dict[str, tuple[nn.Module, int, Any]] = {
+    "triplets": (_Three(), 3, lambda out, y: F.triplet_margin_loss(*out)),
+    "divergence": (
+        nn.Linear(4, 3).double(),
+        1,
+        lambda out, y: F.kl_div(out.log_softmax(1), F.one_hot(y, 3) * 0.7 + 0.1, reduction="batchmean"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOWLY_BATCHED)
+@pytest.mark.parametrize("method", [None, "grad_dot", "dual"])
+def test_nothing_is_said_that_nobody_can_help(name: str, method: str | None) -> None:
+    model, inputs, loss = SLOWLY_BATCHED[name]
+    x = torch.randn(inputs, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(*x, torch.arange(20) % 3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ptif.attribute(model, data, data, loss, method=method)
+    own = (ptif.errors.TrainingDataWarning,)
+    assert [str(w.message) for w in said if not issubclass(w.category, own)] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.core.errors import InvalidInput
@@ -292,3 +293,79 @@ def test_two_shapes_with_as_many_numbers_are_refused() -> None:
     layouts.flatten({"a": torch.zeros(4, 2, 3)}, 4)
     with pytest.raises(InvalidInput, match=r"6 numbers per example in different shapes .*\(2, 3\) and \(3, 2\)"):
         layouts.flatten({"a": torch.zeros(4, 3, 2)}, 4)
+
+
+class Coder(nn.Module):
+    """An autoencoder that returns its code too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.code, self.back = nn.Linear(4, 3).double(), nn.Linear(3, 4).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        code = self.code(x).tanh()
+        return self.back(code), code
+
+
+class Mixture(nn.Module):
+    """Two normals, whose parameters are held by distributions inside the one that is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.of, self.at = nn.Linear(4, 2).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x: Tensor) -> MixtureSameFamily:
+        return MixtureSameFamily(Categorical(logits=self.of(x)), Normal(self.at(x), torch.ones_like(self.at(x))))
+
+
+OWN: dict[str, tuple[nn.Module, Any, Tensor, str]] = {
+    "a mixture": (
+        Mixture(),
+        lambda out, y: -out.log_prob(y).mean(),
+        SIZE,
+        r"a MixtureSameFamily of .*\(.*, 2\)",
+    ),
+    "an autoencoder's code beside its output": (
+        Coder(),
+        lambda out, y: F.mse_loss(out[0], y) + 0.1 * out[1].abs().mean(),
+        X,
+        r"a tuple of \(.*, 4\) and \(.*, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("measure", [ptif.Margin(), ptif.Logit(), ptif.objectives.Output(0)], ids=repr)
+def test_a_measure_of_one_tensor_says_what_to_measure_instead(name: str, measure: Any) -> None:
+    model, loss, targets, returned = OWN[name]
+    train, queries = (X, targets), (X[:Q], targets[:Q])
+    says = rf"returned {returned}, and {re.escape(repr(measure))} is of one tensor; measure the loss \(measure=None"
+    with pytest.raises(InvalidInput, match=says):
+        ptif.attribute(model, train, queries, loss, method="dual", measure=measure)
+    with pytest.raises(InvalidInput, match=says):
+        ptif.attribute(model, train, queries, loss, method=ptif.trak(4, measure=measure))
+    method = ptif.trak(4, measure=None)
+    asked = ptif.attribute(model, train, queries, loss, method=method, measure=None).values
+    own = ptif.attribute(model, train, queries, loss, method=method, measure=ptif.FromFunction(loss)).values
+    assert gap(own, asked) < rounding(torch.float64)
+
+
+@pytest.mark.parametrize("loss", [None, nn.MSELoss()], ids=["no loss", "a loss of one tensor"])
+def test_a_distribution_without_a_loss_of_its_own(loss: Any) -> None:
+    says = r"MixtureSameFamily of .* write its negative log-likelihood, loss=lambda out, y: -out.log_prob\(y\)"
+    with pytest.raises(InvalidInput, match=says):
+        ptif.attribute(Mixture(), (X, SIZE), (X[:Q], SIZE[:Q]), loss)
+
+
+@pytest.mark.parametrize("targets", [torch.ones(N, 2), KIND], ids=["several labels", "more grades than outputs"])
+def test_a_margin_of_what_are_no_classes(targets: Tensor) -> None:
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        above = y.double() if y.dim() == 2 else (y[:, None] > torch.arange(2)).double()
+        return F.binary_cross_entropy_with_logits(out, above)
+
+    model = nn.Linear(4, 2).double()
+    with pytest.raises(InvalidInput, match=r"; .* measure the loss \(measure=None, of TRAK trak\(measure=None\)\)"):
+        ptif.attribute(model, (X, targets), (X[:Q], targets[:Q]), loss, method=ptif.trak(4))
+    ptif.attribute(model, (X, targets), (X[:Q], targets[:Q]), loss, method=ptif.trak(4, measure=None))

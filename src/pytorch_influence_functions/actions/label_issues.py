@@ -17,11 +17,13 @@ from ..evaluation.retraining import train_model
 from ..influence.attribution import Attribution
 from ..influence.question import read_asked
 from ..methods.papers import ekfac
+from ..objectives.class_scores import class_scores
 from ..problem.data import Source
 from ..problem.infer_loss import infer_objective
 from ..problem.model_state import plain_autograd
 from ..problem.problem import Problem, sweep
 from ..scores.doubt import harm_reliability, label_doubt, likeliest_other
+from .classes import require_class_scores
 from .fitted_system import fit_system
 from .label_votes import class_labels, label_votes
 
@@ -167,6 +169,14 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
         5
     """
     given_method = ekfac() if method is None and isinstance(problem, Problem) else method
+    asked = problem.problem if isinstance(problem, Attribution) else problem
+    if isinstance(asked, Problem):
+        require_class_scores(
+            asked,
+            "find_label_issues",
+            "give a problem whose model returns the scores of the classes alone, [n, C], under a loss of them such as "
+            "nn.CrossEntropyLoss(), and for numbers and counts look at the residuals",
+        )
     fitted = fit_system(problem, given_method, "find_label_issues")
     given, probabilities, loss = _look(fitted.problem)
     rows = torch.arange(len(given))
@@ -192,7 +202,9 @@ def find_label_issues(problem: Problem | Attribution, validation: Any = None, me
 
 def _look(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Given classes [n], the model's probabilities [n, C], and losses [n], in float64 on the CPU."""
-    labels, probabilities, losses = [], [], []
+    labels: list[Tensor] = []
+    probabilities: list[Tensor] = []
+    losses: list[Tensor] = []
     objective = problem.objective
     for ids, batch in sweep(problem, label="losses", world=World()):
         with torch.no_grad():
@@ -200,21 +212,16 @@ def _look(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             objective.check(outputs, batch, ids)
             losses.append(objective.losses(outputs, batch).double().cpu())
         labels.append(class_labels(batch, len(ids)))
-        probabilities.append(_probabilities(outputs.double().cpu()))
+        probabilities.append(_probabilities(class_scores(objective, outputs).double().cpu()))
     return torch.cat(labels), torch.cat(probabilities), torch.cat(losses)
 
 
-def _probabilities(outputs: Tensor) -> Tensor:
+def _probabilities(scores: Float[Tensor, "n c"]) -> Float[Tensor, "n k"]:
     """Of logits or log-probabilities, which an objective's outputs are even where the model's are probabilities."""
-    if outputs[0].numel() == 1:
-        one = outputs.reshape(-1).sigmoid()
-        return torch.stack([1 - one, one], 1)
-    if outputs.dim() != 2:
-        raise InvalidInput(
-            f"The model's outputs have shape {tuple(outputs.shape)}, which are no score for each class; "
-            "find_label_issues() is about one class for each example."
-        )
-    return outputs.softmax(1)
+    if scores.shape[1] > 1:
+        return scores.softmax(1)
+    one = scores.sigmoid()
+    return torch.cat([1 - one, one], 1)
 
 
 def _outside(values: Tensor, problem: Problem, filler: float) -> Tensor:

@@ -19,6 +19,7 @@ from ..influence.attribution import Attribution
 from ..linalg.rows import Rows
 from ..linalg.space import BlockSpec, Space
 from ..objectives.base import tensor_targets
+from ..objectives.class_scores import class_scores
 from ..problem.checkpoints import at_checkpoint
 from ..problem.data import Source
 from ..problem.problem import sweep
@@ -128,10 +129,14 @@ class _Electorate:
                 for ids, batch in sweep(derivatives.problem, source, chosen, "votes on labels", World()):
                     n = len(ids)
                     tape = derivatives.tape(batch, n)
-                    shape = tape.outputs.shape
-                    units = _directions(tape.outputs[0].numel())
-                    directions = len(units)
-                    kept.append(tape.rows(units[k].to(tape.outputs).expand(n, -1).reshape(shape)).compact())
+                    with torch.enable_grad():
+                        outputs = tape.outputs.detach().clone().requires_grad_()
+                        scores = class_scores(derivatives.objective, outputs)
+                        units = _directions(scores.shape[1])
+                        directions = len(units)
+                        # Of several outputs of a model those alone that are the scores of classes.
+                        slope = torch.autograd.grad(scores, outputs, units[k].to(scores).expand(n, -1))[0]
+                    kept.append(tape.rows(slope).compact())
                     if k == 0:
                         classes.append(class_labels(batch, n))
             rows = Rows.cat(kept)

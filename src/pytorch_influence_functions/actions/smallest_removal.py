@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
@@ -17,13 +16,14 @@ from ..curvature.own_losses import find_obstacle
 from ..influence.attribution import Attribution, Influence
 from ..influence.question import read_asked
 from ..methods.names import as_method
-from ..objectives.likelihoods import SquaredError
+from ..objectives.class_scores import class_scores
 from ..problem.agreement import entry
 from ..problem.edited import label_of
 from ..problem.problem import Problem, first_batch
 from ..problem.weight_decay import WeightDecay
 from ..scaling.base import Raw
 from ..scaling.leverage import Leverage
+from .classes import require_class_scores
 from .statistic import DataStatistic
 from .training_once import train_once
 from .what_if import what_if
@@ -204,22 +204,22 @@ def flip_prediction(
     source = problem.data.read_alike(query, problem.batch_size)
     if len(source) != 1:
         raise InvalidInput(f"flip_prediction() is about one query, and {len(source)} were given; pick one.")
+    require_class_scores(
+        problem,
+        "flip_prediction",
+        "use smallest_removal() with a statistic of your own that changes its sign with the answer, such as lambda m: "
+        "m(x)[0, 0]",
+    )
     with first_batch(problem, source) as (_, batch), torch.no_grad():
-        outputs = problem.objective.outputs(problem.model, batch)
-    if isinstance(problem.objective, SquaredError) or (outputs[0].numel() > 1 and outputs.dim() != 2):
-        raise InvalidInput(
-            f"The model's output for the query has shape {tuple(outputs.shape)} under {problem.objective!r}, which "
-            "is no score for each class; use smallest_removal() with a statistic of your own."
-        )
-    predicted = outputs.argmax(1) if outputs[0].numel() > 1 else (outputs.reshape(-1) > 0).long()
+        scores = class_scores(problem.objective, problem.objective.outputs(problem.model, batch))[0]
+    predicted = int(scores.argmax()) if len(scores) > 1 else int(scores[0] > 0)
 
     def lead(model: nn.Module) -> Tensor:
-        scores = problem.objective.outputs(model, batch)
-        if scores[0].numel() == 1:
-            return (2 * predicted - 1)[0] * scores.reshape(-1)[0]
-        others = scores.clone()
-        others[0, predicted[0]] = -math.inf
-        return scores[0, predicted[0]] - others[0].max()
+        scores = class_scores(problem.objective, problem.objective.outputs(model, batch))[0]
+        if len(scores) == 1:
+            return (2 * predicted - 1) * scores[0]
+        others = torch.cat([scores[:predicted], scores[predicted + 1 :]])
+        return scores[predicted] - others.max()
 
     return smallest_removal(problem, lead, 0.0, most, method, recipe, seed)
 

@@ -16,6 +16,7 @@ from ..core.errors import InvalidInput
 from ..core.validate import finite_number, whole_number
 from ..influence.attribution import Attribution
 from ..linalg.rows import Rows
+from ..objectives.base import call_model
 from ..problem.model_state import preserved
 from ..problem.problem import Problem
 
@@ -241,7 +242,8 @@ class AccuracyStatistic:
         Args:
             model: gives a score for each class, [m, C], or one logit, [m] or [m, 1].
         """
-        outputs = model(self.x).double()
+        otherwise = "AccuracyStatistic is of one tensor; write a statistic of your own, a function of the model"
+        outputs = call_model(model, (self.x,), {}, otherwise).double()
         if outputs.numel() == len(self.y):
             margins = (2 * self.y - 1) * outputs.reshape(-1)
             right = margins > 0

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.validate import finite_number
-from ..objectives.base import AbstractObjective, Batch, Model, call_model, inputs_and_targets, tensor_targets
-from ..objectives.measures import check_class_labels, class_labels, is_single
+from ..objectives.base import AbstractObjective, Batch, Model, measured_outputs, tensor_targets
+from ..objectives.margins import check_class_labels, class_labels, is_single
 
 
 @final
@@ -37,8 +37,7 @@ class Accuracy(AbstractObjective):
         finite_number("threshold", self.threshold, owner=self)
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
-        args, kwargs, _ = inputs_and_targets(batch)
-        return call_model(model, args, kwargs)
+        return measured_outputs(self, model, batch)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
         labels = class_labels(outputs, tensor_targets(batch), "Accuracy()")

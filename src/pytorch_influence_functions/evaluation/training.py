@@ -15,7 +15,8 @@ from torch.func import vmap
 
 from ..core.batches import Collated, map_tensors, tensors_of
 from ..core.errors import InfluenceError, InvalidInput, NonFinite
-from ..gradients.vjp import as_function, grads, silence_slow_batching
+from ..core.warn import silence_torch
+from ..gradients.vjp import as_function, grads
 from ..objectives.base import AbstractObjective, tensor_targets, with_targets
 from ..problem.data import Source
 from ..problem.random_state import same_rng
@@ -282,7 +283,7 @@ class Stack:
             return objective.losses(objective.outputs(as_function(self.skeleton, tensors), examples), examples)
 
         batches = torch.zeros(len(self)) if shared else batch
-        with silence_slow_batching():
+        with silence_torch():
             losses: Tensor = vmap(model_losses)(dict(self.tensors), batches)
         return losses
 

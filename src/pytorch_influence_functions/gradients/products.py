@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from ..core.errors import InvalidInput, first_line
+from ..core.warn import silence_torch
 from ..linalg.rows import Rows
 from ..objectives.base import AbstractObjective, AbstractOutputCurvature
 from ..objectives.differentiated import output_curvature
@@ -30,7 +31,7 @@ from ..problem.model_state import double_backward_safe, preserved
 from .per_example import Derivatives
 from .probe import tolerance
 from .separability import loss_together, refuse_sum
-from .vjp import as_function, detach_parameters, grads, silence_slow_batching
+from .vjp import as_function, detach_parameters, grads
 
 log = logging.getLogger("pytorch_influence_functions")
 
@@ -161,7 +162,7 @@ class Products:
             current = self._current
             if self.mode is PushforwardMode.FORWARD:
                 push = vmap(lambda v: jvp(f, (current,), (v,))[:2], chunk_size=DIRECTIONS, randomness="different")
-                with silence_slow_batching():
+                with silence_torch():
                     values, pushed = cast(tuple[Tensor, Tensor], push(tree))
                 return values[0], pushed
             both = [_push_by_reverse(f, current, v) for v in _unstack(tree)]
@@ -174,7 +175,7 @@ class Products:
         if self.mode is PushforwardMode.ROWS:
             return self._ggn_by_rows(ids, batch, directions, curvature)
         tree = self.derivatives.space.to_parameters(directions)
-        with preserved(self._model, self._names), double_backward_safe(self._model), silence_slow_batching():
+        with preserved(self._model, self._names), double_backward_safe(self._model), silence_torch():
             current = self._current
 
             def outputs(p: Tree) -> Tensor:
@@ -212,7 +213,7 @@ class Products:
         """sum over the batch of (d^2 loss) v, for every direction."""
         objective = self.derivatives.objective
         tree = self.derivatives.space.to_parameters(directions)
-        with preserved(self._model, self._names), double_backward_safe(self._model), silence_slow_batching():
+        with preserved(self._model, self._names), double_backward_safe(self._model), silence_torch():
             current = self._current
 
             def total(p: Tree) -> Tensor:
@@ -270,7 +271,7 @@ class Products:
         """J v for a single direction."""
         v = _unstack(self.derivatives.space.to_parameters(directions))[0]
         objective = self.derivatives.objective
-        with preserved(self._model, self._names), double_backward_safe(self._model), silence_slow_batching():
+        with preserved(self._model, self._names), double_backward_safe(self._model), silence_torch():
 
             def outputs(p: Tree) -> Tensor:
                 return objective.outputs(as_function(self._model, p), batch)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.func import vjp, vmap
 
 from ..core.batches import example_tensors, with_example_tensors
 from ..core.functional import call_with
+from ..core.warn import silence_torch
 from ..objectives.base import AbstractObjective
 
 
@@ -52,19 +51,11 @@ def per_example_vjp(
         result: dict[str, Tensor] = pull(c)[0]
         return result
 
-    with silence_slow_batching():
+    with silence_torch():
         rows: dict[str, Tensor] = vmap(pull_one, randomness="different", chunk_size=chunk)(
             cotangent, *example_tensors(batch, n)
         )
     return {k: v.detach() for k, v in rows.items()}
-
-
-@contextmanager
-def silence_slow_batching() -> Iterator[None]:
-    """Hide torch's warnings that some operation is batched slowly: a user can do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*performance drop.*", category=UserWarning)
-        yield
 
 
 class _StartingFrom(torch.autograd.Function):

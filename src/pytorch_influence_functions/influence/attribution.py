@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.distributed import World, current
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, NotLikelihood
 from ..core.notebook import html_table
 from ..core.records import Record
 from ..core.validate import whole_number
@@ -33,7 +33,7 @@ from ..scaling.base import AbstractScaling, Raw
 from ..scores.diagnostics import Diagnostics
 from ..scores.scores import Scores
 from ..scores.top_tokens import TopTokens
-from ..solvers.auto import Auto, choose_composition
+from ..solvers.auto import Auto
 from ..solvers.base import AbstractSolver
 from ..solvers.forecast import Composition, Forecast, estimate_cost, time_product
 from ..solvers.truncation import Truncation
@@ -43,7 +43,6 @@ from .assumptions import StationarityCheck, sample_size
 from .averaging import CheckpointAverage, held_in_average
 from .checks import (
     as_weights,
-    check_options_used,
     check_parts,
     check_problem,
     check_projectable,
@@ -51,6 +50,7 @@ from .checks import (
     check_units,
     check_weights_fit,
 )
+from .composing import chooses_curvature, compose
 from .fitted_member import FittedMember
 from .member_fits import ChangeDamping, FitMember
 from .members import Members
@@ -141,14 +141,27 @@ class Influence(Record, AbstractMethod):
             stationarity = StationarityCheck.of(derivatives)
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
-            composition = self._compose(derivatives, n_queries)
+        try:
+            members = self._fit_members(derivatives, n_queries)
+        except NotLikelihood as obstacle:
+            # Of an example that the choice had not looked at. Processes that share the examples do not all meet it.
+            if not chooses_curvature(self) or current().size > 1:
+                raise
+            members = self._fit_members(derivatives, n_queries, obstacle)
+        fitted_at = FittedWeights.of(given)
+        return Attribution(self, problem, members, stationarity, time.perf_counter() - start, fitted_at)
+
+    def _fit_members(self, derivatives: Derivatives, n_queries: int, obstacle: NotLikelihood | None = None) -> Members:
+        """Compose for the trained model, and fit every checkpoint with that."""
+        problem, budget = derivatives.problem, Budget.of(self.memory)
+        checkpoints = problem.checkpoints or (None,)
+        with at_checkpoint(problem.model, checkpoints[-1]):
+            composition = compose(self, derivatives, n_queries, obstacle=obstacle)
             check_projectable(self, problem, composition)
             current().agree(lambda: {"the choice for this problem": in_common(self.describe(composition))})
         rule, insists = self._damping_of(composition), self.preconditioner is not None
         fit_one = FitMember(checkpoints, derivatives, composition, rule, budget, insists)
-        members = Members.fit(fit_one, len(checkpoints), budget)
-        fitted_at = FittedWeights.of(given)
-        return Attribution(self, problem, members, stationarity, time.perf_counter() - start, fitted_at)
+        return Members.fit(fit_one, len(checkpoints), budget)
 
     @entry
     def forecast(self, problem: Problem, n_queries: int = 1, top: int | None = None) -> Forecast:
@@ -169,7 +182,7 @@ class Influence(Record, AbstractMethod):
             if self.projection is not None:
                 derivatives = derivatives.with_projection(self.projection)
             size = replace(ProblemSize.of(derivatives, n_queries), top=top)
-            composition = self._compose(derivatives, n_queries, size)
+            composition = compose(self, derivatives, n_queries, size)
             rule, memory = self._damping_of(composition), Budget.of(self.memory)
             size = time_product(composition, derivatives, size, memory, rule)
         times = max(1, len(problem.checkpoints))
@@ -184,20 +197,6 @@ class Influence(Record, AbstractMethod):
         """How per-example gradients are taken, as far as the record forces that, and within its memory."""
         route = Route.of(self.route) if self.route in (Route.VMAP, Route.LOOP) else Route.AUTO
         return replace(Derivatives.of(problem, route), memory=Budget.of(self.memory).bytes)
-
-    def _compose(self, derivatives: Derivatives, n_queries: int, size: ProblemSize | None = None) -> Composition:
-        """Curvature, solver and preconditioner: what was asked for, or what `Auto` chooses."""
-        if isinstance(self.solver, Auto):
-            size = size or ProblemSize.of(derivatives, n_queries, timed=False)
-            chosen = choose_composition(self.curvature, size, Budget.of(self.memory))
-            check_options_used(self, chosen.solver)
-            return chosen if self.preconditioner is None else replace(chosen, preconditioner=self.preconditioner)
-        if self.curvature is None:
-            raise InvalidInput(
-                f"Influence(solver={self.solver!r}) does not say which curvature it solves with; "
-                "add curvature=GGN(), Hessian() or EmpiricalFisher(), or leave the solver to Auto()."
-            )
-        return Composition(self.curvature, self.solver, "asked for", self.preconditioner)
 
     def _damping_of(self, composition: Composition) -> AbstractDamping:
         """The damping rule: the record's, or the solver's default."""

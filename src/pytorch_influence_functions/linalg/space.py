@@ -76,7 +76,8 @@ class Space:
         """Lay out the chosen parameters of `model`.
 
         Args:
-            model: any module; parameters shared between modules count once, under their first name.
+            model: any module; parameters shared between modules count once, under their first name, and those without
+                elements take no part.
             parameters: `None` for everything with `requires_grad`; or a glob over parameter or module names
                 (`"fc*.weight"`, `"layers.3"`: a module name stands for all parameters under it), a module
                 of the model, a parameter, a predicate `(name, parameter) -> bool`, or a list of these.
@@ -86,13 +87,16 @@ class Space:
 
         Raises:
             UnknownName: a pattern or a decay's name matches nothing; the nearest name is offered.
-            InvalidInput: nothing is selected, or a selected parameter is integer, complex or uninitialised,
-                or a decay is negative, or two globs give a parameter different ones.
+            InvalidInput: nothing with elements is selected, or a selected parameter is integer, complex or
+                uninitialised, or a decay is negative, or two globs give a parameter different ones.
         """
         names = _Names.of(model)
         chosen = _select(model, names, parameters)
         for name in chosen:
             _check_parameter(name, names.parameters[name])
+        chosen = [name for name in chosen if names.parameters[name].numel() > 0]
+        if not chosen:
+            raise InvalidInput("The chosen parameters have no elements; choose others with parameters=.")
         strengths = _decay_strengths(model, names, decay)
         shapes = {name: tuple(names.parameters[name].shape) for name in chosen}
         blocks = _joint_blocks(model, names, shapes, strengths)

@@ -25,7 +25,7 @@ from ..damping.rules import Absolute, AbstractDamping, Relative
 from ..gradients.projections import AbstractReduction
 from ..influence.agreement import Units
 from ..influence.attribution import Influence
-from ..objectives.measures import Margin
+from ..objectives.margins import Margin
 from ..scaling.leverage import Leverage
 from ..scaling.relative import Cosine, RelatIF
 from ..solvers.base import AbstractSolver

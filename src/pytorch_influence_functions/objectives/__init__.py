@@ -3,7 +3,8 @@
 from .base import AbstractLikelihood, AbstractObjective
 from .bernoulli import Bernoulli
 from .likelihoods import CrossEntropy, SquaredError
-from .measures import FromFunction, Logit, Margin
+from .margins import Logit, Margin
+from .measures import FromFunction
 from .model_functions import FromModel, Output
 from .model_loss import ModelLoss
 from .tokens import TokenCrossEntropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -101,6 +102,10 @@ def with_targets(batch: Batch, targets: Tensor) -> Batch:
         return replace(batch, whole=with_targets(batch.whole, targets))
     if isinstance(batch, Mapping):
         return {**batch, label_key(batch) or LABELS[0]: targets}
+    if not isinstance(batch, (tuple, list)):
+        twin = copy.copy(batch)
+        twin.y = targets
+        return twin
     members = [*batch[:-1], targets]
     if hasattr(batch, "_fields"):
         return type(batch)(*members)
@@ -126,13 +131,37 @@ def as_tensor_targets(targets: Any) -> Tensor:
     return targets
 
 
-def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def call_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any], otherwise: str = "") -> Tensor:
     """The model's outputs as one tensor: the only one that it returns, or `logits` or `out` of several.
+
+    Args:
+        model: the model, or any callable with its arguments.
+        args: of its forward.
+        kwargs: of its forward.
+        otherwise: see `main_output`.
 
     Raises:
         InvalidInput: the model failed, or returned no tensor, or several of which any may be meant.
     """
-    return widen(main_output(without_weights(run_model(model, args, kwargs))))
+    return widen(main_output(without_weights(run_model(model, args, kwargs)), otherwise))
+
+
+def measured_outputs(measure: AbstractObjective, model: Model, batch: Batch) -> Tensor:
+    """The outputs as one tensor for a measure of these, which the training loss need not be.
+
+    Args:
+        measure: which.
+        model: the model, or any callable with its arguments.
+        batch: see `inputs_and_targets`.
+    """
+    args, kwargs, _ = inputs_and_targets(batch)
+    return call_model(
+        model,
+        args,
+        kwargs,
+        f"{measure!r} is of one tensor; measure the loss (measure=None, of TRAK trak(measure=None)), or a function of "
+        "all that the model returns, such as measure=ptif.FromFunction(lambda out, y: ...)",
+    )
 
 
 def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -145,6 +174,7 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     if isinstance(model, nn.Module):
         args, kwargs = fit_arguments(model, args, kwargs)
+    args, kwargs = _as_new(tuple(args)), _as_new(dict(kwargs))
     try:
         if model in _differentiating and not torch.is_grad_enabled():
             return _run_with_graph(model, args, kwargs)
@@ -159,6 +189,15 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         if error is cause:
             raise
         raise error from cause
+
+
+def _as_new(given: Any) -> Any:
+    """Inputs that forward may mark by `requires_grad_()`: the same batch is asked again, and is to be as it was."""
+    if isinstance(given, Tensor):
+        return given.detach() if given.is_floating_point() and not given.requires_grad else given
+    if type(given) in (tuple, list):
+        return type(given)(map(_as_new, given))
+    return {key: _as_new(value) for key, value in given.items()} if type(given) is dict else given
 
 
 # Models whose forward needs a graph, as one that returns forces does.
@@ -219,7 +258,13 @@ def offenders(bad: Tensor, ids: Tensor) -> str:
     return f"dataset {'index' if len(bad_ids) == 1 else 'indices'} {name_ids(bad_ids)}"
 
 
-def check_labels(targets: Tensor, classes: int, ids: Tensor, ignore_index: int | None = None) -> None:
+def check_labels(
+    targets: Tensor,
+    classes: int,
+    ids: Tensor,
+    ignore_index: int | None = None,
+    instead: str = "relabel from 0 or widen the last layer",
+) -> None:
     """Refuse class numbers outside 0..classes-1, naming index and label.
 
     Raises:
@@ -231,7 +276,7 @@ def check_labels(targets: Tensor, classes: int, ids: Tensor, ignore_index: int |
     if bool(bad.any()):
         raise InvalidInput(
             f"Label {int(targets[bad][0])} at {offenders(bad, ids)} is out of range: the model has {classes} "
-            f"classes, so labels must lie in 0..{classes - 1}; relabel from 0 or widen the last layer."
+            f"classes, so labels must lie in 0..{classes - 1}; {instead}."
         )
 
 
@@ -284,6 +329,14 @@ class AbstractObjective(ABC):
             batch: the batch that the outputs came from.
         """
         return None
+
+    def as_returned(self, outputs: Float[Tensor, "n *out"]) -> Any:
+        """What the model returned, whose numbers `outputs` may have put side by side; by default that one tensor.
+
+        Args:
+            outputs: from `outputs`.
+        """
+        return outputs
 
     @abstractmethod
     def check(self, outputs: Tensor, batch: Batch, ids: Tensor) -> None:

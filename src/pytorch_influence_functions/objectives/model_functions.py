@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.errors import InvalidInput
 from ..core.records import Record
 from ..core.validate import whole_number
-from .base import AbstractObjective, Batch, Model, call_model, check_outputs, inputs_and_targets
+from .base import AbstractObjective, Batch, Model, check_outputs, measured_outputs
 
 
 @final
@@ -39,8 +39,7 @@ class Output(AbstractObjective):
         whole_number("index", self.index, 0, owner=self, hint="outputs are counted from 0")
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
-        args, kwargs, _ = inputs_and_targets(batch)
-        return call_model(model, args, kwargs)
+        return measured_outputs(self, model, batch)
 
     def losses(self, outputs: Float[Tensor, "n *out"], batch: Batch) -> Float[Tensor, " n"]:
         return outputs.reshape(len(outputs), -1)[:, self.index]

@@ -187,7 +187,9 @@ def describe_outputs(returned: Any) -> str:
         return f"shape {tuple(returned.shape)}"
     kind = type(returned).__name__
     article = "an" if kind[:1].lower() in tuple("aeiou") else "a"
-    parts = [f"{name}{tuple(tensor.shape)}" for name, tensor in _named(returned)]
+    # A distribution of distributions holds no tensor itself.
+    named = list(_named(returned)) or [("", tensor) for tensor in output_tensors(returned)]
+    parts = [f"{name}{tuple(tensor.shape)}" for name, tensor in named]
     if not parts:
         return f"{article} {kind} without a tensor"
     shown = parts[:4] + ([f"{len(parts) - 4} more"] if len(parts) > 4 else [])
@@ -239,10 +241,15 @@ def has_main(returned: Any) -> bool:
     return not isinstance(returned, Tensor) and _marked(returned) is not None
 
 
-def main_output(returned: Any) -> Tensor:
+def main_output(returned: Any, otherwise: str = "") -> Tensor:
     """The one tensor that a loss of outputs and targets is of.
 
     That is the tensor itself; `logits` or `out` of a mapping or an object; or the only tensor of numbers there is.
+
+    Args:
+        returned: by a model.
+        otherwise: what is asked of one tensor and what to do where there are several, as the end of a sentence; by
+            default what is said of a loss.
 
     Raises:
         InvalidInput: there is no tensor, or several that it might be; the message names the readings.
@@ -260,10 +267,17 @@ def main_output(returned: Any) -> Tensor:
             f"The model returned {type(returned).__name__}, expected a tensor, an object with .logits, or a container "
             "of tensors; wrap the model so that it returns its outputs."
         )
-    raise InvalidInput(
-        f"The model returned {describe_outputs(returned)}, and a loss of one tensor may be meant of one of them alone "
-        "or of each of several heads; write a function of all that the model returns, loss=lambda out, y: "
-        f"loss_fn({_first_of(returned)}, y) for the first alone, or one that adds up the losses of the heads."
+    raise InvalidInput(f"The model returned {describe_outputs(returned)}, and {otherwise or _ask_for_loss(returned)}.")
+
+
+def _ask_for_loss(returned: Any) -> str:
+    if isinstance(returned, Distribution):
+        likelihood = "loss=lambda out, y: -out.log_prob(y)"
+        return f"a loss of one tensor is no loss of it; write its negative log-likelihood, {likelihood}"
+    return (
+        "a loss of one tensor may be meant of one of them alone or of each of several heads; write a function of all "
+        f"that the model returns, loss=lambda out, y: loss_fn({_first_of(returned)}, y) for the first alone, or one "
+        "that adds up the losses of the heads"
     )
 
 
