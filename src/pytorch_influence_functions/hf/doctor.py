@@ -20,7 +20,6 @@ from .chats import is_chat
 from .columns import rows_of
 from .labelled import reads_labelled_texts
 from .models import (
-    accepts_positions,
     base_model,
     is_causal,
     is_seq2seq,
@@ -176,11 +175,11 @@ def _situations(model: nn.Module, padding: Collate) -> Iterator[tuple[str, Colla
         yield "padded by its tokenizer", padding, mask, False
         yield "beside another text", padding, mixed, True
         return
-    right, left = replace(padding, side="right"), replace(padding, side="left")
+    right, left = replace(padding, side="right"), padding.on_the_left(model)
     yield "padded on the right", right, mask, False
-    if is_causal(model) or accepts_positions(model):
+    if is_causal(model) or left.positions:
         yield "padded on the left", left, mask, False
-        if accepts_positions(model):
+        if left.positions:
             cure = f"pad on the right (tokenizer.padding_side = 'right'), or {_PLACES}"
             yield "padded on the left, places not told", replace(left, positions=False), cure, False
     yield "beside another text", right, mixed, True

@@ -52,12 +52,6 @@ def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(base_model(model).forward).parameters)
 
 
-def accepts_positions(model: nn.Module) -> bool:
-    """Whether forward can be told the place of every token, and does not count it by the padding token itself."""
-    counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
-    return "position_ids" in accepted_arguments(model) and not counts
-
-
 def is_seq2seq(model: nn.Module) -> bool:
     """Whether labels are the text of a decoder that reads them shifted by one."""
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))

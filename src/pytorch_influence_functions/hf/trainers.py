@@ -73,6 +73,7 @@ def trainers_data(
     if callable(getattr(data, "with_format", None)) and getattr(data, "format", {}).get("type") not in (None, "torch"):
         data = data.with_format(None)
     collate = TrainersCollate(_collator(trainer.data_collator, padding), _accepted(trainer), padding)
+    collate = collate.asking(trainers_model(trainer), data)
     words = trainers_tokenizer(trainer) if tokenizer is None else tokenizer
     return Source(
         TokenisedRows.of(data, words, collate, token_shift(trainer.model)),
