@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,78 @@ def test_an_encoder_decoder_without_what_its_decoder_reads_is_told_what_to_give(
     training = [gradient(model, 3 * model(**{k: v[None] for k, v in row.items()}).loss) for row in rows]
     scores = ptif.attribute(model, rows, rows[:1], method="grad_dot")
     assert gap(scores.values.double(), products(model, training[:1], training)) < 1e-6
+
+
+# --------------------------------------------------------------------------- how much each text counts
+
+
+def mean_of_texts(logits: Tensor, labels: Tensor) -> Tensor:
+    """Every text alike, whatever its length."""
+    each = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return (each.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+
+
+class Alike(transformers.Trainer):  # type: ignore[misc]
+    """Texts count alike."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any) -> Any:
+        outputs = model(**inputs)
+        loss = mean_of_texts(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+class AlikeModel(transformers.GPT2LMHeadModel):  # type: ignore[misc]
+    """The same in forward."""
+
+    def forward(self, labels: Any = None, **rest: Any) -> Any:
+        returned = super().forward(**rest)
+        returned.loss = None if labels is None else mean_of_texts(returned.logits, labels)
+        return returned
+
+
+def untrained(seed: int) -> Any:
+    """All of whose texts have about the same loss, so that a mean over tokens is near the one over texts."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 41, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).eval()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_texts_that_count_alike_are_not_taken_for_sums_over_tokens(seed: int, tmp_path: Path) -> None:
+    words = texts(30, seed)
+    data = datasets.Dataset.from_dict({"input_ids": [tokenizer()(text)["input_ids"] for text in words]})
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    model = untrained(seed)
+    asked = Alike(model, arguments, train_dataset=data, data_collator=collator())
+    said = r"Alike\.compute_loss gives (\S+) for .*average=False.* gives (\S+); .*loss=TokenCrossEntropy\(shift=True\)"
+    with pytest.raises(ptif.errors.InvalidInput, match=said) as told:
+        ptif.hf.problem(asked)
+    values = re.search(said, str(told.value))
+    assert values is not None and values[1] != values[2]
+    sums = trainer(model, data, tmp_path)
+    assert ptif.hf.problem(sums).objective == ptif.TokenCrossEntropy(average=False, shift=True)
+    alike = ptif.TokenCrossEntropy(shift=True)
+    assert ptif.hf.problem(asked, normalisation="mean").objective == alike
+    assert ptif.hf.problem(sums, normalisation="mean").objective == alike
+    model.__class__ = AlikeModel
+    with pytest.raises(
+        ptif.errors.InvalidInput, match=r"AlikeModel\(labels=\.\.\.\) gives .*TokenCrossEntropy\(shift=True\)"
+    ):
+        ptif.hf.problem(model, tokenizer(), words)
+    loader = DataLoader(data, 4, collate_fn=collator())
+    assert "TokenCrossEntropy(shift=True) (inferred" in str(
+        ptif.attribute(model, loader, loader, method="grad_dot").diagnostics
+    )
+
+
+def test_texts_that_count_alike_in_training_are_asked_so(tmp_path: Path) -> None:
+    model, arguments = llama(), transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    data = tokens().remove_columns("book")
+    asked = Alike(model, arguments, train_dataset=data, data_collator=collator(), processing_class=tokenizer())
+    training = [gradient(model, own_loss(model, row)) / (len(row) - 1) for row in ids()]
+    problem = ptif.hf.problem(asked, normalisation="mean")
+    scores = ptif.attribute(problem, queries=data.select([0, 1]), method="grad_dot").values.double()
+    assert gap(scores, products(model, training[:2], training)) < 1e-6
 
 
 # --------------------------------------------------------------------------- labels at padding

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from ..core.batches import to_device
 from ..core.errors import InvalidInput, first_line
+from ..core.indexing import spread_sample, while_cheap
 from ..objectives.base import AbstractObjective
 from ..objectives.model_loss import same_config
 from ..objectives.tokens import TokenCrossEntropy
@@ -27,8 +29,10 @@ from .streams import refuse_trainers_stream
 from .tokenised import TokenisedRows
 
 _PACKED = "seq_lengths"  # the column that TRL adds
-# Examples whose loss together is compared with that of training; of texts, whose losses hold many tokens each, fewer.
-_TOGETHER, _TEXTS_TOGETHER = 8, 2
+# Examples whose loss together is compared with that of training.
+_TOGETHER: Final = 8
+# Among how many texts a short and a long one are taken; beyond the fewest only while it is cheap.
+_FEWEST, _MOST, _SECONDS = 2, 16, 0.02
 
 
 def trainers_model(trainer: Any) -> nn.Module:
@@ -183,13 +187,17 @@ def check_loss(model: nn.Module, own: OwnLoss, data: Source, objective: Any) -> 
     """
     if not isinstance(objective, AbstractObjective):
         return
-    # A Trainer averages over the tokens of a batch, as the models do.
-    ours = replace(objective, average=False) if isinstance(objective, TokenCrossEntropy) else objective
-    together = _TEXTS_TOGETHER if isinstance(objective, TokenCrossEntropy) and own.is_models else _TOGETHER
-    several = sorted({place * len(data) // together for place in range(together)})
+    looks, readings = [[i] for i in range(min(2, len(data)))], [objective]
+    if isinstance(objective, TokenCrossEntropy):
+        # A Trainer averages over the tokens of a batch, as the models do, which of batches of one text makes a mean.
+        readings = [replace(objective, average=False), *([objective] if objective.average else ())]
+        looks.append(_short_and_long(data, objective))
+    if not isinstance(objective, TokenCrossEntropy) or not own.is_models:  # two texts hold many tokens already
+        looks.append(sorted({place * len(data) // _TOGETHER for place in range(_TOGETHER)}))
+    ours = readings[0]
     device, half, batches = model_device(model), is_half(model), list[Any]()
     with preserved(model), torch.no_grad():
-        for ids in (*([i] for i in range(min(2, len(data)))), several):
+        for ids in looks:
             try:
                 batch = data.collate([data.dataset[i] for i in ids])
             except InvalidInput:
@@ -205,11 +213,22 @@ def check_loss(model: nn.Module, own: OwnLoss, data: Source, objective: Any) -> 
                 ours.check(outputs, batch, torch.tensor(ids))
             except InvalidInput:
                 return  # refused in its own words where the losses are used
-            gap = own.gap(ours, batch, outputs, half)
-            if gap is not None:
-                raise own.refusal(objective, ids, gap, "the loss taken for it")
+            gaps = [own.gap(reading, batch, outputs, half) for reading in readings]
+            if gaps[0] is not None and None not in gaps:
+                raise own.refusal(objective, ids, gaps[0], "the loss taken for it")
     if isinstance(objective, TokenCrossEntropy):
         warn_of_taught_padding(batches)
+
+
+def _short_and_long(data: Source, objective: TokenCrossEntropy) -> list[int]:
+    """The texts with the fewest and the most tokens that count, of a few: over what a loss is a mean shows there."""
+    counts: dict[int, int] = {}
+    with same_rng(), suppress(Exception):  # what cannot be read is said, in words, where it is looked at
+        for i in while_cheap(spread_sample(len(data), _MOST).tolist(), _FEWEST, _SECONDS):
+            counts[i] = int(objective.taught(data.collate([data.dataset[i]])).sum())
+    if len(set(counts.values())) < 2:
+        return sorted({0, len(data) // 2})
+    return sorted({min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)})
 
 
 def _accepted(trainer: Any) -> tuple[str, ...] | None:
