@@ -155,7 +155,7 @@ def problem(
         add_eos: whether texts end with the tokenizer's end token, one in any case; of an encoder-decoder what it
             writes. None: completions do, other texts as the tokenizer has them. Chats end as their template says.
         max_length: the most tokens of a text; None: the most that model and tokenizer were made for. What is cut is
-            told in one warning.
+            told in one warning; tokens that the tokenizer puts around a text stay, one that `add_eos=True` does not.
         packing: train on blocks of so many tokens, the texts put end to end; `ptif.hf.document_scores` gives scores of
             texts. None: every text by itself, also right where packing kept texts apart (by positions, as in TRL).
         padding_side: where padding stands; it does not matter. None: at the right.
