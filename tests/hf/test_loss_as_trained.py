@@ -341,6 +341,30 @@ def test_texts_that_count_alike_in_training_are_asked_so(tmp_path: Path) -> None
     assert gap(scores, products(model, training[:2], training)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["Bart", "TrOCR"])
+def test_a_decoder_alone_whose_own_loss_is_not_shifted_is_told_the_loss_that_it_has(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 41, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
+    config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=64, pad_token_id=0, dropout=0.0)
+    model, data = build(f"{kind}ForCausalLM", config), tokens().remove_columns("book")
+    asked, said = (
+        trainer(model, data, tmp_path),
+        r"predicts each token itself, .* loss=TokenCrossEntropy\(average=False\)\.",
+    )
+    for call in (lambda: ptif.hf.problem(model, tokenizer(), texts(5)), lambda: ptif.hf.problem(asked)):
+        with pytest.raises(ptif.errors.InvalidInput, match=said):
+            call()
+    training = [
+        gradient(model, len(row) * model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss)
+        for row in ids()
+    ]
+    loss = ptif.TokenCrossEntropy(average=False)
+    for problem in (ptif.hf.problem(model, tokenizer(), texts(5), loss=loss), ptif.hf.problem(asked, loss=loss)):
+        scores = ptif.grad_dot().fit(problem).score(problem.data).values.double()
+        assert gap(scores, products(model, training, training)) < 1e-6
+    with pytest.raises(ptif.errors.InvalidInput, match="write it with shift=True"):
+        ptif.hf.problem(llama(), tokenizer(), texts(5), loss=loss)
+
+
 # --------------------------------------------------------------------------- labels at padding
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInput
 from ..problem.random_state import same_rng
 from .encoding import IGNORED
-from .models import accepted_arguments, base_model, is_seq2seq
+from .models import accepted_arguments, base_model, writes_labels
 from .places import PLACES, counts_as_told, places_told
 from .spans import spans_as_labels
 
@@ -51,7 +51,7 @@ class Padding:
         number = getattr(tokenizer, "eos_token_id", None) if number is None else number
         padding = Padding(
             0 if number is None else int(number),
-            shift=shift_of(model) if is_seq2seq(model) else None,
+            shift=shift_of(model) if writes_labels(model) else None,
             mask="attention_mask" in accepted_arguments(model),
             kinds=KINDS in accepted_arguments(model) and KINDS in (getattr(tokenizer, "model_input_names", None) or ()),
         )

@@ -28,7 +28,9 @@ from .spans import labels_as_spans
 from .streams import refuse_trainers_stream
 from .tokenised import TokenisedRows
 
-_PACKED = "seq_lengths"  # the column that TRL adds
+# What TRL calls columns: how long the texts of a block are, and what the names of a pair's answers hold.
+_PACKED: Final = "seq_lengths"
+_PAIR: Final = ("chosen", "rejected")
 # Examples whose loss together is compared with that of training.
 _TOGETHER: Final = 8
 # Among how many texts a short and a long one are taken; beyond the fewest only while it is cheap.
@@ -69,11 +71,6 @@ def trainers_data(
     if data is None:
         raise InvalidInput("The Trainer has no train_dataset; pass the data it was trained on as dataset=.")
     refuse_trainers_stream(data)
-    if _PACKED in (getattr(data, "column_names", None) or ()):
-        raise InvalidInput(
-            "The Trainer's examples are packed from several texts (packing=True), which are trained as if each stood "
-            "alone; pass the texts themselves, ptif.hf.problem(trainer.model, tokenizer, texts)."
-        )
     if callable(getattr(data, "with_format", None)) and getattr(data, "format", {}).get("type") not in (None, "torch"):
         data = data.with_format(None)
     collate = TrainersCollate(_collator(trainer.data_collator, padding), _accepted(trainer), padding)
@@ -86,6 +83,54 @@ def trainers_data(
         fixed=batch_size is not None,
         reading=reading,
     )
+
+
+def refuse_several_texts(trainer: Any, data: Any) -> None:
+    """Refuse a Trainer whose examples hold several texts each.
+
+    Args:
+        trainer: the Trainer.
+        data: its examples.
+
+    Raises:
+        InvalidInput: they are blocks of texts, or pairs of answers; the message says what can be asked instead.
+    """
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
+        return  # said, in words, where the data are read
+    with same_rng():
+        first = data[0]
+    names = [str(name) for name in first] if isinstance(first, Mapping) else []
+    if _PACKED in names:
+        most = getattr(trainer.args, "max_length", None)
+        raise InvalidInput(
+            "The Trainer's examples are packed from several texts (packing=True), which are trained as if each stood "
+            "alone; pass the texts themselves, which TRL ends, ptif.hf.problem(trainer.model, tokenizer, texts, "
+            f"add_eos=True{'' if most is None else f', max_length={most}'})."
+        )
+    if all(any(kind in name for name in names) for kind in _PAIR) and not _is_one_row(trainer, first):
+        cure = (
+            "pass what an answer teaches as a text, ptif.hf.problem(trainer.model, tokenizer, rows, "
+            "prompt_column='prompt', completion_column='chosen')"
+        )
+        if token_shift(trainer.model) is None:
+            cure = (
+                "pass the model with rows of single texts and their loss, ptif.attribute(model, loader, queries, loss)"
+            )
+        raise InvalidInput(
+            "The Trainer's examples are pairs of a chosen and a rejected answer, whose loss is one of both and of no "
+            f"single text; {cure}."
+        )
+
+
+def _is_one_row(trainer: Any, example: Any) -> bool:
+    """Whether the Trainer's collate function makes one text of an example, whatever other columns it has."""
+    with same_rng():
+        try:
+            accepted = _accepted(trainer)
+            row = {name: cell for name, cell in example.items() if accepted is None or name in accepted}
+            return len(trainer.data_collator([row])["input_ids"]) == 1
+        except Exception:
+            return False
 
 
 def _collator(collator: Any, padding: Padding) -> Any:
@@ -218,6 +263,22 @@ def check_loss(model: nn.Module, own: OwnLoss, data: Source, objective: Any) -> 
                 raise own.refusal(objective, ids, gaps[0], "the loss taken for it")
     if isinstance(objective, TokenCrossEntropy):
         warn_of_taught_padding(batches)
+
+
+def computes(model: nn.Module, own: OwnLoss, data: Source, objective: TokenCrossEntropy) -> bool:
+    """Whether training computes this loss for the first example.
+
+    Args:
+        model: the model.
+        own: what training computes.
+        data: the training data.
+        objective: the loss.
+    """
+    with preserved(model), torch.no_grad():
+        _, batch = next(data.batches([0]))
+        batch = to_device(batch, model_device(model))
+        outputs = objective.outputs(model, batch)
+        return own.value(batch) is not None and own.gap(objective, batch, outputs, is_half(model)) is None
 
 
 def _short_and_long(data: Source, objective: TokenCrossEntropy) -> list[int]:

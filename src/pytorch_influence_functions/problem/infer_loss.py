@@ -101,7 +101,9 @@ def _as_training_computes(
                 return replace(candidate, average=True)
             return candidate
     assert first is not None, "some reading differed"
-    raise own.refusal(objective, *first, "which their outputs and targets suggest")
+    ids, gap = first
+    # What another reading gives for one batch it does not give for all.
+    raise own.refusal(objective, ids, replace(gap, otherwise=None), "which their outputs and targets suggest")
 
 
 def _meets_its_labels(objective: AbstractObjective, batch: Any) -> bool:

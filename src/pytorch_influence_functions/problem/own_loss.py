@@ -35,7 +35,8 @@ class Gap:
     Args:
         theirs: the one of training.
         ours: the objective's.
-        otherwise: the objective, weighing texts in the other way, where that gives the one of training; else None.
+        otherwise: the objective, weighing texts or moving labels in the other way, where that gives the one of
+            training; else None.
     """
 
     theirs: float
@@ -102,7 +103,7 @@ class OwnLoss:
         theirs, (ours, total) = self.value(batch), mean_and_sum(objective, outputs, batch)
         if theirs is None or (not math.isfinite(theirs) and not math.isfinite(ours)):
             return None
-        otherwise = _weighed_otherwise(theirs, ours, objective, outputs, batch, half)
+        otherwise = _read_otherwise(theirs, ours, objective, outputs, batch, half)
         # A sum over the batch weighs examples as the mean does.
         same = same_value(theirs, total, half) or (otherwise is None and same_value(theirs, ours, half))
         return None if same else Gap(theirs, ours, otherwise)
@@ -124,26 +125,32 @@ class OwnLoss:
         theirs, ours = _apart(gap.theirs, gap.ours)
         seen = f"{self.name} gives {theirs} for {what} and {objective!r}, {why}, gives {ours}; "
         if gap.otherwise is not None:
-            how = "every text" if gap.otherwise.average else "every token"
-            return InvalidInput(f"{seen}training counts {how} alike, so write loss={gap.otherwise!r}.")
+            how = f"counts every {'text' if gap.otherwise.average else 'token'} alike"
+            if gap.otherwise.shift != objective.shift:
+                how = f"predicts {'the next token' if gap.otherwise.shift else 'each token itself'}"
+            return InvalidInput(f"{seen}training {how}, so write loss={gap.otherwise!r}.")
         return InvalidInput(
             f"{seen}pass loss=, an objective{weights} or a function of (outputs, targets) that computes the loss of "
             f"each example{own if self.is_models else ''}."
         )
 
 
-def _weighed_otherwise(
+def _read_otherwise(
     theirs: float, ours: float, objective: AbstractObjective, outputs: Tensor, batch: Any, half: bool
 ) -> TokenCrossEntropy | None:
-    """The loss of tokens that weighs texts in the other way, where this is what training computes; else None."""
+    """The loss of tokens, weighed or shifted in another way, that training computes; None: it is this, or no such."""
     # What training computed in half precision is a number of that precision.
     rounded = half and float(torch.tensor(theirs).to(torch.bfloat16)) == theirs
     told = _HALF[0] if rounded else _TOLD
     if not isinstance(objective, TokenCrossEntropy) or math.isclose(theirs, ours, rel_tol=told, abs_tol=told):
         return None
-    other = replace(objective, average=not objective.average)
-    value = mean_and_sum(other, outputs, batch)[0]
-    return other if 4 * abs(theirs - value) < abs(theirs - ours) and same_value(theirs, value, half) else None
+    alike = replace(objective, average=not objective.average)
+    moved = [replace(objective, shift=not objective.shift), replace(alike, shift=not objective.shift)]
+    for other in (alike, *([] if same_value(theirs, ours, half) else moved)):
+        value = mean_and_sum(other, outputs, batch)[0]
+        if 4 * abs(theirs - value) < abs(theirs - ours) and same_value(theirs, value, half):
+            return other
+    return None
 
 
 def _apart(one: float, other: float) -> tuple[str, str]:
