@@ -269,6 +269,53 @@ def test_an_encoder_decoder_without_what_its_decoder_reads_is_told_what_to_give(
     assert gap(scores.values.double(), products(model, training[:1], training)) < 1e-6
 
 
+@pytest.mark.parametrize("problem_type", [None, "multi_label_classification", "regression"])
+def test_what_values_leave_open_the_models_own_loss_says(problem_type: str | None, tmp_path: Path) -> None:
+    """Logits that happen to lie in [0, 1], and targets of 0 and 1 that a regression would take too."""
+    config = transformers.BertConfig(**settings(num_labels=3, problem_type=problem_type))
+    model, words = build("BertForSequenceClassification", config), tokenizer()
+    with torch.no_grad():
+        model.classifier.weight.mul_(1e-3)
+        model.classifier.bias.copy_(torch.tensor([0.2, 0.3, 0.9]))
+    labels = [i % 3 if problem_type is None else [float(i % 2), 1.0, 0.0] for i in range(6)]
+    rows = [
+        {k: list(v) for k, v in words(text).items()} | {"labels": y} for text, y in zip(texts(6), labels, strict=True)
+    ]
+    pad = transformers.DataCollatorWithPadding(words)
+
+    def loss(row: Any) -> Tensor:
+        target = torch.tensor([row["labels"]])
+        mean: Tensor = model(
+            input_ids=torch.tensor([row["input_ids"]]), labels=target if problem_type is None else target.double()
+        ).loss
+        return mean
+
+    training = [gradient(model, loss(row)) for row in rows]
+    model.config.problem_type = problem_type
+    expected, loader = products(model, training[:2], training), DataLoader(rows, 6, collate_fn=pad)
+    asked = trainer(model, rows, tmp_path, pad)
+    texts_of = [{"text": text, "label": y} for text, y in zip(texts(6), labels, strict=True)]
+    for scores in (
+        ptif.attribute(model, loader, DataLoader(rows[:2], 2, collate_fn=pad), method="grad_dot"),
+        ptif.attribute(asked, queries=rows[:2], method="grad_dot"),
+        ptif.attribute(ptif.hf.problem(model, words, texts_of), queries=texts_of[:2], method="grad_dot"),
+    ):
+        assert gap(scores.values.double(), expected) < 1e-6
+    assert model.config.problem_type == problem_type
+
+
+def test_what_no_known_loss_of_the_model_says_stays_open() -> None:
+    class Own(torch.nn.Linear):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            logits = super().forward(x)
+            return {"logits": logits, "loss": None if labels is None else (logits - labels).abs().mean()}
+
+    torch.manual_seed(0)
+    rows = [{"x": torch.randn(4), "labels": torch.tensor([0.0, 1.0, 1.0])} for _ in range(5)]
+    with pytest.raises(ptif.errors.InvalidInput, match=r"cannot be told from .*BCEWithLogitsLoss\(\)"):
+        ptif.attribute(Own(4, 3), rows, rows, method="grad_dot")
+
+
 # --------------------------------------------------------------------------- how much each text counts
 
 

@@ -38,7 +38,7 @@ def weights_held() -> Iterator[None]:
     """
     with _lock:
         if _replaced.calls == 0:
-            _replaced.original, nn.Module._apply = nn.Module._apply, _apply  # type: ignore[assignment, method-assign]
+            _replaced.original, nn.Module._apply = nn.Module._apply, _apply  # type: ignore[method-assign]
         _replaced.calls += 1
     _thread.calls = getattr(_thread, "calls", 0) + 1
     try:

@@ -126,7 +126,7 @@ class OwnLoss:
         seen = f"{self.name} gives {theirs} for {what} and {objective!r}, {why}, gives {ours}; "
         if gap.otherwise is not None:
             how = f"counts every {'text' if gap.otherwise.average else 'token'} alike"
-            if gap.otherwise.shift != objective.shift:
+            if isinstance(objective, TokenCrossEntropy) and gap.otherwise.shift != objective.shift:
                 how = f"predicts {'the next token' if gap.otherwise.shift else 'each token itself'}"
             return InvalidInput(f"{seen}training {how}, so write loss={gap.otherwise!r}.")
         return InvalidInput(
