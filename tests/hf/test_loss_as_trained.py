@@ -141,6 +141,30 @@ def test_weights_of_classes_that_cancel_in_each_example_are_told(tmp_path: Path)
         ptif.attribute(asked, queries=labelled().select([0]), loss=ModelLoss(), method="grad_dot")
 
 
+def test_labels_that_are_no_tensor_have_the_loss_of_the_model(tmp_path: Path) -> None:
+    """Boxes in pictures, another number of them in each."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.YolosConfig(**sizes, image_size=[16, 16], patch_size=8, num_labels=3, num_detection_tokens=4)
+    model = build("YolosForObjectDetection", config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "pixel_values": torch.randn(3, 16, 16, generator=generator),
+            "labels": {"class_labels": torch.arange(n) % 3, "boxes": torch.rand(n, 4, generator=generator) * 0.4 + 0.2},
+        }
+        for n in (1, 2, 1, 3, 1)
+    ]
+
+    def together(items: list[Any]) -> dict[str, Any]:
+        return {"pixel_values": torch.stack([i["pixel_values"] for i in items]), "labels": [i["labels"] for i in items]}
+
+    asked = trainer(model, rows, tmp_path, together, remove_unused_columns=False)
+    training = [gradient(model, model(**together([row])).loss) for row in rows]
+    attribution = ptif.grad_dot().fit(ptif.hf.problem(asked, loss=ModelLoss()))
+    scores = attribution.score(rows[:2]).values
+    assert gap(scores, products(model, training[:2], training)) < 1e-4
+
+
 def test_classes_of_ones_own_are_what_they_build_on(tmp_path: Path) -> None:
     model = llama()
     model.__class__ = MyLlama
