@@ -52,6 +52,45 @@ def test_rows_with_labels_give_the_gradients_of_every_text_alone(kind: str, arch
     assert gap(ptif.grad_dot().fit(problem).score(rows[:2]).values, scores.values) < 1e-9
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["Bart", "T5"])
+def test_an_encoder_decoder_with_classes_has_the_gradients_of_every_text_alone(
+    architecture: str, kind: str, tmp_path: Path
+) -> None:
+    loss, label, options = KINDS[kind]
+    bart = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32}
+    sizes = bart if architecture == "Bart" else {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = getattr(transformers, f"{architecture}Config")(vocab_size=41, d_model=16, **sizes, **special, **options)
+    model, words = build(f"{architecture}ForSequenceClassification", config), tokenizer()
+    # they tell classes by the token that ends a text
+    rows = [{"text": f"{text} <eos>", "label": label(i)} for i, text in enumerate(texts(5))]
+    encoded = [dict(words(row["text"])) | {"labels": row["label"]} for row in rows]
+    asked = trainer(model, encoded, tmp_path, transformers.DataCollatorWithPadding(words))
+    own = [
+        gradient(model, loss(model(**words(row["text"], return_tensors="pt")).logits[0], row["label"])) for row in rows
+    ]
+    for problem, queries in ((ptif.hf.problem(model, words, rows), rows[:2]), (ptif.hf.problem(asked), encoded[:2])):
+        scores = ptif.attribute(problem, queries=queries, method="grad_dot").values.double()
+        assert gap(scores, products(model, own[:2], own)) < 1e-6
+
+
+def test_an_encoder_with_classes_of_tokens_reads_no_decoders_inputs(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 41, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = build("T5ForTokenClassification", transformers.T5Config(**sizes, num_labels=3))
+    ids = [tokenizer()(text)["input_ids"] for text in texts(5)]
+    rows = [{"input_ids": row, "labels": [token % 3 for token in row]} for row in ids]
+    own = [
+        gradient(model, len(row["labels"]) * model(**{k: torch.tensor([v]) for k, v in row.items()}).loss)
+        for row in rows
+    ]
+    asked = trainer(model, rows, tmp_path, transformers.DataCollatorForTokenClassification(tokenizer()))
+    for problem in (ptif.hf.problem(asked), ptif.hf.problem(model, tokenizer(), rows)):
+        scores = ptif.attribute(problem, queries=rows[:2], method="grad_dot").values.double()
+        assert gap(scores, products(model, own[:2], own)) < 1e-6
+
+
 def test_a_text_alone_is_asked_about_the_class_that_the_model_gives() -> None:
     model, words = classifier(num_labels=3, **CLASSES), tokenizer()
     names = list(CLASSES["label2id"])

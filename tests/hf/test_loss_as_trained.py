@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,30 @@ def test_weights_of_classes_that_cancel_in_each_example_are_told(tmp_path: Path)
         ptif.attribute(asked, queries=labelled().select([0]), loss=ModelLoss(), method="grad_dot")
 
 
+def test_labels_that_are_no_tensor_have_the_loss_of_the_model(tmp_path: Path) -> None:
+    """Boxes in pictures, another number of them in each."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.YolosConfig(**sizes, image_size=[16, 16], patch_size=8, num_labels=3, num_detection_tokens=4)
+    model = build("YolosForObjectDetection", config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "pixel_values": torch.randn(3, 16, 16, generator=generator),
+            "labels": {"class_labels": torch.arange(n) % 3, "boxes": torch.rand(n, 4, generator=generator) * 0.4 + 0.2},
+        }
+        for n in (1, 2, 1, 3, 1)
+    ]
+
+    def together(items: list[Any]) -> dict[str, Any]:
+        return {"pixel_values": torch.stack([i["pixel_values"] for i in items]), "labels": [i["labels"] for i in items]}
+
+    asked = trainer(model, rows, tmp_path, together, remove_unused_columns=False)
+    training = [gradient(model, model(**together([row])).loss) for row in rows]
+    attribution = ptif.grad_dot().fit(ptif.hf.problem(asked, loss=ModelLoss()))
+    scores = attribution.score(rows[:2]).values
+    assert gap(scores, products(model, training[:2], training)) < 1e-4
+
+
 def test_classes_of_ones_own_are_what_they_build_on(tmp_path: Path) -> None:
     model = llama()
     model.__class__ = MyLlama
@@ -266,6 +291,149 @@ def test_an_encoder_decoder_without_what_its_decoder_reads_is_told_what_to_give(
     training = [gradient(model, 3 * model(**{k: v[None] for k, v in row.items()}).loss) for row in rows]
     scores = ptif.attribute(model, rows, rows[:1], method="grad_dot")
     assert gap(scores.values.double(), products(model, training[:1], training)) < 1e-6
+
+
+@pytest.mark.parametrize("problem_type", [None, "multi_label_classification", "regression"])
+def test_what_values_leave_open_the_models_own_loss_says(problem_type: str | None, tmp_path: Path) -> None:
+    """Logits that happen to lie in [0, 1], and targets of 0 and 1 that a regression would take too."""
+    config = transformers.BertConfig(**settings(num_labels=3, problem_type=problem_type))
+    model, words = build("BertForSequenceClassification", config), tokenizer()
+    with torch.no_grad():
+        model.classifier.weight.mul_(1e-3)
+        model.classifier.bias.copy_(torch.tensor([0.2, 0.3, 0.9]))
+    labels = [i % 3 if problem_type is None else [float(i % 2), 1.0, 0.0] for i in range(6)]
+    rows = [
+        {k: list(v) for k, v in words(text).items()} | {"labels": y} for text, y in zip(texts(6), labels, strict=True)
+    ]
+    pad = transformers.DataCollatorWithPadding(words)
+
+    def loss(row: Any) -> Tensor:
+        target = torch.tensor([row["labels"]])
+        mean: Tensor = model(
+            input_ids=torch.tensor([row["input_ids"]]), labels=target if problem_type is None else target.double()
+        ).loss
+        return mean
+
+    training = [gradient(model, loss(row)) for row in rows]
+    model.config.problem_type = problem_type
+    expected, loader = products(model, training[:2], training), DataLoader(rows, 6, collate_fn=pad)
+    asked = trainer(model, rows, tmp_path, pad)
+    texts_of = [{"text": text, "label": y} for text, y in zip(texts(6), labels, strict=True)]
+    for scores in (
+        ptif.attribute(model, loader, DataLoader(rows[:2], 2, collate_fn=pad), method="grad_dot"),
+        ptif.attribute(asked, queries=rows[:2], method="grad_dot"),
+        ptif.attribute(ptif.hf.problem(model, words, texts_of), queries=texts_of[:2], method="grad_dot"),
+    ):
+        assert gap(scores.values.double(), expected) < 1e-6
+    assert model.config.problem_type == problem_type
+
+
+def test_what_no_known_loss_of_the_model_says_stays_open() -> None:
+    class Own(torch.nn.Linear):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            logits = super().forward(x)
+            return {"logits": logits, "loss": None if labels is None else (logits - labels).abs().mean()}
+
+    torch.manual_seed(0)
+    rows = [{"x": torch.randn(4), "labels": torch.tensor([0.0, 1.0, 1.0])} for _ in range(5)]
+    with pytest.raises(ptif.errors.InvalidInput, match=r"cannot be told from .*BCEWithLogitsLoss\(\)"):
+        ptif.attribute(Own(4, 3), rows, rows, method="grad_dot")
+
+
+# --------------------------------------------------------------------------- how much each text counts
+
+
+def mean_of_texts(logits: Tensor, labels: Tensor) -> Tensor:
+    """Every text alike, whatever its length."""
+    each = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return (each.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+
+
+class Alike(transformers.Trainer):  # type: ignore[misc]
+    """Texts count alike."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any) -> Any:
+        outputs = model(**inputs)
+        loss = mean_of_texts(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+class AlikeModel(transformers.GPT2LMHeadModel):  # type: ignore[misc]
+    """The same in forward."""
+
+    def forward(self, labels: Any = None, **rest: Any) -> Any:
+        returned = super().forward(**rest)
+        returned.loss = None if labels is None else mean_of_texts(returned.logits, labels)
+        return returned
+
+
+def untrained(seed: int) -> Any:
+    """All of whose texts have about the same loss, so that a mean over tokens is near the one over texts."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 41, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).eval()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_texts_that_count_alike_are_not_taken_for_sums_over_tokens(seed: int, tmp_path: Path) -> None:
+    words = texts(30, seed)
+    data = datasets.Dataset.from_dict({"input_ids": [tokenizer()(text)["input_ids"] for text in words]})
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    model = untrained(seed)
+    asked = Alike(model, arguments, train_dataset=data, data_collator=collator())
+    said = r"Alike\.compute_loss gives (\S+) for .*average=False.* gives (\S+); .*loss=TokenCrossEntropy\(shift=True\)"
+    with pytest.raises(ptif.errors.InvalidInput, match=said) as told:
+        ptif.hf.problem(asked)
+    values = re.search(said, str(told.value))
+    assert values is not None and values[1] != values[2]
+    sums = trainer(model, data, tmp_path)
+    assert ptif.hf.problem(sums).objective == ptif.TokenCrossEntropy(average=False, shift=True)
+    alike = ptif.TokenCrossEntropy(shift=True)
+    assert ptif.hf.problem(asked, normalisation="mean").objective == alike
+    assert ptif.hf.problem(sums, normalisation="mean").objective == alike
+    model.__class__ = AlikeModel
+    with pytest.raises(
+        ptif.errors.InvalidInput, match=r"AlikeModel\(labels=\.\.\.\) gives .*TokenCrossEntropy\(shift=True\)"
+    ):
+        ptif.hf.problem(model, tokenizer(), words)
+    loader = DataLoader(data, 4, collate_fn=collator())
+    assert "TokenCrossEntropy(shift=True) (inferred" in str(
+        ptif.attribute(model, loader, loader, method="grad_dot").diagnostics
+    )
+
+
+def test_texts_that_count_alike_in_training_are_asked_so(tmp_path: Path) -> None:
+    model, arguments = llama(), transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    data = tokens().remove_columns("book")
+    asked = Alike(model, arguments, train_dataset=data, data_collator=collator(), processing_class=tokenizer())
+    training = [gradient(model, own_loss(model, row)) / (len(row) - 1) for row in ids()]
+    problem = ptif.hf.problem(asked, normalisation="mean")
+    scores = ptif.attribute(problem, queries=data.select([0, 1]), method="grad_dot").values.double()
+    assert gap(scores, products(model, training[:2], training)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["Bart", "TrOCR"])
+def test_a_decoder_alone_whose_own_loss_is_not_shifted_is_told_the_loss_that_it_has(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 41, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
+    config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=64, pad_token_id=0, dropout=0.0)
+    model, data = build(f"{kind}ForCausalLM", config), tokens().remove_columns("book")
+    asked, said = (
+        trainer(model, data, tmp_path),
+        r"predicts each token itself, .* loss=TokenCrossEntropy\(average=False\)\.",
+    )
+    for call in (lambda: ptif.hf.problem(model, tokenizer(), texts(5)), lambda: ptif.hf.problem(asked)):
+        with pytest.raises(ptif.errors.InvalidInput, match=said):
+            call()
+    training = [
+        gradient(model, len(row) * model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss)
+        for row in ids()
+    ]
+    loss = ptif.TokenCrossEntropy(average=False)
+    for problem in (ptif.hf.problem(model, tokenizer(), texts(5), loss=loss), ptif.hf.problem(asked, loss=loss)):
+        scores = ptif.grad_dot().fit(problem).score(problem.data).values.double()
+        assert gap(scores, products(model, training, training)) < 1e-6
+    with pytest.raises(ptif.errors.InvalidInput, match="write it with shift=True"):
+        ptif.hf.problem(llama(), tokenizer(), texts(5), loss=loss)
 
 
 # --------------------------------------------------------------------------- labels at padding

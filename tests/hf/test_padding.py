@@ -113,6 +113,36 @@ def test_doctor_tries_the_users_own_collate_function() -> None:
     assert model.model.embed_tokens.weight.grad is None and not model.training
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_doctor_names_labels_at_padding_and_what_it_says_cures_them(masked: bool) -> None:
+    words = tokenizer()
+
+    def taught(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = torch.nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(item["input_ids"]) for item in items], batch_first=True)
+        return {"input_ids": ids, "labels": ids.clone()} | ({"attention_mask": mask} if masked else {})
+
+    def cured(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch, mask = taught(items), torch.zeros(len(items), max(len(item["labels"]) for item in items)).bool()
+        for row, item in zip(mask, items, strict=True):
+            row[: len(item["labels"])] = True
+        return batch | {"labels": batch["labels"].where(mask, -100)}
+
+    sick = ptif.hf.doctor(gpt2(), words, texts(4), collate=taught).findings[-1]
+    assert "labels[attention_mask == 0] = -100" in sick.cure and "position_ids" not in sick.cure
+    assert not ptif.hf.doctor(gpt2(), words, texts(4), collate=cured).findings[-1].cure
+    if not masked:  # a model that reads what follows needs the mask as well
+        blank = [{"input_ids": i["input_ids"], "labels": i["labels"]} for i in words_of(words)]
+        sick = ptif.hf.doctor(bert(), words, blank, collate=cured).findings[-1]
+        assert "attention_mask, 0 at padding" in sick.cure and "position_ids" not in sick.cure
+
+
+def words_of(words: Any) -> list[dict[str, list[int]]]:
+    """Texts whose first token is hidden."""
+    rows = [words(text)["input_ids"] for text in texts(4)]
+    return [{"input_ids": [2, *row[1:]], "labels": [row[0], *[-100] * (len(row) - 1)]} for row in rows]
+
+
 def test_doctor_takes_the_collate_functions_of_transformers() -> None:
     """They make labels themselves or pad those of items; the truth is that of each text alone, by autograd."""
     words, model = tokenizer(), llama()

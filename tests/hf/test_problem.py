@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.hf import streams as streams_module
-from tests.hf.tiny import MARKED_CHAT, gpt2, gradient, llama, own_loss, products, texts, tokenizer
+from tests.hf.tiny import MARKED_CHAT, build, gpt2, gradient, llama, own_loss, products, texts, tokenizer
 from tests.tolerance import gap
 
 transformers = pytest.importorskip("transformers")
@@ -47,6 +48,54 @@ def test_of_a_chat_the_answers_are_taught(template: str | None) -> None:
     turns = ["<system> on a mat", "<user> who", "<assistant> moon and sea", "<user> who ran", "<assistant> dog"]
     whole = " ".join(f"{turn} <eos>" for turn in turns)
     assert taught(everything, words, 1).strip() == whole
+
+
+def bracketed(side: str, begin: str = "<user> ") -> Any:
+    """A tokenizer that puts tokens around a text, as that of BERT, T5 or Llama does."""
+    processors = pytest.importorskip("tokenizers").processors
+    words = tokenizer(truncation_side=side)
+    special = [(token, words.convert_tokens_to_ids(token)) for token in ("<user>", "<eos>")]
+    words._tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin}$A <eos>", special_tokens=special)
+    return words
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_a_tokenizer_puts_around_a_text_is_kept_where_it_is_cut(side: str) -> None:
+    model, words = llama(), bracketed(side)
+    with pytest.warns(ptif.errors.TrainingDataWarning, match=r"\d of 6 texts are longer than 5 tokens"):
+        problem = ptif.hf.problem(model, words, texts(6), max_length=5)
+    trained = words(texts(6), truncation=True, max_length=5)["input_ids"]
+    assert [list(row.ids) for row in problem.data.dataset.encoded] == trained and trained[1][0] == 3
+    training = [gradient(model, own_loss(model, ids)) for ids in trained]
+    scores = ptif.grad_dot().fit(problem).score(ptif.hf.query(model, tokenizer(), "the cat", " sat")).values.double()
+    asked = tokenizer()("the cat sat")["input_ids"]
+    assert (
+        gap(scores, products(model, [gradient(model, own_loss(model, asked, [-100, -100, asked[2]]))], training)) < 1e-6
+    )
+    # what is put behind texts by training code, as TRL does, is cut with them
+    with pytest.warns(ptif.errors.TrainingDataWarning, match="were cut"):
+        plainly = tokenizer(truncation_side=side)
+        cut = ptif.hf.problem(model, plainly, texts(6), max_length=5, add_eos=True).data.dataset
+    plain = [[*ids, 1] for ids in tokenizer()(texts(6))["input_ids"]]
+    assert [list(row.ids) for row in cut.encoded] == [ids[:5] if side == "right" else ids[-5:] for ids in plain]
+    # of fewer tokens than it adds there is no text that it could cut
+    with pytest.warns(ptif.errors.TrainingDataWarning, match="were cut"):
+        few = ptif.hf.problem(model, bracketed(side, "<user> <user> "), texts(2), max_length=2).data.dataset
+    assert [len(row.ids) for row in few.encoded] == [2, 2]
+
+
+def test_an_encoder_decoder_reads_and_writes_what_its_tokenizer_cut() -> None:
+    sizes = {"vocab_size": 41, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = build(
+        "T5ForConditionalGeneration", transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
+    )
+    words, rows = bracketed("right", ""), [{"prompt": a, "completion": b} for a, b in itertools.pairwise(texts(5))]
+    with pytest.warns(ptif.errors.TrainingDataWarning, match="7 of 8 texts are longer than 4 tokens"):
+        problem = ptif.hf.problem(model, words, rows, max_length=4)
+    for index, row in enumerate(rows):
+        for name, key in (("prompt", "input_ids"), ("completion", "labels")):
+            expected = words(row[name], truncation=True, max_length=4)["input_ids"]
+            assert problem.data.dataset[index][key].tolist() == expected and expected[-1] == 1
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_a_trainer_that_smooths_without_the_shift_is_refused(tmp_path: Path) -> 
         pass
 
     model = OwnForCausalLM(gpt2().config).double().eval()
-    with pytest.raises(ptif.errors.InvalidInput, match=r"Trainer\.compute_loss gives .* pass loss="):
+    with pytest.raises(ptif.errors.InvalidInput, match=r"Trainer\.compute_loss gives .* each token itself"):
         ptif.hf.problem(trainer(model, tokens(), tmp_path, label_smoothing_factor=0.1))
     assert ptif.hf.problem(trainer(model, tokens(), tmp_path)).objective == ptif.TokenCrossEntropy(
         average=False, shift=True
@@ -234,6 +235,39 @@ def test_what_a_trainer_does_not_have_is_said(tmp_path: Path) -> None:
         ptif.attribute(stream, queries="the cat sat")
     with pytest.raises(ptif.errors.InvalidInput, match="nothing is asked"):
         ptif.attribute(trainer(gpt2(), tokens(), tmp_path))
+
+
+def test_what_is_advised_for_packed_texts_is_what_their_trainer_taught(tmp_path: Path) -> None:
+    """TRL ends every text, and keeps texts of a block apart."""
+    model, words = llama(), tokenizer()
+    ended = [[*ids, 1][:8] for ids in words(texts(4))["input_ids"]]
+    packed = datasets.Dataset.from_dict({"input_ids": [[*chain(*ended)]], "seq_lengths": [[len(row) for row in ended]]})
+    asked = trainer(model, packed, tmp_path)
+    asked.args.max_length = 8
+    advised = r"ptif\.hf\.problem\(trainer\.model, tokenizer, texts, add_eos=True, max_length=8\)"
+    with pytest.raises(ptif.errors.InvalidInput, match=advised):
+        ptif.hf.problem(asked)
+    problem = ptif.hf.problem(asked.model, words, texts(4), add_eos=True, max_length=8)
+    training = [gradient(model, own_loss(model, row)) for row in ended]
+    scores = ptif.grad_dot().fit(problem).score(problem.data).values.double()
+    assert gap(scores, products(model, training, training)) < 1e-6
+    asked.args.max_length = None
+    with pytest.raises(ptif.errors.InvalidInput, match=r"texts, add_eos=True\)"):
+        ptif.hf.problem(asked)
+
+
+@pytest.mark.parametrize("name", ["{}_ids", "{}_input_ids", "{}"])
+def test_a_trainer_of_preferences_is_told_what_can_be_asked(name: str, tmp_path: Path) -> None:
+    rows = [{name.format("chosen"): [6, 7], name.format("rejected"): [8]} for _ in range(3)]
+    said = "pairs of a chosen and a rejected answer.*completion_column='chosen'"
+    for data in (datasets.Dataset.from_list(rows), rows):
+        with pytest.raises(ptif.errors.InvalidInput, match=said):
+            ptif.attribute(trainer(llama(), data, tmp_path), queries="the cat", method="grad_dot")
+    texts_beside = tokens().add_column("chosen", ["a"] * 5).add_column("rejected", ["b"] * 5)
+    assert len(ptif.hf.problem(trainer(llama(), texts_beside, tmp_path))) == 5
+    reward = build("LlamaForSequenceClassification", transformers.LlamaConfig(**settings(num_labels=1)))
+    with pytest.raises(ptif.errors.InvalidInput, match=r"pairs of a chosen .* rows of single texts"):
+        ptif.hf.problem(trainer(reward, rows, tmp_path), loss=torch.nn.MSELoss())
 
 
 def test_a_classifiers_trainer_has_its_own_loss(tmp_path: Path) -> None:

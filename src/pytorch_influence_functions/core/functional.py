@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import InvalidInput, UnknownName, nearest
+from .held_weights import weights_held
 
 
 def fit_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -105,4 +106,5 @@ def call_with(
             if own is not None and id(own) in by_identity:
                 everywhere[f"{path}.{key}" if path else key] = by_identity[id(own)]
     args, kwargs = fit_arguments(module, args, kwargs or {})
-    return functional_call(module, everywhere, args, kwargs, tie_weights=False)
+    with weights_held():
+        return functional_call(module, everywhere, args, kwargs, tie_weights=False)

@@ -18,9 +18,10 @@ from ..problem.model_state import derivative_safe, plain_autograd, preserved
 from ..problem.problem import Problem, model_device
 from .chats import is_chat
 from .columns import rows_of
+from .encoding import IGNORED
 from .labelled import reads_labelled_texts
 from .models import (
-    accepts_positions,
+    accepted_arguments,
     base_model,
     is_causal,
     is_seq2seq,
@@ -176,11 +177,11 @@ def _situations(model: nn.Module, padding: Collate) -> Iterator[tuple[str, Colla
         yield "padded by its tokenizer", padding, mask, False
         yield "beside another text", padding, mixed, True
         return
-    right, left = replace(padding, side="right"), replace(padding, side="left")
+    right, left = replace(padding, side="right"), padding.on_the_left(model)
     yield "padded on the right", right, mask, False
-    if is_causal(model) or accepts_positions(model):
+    if is_causal(model) or left.positions:
         yield "padded on the left", left, mask, False
-        if accepts_positions(model):
+        if left.positions:
             cure = f"pad on the right (tokenizer.padding_side = 'right'), or {_PLACES}"
             yield "padded on the left, places not told", replace(left, positions=False), cure, False
     yield "beside another text", right, mixed, True
@@ -275,12 +276,22 @@ class _Gradients:
             "it changes a text by itself, such as what is cut off or taught; give ptif.hf.problem the same, by "
             "max_length=, completion_only=False, or rows with input_ids and labels"
         )
-        own = self.alone(collate)
-        beside = f"{_PLACES}, or leave padding to ptif.hf.problem"
+        own, beside = self.alone(collate), f"{self._cause(collate)}, or leave padding to ptif.hf.problem"
         return [
             _most_changed("alone, by your collate function", own, alone, changes),
             self.compare("by your collate function", collate, own, beside, True),
         ]
+
+    def _cause(self, collate: _UsersCollate) -> str:
+        """What to mend in a collate function that changes a text which it pads, in words."""
+        texts = self.problem.data.dataset
+        alone, padded = collate([texts[0]]), collate([texts[0], _filler(texts[0])])
+        counts = [int((batch["labels"][0] != IGNORED).sum()) for batch in (alone, padded)]
+        if counts[1] > counts[0]:
+            return "teach no padding: labels[attention_mask == 0] = -100"
+        if "attention_mask" not in padded and "attention_mask" in accepted_arguments(self.problem.model):
+            return "give the model an attention_mask, 0 at padding"
+        return _PLACES
 
 
 def _most_changed(words: str, gradients: list[Tensor], alone: list[Tensor], cure: str) -> Finding:

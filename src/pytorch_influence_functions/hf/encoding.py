@@ -60,18 +60,20 @@ class Encoded:
         return Encoded(self.ids[kept], self.taught[kept], extra, own, self.chat, dropped)
 
 
-def encode_text(tokenizer: Any, text: str, end: bool | None = None) -> Encoded:
+def encode_text(tokenizer: Any, text: str, end: bool | None = None, most: int | None = None) -> Encoded:
     """A text with the special tokens that the tokenizer adds; all of them taught.
 
     Args:
         tokenizer: a tokenizer of transformers.
         text: the text.
         end: whether the token that ends a text stands behind it, once; None: as the tokenizer has it.
+        most: where it is cut if it is as the tokenizer has it, which keeps what it puts around a text.
     """
-    ids = _ids(tokenizer, text)
+    own = ids = _ids(tokenizer, text)
     if end is not None:
         ids = _ended(tokenizer, ids) if end else _without_end(tokenizer, text, ids)
-    return Encoded(tuple(ids), (True,) * len(ids))
+    kept = _cut(tokenizer, text, most) if most is not None and len(ids) > most and ids == own else ids
+    return Encoded(tuple(kept), (True,) * len(kept), len(ids) - len(kept))
 
 
 def encode_pair(tokenizer: Any, prompt: str, completion: str, end: bool = True, everything: bool = False) -> Encoded:
@@ -242,6 +244,14 @@ def _ids(tokenizer: Any, text: str, special: bool = True) -> list[int]:
         raise InvalidInput(f"A text was expected, got {type(text).__name__}; give strings.")
     # verbose: it warns of texts longer than the model's, which we count and tell.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _cut(tokenizer: Any, text: str, most: int) -> list[int]:
+    """A text as the tokenizer cuts it; whole where it cannot, as where it adds more tokens than are allowed."""
+    try:
+        return list(tokenizer(text, truncation=True, max_length=most, verbose=False)["input_ids"])
+    except Exception:
+        return _ids(tokenizer, text)
 
 
 def _end(tokenizer: Any) -> list[int]:

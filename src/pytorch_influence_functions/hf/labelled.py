@@ -239,9 +239,10 @@ def labelled_source(
         )
     padding = Padding.of(model, tokenizer)
     collator = require("transformers", "hf").DataCollatorWithPadding(tokenizer)
-    collate = TrainersCollate(collator, None, padding)
+    encoded = reading.training_rows(rows)
+    collate = TrainersCollate(collator, None, padding).asking(model, encoded)
     classes = _class_names(config) or tuple(called) or None
-    data = TokenisedRows(reading.training_rows(rows), tokenizer, collate, None, reading.query_rows, classes)
+    data = TokenisedRows(encoded, tokenizer, collate, None, reading.query_rows, classes)
     return Source(data, collate, batch_size=batch_size or BATCH_SIZE, fixed=batch_size is not None)
 
 

@@ -52,15 +52,14 @@ def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(base_model(model).forward).parameters)
 
 
-def accepts_positions(model: nn.Module) -> bool:
-    """Whether forward can be told the place of every token, and does not count it by the padding token itself."""
-    counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
-    return "position_ids" in accepted_arguments(model) and not counts
-
-
 def is_seq2seq(model: nn.Module) -> bool:
-    """Whether labels are the text of a decoder that reads them shifted by one."""
+    """Whether it is an encoder with a decoder."""
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
+
+
+def writes_labels(model: nn.Module) -> bool:
+    """Whether labels are the text of a decoder that reads them shifted by one, and no classes or numbers."""
+    return is_seq2seq(model) and token_shift(model) is False and "decoder_input_ids" in accepted_arguments(model)
 
 
 def is_causal(model: nn.Module) -> bool:

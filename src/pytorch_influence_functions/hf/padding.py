@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -11,9 +11,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
-from ..objectives.tokens import labels_at_padding
+from ..problem.random_state import same_rng
 from .encoding import IGNORED
-from .models import accepted_arguments, accepts_positions, base_model, is_seq2seq
+from .models import accepted_arguments, base_model, writes_labels
+from .places import PLACES, counts_as_told, places_told
 from .spans import spans_as_labels
 
 Shift = Callable[[Tensor], Tensor]
@@ -48,14 +49,23 @@ class Padding:
             raise InvalidInput(f"padding_side={side!r} is none; expected 'left' or 'right'.")
         number = getattr(tokenizer, "pad_token_id", None)
         number = getattr(tokenizer, "eos_token_id", None) if number is None else number
-        return Padding(
+        padding = Padding(
             0 if number is None else int(number),
-            side or "right",
-            accepts_positions(model) and not is_seq2seq(model),
-            shift_of(model) if is_seq2seq(model) else None,
-            "attention_mask" in accepted_arguments(model),
-            KINDS in accepted_arguments(model) and KINDS in (getattr(tokenizer, "model_input_names", None) or ()),
+            shift=shift_of(model) if writes_labels(model) else None,
+            mask="attention_mask" in accepted_arguments(model),
+            kinds=KINDS in accepted_arguments(model) and KINDS in (getattr(tokenizer, "model_input_names", None) or ()),
         )
+        return padding.on_the_left(model) if side == "left" else padding
+
+    def on_the_left(self, model: nn.Module) -> Padding:
+        """The same with padding before the texts.
+
+        Args:
+            model: the model, asked how it counts places.
+        """
+        some = torch.tensor([number for number in range(4) if number != self.pad][:3])
+        positions = counts_as_told(model, replace(self, side="right")([{"input_ids": some, "labels": some}]))
+        return replace(self, side="left", positions=positions)
 
     def __call__(self, items: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Items with `input_ids` [T] and `labels` [L] as one batch."""
@@ -66,7 +76,7 @@ class Padding:
         if self.kinds:
             batch[KINDS] = torch.zeros_like(batch["input_ids"])
         if self.positions:
-            batch["position_ids"] = positions_of(mask)
+            batch[PLACES] = places_told(mask)
         labels = self._pad([item["labels"] for item in items], IGNORED)
         if self.shift is not None:
             batch["decoder_input_ids"] = self.shift(labels)
@@ -79,25 +89,6 @@ class Padding:
         for row, values in zip(padded, rows, strict=True):
             row[slice(length - len(values), None) if side == "left" else slice(0, len(values))] = values
         return padded
-
-
-def positions_of(mask: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
-    """The place of every token among its text's own; 0 at padding.
-
-    >>> positions_of(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]))
-    tensor([[0, 0, 0, 1],
-            [0, 1, 2, 0]])
-    """
-    return (mask.long().cumsum(1) - 1).clamp_min(0) * (mask != 0)
-
-
-def _positions_as_trained(mask: Int[Tensor, "n t"], labels: Any) -> Int[Tensor, "n t"]:
-    """The places that do not count padding; where padding is taught, which has places too, those of all tokens."""
-    places = positions_of(mask)
-    if not isinstance(labels, Tensor) or labels.shape != mask.shape or labels.is_floating_point():
-        return places
-    taught = labels_at_padding(labels, mask, IGNORED).any(1, keepdim=True)
-    return torch.where(taught, torch.arange(mask.shape[1], device=mask.device), places)
 
 
 def shift_of(model: nn.Module) -> Shift:
@@ -152,12 +143,27 @@ class TrainersCollate:
     Args:
         collate: the Trainer's.
         accepted: the columns that it is given; None: all of them.
-        padding: adds positions to left-padded texts and the decoder's inputs to labels.
+        padding: adds places that do not count padding before a text, and the decoder's inputs to labels.
     """
 
     collate: Callable[[list[Any]], Any]
     accepted: tuple[str, ...] | None
     padding: Padding
+
+    def asking(self, model: nn.Module, rows: Any) -> TrainersCollate:
+        """The same, with places told where the model counts as it is told.
+
+        Args:
+            model: the Trainer's, asked about the first of its examples.
+            rows: the examples.
+        """
+        untold = replace(self, padding=replace(self.padding, positions=False))
+        try:
+            with same_rng():
+                batch = untold([rows[0]])
+        except Exception:  # said, in words, where the data are read
+            return untold
+        return replace(self, padding=replace(self.padding, positions=counts_as_told(model, batch)))
 
     def __call__(self, items: list[Any]) -> Any:
         if self.accepted is not None and isinstance(items[0], Mapping):
@@ -173,8 +179,8 @@ class TrainersCollate:
             return batch
         batch = dict(batch)
         mask, labels = batch.get("attention_mask"), batch.get("labels")
-        if self.padding.positions and "position_ids" not in batch and isinstance(mask, Tensor) and mask.dim() == 2:
-            batch["position_ids"] = _positions_as_trained(mask, labels)
+        if self.padding.positions and PLACES not in batch and isinstance(mask, Tensor) and mask.dim() == 2:
+            batch[PLACES] = places_told(mask, labels)
         if self.padding.shift is not None and "decoder_input_ids" not in batch and isinstance(labels, Tensor):
             batch["decoder_input_ids"] = self.padding.shift(labels)
         return spans_as_labels(batch)

@@ -47,7 +47,15 @@ from .padding import Padding
 from .streams import refuse_trainers_stream
 from .texts import Texts, encode_rows
 from .tokenised import IDS
-from .trainers import check_loss, trainers_data, trainers_loss, trainers_model, trainers_tokenizer
+from .trainers import (
+    check_loss,
+    computes,
+    refuse_several_texts,
+    trainers_data,
+    trainers_loss,
+    trainers_model,
+    trainers_tokenizer,
+)
 
 _OPTIONS: Final = ("parameters", "weight_decay", "checkpoints", "batch_size", "deterministic", "device")
 
@@ -155,7 +163,7 @@ def problem(
         add_eos: whether texts end with the tokenizer's end token, one in any case; of an encoder-decoder what it
             writes. None: completions do, other texts as the tokenizer has them. Chats end as their template says.
         max_length: the most tokens of a text; None: the most that model and tokenizer were made for. What is cut is
-            told in one warning.
+            told in one warning; tokens that the tokenizer puts around a text stay, one that `add_eos=True` does not.
         packing: train on blocks of so many tokens, the texts put end to end; `ptif.hf.document_scores` gives scores of
             texts. None: every text by itself, also right where packing kept texts apart (by positions, as in TRL).
         padding_side: where padding stands; it does not matter. None: at the right.
@@ -207,10 +215,10 @@ def problem(
     data = replace(data, ask=partial(queries_for, tokenizer=tokenizer))
     if trainer is not None and options.get("weight_decay") is None:
         data = replace(data, reading="; ".join(filter(None, (data.reading, describe_decay(trainer)))))
-    if loss is not None:
-        _refuse_other_shift(whole, loss)
-        return Problem(whole, loss, data, **options)
     own = OwnLoss.of(whole) if trainer is None else trainers_loss(trainer)
+    if loss is not None:
+        _refuse_other_shift(whole, loss, own, data)
+        return Problem(whole, loss, data, **options)
     objective = _objective(whole, trainer, data, weighing, options.get("device"), own)
     if weighing is None and isinstance(objective, TokenCrossEntropy):  # of a model that is none of transformers
         weighing = "mean" if objective.average else "trainer"
@@ -249,9 +257,11 @@ def _weighing(model: nn.Module, trainer: Any, normalisation: str | None, loss: A
     return normalisation
 
 
-def _refuse_other_shift(model: nn.Module, loss: Any) -> None:
+def _refuse_other_shift(model: nn.Module, loss: Any, own: OwnLoss, data: Source) -> None:
     shift = token_shift(model)
-    if isinstance(loss, TokenCrossEntropy) and shift is not None and shift != loss.shift:
+    if not isinstance(loss, TokenCrossEntropy) or shift is None or shift == loss.shift:
+        return
+    if not computes(model, own, data, loss):  # the name of the class says otherwise than its forward where it does
         each, other = "each token itself", "the next token"
         raise InvalidInput(
             f"{type(base_model(model)).__name__} predicts {other if shift else each}, and loss={loss!r} is of "
@@ -275,6 +285,7 @@ def _training_data(
     padding = Padding.of(model, tokenizer, reading.padding_side)
     weighed = "" if weighing is None else describe(weighing, None)
     if trainer is not None and not reading.names_columns:
+        refuse_several_texts(trainer, getattr(trainer, "train_dataset", None) if dataset is None else dataset)
         return with_labelled_queries(trainers_data(trainer, dataset, padding, batch_size, weighed, tokenizer), model)
     if dataset is None and trainer is not None:
         dataset = trainer.train_dataset

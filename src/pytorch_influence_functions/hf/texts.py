@@ -165,15 +165,15 @@ def encode_rows(
     Raises:
         InvalidInput: a cell is empty or of the wrong type, or a text teaches nothing.
     """
-    encode = _encoder(columns, tokenizer, completion_only, end)
     limit = longest(model, tokenizer) if max_length is None else whole_number("max_length", max_length, 1)
+    encode = _encoder(columns, tokenizer, completion_only, end, limit)
     side = str(getattr(tokenizer, "truncation_side", "right"))
     targets: tuple[Encoded, ...] | None = None
     if is_seq2seq(model):
         source, written = _source_and_written(columns)
-        whole = tuple(encode_text(tokenizer, read_cell(rows[i], source, i)) for i in range(len(rows)))
+        whole = tuple(encode_text(tokenizer, read_cell(rows[i], source, i), None, limit) for i in range(len(rows)))
         answers = (read_cell(rows[i], written, i) for i in range(len(rows)))
-        targets = tuple(encode_text(tokenizer, answer, end is not False) for answer in answers)
+        targets = tuple(encode_text(tokenizer, answer, end is not False, limit) for answer in answers)
         targets = tuple(row if limit is None else row.shortened(limit) for row in targets)
     else:
         whole = tuple(encode(rows[i], i) for i in range(len(rows)))
@@ -220,7 +220,7 @@ def _source_and_written(columns: Columns) -> tuple[str, str]:
 
 
 def _encoder(
-    columns: Columns, tokenizer: Any, completion_only: bool, end: bool | None
+    columns: Columns, tokenizer: Any, completion_only: bool, end: bool | None, limit: int | None
 ) -> Callable[[Any, int], Encoded]:
     def encode(row: Any, index: int) -> Encoded:
         if columns.messages is not None:
@@ -236,7 +236,9 @@ def _encoder(
         if columns.ids is not None:
             return _read_tokens(row, columns, index, completion_only)
         with naming(f"Example {index}"):
-            return encode_text(tokenizer, read_cell(row, columns.text or "text", index), end)
+            # What training code puts behind a text (as TRL does) is cut off with it, what the tokenizer does is kept.
+            most = limit if end is None else None
+            return encode_text(tokenizer, read_cell(row, columns.text or "text", index), end, most)
 
     return encode
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from ..core.batches import to_device
 from ..core.errors import InvalidInput, first_line
+from ..core.indexing import spread_sample, while_cheap
 from ..objectives.base import AbstractObjective
 from ..objectives.model_loss import same_config
 from ..objectives.tokens import TokenCrossEntropy
@@ -26,9 +28,13 @@ from .spans import labels_as_spans
 from .streams import refuse_trainers_stream
 from .tokenised import TokenisedRows
 
-_PACKED = "seq_lengths"  # the column that TRL adds
-# Examples whose loss together is compared with that of training; of texts, whose losses hold many tokens each, fewer.
-_TOGETHER, _TEXTS_TOGETHER = 8, 2
+# What TRL calls columns: how long the texts of a block are, and what the names of a pair's answers hold.
+_PACKED: Final = "seq_lengths"
+_PAIR: Final = ("chosen", "rejected")
+# Examples whose loss together is compared with that of training.
+_TOGETHER: Final = 8
+# Among how many texts a short and a long one are taken; beyond the fewest only while it is cheap.
+_FEWEST, _MOST, _SECONDS = 2, 16, 0.02
 
 
 def trainers_model(trainer: Any) -> nn.Module:
@@ -65,14 +71,10 @@ def trainers_data(
     if data is None:
         raise InvalidInput("The Trainer has no train_dataset; pass the data it was trained on as dataset=.")
     refuse_trainers_stream(data)
-    if _PACKED in (getattr(data, "column_names", None) or ()):
-        raise InvalidInput(
-            "The Trainer's examples are packed from several texts (packing=True), which are trained as if each stood "
-            "alone; pass the texts themselves, ptif.hf.problem(trainer.model, tokenizer, texts)."
-        )
     if callable(getattr(data, "with_format", None)) and getattr(data, "format", {}).get("type") not in (None, "torch"):
         data = data.with_format(None)
     collate = TrainersCollate(_collator(trainer.data_collator, padding), _accepted(trainer), padding)
+    collate = collate.asking(trainers_model(trainer), data)
     words = trainers_tokenizer(trainer) if tokenizer is None else tokenizer
     return Source(
         TokenisedRows.of(data, words, collate, token_shift(trainer.model)),
@@ -81,6 +83,54 @@ def trainers_data(
         fixed=batch_size is not None,
         reading=reading,
     )
+
+
+def refuse_several_texts(trainer: Any, data: Any) -> None:
+    """Refuse a Trainer whose examples hold several texts each.
+
+    Args:
+        trainer: the Trainer.
+        data: its examples.
+
+    Raises:
+        InvalidInput: they are blocks of texts, or pairs of answers; the message says what can be asked instead.
+    """
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
+        return  # said, in words, where the data are read
+    with same_rng():
+        first = data[0]
+    names = [str(name) for name in first] if isinstance(first, Mapping) else []
+    if _PACKED in names:
+        most = getattr(trainer.args, "max_length", None)
+        raise InvalidInput(
+            "The Trainer's examples are packed from several texts (packing=True), which are trained as if each stood "
+            "alone; pass the texts themselves, which TRL ends, ptif.hf.problem(trainer.model, tokenizer, texts, "
+            f"add_eos=True{'' if most is None else f', max_length={most}'})."
+        )
+    if all(any(kind in name for name in names) for kind in _PAIR) and not _is_one_row(trainer, first):
+        cure = (
+            "pass what an answer teaches as a text, ptif.hf.problem(trainer.model, tokenizer, rows, "
+            "prompt_column='prompt', completion_column='chosen')"
+        )
+        if token_shift(trainer.model) is None:
+            cure = (
+                "pass the model with rows of single texts and their loss, ptif.attribute(model, loader, queries, loss)"
+            )
+        raise InvalidInput(
+            "The Trainer's examples are pairs of a chosen and a rejected answer, whose loss is one of both and of no "
+            f"single text; {cure}."
+        )
+
+
+def _is_one_row(trainer: Any, example: Any) -> bool:
+    """Whether the Trainer's collate function makes one text of an example, whatever other columns it has."""
+    with same_rng():
+        try:
+            accepted = _accepted(trainer)
+            row = {name: cell for name, cell in example.items() if accepted is None or name in accepted}
+            return len(trainer.data_collator([row])["input_ids"]) == 1
+        except Exception:
+            return False
 
 
 def _collator(collator: Any, padding: Padding) -> Any:
@@ -182,13 +232,17 @@ def check_loss(model: nn.Module, own: OwnLoss, data: Source, objective: Any) -> 
     """
     if not isinstance(objective, AbstractObjective):
         return
-    # A Trainer averages over the tokens of a batch, as the models do.
-    ours = replace(objective, average=False) if isinstance(objective, TokenCrossEntropy) else objective
-    together = _TEXTS_TOGETHER if isinstance(objective, TokenCrossEntropy) and own.is_models else _TOGETHER
-    several = sorted({place * len(data) // together for place in range(together)})
+    looks, readings = [[i] for i in range(min(2, len(data)))], [objective]
+    if isinstance(objective, TokenCrossEntropy):
+        # A Trainer averages over the tokens of a batch, as the models do, which of batches of one text makes a mean.
+        readings = [replace(objective, average=False), *([objective] if objective.average else ())]
+        looks.append(_short_and_long(data, objective))
+    if not isinstance(objective, TokenCrossEntropy) or not own.is_models:  # two texts hold many tokens already
+        looks.append(sorted({place * len(data) // _TOGETHER for place in range(_TOGETHER)}))
+    ours = readings[0]
     device, half, batches = model_device(model), is_half(model), list[Any]()
     with preserved(model), torch.no_grad():
-        for ids in (*([i] for i in range(min(2, len(data)))), several):
+        for ids in looks:
             try:
                 batch = data.collate([data.dataset[i] for i in ids])
             except InvalidInput:
@@ -204,11 +258,38 @@ def check_loss(model: nn.Module, own: OwnLoss, data: Source, objective: Any) -> 
                 ours.check(outputs, batch, torch.tensor(ids))
             except InvalidInput:
                 return  # refused in its own words where the losses are used
-            gap = own.gap(ours, batch, outputs, half)
-            if gap is not None:
-                raise own.refusal(objective, ids, gap, "the loss taken for it")
+            gaps = [own.gap(reading, batch, outputs, half) for reading in readings]
+            if gaps[0] is not None and None not in gaps:
+                raise own.refusal(objective, ids, gaps[0], "the loss taken for it")
     if isinstance(objective, TokenCrossEntropy):
         warn_of_taught_padding(batches)
+
+
+def computes(model: nn.Module, own: OwnLoss, data: Source, objective: TokenCrossEntropy) -> bool:
+    """Whether training computes this loss for the first example.
+
+    Args:
+        model: the model.
+        own: what training computes.
+        data: the training data.
+        objective: the loss.
+    """
+    with preserved(model), torch.no_grad():
+        _, batch = next(data.batches([0]))
+        batch = to_device(batch, model_device(model))
+        outputs = objective.outputs(model, batch)
+        return own.value(batch) is not None and own.gap(objective, batch, outputs, is_half(model)) is None
+
+
+def _short_and_long(data: Source, objective: TokenCrossEntropy) -> list[int]:
+    """The texts with the fewest and the most tokens that count, of a few: over what a loss is a mean shows there."""
+    counts: dict[int, int] = {}
+    with same_rng(), suppress(Exception):  # what cannot be read is said, in words, where it is looked at
+        for i in while_cheap(spread_sample(len(data), _MOST).tolist(), _FEWEST, _SECONDS):
+            counts[i] = int(objective.taught(data.collate([data.dataset[i]])).sum())
+    if len(set(counts.values())) < 2:
+        return sorted({0, len(data) // 2})
+    return sorted({min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)})
 
 
 def _accepted(trainer: Any) -> tuple[str, ...] | None:

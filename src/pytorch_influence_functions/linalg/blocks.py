@@ -83,7 +83,7 @@ class AbstractBlock(ABC):
         total = self.reference.new_zeros(weights.shape[0], width)
         for chunk in chunks(len(self), width):
             total.addmm_(weights[:, chunk], self.take(chunk).dense().flatten(1))
-        return total.reshape(-1, *self.shape)
+        return total.reshape(len(weights), *self.shape)
 
     def project(self, left: Side, right: Side) -> AbstractBlock:
         """left^T G right of every row, in factors where the row has some; by default through written-out rows.

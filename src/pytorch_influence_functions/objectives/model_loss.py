@@ -77,9 +77,11 @@ class ModelLoss(AbstractObjective):
         """How many labels of each example count: of a loss of tokens, over how many it is a mean.
 
         Args:
-            batch: with targets that are a tensor.
+            batch: with targets; of what is no tensor (boxes in pictures) each example counts once.
         """
         targets = inputs_and_targets(batch)[2]
+        if not isinstance(targets, Tensor):
+            return torch.ones(count_examples(batch, targets))
         predicted = targets[:, 1:] if self.shift else targets
         counts: Tensor = (predicted != _IGNORED).reshape(len(targets), -1).sum(1)
         return counts

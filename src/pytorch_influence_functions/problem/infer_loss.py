@@ -56,10 +56,16 @@ def infer_objective(
             looks.append((batch, CrossEntropy().outputs(model, batch)))
         check_outputs(looks[-1][1], ids)
         every.append(ids)
-    objective = _from_values(looks)
+    own = OwnLoss.of(model) if own is None else own
+    try:
+        objective = _from_values(looks)
+    except InvalidInput:
+        said = _from_own_loss(looks, own, is_half(model))
+        if said is None:
+            raise
+        return said
     if isinstance(objective, TokenCrossEntropy):
         warn_of_taught_padding([batch for batch, _ in looks])
-    own = OwnLoss.of(model) if own is None else own
     return _as_training_computes(objective, list(zip(every, looks, strict=True)), model, own, source.loaded_singly)
 
 
@@ -101,7 +107,9 @@ def _as_training_computes(
                 return replace(candidate, average=True)
             return candidate
     assert first is not None, "some reading differed"
-    raise own.refusal(objective, *first, "which their outputs and targets suggest")
+    looked, gap = first
+    # What another reading gives for one batch it does not give for all.
+    raise own.refusal(objective, looked, replace(gap, otherwise=None), "which their outputs and targets suggest")
 
 
 def _meets_its_labels(objective: AbstractObjective, batch: Any) -> bool:
@@ -117,6 +125,25 @@ def _meets_its_labels(objective: AbstractObjective, batch: Any) -> bool:
         moved = inputs.shape == targets.shape and _repeats(inputs[:, 1:], targets[:, :-1])
         return not moved or _repeats(inputs, targets) or not bool((targets[:, :-1] >= 0).any())
     return isinstance(objective, TokenCrossEntropy) and _is_causal(batch, inputs_and_targets(batch)[2])
+
+
+def _from_own_loss(looks: list[tuple[Any, Tensor]], own: OwnLoss, half: bool) -> AbstractObjective | None:
+    """Where values suggest several losses, the one that training computes for named labels; None where it is none."""
+    batch, outputs = looks[0]
+    if not isinstance(whole_batch(batch), Mapping) or outputs.dim() != 2:
+        return None
+    targets = inputs_and_targets(batch)[2]
+    candidates: list[AbstractObjective] = []
+    if isinstance(targets, Tensor) and targets.is_floating_point() and targets.numel() == outputs.numel():
+        candidates = [Bernoulli(average=True), Bernoulli(), SquaredError(average=True, half=False), SquaredError()]
+    elif isinstance(targets, Tensor) and not targets.is_floating_point() and targets.shape == outputs.shape[:1]:
+        candidates = [CrossEntropy()] if outputs.shape[1] > 1 else []
+    if not candidates or any(own.value(batch) is None for batch, _ in looks):
+        return None
+    for candidate in candidates:
+        if all(own.gap(candidate, batch, outputs, half) is None for batch, outputs in looks):
+            return candidate
+    return None
 
 
 def _readings(objective: AbstractObjective) -> list[AbstractObjective]:

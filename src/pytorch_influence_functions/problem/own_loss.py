@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -23,7 +23,25 @@ from .wrappers import unwrap
 # How far two computations of one loss may differ: relative, and beside losses near 0. Losses of half precision round.
 _FULL: Final = (1e-3, 1e-5)
 _HALF: Final = (1e-2, 1e-4)
+# How far apart a mean over tokens and one over texts are told from each other: beyond what float32 rounds.
+_TOLD: Final = 1e-5
 _IGNORED: Final = -100
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A loss that training computes and the objective's, which differ.
+
+    Args:
+        theirs: the one of training.
+        ours: the objective's.
+        otherwise: the objective, weighing texts or moving labels in the other way, where that gives the one of
+            training; else None.
+    """
+
+    theirs: float
+    ours: float
+    otherwise: TokenCrossEntropy | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +81,12 @@ class OwnLoss:
 
         return OwnLoss(f"{type(inside).__name__}(labels=...)", value)
 
-    def gap(self, objective: AbstractObjective, batch: Any, outputs: Tensor, half: bool) -> tuple[float, float] | None:
+    def gap(self, objective: AbstractObjective, batch: Any, outputs: Tensor, half: bool) -> Gap | None:
         """This loss of a batch and the objective's, where they differ; None: they agree, or one of them is none.
 
-        Tokens that the objective leaves out, as what padding on the left predicts, are left out of both.
+        Tokens that the objective leaves out, as what padding on the left predicts, are left out of both. Where texts
+        have about the same loss, its mean over tokens is near the one over texts: they differ where that of training is
+        by far nearer to the other.
 
         Args:
             objective: what is taken for it; of tokens the mean over those of the batch, unless it averages each text.
@@ -83,12 +103,12 @@ class OwnLoss:
         theirs, (ours, total) = self.value(batch), mean_and_sum(objective, outputs, batch)
         if theirs is None or (not math.isfinite(theirs) and not math.isfinite(ours)):
             return None
+        otherwise = _read_otherwise(theirs, ours, objective, outputs, batch, half)
         # A sum over the batch weighs examples as the mean does.
-        return None if same_value(theirs, ours, half) or same_value(theirs, total, half) else (theirs, ours)
+        same = same_value(theirs, total, half) or (otherwise is None and same_value(theirs, ours, half))
+        return None if same else Gap(theirs, ours, otherwise)
 
-    def refusal(
-        self, objective: AbstractObjective, ids: Sequence[int], gap: tuple[float, float], why: str
-    ) -> InvalidInput:
+    def refusal(self, objective: AbstractObjective, ids: Sequence[int], gap: Gap, why: str) -> InvalidInput:
         """The sentence where it differs from the objective: what was seen, and what to write.
 
         Args:
@@ -102,11 +122,41 @@ class OwnLoss:
         own = f", or loss=ptif.objectives.ModelLoss({settings}), what the model returns for each example alone"
         weights = "" if tokens else " (for weights of classes ptif.CrossEntropy(weight=...))"
         what = f"example {ids[0]}" if len(ids) == 1 else f"examples {name_ids(ids)} together"
+        theirs, ours = _apart(gap.theirs, gap.ours)
+        seen = f"{self.name} gives {theirs} for {what} and {objective!r}, {why}, gives {ours}; "
+        if gap.otherwise is not None:
+            how = f"counts every {'text' if gap.otherwise.average else 'token'} alike"
+            if isinstance(objective, TokenCrossEntropy) and gap.otherwise.shift != objective.shift:
+                how = f"predicts {'the next token' if gap.otherwise.shift else 'each token itself'}"
+            return InvalidInput(f"{seen}training {how}, so write loss={gap.otherwise!r}.")
         return InvalidInput(
-            f"{self.name} gives {gap[0]:.4g} for {what} and {objective!r}, {why}, gives {gap[1]:.4g}; pass loss=, an "
-            f"objective{weights} or a function of (outputs, targets) that computes the loss of each example"
-            f"{own if self.is_models else ''}."
+            f"{seen}pass loss=, an objective{weights} or a function of (outputs, targets) that computes the loss of "
+            f"each example{own if self.is_models else ''}."
         )
+
+
+def _read_otherwise(
+    theirs: float, ours: float, objective: AbstractObjective, outputs: Tensor, batch: Any, half: bool
+) -> TokenCrossEntropy | None:
+    """The loss of tokens, weighed or shifted in another way, that training computes; None: it is this, or no such."""
+    # What training computed in half precision is a number of that precision.
+    rounded = half and float(torch.tensor(theirs).to(torch.bfloat16)) == theirs
+    told = _HALF[0] if rounded else _TOLD
+    if not isinstance(objective, TokenCrossEntropy) or math.isclose(theirs, ours, rel_tol=told, abs_tol=told):
+        return None
+    alike = replace(objective, average=not objective.average)
+    moved = [replace(objective, shift=not objective.shift), replace(alike, shift=not objective.shift)]
+    for other in (alike, *([] if same_value(theirs, ours, half) else moved)):
+        value = mean_and_sum(other, outputs, batch)[0]
+        if 4 * abs(theirs - value) < abs(theirs - ours) and same_value(theirs, value, half):
+            return other
+    return None
+
+
+def _apart(one: float, other: float) -> tuple[str, str]:
+    """Two numbers, in as many digits as tell them apart."""
+    shown = ((f"{one:.{digits}g}", f"{other:.{digits}g}") for digits in range(4, 18))
+    return next((pair for pair in shown if pair[0] != pair[1]), (repr(one), repr(other)))
 
 
 def same_value(theirs: float, ours: float, half: bool) -> bool:
