@@ -174,7 +174,6 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     if isinstance(model, nn.Module):
         args, kwargs = fit_arguments(model, args, kwargs)
-    args, kwargs = _as_new(tuple(args)), _as_new(dict(kwargs))
     try:
         if model in _differentiating and not torch.is_grad_enabled():
             return _run_with_graph(model, args, kwargs)
@@ -189,15 +188,6 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         if error is cause:
             raise
         raise error from cause
-
-
-def _as_new(given: Any) -> Any:
-    """Inputs that forward may mark by `requires_grad_()`: the same batch is asked again, and is to be as it was."""
-    if isinstance(given, Tensor):
-        return given.detach() if given.is_floating_point() and not given.requires_grad else given
-    if type(given) in (tuple, list):
-        return type(given)(map(_as_new, given))
-    return {key: _as_new(value) for key, value in given.items()} if type(given) is dict else given
 
 
 # Models whose forward needs a graph, as one that returns forces does.
