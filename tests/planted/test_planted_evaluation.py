@@ -17,8 +17,8 @@ from tests.laws import test_baselines, test_removal, test_retraining
 from tests.planted.planting import Bug, must_be_noticed, swap, swap_everywhere
 
 
-def divided_by_what_is_kept(original: Any, losses: Tensor, weights: Tensor | None) -> Tensor:
-    return original(losses, None) if weights is None else (losses * weights).sum() / weights.sum()
+def divided_by_what_is_kept(original: Any, how: Any, losses: Tensor, batch: Any, weights: Tensor | None) -> Tensor:
+    return original(how, losses, batch, None) if weights is None else (losses * weights).sum(-1) / weights.sum(-1)
 
 
 def always_a_loss(original: Any, self: Any, *args: Any) -> Any:
@@ -41,7 +41,7 @@ MARGIN = partial(test_removal.test_what_helps_most_is_removed_and_hurts_in_the_m
 BUGS = [
     Bug(
         "held batches divided by what is kept",
-        swap(training, "_weighted_mean", divided_by_what_is_kept),
+        swap(training, "combine_losses", divided_by_what_is_kept),
         partial(test_retraining.test_one_by_one_is_the_loop_written_out, True, 5),
     ),
     Bug(

@@ -197,7 +197,8 @@ class _Run:
         """Which rows have a small residual `r`, and for certain a small error."""
         b, smallest = self.b[live.index], self.state.system.shift.smallest
         bound = error_bound(live.x, b, r, smallest) if smallest > 0 else self._recent_error(live, r)
-        return (r.norm(dim=1) <= self.rtol * self.norms[live.index]) & ((bound <= self.rtol) | (r == 0).all(1))
+        small: Tensor = r.norm(dim=1) <= self.rtol * self.norms[live.index]
+        return small & ((bound <= self.rtol) | (r == 0).all(1))
 
     def _recent_error(self, live: _Live, r: Tensor) -> Tensor:
         """The relative error before the last steps, by what these gained: too little by what later ones would gain."""
