@@ -13,7 +13,7 @@ from torch import Tensor
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.evaluation import explanations, removal, training
 from tests.interface import test_interop
-from tests.laws import test_baselines, test_removal, test_retraining
+from tests.laws import test_baselines, test_batch_loss, test_removal, test_retraining
 from tests.planted.planting import Bug, must_be_noticed, swap, swap_everywhere
 
 
@@ -43,6 +43,13 @@ BUGS = [
         "held batches divided by what is kept",
         swap(training, "combine_losses", divided_by_what_is_kept),
         partial(test_retraining.test_one_by_one_is_the_loop_written_out, True, 5),
+    ),
+    Bug(
+        "a batch's class weights not divided by",
+        swap(training, "combine_losses", lambda original, how, losses, *others: losses.mean(-1)),
+        partial(
+            test_batch_loss.test_the_recipe_trains_what_the_users_own_loop_trains, "weight", 5, test_batch_loss.linear
+        ),
     ),
     Bug(
         "harm of a margin taken for that of a loss",
