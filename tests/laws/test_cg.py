@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytorch_influence_functions.core.errors import InvalidInput, NonFinite, SolveFailed
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.core.errors import IncompleteSolveWarning, InvalidInput, NonFinite, SolveFailed
 from pytorch_influence_functions.linalg.dense import Matrix
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.implicit import Implicit
@@ -272,3 +273,83 @@ def test_rounding_is_not_mistaken_for_negative_curvature() -> None:
     b = some_rows(space, 20, 3, dtype=torch.float32)
     solution = solver.solve(solver.init(Gram(space, g, 5), Shift(0.0)), b)  # singular, and b is not in its range
     assert solution.result in (Result.stagnated, Result.max_steps_reached)
+
+
+def test_columns_of_different_scale_are_solved_and_not_only_their_steepest() -> None:
+    """The first step makes the residual small: it is nearly all along the one direction of the large column."""
+    space = a_space()
+    values = torch.logspace(-1, 9, space.size, dtype=F64)
+    matrix = Matrix(space, torch.diag(values))
+    b = space.rows(values.sqrt().expand(2, -1).clone())
+    for rtol in (1e-2, 1e-3):
+        solver = CG(rtol=rtol, max_steps=2000)
+        solution = solver.solve(solver.init(matrix, Shift(1e-2)), b)
+        difference = solution.unwrap().flat() - b.flat() / (values + 1e-2)
+        size = (b.flat().square() / (values + 1e-2)).sum(1).sqrt()
+        error = (difference.square() * (values + 1e-2)).sum(1).sqrt() / size
+        assert float(error.max()) <= rtol
+        assert solution.error is not None and bool((error <= solution.error).all())
+        assert float(solution.error.max()) <= rtol
+        assert float(solution.residual.max()) < 1e-3 * rtol  # which alone would not have done
+
+
+def test_too_few_steps_for_such_columns_are_too_few_whatever_the_residual() -> None:
+    space = a_space()
+    values = torch.logspace(-1, 9, space.size, dtype=F64)
+    b = space.rows(values.sqrt().expand(2, -1).clone())
+    solver = CG(rtol=1e-2, max_steps=25)
+    solution = solver.solve(solver.init(Matrix(space, torch.diag(values)), Shift(1e-2)), b)
+    assert float(solution.residual.max()) < 1e-2
+    assert (solution.result, solution.failed) == (Result.max_steps_reached, (0, 1))
+    with pytest.warns(IncompleteSolveWarning, match=r"relative error in the norm of C \+ D up to \d"):
+        solution.unwrap()
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-12])
+def test_without_a_damping_to_judge_by_the_last_steps_tell_the_error(damping: float) -> None:
+    space, solver = a_space(), CG(rtol=1e-6, max_steps=2000)
+    matrix, b = spectrum_matrix(space, 1e-2), some_rows(space, 3)
+    solution = solver.solve(solver.init(matrix, Shift(damping)), b)
+    value, expected = solution.unwrap().flat(), dense_solve(space, matrix.matrix, Shift(damping), b.flat())
+    error = value - expected
+    size = ((expected @ matrix.matrix) * expected).sum(1).sqrt()
+    assert float((((error @ matrix.matrix) * error).sum(1).sqrt() / size).max()) <= 1e-6
+
+
+def ages_and_incomes(dtype: torch.dtype) -> tuple[torch.nn.Linear, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A classifier, its training set and queries, with columns as they stand in a table that nobody scaled."""
+    generator = torch.Generator().manual_seed(0)
+    spread, centre = torch.tensor([10.0, 1e4, 1.0]), torch.tensor([40.0, 5e4, 0.0])
+    x = (torch.randn(110, 3, generator=generator) * spread + centre).to(dtype)
+    y = (torch.randn(110, generator=generator) > 0).long()
+    model = torch.nn.Linear(3, 2).to(dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.01, 1e-6, 0.1], [0.0, 1e-5, 0.0]]))
+        model.bias.zero_()
+    return model, (x[:100], y[:100]), (x[100:], y[100:])
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-1, 1e2])
+def test_ages_and_incomes_as_they_stand_in_a_table_are_solved(damping: float) -> None:
+    exact, solved = (
+        ptif.attribute(*ages_and_incomes(F64), ptif.CrossEntropy(), method=method)
+        for method in (ptif.exact(damping=damping), ptif.gauss_newton(damping))
+    )
+    far = (solved.values - exact.values).norm(dim=1) / exact.values.norm(dim=1)
+    assert float(far.max()) < 1e-3
+    assert solved.diagnostics.error_max <= 1e-3
+    assert "relative error in the norm of C + lambda at most" in str(solved.diagnostics.checks()[1])
+
+
+def test_ages_and_incomes_that_single_precision_cannot_solve_are_told() -> None:
+    with pytest.warns(IncompleteSolveWarning, match="Use a float64 model"):
+        scores = ptif.attribute(*ages_and_incomes(torch.float32), ptif.CrossEntropy(), method=ptif.gauss_newton(1e-3))
+    assert scores.diagnostics.checks()[1].status == "bad"
+
+
+def test_a_series_cut_short_with_a_small_residual_is_not_called_solved() -> None:
+    method = ptif.methods.lissa(1e-2, steps=400, batch_size=100)
+    scores = ptif.attribute(*ages_and_incomes(torch.float32), ptif.CrossEntropy(), method=method)
+    assert scores.diagnostics.residual_max < 0.1 < scores.diagnostics.error_max
+    solve = scores.diagnostics.checks()[1]
+    assert solve.status == "warn" and "curvatures differ so much that a small residual proves little" in solve.text

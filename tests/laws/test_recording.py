@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra
+from pytorch_influence_functions.core.errors import InvalidInput, MissingExtra, TrainingDataWarning
 from pytorch_influence_functions.problem.checkpoints import load_checkpoint
 from pytorch_influence_functions.trajectory import callbacks, lightning_callback, trainer_callback
 
@@ -212,6 +212,43 @@ def test_rates_that_differ_between_groups_are_not_averaged(tmp_path: Path) -> No
         optimizer.step()
     with pytest.raises(InvalidInput, match=r"trained with different learning rates \(0\.1, 0\.2 up to step 1\), and"):
         _ = recorder.recording.learning_rates
+
+
+def test_parameters_that_another_optimiser_trains_are_named_and_their_rates_not_invented(tmp_path: Path) -> None:
+    model = net()
+    model.register_parameter("unused", torch.nn.Parameter(torch.zeros(2)))  # trained by nobody, and so no one's concern
+    first = torch.optim.SGD(model[0].parameters(), lr=0.5)
+    second = torch.optim.Adam(model[2].parameters(), lr=0.005)
+    with (
+        pytest.warns(
+            TrainingDataWarning, match=r"^Parameters '2.weight', '2.bias' move and are in no group of"
+        ) as told,
+        ptif.Recorder(model, first, tmp_path) as recorder,
+    ):
+        for step in range(4):
+            model(torch.ones(2, 3)).square().sum().backward()
+            if step > 0:
+                second.step()
+            first.step()
+    assert len(told) == 1
+    run = recorder.recording
+    assert [r.others for r in run.recorded] == [(), *[("2.weight", "2.bias")] * (len(run) - 1)]
+    words = (
+        r"^Parameters '2.weight', '2.bias' move and are in no group .* one optimiser, in groups, or build the segments"
+    )
+    for ask in (lambda: run.learning_rates, lambda: run.segments(1)):
+        with pytest.raises(InvalidInput, match=words):
+            ask()
+    assert len(run.checkpoints) == len(run)
+
+
+def test_a_trained_part_of_a_model_has_its_rates(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.5)
+    with ptif.Recorder(model, optimizer, tmp_path) as recorder:
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert recorder.recording.learning_rates == (0.5,)
 
 
 def test_moments_that_were_not_kept_are_missed_by_source_only(tmp_path: Path) -> None:

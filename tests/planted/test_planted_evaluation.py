@@ -13,12 +13,12 @@ from torch import Tensor
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.evaluation import explanations, removal, training
 from tests.interface import test_interop
-from tests.laws import test_baselines, test_removal, test_retraining
+from tests.laws import test_baselines, test_batch_loss, test_removal, test_retraining
 from tests.planted.planting import Bug, must_be_noticed, swap, swap_everywhere
 
 
-def divided_by_what_is_kept(original: Any, losses: Tensor, weights: Tensor | None) -> Tensor:
-    return original(losses, None) if weights is None else (losses * weights).sum() / weights.sum()
+def divided_by_what_is_kept(original: Any, how: Any, losses: Tensor, batch: Any, weights: Tensor | None) -> Tensor:
+    return original(how, losses, batch, None) if weights is None else (losses * weights).sum(-1) / weights.sum(-1)
 
 
 def always_a_loss(original: Any, self: Any, *args: Any) -> Any:
@@ -41,8 +41,15 @@ MARGIN = partial(test_removal.test_what_helps_most_is_removed_and_hurts_in_the_m
 BUGS = [
     Bug(
         "held batches divided by what is kept",
-        swap(training, "_weighted_mean", divided_by_what_is_kept),
+        swap(training, "combine_losses", divided_by_what_is_kept),
         partial(test_retraining.test_one_by_one_is_the_loop_written_out, True, 5),
+    ),
+    Bug(
+        "a batch's class weights not divided by",
+        swap(training, "combine_losses", lambda original, how, losses, *others: losses.mean(-1)),
+        partial(
+            test_batch_loss.test_the_recipe_trains_what_the_users_own_loop_trains, "weight", 5, test_batch_loss.linear
+        ),
     ),
     Bug(
         "harm of a margin taken for that of a loss",

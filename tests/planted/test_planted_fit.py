@@ -18,9 +18,9 @@ from pytorch_influence_functions.influence.run_log import RunLog
 from pytorch_influence_functions.linalg.gram import Gram
 from pytorch_influence_functions.linalg.shift import Shift
 from pytorch_influence_functions.objectives import differentiated
-from pytorch_influence_functions.solvers import base, blockwise
+from pytorch_influence_functions.solvers import base, blockwise, cg
 from pytorch_influence_functions.solvers.truncation import Truncated
-from tests.laws import test_assumptions, test_blockwise, test_large_data, test_residual, test_truncation
+from tests.laws import test_assumptions, test_blockwise, test_cg, test_large_data, test_residual, test_truncation
 from tests.planted.planting import Bug, must_be_noticed, swap, swap_everywhere
 from tests.situations import test_half_precision, test_losses_of_practice
 
@@ -113,6 +113,11 @@ BUGS = [
         "trace of some rows divided by all",
         swap(from_rows, "mean_eigenvalues", by_all_examples),
         partial(LAMBDA, "Fisher"),
+    ),
+    Bug(
+        "conjugate gradients judged by the residual alone",
+        swap(cg, "error_bound", lambda original, x, *others: x.new_zeros(len(x))),
+        test_cg.test_columns_of_different_scale_are_solved_and_not_only_their_steepest,
     ),
     Bug(
         "residuals of many queries added up twice",

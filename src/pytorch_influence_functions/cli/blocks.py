@@ -64,6 +64,7 @@ def _join_diagnostics(parts: Sequence[Diagnostics]) -> Diagnostics:
         n_queries=sum(queries),
         residual_max=_max_if_known([d.residual_max for d in parts]),
         residual_mean=_weighted_mean([d.residual_mean for d in parts], queries),
+        error_max=_max_if_known([d.error_max for d in parts]),
         lost_to_damping=_weighted_mean([d.lost_to_damping for d in parts], queries),
         steps=max(d.steps for d in parts),
         smallest_curvature=min(smallest, default=None),

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInput
 from ..core.validate import whole_number
 from ..objectives.base import AbstractObjective
-from ..objectives.convert import as_objective
+from ..objectives.batch_loss import AbstractBatchLoss
+from ..objectives.convert import as_batch_loss, as_objective
 from ..objectives.loss_weights import loss_module
 from ..objectives.measures import FromFunction
 from ..trajectory.replay import Replay
@@ -94,7 +95,10 @@ class Recipe:
             joins the batch before; where the training data are a loader with `drop_last=True` it is left out, as that
             loader does.
         schedule: `ConstantRate()`, `LinearDecay(warmup)` or `CosineDecay(warmup)`, per step.
-        loss: the training loss, as `ptif.attribute` takes it; the mean over the batch is minimised. `None`: inferred.
+        loss: the training loss, as `ptif.attribute` takes it. A step minimises what the loss makes of its batch:
+            torch's mean divides by the class weights of the labels (`weight=`) and leaves ignored ones out
+            (`ignore_index=`), and `reduction="sum"` sums. Of an objective such as `ptif.CrossEntropy(weight=w)`, or of
+            `reduction="none"`, it is the mean over the examples. `None`: inferred.
         start: weights to begin with instead of the seed's own: a warm start.
         hold_batches: leave all batches as they are in training on everything, and give what is left out weight 0 (the
             mean still divides by the full batch): trajectory-specific removal. Otherwise batches are filled up again.
@@ -141,8 +145,16 @@ class Recipe:
             seed: of weights and order.
 
         Raises:
-            InvalidInput: the optimiser is none that can be gone backwards.
+            InvalidInput: the optimiser is none that can be gone backwards, or the loss of a batch is not the mean over
+                its examples.
         """
+        objective = self.objective()
+        if objective is not None and self.batch_loss(objective).differs:
+            raise InvalidInput(
+                f"The recipe's loss is {name_callable(self.loss)}, with which {self.batch_loss(objective).words}, and "
+                "unrolling goes back along steps of the mean over the examples; train with the mean, such as "
+                "loss=ptif.CrossEntropy(weight=...)."
+            )
         model = self.fresh(seed)
         optimizer = self.optimizer([p for p in model.parameters() if p.requires_grad])
         rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -160,6 +172,14 @@ class Recipe:
                 "the model alone; give a training function instead, and what to measure with measure=."
             )
         return objective
+
+    def batch_loss(self, objective: AbstractObjective) -> AbstractBatchLoss:
+        """What a step makes of the losses of its examples.
+
+        Args:
+            objective: the loss as an objective, with its reduction known.
+        """
+        return as_batch_loss(self.loss, objective)
 
     def fresh(self, seed: int) -> nn.Module:
         """The model before its first step. The global random state is left alone.

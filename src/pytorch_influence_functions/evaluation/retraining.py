@@ -209,12 +209,14 @@ class _Retraining:
         mode = TrainingMode.of(recipe, objective, examples, seed)
         threads = 1 if mode.draws else workers or torch.get_num_threads()
         measured = resolve_measure(problem, objective, measure, queries)
+        batch_loss = recipe.batch_loss(objective)
         how = f"{mode.description}; {threads} thread{'s' * (threads != 1)}"
+        how += f"; {batch_loss.words}" if batch_loss.differs else ""
         parts = (recipe, objective, measured, source, queries, examples, mode, threads, repr(recipe), how)
         settings = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("model", "loss")}
         # Always of the same seed, so that other seeds find what was made before.
         model, probes = describe_model(Problem(recipe.fresh(0), objective, source))
-        model |= {"model function": recipe.model, "loss": objective, "recipe": settings}
+        model |= {"model function": recipe.model, "loss": objective, "batch loss": batch_loss, "recipe": settings}
         if source.drops_last and training.has_batch_norm(problem.model):
             model |= {"a last batch of one": "left out"}
         return _Retraining(*parts, _fingerprint(model, probes, source, queries, measured))

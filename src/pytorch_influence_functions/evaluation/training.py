@@ -18,6 +18,7 @@ from ..core.errors import InfluenceError, InvalidInput, NonFinite
 from ..core.warn import silence_torch
 from ..gradients.vjp import as_function, grads
 from ..objectives.base import AbstractObjective, tensor_targets, with_targets
+from ..objectives.batch_loss import combine_losses
 from ..problem.data import Source
 from ..problem.random_state import same_rng
 from .recipe import Recipe, draw_orders
@@ -211,7 +212,7 @@ def train_alone(
     model = recipe.fresh(job.seed)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = recipe.optimizer(trainable)
-    targets = data.targets(job.change)
+    targets, reduction = data.targets(job.change), recipe.batch_loss(objective)
     steps = list(draw_batches(recipe, job, LastBatch.of(recipe, objective, data, job, model)))
     scheduled = _ScheduledOptimizer(recipe, optimizer, len(steps))
     with nullcontext() if recording is None else recording(model, optimizer, len(steps)):
@@ -223,16 +224,12 @@ def train_alone(
                 optimizer.zero_grad()
                 with torch.enable_grad():
                     losses = objective.losses(objective.outputs(model, batch), batch)
-                    loss = _weighted_mean(losses, weights)
+                    loss = combine_losses(reduction, losses, batch, weights)
                     loss.backward()  # type: ignore[no-untyped-call]
                 return loss.detach()
 
             scheduled.step(closure)
     return model.eval()
-
-
-def _weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    return losses.mean() if weights is None else (losses * weights.to(losses.dtype)).mean()
 
 
 @dataclass(eq=False)
@@ -302,7 +299,7 @@ def train_together(
         stack.tensors[name].requires_grad_()
     optimizer = recipe.optimizer([stack.tensors[k] for k in trainable])
     changed = [data.targets(job.change) for job in jobs]
-    targets = None
+    targets, reduction = None, recipe.batch_loss(objective)
     if any(t is not None for t in changed):
         unchanged = tensor_targets(data.batch)
         targets = torch.stack([unchanged if t is None else t for t in changed])
@@ -317,7 +314,7 @@ def train_together(
             optimizer.zero_grad()
             with torch.enable_grad():
                 losses = stack.losses(objective, batch)
-                total = (losses if weights is None else losses * weights.to(losses.dtype)).mean(1).sum()
+                total = combine_losses(reduction, losses, batch, weights).sum()
                 total.backward()  # type: ignore[no-untyped-call]
             return total.detach()
 

@@ -26,6 +26,8 @@ class RunLog:
     """Collects while scoring; read once at the end."""
 
     residuals: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    """Relative errors of solutions in the norm of C + D, where the solver judged them."""
     steps: int = 0
     unsolved: int = 0
     """Queries whose solve ended before its tolerance."""
@@ -48,6 +50,7 @@ class RunLog:
     def add_solution(self, solution: Solution, rows: Rows, shift: Shift) -> None:
         """Keep what the solver says of itself, and what damping takes of each of `rows`."""
         self.residuals += [float(r) for r in solution.residual]
+        self.errors += [] if solution.error is None else [float(e) for e in solution.error]
         self.unsolved += len(solution.failed) if solution.ended_early else 0
         self.steps = max(self.steps, solution.steps)
         self.approximation = str(solution.notes.get("approximation", self.approximation))
@@ -98,6 +101,7 @@ class RunLog:
         logged: dict[str, Any] = {
             "residual_max": max(self.residuals, default=math.nan),
             "residual_mean": sum(self.residuals) / len(self.residuals) if known else math.nan,
+            "error_max": max((e for e in self.errors if not math.isnan(e)), default=math.nan),
             "steps": self.steps,
             "unsolved": self.unsolved,
             "smallest_curvature": self.smallest_curvature,

@@ -140,7 +140,7 @@ def koh_liang(damping: AbstractDamping | float = 0.01, rtol: float = 1e-5, max_s
     Args:
         damping: what is added to the Hessian: a number, `Absolute(value)`, `Relative(share)` of its mean eigenvalue;
             0.01 as in the paper.
-        rtol: the relative residual at which a query is solved.
+        rtol: the relative residual, and relative error in the norm of matrix plus damping, at which a query is solved.
         max_steps: the most steps that are taken.
 
     Cost: about 100 epochs for all queries together. Fails where it meets negative curvature.
@@ -186,13 +186,13 @@ def gauss_newton(
 ) -> Influence:
     """Conjugate gradients on the exact Gauss-Newton matrix, for all queries at once.
 
-    Exact up to `rtol`. With `preconditioner=EKFAC()` the first step is a line search along the EK-FAC solution, so no
-    answer is ever further away than that one.
+    Exact up to `rtol`, also where columns of the data differ in scale. With `preconditioner=EKFAC()` the first step is
+    a line search along the EK-FAC solution, so no answer is ever further away than that one.
 
     Args:
         damping: what is added to the matrix: `Relative(share)` of its mean eigenvalue, `Absolute(value)` or a number,
             `FromTraining(lr, steps)`; `None`: `Relative(3.0)`.
-        rtol: the relative residual at which a query is solved.
+        rtol: the relative residual, and relative error in the norm of matrix plus damping, at which a query is solved.
         max_steps: the most steps that are taken.
         preconditioner: a curvature whose damped inverse guides the search, such as `EKFAC()`; `None`: none.
 
@@ -428,7 +428,7 @@ def nystrom(
         rank: of the approximation.
         damping: what is added to the matrix: `Relative(share)` of its mean eigenvalue, `Absolute(value)` or a number;
             `None`: `Relative(3.0)`.
-        rtol: the relative residual at which a query is solved.
+        rtol: the relative residual, and relative error in the norm of matrix plus damping, at which a query is solved.
         max_steps: the most steps that are taken.
         seed: of the random test vectors.
 

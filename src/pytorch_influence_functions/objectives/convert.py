@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput
 from .base import AbstractObjective
+from .batch_loss import AbstractBatchLoss, MeanOfExamples, MeanOfLabels, SumOfExamples
 from .bernoulli import Bernoulli
 from .likelihoods import CrossEntropy, SquaredError
 from .measures import FromFunction
@@ -71,6 +72,25 @@ def divides_by_class_weights(loss: Any) -> bool:
     if type(loss) not in (nn.CrossEntropyLoss, nn.NLLLoss) or loss.reduction != "mean" or _computes_its_own(loss):
         return False
     return loss.weight is not None and not bool((loss.weight == 1).all())
+
+
+def as_batch_loss(loss: Any, objective: AbstractObjective) -> AbstractBatchLoss:
+    """What a training step by the loss makes of a batch's examples.
+
+    Args:
+        loss: as it was given; an objective and `reduction="none"` leave the mean over the examples.
+        objective: made of it, with its reduction known where it is a function.
+    """
+    loss = _as_module(loss)
+    if type(loss) not in _MODULES or _computes_its_own(loss):
+        summed = isinstance(objective, FromFunction) and objective.reduction == "sum"
+        return SumOfExamples() if summed else MeanOfExamples()
+    of_labels = isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss))
+    if loss.reduction == "sum":
+        return SumOfExamples(positions=of_labels)
+    if loss.reduction == "mean" and of_labels:
+        return MeanOfLabels(_detach(loss.weight), loss.ignore_index)
+    return MeanOfExamples()
 
 
 def _as_module(loss: Any) -> Any:

@@ -67,6 +67,8 @@ class Diagnostics:
         weight_decay_most: the largest of them, where they differ.
         residual_max: largest relative residual |(C + D) x - b| / |b| over the queries.
         residual_mean: its mean over the queries.
+        error_max: largest relative error of a solution x in the norm of C + D, at most, which is what scores are wrong
+            by; of iterative solves.
         steps: products with the curvature.
         unsolved: queries whose solve ended before its tolerance, and whose scores come from what it had reached.
         smallest_curvature: the smallest eigenvalue (or Rayleigh quotient) of C that was seen.
@@ -144,6 +146,7 @@ class Diagnostics:
     measures_gradients: bool = True
     padding: str = ""
     loss_factor: float = 1.0
+    error_max: float = math.nan
 
     def __post_init__(self) -> None:
         # Copies: a record must not change when its maker goes on counting.
@@ -311,6 +314,7 @@ def _solve(d: Diagnostics) -> Check:
         return Check(name, "warn", "the residual of the solve was not measured")
     fact = f"largest relative residual {d.residual_max:.1g}"
     fact += "" if math.isnan(d.residual_mean) else f", mean {d.residual_mean:.1g}"
+    fact += "" if math.isnan(d.error_max) else f", relative error in the norm of C + lambda at most {d.error_max:.1g}"
     fact += f", after {d.steps:,} step{'' if d.steps == 1 else 's'}" if d.steps else ""
     if d.approximation:
         return Check(name, "warn", f"{d.approximation}: a formula that does not solve the system; {fact}")
@@ -321,7 +325,10 @@ def _solve(d: Diagnostics) -> Check:
         )
     if d.residual_max > _UNSOLVED:
         return Check(name, "bad", f"{fact}: not solved; more steps, more damping, or a preconditioner")
-    if d.residual_max > _SOLVED:
+    if d.error_max > _UNSOLVED:
+        advice = "take more steps, more damping or a preconditioner, or scale the columns of the data"
+        return Check(name, "warn", f"{fact}: curvatures differ so much that a small residual proves little; {advice}")
+    if d.residual_max > _SOLVED or d.error_max > _SOLVED:
         return Check(name, "warn", f"{fact}: loosely solved, so close scores may swap places")
     return Check(name, "ok", fact)
 

@@ -93,6 +93,7 @@ class Solution:
         failed: the rows that did not reach the tolerance.
         detail: what else should be said of the failure.
         incomplete: what becomes of rows that ended before the tolerance: `"warn"` hands them back, `"error"` raises.
+        error: how far every row is from the solution at most, relative, in the norm of C + D, where that was judged.
     """
 
     value: Rows | DualSolution
@@ -103,6 +104,7 @@ class Solution:
     failed: tuple[int, ...] = ()
     detail: str = ""
     incomplete: str = "error"
+    error: Float[Tensor, " n"] | None = None
 
     @property
     def ended_early(self) -> bool:
@@ -122,7 +124,7 @@ class Solution:
         if self.result is Result.nonfinite_input:
             raise NonFinite(f"{message} Rows: {_names(self.failed)}.")
         message = (
-            f"{message} Relative residual {self._worst()} after {self.steps} steps "
+            f"{message} Relative residual {self._worst()}{self._largest_error()} after {self.steps} steps "
             f"(damping {self.notes.get('damping', math.nan):.3g})."
         )
         if not self.ended_early:
@@ -136,6 +138,11 @@ class Solution:
         badness = {i: (r if math.isfinite(r) else math.inf) for i, r in enumerate(self.residual.tolist())}
         worst = sorted(rows, key=lambda i: -badness[i])[:3]
         return ", ".join(f"{float(self.residual[i]):.1e} in row {i}" for i in worst)
+
+    def _largest_error(self) -> str:
+        """In words, where it was judged: a residual can be small while scores are far off."""
+        known = [] if self.error is None else [float(e) for e in self.error if math.isfinite(e)]
+        return f", relative error in the norm of C + D up to {max(known):.1e}," if known else ""
 
 
 def check_incomplete(solver: str, given: Any) -> None:

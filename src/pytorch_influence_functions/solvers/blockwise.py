@@ -239,6 +239,8 @@ class Blockwise(AbstractSolver[BlockwiseState]):
         bad = [(name, s) for name, (s, _) in solved.items() if s.result is not Result.successful]
         bad.sort(key=lambda pair: pair[1].ended_early)  # what cannot be used speaks first
         failed = tuple(sorted({i for _, s in bad for i in s.failed}))
+        # Squared, groups' errors and sizes add up: relative to all, none is larger than the largest of a group.
+        errors = [s.error for s, _ in solved.values() if s.error is not None]
         detail = f"It happened in group {bad[0][0]!r}. {bad[0][1].detail}".strip() if bad else ""
         return Solution(
             join_rows(state.space, values),
@@ -249,6 +251,7 @@ class Blockwise(AbstractSolver[BlockwiseState]):
             failed,
             detail,
             bad[0][1].incomplete if bad else "error",
+            torch.stack(errors).amax(0) if errors else None,
         )
 
     # ---------------------------------------------------------------- inner workings

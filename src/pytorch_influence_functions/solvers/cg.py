@@ -26,10 +26,14 @@ from .base import (
     damping_that_works,
     nonfinite_rows,
     refuse_input,
+    relative,
 )
+from .energy import energy, error_bound
 
 # How far the recursive residual may drift from the true one before rounding is blamed for a standstill.
 _DRIFT = 0.1
+# The gains of so many last steps tell the error where the smallest eigenvalue does not.
+_RECENT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +48,18 @@ class CGState:
 class CG(AbstractSolver[CGState]):
     """Preconditioned conjugate gradients (Hestenes & Stiefel 1952), all rows in one product per step.
 
-    A row is done when its *true* relative residual is at most `rtol`; done rows drop out of the product. Rounding makes
-    the recursive residual too rosy: it is replaced by the true one when a row claims to be done, and the row goes on,
-    or is given up as `stagnated` when that no longer helps.
+    A row is done when its *true* relative residual is at most `rtol`, and so is its relative error in the norm of
+    C + D, which is what scores are wrong by: where columns of the data differ in scale, one step makes the residual
+    small and leaves all directions but the steepest unsolved. The error is at most |r| / sqrt(smallest number in D),
+    for a C without negative curvature; where rounding ends before that, or D is 0, it is what the last steps gained.
+
+    Done rows drop out of the product. Rounding makes the recursive residual too rosy: it is replaced by the true one
+    when a row claims to be done, and the row goes on, or is given up as `stagnated` when that no longer helps.
 
     Args:
-        rtol: the relative residual that is asked for; `None`: 1e-6 in float64 and 1e-3 in float32, about what rounding
-            allows there. Products in bfloat16 or float16 (autocast) allow less, which is then enough.
+        rtol: the relative residual, and relative error in the norm of C + D, that are asked for; `None`: 1e-6 in
+            float64 and 1e-3 in float32, about what rounding allows there. Products in bfloat16 or float16 (autocast)
+            allow less, which is then enough.
         max_steps: at most so many products with the curvature.
         patience: after so many steps without progress the recursive residual is compared with the true one.
         incomplete: what becomes of rows that `max_steps` or rounding stop before `rtol`: `"warn"` hands back what was
@@ -108,7 +117,10 @@ class CG(AbstractSolver[CGState]):
 
 @dataclass
 class _Live:
-    """The rows still being worked on, packed together. `best` and `since` watch for progress."""
+    """The rows still being worked on, packed together. `best` and `since` watch for progress.
+
+    `gains` [n, 4]: by how much the last steps lowered the squared error in the norm of C + D.
+    """
 
     index: Tensor
     x: Tensor
@@ -118,6 +130,7 @@ class _Live:
     claimed: Tensor
     best: Tensor
     since: Tensor
+    gains: Tensor
 
     def keep(self, mask: Tensor) -> _Live:
         return _Live(*(getattr(self, name)[mask] for name in self.__dataclass_fields__))
@@ -134,6 +147,8 @@ class _Run:
     incomplete: str
     norms: Tensor = field(init=False)
     shift: Tensor | float = field(init=False)
+    settled_errors: dict[int, float] = field(default_factory=dict)
+    """Relative errors, by row, that recent gains told where the bound could not."""
     steps: int = 0
     smallest: float = math.inf
     largest: float = 0.0
@@ -157,7 +172,7 @@ class _Run:
             self.steps += 1
         x[self.norms == 0] = 0.0
         live = self._begin(torch.arange(len(x), device=x.device), x, r)
-        solved = (live.r.norm(dim=1) <= self.rtol * self.norms) | (self.norms == 0)
+        solved = self._reached(live, live.r) | (self.norms == 0)
         live = self._retire(live, x, current().decided(solved))
         while len(live.index) and self.steps < max_steps:
             self._step(live)
@@ -167,13 +182,27 @@ class _Run:
             self._close(live, x, Result.max_steps_reached)
         return x
 
-    def _begin(self, index: Tensor, x: Tensor, r: Tensor, claimed: Tensor | None = None) -> _Live:
+    def _begin(
+        self, index: Tensor, x: Tensor, r: Tensor, claimed: Tensor | None = None, gains: Tensor | None = None
+    ) -> _Live:
         z = self.precondition(r)
         rz = (r * z).sum(1)
         best = r.norm(dim=1)
         fresh = torch.full_like(best, math.inf) if claimed is None else claimed
+        gains = best.new_full((len(best), _RECENT), math.inf) if gains is None else gains
         # p is updated in place, and without a preconditioner z is r itself
-        return _Live(index, x.clone(), r, z.clone(), rz, fresh, best, torch.zeros_like(best))
+        return _Live(index, x.clone(), r, z.clone(), rz, fresh, best, torch.zeros_like(best), gains)
+
+    def _reached(self, live: _Live, r: Tensor) -> Tensor:
+        """Which rows have a small residual `r`, and for certain a small error."""
+        b, smallest = self.b[live.index], self.state.system.shift.smallest
+        bound = error_bound(live.x, b, r, smallest) if smallest > 0 else self._recent_error(live, r)
+        small: Tensor = r.norm(dim=1) <= self.rtol * self.norms[live.index]
+        return small & ((bound <= self.rtol) | (r == 0).all(1))
+
+    def _recent_error(self, live: _Live, r: Tensor) -> Tensor:
+        """The relative error before the last steps, by what these gained: too little by what later ones would gain."""
+        return (live.gains.sum(1) / energy(live.x, self.b[live.index], r)).sqrt()
 
     def _step(self, live: _Live) -> None:
         """One step for every live row, in place. Rows that must not step get a zero step."""
@@ -203,6 +232,7 @@ class _Run:
         rz = (live.r * z).sum(1)
         beta = torch.where(going, rz / live.rz, zero)[:, None]
         live.p = torch.addcmul(z, beta, live.p)
+        live.gains = torch.cat([live.gains[:, 1:], alpha * live.rz[:, None]], dim=1)
         live.rz = rz
 
     def _fail_rows(self, live: _Live, bad: Tensor, why: Result, quotient: Tensor | None = None) -> None:
@@ -219,7 +249,7 @@ class _Run:
         better = size < 0.99 * live.best
         live.best = torch.where(better, size, live.best)
         live.since = torch.where(better, torch.zeros_like(live.since), live.since + 1)
-        done = size <= self.rtol * self.norms[live.index]
+        done = self._reached(live, live.r)
         stuck = live.since >= self.patience
         done, stuck = self._decided(live, done, stuck)
         if self.outcome:
@@ -248,12 +278,15 @@ class _Run:
         b = self.b[asked.index]
         r = b - self.state.system.product(asked.x)
         true, recursive = r.norm(dim=1), asked.r.norm(dim=1)
-        goal = self.rtol * self.norms[asked.index]
-        reached = true <= goal
+        reached = self._reached(asked, r)
         # A second claim that is hardly better than the first is rounding, not progress.
         lost = is_done & ~reached & (true > 0.9 * asked.claimed)
         lost |= ~is_done & ~reached & ((true - recursive).abs() > _DRIFT * recursive)
-        reached, lost = current().decided(torch.stack([reached, lost]))
+        # Where rounding allows no more, what the last steps gained has to do for the bound.
+        recent = self._recent_error(asked, r)
+        enough = lost & (true <= self.rtol * self.norms[asked.index]) & (recent <= self.rtol)
+        reached, lost, enough = current().decided(torch.stack([reached | enough, lost & ~enough, enough]))
+        self.settled_errors |= zip(asked.index[enough].tolist(), recent[enough].tolist(), strict=True)
         for position in lost.nonzero().flatten().tolist():
             self.outcome[int(asked.index[position])] = Result.stagnated
         x[asked.index] = asked.x
@@ -262,7 +295,7 @@ class _Run:
         waiting = ~reached & ~lost & ~is_done
         parts = [rest]
         if bool(again.any()):
-            parts.append(self._begin(asked.index[again], asked.x[again], r[again], true[again]))
+            parts.append(self._begin(asked.index[again], asked.x[again], r[again], true[again], asked.gains[again]))
         if bool(waiting.any()):
             patient = asked.keep(waiting)
             patient.since = torch.zeros_like(patient.since)
@@ -287,7 +320,9 @@ class _Run:
     def finish(self, x: Tensor) -> Solution:
         """The true residual of every row, and in words what went wrong with the worst."""
         system = self.state.system
-        residual = system.residual(x, self.b)
+        remainder = self.b - system.product(x)
+        residual = relative(remainder.norm(dim=1), self.norms)
+        error = self._errors(x, remainder)
         notes: dict[str, Any] = {"damping": system.shift.damping, "rtol": self.rtol}
         notes["residual_history"] = tuple(self.history)
         if math.isfinite(self.smallest):
@@ -296,15 +331,23 @@ class _Run:
         failed = {
             row: why
             for row, why in self.outcome.items()
-            if why not in ENDED_EARLY or not float(residual[row]) <= self.rtol
+            if why not in ENDED_EARLY or not max(float(residual[row]), float(error[row])) <= self.rtol
         }
         value = system.operator.space.rows(x)
         if not failed:
-            return Solution(value, residual, Result.successful, self.steps, notes)
+            return Solution(value, residual, Result.successful, self.steps, notes, error=error)
         result = min(failed.values(), key=_GRAVITY.index)
         rows = tuple(sorted(row for row, why in failed.items()))
         detail = self._describe_negative() if result is Result.negative_curvature else ""
-        return Solution(value, residual, result, self.steps, notes, rows, detail, self.incomplete)
+        return Solution(value, residual, result, self.steps, notes, rows, detail, self.incomplete, error)
+
+    def _errors(self, x: Tensor, remainder: Tensor) -> Tensor:
+        """The relative error of every row in the norm of C + D, at most; by the last gains where there is no bound."""
+        smallest = self.state.system.shift.smallest
+        error = error_bound(x, self.b, remainder, smallest) if smallest > 0 else x.new_full((len(x),), math.nan)
+        for row, recent in self.settled_errors.items():
+            error[row] = recent
+        return error.double()
 
     def _describe_negative(self) -> str:
         """Where C bends down, how much, and a lambda above the most negative curvature Lanczos can find."""

@@ -96,6 +96,7 @@ def _describe_step(recorded: RecordedStep) -> dict[str, Any]:
         "second_moments": None if moments is None else moments.name,
         "identity": recorded.identity,
         "batch_size": recorded.batch_size,
+        "others": list(recorded.others),
         "groups": [g.to_dict() for g in recorded.groups],
     }
 
@@ -110,4 +111,6 @@ def _read_step(folder: Path, entry: Mapping[str, Any]) -> RecordedStep:
         str(entry["identity"]),
         None if moments is None else folder / Path(str(moments)).name,
         entry["batch_size"],
+        # Earlier versions did not look.
+        tuple(map(str, entry.get("others", ()))),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, final
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.digest import digest
+from ..core.errors import InvalidInput
 from ..problem.checkpoints import Checkpoint, load_checkpoint
 
 
@@ -80,6 +81,7 @@ class RecordedStep:
         identity: a digest of the weights; None where it was not computed.
         second_moments: the file of Adam's second moments; None where there is none.
         batch_size: examples per step; None where it is not known.
+        others: parameters that have moved and are in no group of the optimiser, so that something else trains them.
     """
 
     step: int
@@ -88,6 +90,7 @@ class RecordedStep:
     identity: str | None = None
     second_moments: Path | None = None
     batch_size: int | None = None
+    others: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"RecordedStep({self.step})"
@@ -95,11 +98,31 @@ class RecordedStep:
     @property
     def unmoved(self) -> bool:
         """Whether the rates of all steps so far were 0, so that these are the weights of the start."""
-        return bool(self.groups) and all(group.lr_sum == 0 for group in self.groups)
+        return bool(self.groups) and not self.others and all(group.lr_sum == 0 for group in self.groups)
+
+    def check_all_recorded(self) -> None:
+        """Refuse to speak for parameters of whose optimiser nothing is known.
+
+        Raises:
+            InvalidInput: there are some.
+        """
+        if self.others:
+            raise InvalidInput(
+                f"{describe_others(self.others)}, and its learning rates up to step {self.step:,} are not recorded; "
+                "train all parameters with one optimiser, in groups, or build the segments by hand. The checkpoints "
+                "are whole: methods that need no learning rates, such as along(run), take them."
+            )
 
     def __fingerprint__(self) -> tuple[Any, ...]:
         """What results depend on: the weights, wherever they lie."""
         return (self.step, self.identity or digest(load_checkpoint(self.weights)))
+
+
+def describe_others(names: Sequence[str]) -> str:
+    """In words: that these parameters move and are in no group of the optimiser."""
+    some = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    kind, what = ("Parameter", "moves and is") if len(names) == 1 else ("Parameters", "move and are")
+    return f"{kind} {some} {what} in no group of the recorded optimiser: something else trains them"
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> list[float]:

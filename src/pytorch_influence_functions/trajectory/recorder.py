@@ -25,7 +25,7 @@ from ..problem.model_and_loss import ModelAndLoss
 from ..problem.problem import check_model
 from ..problem.wrappers import unwrap
 from .manifest import MANIFEST, Manifest
-from .recorded_step import GroupState, RecordedStep, named_state, rates_of
+from .recorded_step import GroupState, RecordedStep, describe_others, named_state, rates_of
 from .recording import MOMENTS_FILE, Recording
 from .schedule import Schedule, make_schedule
 
@@ -98,6 +98,9 @@ class Recorder:
     _rates: list[float] = field(default_factory=list, init=False)
     _rate_sums: list[float] = field(default_factory=list, init=False)
     _inside_step: bool = field(default=False, init=False)
+    _others: dict[str, str] = field(default_factory=dict, init=False)
+    """Digests, at the start, of trainable parameters in no group of the optimiser; those that move are named."""
+    _told: bool = field(default=False, init=False)
     _open: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __repr__(self) -> str:
@@ -139,6 +142,7 @@ class Recorder:
             manifest.write()
             self._drop_unlisted(manifest)
             self._manifest = manifest
+            self._others = {name: digest(parameter.detach()) for name, parameter in self._outside()}
             for handle in self._hooks():
                 stack.callback(handle.remove)
             self._open = stack.pop_all()
@@ -215,7 +219,28 @@ class Recorder:
         if moments:
             moments_path = folder / f"{name}.second_moments.safetensors"
             write_tensors(moments_path, MOMENTS_FILE, moments, {"step": self.step})
-        return RecordedStep(self.step, path, self._groups(), identity, moments_path, self.batch_size)
+        others = self._moved_by_others(folder)
+        return RecordedStep(self.step, path, self._groups(), identity, moments_path, self.batch_size, others)
+
+    def _outside(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters that are in no group of the optimiser."""
+        inside = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return [(n, p) for n, p in self._trained.named_parameters() if p.requires_grad and id(p) not in inside]
+
+    def _moved_by_others(self, folder: Path) -> tuple[str, ...]:
+        """Which of them have moved since the start, which is said once."""
+        earlier = self._manifest.recorded[-1].others if self._manifest and self._manifest.recorded else ()
+        moved = tuple(n for n, p in self._outside() if n in earlier or self._others.get(n, "") != digest(p.detach()))
+        if moved and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{describe_others(moved)}. Their weights are kept, and the learning rates of {os.fspath(folder)!r} "
+                "will not stand for them: train all parameters with one optimiser, in groups, for methods that need "
+                "rates, such as tracin() and source().",
+                TrainingDataWarning,
+                stacklevel=2,
+            )
+        return moved
 
     def _weights(self) -> dict[str, Tensor]:
         return named_state(self._trained.state_dict().items(), self._dtype)

@@ -170,7 +170,8 @@ class Recording:
         """The mean learning rate over each stretch; with `stretches` what `ptif.tracin` takes.
 
         Raises:
-            InvalidInput: the rates are not known, or differ between parameter groups.
+            InvalidInput: the rates are not known, or differ between parameter groups, or another optimiser trained
+                some of the parameters.
         """
         return tuple(self._rate(k) for k in range(len(self)))
 
@@ -225,6 +226,7 @@ class Recording:
                 f"The run was not trained by Adam as far as is known ({self.origin or 'no origin'}), and its second "
                 "moments are needed; record an Adam or AdamW training with ptif.Recorder."
             )
+        recorded.check_all_recorded()
         return _adam_state([recorded])
 
     def describe(self) -> str:
@@ -247,6 +249,7 @@ class Recording:
                 f"The learning rate at step {self.steps[k]:,} is not known ({self.origin}); record the run with "
                 "ptif.Recorder, or give it: Recording.of(checkpoints, steps, lr)."
             )
+        self.recorded[k].check_all_recorded()
         before = self.recorded[k - 1].groups if k else (GroupState(0.0, 0.0),) * len(groups)
         rates = []
         for now, then in zip(groups, before, strict=False):

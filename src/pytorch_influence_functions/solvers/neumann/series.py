@@ -36,6 +36,7 @@ from ..base import (
     refuse_input,
     relative,
 )
+from ..energy import error_bound
 from .tuning import (
     DEPTH,
     PROBES,
@@ -214,9 +215,11 @@ class Neumann(AbstractSolver[NeumannState]):
         rough = useless if self.rtol is None else residual > self.rtol
         result, wrong = (Result.unsettled, useless) if bool(useless.any()) else (Result.max_steps_reached, rough)
         failed = tuple(int(i) for i in wrong.nonzero().flatten())
+        smallest = state.system.shift.smallest
+        error = error_bound(x, b, b - product, smallest).double() if smallest > 0 else None
         if not failed:
-            return Solution(value, residual, Result.successful, steps, notes)
-        return Solution(value, residual, result, steps, notes, failed, incomplete=self.incomplete)
+            return Solution(value, residual, Result.successful, steps, notes, error=error)
+        return Solution(value, residual, result, steps, notes, failed, incomplete=self.incomplete, error=error)
 
     def _negative(self, state: NeumannState, rows: Rows, b: Tensor, plan: Tuning) -> Solution:
         """Growth is certain whatever the depth: say so before spending it."""
