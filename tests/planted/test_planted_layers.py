@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytorch_influence_functions.gradients import layer_rules, per_example, recording
+from pytorch_influence_functions.gradients import layer_rules, recording
+from pytorch_influence_functions.gradients.probe import Probe
 from pytorch_influence_functions.linalg import rows
 from pytorch_influence_functions.linalg.blocks import Conv, Dense, Outer
 from tests.laws import test_gradients as laws
@@ -37,7 +38,7 @@ def routes_law(case: Case) -> None:
 
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's own comparison with autograd finds nothing wrong."""
-    monkeypatch.setattr(per_example._Probe, "disagreeing", lambda self, plan, blocks: [])
+    monkeypatch.setattr(Probe, "disagreeing", lambda self, pullback, blocks: [])
 
 
 def rule(kind: type[nn.Module], bug: Callable[..., Any]) -> Patch:

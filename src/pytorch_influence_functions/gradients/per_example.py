@@ -384,25 +384,26 @@ def _suspects(plan: Derivatives, probe: Probe) -> Iterator[tuple[Probe, set[str]
     """Examples of the data, in two orders, and the blocks of layers that may take one's rows for another's."""
     if not plan.layers:
         return
-    with _examples_that_differ(probe) as (n, batch):
-        model, allowed = probe.problem.model, tolerance(probe.precision)
-        names = misassigned(plan.layers, model, probe.objective, batch, n, allowed) if n > 1 else []
-        blocks = {block for name in names for block in plan.layers[name].parts}
-        for order in (torch.arange(n), torch.arange(n).flip(0)) if blocks else ():
-            yield probe.wider(batch_slice(batch, n, order), n), blocks
+    problem, most = probe.problem, _LOOKED_AT if probe.held <= _LARGE else _LOOKED_AT // 2
+    spread, together = spread_sample(len(problem.data), most), max(2, problem.batch_size)
+    for ids in (spread[first : first + together] for first in range(0, len(spread), together)):
+        with _together(problem, ids) as (n, batch):
+            allowed = tolerance(probe.precision)
+            names = misassigned(plan.layers, problem.model, probe.objective, batch, n, allowed) if n > 1 else []
+            blocks = {block for name in names for block in plan.layers[name].parts}
+            for order in (torch.arange(n), torch.arange(n).flip(0)) if blocks else ():
+                yield probe.wider(batch_slice(batch, n, order), n), blocks
 
 
 @contextmanager
-def _examples_that_differ(probe: Probe) -> Iterator[tuple[int, Any]]:
-    """A batch spread over the data, or the first one where only examples of one shape go together; and its length."""
-    problem, most = probe.problem, _LOOKED_AT if probe.held <= _LARGE else _LOOKED_AT // 2
+def _together(problem: Problem, ids: Tensor) -> Iterator[tuple[int, Any]]:
+    """Examples as one batch, or as many of the first where only examples of one shape go together; and how many."""
     with ExitStack() as stack:
         try:
-            ids = spread_sample(len(problem.data), most)
             some = first_batch(problem, replace(problem.data, batch_size=len(ids)), ids)
             _, batch = stack.enter_context(some)
         except InvalidInput:
-            ids = torch.arange(min(len(problem.data), most, problem.batch_size))
+            ids = torch.arange(min(len(problem.data), len(ids), problem.batch_size))
             _, batch = stack.enter_context(first_batch(problem, problem.data, ids))
         yield len(ids), batch
 

@@ -40,6 +40,8 @@ class Probe:
     precision: torch.dtype
     held: float
     """Numbers that one example's inputs and activations take."""
+    reference: Rows | None = None
+    """The rows by definition; None where those of all are large, and are made one at a time."""
 
     @staticmethod
     def take(problem: Problem) -> Probe:
@@ -65,7 +67,7 @@ class Probe:
         refuse_shared_losses(objective, batch, outputs)
         warn_of_padding(problem, objective, tolerance(precision))
         held = (narrowest.numbers + sum(tensor.numel() for _, tensor in tensors_of(batch))) / 3
-        return Probe(problem, objective, batch, 3, outputs, precision, held)
+        return Probe(problem, objective, batch, 3, outputs, precision, held)._with_reference()
 
     def wider(self, batch: Any, n: int) -> Probe:
         """The same of other examples.
@@ -76,7 +78,15 @@ class Probe:
         """
         with torch.no_grad():
             outputs = self.objective.outputs(self.problem.model, batch)
-        return replace(self, batch=batch, n=n, outputs=outputs)
+        return replace(self, batch=batch, n=n, outputs=outputs)._with_reference()
+
+    def _with_reference(self) -> Probe:
+        """Before anything is compared: a model that does not run on one example, or not backwards, says so here."""
+        space, model = self.problem.space, self.problem.model
+        if self.n * space.size > _PROBE_NUMBERS or self.problem.is_cut_up:
+            return replace(self, reference=None)
+        rows = rows_one_by_one(model, self.objective, list(space.names), self.batch, self.cotangent)
+        return replace(self, reference=space.from_parameters(rows))
 
     @cached_property
     def cotangent(self) -> Tensor:
@@ -84,19 +94,10 @@ class Probe:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64).to(self.outputs)
 
-    @cached_property
-    def _reference(self) -> Rows | None:
-        """The rows by definition; None where those of all are large, and are made one at a time."""
-        space, model = self.problem.space, self.problem.model
-        if self.n * space.size > _PROBE_NUMBERS or self.problem.is_cut_up:
-            return None
-        rows = rows_one_by_one(model, self.objective, list(space.names), self.batch, self.cotangent)
-        return space.from_parameters(rows)
-
     def _references(self) -> Iterator[tuple[slice, Known | Gathered]]:
         """Rows by definition, with which examples they belong to."""
-        if self._reference is not None:
-            yield slice(0, self.n), Known(self._reference)
+        if self.reference is not None:
+            yield slice(0, self.n), Known(self.reference)
             return
         space, model, names = self.problem.space, self.problem.model, list(self.problem.space.names)
         if self.problem.is_cut_up:

@@ -239,7 +239,7 @@ class Diagnostics:
                 "read them with the version of pytorch_influence_functions that wrote them."
             )
         read: dict[str, Any] = {
-            n: float(v) if "float" in fields[n] and isinstance(v, str) else v for n, v in values.items()
+            n: _as_number(v) if "float" in fields[n] and isinstance(v, str) else v for n, v in values.items()
         }
         shares = {name: float(share) for name, share in values.get("gradient_shares", {}).items()}
         history = tuple(float(r) for r in values.get("residual_history", ()))
@@ -249,6 +249,11 @@ class Diagnostics:
             "residual_history": history,
         }
         return cls(**{**read, **collections})
+
+
+def _as_number(word: str) -> float:
+    """The one NaN, so that a record equals the one that was written."""
+    return math.nan if word == "nan" else float(word)
 
 
 def _as_json(value: Any) -> Any:
