@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import batch_slice
+from ..core.errors import InvalidInput
 from ..objectives.base import AbstractObjective
 from .layer_rules import Layout, rows_first
 from .recording import HookedLayer, record_calls
@@ -48,7 +49,7 @@ def misassigned(
         gradients then.
     """
     order = torch.arange(n)
-    alone = [_seen(layers, model, objective, batch_slice(batch, n, slice(e, e + 1)), 1) for e in range(n)]
+    alone = [_seen_alone(layers, model, objective, batch, n, e) for e in range(n)]
     strange: set[str] = set()
     for some in (order, order.flip(0)):
         together = _seen(layers, model, objective, batch_slice(batch, n, some), n)
@@ -65,6 +66,17 @@ def _seen(
     return capture.seen
 
 
+def _seen_alone(
+    layers: Mapping[str, HookedLayer], model: nn.Module, objective: AbstractObjective, batch: Any, n: int, e: int
+) -> Seen | None:
+    """What layers see of one example; None where the model runs on it among others only, as on a text that is shorter
+    than a convolution is wide until it is padded."""
+    try:
+        return _seen(layers, model, objective, batch_slice(batch, n, slice(e, e + 1)), 1)
+    except InvalidInput:
+        return None
+
+
 def _marks(layer: HookedLayer, number: int, x: Tensor) -> Tensor:
     """A number for every row of an input: a projection of it. Where the axes are few, all numbers."""
     layout = layer.layouts[number] if number < len(layer.layouts) else "shared"
@@ -74,10 +86,10 @@ def _marks(layer: HookedLayer, number: int, x: Tensor) -> Tensor:
     return values.double() @ torch.arange(1.0, values.shape[-1] + 1, dtype=torch.float64, device=values.device).cos()
 
 
-def _reads_its_own(layer: HookedLayer, together: Seen, alone: Sequence[Seen], allowed: float) -> bool:
+def _reads_its_own(layer: HookedLayer, together: Seen, alone: Sequence[Seen | None], allowed: float) -> bool:
     inputs, n = together.get(layer.name, ()), len(alone)
     calls = len(layer.layouts)
-    if len(inputs) != calls or any(len(one.get(layer.name, ())) != calls for one in alone):
+    if len(inputs) != calls or any(one is not None and len(one.get(layer.name, ())) != calls for one in alone):
         return False  # read by some of the examples only
     for call, (layout, marks) in enumerate(zip(layer.layouts, inputs, strict=True)):
         room = allowed * (float(torch.nan_to_num(marks).abs().max()) if marks.numel() else 0.0)
@@ -85,6 +97,8 @@ def _reads_its_own(layer: HookedLayer, together: Seen, alone: Sequence[Seen], al
         if rows is None:
             return False
         for row, one in zip(rows, alone, strict=True):
+            if one is None:
+                continue
             its_own = _rows_of_each(one[layer.name][call], layout, 1)
             if its_own is None or not _agree(row, its_own[0], room):
                 return False
