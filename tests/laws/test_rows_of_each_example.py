@@ -266,26 +266,29 @@ def test_padded_texts_keep_their_rules(left: bool, flattened: bool) -> None:
 
 
 class Wide(nn.Module):
-    """A convolution that is wider than some texts, until they are padded."""
+    """A convolution that is wider than some texts, until they are padded to the longest beside them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.inner, self.head = nn.Embedding(9, 3), nn.Conv1d(3, 4, 5), nn.Linear(4, 2)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.inner(self.embed(tokens[:, :6]).mT)[..., 0])
+    def forward(self, tokens: list[Tensor]) -> Tensor:
+        padded = pad_sequence(tokens, batch_first=True)
+        logits: Tensor = self.head(self.inner(self.embed(padded).mT)[..., 0])
         return logits
 
 
 def test_a_text_that_the_model_runs_on_only_when_padded_is_no_fault() -> None:
     torch.manual_seed(0)
-    items, collate = texts(6, count=24)
-    short = [(tokens[:2], y) for tokens, y in items[3:]]
-    mixed = [items[i % 3] if i % 4 < 3 else short[i // 4] for i in range(24)]
-    data = loader((mixed, collate))
-    scores = ptif.attribute(
-        Wide().double(), data, loader((items[:3], collate)), nn.CrossEntropyLoss(), method="grad_dot"
-    )
+    items, _ = texts(6, count=24)
+    long, short = items[:3], [(tokens[:2], y) for tokens, y in items[3:]]
+    mixed = [long[at % 3] if at % 4 < 3 else short[at // 4] for at in range(24)]
+
+    def collate(batch: list[Item]) -> Item:
+        return [tokens for tokens, _ in batch], torch.tensor([y for _, y in batch])
+
+    data, queries = loader((mixed, collate)), loader((long, collate))
+    scores = ptif.attribute(Wide().double(), data, queries, nn.CrossEntropyLoss(), method="grad_dot")
     assert bool(scores.values.isfinite().all()) and set(scores.diagnostics.routes.values()) == {"rule"}
 
 
