@@ -67,6 +67,22 @@ class TimeFirstFlattened(nn.Module):
         return logits
 
 
+class TokenByToken(nn.Module):
+    """A layer that is called as often as the longest text of a batch has tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(9, 3), nn.Linear(7, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        hidden = torch.zeros(len(tokens), 4, dtype=torch.float64)
+        for at in range(tokens.shape[1]):
+            new = torch.tanh(self.inner(torch.cat([self.embed(tokens[:, at]), hidden], 1)))
+            hidden = torch.where((at < lengths)[:, None], new, hidden)
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
 class PaddedTexts(nn.Module):
     """Nothing is moved: a text's rows are its own whatever it is padded to."""
 
@@ -206,6 +222,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "sorted by length": (SortedByLength, lambda: loader(texts(4))),
     "real tokens only": (RealTokensOnly, lambda: loader(texts(3))),
     "time first, flattened": (TimeFirstFlattened, lambda: loader(texts(1))),
+    "token by token, first of the shortest": (TokenByToken, lambda: loader(texts(1))),
+    "token by token, first of the longest": (TokenByToken, lambda: loader(texts(6))),
     "graphs of many sizes": (Graphs, lambda: loader(graphs(SIZES["as they come"]))),
     "graphs of even sizes": (Graphs, lambda: loader(graphs(SIZES["even"]))),
     "experts, the first": (Experts, lambda: points(-1)),
@@ -290,6 +308,13 @@ def test_a_text_that_the_model_runs_on_only_when_padded_is_no_fault() -> None:
     data, queries = loader((mixed, collate)), loader((long, collate))
     scores = ptif.attribute(Wide().double(), data, queries, nn.CrossEntropyLoss(), method="grad_dot")
     assert bool(scores.values.isfinite().all()) and set(scores.diagnostics.routes.values()) == {"rule"}
+
+
+@pytest.mark.parametrize("first", [1, 3, 6])
+def test_a_layer_called_for_every_token_keeps_its_rule(first: int) -> None:
+    torch.manual_seed(0)
+    problem = ptif.Problem(TokenByToken().double(), nn.CrossEntropyLoss(), loader(texts(first)))
+    assert set(Derivatives.of(problem).routes.values()) == {"rule"}
 
 
 def test_what_none_of_the_examples_looked_at_shows_is_refused_and_the_advice_works() -> None:
