@@ -25,6 +25,15 @@ class Forces(nn.Module):
         return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
 
 
+class ForcesOfWhatWasGiven(Forces):
+    """The same, of the positions themselves, marked where nobody has marked them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.requires_grad_()
+        with torch.enable_grad():
+            return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
 class Residual(Forces):
     """What is left of u'' + u = f, for a network u."""
 
@@ -38,13 +47,13 @@ class Residual(Forces):
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)).double()
 
 
-@pytest.mark.parametrize("kind", [Forces, Residual])
+@pytest.mark.parametrize("kind", [Forces, ForcesOfWhatWasGiven, Residual])
 def test_scores_are_those_of_autograd(kind: type[Forces]) -> None:
     model = kind().double()
-    y = torch.randn(12, 3 if kind is Forces else 1, generator=torch.Generator().manual_seed(1)).double()
+    y = torch.randn(12, 1 if kind is Residual else 3, generator=torch.Generator().manual_seed(1)).double()
     data, queries = (X, y), (X[:3], y[:3])
     scores = ptif.attribute(model, data, queries, loss=nn.MSELoss(), method="grad_dot")
-    rows = example_gradients(model, F.mse_loss, X, y)
+    rows = example_gradients(model, F.mse_loss, X.clone(), y)
     assert gap(scores.values, rows[:3] @ rows.T / 12) < rounding(torch.float64, 100)
     for method in (None, "ekfac", "dual"):
         assert torch.isfinite(ptif.attribute(model, data, queries, loss=nn.MSELoss(), method=method).values).all()

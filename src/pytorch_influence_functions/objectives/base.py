@@ -174,6 +174,7 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     if isinstance(model, nn.Module):
         args, kwargs = fit_arguments(model, args, kwargs)
+    unmarked = [tensor for _, tensor in tensors_of((args, dict(kwargs))) if not tensor.requires_grad]
     try:
         if model in _differentiating and not torch.is_grad_enabled():
             return _run_with_graph(model, args, kwargs)
@@ -188,6 +189,11 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         if error is cause:
             raise
         raise error from cause
+    finally:
+        # Forces: a forward that asks for the gradient in its input marks it, and would meet it marked in the next call.
+        for tensor in unmarked:
+            if tensor.requires_grad and tensor.is_leaf:
+                tensor.requires_grad_(False)
 
 
 # Models whose forward needs a graph, as one that returns forces does.
