@@ -310,6 +310,28 @@ def test_a_text_that_the_model_runs_on_only_when_padded_is_no_fault() -> None:
     assert bool(scores.values.isfinite().all()) and set(scores.diagnostics.routes.values()) == {"rule"}
 
 
+class MustBeSorted(nn.Module):
+    """Packed without being told that texts come in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Embedding(9, 3), nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(self.embed(tokens), lengths, batch_first=True)
+        logits: Tensor = self.head(self.rnn(packed)[1][0])
+        return logits
+
+
+def test_a_model_that_runs_on_sorted_batches_only_is_given_no_others() -> None:
+    torch.manual_seed(0)
+    items, collate = texts(6)
+    by_length = sorted(items, key=lambda item: -len(item[0]))
+    problem = ptif.Problem(MustBeSorted().double(), nn.CrossEntropyLoss(), loader((by_length, collate)))
+    found = by_the_library(problem, Derivatives.of(problem), torch.arange(len(problem)))
+    torch.testing.assert_close(found, by_definition(problem), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("first", [1, 3, 6])
 def test_a_layer_called_for_every_token_keeps_its_rule(first: int) -> None:
     torch.manual_seed(0)

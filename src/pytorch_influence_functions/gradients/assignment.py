@@ -49,32 +49,27 @@ def misassigned(
         gradients then.
     """
     order = torch.arange(n)
-    alone = [_seen_alone(layers, model, objective, batch, n, e) for e in range(n)]
+    alone = [_seen(layers, model, objective, batch_slice(batch, n, slice(e, e + 1)), 1) for e in range(n)]
     strange: set[str] = set()
     for some in (order, order.flip(0)):
         together = _seen(layers, model, objective, batch_slice(batch, n, some), n)
         own = [alone[e] for e in some.tolist()]
-        strange |= {k for k, layer in layers.items() if not _reads_its_own(layer, together, own, allowed)}
+        if together is not None:
+            strange |= {k for k, layer in layers.items() if not _reads_its_own(layer, together, own, allowed)}
     return [name for name in layers if name in strange]
 
 
 def _seen(
     layers: Mapping[str, HookedLayer], model: nn.Module, objective: AbstractObjective, batch: Any, n: int
-) -> Seen:
-    with torch.no_grad(), record_calls(layers, n, _marks) as capture:
-        objective.outputs(model, batch)
-    return capture.seen
-
-
-def _seen_alone(
-    layers: Mapping[str, HookedLayer], model: nn.Module, objective: AbstractObjective, batch: Any, n: int, e: int
 ) -> Seen | None:
-    """What layers see of one example; None where the model runs on it among others only, as on a text that is shorter
-    than a convolution is wide until it is padded."""
+    """What layers see; None where the model does not run on it: on a text shorter than a convolution is wide until it is
+    padded, on a batch that must be sorted by length."""
     try:
-        return _seen(layers, model, objective, batch_slice(batch, n, slice(e, e + 1)), 1)
+        with torch.no_grad(), record_calls(layers, n, _marks) as capture:
+            objective.outputs(model, batch)
     except InvalidInput:
         return None
+    return capture.seen
 
 
 def _marks(layer: HookedLayer, number: int, x: Tensor) -> Tensor:

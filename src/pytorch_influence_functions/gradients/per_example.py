@@ -392,7 +392,11 @@ def _suspects(plan: Derivatives, probe: Probe) -> Iterator[tuple[Probe, set[str]
             names = misassigned(plan.layers, problem.model, probe.objective, batch, n, allowed) if n > 1 else []
             blocks = {block for name in names for block in plan.layers[name].parts}
             for order in (torch.arange(n), torch.arange(n).flip(0)) if blocks else ():
-                yield probe.wider(batch_slice(batch, n, order), n), blocks
+                try:
+                    wider = probe.wider(batch_slice(batch, n, order), n)
+                except InvalidInput:  # a batch that must be sorted runs in one of them
+                    continue
+                yield wider, blocks
 
 
 @contextmanager
