@@ -62,8 +62,10 @@ def misassigned(
 def _seen(
     layers: Mapping[str, HookedLayer], model: nn.Module, objective: AbstractObjective, batch: Any, n: int
 ) -> Seen | None:
-    """What layers see; None where the model does not run on it: on a text shorter than a convolution is wide until it is
-    padded, on a batch that must be sorted by length."""
+    """What layers see; None where the model does not run on it.
+
+    As on a text that is shorter than a convolution is wide until it is padded, or a batch that must be sorted by length.
+    """
     try:
         with torch.no_grad(), record_calls(layers, n, _marks) as capture:
             objective.outputs(model, batch)
