@@ -207,3 +207,16 @@ def test_beside_scores_by_name_other_outputs_have_no_vote() -> None:
     assert issues.predicted.tolist() == expected.predicted.tolist()
     assert gap(issues.probability, expected.probability) < rounding(torch.float64)
     assert gap(issues.votes, expected.votes) < rounding(torch.float64)
+
+
+def test_certain_probabilities_of_one_class_alone_are_read_as_scores() -> None:
+    """A loss of 1 / p has slopes of 10^12 beside its slopes of 1."""
+    targets = torch.zeros(N, dtype=torch.int64)
+    model = Answer(3, lambda out: (30 * F.one_hot(targets[: len(out)], 3) + 0.1 * out).softmax(1))
+    loss, objective = _likelihood, ptif.Problem(model, _likelihood, Items(targets)).objective
+    assert loss(model(X), targets) < 1e-9
+    check_class_scores(objective, objective.outputs(model, (X, targets)), (X, targets))
+
+
+def _likelihood(p: Tensor, y: Tensor) -> Tensor:
+    return -p.gather(1, y[:, None]).log().mean()

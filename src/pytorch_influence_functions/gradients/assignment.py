@@ -64,7 +64,7 @@ def _seen(
 ) -> Seen | None:
     """What layers see; None where the model does not run on it.
 
-    As on a text that is shorter than a convolution is wide until it is padded, or a batch that must be sorted by length.
+    As on a text shorter than a convolution is wide until it is padded, or on a batch that had to be sorted by length.
     """
     try:
         with torch.no_grad(), record_calls(layers, n, _marks) as capture:
