@@ -332,6 +332,25 @@ def test_a_model_that_runs_on_sorted_batches_only_is_given_no_others() -> None:
     torch.testing.assert_close(found, by_definition(problem), rtol=1e-9, atol=1e-11)
 
 
+def test_a_collate_function_that_sorts_its_batch_is_refused_and_the_advice_works() -> None:
+    """Training is right with it, but no row of a batch is known to be whose."""
+    torch.manual_seed(0)
+    items, keeps_order = texts(6)
+    items[10] = items[10][0][:2], items[10][1]
+
+    def sorts(batch: list[Item]) -> Item:
+        return keeps_order(sorted(batch, key=lambda item: -len(item[0])))
+
+    model = SortedByLength().double()
+    with pytest.raises(
+        InvalidInput, match=r"^The collate function makes the same batch of examples 0 and 10 which.*\.$"
+    ):
+        ptif.attribute(model, loader((items, sorts)), loader((items, sorts)), nn.CrossEntropyLoss(), method="grad_dot")
+    problem = ptif.Problem(model, nn.CrossEntropyLoss(), loader((items, keeps_order)))
+    found = by_the_library(problem, Derivatives.of(problem), torch.arange(len(problem)))
+    torch.testing.assert_close(found, by_definition(problem), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("first", [1, 3, 6])
 def test_a_layer_called_for_every_token_keeps_its_rule(first: int) -> None:
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,29 @@ def is_cut_by_rows(collate: Callable[[list[Any]], Any], items: Sequence[Any]) ->
     return all(
         _agrees(batch_slice(batch, n, slice(e, e + 1)), alone[e]) for n, batch in together.items() for e in range(n)
     )
+
+
+def reordered_pair(collate: Callable[[list[Any]], Any], items: Sequence[Any]) -> tuple[int, int] | None:
+    """Places of two examples that a collate function puts in an order of its own, as one that sorts by length does.
+
+    It makes the same batch of them whichever comes first.
+
+    Args:
+        collate: from a list of examples to a batch.
+        items: a few examples.
+
+    Example:
+        >>> items = [torch.zeros(length) for length in (2, 3, 2)]
+        >>> reordered_pair(lambda xs: torch.nn.utils.rnn.pad_sequence(sorted(xs, key=len)), items)
+        (0, 1)
+        >>> reordered_pair(torch.nn.utils.rnn.pad_sequence, items)
+    """
+    for i, j in combinations(range(len(items)), 2):
+        first, second = items[i], items[j]
+        alike = same(collate([first, second]), collate([second, first]))
+        if alike and not same(collate([first]), collate([second])):
+            return i, j
+    return None
 
 
 def holds_words(item: Any) -> bool:

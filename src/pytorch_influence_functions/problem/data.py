@@ -24,7 +24,7 @@ from ..core.errors import InvalidInput, TrainingDataWarning, name_ids
 from ..core.indexing import spread_sample, while_cheap
 from ..core.validate import choice, whole_number
 from ..core.warn import warn_caller
-from .cutting import holds_words, is_cut_by_rows, same
+from .cutting import holds_words, is_cut_by_rows, reordered_pair, same
 from .finite import check_finite, refuse_meta
 from .random_state import same_rng
 from .reading import Collate, NamingCollate, NamingDataset, Reader
@@ -412,8 +412,16 @@ class Source:
         if "rows" not in self._determinism:
             count, collate = len(self), NamingCollate(self.collate)
             with same_rng():
-                items = [self.item(i) for i in (0, count // 2, count - 1)]
+                places = (0, count // 2, count - 1)
+                items = [self.item(i) for i in places]
                 draws = not same(collate(items), collate(items))
+                if not draws and (pair := reordered_pair(collate, items)) is not None:
+                    i, j = (places[at] for at in pair)
+                    raise InvalidInput(
+                        f"The collate function makes the same batch of examples {i} and {j} whichever comes first: it "
+                        "puts them in an order of its own, so that nobody can tell which row is whose; let it keep the "
+                        "order (pack_padded_sequence(..., enforce_sorted=False) takes any), or sort inside the model."
+                    )
                 # What it draws would be drawn anew when an example is collated again.
                 self._determinism.update(draws=draws, rows=draws or is_cut_by_rows(collate, items))
         return self._determinism
