@@ -310,6 +310,31 @@ def test_a_text_that_the_model_runs_on_only_when_padded_is_no_fault() -> None:
     assert bool(scores.values.isfinite().all()) and set(scores.diagnostics.routes.values()) == {"rule"}
 
 
+class InPieces(nn.Module):
+    """Rows of all examples are joined, and go through a layer some at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 2).split(40)
+        hidden = torch.cat([torch.tanh(self.inner(some)) for some in rows]).reshape(len(x), -1, 4)
+        logits: Tensor = self.head(hidden.sum(1))
+        return logits
+
+
+def test_pieces_of_joined_rows_are_refused_where_few_examples_are_one_piece() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(60, 10, dtype=torch.float64), torch.arange(60) % 3
+    problem = ptif.Problem(InPieces().double(), nn.CrossEntropyLoss(), data)
+    with pytest.raises(InvalidInput, match=r"layer 'inner' read \(40, 2\) for 60 examples.*route='loop'"):
+        ptif.methods.grad_dot().fit(problem).score(data)
+    rows = by_definition(problem)
+    scores = ptif.methods.grad_dot().with_options(route="loop").fit(problem).score(data)
+    torch.testing.assert_close(scores.values, rows @ rows.T / 60)
+
+
 class MustBeSorted(nn.Module):
     """Packed without being told that texts come in any order."""
 

@@ -177,8 +177,9 @@ def _layout_of_call(layer: HookedLayer, number: int, x: Tensor, n: int) -> Layou
     Raises:
         InvalidInput: they cannot be there, as where a layer reads only those that some condition chooses.
     """
-    # A layer that is called once a token is called more often in a batch of longer texts, in the same way.
-    alike = layer.layouts[:1] if len(set(layer.layouts)) == 1 else ()
+    # A layer that is called once a token is called more often in a batch of longer texts, in the same way. Of rows that
+    # are joined, more calls are pieces of them, cut anywhere.
+    alike = layer.layouts[:1] if len(set(layer.layouts)) == 1 and layer.layouts[0] != "folded" else ()
     for layout in layer.layouts[number : number + 1] or alike:
         fits = {
             "first": x.dim() > 0 and x.shape[0] == n,
