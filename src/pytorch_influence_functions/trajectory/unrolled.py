@@ -110,8 +110,8 @@ class Unrolled(AbstractMethod):
         if not apart <= _SAME:
             raise InvalidInput(
                 f"The run trained again ends {apart:.2g} of its way from the model's weights ({smoothness}): it is "
-                "another run, by recipe, seed or data, or one that rounding alone changes; give the very run, or use "
-                "ptif.methods.along(run)."
+                "another run, by recipe, seed or data, one that rounding alone changes, or one whose loss divides by "
+                "the labels that count (ignore_index); give the very run, or use ptif.methods.along(run)."
             )
         seconds = time.perf_counter() - start
         return UnrolledAttribution(self, problem, derivatives, stationarity, seconds, runner, smoothness, apart)
