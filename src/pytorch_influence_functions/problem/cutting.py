@@ -53,7 +53,7 @@ def reordered_pair(collate: Callable[[list[Any]], Any], items: Sequence[Any]) ->
         items: a few examples.
 
     Example:
-        >>> items = [torch.zeros(length) for length in (2, 3, 2)]
+        >>> items = [torch.ones(length) for length in (2, 3, 2)]
         >>> reordered_pair(lambda xs: torch.nn.utils.rnn.pad_sequence(sorted(xs, key=len)), items)
         (0, 1)
         >>> reordered_pair(torch.nn.utils.rnn.pad_sequence, items)
