@@ -19,6 +19,7 @@ from ..core.errors import InvalidInput
 from ..objectives.base import AbstractObjective
 from .layer_rules import Layout, rows_first
 from .recording import HookedLayer, record_calls
+from .separability import largest_gap
 
 Seen: TypeAlias = Mapping[str, Sequence[Tensor]]
 """Of every layer, a few numbers of each row of each of its inputs."""
@@ -118,8 +119,4 @@ def _agree(among: Tensor, alone: Tensor, room: float) -> bool:
         return False
     beginning = tuple(slice(0, y) for y in alone.shape)
     end = tuple(slice(x - y, x) for x, y in zip(among.shape, alone.shape, strict=True))
-    return _same(among[beginning], alone, room) or _same(among[end], alone, room)
-
-
-def _same(a: Tensor, b: Tensor, room: float) -> bool:
-    return bool(((a - b).abs() <= room).logical_or(a == b).logical_or(a.isnan() & b.isnan()).all())
+    return any(largest_gap(among[part], alone) <= room for part in (beginning, end))

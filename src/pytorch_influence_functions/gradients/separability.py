@@ -51,7 +51,7 @@ def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, ou
     with torch.no_grad():
         first, second = (objective.outputs(model, batch).detach() for _ in range(2))
     overwritten = versions != [tensor._version for _, tensor in tensors_of(batch)]
-    gap = _largest_gap(first, second)
+    gap = largest_gap(first, second)
     if not gap <= room:  # NaN is no agreement
         if overwritten:
             raise InvalidInput(
@@ -79,7 +79,7 @@ def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, ou
                 f"The model gave outputs of shape {tuple(alone.shape)} for one example and {tuple(outputs.shape)} for "
                 f"{n}; the first axis must run over the examples, so return one output per example."
             )
-        gap = _largest_gap(alone.reshape(outputs[e].shape), outputs[e])
+        gap = largest_gap(alone.reshape(outputs[e].shape), outputs[e])
         if not gap <= room:
             raise InvalidInput(
                 f"The model's output for one example {_describe_change(gap)} with the examples beside it in the "
@@ -87,7 +87,7 @@ def refuse_mixing(model: nn.Module, objective: AbstractObjective, batch: Any, ou
             )
 
 
-def _largest_gap(a: Tensor, b: Tensor) -> float:
+def largest_gap(a: Tensor, b: Tensor) -> float:
     """The largest difference; NaN where one of the two is NaN, and 0 where both are or both are the same infinity."""
     same = (a == b) | (a.isnan() & b.isnan())
     return float(torch.where(same, torch.zeros_like(a), (a - b).abs()).max()) if a.numel() else 0.0
@@ -287,7 +287,7 @@ def _refuse_group(objective: FromFunction, value: Tensor, alone: Tensor, ids: li
 
 
 def _refuse_gap(name: str, together: Tensor, alone: Tensor) -> None:
-    gap = _largest_gap(together, alone)
+    gap = largest_gap(together, alone)
     if not gap <= _room(alone) * len(alone):
         raise InvalidInput(
             f"The loss {name} of one example {_describe_change(gap)} with the examples beside it in the batch, as "

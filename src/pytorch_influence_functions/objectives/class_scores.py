@@ -76,7 +76,7 @@ def _check_one_logit(objective: AbstractObjective, outputs: Tensor, batch: Batch
     at_zero, direction = _without_logit(objective, outputs)
     for no, yes in pairs:
         slopes = [
-            _slopes(objective, at_zero, with_targets(batch, torch.full_like(targets, label)), direction)
+            _along(_gradient(objective, at_zero, with_targets(batch, torch.full_like(targets, label))), direction)
             for label in (no, yes)
         ]
         if bool((slopes[0] > 0).all() and (slopes[1] < 0).all()):
@@ -101,12 +101,8 @@ def _check_several(objective: AbstractObjective, outputs: Tensor, batch: Batch, 
         raise InvalidInput(_describe_targets(targets))
     directions = [_direction(objective, outputs, c) for c in looked_at]
     # [label, output, n]
-    slopes = torch.stack(
-        [
-            torch.stack([_slopes(objective, outputs, with_targets(batch, labels), d) for d in directions])
-            for labels in labelled
-        ]
-    )
+    gradients = [_gradient(objective, outputs, with_targets(batch, labels)) for labels in labelled]
+    slopes = torch.stack([torch.stack([_along(gradient, d) for d in directions]) for gradient in gradients])
     # By output and example: a class that a network gives next to no probability may have a slope of 1 / p.
     rooms = _ROUNDING * slopes.abs().amax(0)
     for c, room in zip(looked_at, rooms, strict=True):
@@ -139,8 +135,8 @@ def _without_logit(objective: AbstractObjective, outputs: Tensor) -> tuple[Tenso
     return outputs - steps.reshape(outputs.shape), direction
 
 
-def _slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, direction: Tensor) -> Float[Tensor, " n"]:
-    """Of each example's loss along a direction of its outputs."""
+def _gradient(objective: AbstractObjective, outputs: Tensor, batch: Any) -> Tensor:
+    """Of each example's loss in its outputs; of what is better larger, of its negative."""
     with torch.enable_grad():
         leaf = outputs.detach().clone().requires_grad_()
         try:
@@ -150,6 +146,9 @@ def _slopes(objective: AbstractObjective, outputs: Tensor, batch: Any, direction
             raise InvalidInput(
                 f"the loss {objective!r} cannot be taken at other labels ({type(cause).__name__}: {first_line(cause)})"
             ) from cause
-    sign = 1 if objective.lower_is_better else -1
-    # A label that is ignored may give 0 / 0.
-    return sign * (gradient * direction).nan_to_num().reshape(len(outputs), -1).sum(1)
+    return gradient if objective.lower_is_better else -gradient
+
+
+def _along(gradient: Tensor, direction: Tensor) -> Float[Tensor, " n"]:
+    """Each example's slope along a direction of its outputs. A label that is ignored may give 0 / 0."""
+    return (gradient * direction).nan_to_num().reshape(len(gradient), -1).sum(1)
